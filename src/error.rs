@@ -1,0 +1,232 @@
+//! What can go wrong, in one table: each fault's status, OpenAI `type` and `code`, message and label.
+//!
+//! A client's SDK picks its exception class from the status and shows the message, so a message names the
+//! thing, the place and the way out. `code` is a string or null, never a number: strict clients fail to parse
+//! a number there.
+
+use std::time::Duration;
+
+/// A fault that the proxy itself reports to a client, as opposed to an error that an endpoint answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The request carries no key at all.
+    KeyMissing,
+    /// The request's key is not the server's.
+    KeyWrong,
+    /// Too many wrong keys came from one address.
+    KeysFailedTooOften,
+    /// The path is not one that is served here.
+    PathUnknown {
+        /// The path as it came, cut to a sane length.
+        path: String,
+    },
+    /// The path is one of our own, which takes other methods.
+    MethodNotAllowed {
+        /// What may be used, as for the `Allow` header.
+        allowed: &'static str,
+    },
+    /// The JSON body is broken, or lacks what every call needs.
+    BodyInvalid {
+        /// What is wrong and where.
+        problem: String,
+    },
+    /// The body is longer than `server.bodyBytesMax`.
+    BodyTooLarge {
+        /// The limit in bytes.
+        bytes_max: usize,
+    },
+    /// The body did not arrive in time.
+    BodyTimeout,
+    /// No enabled endpoint serves the model.
+    ModelUnknown {
+        /// The model as the client named it, cut to a sane length.
+        model: String,
+    },
+    /// No endpoint is enabled at all.
+    NoEndpoint,
+    /// Every endpoint that serves the model asked to be left alone for a while.
+    AllResting {
+        /// Until the first of them may be asked again.
+        wait: Duration,
+    },
+    /// Every endpoint that serves the model is cooling down, and the one allowed trial of each is under way.
+    NoneAvailable,
+    /// The last endpoint tried could not be reached, or broke off before it answered.
+    EndpointUnreachable,
+    /// The last endpoint tried did not answer in time.
+    EndpointTimeout,
+    /// The last endpoint tried answered with nothing in it.
+    EndpointEmpty,
+    /// The last endpoint tried answered an error that was too large to keep.
+    EndpointError {
+        /// The endpoint's status.
+        status: u16,
+    },
+    /// A committed stream broke; the client has seen a part of it.
+    StreamBroken,
+    /// A fault of ours.
+    Internal,
+}
+
+/// One row of the table.
+struct Row {
+    status: u16,
+    kind: &'static str,
+    code: Option<&'static str>,
+    label: &'static str,
+}
+
+const INVALID: &str = "invalid_request_error";
+const SERVER: &str = "server_error";
+
+impl Fault {
+    #[rustfmt::skip]
+    fn row(&self) -> Row {
+        let (status, kind, code, label) = match self {
+            Self::KeyMissing               => (401, INVALID, Some("invalid_api_key"), "key_missing"),
+            Self::KeyWrong                 => (401, INVALID, Some("invalid_api_key"), "key_wrong"),
+            Self::KeysFailedTooOften       => (429, "requests", Some("rate_limit_exceeded"), "keys_failed_too_often"),
+            Self::PathUnknown { .. }       => (404, INVALID, Some("unknown_url"), "path_unknown"),
+            Self::MethodNotAllowed { .. }  => (405, INVALID, Some("method_not_supported"), "method_not_allowed"),
+            Self::BodyInvalid { .. }       => (400, INVALID, None, "body_invalid"),
+            Self::BodyTooLarge { .. }      => (413, INVALID, Some("request_too_large"), "body_too_large"),
+            Self::BodyTimeout              => (408, INVALID, Some("request_timeout"), "body_timeout"),
+            Self::ModelUnknown { .. }      => (404, INVALID, Some("model_not_found"), "model_unknown"),
+            Self::NoEndpoint               => (503, SERVER, Some("no_endpoint"), "no_endpoint"),
+            Self::AllResting { .. }        => (429, "requests", Some("rate_limit_exceeded"), "all_resting"),
+            Self::NoneAvailable            => (503, SERVER, Some("no_endpoint_available"), "none_available"),
+            Self::EndpointUnreachable      => (502, SERVER, Some("endpoint_unreachable"), "endpoint_unreachable"),
+            Self::EndpointTimeout          => (504, SERVER, Some("endpoint_timeout"), "endpoint_timeout"),
+            Self::EndpointEmpty            => (502, SERVER, Some("endpoint_empty_answer"), "endpoint_empty"),
+            Self::EndpointError { status } => (*status, SERVER, Some("endpoint_error"), "endpoint_error"),
+            Self::StreamBroken             => (502, SERVER, Some("stream_broken"), "stream_broken"),
+            Self::Internal                 => (500, SERVER, Some("internal_error"), "internal"),
+        };
+        Row { status, kind, code, label }
+    }
+
+    /// The HTTP status a client gets.
+    pub fn status(&self) -> u16 {
+        self.row().status
+    }
+
+    /// A short stable name for logs and metrics.
+    pub fn label(&self) -> &'static str {
+        self.row().label
+    }
+
+    /// How long a client should wait before it tries again, where that is known.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::AllResting { wait } => Some(*wait),
+            Self::KeysFailedTooOften => Some(Duration::from_mins(1)),
+            // A trial takes seconds; it either reopens the endpoint or closes it for its whole cool-down.
+            Self::NoneAvailable => Some(Duration::from_secs(5)),
+            _ => None,
+        }
+    }
+
+    /// What the `Allow` header says, where one is due.
+    pub fn allow(&self) -> Option<&'static str> {
+        match self {
+            Self::MethodNotAllowed { allowed } => Some(allowed),
+            _ => None,
+        }
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::KeyMissing => "No API key provided. Send this proxy's key (server.apiKey in its config file) as \
+                'Authorization: Bearer KEY'."
+                .into(),
+            Self::KeyWrong => "Incorrect API key provided. This proxy expects its own key (server.apiKey in its \
+                config file), not an endpoint's."
+                .into(),
+            Self::KeysFailedTooOften => "Too many requests with a wrong API key came from your address. Correct the \
+                key; a right one is taken at once."
+                .into(),
+            Self::PathUnknown { path } => format!(
+                "Unknown path {path}. API calls start with /v1: set your client's base URL to end in /v1."
+            ),
+            Self::MethodNotAllowed { allowed } => format!("This path takes {allowed} only."),
+            Self::BodyInvalid { problem } => problem.clone(),
+            Self::BodyTooLarge { bytes_max } => format!(
+                "The request body is longer than the {bytes_max} bytes this proxy takes (server.bodyBytesMax)."
+            ),
+            Self::BodyTimeout => "The request body did not arrive in time.".into(),
+            Self::ModelUnknown { model } => format!(
+                "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
+                 lists what does."
+            ),
+            Self::NoEndpoint => "No endpoint is enabled in the proxy's config file.".into(),
+            Self::AllResting { wait } => format!(
+                "Every endpoint that serves this model answered that its rate limit is reached. Try again in {} s.",
+                wait.as_secs_f64().ceil()
+            ),
+            Self::NoneAvailable => "Every endpoint that serves this model failed repeatedly and is cooling down. \
+                GET /v1/status says until when."
+                .into(),
+            Self::EndpointUnreachable => "No endpoint could be reached for this request; the last one failed before \
+                it answered."
+                .into(),
+            Self::EndpointTimeout => "No endpoint answered this request in time.".into(),
+            Self::EndpointEmpty => "Every endpoint tried gave an empty answer.".into(),
+            Self::EndpointError { status } => format!(
+                "The last endpoint tried answered {status}, with a body too large to pass on."
+            ),
+            Self::StreamBroken => "The endpoint broke off in the middle of its answer.".into(),
+            Self::Internal => "The proxy failed on this request; its log says why.".into(),
+        }
+    }
+
+    /// The error object in OpenAI's shape, as one line of JSON.
+    pub fn json(&self) -> String {
+        let Row { kind, code, .. } = self.row();
+        serde_json::json!({
+            "error": { "message": self.message(), "type": kind, "param": self.param(), "code": code }
+        })
+        .to_string()
+    }
+
+    fn param(&self) -> Option<&'static str> {
+        matches!(self, Self::ModelUnknown { .. }).then_some("model")
+    }
+}
+
+/// A client's own word, cut so that an error that repeats it stays small.
+pub fn excerpt(text: &str) -> String {
+    const CHARS_MAX: usize = 100;
+    match text.char_indices().nth(CHARS_MAX) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shape_is_openais() {
+        let fault = Fault::ModelUnknown { model: "nope \"quoted\"".into() };
+        let json: serde_json::Value = serde_json::from_str(&fault.json()).unwrap();
+        let error = &json["error"];
+        assert_eq!(error["type"], "invalid_request_error");
+        assert_eq!(error["code"], "model_not_found");
+        assert_eq!(error["param"], "model");
+        assert!(error["message"].as_str().unwrap().contains("`nope \"quoted\"`"));
+    }
+
+    #[test]
+    fn code_is_a_string_or_null() {
+        let json: serde_json::Value =
+            serde_json::from_str(&Fault::BodyInvalid { problem: String::new() }.json()).unwrap();
+        assert!(json["error"]["code"].is_null());
+    }
+
+    #[test]
+    fn excerpt_cuts_between_characters() {
+        assert_eq!(excerpt("short"), "short");
+        assert_eq!(excerpt(&"é".repeat(200)).chars().count(), 101);
+    }
+}

@@ -1,0 +1,225 @@
+//! Whether an endpoint may be asked: errors in a row, cool-down, half-open trial, rest. Pure; the clock is passed in.
+//!
+//! ```text
+//!            `failures` in a row                 cool-down over, one request at a time
+//!   open ────────────────────────► cooling ─────────────────────────────► trial
+//!    ▲                                ▲                                     │
+//!    └──────────── success ───────────┼───────────── success ◄──────────────┤
+//!                                     └───────────── failure ◄──────────────┘
+//! ```
+//!
+//! A rest is something else: the endpoint asked (429) to be left alone until a moment, which is no error of its.
+
+use std::time::{Duration, Instant};
+
+use crate::config::Breaker;
+
+/// The rest of an endpoint that answers 429 and does not say for how long.
+pub const REST_DEFAULT: Duration = Duration::from_secs(5);
+/// No endpoint rests longer than this, whatever it says: longer than any daily quota takes to come back.
+const REST_MAX: Duration = Duration::from_hours(24);
+
+/// What an endpoint's attempts have told of it.
+#[derive(Debug, Default)]
+pub struct Health {
+    errors_in_row: u32,
+    cooling_until: Option<Instant>,
+    trial_under_way: bool,
+    resting_until: Option<Instant>,
+}
+
+/// Whether a request may go to the endpoint now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gate {
+    /// It may.
+    Open,
+    /// The cool-down is over; one request may try.
+    TrialDue,
+    /// It failed repeatedly and is left alone, unless nothing else is there.
+    Cooling {
+        /// The end of the cool-down.
+        until: Instant,
+    },
+    /// A trial is under way; nothing else may go there until it ends.
+    OnTrial,
+    /// It asked to be left alone.
+    Resting {
+        /// The end of the rest.
+        until: Instant,
+    },
+}
+
+/// What an attempt says about the endpoint that it went to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// It answered as it should.
+    Success,
+    /// It failed, in a way that its next request may fail as well.
+    Failure,
+    /// It asked to be left alone for so long.
+    Rest(Duration),
+    /// Nothing is learnt: the request was at fault, or the client went away.
+    Neutral,
+}
+
+impl Health {
+    /// Whether a request may go to the endpoint now.
+    pub fn gate(&self, now: Instant) -> Gate {
+        if let Some(until) = self.resting_until.filter(|until| *until > now) {
+            return Gate::Resting { until };
+        }
+        match self.cooling_until {
+            None => Gate::Open,
+            Some(_) if self.trial_under_way => Gate::OnTrial,
+            Some(until) if until > now => Gate::Cooling { until },
+            Some(_) => Gate::TrialDue,
+        }
+    }
+
+    /// Lets one request through to an endpoint that is cooling down. False if one is there already.
+    pub fn begin_trial(&mut self) -> bool {
+        let begun = self.cooling_until.is_some() && !self.trial_under_way;
+        self.trial_under_way |= begun;
+        begun
+    }
+
+    /// Takes in what an attempt showed. `trial` says whether it was the trial.
+    pub fn learn(&mut self, effect: Effect, trial: bool, now: Instant, breaker: &Breaker) {
+        if trial {
+            self.trial_under_way = false;
+        }
+        match effect {
+            Effect::Success => *self = Self { trial_under_way: self.trial_under_way, ..Self::default() },
+            Effect::Rest(wait) => self.resting_until = now.checked_add(wait.min(REST_MAX)),
+            Effect::Neutral => {}
+            Effect::Failure => {
+                self.errors_in_row = self.errors_in_row.saturating_add(1);
+                // An attempt that began before the cool-down and fails in it does not make it longer.
+                let begins = self.cooling_until.is_none() || trial;
+                if self.errors_in_row >= breaker.failures && begins {
+                    self.cooling_until = now.checked_add(breaker.cool_down);
+                }
+            }
+        }
+    }
+
+    /// Errors since the last success.
+    pub fn errors_in_row(&self) -> u32 {
+        self.errors_in_row
+    }
+
+    /// True while nothing at all is held against the endpoint, so that a look at it may be skipped.
+    pub fn is_spotless(&self) -> bool {
+        self.errors_in_row == 0 && self.cooling_until.is_none() && self.resting_until.is_none()
+    }
+
+    /// The end of the cool-down, if it is cooling down.
+    pub fn cooling_until(&self) -> Option<Instant> {
+        self.cooling_until
+    }
+
+    /// The end of the rest, if one was asked for.
+    pub fn resting_until(&self) -> Option<Instant> {
+        self.resting_until
+    }
+}
+
+/// How long an endpoint that answered 429 asks to be left alone: `retry-after-ms`, else `Retry-After` in seconds or as a
+/// date (RFC 9110, 10.2.3), else five seconds.
+pub fn rest_asked(retry_after_ms: Option<&str>, retry_after: Option<&str>, wall_clock: std::time::SystemTime) -> Duration {
+    let millis = retry_after_ms.and_then(|text| seconds(text, 1e-3));
+    let asked = millis.or_else(|| {
+        let text = retry_after?.trim();
+        seconds(text, 1.0).or_else(|| {
+            let date = httpdate::parse_http_date(text).ok()?;
+            Some(date.duration_since(wall_clock).unwrap_or_default())
+        })
+    });
+    asked.unwrap_or(REST_DEFAULT).min(REST_MAX)
+}
+
+fn seconds(text: &str, unit: f64) -> Option<Duration> {
+    let value: f64 = text.trim().parse().ok()?;
+    Duration::try_from_secs_f64(value * unit).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BREAKER: Breaker = Breaker { failures: 3, cool_down: Duration::from_secs(600) };
+
+    fn failed(health: &mut Health, times: u32, now: Instant) {
+        for _ in 0..times {
+            health.learn(Effect::Failure, false, now, &BREAKER);
+        }
+    }
+
+    #[test]
+    fn cools_down_after_errors_in_a_row_only() {
+        let now = Instant::now();
+        let mut health = Health::default();
+        failed(&mut health, 2, now);
+        health.learn(Effect::Success, false, now, &BREAKER);
+        failed(&mut health, 2, now);
+        assert_eq!(health.gate(now), Gate::Open);
+        failed(&mut health, 1, now);
+        let until = now + BREAKER.cool_down;
+        assert_eq!(health.gate(now), Gate::Cooling { until });
+        assert_eq!(health.gate(until), Gate::TrialDue);
+    }
+
+    #[test]
+    fn one_trial_at_a_time_decides() {
+        let now = Instant::now();
+        let mut health = Health::default();
+        failed(&mut health, 3, now);
+        let due = now + BREAKER.cool_down;
+        assert!(health.begin_trial());
+        assert!(!health.begin_trial(), "a second trial beside the first");
+        assert_eq!(health.gate(due), Gate::OnTrial);
+        health.learn(Effect::Failure, true, due, &BREAKER);
+        assert_eq!(health.gate(due), Gate::Cooling { until: due + BREAKER.cool_down });
+        assert!(health.begin_trial());
+        health.learn(Effect::Neutral, true, due, &BREAKER);
+        assert!(health.begin_trial(), "a trial whose client went away leaves room for the next");
+        health.learn(Effect::Success, true, due, &BREAKER);
+        assert_eq!(health.gate(due), Gate::Open);
+        assert!(health.is_spotless());
+    }
+
+    #[test]
+    fn late_failures_do_not_prolong_a_cool_down() {
+        let now = Instant::now();
+        let mut health = Health::default();
+        failed(&mut health, 3, now);
+        failed(&mut health, 5, now + Duration::from_secs(60));
+        assert_eq!(health.gate(now), Gate::Cooling { until: now + BREAKER.cool_down });
+    }
+
+    #[test]
+    fn a_rest_is_no_error() {
+        let now = Instant::now();
+        let mut health = Health::default();
+        health.learn(Effect::Rest(Duration::from_secs(7)), false, now, &BREAKER);
+        let until = now + Duration::from_secs(7);
+        assert_eq!(health.gate(now), Gate::Resting { until });
+        assert_eq!(health.gate(until), Gate::Open);
+        assert_eq!(health.errors_in_row(), 0);
+    }
+
+    #[test]
+    fn rest_as_asked() {
+        let wall = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let secs = Duration::from_secs;
+        assert_eq!(rest_asked(Some("1500"), Some("9"), wall), Duration::from_millis(1500));
+        assert_eq!(rest_asked(None, Some("9"), wall), secs(9));
+        assert_eq!(rest_asked(None, Some("Sun, 06 Nov 1994 08:50:07 GMT"), wall), secs(30));
+        assert_eq!(rest_asked(None, Some("Sun, 06 Nov 1994 08:00:00 GMT"), wall), secs(0));
+        assert_eq!(rest_asked(None, Some("soon"), wall), REST_DEFAULT);
+        assert_eq!(rest_asked(None, Some("-3"), wall), REST_DEFAULT);
+        assert_eq!(rest_asked(None, Some("1e300"), wall), REST_DEFAULT);
+        assert_eq!(rest_asked(None, None, wall), REST_DEFAULT);
+        assert_eq!(rest_asked(None, Some("999999999"), wall), REST_MAX);
+    }
+}

@@ -1,0 +1,248 @@
+//! The endpoints: an immutable snapshot that a request holds, and the live state behind it that outlives every reload.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::config::{self, Breaker, Config};
+use crate::health::{Effect, Gate, Health};
+use crate::route::Router;
+use crate::upstream::Upstream;
+
+/// One config, ready to serve.
+#[derive(Debug)]
+pub struct Pool {
+    /// The `server` part of the config.
+    pub server: config::Server,
+    /// The endpoints, in the order of the config file.
+    pub endpoints: Vec<Arc<Endpoint>>,
+    /// Model → candidates.
+    pub router: Router,
+}
+
+/// One endpoint of a pool.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// As the config has it.
+    pub config: config::Endpoint,
+    /// Where it is and how it is reached.
+    pub upstream: Upstream,
+    /// What is known of it, whichever config it came from.
+    pub live: Arc<Live>,
+}
+
+impl Pool {
+    /// The pool of a config. Endpoints that were known before, by their id, keep their live state.
+    pub fn new(config: Config, before: Option<&Self>) -> std::io::Result<Self> {
+        let known: HashMap<&str, &Arc<Live>> =
+            before.iter().flat_map(|pool| &pool.endpoints).map(|e| (e.config.id.as_ref(), &e.live)).collect();
+        let router = Router::new(&config.endpoints);
+        let endpoints = config
+            .endpoints
+            .into_iter()
+            .map(|config| {
+                let upstream = Upstream::new(&config)?;
+                let live = known.get(config.id.as_ref()).map_or_else(Arc::default, |live| Arc::clone(live));
+                Ok(Arc::new(Endpoint { config, upstream, live }))
+            })
+            .collect::<std::io::Result<_>>()?;
+        Ok(Self { server: config.server, endpoints, router })
+    }
+}
+
+/// What is known of an endpoint, shared by every request and every config that has it.
+#[derive(Debug, Default)]
+pub struct Live {
+    health: Mutex<Health>,
+    /// Set while `health` has anything to say, so that the common case takes no lock.
+    troubled: AtomicBool,
+    in_flight: AtomicU32,
+    first_byte: Mutex<Average>,
+    /// Attempts that were sent, since the start.
+    attempts: AtomicU64,
+    last_error: Mutex<Option<LastError>>,
+}
+
+/// The last failure of an endpoint, for the status page.
+#[derive(Clone, Debug)]
+pub struct LastError {
+    /// When.
+    pub at: SystemTime,
+    /// What happened.
+    pub what: String,
+}
+
+impl Live {
+    /// Whether a request may go to the endpoint now.
+    pub fn gate(&self, now: Instant) -> Gate {
+        if self.troubled.load(Ordering::Acquire) { lock(&self.health).gate(now) } else { Gate::Open }
+    }
+
+    /// Lets one request through to an endpoint that is cooling down. False if another one was faster.
+    pub fn begin_trial(&self) -> bool {
+        lock(&self.health).begin_trial()
+    }
+
+    /// Takes in what an attempt showed. Returns true if the endpoint begins to cool down by it.
+    pub fn learn(&self, effect: Effect, trial: bool, now: Instant, breaker: &Breaker) -> bool {
+        let idle = !trial && matches!(effect, Effect::Success | Effect::Neutral);
+        if idle && !self.troubled.load(Ordering::Acquire) {
+            return false;
+        }
+        let mut health = lock(&self.health);
+        let before = health.cooling_until();
+        health.learn(effect, trial, now, breaker);
+        self.troubled.store(!health.is_spotless(), Ordering::Release);
+        health.cooling_until() > before
+    }
+
+    /// Reads the health, for the status page.
+    pub fn health(&self) -> MutexGuard<'_, Health> {
+        lock(&self.health)
+    }
+
+    /// Counts a request in until the guard is dropped, at the last byte of its answer.
+    pub fn enter(self: &Arc<Self>) -> InFlight {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(Arc::clone(self))
+    }
+
+    /// Requests that the endpoint is answering at this moment.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Counts an attempt that was sent.
+    pub fn count_attempt(&self) {
+        self.attempts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Attempts that were sent since the start.
+    pub fn attempts(&self) -> u64 {
+        self.attempts.load(Ordering::Relaxed)
+    }
+
+    /// Takes in how long the first byte of a good answer took.
+    pub fn observe_first_byte(&self, took: Duration, now: Instant) {
+        lock(&self.first_byte).observe(took, now);
+    }
+
+    /// The decaying average of the time to the first byte; none before the first good answer.
+    pub fn first_byte(&self, now: Instant) -> Option<Duration> {
+        lock(&self.first_byte).at(now)
+    }
+
+    /// The average of the time to the first byte as it was last taken, for the status page.
+    pub fn first_byte_mean(&self) -> Option<Duration> {
+        lock(&self.first_byte).mean()
+    }
+
+    /// Remembers a failure.
+    pub fn note_error(&self, what: String) {
+        *lock(&self.last_error) = Some(LastError { at: SystemTime::now(), what });
+    }
+
+    /// The last failure, if there was one.
+    pub fn last_error(&self) -> Option<LastError> {
+        lock(&self.last_error).clone()
+    }
+}
+
+/// One request in flight at an endpoint.
+#[derive(Debug)]
+pub struct InFlight(Arc<Live>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A moving average that fades while nothing is added to it, so that an endpoint once slow is tried again.
+#[derive(Debug, Default)]
+struct Average {
+    seconds: f64,
+    taken: Option<Instant>,
+}
+
+impl Average {
+    /// The weight of a new sample.
+    const SAMPLE_WEIGHT: f64 = 0.2;
+    /// The average falls to a third in this time without samples.
+    const FADE: Duration = Duration::from_secs(60);
+
+    fn observe(&mut self, took: Duration, now: Instant) {
+        let sample = took.as_secs_f64();
+        self.seconds = match self.taken {
+            None => sample,
+            Some(_) => self.seconds + Self::SAMPLE_WEIGHT * (sample - self.seconds),
+        };
+        self.taken = Some(now);
+    }
+
+    fn at(&self, now: Instant) -> Option<Duration> {
+        let age = now.saturating_duration_since(self.taken?);
+        let faded = self.seconds * (-age.as_secs_f64() / Self::FADE.as_secs_f64()).exp();
+        Some(Duration::from_secs_f64(faded))
+    }
+
+    fn mean(&self) -> Option<Duration> {
+        self.taken.map(|_| Duration::from_secs_f64(self.seconds))
+    }
+}
+
+/// A poisoned lock is taken all the same: each of these guards plain values that are never left half written.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::test_support::config;
+
+    const BREAKER: Breaker = Breaker { failures: 1, cool_down: Duration::from_secs(60) };
+
+    #[test]
+    fn live_state_outlives_a_reload_by_id() {
+        let before = Pool::new(config(r#"[{"id":"a","models":["m"]},{"id":"b"}]"#), None).unwrap();
+        before.endpoints[0].live.learn(Effect::Failure, false, Instant::now(), &BREAKER);
+        let after = Pool::new(config(r#"[{"id":"new"},{"id":"a","models":["n"]}]"#), Some(&before)).unwrap();
+        assert!(Arc::ptr_eq(&before.endpoints[0].live, &after.endpoints[1].live));
+        assert!(!matches!(after.endpoints[1].live.gate(Instant::now()), Gate::Open));
+        assert_eq!(after.endpoints[0].live.gate(Instant::now()), Gate::Open);
+    }
+
+    #[test]
+    fn a_success_closes_the_matter() {
+        let live = Live::default();
+        let now = Instant::now();
+        assert!(live.learn(Effect::Failure, false, now, &BREAKER), "it begins to cool down");
+        assert!(live.begin_trial());
+        assert!(!live.learn(Effect::Success, true, now, &BREAKER));
+        assert_eq!(live.gate(now), Gate::Open);
+        assert!(!live.troubled.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn in_flight_is_exact() {
+        let live = Arc::new(Live::default());
+        let guards: Vec<_> = (0..3).map(|_| live.enter()).collect();
+        assert_eq!(live.in_flight(), 3);
+        drop(guards);
+        assert_eq!(live.in_flight(), 0);
+    }
+
+    #[test]
+    fn the_average_fades() {
+        let now = Instant::now();
+        let mut average = Average::default();
+        assert_eq!(average.at(now), None);
+        average.observe(Duration::from_millis(100), now);
+        average.observe(Duration::from_millis(200), now);
+        assert_eq!(average.at(now).unwrap().as_millis(), 120);
+        assert!(average.at(now + Duration::from_mins(2)).unwrap() < Duration::from_millis(20));
+        assert_eq!(average.mean().unwrap().as_millis(), 120);
+    }
+}

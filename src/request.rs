@@ -1,0 +1,334 @@
+//! What the proxy needs to know of a request: its body, bounded, and the few fields that decide its way.
+//!
+//! The body is validated as JSON but no tree is built: `model`, `stream` and `stream_options` are found in one pass,
+//! and everything else is skipped over. Their places in the bytes are kept, so that a rewrite can splice them.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::error::Fault;
+
+/// A client that sends nothing for this long while its body is due has gone or stalls on purpose.
+pub const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// No body takes longer than this, however steadily it trickles.
+pub const BODY_TOTAL_TIMEOUT: Duration = Duration::from_mins(10);
+/// A declared length is only a promise: more than this is not set aside before the bytes are there.
+const RESERVE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Collects a body from its chunks, up to a limit. A body of one chunk is kept as it came, without a copy.
+#[derive(Debug)]
+pub struct Collector {
+    bytes_max: usize,
+    declared: usize,
+    first: Bytes,
+    joined: BytesMut,
+}
+
+impl Collector {
+    /// A collector for a body of `declared` bytes, if the client said how many, and at most `bytes_max`.
+    pub fn new(declared: Option<u64>, bytes_max: usize) -> Result<Self, Fault> {
+        let declared = match declared.map(usize::try_from) {
+            None => 0,
+            Some(Ok(length)) if length <= bytes_max => length,
+            Some(_) => return Err(Fault::BodyTooLarge { bytes_max }),
+        };
+        Ok(Self { bytes_max, declared, first: Bytes::new(), joined: BytesMut::new() })
+    }
+
+    /// Takes the next chunk.
+    pub fn push(&mut self, chunk: Bytes) -> Result<(), Fault> {
+        let length = self.first.len() + self.joined.len() + chunk.len();
+        if length > self.bytes_max {
+            return Err(Fault::BodyTooLarge { bytes_max: self.bytes_max });
+        }
+        if self.first.is_empty() && self.joined.is_empty() {
+            self.first = chunk;
+            return Ok(());
+        }
+        if self.joined.is_empty() {
+            self.joined.reserve(self.declared.min(RESERVE_BYTES_MAX).max(length));
+            self.joined.extend_from_slice(&std::mem::take(&mut self.first));
+        }
+        self.joined.extend_from_slice(&chunk);
+        Ok(())
+    }
+
+    /// The whole body.
+    pub fn finish(self) -> Bytes {
+        if self.joined.is_empty() { self.first } else { self.joined.freeze() }
+    }
+}
+
+/// What a call asks for, as far as the answer has to be judged by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `/chat/completions` and `/completions`: an answer without a single token is empty.
+    Completion,
+    /// Every other call.
+    Other,
+}
+
+impl Call {
+    /// The call that a path stands for.
+    pub fn of(path: &str) -> Self {
+        let path = path.trim_end_matches('/');
+        if path.ends_with("/completions") { Self::Completion } else { Self::Other }
+    }
+}
+
+/// The fields of a JSON body that decide where it goes.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Fields {
+    /// The model asked for.
+    pub model: Option<Field<String>>,
+    /// Whether the answer is to be streamed.
+    pub stream: bool,
+    /// Where `stream_options` stands in the body.
+    pub stream_options: Option<Range<usize>>,
+}
+
+/// A value, and where it stands in the body, quotes included.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Field<T> {
+    /// What it says.
+    pub value: T,
+    /// The bytes it takes up.
+    pub range: Range<usize>,
+}
+
+/// Whether a body of this content type is JSON for us. Without a content type it is taken for JSON, as every call of
+/// the API but the uploads is.
+pub fn is_json(content_type: Option<&str>) -> bool {
+    let Some(value) = content_type else { return true };
+    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+}
+
+/// Finds the fields of a JSON body, and refuses one that no endpoint could understand.
+pub fn scan(body: &[u8]) -> Result<Fields, Fault> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let found = deserializer
+        .deserialize_any(FieldsVisitor)
+        .and_then(|found| deserializer.end().map(|()| found))
+        .map_err(|error| Fault::BodyInvalid { problem: explain(&error) })?;
+    found.locate(body)
+}
+
+fn explain(error: &serde_json::Error) -> String {
+    if error.is_data() {
+        format!("The request body must be a JSON object: {error}.")
+    } else {
+        format!("The request body is not valid JSON: {error}.")
+    }
+}
+
+/// The fields as they stand in the body, before their values are looked at.
+#[derive(Default)]
+struct Found<'a> {
+    model: Option<&'a RawValue>,
+    model_again: Option<&'a RawValue>,
+    stream: Option<&'a RawValue>,
+    stream_options: Option<&'a RawValue>,
+}
+
+impl Found<'_> {
+    fn locate(self, body: &[u8]) -> Result<Fields, Fault> {
+        let invalid = |problem: String| Err(Fault::BodyInvalid { problem });
+        if let Some(again) = self.model_again {
+            let at = position(body, range_in(body, again).start);
+            return invalid(format!("The request body has two `model` keys; the second value is at {at}."));
+        }
+        let model = match self.model {
+            None => None,
+            Some(raw) => {
+                let range = range_in(body, raw);
+                match serde_json::from_str::<String>(raw.get()) {
+                    Ok(value) => Some(Field { value, range }),
+                    Err(_) => {
+                        let at = position(body, range.start);
+                        return invalid(format!("`model` must be a string, at {at} of the request body."));
+                    }
+                }
+            }
+        };
+        Ok(Fields {
+            model,
+            stream: self.stream.is_some_and(|raw| raw.get() == "true"),
+            stream_options: self.stream_options.map(|raw| range_in(body, raw)),
+        })
+    }
+}
+
+/// Where a value that borrows from the body stands in it.
+fn range_in(body: &[u8], raw: &RawValue) -> Range<usize> {
+    let start = (raw.get().as_ptr() as usize).saturating_sub(body.as_ptr() as usize);
+    start..start + raw.get().len()
+}
+
+fn position(body: &[u8], offset: usize) -> String {
+    let before = body.get(..offset).unwrap_or_default();
+    let line = memchr::memchr_iter(b'\n', before).count() + 1;
+    let column = offset - memchr::memrchr(b'\n', before).map_or(0, |newline| newline + 1) + 1;
+    format!("line {line} column {column}")
+}
+
+struct FieldsVisitor;
+
+impl<'de> Visitor<'de> for FieldsVisitor {
+    type Value = Found<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object such as {\"model\": …}")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = Found::default();
+        while let Some(Key(key)) = map.next_key()? {
+            match key.as_ref() {
+                "model" if found.model.is_some() => found.model_again = Some(map.next_value()?),
+                "model" => found.model = Some(map.next_value()?),
+                "stream" => found.stream = Some(map.next_value()?),
+                "stream_options" => found.stream_options = Some(map.next_value()?),
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// A key, borrowed from the body unless it is spelt with escapes.
+struct Key<'a>(Cow<'a, str>);
+
+impl<'de> serde::Deserialize<'de> for Key<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct KeyVisitor;
+        impl<'de> Visitor<'de> for KeyVisitor {
+            type Value = Key<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+            fn visit_borrowed_str<E>(self, key: &'de str) -> Result<Self::Value, E> {
+                Ok(Key(Cow::Borrowed(key)))
+            }
+            fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
+                Ok(Key(Cow::Owned(key.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(KeyVisitor)
+    }
+}
+
+/// The value of a query parameter, percent-decoding left out: model names have no need of it but for `/`.
+pub fn query_model(query: &str) -> Option<String> {
+    let value = query.split('&').find_map(|pair| pair.strip_prefix("model="))?;
+    (!value.is_empty()).then(|| percent_decode(value))
+}
+
+/// Decodes `%XX`; whatever is no such triple stays as it is.
+pub fn percent_decode(text: &str) -> String {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, after @ ..] = rest {
+        let value = match after {
+            [high, low, ..] if *first == b'%' => hex(*high).zip(hex(*low)).map(|(high, low)| high << 4 | low),
+            _ => None,
+        };
+        decoded.push(value.unwrap_or(*first));
+        rest = if value.is_some() { after.get(2..).unwrap_or_default() } else { after };
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(body: &str) -> String {
+        match scan(body.as_bytes()) {
+            Err(Fault::BodyInvalid { problem }) => problem,
+            other => panic!("{body} gave {other:?}"),
+        }
+    }
+
+    #[test]
+    fn fields_are_found_with_their_place() {
+        let body = br#"{"messages":[{"model":"inner"}], "model" : "gpt-4" ,"stream":true,"stream_options":{"a":1}}"#;
+        let fields = scan(body).unwrap();
+        let model = fields.model.unwrap();
+        assert_eq!(model.value, "gpt-4");
+        assert_eq!(&body[model.range], b"\"gpt-4\"");
+        assert!(fields.stream);
+        assert_eq!(&body[fields.stream_options.unwrap()], b"{\"a\":1}");
+    }
+
+    #[test]
+    fn escapes_in_key_and_value_are_understood() {
+        let body = br#"{"mod\u0065l":"gpt\u002d4"}"#;
+        let model = scan(body).unwrap().model.unwrap();
+        assert_eq!(model.value, "gpt-4");
+        assert_eq!(&body[model.range], br#""gpt\u002d4""#);
+    }
+
+    #[test]
+    fn broken_bodies_say_what_and_where() {
+        assert!(problem(r#"{"model":"a""#).contains("line 1 column 12"), "{}", problem(r#"{"model":"a""#));
+        assert!(problem("[1]").contains("must be a JSON object"));
+        assert!(problem("\"text\"").contains("must be a JSON object"));
+        assert!(problem(r#"{"model":"a"} x"#).contains("trailing characters at line 1 column 15"));
+        assert_eq!(
+            problem("{\"model\":\"a\",\n \"model\":\"b\"}"),
+            "The request body has two `model` keys; the second value is at line 2 column 10."
+        );
+        assert_eq!(problem(r#"{"model":5}"#), "`model` must be a string, at line 1 column 10 of the request body.");
+        assert!(problem(r#"{"model":null}"#).contains("must be a string"));
+    }
+
+    #[test]
+    fn deep_nesting_neither_overflows_nor_fails() {
+        let body = format!(r#"{{"x":{}{},"model":"m"}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(scan(body.as_bytes()).unwrap().model.unwrap().value, "m");
+    }
+
+    #[test]
+    fn a_body_is_collected_up_to_its_limit() {
+        let mut one = Collector::new(Some(3), 10).unwrap();
+        let chunk = Bytes::from_static(b"abc");
+        one.push(chunk.clone()).unwrap();
+        assert_eq!(one.finish().as_ptr(), chunk.as_ptr(), "one chunk is not copied");
+
+        let mut several = Collector::new(None, 10).unwrap();
+        several.push(Bytes::from_static(b"12345")).unwrap();
+        several.push(Bytes::from_static(b"67890")).unwrap();
+        assert_eq!(several.push(Bytes::from_static(b"x")), Err(Fault::BodyTooLarge { bytes_max: 10 }));
+        assert_eq!(&several.finish()[..], b"1234567890");
+
+        assert_eq!(Collector::new(Some(11), 10).err(), Some(Fault::BodyTooLarge { bytes_max: 10 }));
+    }
+
+    #[test]
+    fn content_types() {
+        assert!(is_json(None));
+        assert!(is_json(Some("application/json; charset=utf-8")));
+        assert!(is_json(Some("Application/Problem+JSON")));
+        assert!(!is_json(Some("multipart/form-data; boundary=x")));
+    }
+
+    #[test]
+    fn model_in_the_query() {
+        assert_eq!(query_model("a=1&model=meta%2Fllama-3").as_deref(), Some("meta/llama-3"));
+        assert_eq!(query_model("model="), None);
+        assert_eq!(percent_decode("100%zz%2"), "100%zz%2");
+    }
+}
