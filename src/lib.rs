@@ -1,0 +1,47 @@
+//! One self-hosted process in front of many OpenAI-format endpoints.
+//!
+//! The modules in the order in which a request passes through them:
+//!
+//! | stage | module | takes → gives |
+//! |---|---|---|
+//! | listen | [`server`] | config → a serving process |
+//! | order of the stages | [`proxy`] | Pingora's hooks → calls of the stages below |
+//! | who may call | [`auth`] | key → caller |
+//! | our own answers | [`admin`] | path → health, status, models |
+//! | what is asked for | [`request`] | body → model, stream |
+//! | who serves it | [`route`] | model → candidates |
+//! | which of them | [`balance`], [`health`] | candidates → one |
+//! | where it is | [`upstream`] | endpoint → peer |
+//! | what it is sent | [`rewrite`] | the client's bytes → the endpoint's |
+//! | what comes back | [`replay`], [`respond`], [`sse`] | answer → hold, commit or drop |
+//! | what follows a failure | [`retry`] | outcome → next attempt or not |
+//! | what is told | [`error`], [`record`] | fault → error object; request → log line |
+//!
+//! Beside the way: [`config`] (file → what is meant), [`secret`], [`pool`] (the endpoints of one config, and the live state
+//! behind them), [`context`] (one request's state), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
+
+pub mod admin;
+pub mod auth;
+pub mod balance;
+pub mod banner;
+pub mod cli;
+pub mod config;
+pub mod context;
+pub mod demo;
+pub mod error;
+pub mod health;
+pub mod log_output;
+pub mod pool;
+pub mod proxy;
+pub mod record;
+pub mod replay;
+pub mod request;
+pub mod respond;
+pub mod retry;
+pub mod rewrite;
+pub mod route;
+pub mod secret;
+pub mod server;
+pub mod simulator;
+pub mod sse;
+pub mod upstream;

@@ -151,6 +151,14 @@ impl Judge {
         matches!(self.kind, Kind::Json)
     }
 
+    /// What an answer that stops here amounts to, if its header said so already.
+    pub fn outcome_if_cut(&self) -> Option<Outcome> {
+        match &self.kind {
+            Kind::Error { outcome, .. } => Some(outcome.clone()),
+            _ => None,
+        }
+    }
+
     fn so_far(&mut self) -> Verdict {
         match &self.kind {
             Kind::Open => Verdict::Commit,

@@ -1,5 +1,6 @@
 //! One decision: an attempt came to this end; what happens to the request, and what is learnt of the endpoint. Pure.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::config::Retry;
@@ -29,20 +30,21 @@ pub enum Outcome {
     ClientGone,
 }
 
-impl Outcome {
-    /// A short stable name for logs.
-    pub fn label(&self) -> &'static str {
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Status { .. } => "status",
-            Self::Empty => "empty_answer",
-            Self::ErrorEvent => "error_event",
-            Self::ConnectFailed => "connect_failed",
-            Self::Broken => "broken",
-            Self::TooSlow => "too_slow",
-            Self::ClientGone => "client_gone",
+            Self::Status { status, .. } => write!(f, "answered {status}"),
+            Self::Empty => f.write_str("gave an empty answer"),
+            Self::ErrorEvent => f.write_str("began its stream with an error"),
+            Self::ConnectFailed => f.write_str("could not be connected to"),
+            Self::Broken => f.write_str("broke off before its answer"),
+            Self::TooSlow => f.write_str("did not answer in time"),
+            Self::ClientGone => f.write_str("was left by the client"),
         }
     }
+}
 
+impl Outcome {
     /// What the outcome says about the endpoint.
     pub fn effect(&self) -> Effect {
         match self {

@@ -1,0 +1,123 @@
+//! Our own answers: health, status, models, and every fault. Each is built here as a value; the proxy sends it.
+
+mod models;
+mod status;
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Method, header};
+
+use crate::context::OpenRequests;
+use crate::error::Fault;
+use crate::pool::Pool;
+
+/// An answer of our own.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: u16,
+    /// Its headers, but for length, request id and CORS, which every answer gets when it is sent.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// Its body.
+    pub body: Bytes,
+}
+
+/// One of our own resources.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Resource<'a> {
+    /// `GET /health`.
+    Health,
+    /// `GET /v1/status`.
+    Status,
+    /// `GET /v1/models`.
+    Models,
+    /// `GET /v1/models/{model}`; the name as it stands in the path.
+    Model(&'a str),
+}
+
+impl<'a> Resource<'a> {
+    /// The resource that a path names, if it is one of ours. Only reading a model is ours; deleting one is an endpoint's.
+    pub fn of(path: &'a str, method: &Method) -> Option<Self> {
+        let reads = matches!(*method, Method::GET | Method::HEAD);
+        match path.strip_suffix('/').unwrap_or(path) {
+            "/health" => Some(Self::Health),
+            "/v1/status" => Some(Self::Status),
+            "/v1/models" => Some(Self::Models),
+            other if reads => other.strip_prefix("/v1/models/").map(Self::Model),
+            _ => None,
+        }
+    }
+
+    /// The answer to a request for it.
+    pub fn answer(&self, method: &Method, pool: &Pool, open: &OpenRequests) -> Result<Answer, Fault> {
+        if !matches!(*method, Method::GET | Method::HEAD) {
+            return Err(Fault::MethodNotAllowed { allowed: "GET, HEAD" });
+        }
+        Ok(Answer::json(200, match self {
+            Self::Health => status::health(),
+            Self::Status => status::status(pool, open),
+            Self::Models => models::list(pool),
+            Self::Model(name) => models::one(pool, name)?,
+        }))
+    }
+}
+
+impl Answer {
+    /// An answer that is JSON.
+    pub fn json(status: u16, body: impl Into<Bytes>) -> Self {
+        let content_type = (header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        Self { status, headers: vec![content_type], body: body.into() }
+    }
+
+    /// The answer to a CORS preflight (Fetch standard, 3.3.2): every method and header we know may be used.
+    pub fn preflight(requested_headers: Option<&HeaderValue>) -> Self {
+        let allow_headers = requested_headers.cloned().unwrap_or_else(|| HeaderValue::from_static("*"));
+        let headers = vec![
+            (header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")),
+            (header::ACCESS_CONTROL_ALLOW_HEADERS, allow_headers),
+            (header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("86400")),
+        ];
+        Self { status: 204, headers, body: Bytes::new() }
+    }
+}
+
+impl From<&Fault> for Answer {
+    fn from(fault: &Fault) -> Self {
+        let mut answer = Self::json(fault.status(), fault.json());
+        if let Some(wait) = fault.retry_after() {
+            let millis = wait.as_millis().max(1);
+            // Whole seconds, rounded up: a client that waits as told must not come too early.
+            let seconds = millis.div_ceil(1000);
+            let number = |value: u128| HeaderValue::from(u64::try_from(value).unwrap_or(u64::MAX));
+            answer.headers.push((header::RETRY_AFTER, number(seconds)));
+            answer.headers.push((HeaderName::from_static("retry-after-ms"), number(millis)));
+        }
+        if let Some(allowed) = fault.allow() {
+            answer.headers.push((header::ALLOW, HeaderValue::from_static(allowed)));
+        }
+        answer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn which_paths_are_ours() {
+        let of = |path| Resource::of(path, &Method::GET);
+        assert_eq!(of("/health"), Some(Resource::Health));
+        assert_eq!(of("/v1/models/"), Some(Resource::Models));
+        assert_eq!(of("/v1/models/meta/llama"), Some(Resource::Model("meta/llama")));
+        assert_eq!(of("/v1/chat/completions"), None);
+        assert_eq!(Resource::of("/v1/models/ft:mine", &Method::DELETE), None);
+    }
+
+    #[test]
+    fn waits_are_rounded_up() {
+        let answer = Answer::from(&Fault::AllResting { wait: Duration::from_millis(1201) });
+        let value = |name: &str| answer.headers.iter().find(|(n, _)| n.as_str() == name).unwrap().1.to_str().unwrap();
+        assert_eq!(value("retry-after"), "2");
+        assert_eq!(value("retry-after-ms"), "1201");
+    }
+}

@@ -1,0 +1,31 @@
+//! `GET /v1/models`: every name that an enabled endpoint serves or maps, whatever its limits and cool-downs just now, so
+//! that the list does not flap.
+
+use serde_json::{Value, json};
+
+use crate::error::{Fault, excerpt};
+use crate::pool::Pool;
+use crate::request::percent_decode;
+
+/// When the models were made is not known here; the field must be a number.
+const CREATED: u64 = 0;
+
+pub fn list(pool: &Pool) -> String {
+    let models: Vec<Value> = pool.router.names().map(|name| model(pool, name)).collect();
+    json!({ "object": "list", "data": models }).to_string()
+}
+
+pub fn one(pool: &Pool, name: &str) -> Result<String, Fault> {
+    let name = percent_decode(name);
+    match pool.router.find(&name) {
+        Some(_) => Ok(model(pool, &name).to_string()),
+        None => Err(Fault::ModelUnknown { model: excerpt(&name) }),
+    }
+}
+
+/// A model in OpenAI's shape. Its owner is the endpoint that is asked first.
+fn model(pool: &Pool, name: &str) -> Value {
+    let first = pool.router.find(name).and_then(|found| found.list().first());
+    let owner = first.and_then(|candidate| pool.endpoints.get(candidate.endpoint)).map(|e| e.config.id.as_ref());
+    json!({ "id": name, "object": "model", "created": CREATED, "owned_by": owner })
+}

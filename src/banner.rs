@@ -1,0 +1,94 @@
+//! What the program prints when it starts.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use anstyle::{AnsiColor, Style};
+
+use crate::config::{Config, Endpoint};
+
+const TITLE: Style = AnsiColor::Green.on_default().bold();
+const NAME: Style = AnsiColor::Cyan.on_default();
+const OFF: Style = AnsiColor::Yellow.on_default();
+
+/// The text, but for the address, which is known only later.
+#[derive(Debug)]
+pub struct Banner {
+    scheme: &'static str,
+    key: String,
+    endpoints: String,
+}
+
+impl Banner {
+    /// Of a config.
+    pub fn new(config: &Config) -> Self {
+        let usable = config.endpoints.iter().filter(|endpoint| endpoint.usable()).count();
+        let mut endpoints = format!("{usable} of {} in use\n", config.endpoints.len());
+        for endpoint in &config.endpoints {
+            line(&mut endpoints, endpoint);
+        }
+        let scheme = if config.server.tls.is_some() { "https" } else { "http" };
+        Self { scheme, key: config.server.api_key.to_string(), endpoints }
+    }
+
+    /// The whole text. Colours are left out by whoever prints it to something that is no terminal.
+    pub fn text(&self, address: SocketAddr) -> String {
+        let Self { scheme, key, endpoints } = self;
+        let local = local(address);
+        let version = env!("CARGO_PKG_VERSION");
+        format!(
+            "{TITLE}api-together {version}{TITLE:#}\n\
+             {NAME}listening{NAME:#}   {scheme}://{address} (HTTP/1.1 and HTTP/2)\n\
+             {NAME}base URL{NAME:#}    {scheme}://{local}/v1\n\
+             {NAME}client key{NAME:#}  {key}\n\
+             {NAME}status{NAME:#}      {scheme}://{local}/v1/status\n\
+             {NAME}health{NAME:#}      {scheme}://{local}/health\n\
+             {NAME}endpoints{NAME:#}   {endpoints}"
+        )
+    }
+}
+
+/// An address that can be called from this machine.
+fn local(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+fn line(text: &mut String, endpoint: &Endpoint) {
+    let limit = |number: i64| if number < 0 { "no limit".into() } else { number.to_string() };
+    let models = match endpoint.models.len() + endpoint.model_mapping.len() {
+        1 => "1 model".into(),
+        count => format!("{count} models"),
+    };
+    let state = if endpoint.usable() { String::new() } else { format!("  {OFF}off{OFF:#}") };
+    let (id, name, url) = (&endpoint.id, &endpoint.name, &endpoint.base_url);
+    let (rpm, rpd) = (limit(endpoint.rpm.as_number()), limit(endpoint.rpd.as_number()));
+    // Writing to a string cannot fail.
+    writeln!(text, "  {NAME}{id}{NAME:#}  {name}  {url}  rpm {rpm}, rpd {rpd}, {models}{state}").unwrap_or_default();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::test_support::config;
+
+    #[test]
+    fn what_is_printed() {
+        let config = config(
+            r#"[{"id":"api1","name":"OpenAI官方API","baseUrl":"https://api.openai.com","rpm":60,"models":["a","b"]},
+                {"id":"off","enabled":false,"models":["c"]}]"#,
+        );
+        let text = Banner::new(&config).text("0.0.0.0:3001".parse().unwrap());
+        let plain = anstream::adapter::strip_str(&text).to_string();
+        assert!(plain.contains("listening   http://0.0.0.0:3001"), "{plain}");
+        assert!(plain.contains("status      http://127.0.0.1:3001/v1/status"), "{plain}");
+        assert!(plain.contains("1 of 2 in use"), "{plain}");
+        assert!(plain.contains("  api1  OpenAI官方API  https://api.openai.com  rpm 60, rpd no limit, 2 models\n"), "{plain}");
+        assert!(plain.contains("1 model  off\n"), "{plain}");
+        assert!(!plain.contains("sk-client-key"), "{plain}");
+    }
+}

@@ -1,0 +1,167 @@
+//! The command line: flags, subcommands, exit codes.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anstream::{eprintln, print, println};
+use anstyle::{AnsiColor, Style};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pingora::server::RunArgs;
+
+use crate::banner::Banner;
+use crate::config::{self, Environment, Kind, Loaded, Problem};
+use crate::server::{Prepared, RunOptions};
+use crate::{demo, log_output};
+
+/// Where the config file is looked for unless the command line names one.
+const CONFIG_DEFAULT: &str = "conf/apis.json";
+/// Pingora's own settings, used if the file is there.
+const SERVER_CONF_DEFAULT: &str = "conf/pingora.yaml";
+/// The folder for the upgrade socket and the pid file, beside the config file.
+const RUNTIME_FOLDER: &str = "run";
+
+/// One process in front of many OpenAI-format endpoints.
+#[derive(Debug, Parser)]
+#[command(name = "api-together", version, about, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve (what happens without a subcommand).
+    Run(Run),
+    /// Check a config file: print every error at once, each with its place in the file. Exit code 1 if there is any.
+    Check {
+        /// The file, JSON or YAML.
+        file: PathBuf,
+    },
+    /// Print the JSON Schema of the config file, or its reference as a Markdown table.
+    Schema {
+        /// What to print.
+        #[arg(long, value_enum, default_value_t = SchemaFormat::Json)]
+        format: SchemaFormat,
+    },
+    /// Serve three simulated endpoints, one healthy, one slow, one that fails often, and print commands to try.
+    Demo,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SchemaFormat {
+    Json,
+    Markdown,
+}
+
+#[derive(Args, Debug)]
+struct Run {
+    /// The config file, JSON or YAML.
+    #[arg(long, value_name = "FILE", default_value = CONFIG_DEFAULT)]
+    config: PathBuf,
+    /// Pingora's server conf file [default: conf/pingora.yaml, if it is there].
+    #[arg(short, long, value_name = "FILE")]
+    conf: Option<PathBuf>,
+    /// Take the listening sockets over from the running process (which is then sent SIGQUIT).
+    #[arg(short, long)]
+    upgrade: bool,
+    /// Run in the background.
+    #[arg(short, long)]
+    daemon: bool,
+    /// Check everything that a start needs, then leave.
+    #[arg(short, long)]
+    test: bool,
+    /// Let the HTTP libraries log at debug level as well. THIS PRINTS KEYS: they log whole request headers.
+    #[arg(long)]
+    log_framework_headers: bool,
+}
+
+impl Cli {
+    /// Does what the command line says.
+    pub fn execute(self) -> ExitCode {
+        match self.command.unwrap_or(Command::Run(self.run)) {
+            Command::Run(run) => run.execute(),
+            Command::Check { file } => check(&file),
+            Command::Schema { format: SchemaFormat::Json } => {
+                println!("{:#}", config::schema());
+                ExitCode::SUCCESS
+            }
+            Command::Schema { format: SchemaFormat::Markdown } => {
+                print!("{}", config::schema_markdown());
+                ExitCode::SUCCESS
+            }
+            Command::Demo => demo::run(),
+        }
+    }
+}
+
+fn check(file: &Path) -> ExitCode {
+    let environment = Environment::from_process(file);
+    let (loaded, problems) = match config::load(file, &environment) {
+        Ok(loaded) => (true, loaded.warnings),
+        Err(problems) => (false, problems.iter().cloned().collect()),
+    };
+    let wrong = |problem: &&Problem| problem.kind != Kind::Warning;
+    for problem in &problems {
+        if wrong(&problem) { eprintln!("{problem}") } else { eprintln!("warning: {problem}") }
+    }
+    let errors = problems.iter().filter(wrong).count();
+    if loaded && errors == 0 {
+        println!("{}: ok", file.display());
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("{}: {errors} error{}", file.display(), if errors == 1 { "" } else { "s" });
+    ExitCode::FAILURE
+}
+
+impl Run {
+    fn execute(self) -> ExitCode {
+        log_output::start(self.log_framework_headers);
+        let environment = Environment::from_process(&self.config);
+        let Loaded { config, warnings } = match config::load(&self.config, &environment) {
+            Ok(loaded) => loaded,
+            Err(problems) => return fail(&format!("{problems}")),
+        };
+        for warning in &warnings {
+            log::warn!("{}: {warning}", self.config.display());
+        }
+        let options = self.options();
+        let banner = Banner::new(&config);
+        let mut prepared = match Prepared::new(config, &options) {
+            Ok(prepared) => prepared,
+            Err(error) => return fail(&error.to_string()),
+        };
+        if self.test {
+            println!("{}: ok", self.config.display());
+        } else {
+            print!("{}", banner.text(prepared.address));
+        }
+        prepared.bootstrap();
+        prepared.run(RunArgs::default());
+        ExitCode::SUCCESS
+    }
+
+    fn options(&self) -> RunOptions {
+        let found = || Some(PathBuf::from(SERVER_CONF_DEFAULT)).filter(|path| path.exists());
+        // systemd names the folder it made for the service.
+        let runtime_folder = std::env::var_os("RUNTIME_DIRECTORY").map_or_else(
+            || self.config.parent().unwrap_or(Path::new("")).join(RUNTIME_FOLDER),
+            PathBuf::from,
+        );
+        RunOptions {
+            upgrade: self.upgrade,
+            daemon: self.daemon,
+            test: self.test,
+            server_conf: self.conf.clone().or_else(found),
+            runtime_folder,
+        }
+    }
+}
+
+/// Says on standard error why nothing runs.
+pub(crate) fn fail(why: &str) -> ExitCode {
+    const ERROR: Style = AnsiColor::Red.on_default().bold();
+    eprintln!("{ERROR}error{ERROR:#}: {why}");
+    ExitCode::FAILURE
+}

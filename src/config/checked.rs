@@ -1,0 +1,144 @@
+//! The configuration as meant: what was typed, converted to types that hold only what can be used. All
+//! problems are collected before any is told.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use http::HeaderValue;
+
+use super::endpoint::{self, Endpoint};
+use super::environment::Environment;
+use super::file::{ConfigFile, EndpointFile};
+use super::problem::{Problem, Report};
+use super::server::{self, Server};
+use crate::secret::Secret;
+
+/// A configuration that can be used. Printing it shows no key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// What clients see, and what holds for all endpoints.
+    pub server: Server,
+    /// As in the file, with no two of the same id.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// What the conversion needs and fills.
+pub(super) struct Check<'a> {
+    pub report: &'a mut Report,
+    pub environment: &'a Environment,
+    /// Where relative paths start.
+    pub base_dir: &'a Path,
+}
+
+impl Config {
+    /// `None` only after an error was reported.
+    pub(super) fn from_file(typed: ConfigFile, check: &mut Check<'_>) -> Option<Self> {
+        let server = server::check(typed.server, check);
+        let endpoints = endpoints(typed.apis, check);
+        Some(Self {
+            server: server?,
+            endpoints: endpoints?,
+        })
+    }
+}
+
+fn endpoints(typed: Option<Vec<EndpointFile>>, check: &mut Check<'_>) -> Option<Vec<Endpoint>> {
+    let hint = "list at least one endpoint with id, baseUrl and apiKey";
+    let Some(typed) = typed else {
+        check.report.error("apis", "is missing", hint);
+        return None;
+    };
+    if typed.is_empty() {
+        check.report.error("apis", "is empty", hint);
+        return None;
+    }
+    check_ids(&typed, check);
+    let endpoints: Vec<_> = typed
+        .into_iter()
+        .enumerate()
+        .map(|(index, typed)| endpoint::check(typed, &format!("apis[{index}]"), check))
+        .collect();
+    // Those that could not be read may well have been meant to be used.
+    if endpoints
+        .iter()
+        .all(|endpoint| endpoint.as_ref().is_some_and(|e| !e.usable()))
+    {
+        let hint = "set `enabled` to true and no limit to 0 for at least one";
+        check
+            .report
+            .warning("apis", "has no endpoint that takes requests", hint);
+    }
+    endpoints.into_iter().collect()
+}
+
+fn check_ids(typed: &[EndpointFile], check: &mut Check<'_>) {
+    let mut first_uses = BTreeMap::new();
+    for (index, endpoint) in typed.iter().enumerate() {
+        let Some(id) = endpoint.id.as_deref().filter(|id| !id.trim().is_empty()) else {
+            continue;
+        };
+        let first = *first_uses.entry(id).or_insert(index);
+        if first != index {
+            check.report.error(
+                &format!("apis[{index}].id"),
+                format!("{id:?} is the id of apis[{first}] already"),
+                "counts and limits are kept by id, so each endpoint needs its own",
+            );
+        }
+    }
+}
+
+impl Check<'_> {
+    /// A text that must be there and not be blank.
+    pub fn required(&mut self, typed: Option<String>, path: &str, hint: &str) -> Option<String> {
+        let message = match &typed {
+            Some(text) if !text.trim().is_empty() => return typed,
+            Some(_) => "is empty",
+            None => "is missing",
+        };
+        self.report.error(path, message, hint);
+        None
+    }
+
+    /// A key that must be there and that a header can carry.
+    pub fn key(&mut self, typed: Option<Secret>, path: &str, hint: &str) -> Option<Secret> {
+        let typed = self.required(typed.map(|key| key.expose().to_owned()), path, hint)?;
+        let key = typed.trim();
+        if key.len() != typed.len() {
+            self.report.warning(
+                path,
+                "has space around it, which is left out",
+                "remove the space",
+            );
+        }
+        if !key.is_ascii() || HeaderValue::from_str(key).is_err() {
+            let hint = "a key has ASCII letters, digits and signs only; was it copied whole?";
+            self.report
+                .error(path, "has a character that a header cannot carry", hint);
+            return None;
+        }
+        Some(Secret::new(key))
+    }
+
+    /// The path of a file that must be named and can be read now.
+    pub fn required_file(&mut self, typed: Option<&str>, path: &str) -> Option<PathBuf> {
+        let hint = "certFile and keyFile go together; without `tls` the server speaks plain HTTP";
+        let typed = self.required(typed.map(str::to_owned), path, hint)?;
+        self.readable(&typed, path)
+    }
+
+    /// The path of a file that can be read now. One byte is read, since a folder can be opened too.
+    pub fn readable(&mut self, typed: &str, path: &str) -> Option<PathBuf> {
+        let file = self.base_dir.join(typed);
+        match std::fs::File::open(&file).and_then(|mut file| file.read(&mut [0])) {
+            Ok(_) => Some(file),
+            Err(error) => {
+                let message = format!("cannot read {typed:?}: {error}");
+                let hint = "a relative path starts from the folder of the configuration file";
+                self.report.add(Problem::error(path, message).hint(hint));
+                None
+            }
+        }
+    }
+}

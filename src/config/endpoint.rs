@@ -1,0 +1,354 @@
+//! One endpoint.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue};
+
+use super::base_url::BaseUrl;
+use super::checked::Check;
+use super::file::{self, EndpointFile, EndpointTlsFile, TimeoutsFile};
+use super::problem::join;
+use crate::secret::Secret;
+
+/// Ids are headers' and metrics' labels, so they are short.
+pub const ID_CHARS_MAX: usize = 64;
+/// Names are shown in tables.
+pub const NAME_CHARS_MAX: usize = 200;
+
+/// Somewhere that requests are sent on to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// No other endpoint has it. At most 64 characters, none of them a control character.
+    pub id: Arc<str>,
+    /// For people; the id if none was given.
+    pub name: Arc<str>,
+    /// Where it is.
+    pub base_url: BaseUrl,
+    /// The key it is sent.
+    pub api_key: Secret,
+    /// Requests in any 60 seconds.
+    pub rpm: Limit,
+    /// Requests a day.
+    pub rpd: Limit,
+    /// `false`: it takes nothing.
+    pub enabled: bool,
+    /// Exact names, and beginnings that end in `*`, as typed.
+    pub models: Vec<String>,
+    /// From the name asked for to the name sent.
+    pub model_mapping: BTreeMap<String, String>,
+    /// Its share among those of the same priority, from 1 to 65535.
+    pub weight: u32,
+    /// Lower ones first.
+    pub priority: u32,
+    /// Values are marked sensitive and print as such.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    pub timeouts: Timeouts,
+    /// Only HTTP/2, only HTTP/1.1, or what the endpoint offers.
+    pub http2: Option<bool>,
+    pub tls: EndpointTls,
+}
+
+impl Endpoint {
+    /// Whether the configuration lets it take any request at all.
+    pub fn usable(&self) -> bool {
+        self.enabled && self.rpm != Limit::Off && self.rpd != Limit::Off
+    }
+}
+
+/// A number of requests in some time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Limit {
+    /// -1 in the file, or nothing.
+    Unlimited,
+    /// 0 in the file: the endpoint takes nothing.
+    Off,
+    /// From 1 to 2^53 - 1.
+    AtMost(u64),
+}
+
+impl Limit {
+    /// As in the file: -1, 0, or the number.
+    pub fn as_number(self) -> i64 {
+        match self {
+            Self::Unlimited => -1,
+            Self::Off => 0,
+            Self::AtMost(count) => i64::try_from(count).unwrap_or(i64::MAX),
+        }
+    }
+
+    fn from_number(number: i64) -> Self {
+        match u64::try_from(number) {
+            Err(_) => Self::Unlimited,
+            Ok(0) => Self::Off,
+            Ok(count) => Self::AtMost(count),
+        }
+    }
+}
+
+/// How long to wait for an endpoint. None is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Until the connection stands.
+    pub connect: Duration,
+    /// Until the first byte of a streamed answer.
+    pub first_byte_stream: Duration,
+    /// Until the first byte of any other answer.
+    pub first_byte: Duration,
+    /// Between two pieces of the answer.
+    pub idle: Duration,
+}
+
+/// How an endpoint's certificate is checked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EndpointTls {
+    /// Trusted in place of the system's authorities. It could be read when the configuration was checked.
+    pub ca_file: Option<PathBuf>,
+    /// No certificate is checked.
+    pub insecure: bool,
+}
+
+/// Bounds were checked with the shape, so here only what a schema cannot say.
+pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> Option<Endpoint> {
+    let at = |key: &str| join(path, key);
+    let id = id(typed.id, &at("id"), check);
+    let name = name(typed.name, &at("name"), check);
+    let base_url = base_url(typed.base_url.as_deref(), &at("baseUrl"), check);
+    let api_key = endpoint_key(typed.api_key, &at("apiKey"), check);
+    let enabled = typed.enabled.unwrap_or(file::ENABLED_DEFAULT);
+    let models = models(typed.models, &at("models"), check);
+    let model_mapping = typed.model_mapping.unwrap_or_default();
+    check_mapping(&model_mapping, &at("modelMapping"), check);
+    if enabled && models.is_empty() && model_mapping.is_empty() {
+        check.report.warning(
+            &at("models"),
+            "names no model, so the endpoint takes requests without a model only",
+            "list the models it serves, or [\"*\"] for all",
+        );
+    }
+    let headers = headers(typed.headers, &at("headers"), check);
+    let tls = endpoint_tls(typed.tls.unwrap_or_default(), &at("tls"), check);
+    let id: Arc<str> = id?.into();
+    Some(Endpoint {
+        name: name.map_or_else(|| id.clone(), Arc::from),
+        id,
+        base_url: base_url?,
+        api_key: api_key?,
+        rpm: Limit::from_number(typed.rpm.unwrap_or(file::LIMIT_DEFAULT)),
+        rpd: Limit::from_number(typed.rpd.unwrap_or(file::LIMIT_DEFAULT)),
+        enabled,
+        models,
+        model_mapping,
+        weight: typed.weight.unwrap_or(file::WEIGHT_DEFAULT).into(),
+        priority: typed.priority.unwrap_or(file::PRIORITY_DEFAULT),
+        headers,
+        timeouts: timeouts(&typed.timeouts.unwrap_or_default()),
+        http2: typed.http2,
+        tls,
+    })
+}
+
+fn id(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Option<String> {
+    let hint = "any short name that no other endpoint has";
+    let id = check.required(typed, path, hint)?;
+    check_label(&id, ID_CHARS_MAX, path, check).then_some(id)
+}
+
+/// An empty name is as good as none.
+fn name(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Option<String> {
+    let name = typed.filter(|name| !name.trim().is_empty())?;
+    check_label(&name, NAME_CHARS_MAX, path, check).then_some(name)
+}
+
+/// Ids and names go into logs and headers, where a control character would break a line.
+fn check_label(text: &str, chars_max: usize, path: &str, check: &mut Check<'_>) -> bool {
+    if text.chars().any(char::is_control) {
+        check.report.error(
+            path,
+            "has a control character",
+            "leave off line breaks and tabs",
+        );
+        return false;
+    }
+    let chars = text.chars().count();
+    if chars > chars_max {
+        let message = format!("is {chars} characters long");
+        check
+            .report
+            .error(path, message, &format!("use {chars_max} at most"));
+        return false;
+    }
+    true
+}
+
+fn base_url(typed: Option<&str>, path: &str, check: &mut Check<'_>) -> Option<BaseUrl> {
+    let typed = check.required(
+        typed.map(str::to_owned),
+        path,
+        "such as https://api.openai.com",
+    )?;
+    let base_url = BaseUrl::parse(&typed)
+        .map_err(|no| check.report.error(path, no.message, no.hint))
+        .ok()?;
+    if !base_url.tls && !base_url.is_private() {
+        check.report.warning(
+            path,
+            "is plain http to a public host, so the key travels in the clear",
+            "use https:// if the endpoint has it",
+        );
+    }
+    Some(base_url)
+}
+
+fn endpoint_key(typed: Option<Secret>, path: &str, check: &mut Check<'_>) -> Option<Secret> {
+    let hint = "it is the key the endpoint gave you; for one that wants none write any word";
+    let key = check.key(typed, path, hint)?;
+    let text = key.expose().to_ascii_lowercase();
+    if ["your-", "your_", "-here"]
+        .iter()
+        .any(|part| text.contains(part))
+    {
+        let hint = "put your real key here, or ${NAME} to take it from the environment";
+        check.report.warning(path, "looks like a placeholder", hint);
+    }
+    Some(key)
+}
+
+fn models(typed: Option<Vec<String>>, path: &str, check: &mut Check<'_>) -> Vec<String> {
+    let models = typed.unwrap_or_default();
+    for (index, model) in models.iter().enumerate() {
+        let path = format!("{path}[{index}]");
+        if model.trim().is_empty() {
+            check
+                .report
+                .error(&path, "is empty", "name a model, or * for all");
+        }
+        if model.strip_suffix('*').unwrap_or(model).contains('*') {
+            let message = format!("{model:?} has a `*` that is not at the end");
+            check.report.error(
+                &path,
+                message,
+                "only a `*` at the end: gpt-4*, or * alone for all",
+            );
+        }
+    }
+    models
+}
+
+fn check_mapping(mapping: &BTreeMap<String, String>, path: &str, check: &mut Check<'_>) {
+    for (asked, sent) in mapping {
+        let path = join(path, asked);
+        if asked.trim().is_empty() {
+            check.report.error(
+                &path,
+                "maps an empty name",
+                "name the model that clients ask for",
+            );
+        } else if sent.trim().is_empty() {
+            check.report.error(
+                &path,
+                "maps to an empty name",
+                "name the model that the endpoint serves",
+            );
+        } else if asked.contains('*') {
+            let hint = "a mapping has exact names only; patterns go into `models`";
+            check.report.warning(&path, "takes the `*` literally", hint);
+        }
+    }
+}
+
+/// What frames a message is the proxy's business; a configured value would break or smuggle requests.
+const REFUSED_HEADERS: [&str; 10] = [
+    "connection",
+    "content-length",
+    "expect",
+    "host",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+fn headers(
+    typed: Option<BTreeMap<String, Secret>>,
+    path: &str,
+    check: &mut Check<'_>,
+) -> Vec<(HeaderName, HeaderValue)> {
+    let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
+    for (name, value) in typed.unwrap_or_default() {
+        let path = join(path, &name);
+        let header = header(&name, &value, &path, check);
+        let Some((name, value)) = header else {
+            continue;
+        };
+        if headers.iter().any(|(known, _)| *known == name) {
+            let hint = "upper and lower case do not matter; keep one";
+            check
+                .report
+                .error(&path, "is the same header as another one here", hint);
+        }
+        headers.push((name, value));
+    }
+    headers
+}
+
+fn header(
+    name: &str,
+    value: &Secret,
+    path: &str,
+    check: &mut Check<'_>,
+) -> Option<(HeaderName, HeaderValue)> {
+    let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else {
+        check
+            .report
+            .error(path, "is not a header name", "use letters, digits and `-`");
+        return None;
+    };
+    if REFUSED_HEADERS.contains(&name.as_str()) {
+        check.report.error(
+            path,
+            "cannot be set",
+            "the proxy sets this header itself; leave it off",
+        );
+        return None;
+    }
+    let Ok(mut value) = HeaderValue::from_str(value.expose()) else {
+        let hint = "use ASCII letters, digits and signs, without line breaks";
+        check
+            .report
+            .error(path, "has a character that a header cannot carry", hint);
+        return None;
+    };
+    value.set_sensitive(true);
+    Some((name, value))
+}
+
+fn timeouts(typed: &TimeoutsFile) -> Timeouts {
+    let duration =
+        |typed: Option<u32>, default: u32| Duration::from_millis(typed.unwrap_or(default).into());
+    Timeouts {
+        connect: duration(typed.connect_ms, file::CONNECT_MS_DEFAULT),
+        first_byte_stream: duration(typed.first_byte_ms, file::FIRST_BYTE_STREAM_MS_DEFAULT),
+        first_byte: duration(typed.first_byte_ms, file::FIRST_BYTE_MS_DEFAULT),
+        idle: duration(typed.idle_ms, file::IDLE_MS_DEFAULT),
+    }
+}
+
+fn endpoint_tls(typed: EndpointTlsFile, path: &str, check: &mut Check<'_>) -> EndpointTls {
+    let ca_file = typed
+        .ca_file
+        .and_then(|file| check.readable(&file, &join(path, "caFile")));
+    let insecure = typed.insecure.unwrap_or(false);
+    if insecure {
+        check.report.warning(
+            &join(path, "insecure"),
+            "CERTIFICATES ARE NOT CHECKED: anyone on the way can read the key and change the answers",
+            "name the endpoint's own authority in `caFile` instead",
+        );
+    }
+    EndpointTls { ca_file, insecure }
+}

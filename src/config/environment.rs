@@ -1,0 +1,293 @@
+//! The variables a configuration may name, as an explicit value: the process's own, then `.env` files.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::problem::Problem;
+
+/// Where a `.env` file is looked for, by name, in the working directory and beside the configuration.
+const FILE_NAME: &str = ".env";
+
+/// Variables by name. The first source that has a value wins; an empty value counts as none.
+#[derive(Clone, Default)]
+pub struct Environment {
+    variables: BTreeMap<String, Variable>,
+    problems: Vec<Problem>,
+}
+
+#[derive(Clone)]
+struct Variable {
+    value: String,
+    source: String,
+}
+
+impl Environment {
+    /// The process environment, then `.env` in the working directory, then `.env` beside the
+    /// configuration file. The process environment itself is never changed.
+    pub fn from_process(config_path: &Path) -> Self {
+        let process = std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        });
+        let here = PathBuf::from(FILE_NAME);
+        let beside = config_path.with_file_name(FILE_NAME);
+        let one_file = here.canonicalize().ok() == beside.canonicalize().ok();
+        let files = if one_file {
+            vec![here]
+        } else {
+            vec![here, beside]
+        };
+        Self::layered(process, &files)
+    }
+
+    /// These variables and no others.
+    pub fn fixed<N: Into<String>, V: Into<String>>(
+        variables: impl IntoIterator<Item = (N, V)>,
+    ) -> Self {
+        let variables = variables
+            .into_iter()
+            .map(|(name, value)| (name.into(), value.into()));
+        Self::layered(variables, &[])
+    }
+
+    fn layered(process: impl Iterator<Item = (String, String)>, files: &[PathBuf]) -> Self {
+        let mut environment = Self::default();
+        for (name, value) in process {
+            environment.add(name, value, "the environment");
+        }
+        for file in files {
+            environment.add_file(file);
+        }
+        environment
+    }
+
+    fn add(&mut self, name: String, value: String, source: &str) {
+        if !value.is_empty() {
+            let source = source.to_owned();
+            self.variables
+                .entry(name)
+                .or_insert(Variable { value, source });
+        }
+    }
+
+    fn add_file(&mut self, file: &Path) {
+        let shown = file.display().to_string();
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return,
+            Err(error) => {
+                let message = format!("cannot be read: {error}");
+                self.problems
+                    .push(Problem::warning(shown, message).hint("it is left out"));
+                return;
+            }
+        };
+        let text = text.trim_start_matches('\u{feff}');
+        // Bounded, in case the parser ever fails to advance after an error.
+        let entries_max = text.lines().count() + 1;
+        for entry in dotenvy::from_read_iter(text.as_bytes()).take(entries_max) {
+            match entry {
+                Ok((name, value)) => self.add(name, value, &shown),
+                Err(error) => self.problems.push(syntax_problem(&shown, text, &error)),
+            }
+        }
+    }
+
+    pub(super) fn value(&self, name: &str) -> Option<&str> {
+        self.variables.get(name).map(|v| v.value.as_str())
+    }
+
+    /// Where the variable's value comes from: `the environment` or a file's path.
+    pub(super) fn source(&self, name: &str) -> Option<&str> {
+        self.variables.get(name).map(|v| v.source.as_str())
+    }
+
+    /// What was wrong with the `.env` files.
+    pub(super) fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+
+    /// `text` with each `${NAME}` replaced by the variable's value. `$${` stands for a plain `${`.
+    pub(super) fn expand(&self, text: &str) -> Result<String, Unexpanded> {
+        let mut expanded = String::with_capacity(text.len());
+        let mut missing = Vec::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once("${") {
+            if let Some(before) = before.strip_suffix('$') {
+                expanded.push_str(before);
+                expanded.push_str("${");
+                rest = after;
+                continue;
+            }
+            let (name, after) = after.split_once('}').ok_or(Unexpanded::Malformed)?;
+            if !is_variable_name(name) {
+                return Err(Unexpanded::Malformed);
+            }
+            expanded.push_str(before);
+            match self.value(name) {
+                Some(value) => expanded.push_str(value),
+                None => missing.push(name.to_owned()),
+            }
+            rest = after;
+        }
+        expanded.push_str(rest);
+        if missing.is_empty() {
+            Ok(expanded)
+        } else {
+            Err(Unexpanded::NotSet(missing))
+        }
+    }
+}
+
+/// Values may be keys, so only names are shown.
+impl fmt::Debug for Environment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.variables.keys()).finish()
+    }
+}
+
+/// Why a text with `${…}` has no value.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Unexpanded {
+    NotSet(Vec<String>),
+    Malformed,
+}
+
+impl Unexpanded {
+    pub(super) fn at(&self, path: &str) -> Problem {
+        match self {
+            Self::NotSet(names) => {
+                let names: Vec<_> = names
+                    .iter()
+                    .map(|name| {
+                        format!("environment variable {name} is not set (nor in {FILE_NAME})")
+                    })
+                    .collect();
+                Problem::error(path, names.join("; "))
+                    .hint("an empty value counts as not set; $${…} stands for a literal ${…}")
+            }
+            Self::Malformed => {
+                Problem::error(path, "has a `${` that no variable's name and `}` follow")
+                    .hint("write ${NAME} with letters, digits and `_`; $${ stands for a literal ${")
+            }
+        }
+    }
+}
+
+fn is_variable_name(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+}
+
+/// A warning, since the old program skipped such lines in silence and its users' files must go on
+/// loading; a variable that is needed and thereby missing is an error where it is used. The line itself
+/// may hold a key and is not shown.
+fn syntax_problem(file: &str, text: &str, error: &dotenvy::Error) -> Problem {
+    let line_number = match error {
+        dotenvy::Error::LineParse(line, _) => {
+            let first = line.lines().next().unwrap_or_default().trim();
+            text.lines()
+                .position(|l| l.trim() == first)
+                .map(|index| index + 1)
+        }
+        _ => None,
+    };
+    let place = match line_number {
+        Some(number) => format!("line {number} is"),
+        None => "a line is".to_owned(),
+    };
+    Problem::warning(file, format!("{place} not NAME=value and is left out"))
+        .hint("put a value with spaces in quotation marks")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_variable_is_put_in_its_place() {
+        let environment = Environment::fixed([("A", "1"), ("B_2", "${A}")]);
+        assert_eq!(environment.expand("x${A}y${A}z").unwrap(), "x1y1z");
+        // A value is not expanded again.
+        assert_eq!(environment.expand("${B_2}").unwrap(), "${A}");
+        assert_eq!(environment.expand("$A $ $$").unwrap(), "$A $ $$");
+    }
+
+    #[test]
+    fn a_doubled_dollar_is_literal() {
+        let environment = Environment::fixed([("A", "1")]);
+        assert_eq!(environment.expand("$${A}").unwrap(), "${A}");
+        assert_eq!(environment.expand("$$${A}").unwrap(), "$${A}");
+        assert_eq!(environment.expand("$${A}${A}").unwrap(), "${A}1");
+    }
+
+    #[test]
+    fn missing_and_empty_variables_are_named() {
+        let environment = Environment::fixed([("EMPTY", "")]);
+        let unexpanded = environment.expand("${EMPTY}${NONE}").unwrap_err();
+        let problem = unexpanded.at("apis[0].apiKey");
+        assert_eq!(
+            problem.message,
+            "environment variable EMPTY is not set (nor in .env); \
+             environment variable NONE is not set (nor in .env)"
+        );
+        for malformed in ["${", "${}", "${A", "${1A}", "${A B}", "${A:-x}"] {
+            assert_eq!(
+                environment.expand(malformed),
+                Err(Unexpanded::Malformed),
+                "{malformed}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_process_wins_over_files_and_the_first_file_over_the_second() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+        std::fs::write(&first, "\u{feff}A=first\nB=first # comment\nEMPTY=\n").unwrap();
+        std::fs::write(&second, "A=second\nB=second\nC=\"sec ond\"\nEMPTY=second\n").unwrap();
+        let process = [("A".to_owned(), "process".to_owned())].into_iter();
+        let environment = Environment::layered(process, &[first.clone(), second]);
+        let value = |name| environment.value(name).unwrap();
+        assert_eq!(
+            [value("A"), value("B"), value("C"), value("EMPTY")],
+            ["process", "first", "sec ond", "second"]
+        );
+        assert_eq!(environment.source("A"), Some("the environment"));
+        assert_eq!(environment.source("B"), Some(first.to_str().unwrap()));
+        assert!(environment.problems().is_empty());
+    }
+
+    #[test]
+    fn the_env_file_beside_the_configuration_is_read_and_the_process_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(".env"), "CFG_ONLY_IN_THE_FILE=yes\n").unwrap();
+        let environment = Environment::from_process(&folder.path().join("apis.json"));
+        assert_eq!(environment.value("CFG_ONLY_IN_THE_FILE"), Some("yes"));
+        assert!(std::env::var_os("CFG_ONLY_IN_THE_FILE").is_none());
+        assert_eq!(environment.source("PATH"), Some("the environment"));
+    }
+
+    #[test]
+    fn a_bad_line_is_named_by_file_and_number_and_not_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join(".env");
+        std::fs::write(&file, "A=1\n\nKEY=sk-secret with spaces\nB=2\n").unwrap();
+        let environment = Environment::layered([].into_iter(), std::slice::from_ref(&file));
+        let [problem] = environment.problems() else {
+            panic!("{:?}", environment.problems)
+        };
+        assert_eq!(problem.path, file.to_str().unwrap());
+        assert_eq!(problem.message, "line 3 is not NAME=value and is left out");
+        assert_eq!(environment.value("B"), Some("2"));
+        assert!(!format!("{environment:?}{problem:?}").contains("secret"));
+    }
+
+    #[test]
+    fn an_unreadable_file_is_a_problem() {
+        let folder = tempfile::tempdir().unwrap();
+        let environment = Environment::layered([].into_iter(), &[folder.path().to_owned()]);
+        assert_eq!(environment.problems().len(), 1);
+    }
+}

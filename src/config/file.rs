@@ -1,0 +1,252 @@
+//! The configuration as typed: every key, its meaning, its bounds and its default, in one place. The
+//! doc comments become the descriptions in the JSON Schema and in the reference table, and the bounds
+//! there are the ones that are checked, so there is no second list to keep in step.
+//!
+//! What the values mean together is [`checked`](super::checked)'s business.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::server::Strategy;
+use crate::secret::Secret;
+
+pub const HOST_DEFAULT: &str = "0.0.0.0";
+pub const PORT_DEFAULT: u16 = 3001;
+pub const BODY_BYTES_DEFAULT: u32 = 64 * 1024 * 1024;
+pub const BODY_BYTES_MIN: u32 = 1024;
+pub const BODY_BYTES_MAX: u32 = 1024 * 1024 * 1024;
+pub const FAILED_KEYS_PER_MINUTE_DEFAULT: u32 = 30;
+pub const ENDPOINT_HEADERS_DEFAULT: bool = true;
+pub const CORS_ORIGIN_DEFAULT: &str = "*";
+
+pub const ATTEMPTS_DEFAULT: u32 = 10;
+pub const ATTEMPTS_MAX: u32 = 100;
+pub const BUDGET_MS_DEFAULT: u32 = 120_000;
+pub const FAILURES_DEFAULT: u32 = 3;
+pub const COOL_DOWN_SECONDS_DEFAULT: u32 = 600;
+pub const COOL_DOWN_SECONDS_MAX: u32 = 7 * 86_400;
+pub const THREADS_MAX: u16 = 1024;
+
+/// The largest integer that a JavaScript number, and so the old program, holds exactly.
+pub const LIMIT_MAX: i64 = 9_007_199_254_740_991;
+pub const LIMIT_DEFAULT: i64 = -1;
+pub const ENABLED_DEFAULT: bool = true;
+pub const WEIGHT_DEFAULT: u16 = 1;
+pub const PRIORITY_DEFAULT: u32 = 0;
+pub const PRIORITY_MAX: u32 = 65_535;
+
+pub const CONNECT_MS_DEFAULT: u32 = 5_000;
+pub const FIRST_BYTE_STREAM_MS_DEFAULT: u32 = 60_000;
+pub const FIRST_BYTE_MS_DEFAULT: u32 = 600_000;
+pub const IDLE_MS_DEFAULT: u32 = 120_000;
+/// A day: no timeout is meant to be longer.
+pub const TIMEOUT_MS_MAX: u32 = 86_400_000;
+/// Where a plain count needs some end.
+pub const COUNT_MAX: u32 = 1_000_000;
+
+/// One self-hosted process in front of many OpenAI-format endpoints. JSON, or YAML if the file's name
+/// ends in `.yaml` or `.yml`. In any text value `${NAME}` is replaced by an environment variable, taken
+/// from the process or from a `.env` file; `$${` stands for a plain `${`.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(title = "api-together configuration")]
+pub struct ConfigFile {
+    /// Where an editor finds this schema. Not read by the program.
+    #[serde(rename = "$schema")]
+    #[expect(dead_code, reason = "for editors, not for us")]
+    pub schema: Option<String>,
+    /// What clients see: the address, the key they send, and what holds for all endpoints.
+    #[schemars(required)]
+    pub server: Option<ServerFile>,
+    /// The endpoints that requests are sent on to. At least one.
+    #[schemars(required, extend("minItems" = 1))]
+    pub apis: Option<Vec<EndpointFile>>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServerFile {
+    /// The IP address to listen on: `0.0.0.0` for every IPv4 address, `::` for IPv6 too, `localhost` or
+    /// `127.0.0.1` for this machine only.
+    #[schemars(extend("default" = HOST_DEFAULT))]
+    pub host: Option<String>,
+    /// The port to listen on. The environment variable `PORT` wins over it; 0 takes any free port.
+    #[schemars(extend("default" = PORT_DEFAULT))]
+    pub port: Option<u16>,
+    /// The key that clients must send as `Authorization: Bearer <key>`, or bare.
+    #[schemars(required)]
+    pub api_key: Option<Secret>,
+    /// Serve HTTPS with this certificate. Absent: plain HTTP.
+    pub tls: Option<ServerTlsFile>,
+    /// Which web pages may call from a browser.
+    pub cors: Option<CorsFile>,
+    /// The longest request body taken, in bytes; a longer one is answered 413. Default: 64 MiB.
+    #[schemars(range(min = BODY_BYTES_MIN, max = BODY_BYTES_MAX), extend("default" = BODY_BYTES_DEFAULT))]
+    pub body_bytes_max: Option<u32>,
+    /// How one of several usable endpoints is chosen: at random by weight, in turns, the one with the
+    /// fewest requests in flight, or the one that has answered fastest of late.
+    #[schemars(extend("default" = Strategy::Random))]
+    pub strategy: Option<Strategy>,
+    /// When a request that failed is tried again on another endpoint.
+    pub retry: Option<RetryFile>,
+    /// When an endpoint that keeps failing is left alone for a while.
+    pub breaker: Option<BreakerFile>,
+    /// Worker threads. Default: one for each processor core.
+    #[schemars(range(min = 1, max = THREADS_MAX))]
+    pub threads: Option<u16>,
+    /// Addresses of reverse proxies in front, as `10.0.0.0/8` or `::1`. Only their `X-Forwarded-For` is
+    /// believed. Default: none.
+    pub trusted_proxies: Option<Vec<String>>,
+    /// Wrong keys one address may send in a minute before it is answered 429. 0: any number.
+    #[schemars(range(min = 0, max = COUNT_MAX), extend("default" = FAILED_KEYS_PER_MINUTE_DEFAULT))]
+    pub failed_keys_per_minute: Option<u32>,
+    /// Whether responses say which endpoint answered, in `x-api-together-*` headers.
+    #[schemars(extend("default" = ENDPOINT_HEADERS_DEFAULT))]
+    pub endpoint_headers: Option<bool>,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServerTlsFile {
+    /// The certificate chain in PEM form. A relative path starts from this file's folder.
+    #[schemars(required)]
+    pub cert_file: Option<String>,
+    /// The certificate's private key in PEM form. A relative path starts from this file's folder.
+    #[schemars(required)]
+    pub key_file: Option<String>,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CorsFile {
+    /// Origins such as `https://chat.example.com`. `*` allows any; an empty list allows none.
+    #[schemars(extend("default" = [CORS_ORIGIN_DEFAULT]))]
+    pub origins: Option<Vec<String>>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RetryFile {
+    /// Attempts for one request at most, the first one counted, each on another endpoint.
+    #[schemars(range(min = 1, max = ATTEMPTS_MAX), extend("default" = ATTEMPTS_DEFAULT))]
+    pub attempts: Option<u32>,
+    /// Statuses that are tried again on another endpoint: numbers from 400 to 599, or `"4xx"` and
+    /// `"5xx"` for all of them. Network errors always are.
+    #[schemars(extend("default" = StatusFile::defaults()))]
+    pub statuses: Option<Vec<StatusFile>>,
+    /// No new attempt begins later than this many milliseconds after the request came.
+    #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = BUDGET_MS_DEFAULT))]
+    pub budget_ms: Option<u32>,
+}
+
+#[derive(Deserialize, JsonSchema, serde::Serialize, Clone, Copy, Debug)]
+#[serde(untagged)]
+pub enum StatusFile {
+    Status(#[schemars(range(min = 400, max = 599))] u16),
+    Class(StatusClass),
+}
+
+#[derive(Deserialize, JsonSchema, serde::Serialize, Clone, Copy, Debug)]
+pub enum StatusClass {
+    #[serde(rename = "4xx")]
+    Client,
+    #[serde(rename = "5xx")]
+    Server,
+}
+
+impl StatusFile {
+    /// What another endpoint may answer differently: keys, quotas, models, time and the endpoint itself.
+    pub fn defaults() -> Vec<Self> {
+        [401, 402, 403, 404, 408, 425, 429]
+            .into_iter()
+            .map(Self::Status)
+            .chain([Self::Class(StatusClass::Server)])
+            .collect()
+    }
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BreakerFile {
+    /// Failures in a row after which an endpoint cools down.
+    #[schemars(range(min = 1, max = COUNT_MAX), extend("default" = FAILURES_DEFAULT))]
+    pub failures: Option<u32>,
+    /// How long it then takes no requests, in seconds. Afterwards one is tried.
+    #[schemars(range(min = 1, max = COOL_DOWN_SECONDS_MAX), extend("default" = COOL_DOWN_SECONDS_DEFAULT))]
+    pub cool_down_seconds: Option<u32>,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EndpointFile {
+    /// The endpoint's own name in counts, logs and headers, at most 64 characters. No two are the same.
+    #[schemars(required, length(min = 1, max = super::endpoint::ID_CHARS_MAX))]
+    pub id: Option<String>,
+    /// A name for people. Default: the id.
+    pub name: Option<String>,
+    /// Where the endpoint is. Without a path (`https://api.openai.com`) the client's `/v1/…` is kept; a
+    /// path (`https://host/api/v3`) stands in place of `/v1`.
+    #[schemars(required)]
+    pub base_url: Option<String>,
+    /// The key sent to the endpoint as `Authorization: Bearer <key>`.
+    #[schemars(required)]
+    pub api_key: Option<Secret>,
+    /// Requests in any 60 seconds. -1: no limit. 0: the endpoint takes nothing.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpm: Option<i64>,
+    /// Requests a day. -1: no limit. 0: the endpoint takes nothing.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpd: Option<i64>,
+    /// `false`: the endpoint takes nothing.
+    #[schemars(extend("default" = ENABLED_DEFAULT))]
+    pub enabled: Option<bool>,
+    /// Models the endpoint serves: exact names, beginnings such as `gpt-4*`, or `*` for all. Without any,
+    /// it takes mapped names and requests without a model only.
+    pub models: Option<Vec<String>>,
+    /// From the name a client asks for to the name the endpoint is sent. These names are served too,
+    /// without being in `models`.
+    pub model_mapping: Option<BTreeMap<String, String>>,
+    /// The endpoint's share of the requests among those of the same priority.
+    #[schemars(range(min = 1, max = u16::MAX), extend("default" = WEIGHT_DEFAULT))]
+    pub weight: Option<u16>,
+    /// Lower numbers are asked first; a higher one only when none of those is usable.
+    #[schemars(range(min = 0, max = PRIORITY_MAX), extend("default" = PRIORITY_DEFAULT))]
+    pub priority: Option<u32>,
+    /// Headers added to each request to the endpoint, in place of the client's of the same name.
+    pub headers: Option<BTreeMap<String, Secret>>,
+    /// How long to wait for the endpoint.
+    pub timeouts: Option<TimeoutsFile>,
+    /// `true`: HTTP/2 only. `false`: HTTP/1.1 only. Absent: HTTP/2 if the endpoint offers it.
+    pub http2: Option<bool>,
+    /// How the endpoint's certificate is checked.
+    pub tls: Option<EndpointTlsFile>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[expect(clippy::struct_field_names, reason = "the unit is part of each name")]
+pub struct TimeoutsFile {
+    /// Until the connection stands, in milliseconds.
+    #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = CONNECT_MS_DEFAULT))]
+    pub connect_ms: Option<u32>,
+    /// Until the first byte of the answer, in milliseconds. Default: 60000 for a stream and 600000 for
+    /// other answers, which send nothing before their end; a value given here holds for both.
+    #[schemars(range(min = 1, max = TIMEOUT_MS_MAX))]
+    pub first_byte_ms: Option<u32>,
+    /// Between two pieces of the answer, in milliseconds.
+    #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = IDLE_MS_DEFAULT))]
+    pub idle_ms: Option<u32>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EndpointTlsFile {
+    /// Certificates of authorities to trust in place of the system's, in PEM form. A relative path
+    /// starts from this file's folder.
+    pub ca_file: Option<String>,
+    /// `true` switches the check off: whoever is on the way can read the key. For tests only.
+    #[schemars(extend("default" = false))]
+    pub insecure: Option<bool>,
+}

@@ -1,0 +1,136 @@
+//! The configuration: from a file's text to values that can be used, or to everything that is wrong with
+//! it.
+//!
+//! A text goes through these stages:
+//! 1. `shape` parses it, fills in environment variables and holds every value against the schema;
+//! 2. `file` is what was typed;
+//! 3. `checked` is what is meant: [`Config`] with its [`Server`] and [`Endpoint`]s.
+//!
+//! [`schema`] and [`schema_markdown`] write the reference from the types of `file`.
+
+mod base_url;
+mod checked;
+mod cidr;
+mod endpoint;
+mod environment;
+mod file;
+mod problem;
+mod schema;
+mod server;
+mod shape;
+mod status_set;
+#[cfg(test)]
+pub(crate) mod test_support;
+
+#[cfg(test)]
+mod tests;
+
+use std::io::Read;
+use std::path::Path;
+
+pub use base_url::{BaseUrl, NoBaseUrl};
+pub use checked::Config;
+pub use cidr::{Cidr, NoCidr};
+pub use endpoint::{Endpoint, EndpointTls, Limit, Timeouts};
+pub use environment::Environment;
+pub use problem::{Kind, Problem, Problems};
+pub use schema::{schema, schema_markdown};
+pub use server::{Breaker, Cors, Retry, Server, ServerTls, Strategy};
+pub use status_set::StatusSet;
+
+use checked::Check;
+use problem::Report;
+
+/// A longer file is not a configuration.
+const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// A configuration that can be used, and what is odd about it.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// What can be used.
+    pub config: Config,
+    /// In the order of their places. Unknown keys are among them.
+    pub warnings: Vec<Problem>,
+}
+
+/// How a configuration is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// As RFC 8259 has it, without comments.
+    Json,
+    /// YAML without merge keys.
+    Yaml,
+}
+
+impl Format {
+    /// YAML for `.yaml` and `.yml`, JSON for everything else.
+    pub fn of(path: &Path) -> Self {
+        let ending = path.extension().unwrap_or_default();
+        if ending.eq_ignore_ascii_case("yaml") || ending.eq_ignore_ascii_case("yml") {
+            Self::Yaml
+        } else {
+            Self::Json
+        }
+    }
+}
+
+/// Reads and checks a file. Problems of the text as a whole carry the file's path.
+pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> {
+    let shown = path.display().to_string();
+    let text = read(path).map_err(|problem| Problem {
+        path: shown.clone(),
+        ..problem
+    })?;
+    let base_dir = path.parent().unwrap_or(Path::new(""));
+    check_str(&text, Format::of(path), environment, base_dir)
+        .map_err(|problems| problems.name_text(&shown))
+}
+
+fn read(path: &Path) -> Result<String, Problem> {
+    let unreadable = |error: std::io::Error| {
+        Problem::error("", format!("cannot be read: {error}")).hint(format!(
+            "copy conf/apis.example.json to {}, or name another file with --config",
+            path.display()
+        ))
+    };
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    file.take(FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(unreadable)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(Problem::error(
+            "",
+            format!("is longer than {FILE_BYTES_MAX} bytes"),
+        ));
+    }
+    String::from_utf8(bytes).map_err(|_| {
+        Problem::error("", "is not UTF-8 text").hint("save it as UTF-8 in your editor")
+    })
+}
+
+/// Checks a configuration's text. Relative paths in it start from `base_dir`.
+pub fn check_str(
+    text: &str,
+    format: Format,
+    environment: &Environment,
+    base_dir: &Path,
+) -> Result<Loaded, Problems> {
+    let mut report = Report::default();
+    for problem in environment.problems() {
+        report.add(problem.clone());
+    }
+    let typed = shape::read(text, format, environment, &mut report);
+    let mut check = Check {
+        report: &mut report,
+        environment,
+        base_dir,
+    };
+    let config = Config::from_file(typed, &mut check);
+    let warnings = report.finish()?;
+    match config {
+        Some(config) => Ok(Loaded { config, warnings }),
+        // Never: what gives no config has reported why. But an empty answer would be worse.
+        None => Err(Problem::error("", "cannot be used").into()),
+    }
+}

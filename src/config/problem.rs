@@ -1,0 +1,273 @@
+//! What is wrong with a configuration, told all at once and with a way out.
+
+use std::cmp::Ordering;
+use std::fmt;
+
+/// How much a [`Problem`] matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The configuration cannot be used.
+    Error,
+    /// It can be used, but probably does not do what was meant.
+    Warning,
+    /// A key nobody reads: a warning when running, an error for `check`.
+    UnknownKey,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Error => "error",
+            Self::Warning | Self::UnknownKey => "warning",
+        })
+    }
+}
+
+/// One thing wrong, and where: `apis[2].baseUrl: message (hint)`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The place in the configuration (`apis[2].baseUrl`), a file's path, or empty for the whole text.
+    pub path: String,
+    /// What is wrong, as the rest of a sentence about the place.
+    pub message: String,
+    /// The way out.
+    pub hint: Option<String>,
+    /// How much it matters.
+    pub kind: Kind,
+}
+
+impl Problem {
+    /// A problem without a hint.
+    pub fn new(kind: Kind, path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            message: message.into(),
+            hint: None,
+            kind,
+        }
+    }
+
+    /// A problem that keeps the configuration from being used.
+    pub fn error(path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::new(Kind::Error, path, message)
+    }
+
+    /// A problem that does not.
+    pub fn warning(path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::new(Kind::Warning, path, message)
+    }
+
+    /// Adds the way out.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        f.write_str(&self.message)?;
+        match &self.hint {
+            Some(hint) => write!(f, " ({hint})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Everything found wrong in a configuration that cannot be used, warnings included: an unknown key is
+/// often the reason why another one is missing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problems(Vec<Problem>);
+
+impl Problems {
+    /// In the order of their places.
+    pub fn iter(&self) -> std::slice::Iter<'_, Problem> {
+        self.0.iter()
+    }
+
+    /// Puts a file's name to what is wrong with its text as a whole.
+    pub(super) fn name_text(mut self, name: &str) -> Self {
+        for problem in self.0.iter_mut().filter(|problem| problem.path.is_empty()) {
+            name.clone_into(&mut problem.path);
+        }
+        self
+    }
+}
+
+impl<'a> IntoIterator for &'a Problems {
+    type Item = &'a Problem;
+    type IntoIter = std::slice::Iter<'a, Problem>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+impl From<Problem> for Problems {
+    fn from(problem: Problem) -> Self {
+        Self(vec![problem])
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str("\n")?;
+            }
+            write!(f, "{problem}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Problems {}
+
+/// Collects problems, one for each place.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    problems: Vec<Problem>,
+    broken: Vec<String>,
+}
+
+impl Report {
+    /// Adds a problem, unless a value at or above its place was found broken before: a value that could
+    /// not be read must not be called missing as well.
+    pub(super) fn add(&mut self, problem: Problem) {
+        if !self.broken.iter().any(|above| covers(above, &problem.path)) {
+            self.problems.push(problem);
+        }
+    }
+
+    /// Adds an error and mutes whatever else is said about this place.
+    pub(super) fn add_broken(&mut self, problem: Problem) {
+        let path = problem.path.clone();
+        self.add(problem);
+        self.broken.push(path);
+    }
+
+    pub(super) fn error(&mut self, path: &str, message: impl Into<String>, hint: &str) {
+        self.add(Problem::error(path, message).hint(hint));
+    }
+
+    pub(super) fn warning(&mut self, path: &str, message: impl Into<String>, hint: &str) {
+        self.add(Problem::warning(path, message).hint(hint));
+    }
+
+    /// The warnings, or everything if there is an error.
+    pub(super) fn finish(mut self) -> Result<Vec<Problem>, Problems> {
+        self.problems
+            .sort_by(|a, b| natural_order(&a.path, &b.path));
+        if self.problems.iter().any(|p| p.kind == Kind::Error) {
+            return Err(Problems(self.problems));
+        }
+        Ok(self.problems)
+    }
+}
+
+fn covers(above: &str, path: &str) -> bool {
+    path.strip_prefix(above)
+        .is_some_and(|rest| rest.is_empty() || above.is_empty() || rest.starts_with(['.', '[']))
+}
+
+/// Like text, but `apis[2]` before `apis[10]`.
+fn natural_order(a: &str, b: &str) -> Ordering {
+    let split = |text: &str| -> Vec<(String, u64)> {
+        text.split('[')
+            .map(|part| match part.split_once(']') {
+                Some((index, rest)) => (rest.to_owned(), index.parse().unwrap_or(u64::MAX)),
+                None => (part.to_owned(), 0),
+            })
+            .collect()
+    };
+    let key = |text: &str| -> Vec<(u64, String)> {
+        split(text)
+            .into_iter()
+            .map(|(rest, index)| (index, rest))
+            .collect()
+    };
+    key(a).cmp(&key(b)).then_with(|| a.cmp(b))
+}
+
+/// `apis[0]` + `baseUrl` = `apis[0].baseUrl`; a key that is not a plain word is quoted in brackets.
+pub(super) fn join(path: &str, key: &str) -> String {
+    let plain = !key.is_empty()
+        && key
+            .chars()
+            .all(|c| c.is_alphanumeric() || "_$-".contains(c));
+    match (plain, path.is_empty()) {
+        (true, true) => key.to_owned(),
+        (true, false) => format!("{path}.{key}"),
+        (false, _) => format!("{path}[{key:?}]"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_prints_place_message_and_hint() {
+        let problem = Problem::error("apis[2].baseUrl", "is missing").hint("add it");
+        assert_eq!(problem.to_string(), "apis[2].baseUrl: is missing (add it)");
+        assert_eq!(Problem::error("", "no").to_string(), "no");
+        let problems = Problems(vec![problem, Problem::error("", "no")]);
+        assert_eq!(
+            problems.to_string(),
+            "apis[2].baseUrl: is missing (add it)\nno"
+        );
+    }
+
+    #[test]
+    fn a_broken_place_is_not_reported_twice() {
+        let mut report = Report::default();
+        report.add_broken(Problem::error("apis[1]", "expected an object"));
+        report.error("apis[1].id", "is missing", "");
+        report.error("apis[1]", "is odd", "");
+        report.error("apis[10].id", "is missing", "");
+        report.error("apis[0].id", "is missing", "");
+        let paths: Vec<_> = report
+            .finish()
+            .unwrap_err()
+            .iter()
+            .map(|p| p.path.clone())
+            .collect();
+        assert_eq!(paths, ["apis[0].id", "apis[1]", "apis[10].id"]);
+    }
+
+    #[test]
+    fn places_sort_by_number() {
+        let mut paths = [
+            "server.port",
+            "apis[10].id",
+            "apis[2].name",
+            "apis",
+            "",
+            "apis[2].id",
+        ];
+        paths.sort_by(|a, b| natural_order(a, b));
+        assert_eq!(
+            paths,
+            [
+                "",
+                "apis",
+                "apis[2].id",
+                "apis[2].name",
+                "apis[10].id",
+                "server.port"
+            ]
+        );
+    }
+
+    #[test]
+    fn odd_keys_are_quoted_in_a_path() {
+        assert_eq!(join("", "apis"), "apis");
+        assert_eq!(join("apis[0]", "名字"), "apis[0].名字");
+        assert_eq!(join("a", "gpt-3.5"), "a[\"gpt-3.5\"]");
+        assert_eq!(join("a", "x\n"), "a[\"x\\n\"]");
+    }
+}

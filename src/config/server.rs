@@ -1,0 +1,270 @@
+//! What clients see, and what holds for all endpoints.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::checked::Check;
+use super::cidr::Cidr;
+use super::file::{self, BreakerFile, CorsFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
+use super::status_set::StatusSet;
+use crate::secret::Secret;
+
+/// What clients see, and what holds for all endpoints.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server {
+    /// The address to listen on.
+    pub host: IpAddr,
+    /// The port to listen on; 0 for any free one.
+    pub port: u16,
+    /// The key that clients must send.
+    pub api_key: Secret,
+    /// HTTPS with this certificate, or plain HTTP.
+    pub tls: Option<ServerTls>,
+    /// Which web pages may call.
+    pub cors: Cors,
+    /// The longest request body taken.
+    pub body_bytes_max: usize,
+    /// How one of several usable endpoints is chosen.
+    pub strategy: Strategy,
+    /// When a request is tried again.
+    pub retry: Retry,
+    /// When an endpoint is left alone.
+    pub breaker: Breaker,
+    /// Worker threads, from 1 to 1024.
+    pub threads: usize,
+    /// Whose forwarding headers are believed.
+    pub trusted_proxies: Vec<Cidr>,
+    /// Wrong keys one address may send in a minute; 0 for any number.
+    pub failed_keys_per_minute: u32,
+    /// Whether responses carry `x-api-together-*` headers.
+    pub endpoint_headers: bool,
+}
+
+/// Files that could be read when the configuration was checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerTls {
+    /// The certificate chain, PEM.
+    pub cert_file: PathBuf,
+    /// Its private key, PEM.
+    pub key_file: PathBuf,
+}
+
+/// The origins whose pages may call from a browser. Empty: none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cors {
+    /// In lower case; `*` for any.
+    pub origins: Vec<String>,
+}
+
+impl Cors {
+    /// Whether any origin may call.
+    pub fn any(&self) -> bool {
+        self.origins.iter().any(|origin| origin == "*")
+    }
+
+    /// Whether a page of this origin may call. Browsers send origins in lower case.
+    pub fn allows(&self, origin: &str) -> bool {
+        self.any() || self.origins.iter().any(|allowed| allowed == origin)
+    }
+}
+
+/// How one of several usable endpoints is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// At random, by weight.
+    #[default]
+    Random,
+    /// In turns, by weight.
+    RoundRobin,
+    /// The one with the fewest requests in flight.
+    LeastBusy,
+    /// The one that has answered fastest of late.
+    Fastest,
+}
+
+/// When a request is tried again on another endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retry {
+    /// Attempts at most, from 1 to 100; the first one counts.
+    pub attempts: u32,
+    /// Statuses that another endpoint is tried after.
+    pub statuses: StatusSet,
+    /// No new attempt begins later than this after the request came.
+    pub budget: Duration,
+}
+
+/// When an endpoint that keeps failing cools down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Breaker {
+    /// After so many failures in a row, at least 1.
+    pub failures: u32,
+    /// How long the endpoint then takes nothing.
+    pub cool_down: Duration,
+}
+
+/// Bounds were checked with the shape, so here only what a schema cannot say.
+pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<Server> {
+    let typed = typed.unwrap_or_default();
+    let api_key = check.key(
+        typed.api_key,
+        "server.apiKey",
+        "it is the key your clients send; make one up, such as with `openssl rand -hex 24`",
+    );
+    let host = host(typed.host.as_deref(), check);
+    let port = port(typed.port, check);
+    let tls = typed.tls.map(|tls| server_tls(&tls, check));
+    let cors = cors(typed.cors, check);
+    let trusted_proxies = trusted_proxies(typed.trusted_proxies, check);
+    Some(Server {
+        host: host?,
+        port: port?,
+        api_key: api_key?,
+        tls: match tls {
+            Some(tls) => Some(tls?),
+            None => None,
+        },
+        cors,
+        body_bytes_max: usize::try_from(typed.body_bytes_max.unwrap_or(file::BODY_BYTES_DEFAULT))
+            .ok()?,
+        strategy: typed.strategy.unwrap_or_default(),
+        retry: retry(typed.retry.unwrap_or_default()),
+        breaker: breaker(&typed.breaker.unwrap_or_default()),
+        threads: typed.threads.map_or_else(cores, usize::from),
+        trusted_proxies,
+        failed_keys_per_minute: typed
+            .failed_keys_per_minute
+            .unwrap_or(file::FAILED_KEYS_PER_MINUTE_DEFAULT),
+        endpoint_headers: typed
+            .endpoint_headers
+            .unwrap_or(file::ENDPOINT_HEADERS_DEFAULT),
+    })
+}
+
+fn host(typed: Option<&str>, check: &mut Check<'_>) -> Option<IpAddr> {
+    let typed = typed.unwrap_or(file::HOST_DEFAULT).trim();
+    if typed.eq_ignore_ascii_case("localhost") {
+        return Some(Ipv4Addr::LOCALHOST.into());
+    }
+    let bare = typed
+        .strip_prefix('[')
+        .and_then(|t| t.strip_suffix(']'))
+        .unwrap_or(typed);
+    let host = bare.parse().ok();
+    if host.is_none() {
+        check.report.error(
+            "server.host",
+            format!("{typed:?} is not an IP address"),
+            "use 0.0.0.0 for every address of this machine, 127.0.0.1 for this machine only",
+        );
+    }
+    host
+}
+
+fn port(typed: Option<u16>, check: &mut Check<'_>) -> Option<u16> {
+    let Some(text) = check.environment.value("PORT") else {
+        return Some(typed.unwrap_or(file::PORT_DEFAULT));
+    };
+    let port = text.trim().parse().ok();
+    if port.is_none() {
+        let source = check.environment.source("PORT").unwrap_or_default();
+        check.report.error(
+            "server.port",
+            format!("PORT from {source} is {text:?}, not a port from 0 to 65535"),
+            "PORT wins over server.port; correct it or unset it",
+        );
+    }
+    port
+}
+
+fn server_tls(typed: &ServerTlsFile, check: &mut Check<'_>) -> Option<ServerTls> {
+    let cert_file = check.required_file(typed.cert_file.as_deref(), "server.tls.certFile");
+    let key_file = check.required_file(typed.key_file.as_deref(), "server.tls.keyFile");
+    Some(ServerTls {
+        cert_file: cert_file?,
+        key_file: key_file?,
+    })
+}
+
+fn cors(typed: Option<CorsFile>, check: &mut Check<'_>) -> Cors {
+    let typed = typed.and_then(|cors| cors.origins);
+    let typed = typed.unwrap_or_else(|| vec![file::CORS_ORIGIN_DEFAULT.to_owned()]);
+    for (index, origin) in typed.iter().enumerate() {
+        if !is_origin(origin) {
+            check.report.error(
+                &format!("server.cors.origins[{index}]"),
+                format!("{origin:?} is not an origin"),
+                "write scheme, host and port only, such as https://chat.example.com, or * for any",
+            );
+        }
+    }
+    Cors {
+        origins: typed
+            .iter()
+            .map(|origin| origin.to_ascii_lowercase())
+            .collect(),
+    }
+}
+
+/// `null` is what browsers send for a page from a local file.
+fn is_origin(text: &str) -> bool {
+    match text.split_once("://") {
+        Some((scheme, host)) => {
+            scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+                && scheme
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+                && !host.is_empty()
+                && host
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "-._:[]".contains(c))
+        }
+        None => matches!(text, "*" | "null"),
+    }
+}
+
+fn retry(typed: RetryFile) -> Retry {
+    Retry {
+        attempts: typed.attempts.unwrap_or(file::ATTEMPTS_DEFAULT),
+        statuses: typed
+            .statuses
+            .unwrap_or_else(StatusFile::defaults)
+            .into_iter()
+            .collect(),
+        budget: Duration::from_millis(typed.budget_ms.unwrap_or(file::BUDGET_MS_DEFAULT).into()),
+    }
+}
+
+fn breaker(typed: &BreakerFile) -> Breaker {
+    let cool_down_seconds = typed
+        .cool_down_seconds
+        .unwrap_or(file::COOL_DOWN_SECONDS_DEFAULT);
+    Breaker {
+        failures: typed.failures.unwrap_or(file::FAILURES_DEFAULT),
+        cool_down: Duration::from_secs(cool_down_seconds.into()),
+    }
+}
+
+fn cores() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    cores.min(file::THREADS_MAX.into())
+}
+
+fn trusted_proxies(typed: Option<Vec<String>>, check: &mut Check<'_>) -> Vec<Cidr> {
+    let mut ranges = Vec::new();
+    for (index, text) in typed.unwrap_or_default().iter().enumerate() {
+        match text.trim().parse() {
+            Ok(range) => ranges.push(range),
+            Err(_) => check.report.error(
+                &format!("server.trustedProxies[{index}]"),
+                format!("{text:?} is not a range of IP addresses"),
+                "write an address such as ::1, or a range such as 10.0.0.0/8",
+            ),
+        }
+    }
+    ranges
+}

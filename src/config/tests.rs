@@ -1,0 +1,648 @@
+//! The configuration as a whole: fixtures, defaults, secrets, and any text at all.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use proptest::prelude::{Just, any, prop, prop_assert, prop_oneof, proptest};
+use proptest::strategy::Strategy as _;
+use serde_json::{Value, json};
+
+use super::*;
+
+/// The least that is complete.
+fn minimal() -> Value {
+    json!({
+        "server": { "apiKey": "sk-123" },
+        "apis": [{ "id": "a", "baseUrl": "https://api.example.com", "apiKey": "sk-abc", "models": ["*"] }]
+    })
+}
+
+/// The minimal configuration with other keys in `server` and in the one endpoint.
+fn with(server: &Value, endpoint: &Value) -> Value {
+    let mut config = minimal();
+    for (place, keys) in [("/server", server), ("/apis/0", endpoint)] {
+        let place = config.pointer_mut(place).unwrap();
+        for (key, value) in keys.as_object().unwrap() {
+            place[key] = value.clone();
+        }
+    }
+    config
+}
+
+fn checked(config: &Value, environment: &Environment) -> Result<Loaded, Problems> {
+    check_str(
+        &config.to_string(),
+        Format::Json,
+        environment,
+        Path::new(""),
+    )
+}
+
+fn no_variables() -> Environment {
+    Environment::fixed::<&str, &str>([])
+}
+
+fn config_of(config: &Value) -> Config {
+    checked(config, &no_variables()).unwrap().config
+}
+
+fn crate_folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+/// The files of a folder that hold configurations, by name.
+fn config_files(folder: &str) -> Vec<PathBuf> {
+    let is_config = |path: &PathBuf| {
+        path.extension()
+            .is_some_and(|e| e == "json" || e == "yaml" || e == "yml")
+    };
+    let mut files: Vec<_> = std::fs::read_dir(crate_folder(folder))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(is_config)
+        .collect();
+    files.sort();
+    files
+}
+
+mod fixtures {
+    use super::*;
+
+    /// One line for each problem, as in the `.expected` files.
+    fn told(text: &str, format: Format) -> String {
+        let environment = Environment::fixed([
+            ("WORD", "sk-word-from-the-environment"),
+            ("NUMBER", "5"),
+            ("EMPTY", ""),
+        ]);
+        let problems = match check_str(
+            text,
+            format,
+            &environment,
+            &crate_folder("tests/fixtures/config"),
+        ) {
+            Ok(loaded) => loaded.warnings,
+            Err(problems) => problems.iter().cloned().collect(),
+        };
+        problems
+            .iter()
+            .map(|problem| format!("{:?}: {problem}\n", problem.kind))
+            .collect()
+    }
+
+    #[test]
+    fn each_bad_file_is_told_in_exactly_the_expected_words() {
+        let files = config_files("tests/fixtures/config/bad");
+        assert!(files.len() >= 40, "only {} fixtures found", files.len());
+        let mut different = String::new();
+        for file in files {
+            let name = file.file_name().unwrap().to_str().unwrap();
+            let expected =
+                std::fs::read_to_string(file.with_file_name(format!("{name}.expected"))).unwrap();
+            let found = told(&std::fs::read_to_string(&file).unwrap(), Format::of(&file));
+            assert!(!found.is_empty(), "{name} is not bad");
+            if found != expected {
+                different += &format!("== {name}: expected\n{expected}== found\n{found}");
+            }
+        }
+        assert!(different.is_empty(), "{different}");
+    }
+
+    #[test]
+    fn no_message_quotes_a_key() {
+        for file in config_files("tests/fixtures/config/bad") {
+            let found = told(&std::fs::read_to_string(&file).unwrap(), Format::of(&file));
+            for key in ["sk-", "12345678", "123456", "put-it-here", "ключ"] {
+                assert!(!found.contains(key), "{}: {found}", file.display());
+            }
+        }
+    }
+
+    #[test]
+    fn files_of_the_old_program_load() {
+        let files = config_files("tests/fixtures/config/legacy");
+        assert!(files.len() >= 3, "only {} fixtures found", files.len());
+        for file in files {
+            let loaded =
+                load(&file, &no_variables()).unwrap_or_else(|problems| panic!("{problems}"));
+            let [first, second, ..] = loaded.config.endpoints.as_slice() else {
+                panic!("too few")
+            };
+            assert_eq!(&*first.name, "OpenAI官方API");
+            assert_eq!(&*second.name, "备用API端点");
+            assert_eq!(
+                (first.rpm, first.rpd),
+                (Limit::AtMost(60), Limit::AtMost(1000))
+            );
+            assert_eq!(first.model_mapping["gpt-3.5"], "gpt-3.5-turbo");
+            assert_eq!(second.rpd, Limit::AtMost(500));
+            assert_eq!(second.base_url.to_string(), "https://your-backup-api.com");
+            assert_eq!(second.models, ["claude-2", "claude-instant-1"]);
+            assert!(loaded.config.server.api_key.matches(b"sk-123"));
+        }
+    }
+
+    #[test]
+    fn odd_spellings_of_the_old_program_mean_the_same() {
+        let file = crate_folder("tests/fixtures/config/legacy/variants.json");
+        let config = load(&file, &no_variables()).unwrap().config;
+        let [_, second, third, fourth] = config.endpoints.as_slice() else {
+            panic!("not four")
+        };
+        assert!(!second.usable() && second.rpm == Limit::Off);
+        assert_eq!(
+            (third.rpm, third.rpd),
+            (Limit::AtMost(100), Limit::Unlimited)
+        );
+        assert_eq!((&*fourth.name, fourth.rpm), ("api4", Limit::AtMost(1000)));
+    }
+
+    #[test]
+    fn the_examples_pass_check_without_any_variable() {
+        let files = config_files("conf");
+        let files: Vec<_> = files
+            .iter()
+            .filter(|f| f.to_string_lossy().contains("example"))
+            .collect();
+        assert!(files.len() >= 2, "only {} examples found", files.len());
+        for file in files {
+            let loaded =
+                load(file, &no_variables()).unwrap_or_else(|problems| panic!("{problems}"));
+            for warning in &loaded.warnings {
+                assert_eq!(warning.kind, Kind::Warning, "{warning}");
+                assert!(warning.message.contains("placeholder"), "{warning}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_left_out_has_its_default() {
+    let Config { server, endpoints } = config_of(&minimal());
+    assert_eq!(
+        (server.host, server.port),
+        (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 3001)
+    );
+    assert_eq!(
+        (server.tls, server.cors.origins),
+        (None, vec!["*".to_owned()])
+    );
+    assert_eq!(
+        (server.body_bytes_max, server.strategy),
+        (64 << 20, Strategy::Random)
+    );
+    assert_eq!(
+        (server.retry.attempts, server.retry.budget),
+        (10, Duration::from_secs(120))
+    );
+    assert_eq!(server.retry.statuses, StatusSet::default());
+    assert_eq!(
+        (server.breaker.failures, server.breaker.cool_down),
+        (3, Duration::from_secs(600))
+    );
+    assert_eq!(
+        server.threads,
+        std::thread::available_parallelism().unwrap().get()
+    );
+    assert_eq!(
+        (server.trusted_proxies, server.failed_keys_per_minute),
+        (vec![], 30)
+    );
+    assert!(server.endpoint_headers);
+
+    let [endpoint] = endpoints.as_slice() else {
+        panic!("not one")
+    };
+    assert_eq!((&*endpoint.id, &*endpoint.name), ("a", "a"));
+    assert_eq!(
+        (endpoint.rpm, endpoint.rpd),
+        (Limit::Unlimited, Limit::Unlimited)
+    );
+    assert!(endpoint.enabled && endpoint.usable());
+    assert_eq!(
+        (endpoint.weight, endpoint.priority, endpoint.http2),
+        (1, 0, None)
+    );
+    assert!(endpoint.model_mapping.is_empty() && endpoint.headers.is_empty());
+    assert_eq!(endpoint.tls, EndpointTls::default());
+    let seconds = |seconds| Duration::from_secs(seconds);
+    let Timeouts {
+        connect,
+        first_byte_stream,
+        first_byte,
+        idle,
+    } = endpoint.timeouts;
+    assert_eq!((connect, first_byte_stream), (seconds(5), seconds(60)));
+    assert_eq!((first_byte, idle), (seconds(600), seconds(120)));
+}
+
+#[test]
+fn what_the_schema_calls_a_default_is_one() {
+    let defaults = |schema: &Value| -> Value {
+        let keys = schema.as_object().unwrap().iter();
+        keys.filter_map(|(key, inner)| Some((key.clone(), inner.get("default")?.clone())))
+            .collect()
+    };
+    let schema = schema();
+    let at = |place: &str| defaults(schema.pointer(place).unwrap());
+    let mut server = at("/properties/server/properties");
+    let mut endpoint = at("/properties/apis/items/properties");
+    for (key, inner) in [
+        ("retry", true),
+        ("breaker", true),
+        ("cors", true),
+        ("timeouts", false),
+        ("tls", false),
+    ] {
+        let (outer, place) = if inner {
+            (
+                &mut server,
+                format!("/properties/server/properties/{key}/properties"),
+            )
+        } else {
+            (
+                &mut endpoint,
+                format!("/properties/apis/items/properties/{key}/properties"),
+            )
+        };
+        outer[key] = at(&place);
+    }
+    assert_eq!(server["retry"]["attempts"], 10);
+    assert_eq!(endpoint["timeouts"]["connectMs"], 5000);
+    assert_eq!(config_of(&with(&server, &endpoint)), config_of(&minimal()));
+}
+
+#[test]
+fn the_full_example_is_read_as_written() {
+    let config = load(&crate_folder("conf/apis.example.yaml"), &no_variables())
+        .unwrap()
+        .config;
+    let server = &config.server;
+    assert_eq!(
+        (server.strategy, server.retry.attempts),
+        (Strategy::LeastBusy, 5)
+    );
+    assert!(server.retry.statuses.contains(599) && !server.retry.statuses.contains(400));
+    assert!(
+        server
+            .trusted_proxies
+            .iter()
+            .any(|range| range.contains("10.9.9.9".parse().unwrap()))
+    );
+    assert!(
+        server.cors.allows("https://chat.example.com")
+            && !server.cors.allows("https://evil.example.com")
+    );
+    let [main, _, ark, local] = config.endpoints.as_slice() else {
+        panic!("not four")
+    };
+    assert_eq!((main.weight, main.models[0].as_str()), (3, "gpt-4*"));
+    assert_eq!(main.headers[0].0, "openai-organization");
+    assert_eq!(main.headers[0].1, "org-example");
+    assert_eq!((ark.priority, ark.base_url.path.as_str()), (1, "/api/v3"));
+    assert_eq!(ark.timeouts.first_byte, Duration::from_secs(90));
+    assert_eq!(ark.timeouts.first_byte_stream, Duration::from_secs(90));
+    assert_eq!(
+        (ark.timeouts.connect, ark.timeouts.idle),
+        (Duration::from_secs(3), Duration::from_secs(60))
+    );
+    assert_eq!((local.http2, local.base_url.port), (Some(false), 11434));
+}
+
+#[test]
+fn hosts_are_addresses_or_localhost() {
+    let host = |host: &str| {
+        config_of(&with(&json!({ "host": host }), &json!({})))
+            .server
+            .host
+    };
+    assert_eq!(host("localhost"), IpAddr::V4(Ipv4Addr::LOCALHOST));
+    assert_eq!(host("[::]"), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+    assert_eq!(host("::1"), IpAddr::V6(Ipv6Addr::LOCALHOST));
+}
+
+#[test]
+fn limits_say_what_they_were() {
+    for (typed, limit, usable) in [
+        (-1, Limit::Unlimited, true),
+        (0, Limit::Off, false),
+        (7, Limit::AtMost(7), true),
+    ] {
+        for key in ["rpm", "rpd"] {
+            let config = config_of(&with(&json!({}), &json!({ key: typed })));
+            let endpoint = &config.endpoints[0];
+            let found = if key == "rpm" {
+                endpoint.rpm
+            } else {
+                endpoint.rpd
+            };
+            assert_eq!(
+                (found, found.as_number(), endpoint.usable()),
+                (limit, typed, usable)
+            );
+        }
+    }
+    assert_eq!(Limit::AtMost(u64::MAX).as_number(), i64::MAX);
+    assert!(!config_of(&with(&json!({}), &json!({ "enabled": false }))).endpoints[0].usable());
+}
+
+#[test]
+fn cors_can_be_switched_off() {
+    let config = config_of(&with(&json!({ "cors": { "origins": [] } }), &json!({})));
+    assert!(!config.server.cors.any() && !config.server.cors.allows("https://a.example"));
+    assert!(
+        config_of(&minimal())
+            .server
+            .cors
+            .allows("https://a.example")
+    );
+    let config = config_of(&with(
+        &json!({ "cors": { "origins": ["https://A.example:8080"] } }),
+        &json!({}),
+    ));
+    assert!(config.server.cors.allows("https://a.example:8080"));
+}
+
+#[test]
+fn files_are_found_beside_the_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["cert.pem", "key.pem", "ca.pem"] {
+        std::fs::write(folder.path().join(name), "PEM").unwrap();
+    }
+    let config = with(
+        &json!({ "tls": { "certFile": "cert.pem", "keyFile": "key.pem" } }),
+        &json!({ "tls": { "caFile": folder.path().join("ca.pem") } }),
+    );
+    let path = folder.path().join("apis.json");
+    std::fs::write(&path, config.to_string()).unwrap();
+    let config = load(&path, &no_variables()).unwrap().config;
+    let tls = config.server.tls.unwrap();
+    assert_eq!(tls.cert_file, folder.path().join("cert.pem"));
+    assert_eq!(tls.key_file, folder.path().join("key.pem"));
+    assert_eq!(
+        config.endpoints[0].tls.ca_file,
+        Some(folder.path().join("ca.pem"))
+    );
+}
+
+mod variables {
+    use super::*;
+
+    #[test]
+    fn they_are_filled_in_and_read_as_what_is_wanted() {
+        let config = with(
+            &json!({ "apiKey": "${KEY}", "endpointHeaders": "${NO}" }),
+            &json!({ "rpm": "${COUNT}", "name": "${COUNT}", "headers": { "x-key": "a${KEY}" } }),
+        );
+        let environment = Environment::fixed([("KEY", "sk-1"), ("COUNT", "7"), ("NO", "false")]);
+        let Config { server, endpoints } = checked(&config, &environment).unwrap().config;
+        assert!(server.api_key.matches(b"sk-1") && !server.endpoint_headers);
+        assert_eq!(
+            (endpoints[0].rpm, &*endpoints[0].name),
+            (Limit::AtMost(7), "7")
+        );
+        assert_eq!(endpoints[0].headers[0].1, "ask-1");
+    }
+
+    #[test]
+    fn port_wins_over_the_file() {
+        let config = with(&json!({ "port": 4000 }), &json!({}));
+        let port = |value: &str| checked(&config, &Environment::fixed([("PORT", value)]));
+        assert_eq!(port("5000").unwrap().config.server.port, 5000);
+        assert_eq!(port("").unwrap().config.server.port, 4000);
+        for bad in ["70000", "http", "-1"] {
+            assert_eq!(
+                port(bad).unwrap_err().to_string(),
+                format!(
+                    "server.port: PORT from the environment is \"{bad}\", not a port from 0 to 65535 \
+                     (PORT wins over server.port; correct it or unset it)"
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn a_bad_port_names_the_file_it_comes_from() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("apis.json");
+        let env_file = folder.path().join(".env");
+        std::fs::write(&path, minimal().to_string()).unwrap();
+        std::fs::write(&env_file, "PORT=abc\nnot a line\n").unwrap();
+        let problems = load(&path, &Environment::from_process(&path)).unwrap_err();
+        let told = problems.to_string();
+        assert!(
+            told.contains(&format!("PORT from {} is \"abc\"", env_file.display())),
+            "{told}"
+        );
+        assert!(
+            told.contains(&format!("{}: line 2 is not", env_file.display())),
+            "{told}"
+        );
+        std::fs::write(&env_file, "PORT=5001\nnot a line\n").unwrap();
+        let loaded = load(&path, &Environment::from_process(&path)).unwrap();
+        assert_eq!(
+            (loaded.config.server.port, loaded.warnings.len()),
+            (5001, 1)
+        );
+    }
+}
+
+mod files {
+    use super::*;
+
+    fn told(path: &Path) -> String {
+        load(path, &no_variables()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_missing_file_comes_with_the_way_out() {
+        let path = Path::new("no/such/apis.json");
+        assert_eq!(
+            told(path),
+            "no/such/apis.json: cannot be read: No such file or directory (os error 2) (copy \
+             conf/apis.example.json to no/such/apis.json, or name another file with --config)"
+        );
+    }
+
+    #[test]
+    fn problems_of_the_whole_text_name_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("apis.json");
+        let shown = path.display();
+        std::fs::write(&path, "{\n  \"server\": }").unwrap();
+        assert_eq!(
+            told(&path),
+            format!("{shown}: is not valid JSON: expected value at line 2 column 13")
+        );
+        std::fs::write(&path, b"{\"server\": \"\xff\"}").unwrap();
+        assert_eq!(
+            told(&path),
+            format!("{shown}: is not UTF-8 text (save it as UTF-8 in your editor)")
+        );
+        std::fs::File::create(&path)
+            .unwrap()
+            .set_len(FILE_BYTES_MAX + 1)
+            .unwrap();
+        assert_eq!(
+            told(&path),
+            format!("{shown}: is longer than 16777216 bytes")
+        );
+    }
+
+    #[test]
+    fn the_ending_tells_the_format() {
+        for name in ["a.yaml", "a.yml", "a.YML"] {
+            assert_eq!(Format::of(Path::new(name)), Format::Yaml);
+        }
+        for name in ["a.json", "a", "a.yaml.json", ".yaml"] {
+            assert_eq!(Format::of(Path::new(name)), Format::Json);
+        }
+    }
+}
+
+#[test]
+fn printing_a_configuration_shows_no_secret() {
+    let config = with(
+        &json!({ "apiKey": "server-0123456789-key" }),
+        &json!({ "apiKey": "endpoint-0123456789-key", "headers": { "x-key": "header-0123456789", "authorization": "Basic abc" } }),
+    );
+    let loaded = checked(&config, &no_variables()).unwrap();
+    assert_eq!(loaded.config.endpoints[0].headers.len(), 2);
+    for printed in [format!("{loaded:?}"), format!("{loaded:#?}")] {
+        assert!(
+            printed.contains("x-key") && printed.contains("api.example.com"),
+            "{printed}"
+        );
+        for secret in ["0123456789", "Basic", "header-"] {
+            assert!(!printed.contains(secret), "{printed}");
+        }
+    }
+}
+
+#[test]
+fn two_configurations_can_be_told_apart() {
+    let config = config_of(&minimal());
+    assert_eq!(config, config_of(&minimal()));
+    assert_ne!(
+        config,
+        config_of(&with(&json!({}), &json!({ "apiKey": "sk-other" })))
+    );
+    assert_ne!(
+        config,
+        config_of(&with(&json!({}), &json!({ "headers": { "x": "1" } })))
+    );
+}
+
+/// What the schema lets through must be readable by the types; else a problem without a place is told.
+fn assert_placed(result: &Result<Loaded, Problems>, config: &Value) {
+    if let Err(problems) = result {
+        assert!(
+            problems.iter().all(|problem| !problem.path.is_empty()),
+            "{problems}\n{config}"
+        );
+    }
+}
+
+#[test]
+fn the_schema_and_the_types_agree_at_every_bound() {
+    let mut values = vec![
+        json!(null),
+        json!(true),
+        json!(1.5),
+        json!(""),
+        json!("text"),
+        json!([]),
+        json!({}),
+    ];
+    values.extend([
+        json!([1]),
+        json!([{}]),
+        json!(["5xx"]),
+        json!({ "a": "b" }),
+        json!({ "a": 1 }),
+    ]);
+    for bound in [
+        0,
+        1,
+        255,
+        65_535,
+        1 << 30,
+        u64::from(u32::MAX),
+        (1 << 53) - 1,
+        u64::MAX,
+    ] {
+        values.extend([json!(bound), json!(bound.saturating_add(1))]);
+    }
+    values.extend([
+        json!(-1),
+        json!(-2),
+        json!(i64::MIN),
+        json!(1e300),
+        json!(399),
+        json!(600),
+    ]);
+    let schema = schema();
+    let mut tried = 0;
+    let mut pending = vec![(schema.clone(), String::new())];
+    while let Some((schema, place)) = pending.pop() {
+        let Some(properties) = schema.get("properties").and_then(Value::as_object) else {
+            continue;
+        };
+        for (key, inner) in properties {
+            for value in &values {
+                let mut config = minimal();
+                if config.pointer(&place).is_none() {
+                    let (outer, inner_key) = place.rsplit_once('/').unwrap();
+                    config.pointer_mut(outer).unwrap()[inner_key] = json!({});
+                }
+                config.pointer_mut(&place).unwrap()[key] = value.clone();
+                assert_placed(&checked(&config, &no_variables()), &config);
+                tried += 1;
+            }
+            pending.push((inner.clone(), format!("{place}/{key}")));
+            if let Some(items) = inner.get("items") {
+                pending.push((items.clone(), format!("{place}/{key}/0")));
+            }
+        }
+    }
+    assert!(tried > 1000, "{tried}");
+}
+
+fn any_json() -> impl proptest::strategy::Strategy<Value = Value> {
+    let key = prop_oneof![
+        "server|apis|apiKey|id|baseUrl|models|tls|retry|statuses|headers|rpm",
+        "\\PC{0,6}"
+    ];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "\\PC{0,12}".prop_map(Value::from),
+        "[$]{1,2}[{]?[A-Z]{0,3}[}]?".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(5, 40, 6, move |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::vec((key.clone(), inner), 0..6)
+                .prop_map(|entries| Value::Object(entries.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn any_value_is_answered_with_places(server in any_json(), endpoint in any_json()) {
+        let config = json!({ "server": server, "apis": [endpoint] });
+        assert_placed(&checked(&config, &no_variables()), &config);
+    }
+
+    #[test]
+    fn any_text_is_answered(text in "\\PC{0,60}|[-{}:,\"\\[\\]a \n]{0,40}") {
+        for format in [Format::Json, Format::Yaml] {
+            let result = check_str(&text, format, &no_variables(), Path::new(""));
+            prop_assert!(result.is_err());
+        }
+    }
+}

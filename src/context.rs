@@ -1,0 +1,289 @@
+//! One request's state, grouped by stage. Guards release what they hold when they are dropped, however the request ends.
+
+use std::net::IpAddr;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::HeaderValue;
+use pingora::http::ResponseHeader;
+
+use crate::balance::Choice;
+use crate::config::Breaker;
+use crate::error::Fault;
+use crate::health::Effect;
+use crate::pool::{Endpoint, InFlight, Pool};
+use crate::replay::Wrapped;
+use crate::request::Call;
+use crate::respond::Terms;
+use crate::retry::Outcome;
+use crate::route::Candidates;
+
+/// One request, from its header to its last byte.
+#[derive(Debug)]
+pub struct Context {
+    /// How it came.
+    pub arrival: Arrival,
+    /// What it asks for; none for what we answer ourselves.
+    pub ask: Option<Ask>,
+    /// Where it has been.
+    pub tries: Tries,
+    /// What the hooks share with the session that holds the response back.
+    pub exchange: Arc<Exchange>,
+    /// The fault that we answered or that ended it.
+    pub fault: Option<Fault>,
+    /// The way back to the real session while it is wrapped.
+    pub wrapped: Wrapped,
+}
+
+/// How a request came.
+#[derive(Debug)]
+pub struct Arrival {
+    /// When its header was read.
+    pub at: Instant,
+    /// Its id, the client's own or ours.
+    pub id: Option<HeaderValue>,
+    /// The client's address, behind trusted proxies.
+    pub address: Option<IpAddr>,
+    /// The origin that may read the answer, for `Access-Control-Allow-Origin`.
+    pub origin: Option<HeaderValue>,
+    /// Whether our own `x-api-together-*` headers are wanted.
+    pub endpoint_headers: bool,
+    _open: OpenRequest,
+}
+
+/// What a request asks for.
+#[derive(Debug)]
+pub struct Ask {
+    /// The config it runs under, whatever is loaded meanwhile.
+    pub pool: Arc<Pool>,
+    /// The endpoints that can take it.
+    pub candidates: Arc<Candidates>,
+    /// What was called.
+    pub call: Call,
+    /// The model's name as the client sent it.
+    pub model: Option<String>,
+    /// Where that name stands in the body.
+    pub model_range: Option<Range<usize>>,
+    /// Whether the answer is to be streamed.
+    pub stream: bool,
+    /// The body as it came, until the answer is committed.
+    pub body: Bytes,
+    /// Whether the request switches protocols (WebSocket), so that no body is replayed and nothing held.
+    pub switches_protocol: bool,
+}
+
+/// Where a request has been.
+#[derive(Debug, Default)]
+pub struct Tries {
+    /// The endpoints tried, by their place in the pool; at most `retry.attempts`, a hundred.
+    pub tried: Vec<usize>,
+    /// The choice that the next attempt goes to, where it is made already.
+    pub next: Option<Choice>,
+    /// The endpoint's addresses that the current attempt failed to connect to.
+    pub addresses_failed: usize,
+    /// How often the current attempt began anew because its pooled connection had been closed.
+    pub stale: u32,
+    /// The choice that the current attempt went to.
+    pub current: Option<Choice>,
+    /// The body of the current attempt, until it is on its way.
+    pub body: Bytes,
+}
+
+impl Tries {
+    /// Lets the next attempt go to the endpoint of the current one.
+    pub fn again(&mut self) {
+        self.next = self.current.clone();
+    }
+}
+
+/// All the requests that are open, for the drain and the status page.
+#[derive(Clone, Debug, Default)]
+pub struct OpenRequests(Arc<AtomicUsize>);
+
+impl OpenRequests {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn enter(&self) -> OpenRequest {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        OpenRequest(self.clone())
+    }
+}
+
+#[derive(Debug)]
+struct OpenRequest(OpenRequests);
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Context {
+    /// A request that has just come.
+    pub fn new(open: &OpenRequests) -> Self {
+        Self {
+            arrival: Arrival {
+                at: Instant::now(),
+                id: None,
+                address: None,
+                origin: None,
+                endpoint_headers: true,
+                _open: open.enter(),
+            },
+            ask: None,
+            tries: Tries::default(),
+            exchange: Arc::default(),
+            fault: None,
+            wrapped: Wrapped::default(),
+        }
+    }
+}
+
+/// One attempt at one endpoint. What it shows of the endpoint is taken in once; dropped before that, nothing is.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// The model it is asked for, where that is not the client's own name.
+    pub model: Option<Arc<str>>,
+    /// How its answer is judged.
+    pub terms: Terms,
+    /// How long the first byte may take.
+    pub first_byte_timeout: Duration,
+    /// Whether the endpoint's response header has come.
+    pub header_seen: bool,
+    started: Instant,
+    trial: bool,
+    breaker: Breaker,
+    settled: bool,
+    committed: bool,
+    first_byte: Option<Duration>,
+    _in_flight: InFlight,
+}
+
+impl Attempt {
+    /// An attempt that begins now.
+    pub fn new(endpoint: &Arc<Endpoint>, model: Option<Arc<str>>, terms: Terms, trial: bool, breaker: Breaker) -> Self {
+        Self {
+            _in_flight: endpoint.live.enter(),
+            endpoint: Arc::clone(endpoint),
+            model,
+            terms,
+            first_byte_timeout: endpoint.config.timeouts.first_byte,
+            header_seen: false,
+            started: Instant::now(),
+            trial,
+            breaker,
+            settled: false,
+            committed: false,
+            first_byte: None,
+        }
+    }
+
+    /// Takes in how the attempt ended.
+    pub fn settle(&mut self, outcome: &Outcome) {
+        let endpoint = &self.endpoint;
+        let id = &endpoint.config.id;
+        if let Outcome::Status { status: status @ (401 | 403), .. } = outcome {
+            log::warn!("endpoint {id}: its key is refused (status {status}); check its apiKey");
+        }
+        let effect = outcome.effect();
+        match effect {
+            Effect::Failure => endpoint.live.note_error(outcome.to_string()),
+            Effect::Rest(wait) => log::info!("endpoint {id}: rests for {:.1} s, as it asked", wait.as_secs_f64()),
+            Effect::Success | Effect::Neutral => {}
+        }
+        self.learn(effect);
+        self.committed = matches!(outcome, Outcome::Status { status, .. } if *status < 400);
+        self.tell_first_byte();
+    }
+
+    fn learn(&mut self, effect: Effect) {
+        let trial = self.trial && !std::mem::replace(&mut self.settled, true);
+        let live = &self.endpoint.live;
+        let was_cooling = self.trial;
+        let cools = live.learn(effect, trial, Instant::now(), &self.breaker);
+        let id = &self.endpoint.config.id;
+        if cools {
+            let seconds = self.breaker.cool_down.as_secs();
+            log::warn!("endpoint {id}: {} errors in a row; cooling down for {seconds} s", live.health().errors_in_row());
+        } else if was_cooling && trial && effect == Effect::Success {
+            log::info!("endpoint {id}: answers again");
+        }
+        self.settled = true;
+    }
+
+    /// Notes that the first byte of the answer's body has come.
+    pub fn first_byte_came(&mut self) {
+        if self.first_byte.is_none() {
+            self.first_byte = Some(self.started.elapsed());
+            self.tell_first_byte();
+        }
+    }
+
+    /// The time to the first byte counts once the answer is known to be good.
+    fn tell_first_byte(&mut self) {
+        if let (true, Some(took)) = (self.committed, self.first_byte) {
+            self.endpoint.live.observe_first_byte(took, Instant::now());
+            self.committed = false;
+        }
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.learn(Effect::Neutral);
+        }
+    }
+}
+
+/// An endpoint's error answer, kept in case that no other endpoint does better.
+#[derive(Debug)]
+pub struct Kept {
+    /// Its header, ready for the client.
+    pub header: Box<ResponseHeader>,
+    /// Its body; none if it was too large to keep or never came to its end.
+    pub body: Option<Bytes>,
+}
+
+/// What the hooks share with the session that holds the response back.
+#[derive(Debug, Default)]
+pub struct Exchange(Mutex<ExchangeState>);
+
+/// The state behind [`Exchange`].
+#[derive(Debug, Default)]
+pub struct ExchangeState {
+    /// The attempt under way.
+    pub attempt: Option<Attempt>,
+    /// Why the attempt was given up, once it was.
+    pub ended: Option<Outcome>,
+    /// Set once the client has been sent anything.
+    pub committed: Option<Committed>,
+    /// The last error answer that was dropped.
+    pub kept: Option<Kept>,
+}
+
+/// What the client has been sent the beginning of.
+#[derive(Clone, Copy, Debug)]
+pub struct Committed {
+    /// When the first of it was let through.
+    pub at: Instant,
+    /// Whether it is an event stream.
+    pub event_stream: bool,
+    /// Whether the last byte sent ended an event.
+    pub between_events: bool,
+}
+
+impl Exchange {
+    /// The state. The lock is never contended: one task runs the hooks and the session in turn.
+    pub fn state(&self) -> MutexGuard<'_, ExchangeState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

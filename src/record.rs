@@ -1,0 +1,108 @@
+//! One log line a request.
+
+use std::fmt::{self, Write as _};
+use std::time::Duration;
+
+/// What a finished request left behind.
+#[derive(Debug)]
+pub struct Record<'a> {
+    /// The request's id.
+    pub id: &'a str,
+    /// The client's address.
+    pub caller: Option<std::net::IpAddr>,
+    /// The method.
+    pub method: &'a str,
+    /// The path, without its query, which may hold secrets.
+    pub path: &'a str,
+    /// The model the client named.
+    pub model: Option<&'a str>,
+    /// The model the endpoint was asked for, where that is another.
+    pub endpoint_model: Option<&'a str>,
+    /// The endpoint that the answer came from.
+    pub endpoint: Option<&'a str>,
+    /// How many endpoints were tried.
+    pub attempts: usize,
+    /// The status that the client got; none if it got nothing.
+    pub status: Option<u16>,
+    /// The body bytes that the client got.
+    pub bytes: usize,
+    /// The time until the first of the answer was let through.
+    pub first_byte: Option<Duration>,
+    /// The time until the last.
+    pub total: Duration,
+    /// What was wrong, if something was.
+    pub fault: Option<&'static str>,
+}
+
+impl fmt::Display for Record<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "request id={}", self.id)?;
+        if let Some(caller) = self.caller {
+            write!(f, " caller={caller}")?;
+        }
+        write!(f, " method={} path={}", self.method, Word(self.path))?;
+        for (name, value) in [("model", self.model), ("endpoint_model", self.endpoint_model), ("endpoint", self.endpoint)] {
+            if let Some(value) = value {
+                write!(f, " {name}={}", Word(value))?;
+            }
+        }
+        write!(f, " attempts={}", self.attempts)?;
+        match self.status {
+            Some(status) => write!(f, " status={status}")?,
+            None => f.write_str(" status=-")?,
+        }
+        write!(f, " bytes={}", self.bytes)?;
+        if let Some(first_byte) = self.first_byte {
+            write!(f, " first_byte_ms={:.1}", first_byte.as_secs_f64() * 1e3)?;
+        }
+        write!(f, " total_ms={:.1}", self.total.as_secs_f64() * 1e3)?;
+        match self.fault {
+            Some(fault) => write!(f, " fault={fault}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A value from outside: cut, and quoted wherever it could be taken for more than one word, so that no client can write
+/// log lines of its own.
+struct Word<'a>(&'a str);
+
+impl fmt::Display for Word<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const CHARS_MAX: usize = 200;
+        let plain = |c: char| c.is_alphanumeric() || "-_./:@*+,~%".contains(c);
+        let text = self.0.char_indices().nth(CHARS_MAX).and_then(|(end, _)| self.0.get(..end)).unwrap_or(self.0);
+        if !text.is_empty() && text.chars().all(plain) { f.write_str(text)? } else { write!(f, "{text:?}")? }
+        if text.len() < self.0.len() { f.write_char('…') } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_one_line() {
+        let record = Record {
+            id: "req_1",
+            caller: Some("127.0.0.1".parse().unwrap()),
+            method: "POST",
+            path: "/v1/chat/completions",
+            model: Some("gpt-4\nfake line"),
+            endpoint_model: None,
+            endpoint: Some("api1"),
+            attempts: 2,
+            status: Some(200),
+            bytes: 10,
+            first_byte: Some(Duration::from_micros(1500)),
+            total: Duration::from_millis(20),
+            fault: None,
+        };
+        assert_eq!(
+            record.to_string(),
+            "request id=req_1 caller=127.0.0.1 method=POST path=/v1/chat/completions model=\"gpt-4\\nfake line\" \
+             endpoint=api1 attempts=2 status=200 bytes=10 first_byte_ms=1.5 total_ms=20.0"
+        );
+        assert_eq!(Word(&"x".repeat(300)).to_string().chars().count(), 201);
+    }
+}

@@ -1,0 +1,158 @@
+//! What an endpoint is sent in place of what the client sent: path, headers, key, model. Bodies are spliced, never
+//! serialised anew, so every byte but the model's name stays as it came.
+
+use std::ops::Range;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+/// Request headers that belong to the way to the proxy and go no further: hop-by-hop headers (RFC 9110, 7.6.1),
+/// credentials, and what earlier proxies said of the client.
+const NOT_FORWARDED: [&str; 25] = [
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "proxy-authorization",
+    "proxy-authenticate",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "expect",
+    "host",
+    "content-length",
+    "authorization",
+    "api-key",
+    "x-api-key",
+    "cookie",
+    "forwarded",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-forwarded-proto",
+    "x-forwarded-server",
+    "x-real-ip",
+    "via",
+    "x-request-id",
+];
+
+/// Whether a request header of this name stays behind.
+pub fn stays_behind(name: &HeaderName) -> bool {
+    NOT_FORWARDED.contains(&name.as_str())
+}
+
+/// The header names that the client's `Connection` header makes hop-by-hop.
+pub fn named_in_connection(headers: &HeaderMap) -> Vec<HeaderName> {
+    headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect()
+}
+
+/// Response headers that an endpoint may not hand to our clients: its cookies, and what it says of other origins, which is
+/// ours to say.
+pub fn is_kept_from_client(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    name == "set-cookie" || name.starts_with("access-control-") || name == "alt-svc"
+}
+
+/// The path an endpoint is asked for. A base URL without a path leaves the client's own; one with a path puts it in place
+/// of the client's `/v1`.
+pub fn path_and_query(base_path: &str, client: &str) -> String {
+    if base_path.is_empty() {
+        return client.to_owned();
+    }
+    let rest = client.strip_prefix("/v1").unwrap_or(client);
+    let mut joined = String::with_capacity(base_path.len() + rest.len());
+    joined.push_str(base_path);
+    joined.push_str(rest);
+    joined
+}
+
+/// Whether a path would step out of the part of the endpoint that it is meant for.
+pub fn steps_out(path: &str) -> bool {
+    let path = path.split('?').next().unwrap_or_default();
+    path.split(['/', '\\']).any(|segment| {
+        let plain = segment.to_ascii_lowercase().replace("%2e", ".");
+        plain == ".." || plain == "." || plain.contains("%2f") && plain.contains("..")
+    })
+}
+
+/// The header value that carries an endpoint's key.
+pub fn bearer(key: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::from_str(&format!("Bearer {key}")).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+/// The body with the model's name replaced. One copy; none if the name stays.
+pub fn with_model(body: &Bytes, range: &Range<usize>, model: &str) -> Bytes {
+    let (Some(before), Some(after)) = (body.get(..range.start), body.get(range.end..)) else { return body.clone() };
+    let name = serde_json::Value::from(model).to_string();
+    let mut spliced = BytesMut::with_capacity(before.len() + name.len() + after.len());
+    spliced.put_slice(before);
+    spliced.put_slice(name.as_bytes());
+    spliced.put_slice(after);
+    spliced.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base_urls_and_paths() {
+        for (base, client, expected) in [
+            ("", "/v1/chat/completions", "/v1/chat/completions"),
+            ("/v1", "/v1/chat/completions", "/v1/chat/completions"),
+            ("/api/v3", "/v1/chat/completions", "/api/v3/chat/completions"),
+            ("/v1beta/openai", "/v1/chat/completions?a=/v1", "/v1beta/openai/chat/completions?a=/v1"),
+            ("/openai/deployments/x", "/v1/embeddings", "/openai/deployments/x/embeddings"),
+            ("/v1", "/v1", "/v1"),
+            ("/api/v1", "/v1/files/file-1/content", "/api/v1/files/file-1/content"),
+            ("/api/paas/v4", "/v1/v1/x", "/api/paas/v4/v1/x"),
+        ] {
+            assert_eq!(path_and_query(base, client), expected, "{base} + {client}");
+        }
+    }
+
+    #[test]
+    fn only_the_model_changes() {
+        let body = Bytes::from_static(
+            b"{ \"z\":1.0,\"model\" :\"a\\u002db\", \"n\":1 ,\"x\":1e5,\"unknown\":{\"model\":\"a\"},\"t\":\"\\u00e9\\/\" }\n",
+        );
+        let range = crate::request::scan(&body).unwrap().model.unwrap().range;
+        let spliced = with_model(&body, &range, "new \"name\"");
+        assert_eq!(
+            &spliced[..],
+            b"{ \"z\":1.0,\"model\" :\"new \\\"name\\\"\", \"n\":1 ,\"x\":1e5,\"unknown\":{\"model\":\"a\"},\"t\":\"\\u00e9\\/\" }\n"
+        );
+    }
+
+    #[test]
+    fn paths_that_step_out() {
+        for path in ["/v1/../admin", "/v1/%2e%2E/admin", "/v1/./x", "/v1/a/..", "/v1/..\\x", "/v1/..%2fx"] {
+            assert!(steps_out(path), "{path}");
+        }
+        for path in ["/v1/models/gpt-4..5", "/v1/files/a.b?x=../..", "/v1/models/meta%2Fllama-3.1"] {
+            assert!(!steps_out(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn keys_travel_as_sensitive_headers() {
+        let value = bearer("sk-1").unwrap();
+        assert_eq!(value.to_str().unwrap(), "Bearer sk-1");
+        assert!(!format!("{value:?}").contains("sk-1"));
+    }
+
+    #[test]
+    fn headers_named_in_connection_are_hop_by_hop() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close, X-Private"));
+        assert_eq!(named_in_connection(&headers), ["close", "x-private"]);
+    }
+}

@@ -1,0 +1,288 @@
+//! From a checked config to a serving process: Pingora's server, its listeners, and the services beside the proxy.
+
+use std::fmt;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use pingora::apps::HttpServerOptions;
+use pingora::listeners::tls::TlsSettings;
+use pingora::listeners::{ListenerConfig, TcpSocketOptions};
+use pingora::server::configuration::{Opt, ServerConf};
+use pingora::server::{ExecutionPhase, RunArgs, Server, ShutdownWatch};
+use pingora::services::background::{BackgroundService, background_service};
+use pingora_proxy::ProxyServiceBuilder;
+use tokio::sync::broadcast;
+
+use crate::config::{Config, ServerTls};
+use crate::context::OpenRequests;
+use crate::pool::Pool;
+use crate::proxy::Gateway;
+use crate::upstream::RESOLVE_INTERVAL;
+
+/// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than
+/// any of those: a hundred attempts, each at sixteen addresses, begun anew twice.
+const PINGORA_TRIES_MAX: usize = 100 * (16 + 2);
+/// A stopping process waits this long for its open requests, unless the server conf says otherwise.
+const GRACE_PERIOD_SECONDS: u64 = 600;
+/// How often a stopping process looks whether its last request has ended.
+const DRAIN_POLL: Duration = Duration::from_millis(50);
+
+/// How the process is to run, beside its config.
+#[derive(Clone, Debug, Default)]
+pub struct RunOptions {
+    /// `-u`: take the sockets over from a running process.
+    pub upgrade: bool,
+    /// `-d`: run in the background.
+    pub daemon: bool,
+    /// `-t`: leave after everything was checked.
+    pub test: bool,
+    /// Pingora's own server conf file, if there is one.
+    pub server_conf: Option<PathBuf>,
+    /// Where the upgrade socket and the pid file go unless the server conf file says so.
+    pub runtime_folder: PathBuf,
+}
+
+/// Why the server could not start. Each says what to do about it.
+#[derive(Debug)]
+pub struct StartError(String);
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// A server that is ready to run.
+pub struct Prepared {
+    server: Server,
+    /// Where it will listen.
+    pub address: SocketAddr,
+    /// The pool it serves; a new one may be stored at any time.
+    pub pool: Arc<ArcSwap<Pool>>,
+    /// Keeps a free port ours until Pingora has bound it.
+    _reserved: Option<socket2::Socket>,
+}
+
+impl fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Prepared({})", self.address)
+    }
+}
+
+impl Prepared {
+    /// Sets everything up. Nothing serves yet, but whatever can be wrong has been found.
+    pub fn new(config: Config, options: &RunOptions) -> Result<Self, StartError> {
+        let conf = server_conf(&config, options)?;
+        let tls = config.server.tls.as_ref().map(tls_settings).transpose()?;
+        let wanted = SocketAddr::new(config.server.host, config.server.port);
+        let (address, reserved) = if options.upgrade { (wanted, None) } else { free_address(wanted)? };
+        let pool = Pool::new(config, None).map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
+        let pool = Arc::new(ArcSwap::from_pointee(pool));
+        let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
+        let mut server = Server::new_with_opt_and_conf(opt, conf);
+        let open = OpenRequests::default();
+        let draining = Draining::default();
+        let gateway = Gateway::new(Arc::clone(&pool), open.clone(), draining.clone());
+        let mut http = HttpServerOptions::default();
+        // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
+        http.h2c = tls.is_none();
+        let mut service = ProxyServiceBuilder::new(&server.configuration, gateway)
+            .name("api-together")
+            .server_options(http)
+            .build();
+        let mut socket = TcpSocketOptions::default();
+        socket.so_reuseport = reserved.as_ref().map(|_| true);
+        let mut listener = ListenerConfig::tcp(address.to_string()).tcp_socket_options(socket);
+        if let Some(tls) = tls {
+            listener = listener.tls(tls);
+        }
+        service.add_listener(listener);
+        server.add_service(background_service("drain", Drain { phases: server.watch_execution_phase(), open, draining }));
+        server.add_service(background_service("resolve", Resolve(Arc::clone(&pool))));
+        server.add_service(service);
+        Ok(Self { server, address, pool, _reserved: reserved })
+    }
+
+    /// Takes the sockets of a running process over if asked to, and leaves here if only a test was wanted.
+    pub fn bootstrap(&mut self) {
+        self.server.bootstrap();
+    }
+
+    /// Serves until told to stop.
+    pub fn run(self, args: RunArgs) {
+        self.server.run(args);
+    }
+}
+
+/// Pingora's own settings: its conf file, with what we need of it.
+fn server_conf(config: &Config, options: &RunOptions) -> Result<ServerConf, StartError> {
+    let mut conf = match &options.server_conf {
+        Some(path) => read_server_conf(path)?,
+        None => ServerConf::default(),
+    };
+    let defaults = ServerConf::default();
+    let folder = &options.runtime_folder;
+    let private = |name: &str| folder.join(name).to_string_lossy().into_owned();
+    // Pingora's defaults lie in the folder for temporary files, where anybody could put something in their place.
+    if conf.upgrade_sock == defaults.upgrade_sock {
+        conf.upgrade_sock = private("upgrade.sock");
+    }
+    if conf.pid_file == defaults.pid_file {
+        conf.pid_file = private("api-together.pid");
+    }
+    if options.upgrade || options.daemon {
+        make_private(folder)?;
+    }
+    conf.grace_period_seconds.get_or_insert(GRACE_PERIOD_SECONDS);
+    conf.threads = config.server.threads;
+    conf.max_retries = PINGORA_TRIES_MAX;
+    Ok(conf)
+}
+
+fn read_server_conf(path: &Path) -> Result<ServerConf, StartError> {
+    let fail = |why: String| StartError(format!("{}: {why}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
+    let conf: ServerConf = serde_yaml::from_str(&text).map_err(|error| fail(error.to_string()))?;
+    conf.validate().map_err(|error| fail(error.to_string()))
+}
+
+fn make_private(folder: &Path) -> Result<(), StartError> {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+    let fail = |error: std::io::Error| StartError(format!("{}: {error}; upgrades need a folder of their own", folder.display()));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(fail)?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).map_err(fail)
+}
+
+/// Finds out whether the address can be listened on before Pingora tries, which would go on without it. Port 0 becomes a
+/// free one, kept until Pingora has it.
+fn free_address(wanted: SocketAddr) -> Result<(SocketAddr, Option<socket2::Socket>), StartError> {
+    let fail = |error: std::io::Error| StartError(explain_bind(wanted, &error));
+    if wanted.port() != 0 {
+        TcpListener::bind(wanted).map_err(fail)?;
+        return Ok((wanted, None));
+    }
+    let socket = socket2::Socket::new(socket2::Domain::for_address(wanted), socket2::Type::STREAM, None).map_err(fail)?;
+    socket.set_reuse_address(true).map_err(fail)?;
+    socket.set_reuse_port(true).map_err(fail)?;
+    socket.bind(&wanted.into()).map_err(fail)?;
+    let bound = socket.local_addr().map_err(fail)?.as_socket().unwrap_or(wanted);
+    Ok((bound, Some(socket)))
+}
+
+fn explain_bind(address: SocketAddr, error: &std::io::Error) -> String {
+    let way_out = match error.kind() {
+        std::io::ErrorKind::AddrInUse => "another program listens there; stop it, or choose another server.port (or PORT)",
+        std::io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; choose another server.port (or PORT)",
+        std::io::ErrorKind::AddrNotAvailable => "this machine has no such address; see server.host",
+        _ => "see server.host and server.port",
+    };
+    format!("cannot listen on {address}: {error}: {way_out}")
+}
+
+/// The listener's certificate and key, tried out, since Pingora panics on a bad one.
+fn tls_settings(tls: &ServerTls) -> Result<TlsSettings, StartError> {
+    use rustls_pki_types::pem::PemObject;
+    let fail = |file: &Path, why: String| StartError(format!("server.tls: {}: {why}", file.display()));
+    pingora::tls::install_default_crypto_provider();
+    let chain = pingora::tls::CertificateDer::pem_file_iter(&tls.cert_file)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| fail(&tls.cert_file, error.to_string()))?;
+    let key = pingora::tls::PrivateKeyDer::from_pem_file(&tls.key_file)
+        .map_err(|error| fail(&tls.key_file, error.to_string()))?;
+    pingora::tls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .map_err(|error| fail(&tls.cert_file, format!("{error} (does the key in {} belong to it?)", tls.key_file.display())))?;
+    let path = |file: &Path| file.to_string_lossy().into_owned();
+    let mut settings = TlsSettings::intermediate(&path(&tls.cert_file), &path(&tls.key_file))
+        .map_err(|error| fail(&tls.cert_file, error.to_string()))?;
+    settings.enable_h2();
+    Ok(settings)
+}
+
+/// Set once the process is on its way out, so that busy connections are told to close.
+#[derive(Clone, Debug, Default)]
+pub struct Draining(Arc<std::sync::atomic::AtomicBool>);
+
+impl Draining {
+    /// Whether the process is on its way out.
+    pub fn is_on(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn begin(&self) {
+        self.0.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+/// Ends the process as soon as its last request has ended; Pingora would sleep the whole grace period.
+struct Drain {
+    phases: broadcast::Receiver<ExecutionPhase>,
+    open: OpenRequests,
+    draining: Draining,
+}
+
+#[async_trait]
+impl BackgroundService for Drain {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        let mut phases = self.phases.resubscribe();
+        while let Ok(phase) = phases.recv().await {
+            match phase {
+                ExecutionPhase::GracefulUpgradeTransferringFds | ExecutionPhase::GracefulTerminate => self.draining.begin(),
+                ExecutionPhase::ShutdownGracePeriod => self.wait_and_leave().await,
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Drain {
+    async fn wait_and_leave(&self) {
+        self.draining.begin();
+        log::info!("stopping: {} requests are open", self.open.count());
+        while self.open.count() > 0 {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+        log::info!("stopped: the last request has ended");
+        std::process::exit(0);
+    }
+}
+
+/// Looks the endpoints' names up again and again, so that no request has to wait for it.
+struct Resolve(Arc<ArcSwap<Pool>>);
+
+#[async_trait]
+impl BackgroundService for Resolve {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let mut ticks = tokio::time::interval(RESOLVE_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => self.round().await,
+                _ = shutdown.changed() => return,
+            }
+        }
+    }
+}
+
+impl Resolve {
+    async fn round(&self) {
+        let pool = self.0.load_full();
+        let mut lookups = tokio::task::JoinSet::new();
+        for endpoint in pool.endpoints.iter().filter(|endpoint| endpoint.config.usable()).map(Arc::clone) {
+            lookups.spawn(async move {
+                if let Err(error) = endpoint.upstream.resolve().await {
+                    let (id, host) = (&endpoint.config.id, endpoint.upstream.host());
+                    log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
+                }
+            });
+        }
+        lookups.join_all().await;
+    }
+}
