@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use pingora_limits::rate::Rate;
 
 use crate::config;
@@ -47,7 +47,7 @@ impl Auth {
 /// The key a request carries: `Authorization: Bearer KEY` or the bare key, else the headers that other SDKs use.
 fn key_given(headers: &HeaderMap) -> Option<&[u8]> {
     let authorization = headers.get(http::header::AUTHORIZATION).map(|value| value.as_bytes().trim_ascii());
-    let other = || ["x-api-key", "api-key"].iter().find_map(|name| headers.get(*name)).map(|value| value.as_bytes());
+    let other = || ["x-api-key", "api-key"].iter().find_map(|name| headers.get(*name)).map(HeaderValue::as_bytes);
     let value = authorization.or_else(other)?;
     let key = match value.split_at_checked(7) {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => key.trim_ascii(),

@@ -55,9 +55,11 @@ pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], now: Instant)
 
 /// Whether any candidate that was not tried yet could take the request.
 pub fn any_left(pool: &Pool, candidates: &Candidates, tried: &[usize], now: Instant) -> bool {
-    candidates.list().iter().filter_map(|candidate| untried(pool, candidate, tried)).any(|endpoint| {
-        matches!(endpoint.live.gate(now), Gate::Open | Gate::TrialDue | Gate::Cooling { .. })
-    })
+    candidates
+        .list()
+        .iter()
+        .filter_map(|candidate| untried(pool, candidate, tried))
+        .any(|endpoint| matches!(endpoint.live.gate(now), Gate::Open | Gate::TrialDue | Gate::Cooling { .. }))
 }
 
 fn untried<'a>(pool: &'a Pool, candidate: &Candidate, tried: &[usize]) -> Option<&'a Endpoint> {
@@ -260,7 +262,7 @@ mod tests {
     fn lower_tiers_are_for_when_nothing_above_can_take_it() {
         let pool = pool(Strategy::Random, r#"[{"id":"a","models":["m"]},{"id":"b","models":["m"],"priority":1}]"#);
         assert_eq!(picks(&pool, 20), [20, 0]);
-        learn(&pool, 0, Effect::Rest(Duration::from_secs(60)), 1);
+        learn(&pool, 0, Effect::Rest(Duration::from_mins(1)), 1);
         assert_eq!(picks(&pool, 20), [0, 20]);
     }
 
@@ -283,7 +285,7 @@ mod tests {
     #[test]
     fn when_all_rest_the_earliest_end_is_told() {
         let pool = pool(Strategy::Random, TWO);
-        learn(&pool, 0, Effect::Rest(Duration::from_secs(60)), 1);
+        learn(&pool, 0, Effect::Rest(Duration::from_mins(1)), 1);
         learn(&pool, 1, Effect::Rest(Duration::from_secs(9)), 1);
         let candidates = pool.router.find("m").unwrap();
         match pick(&pool, candidates, &[], Instant::now()) {

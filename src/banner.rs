@@ -87,7 +87,10 @@ mod tests {
         assert!(plain.contains("listening   http://0.0.0.0:3001"), "{plain}");
         assert!(plain.contains("status      http://127.0.0.1:3001/v1/status"), "{plain}");
         assert!(plain.contains("1 of 2 in use"), "{plain}");
-        assert!(plain.contains("  api1  OpenAI官方API  https://api.openai.com  rpm 60, rpd no limit, 2 models\n"), "{plain}");
+        assert!(
+            plain.contains("  api1  OpenAI官方API  https://api.openai.com  rpm 60, rpd no limit, 2 models\n"),
+            "{plain}"
+        );
         assert!(plain.contains("1 model  off\n"), "{plain}");
         assert!(!plain.contains("sk-client-key"), "{plain}");
     }

@@ -56,6 +56,7 @@ enum SchemaFormat {
 }
 
 #[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
 struct Run {
     /// The config file, JSON or YAML.
     #[arg(long, value_name = "FILE", default_value = CONFIG_DEFAULT)]
@@ -145,10 +146,8 @@ impl Run {
     fn options(&self) -> RunOptions {
         let found = || Some(PathBuf::from(SERVER_CONF_DEFAULT)).filter(|path| path.exists());
         // systemd names the folder it made for the service.
-        let runtime_folder = std::env::var_os("RUNTIME_DIRECTORY").map_or_else(
-            || self.config.parent().unwrap_or(Path::new("")).join(RUNTIME_FOLDER),
-            PathBuf::from,
-        );
+        let runtime_folder = std::env::var_os("RUNTIME_DIRECTORY")
+            .map_or_else(|| self.config.parent().unwrap_or(Path::new("")).join(RUNTIME_FOLDER), PathBuf::from);
         RunOptions {
             upgrade: self.upgrade,
             daemon: self.daemon,

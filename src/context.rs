@@ -147,6 +147,7 @@ impl Context {
 
 /// One attempt at one endpoint. What it shows of the endpoint is taken in once; dropped before that, nothing is.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
 pub struct Attempt {
     /// The endpoint.
     pub endpoint: Arc<Endpoint>,
@@ -212,7 +213,10 @@ impl Attempt {
         let id = &self.endpoint.config.id;
         if cools {
             let seconds = self.breaker.cool_down.as_secs();
-            log::warn!("endpoint {id}: {} errors in a row; cooling down for {seconds} s", live.health().errors_in_row());
+            log::warn!(
+                "endpoint {id}: {} errors in a row; cooling down for {seconds} s",
+                live.health().errors_in_row()
+            );
         } else if was_cooling && trial && effect == Effect::Success {
             log::info!("endpoint {id}: answers again");
         }

@@ -63,7 +63,12 @@ fn start_endpoints() -> std::io::Result<Vec<String>> {
 
 fn endpoints() -> [Options; 3] {
     let words = Behaviour { events: 12, ..Behaviour::default() };
-    let named = |name: &str, default| Options { name: name.into(), models: vec!["demo-model".into()], default, ..Options::default() };
+    let named = |name: &str, default| Options {
+        name: name.into(),
+        models: vec!["demo-model".into()],
+        default,
+        ..Options::default()
+    };
     [
         named("steady", Behaviour { chunk_delay_ms: 20, ..words.clone() }),
         named("slow", Behaviour { header_delay_ms: 400, chunk_delay_ms: 150, ..words.clone() }),
@@ -90,8 +95,8 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
     });
     let text = json!({ "server": server, "apis": apis }).to_string();
     let environment = if port == 0 { Environment::default() } else { Environment::from_process(Path::new("")) };
-    let Loaded { config, .. } = config::check_str(&text, Format::Json, &environment, Path::new(""))
-        .map_err(|problems| problems.to_string())?;
+    let Loaded { config, .. } =
+        config::check_str(&text, Format::Json, &environment, Path::new("")).map_err(|problems| problems.to_string())?;
     let banner = Banner::new(&config);
     let options = RunOptions { runtime_folder: PathBuf::from("run"), ..RunOptions::default() };
     let prepared = Prepared::new(config, &options).map_err(|error| error.to_string())?;

@@ -145,14 +145,14 @@ impl Fault {
             Self::KeysFailedTooOften => "Too many requests with a wrong API key came from your address. Correct the \
                 key; a right one is taken at once."
                 .into(),
-            Self::PathUnknown { path } => format!(
-                "Unknown path {path}. API calls start with /v1: set your client's base URL to end in /v1."
-            ),
+            Self::PathUnknown { path } => {
+                format!("Unknown path {path}. API calls start with /v1: set your client's base URL to end in /v1.")
+            }
             Self::MethodNotAllowed { allowed } => format!("This path takes {allowed} only."),
             Self::BodyInvalid { problem } => problem.clone(),
-            Self::BodyTooLarge { bytes_max } => format!(
-                "The request body is longer than the {bytes_max} bytes this proxy takes (server.bodyBytesMax)."
-            ),
+            Self::BodyTooLarge { bytes_max } => {
+                format!("The request body is longer than the {bytes_max} bytes this proxy takes (server.bodyBytesMax).")
+            }
             Self::BodyTimeout => "The request body did not arrive in time.".into(),
             Self::ModelUnknown { model } => format!(
                 "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
@@ -171,9 +171,9 @@ impl Fault {
                 .into(),
             Self::EndpointTimeout => "No endpoint answered this request in time.".into(),
             Self::EndpointEmpty => "Every endpoint tried gave an empty answer.".into(),
-            Self::EndpointError { status } => format!(
-                "The last endpoint tried answered {status}, with a body too large to pass on."
-            ),
+            Self::EndpointError { status } => {
+                format!("The last endpoint tried answered {status}, with a body too large to pass on.")
+            }
             Self::StreamBroken => "The endpoint broke off in the middle of its answer.".into(),
             Self::Internal => "The proxy failed on this request; its log says why.".into(),
         }

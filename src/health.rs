@@ -126,7 +126,11 @@ impl Health {
 
 /// How long an endpoint that answered 429 asks to be left alone: `retry-after-ms`, else `Retry-After` in seconds or as a
 /// date (RFC 9110, 10.2.3), else five seconds.
-pub fn rest_asked(retry_after_ms: Option<&str>, retry_after: Option<&str>, wall_clock: std::time::SystemTime) -> Duration {
+pub fn rest_asked(
+    retry_after_ms: Option<&str>,
+    retry_after: Option<&str>,
+    wall_clock: std::time::SystemTime,
+) -> Duration {
     let millis = retry_after_ms.and_then(|text| seconds(text, 1e-3));
     let asked = millis.or_else(|| {
         let text = retry_after?.trim();
@@ -147,7 +151,7 @@ fn seconds(text: &str, unit: f64) -> Option<Duration> {
 mod tests {
     use super::*;
 
-    const BREAKER: Breaker = Breaker { failures: 3, cool_down: Duration::from_secs(600) };
+    const BREAKER: Breaker = Breaker { failures: 3, cool_down: Duration::from_mins(10) };
 
     fn failed(health: &mut Health, times: u32, now: Instant) {
         for _ in 0..times {
@@ -193,7 +197,7 @@ mod tests {
         let now = Instant::now();
         let mut health = Health::default();
         failed(&mut health, 3, now);
-        failed(&mut health, 5, now + Duration::from_secs(60));
+        failed(&mut health, 5, now + Duration::from_mins(1));
         assert_eq!(health.gate(now), Gate::Cooling { until: now + BREAKER.cool_down });
     }
 

@@ -170,7 +170,7 @@ impl Average {
     /// The weight of a new sample.
     const SAMPLE_WEIGHT: f64 = 0.2;
     /// The average falls to a third in this time without samples.
-    const FADE: Duration = Duration::from_secs(60);
+    const FADE: Duration = Duration::from_mins(1);
 
     fn observe(&mut self, took: Duration, now: Instant) {
         let sample = took.as_secs_f64();
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
     use crate::config::test_support::config;
 
-    const BREAKER: Breaker = Breaker { failures: 1, cool_down: Duration::from_secs(60) };
+    const BREAKER: Breaker = Breaker { failures: 1, cool_down: Duration::from_mins(1) };
 
     #[test]
     fn live_state_outlives_a_reload_by_id() {

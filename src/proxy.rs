@@ -27,8 +27,8 @@ use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::admin::{Answer, Resource};
 use crate::auth::{self, Auth};
-use crate::config::Cors;
 use crate::balance::{self, Choice, Pick};
+use crate::config::Cors;
 use crate::context::{Ask, Attempt, Context, Kept, OpenRequests};
 use crate::error::{Fault, excerpt};
 use crate::pool::Pool;
@@ -91,7 +91,8 @@ impl Gateway {
         arrive(session, context, &pool);
         let header = session.req_header();
         let path = header.uri.path();
-        if let Some(requested) = preflight(header) {
+        if is_preflight(header) {
+            let requested = header.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS);
             return Ok(Next::Answer(Answer::preflight(requested)));
         }
         let resource = Resource::of(path, &header.method);
@@ -121,11 +122,11 @@ impl Gateway {
     }
 
     /// An attempt came to its end without an answer for the client. Returns whether another one follows.
-    fn attempt_over(context: &mut Context, outcome: Outcome) -> bool {
+    fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
         let Some(ask) = &context.ask else { return false };
         let mut state = context.exchange.state();
         let endpoint = state.attempt.take().map(|mut attempt| {
-            attempt.settle(&outcome);
+            attempt.settle(outcome);
             Arc::clone(&attempt.endpoint)
         });
         if !matches!(outcome, Outcome::Status { .. }) {
@@ -134,7 +135,7 @@ impl Gateway {
         let retry = &ask.pool.server.retry;
         let tried = &context.tries.tried;
         let more = outcome.is_retryable(retry) && has_more(ask, tried, context.arrival.at);
-        if let (Some(endpoint), false) = (endpoint, outcome == Outcome::ClientGone) {
+        if let (Some(endpoint), false) = (endpoint, *outcome == Outcome::ClientGone) {
             let (id, endpoint) = (context.arrival.id(), &endpoint.config.id);
             let next = if more { "trying another" } else { "no other is left to try" };
             log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
@@ -143,7 +144,7 @@ impl Gateway {
             Outcome::ClientGone => None,
             Outcome::TooSlow => Some(Fault::EndpointTimeout),
             Outcome::Empty => Some(Fault::EndpointEmpty),
-            Outcome::Status { status, .. } => Some(Fault::EndpointError { status }),
+            Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),
             Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent => Some(Fault::EndpointUnreachable),
         };
         more
@@ -189,12 +190,11 @@ fn request_id(given: Option<&HeaderValue>) -> HeaderValue {
     })
 }
 
-/// If this is a CORS preflight, the headers that it asks for.
-fn preflight(header: &RequestHeader) -> Option<Option<&HeaderValue>> {
-    let asks = header.method == Method::OPTIONS
+/// Whether this is a browser's question before its request (Fetch standard, 3.3.2).
+fn is_preflight(header: &RequestHeader) -> bool {
+    header.method == Method::OPTIONS
         && header.headers.contains_key(header::ORIGIN)
-        && header.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
-    asks.then(|| header.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS))
+        && header.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
 /// Only calls of the API go on, and none that would step out of it.
@@ -285,7 +285,8 @@ async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
 fn expects_continue(session: &Session) -> bool {
     let header = session.req_header();
     let expect = header.headers.get(header::EXPECT);
-    header.version == Version::HTTP_11 && expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+    header.version == Version::HTTP_11
+        && expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 /// Reads what is left of a body that nobody wants, within bounds.
@@ -469,7 +470,8 @@ impl ProxyHttp for Gateway {
             expects_body: *method != Method::HEAD,
             more: has_more(ask, &tries.tried, context.arrival.at),
         };
-        let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice.trial, ask.pool.server.breaker.clone());
+        let mut attempt =
+            Attempt::new(endpoint, candidate.model.clone(), terms, choice.trial, ask.pool.server.breaker.clone());
         if ask.stream {
             attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
         }
@@ -482,7 +484,7 @@ impl ProxyHttp for Gateway {
             }
         };
         let Some(address) = address else {
-            let more = Self::attempt_over(context, Outcome::ConnectFailed);
+            let more = Self::attempt_over(context, &Outcome::ConnectFailed);
             let mut error = Error::new_up(ErrorType::ConnectError);
             error.set_retry(more);
             return Err(error);
@@ -498,7 +500,8 @@ impl ProxyHttp for Gateway {
     ) -> Result<()> {
         rewrite_header(session, request, context)?;
         let body = rewrite_body(context);
-        let may_be_bare = matches!(session.req_header().method, Method::GET | Method::HEAD | Method::OPTIONS | Method::DELETE);
+        let may_be_bare =
+            matches!(session.req_header().method, Method::GET | Method::HEAD | Method::OPTIONS | Method::DELETE);
         if !body.is_empty() || !may_be_bare {
             request.insert_header(header::CONTENT_LENGTH, body.len())?;
         }
@@ -527,7 +530,12 @@ impl ProxyHttp for Gateway {
         Ok(())
     }
 
-    async fn response_filter(&self, _session: &mut Session, header: &mut ResponseHeader, context: &mut Context) -> Result<()> {
+    async fn response_filter(
+        &self,
+        _session: &mut Session,
+        header: &mut ResponseHeader,
+        context: &mut Context,
+    ) -> Result<()> {
         if header.status.is_informational() && header.status != http::StatusCode::SWITCHING_PROTOCOLS {
             return Ok(());
         }
@@ -536,7 +544,8 @@ impl ProxyHttp for Gateway {
             state.attempt.as_ref().map(|attempt| attempt.endpoint.config.api_key.clone())
         };
         let quotes_key = |value: &HeaderValue| {
-            key.as_ref().is_some_and(|key| !key.expose().is_empty() && contains(value.as_bytes(), key.expose().as_bytes()))
+            key.as_ref()
+                .is_some_and(|key| !key.expose().is_empty() && contains(value.as_bytes(), key.expose().as_bytes()))
         };
         let leaving: Vec<HeaderName> = header
             .headers
@@ -589,7 +598,8 @@ impl ProxyHttp for Gateway {
         let header_seen = state.attempt.as_ref().is_some_and(|attempt| attempt.header_seen);
         drop(state);
         let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
-        let closed_before_use = (reused && !timed_out || pingora_says_again) && ended.is_none() && !from_client && !header_seen;
+        let closed_before_use =
+            (reused && !timed_out || pingora_says_again) && ended.is_none() && !from_client && !header_seen;
         if closed_before_use && context.tries.stale < STALE_MAX {
             context.tries.stale += 1;
             context.tries.again();
@@ -598,7 +608,7 @@ impl ProxyHttp for Gateway {
         }
         let outcome = ended.unwrap_or(if from_client { Outcome::ClientGone } else { Outcome::Broken });
         log::debug!("request {}: {error}", context.arrival.id());
-        error.set_retry(Self::attempt_over(context, outcome));
+        error.set_retry(Self::attempt_over(context, &outcome));
         error
     }
 
@@ -621,9 +631,13 @@ impl ProxyHttp for Gateway {
             return error;
         }
         if let Some(attempt) = &context.exchange.state().attempt {
-            log::warn!("endpoint {}: no connection to {}: {error}", attempt.endpoint.config.id, attempt.endpoint.upstream.host());
+            log::warn!(
+                "endpoint {}: no connection to {}: {error}",
+                attempt.endpoint.config.id,
+                attempt.endpoint.upstream.host()
+            );
         }
-        error.set_retry(Self::attempt_over(context, Outcome::ConnectFailed));
+        error.set_retry(Self::attempt_over(context, &Outcome::ConnectFailed));
         error
     }
 
@@ -715,7 +729,12 @@ async fn send_error_event(session: &mut Session, fault: &Fault, between_events: 
 }
 
 /// Shows the client the last endpoint's own error.
-async fn send_kept(session: &mut Session, context: &Context, mut header: Box<ResponseHeader>, body: Bytes) -> Result<()> {
+async fn send_kept(
+    session: &mut Session,
+    context: &Context,
+    mut header: Box<ResponseHeader>,
+    body: Bytes,
+) -> Result<()> {
     add_our_headers(&mut header, context)?;
     let no_body = body.is_empty();
     session.write_response_header(header, no_body).await?;

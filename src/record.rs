@@ -41,7 +41,9 @@ impl fmt::Display for Record<'_> {
             write!(f, " caller={caller}")?;
         }
         write!(f, " method={} path={}", self.method, Word(self.path))?;
-        for (name, value) in [("model", self.model), ("endpoint_model", self.endpoint_model), ("endpoint", self.endpoint)] {
+        for (name, value) in
+            [("model", self.model), ("endpoint_model", self.endpoint_model), ("endpoint", self.endpoint)]
+        {
             if let Some(value) = value {
                 write!(f, " {name}={}", Word(value))?;
             }
@@ -72,7 +74,11 @@ impl fmt::Display for Word<'_> {
         const CHARS_MAX: usize = 200;
         let plain = |c: char| c.is_alphanumeric() || "-_./:@*+,~%".contains(c);
         let text = self.0.char_indices().nth(CHARS_MAX).and_then(|(end, _)| self.0.get(..end)).unwrap_or(self.0);
-        if !text.is_empty() && text.chars().all(plain) { f.write_str(text)? } else { write!(f, "{text:?}")? }
+        if !text.is_empty() && text.chars().all(plain) {
+            f.write_str(text)?;
+        } else {
+            write!(f, "{text:?}")?;
+        }
         if text.len() < self.0.len() { f.write_char('…') } else { Ok(()) }
     }
 }

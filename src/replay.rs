@@ -36,8 +36,10 @@ use crate::retry::Outcome;
 /// Stands for the body until the request body filter puts the real one in its place.
 const BODY_MARKER: Bytes = Bytes::from_static(b"?");
 
-/// The type of the error that ends an attempt whose answer is dropped. Its reason is in the exchange.
-pub const GIVEN_UP: ErrorType = ErrorType::Custom("the answer is not good enough");
+/// The error that ends an attempt whose answer is dropped. Why it is, is in the exchange.
+fn given_up() -> Box<Error> {
+    Error::new_up(ErrorType::Custom("the answer is not good enough"))
+}
 
 /// How a request is to be replayed and its response held.
 #[derive(Debug)]
@@ -82,7 +84,7 @@ impl Wrapped {
             flushing: false,
             tail: [0; 4],
         };
-        session.downstream_session = Box::new(ServerSession::Custom(Box::new(replay)));
+        *session.downstream_session = ServerSession::Custom(Box::new(replay));
         Self(Some(slot))
     }
 
@@ -201,7 +203,8 @@ impl Replay {
         self.committed = true;
         self.judge.commit();
         let tasks = mem::take(&mut self.held);
-        let event_stream = tasks.iter().any(|task| matches!(task, HttpTask::Header(header, _) if is_event_stream(header)));
+        let event_stream =
+            tasks.iter().any(|task| matches!(task, HttpTask::Header(header, _) if is_event_stream(header)));
         let mut state = self.exchange.state();
         state.committed = Some(Committed { at: Instant::now(), event_stream, between_events: true });
         state.kept = None;
@@ -213,15 +216,12 @@ impl Replay {
     }
 
     /// Ends the attempt; an error answer is kept in case that nothing better comes.
-    fn drop_answer(&mut self, outcome: Outcome) -> Box<Error> {
+    fn drop_answer(&mut self, outcome: Outcome) {
         let held = mem::take(&mut self.held);
         let kept = (self.status >= 400).then(|| keep(self.without_key(held))).flatten();
         let mut state = self.exchange.state();
-        if kept.is_some() {
-            state.kept = kept;
-        }
+        state.kept = kept;
         state.ended = Some(outcome);
-        Error::new_up(GIVEN_UP)
     }
 
     /// An error's tasks with its body in one piece, in which the endpoint's key is blotted out.
@@ -242,7 +242,8 @@ impl Replay {
         }
         if !whole.is_empty() || ended {
             let body = respond::blot(&Bytes::from(whole), endpoint.config.api_key.expose());
-            let after_header = others.iter().position(|task| matches!(task, HttpTask::Header(..))).map_or(0, |at| at + 1);
+            let after_header =
+                others.iter().position(|task| matches!(task, HttpTask::Header(..))).map_or(0, |at| at + 1);
             others.insert(after_header, HttpTask::Body(Some(body), ended));
         }
         others
@@ -293,7 +294,8 @@ impl Replay {
         }
         if let Some(committed) = &mut state.committed {
             let tail = &self.tail;
-            committed.between_events = tail == &[0; 4] || tail.ends_with(b"\n\n") || tail.ends_with(b"\r\r") || tail == b"\r\n\r\n";
+            committed.between_events =
+                tail == &[0; 4] || tail.ends_with(b"\n\n") || tail.ends_with(b"\r\r") || tail == b"\r\n\r\n";
         }
     }
 
@@ -310,10 +312,11 @@ impl Replay {
         }
         if self.committed {
             self.exchange.state().ended = Some(Outcome::TooSlow);
-            return Err(Error::new_up(GIVEN_UP));
+            return Err(given_up());
         }
         let outcome = self.judge.outcome_if_cut().unwrap_or(Outcome::TooSlow);
-        Err(self.drop_answer(outcome))
+        self.drop_answer(outcome);
+        Err(given_up())
     }
 }
 
@@ -389,7 +392,10 @@ impl CustomSession for Replay {
         while let Some(task) = tasks.next() {
             match self.take_in(task)? {
                 Verdict::Hold => {}
-                Verdict::Drop(outcome) => return Err(self.drop_answer(outcome)),
+                Verdict::Drop(outcome) => {
+                    self.drop_answer(outcome);
+                    return Err(given_up());
+                }
                 Verdict::Commit => {
                     let mut out = self.commit();
                     out.extend(tasks);

@@ -139,26 +139,19 @@ struct Found<'a> {
 
 impl Found<'_> {
     fn locate(self, body: &[u8]) -> Result<Fields, Fault> {
-        let invalid = |problem: String| Err(Fault::BodyInvalid { problem });
         if let Some(again) = self.model_again {
             let at = position(body, range_in(body, again).start);
-            return invalid(format!("The request body has two `model` keys; the second value is at {at}."));
+            let problem = format!("The request body has two `model` keys; the second value is at {at}.");
+            return Err(Fault::BodyInvalid { problem });
         }
-        let model = match self.model {
-            None => None,
-            Some(raw) => {
-                let range = range_in(body, raw);
-                match serde_json::from_str::<String>(raw.get()) {
-                    Ok(value) => Some(Field { value, range }),
-                    Err(_) => {
-                        let at = position(body, range.start);
-                        return invalid(format!("`model` must be a string, at {at} of the request body."));
-                    }
-                }
-            }
-        };
+        let model = self.model.map(|raw| (raw, range_in(body, raw))).map(|(raw, range)| {
+            let value = serde_json::from_str(raw.get()).map_err(|_| Fault::BodyInvalid {
+                problem: format!("`model` must be a string, at {} of the request body.", position(body, range.start)),
+            })?;
+            Ok(Field { value, range })
+        });
         Ok(Fields {
-            model,
+            model: model.transpose()?,
             stream: self.stream.is_some_and(|raw| raw.get() == "true"),
             stream_options: self.stream_options.map(|raw| range_in(body, raw)),
         })

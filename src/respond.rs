@@ -111,10 +111,9 @@ impl Judge {
             Kind::Stream(splitter) => {
                 let said = first_word(splitter, piece, &mut self.has_data);
                 match said {
-                    Some(Word::Content) => return self.commit(),
                     Some(Word::Error) if self.terms.more => return Verdict::Drop(Outcome::ErrorEvent),
                     Some(Word::Done) if self.terms.more => return Verdict::Drop(Outcome::Empty),
-                    Some(Word::Error | Word::Done) => return self.commit(),
+                    Some(Word::Content | Word::Error | Word::Done) => return self.commit(),
                     Some(Word::Preface) | None => {}
                 }
             }
@@ -233,7 +232,11 @@ fn word(data: &[u8]) -> Word {
     match event.get("type").and_then(Value::as_str) {
         Some("error" | "response.failed") => Word::Error,
         Some(
-            "response.created" | "response.queued" | "response.in_progress" | "message_start" | "content_block_start"
+            "response.created"
+            | "response.queued"
+            | "response.in_progress"
+            | "message_start"
+            | "content_block_start"
             | "ping",
         ) => Word::Preface,
         _ => Word::Content,
@@ -274,6 +277,7 @@ fn has_no_completion_tokens(body: &[u8]) -> bool {
         usage: Option<Usage>,
     }
     #[derive(serde::Deserialize)]
+    #[expect(clippy::struct_field_names, reason = "the names are OpenAI's")]
     struct Usage {
         prompt_tokens: Option<u64>,
         completion_tokens: Option<u64>,
@@ -288,9 +292,9 @@ fn has_no_completion_tokens(body: &[u8]) -> bool {
 /// Blots out an endpoint's key wherever an error body quotes it, whole or masked by the vendor (`sk-ab***yz`), star by
 /// star, so that the length stays what the header says. Returns the body as it came if there is nothing to hide.
 pub fn blot(body: &Bytes, key: &str) -> Bytes {
-    let key = key.as_bytes();
     // A key shorter than this is no secret worth the name, and would blot out ordinary words.
     const KEY_BYTES_MIN: usize = 6;
+    let key = key.as_bytes();
     if key.len() < KEY_BYTES_MIN {
         return body.clone();
     }
@@ -347,7 +351,8 @@ mod tests {
 
     const JSON: Option<&str> = Some("application/json");
     const SSE: Option<&str> = Some("text/event-stream; charset=utf-8");
-    const ROLE: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n";
+    const ROLE: &str =
+        "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n";
     const TEXT: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"Hi\"}}]}\n\n";
 
     fn judge(more: bool) -> Judge {
@@ -465,8 +470,11 @@ mod tests {
         let key = "sk-abcdefghijklmnop";
         let blotted = |text: &str| String::from_utf8(blot(&Bytes::from(text.to_owned()), key).to_vec()).unwrap();
         assert_eq!(blotted("key sk-abcdefghijklmnop is bad"), "key ******************* is bad");
-        assert_eq!(blotted("Incorrect API key provided: sk-ab***********mnop. You"), "Incorrect API key provided: ********************. You");
-        assert_eq!(blotted("\"sk-abc…nop\""), "\"*********\"");
+        assert_eq!(
+            blotted("Incorrect API key provided: sk-ab***********mnop. You"),
+            "Incorrect API key provided: ********************. You"
+        );
+        assert_eq!(blotted("\"sk-abc…nop\""), "\"************\"", "by bytes, so that the length stays");
         assert_eq!(blotted("sk-ab...op!"), "**********!");
         let other = "see ***bold*** and v1...v2 or sk-xy****zz";
         assert_eq!(blotted(other), other);

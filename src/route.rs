@@ -35,13 +35,13 @@ impl Candidates {
         matches.sort_by_key(|m| (std::cmp::Reverse(m.closeness), m.priority, m.endpoint));
         let mut tier = 0;
         let mut list: Vec<Candidate> = Vec::with_capacity(matches.len());
-        let mut last = None;
+        let mut rank_before = None;
         for m in matches {
             let rank = (m.closeness, m.priority);
-            if last.is_some_and(|last| last != rank) {
+            if rank_before.is_some_and(|before| before != rank) {
                 tier += 1;
             }
-            last = Some(rank);
+            rank_before = Some(rank);
             list.push(Candidate { endpoint: m.endpoint, model: m.model, tier, weight: m.weight });
         }
         let turns = Mutex::new(vec![0; list.len()]);
@@ -188,9 +188,8 @@ mod tests {
 
     #[test]
     fn priority_orders_equal_matches() {
-        let router = router(
-            r#"[{"id":"b","models":["m"],"priority":5}, {"id":"a","models":["m"]}, {"id":"c","models":["m"]}]"#,
-        );
+        let router =
+            router(r#"[{"id":"b","models":["m"],"priority":5}, {"id":"a","models":["m"]}, {"id":"c","models":["m"]}]"#);
         assert_eq!(tiers(&router, "m"), [vec![(1, None), (2, None)], vec![(0, None)]]);
     }
 

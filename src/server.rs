@@ -82,7 +82,8 @@ impl Prepared {
         let tls = config.server.tls.as_ref().map(tls_settings).transpose()?;
         let wanted = SocketAddr::new(config.server.host, config.server.port);
         let (address, reserved) = if options.upgrade { (wanted, None) } else { free_address(wanted)? };
-        let pool = Pool::new(config, None).map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
+        let pool =
+            Pool::new(config, None).map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
         let pool = Arc::new(ArcSwap::from_pointee(pool));
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let mut server = Server::new_with_opt_and_conf(opt, conf);
@@ -92,10 +93,8 @@ impl Prepared {
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
         http.h2c = tls.is_none();
-        let mut service = ProxyServiceBuilder::new(&server.configuration, gateway)
-            .name("api-together")
-            .server_options(http)
-            .build();
+        let mut service =
+            ProxyServiceBuilder::new(&server.configuration, gateway).name("api-together").server_options(http).build();
         let mut socket = TcpSocketOptions::default();
         socket.so_reuseport = reserved.as_ref().map(|_| true);
         let mut listener = ListenerConfig::tcp(address.to_string()).tcp_socket_options(socket);
@@ -103,7 +102,8 @@ impl Prepared {
             listener = listener.tls(tls);
         }
         service.add_listener(listener);
-        server.add_service(background_service("drain", Drain { phases: server.watch_execution_phase(), open, draining }));
+        server
+            .add_service(background_service("drain", Drain { phases: server.watch_execution_phase(), open, draining }));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&pool))));
         server.add_service(service);
         Ok(Self { server, address, pool, _reserved: reserved })
@@ -154,7 +154,9 @@ fn read_server_conf(path: &Path) -> Result<ServerConf, StartError> {
 
 fn make_private(folder: &Path) -> Result<(), StartError> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-    let fail = |error: std::io::Error| StartError(format!("{}: {error}; upgrades need a folder of their own", folder.display()));
+    let fail = |error: std::io::Error| {
+        StartError(format!("{}: {error}; upgrades need a folder of their own", folder.display()))
+    };
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(fail)?;
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).map_err(fail)
 }
@@ -167,7 +169,8 @@ fn free_address(wanted: SocketAddr) -> Result<(SocketAddr, Option<socket2::Socke
         TcpListener::bind(wanted).map_err(fail)?;
         return Ok((wanted, None));
     }
-    let socket = socket2::Socket::new(socket2::Domain::for_address(wanted), socket2::Type::STREAM, None).map_err(fail)?;
+    let socket =
+        socket2::Socket::new(socket2::Domain::for_address(wanted), socket2::Type::STREAM, None).map_err(fail)?;
     socket.set_reuse_address(true).map_err(fail)?;
     socket.set_reuse_port(true).map_err(fail)?;
     socket.bind(&wanted.into()).map_err(fail)?;
@@ -177,8 +180,12 @@ fn free_address(wanted: SocketAddr) -> Result<(SocketAddr, Option<socket2::Socke
 
 fn explain_bind(address: SocketAddr, error: &std::io::Error) -> String {
     let way_out = match error.kind() {
-        std::io::ErrorKind::AddrInUse => "another program listens there; stop it, or choose another server.port (or PORT)",
-        std::io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; choose another server.port (or PORT)",
+        std::io::ErrorKind::AddrInUse => {
+            "another program listens there; stop it, or choose another server.port (or PORT)"
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            "ports below 1024 need privileges; choose another server.port (or PORT)"
+        }
         std::io::ErrorKind::AddrNotAvailable => "this machine has no such address; see server.host",
         _ => "see server.host and server.port",
     };
@@ -195,10 +202,9 @@ fn tls_settings(tls: &ServerTls) -> Result<TlsSettings, StartError> {
         .map_err(|error| fail(&tls.cert_file, error.to_string()))?;
     let key = pingora::tls::PrivateKeyDer::from_pem_file(&tls.key_file)
         .map_err(|error| fail(&tls.key_file, error.to_string()))?;
-    pingora::tls::ServerConfig::builder()
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .map_err(|error| fail(&tls.cert_file, format!("{error} (does the key in {} belong to it?)", tls.key_file.display())))?;
+    pingora::tls::ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key).map_err(|error| {
+        fail(&tls.cert_file, format!("{error} (does the key in {} belong to it?)", tls.key_file.display()))
+    })?;
     let path = |file: &Path| file.to_string_lossy().into_owned();
     let mut settings = TlsSettings::intermediate(&path(&tls.cert_file), &path(&tls.key_file))
         .map_err(|error| fail(&tls.cert_file, error.to_string()))?;
@@ -234,7 +240,9 @@ impl BackgroundService for Drain {
         let mut phases = self.phases.resubscribe();
         while let Ok(phase) = phases.recv().await {
             match phase {
-                ExecutionPhase::GracefulUpgradeTransferringFds | ExecutionPhase::GracefulTerminate => self.draining.begin(),
+                ExecutionPhase::GracefulUpgradeTransferringFds | ExecutionPhase::GracefulTerminate => {
+                    self.draining.begin();
+                }
                 ExecutionPhase::ShutdownGracePeriod => self.wait_and_leave().await,
                 _ => {}
             }

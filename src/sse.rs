@@ -17,6 +17,7 @@ pub enum Event<'a> {
 
 /// The state between two chunks.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
 pub struct Splitter {
     line: Vec<u8>,
     data: Vec<u8>,

@@ -35,7 +35,7 @@ const H2_STREAMS_MAX: usize = 100;
 const H2_PING_INTERVAL: Duration = Duration::from_secs(30);
 /// Probes of silent TCP connections: NAT boxes commonly forget one after a few minutes.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive {
-    idle: Duration::from_secs(60),
+    idle: Duration::from_mins(1),
     interval: Duration::from_secs(15),
     count: 4,
     #[cfg(target_os = "linux")]
@@ -161,9 +161,8 @@ fn template(endpoint: &config::Endpoint) -> io::Result<HttpPeer> {
 
 fn load_ca(file: &Path) -> io::Result<Arc<CaType>> {
     let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", file.display()));
-    let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(file)
-        .and_then(Iterator::collect)
-        .map_err(|error| invalid(error.to_string()))?;
+    let certificates: Vec<CertificateDer<'static>> =
+        CertificateDer::pem_file_iter(file).and_then(Iterator::collect).map_err(|error| invalid(error.to_string()))?;
     // Pingora panics on a certificate it cannot parse, so each is tried first.
     let mut store = RootCertStore::empty();
     for certificate in &certificates {

@@ -52,12 +52,15 @@ impl<'a> Resource<'a> {
         if !matches!(*method, Method::GET | Method::HEAD) {
             return Err(Fault::MethodNotAllowed { allowed: "GET, HEAD" });
         }
-        Ok(Answer::json(200, match self {
-            Self::Health => status::health(),
-            Self::Status => status::status(pool, open),
-            Self::Models => models::list(pool),
-            Self::Model(name) => models::one(pool, name)?,
-        }))
+        Ok(Answer::json(
+            200,
+            match self {
+                Self::Health => status::health(),
+                Self::Status => status::status(pool, open),
+                Self::Models => models::list(pool),
+                Self::Model(name) => models::one(pool, name)?,
+            },
+        ))
     }
 }
 
@@ -72,7 +75,10 @@ impl Answer {
     pub fn preflight(requested_headers: Option<&HeaderValue>) -> Self {
         let allow_headers = requested_headers.cloned().unwrap_or_else(|| HeaderValue::from_static("*"));
         let headers = vec![
-            (header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")),
+            (
+                header::ACCESS_CONTROL_ALLOW_METHODS,
+                HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+            ),
             (header::ACCESS_CONTROL_ALLOW_HEADERS, allow_headers),
             (header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("86400")),
         ];

@@ -44,10 +44,8 @@ impl BaseUrl {
     /// Reads an address as people write it.
     pub fn parse(text: &str) -> Result<Self, NoBaseUrl> {
         let text = text.trim();
-        let (scheme, rest) = text.split_once("://").ok_or(NoBaseUrl {
-            message: "has no scheme",
-            hint: "begin it with https://",
-        })?;
+        let (scheme, rest) =
+            text.split_once("://").ok_or(NoBaseUrl { message: "has no scheme", hint: "begin it with https://" })?;
         let tls = match scheme.to_ascii_lowercase().as_str() {
             "https" => true,
             "http" => false,
@@ -64,26 +62,13 @@ impl BaseUrl {
             None => default_port(tls),
         };
         let (host, path) = (parse_host(host)?, parse_path(path)?);
-        Ok(Self {
-            tls,
-            host,
-            port,
-            path,
-        })
+        Ok(Self { tls, host, port, path })
     }
 
     /// The host as a `Host` header names it: the scheme's own port is left out, IPv6 is in brackets.
     pub fn authority(&self) -> String {
-        let host = if self.host.contains(':') {
-            format!("[{}]", self.host)
-        } else {
-            self.host.clone()
-        };
-        if self.port == default_port(self.tls) {
-            host
-        } else {
-            format!("{host}:{}", self.port)
-        }
+        let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
+        if self.port == default_port(self.tls) { host } else { format!("{host}:{}", self.port) }
     }
 
     /// Whether the host is on this machine or on a private network, as far as its name tells.
@@ -119,19 +104,13 @@ fn default_port(tls: bool) -> u16 {
 
 fn refuse_extras(rest: &str) -> Result<(), NoBaseUrl> {
     if rest.contains('?') {
-        return refuse(
-            "has a query",
-            "leave off the `?` and what follows; `headers` can carry extra values",
-        );
+        return refuse("has a query", "leave off the `?` and what follows; `headers` can carry extra values");
     }
     if rest.contains('#') {
         return refuse("has a fragment", "leave off the `#` and what follows");
     }
     if rest.contains('@') {
-        return refuse(
-            "has a user name or an `@`",
-            "put the key into `apiKey`, or a header into `headers`",
-        );
+        return refuse("has a user name or an `@`", "put the key into `apiKey`, or a header into `headers`");
     }
     Ok(())
 }
@@ -144,10 +123,7 @@ fn split_authority(authority: &str) -> Result<(&str, Option<&str>), NoBaseUrl> {
             None => (authority, None),
         });
     };
-    let unclosed = NoBaseUrl {
-        message: "has a bad IPv6 address",
-        hint: "write it as https://[::1]:8080",
-    };
+    let unclosed = NoBaseUrl { message: "has a bad IPv6 address", hint: "write it as https://[::1]:8080" };
     let (host, rest) = bracketed.split_once(']').ok_or(unclosed)?;
     host.parse::<Ipv6Addr>().map_err(|_| unclosed)?;
     match (rest.is_empty(), rest.strip_prefix(':')) {
@@ -160,10 +136,7 @@ fn split_authority(authority: &str) -> Result<(&str, Option<&str>), NoBaseUrl> {
 fn parse_port(port: &str) -> Result<u16, NoBaseUrl> {
     match port.parse() {
         Ok(number) if number > 0 && !port.starts_with('+') => Ok(number),
-        _ => refuse(
-            "has a bad port",
-            "a port is a number from 1 to 65535; an IPv6 address needs [brackets]",
-        ),
+        _ => refuse("has a bad port", "a port is a number from 1 to 65535; an IPv6 address needs [brackets]"),
     }
 }
 
@@ -172,28 +145,17 @@ fn parse_host(host: &str) -> Result<String, NoBaseUrl> {
         return refuse("has no host", EXAMPLE);
     }
     let is_ipv6 = host.parse::<Ipv6Addr>().is_ok();
-    let is_name = host
-        .chars()
-        .all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+    let is_name = host.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
     if !(is_ipv6 || is_name) || host.starts_with('.') || host.contains("..") {
-        return refuse(
-            "has a bad host name",
-            "use letters, digits, `-` and `.`; write other scripts as xn--…",
-        );
+        return refuse("has a bad host name", "use letters, digits, `-` and `.`; write other scripts as xn--…");
     }
     Ok(host.to_ascii_lowercase())
 }
 
 fn parse_path(path: &str) -> Result<String, NoBaseUrl> {
     let path = path.trim_end_matches('/');
-    if !path
-        .chars()
-        .all(|c| c.is_ascii_graphic() && !"\"<>\\^`{|}".contains(c))
-    {
-        return refuse(
-            "has a bad character in its path",
-            "write it percent-encoded, such as %20 for a space",
-        );
+    if !path.chars().all(|c| c.is_ascii_graphic() && !"\"<>\\^`{|}".contains(c)) {
+        return refuse("has a bad character in its path", "write it percent-encoded, such as %20 for a space");
     }
     if CALL_PATHS.iter().any(|call| path.ends_with(call)) {
         return refuse(
@@ -227,33 +189,14 @@ mod tests {
 
     #[test]
     fn it_is_taken_apart() {
-        let case =
-            |tls, host: &str, port, path: &str| (tls, host.to_owned(), port, path.to_owned());
-        assert_eq!(
-            parsed("https://api.openai.com"),
-            case(true, "api.openai.com", 443, "")
-        );
-        assert_eq!(
-            parsed(" HTTPS://API.OpenAI.com/ "),
-            case(true, "api.openai.com", 443, "")
-        );
-        assert_eq!(
-            parsed("http://h:8080/API/v3//"),
-            case(false, "h", 8080, "/API/v3")
-        );
+        let case = |tls, host: &str, port, path: &str| (tls, host.to_owned(), port, path.to_owned());
+        assert_eq!(parsed("https://api.openai.com"), case(true, "api.openai.com", 443, ""));
+        assert_eq!(parsed(" HTTPS://API.OpenAI.com/ "), case(true, "api.openai.com", 443, ""));
+        assert_eq!(parsed("http://h:8080/API/v3//"), case(false, "h", 8080, "/API/v3"));
         assert_eq!(parsed("http://h/v1"), case(false, "h", 80, "/v1"));
-        assert_eq!(
-            parsed("https://h/v1beta/openai/"),
-            case(true, "h", 443, "/v1beta/openai")
-        );
-        assert_eq!(
-            parsed("http://[FE80::1]:81/x"),
-            case(false, "fe80::1", 81, "/x")
-        );
-        assert_eq!(
-            parsed("https://h/completions-api"),
-            case(true, "h", 443, "/completions-api")
-        );
+        assert_eq!(parsed("https://h/v1beta/openai/"), case(true, "h", 443, "/v1beta/openai"));
+        assert_eq!(parsed("http://[FE80::1]:81/x"), case(false, "fe80::1", 81, "/x"));
+        assert_eq!(parsed("https://h/completions-api"), case(true, "h", 443, "/completions-api"));
     }
 
     #[test]
@@ -266,10 +209,7 @@ mod tests {
             ("https://[::1]", "[::1]", "https://[::1]"),
         ] {
             let url = BaseUrl::parse(text).unwrap();
-            assert_eq!(
-                (url.authority().as_str(), url.to_string().as_str()),
-                (authority, shown)
-            );
+            assert_eq!((url.authority().as_str(), url.to_string().as_str()), (authority, shown));
         }
     }
 
@@ -297,10 +237,7 @@ mod tests {
             ("https://中文.com", "has a bad host name"),
             ("https://a..b", "has a bad host name"),
             ("https://h/a b", "has a bad character in its path"),
-            (
-                "https://h/v1/chat/completions/",
-                "ends in the path of a call",
-            ),
+            ("https://h/v1/chat/completions/", "ends in the path of a call"),
             ("https://h/v1/embeddings", "ends in the path of a call"),
         ] {
             assert_eq!(BaseUrl::parse(text).unwrap_err().message, message, "{text}");
@@ -309,11 +246,7 @@ mod tests {
 
     #[test]
     fn private_hosts_are_known() {
-        let private = |host: &str| {
-            BaseUrl::parse(&format!("http://{host}"))
-                .unwrap()
-                .is_private()
-        };
+        let private = |host: &str| BaseUrl::parse(&format!("http://{host}")).unwrap().is_private();
         for host in [
             "localhost",
             "ollama",
@@ -331,14 +264,7 @@ mod tests {
         ] {
             assert!(private(host), "{host}");
         }
-        for host in [
-            "api.openai.com",
-            "8.8.8.8",
-            "100.128.0.1",
-            "[2001:db8::1]",
-            "[::ffff:8.8.8.8]",
-            "local.com",
-        ] {
+        for host in ["api.openai.com", "8.8.8.8", "100.128.0.1", "[2001:db8::1]", "[::ffff:8.8.8.8]", "local.com"] {
             assert!(!private(host), "{host}");
         }
     }

@@ -36,10 +36,7 @@ impl Config {
     pub(super) fn from_file(typed: ConfigFile, check: &mut Check<'_>) -> Option<Self> {
         let server = server::check(typed.server, check);
         let endpoints = endpoints(typed.apis, check);
-        Some(Self {
-            server: server?,
-            endpoints: endpoints?,
-        })
+        Some(Self { server: server?, endpoints: endpoints? })
     }
 }
 
@@ -60,14 +57,9 @@ fn endpoints(typed: Option<Vec<EndpointFile>>, check: &mut Check<'_>) -> Option<
         .map(|(index, typed)| endpoint::check(typed, &format!("apis[{index}]"), check))
         .collect();
     // Those that could not be read may well have been meant to be used.
-    if endpoints
-        .iter()
-        .all(|endpoint| endpoint.as_ref().is_some_and(|e| !e.usable()))
-    {
+    if endpoints.iter().all(|endpoint| endpoint.as_ref().is_some_and(|e| !e.usable())) {
         let hint = "set `enabled` to true and no limit to 0 for at least one";
-        check
-            .report
-            .warning("apis", "has no endpoint that takes requests", hint);
+        check.report.warning("apis", "has no endpoint that takes requests", hint);
     }
     endpoints.into_iter().collect()
 }
@@ -106,16 +98,11 @@ impl Check<'_> {
         let typed = self.required(typed.map(|key| key.expose().to_owned()), path, hint)?;
         let key = typed.trim();
         if key.len() != typed.len() {
-            self.report.warning(
-                path,
-                "has space around it, which is left out",
-                "remove the space",
-            );
+            self.report.warning(path, "has space around it, which is left out", "remove the space");
         }
         if !key.is_ascii() || HeaderValue::from_str(key).is_err() {
             let hint = "a key has ASCII letters, digits and signs only; was it copied whole?";
-            self.report
-                .error(path, "has a character that a header cannot carry", hint);
+            self.report.error(path, "has a character that a header cannot carry", hint);
             return None;
         }
         Some(Secret::new(key))

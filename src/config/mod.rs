@@ -19,9 +19,9 @@ mod schema;
 mod server;
 mod shape;
 mod status_set;
+
 #[cfg(test)]
 pub(crate) mod test_support;
-
 #[cfg(test)]
 mod tests;
 
@@ -66,66 +66,41 @@ impl Format {
     /// YAML for `.yaml` and `.yml`, JSON for everything else.
     pub fn of(path: &Path) -> Self {
         let ending = path.extension().unwrap_or_default();
-        if ending.eq_ignore_ascii_case("yaml") || ending.eq_ignore_ascii_case("yml") {
-            Self::Yaml
-        } else {
-            Self::Json
-        }
+        if ending.eq_ignore_ascii_case("yaml") || ending.eq_ignore_ascii_case("yml") { Self::Yaml } else { Self::Json }
     }
 }
 
 /// Reads and checks a file. Problems of the text as a whole carry the file's path.
 pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> {
     let shown = path.display().to_string();
-    let text = read(path).map_err(|problem| Problem {
-        path: shown.clone(),
-        ..problem
-    })?;
+    let text = read(path).map_err(|problem| Problem { path: shown.clone(), ..problem })?;
     let base_dir = path.parent().unwrap_or(Path::new(""));
-    check_str(&text, Format::of(path), environment, base_dir)
-        .map_err(|problems| problems.name_text(&shown))
+    check_str(&text, Format::of(path), environment, base_dir).map_err(|problems| problems.name_text(&shown))
 }
 
 fn read(path: &Path) -> Result<String, Problem> {
     let unreadable = |error: std::io::Error| {
-        Problem::error("", format!("cannot be read: {error}")).hint(format!(
-            "copy conf/apis.example.json to {}, or name another file with --config",
-            path.display()
-        ))
+        Problem::error("", format!("cannot be read: {error}"))
+            .hint(format!("copy conf/apis.example.json to {}, or name another file with --config", path.display()))
     };
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).map_err(unreadable)?;
-    file.take(FILE_BYTES_MAX + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
+    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
-        return Err(Problem::error(
-            "",
-            format!("is longer than {FILE_BYTES_MAX} bytes"),
-        ));
+        return Err(Problem::error("", format!("is longer than {FILE_BYTES_MAX} bytes")));
     }
-    String::from_utf8(bytes).map_err(|_| {
-        Problem::error("", "is not UTF-8 text").hint("save it as UTF-8 in your editor")
-    })
+    String::from_utf8(bytes)
+        .map_err(|_| Problem::error("", "is not UTF-8 text").hint("save it as UTF-8 in your editor"))
 }
 
 /// Checks a configuration's text. Relative paths in it start from `base_dir`.
-pub fn check_str(
-    text: &str,
-    format: Format,
-    environment: &Environment,
-    base_dir: &Path,
-) -> Result<Loaded, Problems> {
+pub fn check_str(text: &str, format: Format, environment: &Environment, base_dir: &Path) -> Result<Loaded, Problems> {
     let mut report = Report::default();
     for problem in environment.problems() {
         report.add(problem.clone());
     }
     let typed = shape::read(text, format, environment, &mut report);
-    let mut check = Check {
-        report: &mut report,
-        environment,
-        base_dir,
-    };
+    let mut check = Check { report: &mut report, environment, base_dir };
     let config = Config::from_file(typed, &mut check);
     let warnings = report.finish()?;
     match config {

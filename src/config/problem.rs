@@ -39,12 +39,7 @@ pub struct Problem {
 impl Problem {
     /// A problem without a hint.
     pub fn new(kind: Kind, path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self {
-            path: path.into(),
-            message: message.into(),
-            hint: None,
-            kind,
-        }
+        Self { path: path.into(), message: message.into(), hint: None, kind }
     }
 
     /// A problem that keeps the configuration from being used.
@@ -160,8 +155,7 @@ impl Report {
 
     /// The warnings, or everything if there is an error.
     pub(super) fn finish(mut self) -> Result<Vec<Problem>, Problems> {
-        self.problems
-            .sort_by(|a, b| natural_order(&a.path, &b.path));
+        self.problems.sort_by(|a, b| natural_order(&a.path, &b.path));
         if self.problems.iter().any(|p| p.kind == Kind::Error) {
             return Err(Problems(self.problems));
         }
@@ -170,8 +164,7 @@ impl Report {
 }
 
 fn covers(above: &str, path: &str) -> bool {
-    path.strip_prefix(above)
-        .is_some_and(|rest| rest.is_empty() || above.is_empty() || rest.starts_with(['.', '[']))
+    path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || above.is_empty() || rest.starts_with(['.', '[']))
 }
 
 /// Like text, but `apis[2]` before `apis[10]`.
@@ -184,21 +177,14 @@ fn natural_order(a: &str, b: &str) -> Ordering {
             })
             .collect()
     };
-    let key = |text: &str| -> Vec<(u64, String)> {
-        split(text)
-            .into_iter()
-            .map(|(rest, index)| (index, rest))
-            .collect()
-    };
+    let key =
+        |text: &str| -> Vec<(u64, String)> { split(text).into_iter().map(|(rest, index)| (index, rest)).collect() };
     key(a).cmp(&key(b)).then_with(|| a.cmp(b))
 }
 
 /// `apis[0]` + `baseUrl` = `apis[0].baseUrl`; a key that is not a plain word is quoted in brackets.
 pub(super) fn join(path: &str, key: &str) -> String {
-    let plain = !key.is_empty()
-        && key
-            .chars()
-            .all(|c| c.is_alphanumeric() || "_$-".contains(c));
+    let plain = !key.is_empty() && key.chars().all(|c| c.is_alphanumeric() || "_$-".contains(c));
     match (plain, path.is_empty()) {
         (true, true) => key.to_owned(),
         (true, false) => format!("{path}.{key}"),
@@ -216,10 +202,7 @@ mod tests {
         assert_eq!(problem.to_string(), "apis[2].baseUrl: is missing (add it)");
         assert_eq!(Problem::error("", "no").to_string(), "no");
         let problems = Problems(vec![problem, Problem::error("", "no")]);
-        assert_eq!(
-            problems.to_string(),
-            "apis[2].baseUrl: is missing (add it)\nno"
-        );
+        assert_eq!(problems.to_string(), "apis[2].baseUrl: is missing (add it)\nno");
     }
 
     #[test]
@@ -230,37 +213,15 @@ mod tests {
         report.error("apis[1]", "is odd", "");
         report.error("apis[10].id", "is missing", "");
         report.error("apis[0].id", "is missing", "");
-        let paths: Vec<_> = report
-            .finish()
-            .unwrap_err()
-            .iter()
-            .map(|p| p.path.clone())
-            .collect();
+        let paths: Vec<_> = report.finish().unwrap_err().iter().map(|p| p.path.clone()).collect();
         assert_eq!(paths, ["apis[0].id", "apis[1]", "apis[10].id"]);
     }
 
     #[test]
     fn places_sort_by_number() {
-        let mut paths = [
-            "server.port",
-            "apis[10].id",
-            "apis[2].name",
-            "apis",
-            "",
-            "apis[2].id",
-        ];
+        let mut paths = ["server.port", "apis[10].id", "apis[2].name", "apis", "", "apis[2].id"];
         paths.sort_by(|a, b| natural_order(a, b));
-        assert_eq!(
-            paths,
-            [
-                "",
-                "apis",
-                "apis[2].id",
-                "apis[2].name",
-                "apis[10].id",
-                "server.port"
-            ]
-        );
+        assert_eq!(paths, ["", "apis", "apis[2].id", "apis[2].name", "apis[10].id", "server.port"]);
     }
 
     #[test]

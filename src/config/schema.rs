@@ -9,12 +9,8 @@ use super::file::ConfigFile;
 
 /// The JSON Schema (2020-12) of the configuration file. The same on every call.
 pub fn schema() -> Value {
-    let settings =
-        SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
-    let mut schema = settings
-        .into_generator()
-        .into_root_schema_for::<ConfigFile>()
-        .to_value();
+    let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
+    let mut schema = settings.into_generator().into_root_schema_for::<ConfigFile>().to_value();
     tidy(&mut schema);
     schema
 }
@@ -25,23 +21,11 @@ fn tidy(schema: &mut Value) {
     let Value::Object(keywords) = schema else {
         return;
     };
-    if keywords
-        .get("format")
-        .and_then(Value::as_str)
-        .is_some_and(is_integer_width)
-    {
+    if keywords.get("format").and_then(Value::as_str).is_some_and(is_integer_width) {
         keywords.remove("format");
     }
-    // What documented variants become: each its own constant.
-    if let Some(Value::Array(mut choices)) = keywords.remove("oneOf") {
-        let values = choices
-            .iter_mut()
-            .filter_map(|choice| choice.get_mut("const"))
-            .map(Value::take);
-        let values = Value::Array(values.collect());
-        keywords.insert("enum".to_owned(), values);
-        keywords.insert("type".to_owned(), "string".into());
-    }
+    merge_optional(keywords);
+    merge_constants(keywords);
     if let Some(kind) = keywords.get_mut("type") {
         drop_null(kind);
     }
@@ -61,6 +45,31 @@ fn tidy(schema: &mut Value) {
     }
 }
 
+/// `anyOf` with one choice beside `null` is that choice; what stands beside it wins.
+fn merge_optional(keywords: &mut Map<String, Value>) {
+    let Some(Value::Array(choices)) = keywords.get_mut("anyOf") else {
+        return;
+    };
+    choices.retain(|choice| choice.get("type").is_none_or(|kind| kind != "null"));
+    if let [Value::Object(only)] = choices.as_mut_slice() {
+        let only = std::mem::take(only);
+        keywords.remove("anyOf");
+        for (keyword, value) in only {
+            keywords.entry(keyword).or_insert(value);
+        }
+    }
+}
+
+/// `oneOf` constants is what documented variants become; `enum` says the same.
+fn merge_constants(keywords: &mut Map<String, Value>) {
+    if let Some(Value::Array(mut choices)) = keywords.remove("oneOf") {
+        let values = choices.iter_mut().filter_map(|choice| choice.get_mut("const")).map(Value::take);
+        let values = Value::Array(values.collect());
+        keywords.insert("enum".to_owned(), values);
+        keywords.insert("type".to_owned(), "string".into());
+    }
+}
+
 fn is_integer_width(format: &str) -> bool {
     format.starts_with("int") || format.starts_with("uint")
 }
@@ -76,18 +85,10 @@ fn drop_null(kind: &mut Value) {
 /// What a schema expects, in words: `a whole number from 1 to 100`.
 pub(super) fn expected(schema: &Value) -> String {
     if let Some(Value::Array(choices)) = schema.get("anyOf") {
-        return choices
-            .iter()
-            .map(expected)
-            .collect::<Vec<_>>()
-            .join(" or ");
+        return choices.iter().map(expected).collect::<Vec<_>>().join(" or ");
     }
     if let Some(Value::Array(values)) = schema.get("enum") {
-        let values: Vec<_> = values
-            .iter()
-            .filter_map(Value::as_str)
-            .map(|v| format!("`{v}`"))
-            .collect();
+        let values: Vec<_> = values.iter().filter_map(Value::as_str).map(|v| format!("`{v}`")).collect();
         return format!("one of {}", values.join(", "));
     }
     match schema.get("type").and_then(Value::as_str) {
@@ -112,9 +113,7 @@ pub(super) fn properties(schema: &Value) -> Option<&Map<String, Value>> {
 
 /// The schema of a map's values, for an object whose keys are free.
 pub(super) fn map_values(schema: &Value) -> Option<&Value> {
-    schema
-        .get("additionalProperties")
-        .filter(|values| values.is_object())
+    schema.get("additionalProperties").filter(|values| values.is_object())
 }
 
 /// A reference of every key in Markdown: one section for each object, required keys first.
@@ -132,18 +131,12 @@ struct Row<'a> {
 }
 
 fn section(schema: &Value, path: &str, out: &mut String) {
-    let title = if path.is_empty() {
-        "The whole file".to_owned()
-    } else {
-        format!("`{path}`")
+    let title = match path {
+        "" => "The whole file".to_owned(),
+        _ => format!("`{path}`"),
     };
     // Writing to a String cannot fail, here and below.
-    write!(
-        out,
-        "{}## {title}\n\n",
-        if out.is_empty() { "" } else { "\n" }
-    )
-    .ok();
+    write!(out, "{}## {title}\n\n", if out.is_empty() { "" } else { "\n" }).ok();
     if let Some(description) = schema.get("description").and_then(Value::as_str) {
         write!(out, "{description}\n\n").ok();
     }
@@ -153,20 +146,12 @@ fn section(schema: &Value, path: &str, out: &mut String) {
         row.write(out);
     }
     for row in &rows {
-        let path = if path.is_empty() {
-            row.key.to_owned()
-        } else {
-            format!("{path}.{}", row.key)
-        };
+        let path = super::problem::join(path, row.key);
         if properties(row.schema).is_some() {
             section(row.schema, &path, out);
         }
         // An array's own description says more than its items', which have none.
-        if let Some(items) = row
-            .schema
-            .get("items")
-            .filter(|items| properties(items).is_some())
-        {
+        if let Some(items) = row.schema.get("items").filter(|items| properties(items).is_some()) {
             section(items, &format!("{path}[]"), out);
         }
     }
@@ -179,11 +164,7 @@ fn rows(schema: &Value) -> Vec<Row<'_>> {
         .flatten()
         .map(|(key, schema)| {
             let required = required.is_some_and(|keys| keys.iter().any(|k| k == key));
-            Row {
-                key,
-                schema,
-                required,
-            }
+            Row { key, schema, required }
         })
         .collect();
     rows.sort_by_key(|row| (!row.required, row.key));
@@ -197,17 +178,8 @@ impl Row<'_> {
             Some(default) => format!("`{default}`"),
             None => String::new(),
         };
-        let meaning = self
-            .schema
-            .get("description")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
-        let cells = [
-            format!("`{}`", self.key),
-            type_name(self.schema),
-            default,
-            meaning.to_owned(),
-        ];
+        let meaning = self.schema.get("description").and_then(Value::as_str).unwrap_or_default();
+        let cells = [format!("`{}`", self.key), type_name(self.schema), default, meaning.to_owned()];
         let cells = cells.map(|cell| cell.replace('|', "\\|"));
         writeln!(out, "| {} |", cells.join(" | ")).ok();
     }
@@ -221,34 +193,21 @@ fn type_name(schema: &Value) -> String {
         return format!("object of {}", plural(values));
     }
     let name = expected(schema);
-    let name = name
-        .strip_prefix("a ")
-        .or_else(|| name.strip_prefix("an "))
-        .unwrap_or(&name);
-    if is_secret(schema) {
-        format!("{name}, secret")
-    } else {
-        name.to_owned()
-    }
+    let name = name.strip_prefix("a ").or_else(|| name.strip_prefix("an ")).unwrap_or(&name);
+    if is_secret(schema) { format!("{name}, secret") } else { name.to_owned() }
 }
 
 fn plural(schema: &Value) -> String {
     match schema.get("type").and_then(Value::as_str) {
         Some("object") => "objects".to_owned(),
-        Some("string") => if is_secret(schema) {
-            "texts, secret"
-        } else {
-            "texts"
-        }
-        .to_owned(),
+        Some("string") => if is_secret(schema) { "texts, secret" } else { "texts" }.to_owned(),
         _ => expected(schema),
     }
 }
 
 /// Whether a value may never be shown.
 pub(super) fn is_secret(schema: &Value) -> bool {
-    schema.get("writeOnly").and_then(Value::as_bool) == Some(true)
-        || map_values(schema).is_some_and(is_secret)
+    schema.get("writeOnly").and_then(Value::as_bool) == Some(true) || map_values(schema).is_some_and(is_secret)
 }
 
 #[cfg(test)]
@@ -271,14 +230,8 @@ mod tests {
         let mut seen = 0;
         each_property(&schema(), "", &mut |path, inner| {
             seen += 1;
-            assert!(
-                inner.get("description").is_some(),
-                "{path} has no description"
-            );
-            assert!(
-                inner.get("type").is_none_or(Value::is_string),
-                "{path}: {inner}"
-            );
+            assert!(inner.get("description").is_some(), "{path} has no description");
+            assert!(inner.get("type").is_none_or(Value::is_string), "{path}: {inner}");
             if inner["type"] == "integer" {
                 assert!(bound(inner, "minimum").is_some(), "{path} has no minimum");
                 assert!(bound(inner, "maximum").is_some(), "{path} has no maximum");
@@ -290,20 +243,14 @@ mod tests {
     #[test]
     fn the_schema_has_a_title_defaults_and_no_rust() {
         let schema = schema();
-        assert_eq!(
-            schema["$schema"],
-            "https://json-schema.org/draft/2020-12/schema"
-        );
+        assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
         assert_eq!(schema["title"], "api-together configuration");
         let server = &schema["properties"]["server"];
         assert_eq!(server["properties"]["port"]["default"], 3001);
         assert_eq!(server["required"], serde_json::json!(["apiKey"]));
         assert_eq!(server["additionalProperties"], false);
         let endpoint = &schema["properties"]["apis"]["items"];
-        assert_eq!(
-            endpoint["required"],
-            serde_json::json!(["id", "baseUrl", "apiKey"])
-        );
+        assert_eq!(endpoint["required"], serde_json::json!(["id", "baseUrl", "apiKey"]));
         let text = schema.to_string();
         for rust in ["uint", "int64", "null", "$ref", "\\n"] {
             assert!(!text.contains(rust), "{rust} in {text}");

@@ -129,19 +129,14 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
             None => None,
         },
         cors,
-        body_bytes_max: usize::try_from(typed.body_bytes_max.unwrap_or(file::BODY_BYTES_DEFAULT))
-            .ok()?,
+        body_bytes_max: usize::try_from(typed.body_bytes_max.unwrap_or(file::BODY_BYTES_DEFAULT)).ok()?,
         strategy: typed.strategy.unwrap_or_default(),
         retry: retry(typed.retry.unwrap_or_default()),
         breaker: breaker(&typed.breaker.unwrap_or_default()),
         threads: typed.threads.map_or_else(cores, usize::from),
         trusted_proxies,
-        failed_keys_per_minute: typed
-            .failed_keys_per_minute
-            .unwrap_or(file::FAILED_KEYS_PER_MINUTE_DEFAULT),
-        endpoint_headers: typed
-            .endpoint_headers
-            .unwrap_or(file::ENDPOINT_HEADERS_DEFAULT),
+        failed_keys_per_minute: typed.failed_keys_per_minute.unwrap_or(file::FAILED_KEYS_PER_MINUTE_DEFAULT),
+        endpoint_headers: typed.endpoint_headers.unwrap_or(file::ENDPOINT_HEADERS_DEFAULT),
     })
 }
 
@@ -150,10 +145,7 @@ fn host(typed: Option<&str>, check: &mut Check<'_>) -> Option<IpAddr> {
     if typed.eq_ignore_ascii_case("localhost") {
         return Some(Ipv4Addr::LOCALHOST.into());
     }
-    let bare = typed
-        .strip_prefix('[')
-        .and_then(|t| t.strip_suffix(']'))
-        .unwrap_or(typed);
+    let bare = typed.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(typed);
     let host = bare.parse().ok();
     if host.is_none() {
         check.report.error(
@@ -184,10 +176,7 @@ fn port(typed: Option<u16>, check: &mut Check<'_>) -> Option<u16> {
 fn server_tls(typed: &ServerTlsFile, check: &mut Check<'_>) -> Option<ServerTls> {
     let cert_file = check.required_file(typed.cert_file.as_deref(), "server.tls.certFile");
     let key_file = check.required_file(typed.key_file.as_deref(), "server.tls.keyFile");
-    Some(ServerTls {
-        cert_file: cert_file?,
-        key_file: key_file?,
-    })
+    Some(ServerTls { cert_file: cert_file?, key_file: key_file? })
 }
 
 fn cors(typed: Option<CorsFile>, check: &mut Check<'_>) -> Cors {
@@ -202,12 +191,7 @@ fn cors(typed: Option<CorsFile>, check: &mut Check<'_>) -> Cors {
             );
         }
     }
-    Cors {
-        origins: typed
-            .iter()
-            .map(|origin| origin.to_ascii_lowercase())
-            .collect(),
-    }
+    Cors { origins: typed.iter().map(|origin| origin.to_ascii_lowercase()).collect() }
 }
 
 /// `null` is what browsers send for a page from a local file.
@@ -215,13 +199,9 @@ fn is_origin(text: &str) -> bool {
     match text.split_once("://") {
         Some((scheme, host)) => {
             scheme.starts_with(|c: char| c.is_ascii_alphabetic())
-                && scheme
-                    .chars()
-                    .all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+                && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
                 && !host.is_empty()
-                && host
-                    .chars()
-                    .all(|c| c.is_ascii_alphanumeric() || "-._:[]".contains(c))
+                && host.chars().all(|c| c.is_ascii_alphanumeric() || "-._:[]".contains(c))
         }
         None => matches!(text, "*" | "null"),
     }
@@ -230,19 +210,13 @@ fn is_origin(text: &str) -> bool {
 fn retry(typed: RetryFile) -> Retry {
     Retry {
         attempts: typed.attempts.unwrap_or(file::ATTEMPTS_DEFAULT),
-        statuses: typed
-            .statuses
-            .unwrap_or_else(StatusFile::defaults)
-            .into_iter()
-            .collect(),
+        statuses: typed.statuses.unwrap_or_else(StatusFile::defaults).into_iter().collect(),
         budget: Duration::from_millis(typed.budget_ms.unwrap_or(file::BUDGET_MS_DEFAULT).into()),
     }
 }
 
 fn breaker(typed: &BreakerFile) -> Breaker {
-    let cool_down_seconds = typed
-        .cool_down_seconds
-        .unwrap_or(file::COOL_DOWN_SECONDS_DEFAULT);
+    let cool_down_seconds = typed.cool_down_seconds.unwrap_or(file::COOL_DOWN_SECONDS_DEFAULT);
     Breaker {
         failures: typed.failures.unwrap_or(file::FAILURES_DEFAULT),
         cool_down: Duration::from_secs(cool_down_seconds.into()),

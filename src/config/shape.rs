@@ -19,19 +19,11 @@ const ALIKE_MIN: f64 = 0.8;
 const QUOTED_CHARS_MAX: usize = 40;
 
 /// Reads the text as far as it can be read. What cannot is in the report and left out of the result.
-pub(super) fn read(
-    text: &str,
-    format: Format,
-    environment: &Environment,
-    report: &mut Report,
-) -> ConfigFile {
+pub(super) fn read(text: &str, format: Format, environment: &Environment, report: &mut Report) -> ConfigFile {
     let Some(mut value) = parse(text, format, report) else {
         return ConfigFile::default();
     };
-    let mut shape = Shape {
-        environment,
-        report,
-    };
+    let mut shape = Shape { environment, report };
     if !shape.keep(&mut value, &schema(), "") {
         return ConfigFile::default();
     }
@@ -45,10 +37,7 @@ pub(super) fn read(
 fn parse(text: &str, format: Format, report: &mut Report) -> Option<Value> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let repeated = RefCell::default();
-    let node = Node {
-        path: String::new(),
-        repeated: &repeated,
-    };
+    let node = Node { path: String::new(), repeated: &repeated };
     let parsed = match format {
         Format::Json => parse_json(text, node),
         Format::Yaml => node
@@ -56,23 +45,15 @@ fn parse(text: &str, format: Format, report: &mut Report) -> Option<Value> {
             .map_err(|error| format!("is not valid YAML: {error}")),
     };
     for path in repeated.take() {
-        report.warning(
-            &path,
-            "is given twice",
-            "the last one counts; remove the other",
-        );
+        report.warning(&path, "is given twice", "the last one counts; remove the other");
     }
-    parsed
-        .map_err(|message| report.add_broken(Problem::error("", message)))
-        .ok()
+    parsed.map_err(|message| report.add_broken(Problem::error("", message))).ok()
 }
 
 fn parse_json(text: &str, node: Node<'_>) -> Result<Value, String> {
     let mut json = serde_json::Deserializer::from_str(text);
     let value = node.deserialize(&mut json);
-    value
-        .and_then(|value| json.end().map(|()| value))
-        .map_err(|error| format!("is not valid JSON: {error}"))
+    value.and_then(|value| json.end().map(|()| value)).map_err(|error| format!("is not valid JSON: {error}"))
 }
 
 /// A value at a place of the text. Like `Value`'s own deserialization, but it notes repeated keys.
@@ -128,10 +109,7 @@ impl<'de> Visitor<'de> for Node<'_> {
         let mut values = Vec::new();
         loop {
             let path = format!("{}[{}]", self.path, values.len());
-            let node = Node {
-                path,
-                repeated: self.repeated,
-            };
+            let node = Node { path, repeated: self.repeated };
             match items.next_element_seed(node)? {
                 Some(value) => values.push(value),
                 None => return Ok(Value::Array(values)),
@@ -147,14 +125,9 @@ impl<'de> Visitor<'de> for Node<'_> {
                 self.repeated.borrow_mut().push(path.clone());
             }
             if key == "<<" {
-                return Err(A::Error::custom(
-                    "merge keys (`<<`) are not supported; write the keys out",
-                ));
+                return Err(A::Error::custom("merge keys (`<<`) are not supported; write the keys out"));
             }
-            let node = Node {
-                path,
-                repeated: self.repeated,
-            };
+            let node = Node { path, repeated: self.repeated };
             let value = entries.next_value_seed(node)?;
             values.insert(key, value);
         }
@@ -187,8 +160,7 @@ impl Shape<'_> {
         }
         drop_fraction(value);
         if !fits(value, schema) {
-            self.report
-                .add_broken(misfit(value, schema, path, is_plain));
+            self.report.add_broken(misfit(value, schema, path, is_plain));
             return false;
         }
         match value {
@@ -202,9 +174,7 @@ impl Shape<'_> {
     fn keep_entries(&mut self, entries: &mut Map<String, Value>, schema: &Value, path: &str) {
         entries.retain(|key, value| {
             let place = join(path, key);
-            let known = properties(schema)
-                .and_then(|known| known.get(key))
-                .or_else(|| map_values(schema));
+            let known = properties(schema).and_then(|known| known.get(key)).or_else(|| map_values(schema));
             match known {
                 // `models:` with nothing after it: as if the key were not there. In a free map it is an
                 // entry without a value, so a mistake.
@@ -284,11 +254,7 @@ fn empty(schema: &Value) -> Value {
 }
 
 fn misfit(value: &Value, schema: &Value, path: &str, is_plain: bool) -> Problem {
-    let message = format!(
-        "expected {}, found {}",
-        expected(schema),
-        found(value, schema, is_plain)
-    );
+    let message = format!("expected {}, found {}", expected(schema), found(value, schema, is_plain));
     let problem = Problem::error(path, message);
     match misfit_hint(value, schema, path) {
         Some(hint) => problem.hint(hint),
@@ -303,35 +269,23 @@ fn misfit_hint(value: &Value, schema: &Value, path: &str) -> Option<String> {
         }
         Value::String(text) => {
             let choices = schema.get("enum").and_then(Value::as_array);
-            let choices: Vec<_> = choices
-                .into_iter()
-                .flatten()
-                .filter_map(Value::as_str)
-                .collect();
+            let choices: Vec<_> = choices.into_iter().flatten().filter_map(Value::as_str).collect();
             if let Some(choice) = likeliest(text, &choices) {
                 return Some(format!("did you mean `{choice}`?"));
             }
         }
-        Value::Number(_) | Value::Bool(_)
-            if schema.get("type").is_some_and(|kind| kind == "string") =>
-        {
+        Value::Number(_) | Value::Bool(_) if schema.get("type").is_some_and(|kind| kind == "string") => {
             return Some("put it in quotation marks".to_owned());
         }
         _ => {}
     }
-    let meaning = schema
-        .get("description")
-        .and_then(Value::as_str)
-        .filter(|_| !path.is_empty())?;
+    let meaning = schema.get("description").and_then(Value::as_str).filter(|_| !path.is_empty())?;
     Some(meaning.trim_end_matches('.').to_owned())
 }
 
 /// What was found, quoted unless it may be a key.
 fn found(value: &Value, schema: &Value, is_plain: bool) -> String {
-    let scalar_wanted = !matches!(
-        schema.get("type").and_then(Value::as_str),
-        Some("object" | "array")
-    );
+    let scalar_wanted = !matches!(schema.get("type").and_then(Value::as_str), Some("object" | "array"));
     let quotable = is_plain && scalar_wanted;
     match value {
         Value::Null => "nothing".to_owned(),
@@ -348,11 +302,7 @@ fn found(value: &Value, schema: &Value, is_plain: bool) -> String {
 }
 
 fn unknown_key(key: &str, schema: &Value, place: String) -> Problem {
-    let mut known: Vec<_> = properties(schema)
-        .into_iter()
-        .flatten()
-        .map(|(known, _)| known.as_str())
-        .collect();
+    let mut known: Vec<_> = properties(schema).into_iter().flatten().map(|(known, _)| known.as_str()).collect();
     known.sort_unstable();
     let hint = match likeliest(key, &known) {
         Some(known) => format!("did you mean `{known}`?"),
@@ -372,8 +322,5 @@ fn likeliest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
 
 /// `base_URL` and `baseUrl` are the same to a person.
 fn folded(key: &str) -> String {
-    key.chars()
-        .filter(|c| !"_-".contains(*c))
-        .flat_map(char::to_lowercase)
-        .collect()
+    key.chars().filter(|c| !"_-".contains(*c)).flat_map(char::to_lowercase).collect()
 }

@@ -66,9 +66,7 @@ impl Default for StatusSet {
 
 impl fmt::Debug for StatusSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set()
-            .entries((STATUS_MIN..=STATUS_MAX).filter(|status| self.contains(*status)))
-            .finish()
+        f.debug_set().entries((STATUS_MIN..=STATUS_MAX).filter(|status| self.contains(*status))).finish()
     }
 }
 
@@ -82,38 +80,18 @@ mod tests {
         for status in [401, 402, 403, 404, 408, 425, 429, 500, 502, 529, 599] {
             assert!(set.contains(status), "{status}");
         }
-        for status in [
-            0,
-            200,
-            399,
-            400,
-            405,
-            409,
-            413,
-            415,
-            422,
-            499,
-            600,
-            u16::MAX,
-        ] {
+        for status in [0, 200, 399, 400, 405, 409, 413, 415, 422, 499, 600, u16::MAX] {
             assert!(!set.contains(status), "{status}");
         }
     }
 
     #[test]
     fn classes_and_numbers_add_up() {
-        let set: StatusSet = [
-            StatusFile::Class(StatusClass::Client),
-            StatusFile::Status(599),
-        ]
-        .into_iter()
-        .collect();
+        let set: StatusSet = [StatusFile::Class(StatusClass::Client), StatusFile::Status(599)].into_iter().collect();
         assert!((400..500).all(|status| set.contains(status)));
         assert!((500..599).all(|status| !set.contains(status)) && set.contains(599));
         assert!((0..u16::MAX).all(|status| !StatusSet::empty().contains(status)));
-        let two: StatusSet = [StatusFile::Status(404), StatusFile::Status(429)]
-            .into_iter()
-            .collect();
+        let two: StatusSet = [StatusFile::Status(404), StatusFile::Status(429)].into_iter().collect();
         assert_eq!(format!("{two:?}"), "{404, 429}");
     }
 }

@@ -31,12 +31,7 @@ fn with(server: &Value, endpoint: &Value) -> Value {
 }
 
 fn checked(config: &Value, environment: &Environment) -> Result<Loaded, Problems> {
-    check_str(
-        &config.to_string(),
-        Format::Json,
-        environment,
-        Path::new(""),
-    )
+    check_str(&config.to_string(), Format::Json, environment, Path::new(""))
 }
 
 fn no_variables() -> Environment {
@@ -53,15 +48,9 @@ fn crate_folder(name: &str) -> PathBuf {
 
 /// The files of a folder that hold configurations, by name.
 fn config_files(folder: &str) -> Vec<PathBuf> {
-    let is_config = |path: &PathBuf| {
-        path.extension()
-            .is_some_and(|e| e == "json" || e == "yaml" || e == "yml")
-    };
-    let mut files: Vec<_> = std::fs::read_dir(crate_folder(folder))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(is_config)
-        .collect();
+    let is_config = |path: &PathBuf| path.extension().is_some_and(|e| e == "json" || e == "yaml" || e == "yml");
+    let mut files: Vec<_> =
+        std::fs::read_dir(crate_folder(folder)).unwrap().map(|entry| entry.unwrap().path()).filter(is_config).collect();
     files.sort();
     files
 }
@@ -71,42 +60,31 @@ mod fixtures {
 
     /// One line for each problem, as in the `.expected` files.
     fn told(text: &str, format: Format) -> String {
-        let environment = Environment::fixed([
-            ("WORD", "sk-word-from-the-environment"),
-            ("NUMBER", "5"),
-            ("EMPTY", ""),
-        ]);
-        let problems = match check_str(
-            text,
-            format,
-            &environment,
-            &crate_folder("tests/fixtures/config"),
-        ) {
+        let environment =
+            Environment::fixed([("WORD", "sk-word-from-the-environment"), ("NUMBER", "5"), ("EMPTY", "")]);
+        let problems = match check_str(text, format, &environment, &crate_folder("tests/fixtures/config")) {
             Ok(loaded) => loaded.warnings,
             Err(problems) => problems.iter().cloned().collect(),
         };
-        problems
-            .iter()
-            .map(|problem| format!("{:?}: {problem}\n", problem.kind))
-            .collect()
+        let lines = problems.iter().map(|problem| format!("{:?}: {problem}", problem.kind));
+        lines.collect::<Vec<_>>().join("\n") + "\n"
     }
 
     #[test]
     fn each_bad_file_is_told_in_exactly_the_expected_words() {
         let files = config_files("tests/fixtures/config/bad");
         assert!(files.len() >= 40, "only {} fixtures found", files.len());
-        let mut different = String::new();
+        let mut different = Vec::new();
         for file in files {
             let name = file.file_name().unwrap().to_str().unwrap();
-            let expected =
-                std::fs::read_to_string(file.with_file_name(format!("{name}.expected"))).unwrap();
+            let expected = std::fs::read_to_string(file.with_file_name(format!("{name}.expected"))).unwrap();
             let found = told(&std::fs::read_to_string(&file).unwrap(), Format::of(&file));
-            assert!(!found.is_empty(), "{name} is not bad");
+            assert!(found.contains(": "), "{name} is not bad");
             if found != expected {
-                different += &format!("== {name}: expected\n{expected}== found\n{found}");
+                different.push(format!("== {name}: expected\n{expected}== found\n{found}"));
             }
         }
-        assert!(different.is_empty(), "{different}");
+        assert!(different.is_empty(), "{}", different.concat());
     }
 
     #[test]
@@ -124,17 +102,11 @@ mod fixtures {
         let files = config_files("tests/fixtures/config/legacy");
         assert!(files.len() >= 3, "only {} fixtures found", files.len());
         for file in files {
-            let loaded =
-                load(&file, &no_variables()).unwrap_or_else(|problems| panic!("{problems}"));
-            let [first, second, ..] = loaded.config.endpoints.as_slice() else {
-                panic!("too few")
-            };
+            let loaded = load(&file, &no_variables()).unwrap_or_else(|problems| panic!("{problems}"));
+            let [first, second, ..] = loaded.config.endpoints.as_slice() else { panic!("too few") };
             assert_eq!(&*first.name, "OpenAI官方API");
             assert_eq!(&*second.name, "备用API端点");
-            assert_eq!(
-                (first.rpm, first.rpd),
-                (Limit::AtMost(60), Limit::AtMost(1000))
-            );
+            assert_eq!((first.rpm, first.rpd), (Limit::AtMost(60), Limit::AtMost(1000)));
             assert_eq!(first.model_mapping["gpt-3.5"], "gpt-3.5-turbo");
             assert_eq!(second.rpd, Limit::AtMost(500));
             assert_eq!(second.base_url.to_string(), "https://your-backup-api.com");
@@ -147,28 +119,19 @@ mod fixtures {
     fn odd_spellings_of_the_old_program_mean_the_same() {
         let file = crate_folder("tests/fixtures/config/legacy/variants.json");
         let config = load(&file, &no_variables()).unwrap().config;
-        let [_, second, third, fourth] = config.endpoints.as_slice() else {
-            panic!("not four")
-        };
+        let [_, second, third, fourth] = config.endpoints.as_slice() else { panic!("not four") };
         assert!(!second.usable() && second.rpm == Limit::Off);
-        assert_eq!(
-            (third.rpm, third.rpd),
-            (Limit::AtMost(100), Limit::Unlimited)
-        );
+        assert_eq!((third.rpm, third.rpd), (Limit::AtMost(100), Limit::Unlimited));
         assert_eq!((&*fourth.name, fourth.rpm), ("api4", Limit::AtMost(1000)));
     }
 
     #[test]
     fn the_examples_pass_check_without_any_variable() {
         let files = config_files("conf");
-        let files: Vec<_> = files
-            .iter()
-            .filter(|f| f.to_string_lossy().contains("example"))
-            .collect();
+        let files: Vec<_> = files.iter().filter(|f| f.to_string_lossy().contains("example")).collect();
         assert!(files.len() >= 2, "only {} examples found", files.len());
         for file in files {
-            let loaded =
-                load(file, &no_variables()).unwrap_or_else(|problems| panic!("{problems}"));
+            let loaded = load(file, &no_variables()).unwrap_or_else(|problems| panic!("{problems}"));
             for warning in &loaded.warnings {
                 assert_eq!(warning.kind, Kind::Warning, "{warning}");
                 assert!(warning.message.contains("placeholder"), "{warning}");
@@ -180,59 +143,25 @@ mod fixtures {
 #[test]
 fn what_is_left_out_has_its_default() {
     let Config { server, endpoints } = config_of(&minimal());
-    assert_eq!(
-        (server.host, server.port),
-        (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 3001)
-    );
-    assert_eq!(
-        (server.tls, server.cors.origins),
-        (None, vec!["*".to_owned()])
-    );
-    assert_eq!(
-        (server.body_bytes_max, server.strategy),
-        (64 << 20, Strategy::Random)
-    );
-    assert_eq!(
-        (server.retry.attempts, server.retry.budget),
-        (10, Duration::from_secs(120))
-    );
+    assert_eq!((server.host, server.port), (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 3001));
+    assert_eq!((server.tls, server.cors.origins), (None, vec!["*".to_owned()]));
+    assert_eq!((server.body_bytes_max, server.strategy), (64 << 20, Strategy::Random));
+    assert_eq!((server.retry.attempts, server.retry.budget), (10, Duration::from_mins(2)));
     assert_eq!(server.retry.statuses, StatusSet::default());
-    assert_eq!(
-        (server.breaker.failures, server.breaker.cool_down),
-        (3, Duration::from_secs(600))
-    );
-    assert_eq!(
-        server.threads,
-        std::thread::available_parallelism().unwrap().get()
-    );
-    assert_eq!(
-        (server.trusted_proxies, server.failed_keys_per_minute),
-        (vec![], 30)
-    );
+    assert_eq!((server.breaker.failures, server.breaker.cool_down), (3, Duration::from_mins(10)));
+    assert_eq!(server.threads, std::thread::available_parallelism().unwrap().get());
+    assert_eq!((server.trusted_proxies, server.failed_keys_per_minute), (vec![], 30));
     assert!(server.endpoint_headers);
 
-    let [endpoint] = endpoints.as_slice() else {
-        panic!("not one")
-    };
+    let [endpoint] = endpoints.as_slice() else { panic!("not one") };
     assert_eq!((&*endpoint.id, &*endpoint.name), ("a", "a"));
-    assert_eq!(
-        (endpoint.rpm, endpoint.rpd),
-        (Limit::Unlimited, Limit::Unlimited)
-    );
+    assert_eq!((endpoint.rpm, endpoint.rpd), (Limit::Unlimited, Limit::Unlimited));
     assert!(endpoint.enabled && endpoint.usable());
-    assert_eq!(
-        (endpoint.weight, endpoint.priority, endpoint.http2),
-        (1, 0, None)
-    );
+    assert_eq!((endpoint.weight, endpoint.priority, endpoint.http2), (1, 0, None));
     assert!(endpoint.model_mapping.is_empty() && endpoint.headers.is_empty());
     assert_eq!(endpoint.tls, EndpointTls::default());
     let seconds = |seconds| Duration::from_secs(seconds);
-    let Timeouts {
-        connect,
-        first_byte_stream,
-        first_byte,
-        idle,
-    } = endpoint.timeouts;
+    let Timeouts { connect, first_byte_stream, first_byte, idle } = endpoint.timeouts;
     assert_eq!((connect, first_byte_stream), (seconds(5), seconds(60)));
     assert_eq!((first_byte, idle), (seconds(600), seconds(120)));
 }
@@ -241,30 +170,17 @@ fn what_is_left_out_has_its_default() {
 fn what_the_schema_calls_a_default_is_one() {
     let defaults = |schema: &Value| -> Value {
         let keys = schema.as_object().unwrap().iter();
-        keys.filter_map(|(key, inner)| Some((key.clone(), inner.get("default")?.clone())))
-            .collect()
+        keys.filter_map(|(key, inner)| Some((key.clone(), inner.get("default")?.clone()))).collect()
     };
     let schema = schema();
     let at = |place: &str| defaults(schema.pointer(place).unwrap());
     let mut server = at("/properties/server/properties");
     let mut endpoint = at("/properties/apis/items/properties");
-    for (key, inner) in [
-        ("retry", true),
-        ("breaker", true),
-        ("cors", true),
-        ("timeouts", false),
-        ("tls", false),
-    ] {
+    for (key, inner) in [("retry", true), ("breaker", true), ("cors", true), ("timeouts", false), ("tls", false)] {
         let (outer, place) = if inner {
-            (
-                &mut server,
-                format!("/properties/server/properties/{key}/properties"),
-            )
+            (&mut server, format!("/properties/server/properties/{key}/properties"))
         } else {
-            (
-                &mut endpoint,
-                format!("/properties/apis/items/properties/{key}/properties"),
-            )
+            (&mut endpoint, format!("/properties/apis/items/properties/{key}/properties"))
         };
         outer[key] = at(&place);
     }
@@ -275,48 +191,26 @@ fn what_the_schema_calls_a_default_is_one() {
 
 #[test]
 fn the_full_example_is_read_as_written() {
-    let config = load(&crate_folder("conf/apis.example.yaml"), &no_variables())
-        .unwrap()
-        .config;
+    let config = load(&crate_folder("conf/apis.example.yaml"), &no_variables()).unwrap().config;
     let server = &config.server;
-    assert_eq!(
-        (server.strategy, server.retry.attempts),
-        (Strategy::LeastBusy, 5)
-    );
+    assert_eq!((server.strategy, server.retry.attempts), (Strategy::LeastBusy, 5));
     assert!(server.retry.statuses.contains(599) && !server.retry.statuses.contains(400));
-    assert!(
-        server
-            .trusted_proxies
-            .iter()
-            .any(|range| range.contains("10.9.9.9".parse().unwrap()))
-    );
-    assert!(
-        server.cors.allows("https://chat.example.com")
-            && !server.cors.allows("https://evil.example.com")
-    );
-    let [main, _, ark, local] = config.endpoints.as_slice() else {
-        panic!("not four")
-    };
+    assert!(server.trusted_proxies.iter().any(|range| range.contains("10.9.9.9".parse().unwrap())));
+    assert!(server.cors.allows("https://chat.example.com") && !server.cors.allows("https://evil.example.com"));
+    let [main, _, ark, local] = config.endpoints.as_slice() else { panic!("not four") };
     assert_eq!((main.weight, main.models[0].as_str()), (3, "gpt-4*"));
     assert_eq!(main.headers[0].0, "openai-organization");
     assert_eq!(main.headers[0].1, "org-example");
     assert_eq!((ark.priority, ark.base_url.path.as_str()), (1, "/api/v3"));
     assert_eq!(ark.timeouts.first_byte, Duration::from_secs(90));
     assert_eq!(ark.timeouts.first_byte_stream, Duration::from_secs(90));
-    assert_eq!(
-        (ark.timeouts.connect, ark.timeouts.idle),
-        (Duration::from_secs(3), Duration::from_secs(60))
-    );
+    assert_eq!((ark.timeouts.connect, ark.timeouts.idle), (Duration::from_secs(3), Duration::from_mins(1)));
     assert_eq!((local.http2, local.base_url.port), (Some(false), 11434));
 }
 
 #[test]
 fn hosts_are_addresses_or_localhost() {
-    let host = |host: &str| {
-        config_of(&with(&json!({ "host": host }), &json!({})))
-            .server
-            .host
-    };
+    let host = |host: &str| config_of(&with(&json!({ "host": host }), &json!({}))).server.host;
     assert_eq!(host("localhost"), IpAddr::V4(Ipv4Addr::LOCALHOST));
     assert_eq!(host("[::]"), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
     assert_eq!(host("::1"), IpAddr::V6(Ipv6Addr::LOCALHOST));
@@ -324,23 +218,12 @@ fn hosts_are_addresses_or_localhost() {
 
 #[test]
 fn limits_say_what_they_were() {
-    for (typed, limit, usable) in [
-        (-1, Limit::Unlimited, true),
-        (0, Limit::Off, false),
-        (7, Limit::AtMost(7), true),
-    ] {
+    for (typed, limit, usable) in [(-1, Limit::Unlimited, true), (0, Limit::Off, false), (7, Limit::AtMost(7), true)] {
         for key in ["rpm", "rpd"] {
             let config = config_of(&with(&json!({}), &json!({ key: typed })));
             let endpoint = &config.endpoints[0];
-            let found = if key == "rpm" {
-                endpoint.rpm
-            } else {
-                endpoint.rpd
-            };
-            assert_eq!(
-                (found, found.as_number(), endpoint.usable()),
-                (limit, typed, usable)
-            );
+            let found = if key == "rpm" { endpoint.rpm } else { endpoint.rpd };
+            assert_eq!((found, found.as_number(), endpoint.usable()), (limit, typed, usable));
         }
     }
     assert_eq!(Limit::AtMost(u64::MAX).as_number(), i64::MAX);
@@ -351,16 +234,8 @@ fn limits_say_what_they_were() {
 fn cors_can_be_switched_off() {
     let config = config_of(&with(&json!({ "cors": { "origins": [] } }), &json!({})));
     assert!(!config.server.cors.any() && !config.server.cors.allows("https://a.example"));
-    assert!(
-        config_of(&minimal())
-            .server
-            .cors
-            .allows("https://a.example")
-    );
-    let config = config_of(&with(
-        &json!({ "cors": { "origins": ["https://A.example:8080"] } }),
-        &json!({}),
-    ));
+    assert!(config_of(&minimal()).server.cors.allows("https://a.example"));
+    let config = config_of(&with(&json!({ "cors": { "origins": ["https://A.example:8080"] } }), &json!({})));
     assert!(config.server.cors.allows("https://a.example:8080"));
 }
 
@@ -380,10 +255,7 @@ fn files_are_found_beside_the_configuration() {
     let tls = config.server.tls.unwrap();
     assert_eq!(tls.cert_file, folder.path().join("cert.pem"));
     assert_eq!(tls.key_file, folder.path().join("key.pem"));
-    assert_eq!(
-        config.endpoints[0].tls.ca_file,
-        Some(folder.path().join("ca.pem"))
-    );
+    assert_eq!(config.endpoints[0].tls.ca_file, Some(folder.path().join("ca.pem")));
 }
 
 mod variables {
@@ -398,10 +270,7 @@ mod variables {
         let environment = Environment::fixed([("KEY", "sk-1"), ("COUNT", "7"), ("NO", "false")]);
         let Config { server, endpoints } = checked(&config, &environment).unwrap().config;
         assert!(server.api_key.matches(b"sk-1") && !server.endpoint_headers);
-        assert_eq!(
-            (endpoints[0].rpm, &*endpoints[0].name),
-            (Limit::AtMost(7), "7")
-        );
+        assert_eq!((endpoints[0].rpm, &*endpoints[0].name), (Limit::AtMost(7), "7"));
         assert_eq!(endpoints[0].headers[0].1, "ask-1");
     }
 
@@ -431,20 +300,11 @@ mod variables {
         std::fs::write(&env_file, "PORT=abc\nnot a line\n").unwrap();
         let problems = load(&path, &Environment::from_process(&path)).unwrap_err();
         let told = problems.to_string();
-        assert!(
-            told.contains(&format!("PORT from {} is \"abc\"", env_file.display())),
-            "{told}"
-        );
-        assert!(
-            told.contains(&format!("{}: line 2 is not", env_file.display())),
-            "{told}"
-        );
+        assert!(told.contains(&format!("PORT from {} is \"abc\"", env_file.display())), "{told}");
+        assert!(told.contains(&format!("{}: line 2 is not", env_file.display())), "{told}");
         std::fs::write(&env_file, "PORT=5001\nnot a line\n").unwrap();
         let loaded = load(&path, &Environment::from_process(&path)).unwrap();
-        assert_eq!(
-            (loaded.config.server.port, loaded.warnings.len()),
-            (5001, 1)
-        );
+        assert_eq!((loaded.config.server.port, loaded.warnings.len()), (5001, 1));
     }
 }
 
@@ -471,23 +331,11 @@ mod files {
         let path = folder.path().join("apis.json");
         let shown = path.display();
         std::fs::write(&path, "{\n  \"server\": }").unwrap();
-        assert_eq!(
-            told(&path),
-            format!("{shown}: is not valid JSON: expected value at line 2 column 13")
-        );
+        assert_eq!(told(&path), format!("{shown}: is not valid JSON: expected value at line 2 column 13"));
         std::fs::write(&path, b"{\"server\": \"\xff\"}").unwrap();
-        assert_eq!(
-            told(&path),
-            format!("{shown}: is not UTF-8 text (save it as UTF-8 in your editor)")
-        );
-        std::fs::File::create(&path)
-            .unwrap()
-            .set_len(FILE_BYTES_MAX + 1)
-            .unwrap();
-        assert_eq!(
-            told(&path),
-            format!("{shown}: is longer than 16777216 bytes")
-        );
+        assert_eq!(told(&path), format!("{shown}: is not UTF-8 text (save it as UTF-8 in your editor)"));
+        std::fs::File::create(&path).unwrap().set_len(FILE_BYTES_MAX + 1).unwrap();
+        assert_eq!(told(&path), format!("{shown}: is longer than 16777216 bytes"));
     }
 
     #[test]
@@ -510,10 +358,7 @@ fn printing_a_configuration_shows_no_secret() {
     let loaded = checked(&config, &no_variables()).unwrap();
     assert_eq!(loaded.config.endpoints[0].headers.len(), 2);
     for printed in [format!("{loaded:?}"), format!("{loaded:#?}")] {
-        assert!(
-            printed.contains("x-key") && printed.contains("api.example.com"),
-            "{printed}"
-        );
+        assert!(printed.contains("x-key") && printed.contains("api.example.com"), "{printed}");
         for secret in ["0123456789", "Basic", "header-"] {
             assert!(!printed.contains(secret), "{printed}");
         }
@@ -524,64 +369,25 @@ fn printing_a_configuration_shows_no_secret() {
 fn two_configurations_can_be_told_apart() {
     let config = config_of(&minimal());
     assert_eq!(config, config_of(&minimal()));
-    assert_ne!(
-        config,
-        config_of(&with(&json!({}), &json!({ "apiKey": "sk-other" })))
-    );
-    assert_ne!(
-        config,
-        config_of(&with(&json!({}), &json!({ "headers": { "x": "1" } })))
-    );
+    assert_ne!(config, config_of(&with(&json!({}), &json!({ "apiKey": "sk-other" }))));
+    assert_ne!(config, config_of(&with(&json!({}), &json!({ "headers": { "x": "1" } }))));
 }
 
 /// What the schema lets through must be readable by the types; else a problem without a place is told.
 fn assert_placed(result: &Result<Loaded, Problems>, config: &Value) {
     if let Err(problems) = result {
-        assert!(
-            problems.iter().all(|problem| !problem.path.is_empty()),
-            "{problems}\n{config}"
-        );
+        assert!(problems.iter().all(|problem| !problem.path.is_empty()), "{problems}\n{config}");
     }
 }
 
 #[test]
 fn the_schema_and_the_types_agree_at_every_bound() {
-    let mut values = vec![
-        json!(null),
-        json!(true),
-        json!(1.5),
-        json!(""),
-        json!("text"),
-        json!([]),
-        json!({}),
-    ];
-    values.extend([
-        json!([1]),
-        json!([{}]),
-        json!(["5xx"]),
-        json!({ "a": "b" }),
-        json!({ "a": 1 }),
-    ]);
-    for bound in [
-        0,
-        1,
-        255,
-        65_535,
-        1 << 30,
-        u64::from(u32::MAX),
-        (1 << 53) - 1,
-        u64::MAX,
-    ] {
+    let mut values = vec![json!(null), json!(true), json!(1.5), json!(""), json!("text"), json!([]), json!({})];
+    values.extend([json!([1]), json!([{}]), json!(["5xx"]), json!({ "a": "b" }), json!({ "a": 1 })]);
+    for bound in [0, 1, 255, 65_535, 1 << 30, u64::from(u32::MAX), (1 << 53) - 1, u64::MAX] {
         values.extend([json!(bound), json!(bound.saturating_add(1))]);
     }
-    values.extend([
-        json!(-1),
-        json!(-2),
-        json!(i64::MIN),
-        json!(1e300),
-        json!(399),
-        json!(600),
-    ]);
+    values.extend([json!(-1), json!(-2), json!(i64::MIN), json!(1e300), json!(399), json!(600)]);
     let schema = schema();
     let mut tried = 0;
     let mut pending = vec![(schema.clone(), String::new())];
@@ -610,10 +416,7 @@ fn the_schema_and_the_types_agree_at_every_bound() {
 }
 
 fn any_json() -> impl proptest::strategy::Strategy<Value = Value> {
-    let key = prop_oneof![
-        "server|apis|apiKey|id|baseUrl|models|tls|retry|statuses|headers|rpm",
-        "\\PC{0,6}"
-    ];
+    let key = prop_oneof!["server|apis|apiKey|id|baseUrl|models|tls|retry|statuses|headers|rpm", "\\PC{0,6}"];
     let leaf = prop_oneof![
         Just(Value::Null),
         any::<bool>().prop_map(Value::from),

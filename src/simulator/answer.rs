@@ -42,10 +42,7 @@ pub(super) async fn answer(
     let early = lock(&handle.0.scripts).take_early();
     let (reply, behaviour) = match read(request, cutter.line.number, early.is_some()).await? {
         Some(arrived) => reply(&handle, &arrived, early, number),
-        None => (
-            Reply::error(413, "The request body is too large.", None),
-            None,
-        ),
+        None => (Reply::error(413, "The request body is too large.", None), None),
     };
     let behaviour = behaviour.unwrap_or_default();
     before_header(&behaviour, &mut cutter).await?;
@@ -54,11 +51,7 @@ pub(super) async fn answer(
 
 /// Reads the body unless the answer is early. None if it is too large, an error if the client
 /// breaks it off.
-async fn read(
-    request: Request<Incoming>,
-    connection: u64,
-    early: bool,
-) -> Result<Option<Arrived>, BrokenOff> {
+async fn read(request: Request<Incoming>, connection: u64, early: bool) -> Result<Option<Arrived>, BrokenOff> {
     let (head, body) = request.into_parts();
     let body = if early {
         Bytes::new()
@@ -99,12 +92,7 @@ async fn before_header(behaviour: &Behaviour, cutter: &mut Cutter) -> Result<(),
 }
 
 /// Records the request and decides what answers it.
-fn reply(
-    handle: &Handle,
-    arrived: &Arrived,
-    early: Option<Chosen>,
-    number: u64,
-) -> (Reply, Option<Arc<Behaviour>>) {
+fn reply(handle: &Handle, arrived: &Arrived, early: Option<Chosen>, number: u64) -> (Reply, Option<Arc<Behaviour>>) {
     if handle.0.options.record {
         lock(&handle.0.records).push(arrived.clone());
     }
@@ -122,9 +110,7 @@ fn reply(
     };
     match chosen {
         Err(message) => (Reply::error(400, &message, Some("invalid_sim_model")), None),
-        Ok(chosen) if fails(handle, arrived, &chosen) => {
-            (Reply::error(503, SERVER_ERROR, None), None)
-        }
+        Ok(chosen) if fails(handle, arrived, &chosen) => (Reply::error(503, SERVER_ERROR, None), None),
         Ok(Chosen { behaviour, .. }) => {
             let reply = if behaviour.answers_any_path() {
                 scripted_reply(&behaviour, arrived)
@@ -140,10 +126,7 @@ fn has_key(handle: &Handle, arrived: &Arrived) -> bool {
     let Some(key) = &handle.0.options.require_key else {
         return true;
     };
-    let sent = arrived
-        .headers
-        .get(AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
+    let sent = arrived.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     sent.and_then(|value| value.strip_prefix("Bearer ")) == Some(key)
 }
 
@@ -191,11 +174,7 @@ impl<'a> Call<'a> {
     }
 
     fn method(self) -> Method {
-        if matches!(self, Self::Models | Self::Model(_)) {
-            Method::GET
-        } else {
-            Method::POST
-        }
+        if matches!(self, Self::Models | Self::Model(_)) { Method::GET } else { Method::POST }
     }
 }
 
@@ -205,10 +184,7 @@ fn scripted_reply(behaviour: &Behaviour, arrived: &Arrived) -> Reply {
         return raw_reply(behaviour, body);
     }
     if behaviour.echo {
-        return Reply::json(
-            behaviour.status,
-            json!({ "echo": arrived.to_json() }).to_string(),
-        );
+        return Reply::json(behaviour.status, json!({ "echo": arrived.to_json() }).to_string());
     }
     if behaviour.empty == Some(Empty::Body) || matches!(behaviour.status, 204 | 304) {
         return Reply::json(behaviour.status, "");
@@ -228,17 +204,11 @@ fn message_of(status: u16) -> String {
 }
 
 fn raw_reply(behaviour: &Behaviour, body: &str) -> Reply {
-    let is_stream = behaviour
-        .content_type
-        .as_ref()
-        .is_some_and(|kind| kind.starts_with("text/event-stream"));
+    let is_stream = behaviour.content_type.as_ref().is_some_and(|kind| kind.starts_with("text/event-stream"));
     if !is_stream {
         return Reply::json(behaviour.status, body);
     }
-    let events: Vec<_> = body
-        .split_inclusive("\n\n")
-        .map(|event| Bytes::copy_from_slice(event.as_bytes()))
-        .collect();
+    let events: Vec<_> = body.split_inclusive("\n\n").map(|event| Bytes::copy_from_slice(event.as_bytes())).collect();
     Reply::stream(behaviour.status, Box::new(events.into_iter()))
 }
 
@@ -262,8 +232,7 @@ fn call_reply(
     match call {
         Call::Models => return Reply::json(200, shapes::models(options)),
         Call::Model(id) => {
-            return shapes::model(options, id)
-                .map_or_else(|| model_not_found(id), |body| Reply::json(200, body));
+            return shapes::model(options, id).map_or_else(|| model_not_found(id), |body| Reply::json(200, body));
         }
         _ => {}
     }
@@ -291,9 +260,7 @@ fn generated(call: Call<'_>, ask: &Ask, behaviour: &Behaviour, number: u64) -> R
         return Reply::json(200, "{}");
     }
     let streams = matches!(call, Call::Chat | Call::Completions | Call::Responses);
-    let asked = behaviour
-        .answer_as
-        .map_or(ask.stream, |form| form == AnswerAs::Sse);
+    let asked = behaviour.answer_as.map_or(ask.stream, |form| form == AnswerAs::Sse);
     if streams && (asked || behaviour.ping_ms.is_some()) {
         return generated_stream(call, Text::new(ask, behaviour, number, true), behaviour);
     }
@@ -319,10 +286,7 @@ fn generated(call: Call<'_>, ask: &Ask, behaviour: &Behaviour, number: u64) -> R
 fn generated_stream(call: Call<'_>, text: Text, behaviour: &Behaviour) -> Reply {
     let one = |event: String| -> Events { Box::new(std::iter::once(Bytes::from(event))) };
     let events: Events = match behaviour.empty {
-        _ if behaviour.first_event_error => one(format!(
-            "data: {}\n\n",
-            shapes::error(500, SERVER_ERROR, None)
-        )),
+        _ if behaviour.first_event_error => one(format!("data: {}\n\n", shapes::error(500, SERVER_ERROR, None))),
         Some(Empty::NoEvents) => Box::new(std::iter::empty()),
         Some(Empty::DoneOnly) => one(shapes::DONE.into()),
         _ => match call {

@@ -92,10 +92,7 @@ impl Default for Behaviour {
 impl Behaviour {
     /// Answers with that status, and an error body outside 2xx.
     pub fn status(status: u16) -> Self {
-        Self {
-            status,
-            ..Self::default()
-        }
+        Self { status, ..Self::default() }
     }
 
     /// The same with one more response header.
@@ -188,14 +185,8 @@ pub enum AnswerAs {
 fn parse_list(list: &str) -> Result<Behaviour, String> {
     let mut fields = Map::new();
     let mut headers = Vec::new();
-    for pair in list
-        .split(',')
-        .map(str::trim)
-        .filter(|pair| !pair.is_empty())
-    {
-        let (key, text) = pair
-            .split_once('=')
-            .ok_or_else(|| format!("'{pair}' has no '='"))?;
+    for pair in list.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+        let (key, text) = pair.split_once('=').ok_or_else(|| format!("'{pair}' has no '='"))?;
         match key {
             "retryAfter" => headers.push(json!(["retry-after", text])),
             "header" => headers.push(parse_header(text)?),
@@ -214,9 +205,7 @@ fn parse_list(list: &str) -> Result<Behaviour, String> {
 }
 
 fn parse_header(text: &str) -> Result<Value, String> {
-    let (name, value) = text
-        .split_once(':')
-        .ok_or_else(|| format!("'{text}' has no ':'"))?;
+    let (name, value) = text.split_once(':').ok_or_else(|| format!("'{text}' has no ':'"))?;
     Ok(json!([name.trim(), value.trim()]))
 }
 

@@ -47,11 +47,7 @@ where
 
 fn pings(interval: Duration) -> Steps {
     let step = move |send| {
-        if send {
-            Step::Send(Bytes::from_static(b": ping\n\n"))
-        } else {
-            Step::Wait(interval)
-        }
+        if send { Step::Send(Bytes::from_static(b": ping\n\n")) } else { Step::Wait(interval) }
     };
     Box::new([false, true].into_iter().cycle().map(step))
 }
@@ -59,11 +55,7 @@ fn pings(interval: Duration) -> Steps {
 /// What happens after `index` events; without an event, at the end of all.
 fn steps_at(index: usize, event: Option<Bytes>, behaviour: &Behaviour) -> Vec<Step> {
     let mut steps = Vec::new();
-    let delay = if index == 0 {
-        behaviour.first_chunk_delay_ms
-    } else {
-        behaviour.chunk_delay_ms
-    };
+    let delay = if index == 0 { behaviour.first_chunk_delay_ms } else { behaviour.chunk_delay_ms };
     if delay > 0 && (event.is_some() || index == 0) {
         steps.push(Step::Wait(Duration::from_millis(delay)));
     }
@@ -149,13 +141,7 @@ impl ScriptedBody {
 
     fn build(steps: Steps, empty: bool, cutter: Option<Cutter>) -> Self {
         let steps = steps.peekable();
-        let mut body = Self {
-            steps,
-            waiting: None,
-            handed: false,
-            ended: false,
-            cutter,
-        };
+        let mut body = Self { steps, waiting: None, handed: false, ended: false, cutter };
         if empty {
             body.end();
         }
@@ -181,11 +167,7 @@ impl ScriptedBody {
     fn reset(&mut self, how: ResetHow) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         // The connection's task may poll once more before it sees the cut.
         self.steps = forever_stalled();
-        match self
-            .cutter
-            .as_mut()
-            .map_or(Ok(()), |cutter| cutter.cut(how))
-        {
+        match self.cutter.as_mut().map_or(Ok(()), |cutter| cutter.cut(how)) {
             Ok(()) => Poll::Pending,
             Err(broken) => Poll::Ready(Some(Err(broken))),
         }
@@ -196,10 +178,7 @@ impl Body for ScriptedBody {
     type Data = Bytes;
     type Error = BrokenOff;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         if std::mem::take(&mut self.handed) && !self.ended {
             cx.waker().wake_by_ref();
             return Poll::Pending;

@@ -67,11 +67,7 @@ where
 {
     let number = handle.0.connections.fetch_add(1, Ordering::SeqCst) + 1;
     let line = Arc::new(Line::new(number));
-    let wire = Wire {
-        io,
-        line: Arc::clone(&line),
-        abort,
-    };
+    let wire = Wire { io, line: Arc::clone(&line), abort };
     run(handle.clone(), line, wire, protocol)
 }
 
@@ -99,10 +95,7 @@ where
 
 fn builder(handle: &Handle, protocol: Protocol) -> Builder<Spawner> {
     let mut builder = Builder::new(Spawner(handle.clone()));
-    builder
-        .http2()
-        .max_concurrent_streams(MAX_STREAMS)
-        .max_pending_accept_reset_streams(MAX_PENDING_RESETS);
+    builder.http2().max_concurrent_streams(MAX_STREAMS).max_pending_accept_reset_streams(MAX_PENDING_RESETS);
     match protocol {
         Protocol::Auto => builder,
         Protocol::Http1 => builder.http1_only(),
@@ -177,11 +170,7 @@ impl Line {
             if !open && silent >= limit {
                 return;
             }
-            let left = if open {
-                limit
-            } else {
-                limit.saturating_sub(silent)
-            };
+            let left = if open { limit } else { limit.saturating_sub(silent) };
             // At least a millisecond, the resolution of tokio's clock.
             tokio::time::sleep(left.max(Duration::from_millis(1))).await;
         }
@@ -199,11 +188,7 @@ impl Guard {
     pub(super) fn new(handle: &Handle, line: &Arc<Line>) -> Self {
         handle.0.open.fetch_add(1, Ordering::SeqCst);
         line.open.fetch_add(1, Ordering::SeqCst);
-        Self {
-            handle: handle.clone(),
-            line: Arc::clone(line),
-            finished: false,
-        }
+        Self { handle: handle.clone(), line: Arc::clone(line), finished: false }
     }
 
     /// The end has come, by completion or by a scripted break.
@@ -239,11 +224,7 @@ impl<IO> Drop for Wire<IO> {
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Wire<IO> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let polled = Pin::new(&mut self.io).poll_read(cx, buf);
         if polled.is_ready() {
             self.line.touch();
@@ -253,11 +234,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Wire<IO> {
 }
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Wire<IO> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.io).poll_write(cx, buf);
         if polled.is_ready() {
             self.line.touch();

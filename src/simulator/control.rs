@@ -26,10 +26,7 @@ pub(super) fn is_control(path: &str) -> bool {
     path == "/control" || path.starts_with("/control/")
 }
 
-pub(super) async fn answer(
-    handle: &Handle,
-    request: Request<Incoming>,
-) -> Result<Response<ScriptedBody>, BrokenOff> {
+pub(super) async fn answer(handle: &Handle, request: Request<Incoming>) -> Result<Response<ScriptedBody>, BrokenOff> {
     let (head, body) = request.into_parts();
     let body = match Limited::new(body, MAX_SCRIPT_BODY).collect().await {
         Ok(whole) => whole.to_bytes(),

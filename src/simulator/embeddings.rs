@@ -17,11 +17,7 @@ const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 
 /// The answer, or why the request is refused.
 pub(super) fn embeddings(ask: &Ask, text: &Text) -> Result<String, String> {
-    let inputs = inputs(
-        ask.input
-            .as_ref()
-            .ok_or("you must provide an input parameter")?,
-    );
+    let inputs = inputs(ask.input.as_ref().ok_or("you must provide an input parameter")?);
     if inputs.is_empty() || inputs.len() > MAX_INPUTS {
         return Err(format!("'input' must have 1 to {MAX_INPUTS} items."));
     }
@@ -30,26 +26,18 @@ pub(super) fn embeddings(ask: &Ask, text: &Text) -> Result<String, String> {
         return Err(format!("'dimensions' must be 1 to {MAX_DIMENSIONS}."));
     }
     let as_base64 = ask.encoding_format.as_deref() == Some("base64");
-    let data: Vec<_> = inputs
-        .iter()
-        .enumerate()
-        .map(|(index, input)| object(index, &vector(input, dimensions), as_base64))
-        .collect();
+    let data: Vec<_> =
+        inputs.iter().enumerate().map(|(index, input)| object(index, &vector(input, dimensions), as_base64)).collect();
     let (tokens, model) = (text.prompt_tokens, &text.model);
     let usage = format!(r#","usage":{{"prompt_tokens":{tokens},"total_tokens":{tokens}}}"#);
     let usage = if text.usage { usage } else { String::new() };
-    Ok(format!(
-        r#"{{"object":"list","data":[{}],"model":{model}{usage}}}"#,
-        data.join(",")
-    ))
+    Ok(format!(r#"{{"object":"list","data":[{}],"model":{model}{usage}}}"#, data.join(",")))
 }
 
 /// A string or a list of token ids is one input; a list of either is many.
 fn inputs(input: &Value) -> Vec<String> {
     match input {
-        Value::Array(list) if !list.iter().all(Value::is_number) => {
-            list.iter().map(Value::to_string).collect()
-        }
+        Value::Array(list) if !list.iter().all(Value::is_number) => list.iter().map(Value::to_string).collect(),
         Value::Array(list) if list.is_empty() => Vec::new(),
         one => vec![one.to_string()],
     }
@@ -57,9 +45,8 @@ fn inputs(input: &Value) -> Vec<String> {
 
 /// Numbers from -1 to 1 out of a simple hash (FNV-1a, then a linear generator).
 fn vector(input: &str, dimensions: usize) -> Vec<f32> {
-    let mut state = input.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
-        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    });
+    let mut state =
+        input.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         let high = u16::try_from(state >> 16).unwrap_or_default();
@@ -70,10 +57,7 @@ fn vector(input: &str, dimensions: usize) -> Vec<f32> {
 
 fn object(index: usize, vector: &[f32], as_base64: bool) -> String {
     let embedding = if as_base64 {
-        let bytes: Vec<u8> = vector
-            .iter()
-            .flat_map(|number| number.to_le_bytes())
-            .collect();
+        let bytes: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
         json!(base64(&bytes))
     } else {
         json!(vector)

@@ -98,10 +98,7 @@ impl Simulator {
         let (running, stop) = watch::channel(());
         let handle = Handle(Arc::new(Shared::new(addr, options, stop)));
         handle.spawn(accept(handle.clone(), listener));
-        Ok(Self {
-            handle,
-            _running: running,
-        })
+        Ok(Self { handle, _running: running })
     }
 
     /// Starts on a free port of 127.0.0.1.

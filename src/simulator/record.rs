@@ -55,15 +55,10 @@ impl Arrived {
     fn headers_json(&self) -> Map<String, Value> {
         let joined = |name| {
             let values = self.headers.get_all(name).iter();
-            let texts: Vec<_> = values
-                .map(|v| String::from_utf8_lossy(v.as_bytes()))
-                .collect();
+            let texts: Vec<_> = values.map(|v| String::from_utf8_lossy(v.as_bytes())).collect();
             texts.join(", ")
         };
-        self.headers
-            .keys()
-            .map(|name| (name.to_string(), joined(name).into()))
-            .collect()
+        self.headers.keys().map(|name| (name.to_string(), joined(name).into())).collect()
     }
 }
 

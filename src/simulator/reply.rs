@@ -30,17 +30,11 @@ pub(super) struct Reply {
 
 impl Reply {
     pub(super) fn json(status: u16, body: impl Into<String>) -> Self {
-        Self {
-            status,
-            content: Content::Json(body.into().into()),
-        }
+        Self { status, content: Content::Json(body.into().into()) }
     }
 
     pub(super) fn stream(status: u16, events: Events) -> Self {
-        Self {
-            status,
-            content: Content::Stream(events),
-        }
+        Self { status, content: Content::Stream(events) }
     }
 
     pub(super) fn error(status: u16, message: &str, code: Option<&str>) -> Self {
@@ -59,11 +53,7 @@ impl Reply {
         let (kind, length, steps) = match self.content {
             Content::Json(body) => {
                 let length = (!behaviour.chunked && !pings).then_some(body.len());
-                (
-                    JSON,
-                    length,
-                    schedule(json_parts(body, behaviour), behaviour),
-                )
+                (JSON, length, schedule(json_parts(body, behaviour), behaviour))
             }
             Content::Stream(events) => (SSE, None, schedule(events, behaviour)),
         };
@@ -120,10 +110,7 @@ fn set(response: &mut Response<ScriptedBody>, name: &'static str, value: &str) {
 fn add_scripted(response: &mut Response<ScriptedBody>, scripted: &[(String, String)]) {
     let mut seen = Vec::new();
     for (name, value) in scripted {
-        let parsed = (
-            HeaderName::try_from(name.as_str()),
-            HeaderValue::from_str(value),
-        );
+        let parsed = (HeaderName::try_from(name.as_str()), HeaderValue::from_str(value));
         let (Ok(name), Ok(value)) = parsed else {
             log::warn!("simulator: no valid header: {name}: {value}");
             continue;

@@ -27,10 +27,7 @@ pub(super) struct Chosen {
 
 impl Scripts {
     pub(super) fn new(default: Behaviour) -> Self {
-        Self {
-            by_model: HashMap::new(),
-            default: Arc::new(default),
-        }
+        Self { by_model: HashMap::new(), default: Arc::new(default) }
     }
 
     pub(super) fn set(&mut self, model: &str, mut behaviours: Vec<Behaviour>) {
@@ -62,16 +59,10 @@ impl Scripts {
     pub(super) fn take(&mut self, model: Option<&str>) -> Result<Chosen, String> {
         if let Some(model) = model {
             if let Some(behaviour) = self.next(model) {
-                return Ok(Chosen {
-                    behaviour,
-                    scripted: true,
-                });
+                return Ok(Chosen { behaviour, scripted: true });
             }
             if let Some(spelled) = Behaviour::from_model(model) {
-                return Ok(Chosen {
-                    behaviour: Arc::new(spelled?),
-                    scripted: true,
-                });
+                return Ok(Chosen { behaviour: Arc::new(spelled?), scripted: true });
             }
         }
         Ok(self.take_any())
@@ -85,23 +76,13 @@ impl Scripts {
 
     fn take_any(&mut self) -> Chosen {
         match self.next(ANY_MODEL) {
-            Some(behaviour) => Chosen {
-                behaviour,
-                scripted: true,
-            },
-            None => Chosen {
-                behaviour: Arc::clone(&self.default),
-                scripted: false,
-            },
+            Some(behaviour) => Chosen { behaviour, scripted: true },
+            None => Chosen { behaviour: Arc::clone(&self.default), scripted: false },
         }
     }
 
     fn next(&mut self, model: &str) -> Option<Arc<Behaviour>> {
         let queue = self.by_model.get_mut(model)?;
-        if queue.len() > 1 {
-            queue.pop_front()
-        } else {
-            queue.front().cloned()
-        }
+        if queue.len() > 1 { queue.pop_front() } else { queue.front().cloned() }
     }
 }

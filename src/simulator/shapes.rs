@@ -25,16 +25,7 @@ const MAX_EVENT_BYTES: usize = 16 << 20;
 const MAX_TEXT: usize = 256 << 20;
 
 /// The text, word by word and over again. Nothing in it needs escaping in JSON.
-const WORDS: [&str; 8] = [
-    "Hello",
-    " from",
-    " the",
-    " simulator,",
-    " word",
-    " by",
-    " word,",
-    " again.",
-];
+const WORDS: [&str; 8] = ["Hello", " from", " the", " simulator,", " word", " by", " word,", " again."];
 
 /// The fields of a request that shape its answer.
 #[derive(Default, Deserialize)]
@@ -69,11 +60,7 @@ impl Ask {
 
     /// Words of all texts in the question.
     fn prompt_tokens(&self) -> usize {
-        [&self.messages, &self.prompt, &self.input]
-            .into_iter()
-            .flatten()
-            .map(words)
-            .sum()
+        [&self.messages, &self.prompt, &self.input].into_iter().flatten().map(words).sum()
     }
 }
 
@@ -81,11 +68,7 @@ fn words(value: &Value) -> usize {
     match value {
         Value::String(text) => text.split_whitespace().count(),
         Value::Array(list) => list.iter().map(words).sum(),
-        Value::Object(fields) => ["content", "text"]
-            .into_iter()
-            .filter_map(|key| fields.get(key))
-            .map(words)
-            .sum(),
+        Value::Object(fields) => ["content", "text"].into_iter().filter_map(|key| fields.get(key)).map(words).sum(),
         // A token id.
         Value::Number(_) => 1,
         Value::Null | Value::Bool(_) => 0,
@@ -111,24 +94,15 @@ pub(super) struct Text {
 
 impl Text {
     pub(super) fn new(ask: &Ask, behaviour: &Behaviour, number: u64, stream: bool) -> Self {
-        let asked = ask
-            .stream_options
-            .as_ref()
-            .is_some_and(|options| options.include_usage);
-        let words = if behaviour.empty == Some(Empty::ZeroUsage) {
-            0
-        } else {
-            behaviour.events
-        };
+        let asked = ask.stream_options.as_ref().is_some_and(|options| options.include_usage);
+        let words = if behaviour.empty == Some(Empty::ZeroUsage) { 0 } else { behaviour.events };
         Self {
             number,
             created: unix_seconds(),
             model: quoted(ask.model.as_deref().unwrap_or_default()),
             prompt_tokens: ask.prompt_tokens(),
             words: words.min(MAX_EVENTS),
-            event_bytes: behaviour
-                .event_bytes
-                .map(|bytes| bytes.min(MAX_EVENT_BYTES)),
+            event_bytes: behaviour.event_bytes.map(|bytes| bytes.min(MAX_EVENT_BYTES)),
             usage: behaviour.usage.unwrap_or(!stream || asked),
             responses_usage: behaviour.usage != Some(false),
             null_usage: asked && behaviour.usage != Some(false),
@@ -165,24 +139,12 @@ impl Text {
 
     /// A JSON answer around its choices.
     fn object(&self, prefix: &str, object: &str, choices: &str) -> String {
-        let usage = if self.usage {
-            format!(r#","usage":{}"#, self.usage_json())
-        } else {
-            String::new()
-        };
-        format!(
-            r#"{}{choices}]{usage},"system_fingerprint":"fp_sim"}}"#,
-            self.head(prefix, object, "")
-        )
+        let usage = if self.usage { format!(r#","usage":{}"#, self.usage_json()) } else { String::new() };
+        format!(r#"{}{choices}]{usage},"system_fingerprint":"fp_sim"}}"#, self.head(prefix, object, ""))
     }
 
     fn head(&self, prefix: &str, object: &str, fingerprint: &str) -> String {
-        let Self {
-            number,
-            created,
-            model,
-            ..
-        } = self;
+        let Self { number, created, model, .. } = self;
         format!(
             r#"{{"id":"{prefix}-sim{number}","object":"{object}","created":{created},"model":{model},{fingerprint}"choices":["#
         )
@@ -197,23 +159,13 @@ impl Text {
         last: &str,
     ) -> Events {
         let head = format!("data: {head}");
-        let tail = if self.null_usage {
-            "],\"usage\":null}\n\n"
-        } else {
-            "]}\n\n"
-        };
+        let tail = if self.null_usage { "],\"usage\":null}\n\n" } else { "]}\n\n" };
         let chunk = |choices: &str| Bytes::from(format!("{head}{choices}{tail}"));
         let first = first.map(chunk);
         let last = chunk(last);
-        let usage = self
-            .usage
-            .then(|| Bytes::from(format!("{head}],\"usage\":{}}}\n\n", self.usage_json())));
-        let deltas = self
-            .deltas()
-            .map(move |text| format!("{head}{}{tail}", choice(text)).into());
-        let end = iter::once(last)
-            .chain(usage)
-            .chain(iter::once(Bytes::from_static(DONE.as_bytes())));
+        let usage = self.usage.then(|| Bytes::from(format!("{head}],\"usage\":{}}}\n\n", self.usage_json())));
+        let deltas = self.deltas().map(move |text| format!("{head}{}{tail}", choice(text)).into());
+        let end = iter::once(last).chain(usage).chain(iter::once(Bytes::from_static(DONE.as_bytes())));
         Box::new(first.into_iter().chain(deltas).chain(end))
     }
 }
@@ -232,18 +184,11 @@ pub(super) fn chat(text: &Text) -> String {
 }
 
 pub(super) fn chat_events(text: Text) -> Events {
-    let head = text.head(
-        "chatcmpl",
-        "chat.completion.chunk",
-        r#""system_fingerprint":"fp_sim","#,
-    );
+    let head = text.head("chatcmpl", "chat.completion.chunk", r#""system_fingerprint":"fp_sim","#);
     let choice = |delta: &str, reason: &str| {
         format!(r#"{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{reason}}}"#)
     };
-    let first = choice(
-        r#"{"role":"assistant","content":"","refusal":null}"#,
-        "null",
-    );
+    let first = choice(r#"{"role":"assistant","content":"","refusal":null}"#, "null");
     let last = choice("{}", r#""stop""#);
     let middle = move |text| choice(&format!(r#"{{"content":"{text}"}}"#), "null");
     text.stream(&head, Some(&first), middle, &last)
@@ -255,11 +200,7 @@ pub(super) fn completion(text: &Text) -> String {
 }
 
 pub(super) fn completion_events(text: Text) -> Events {
-    let head = text.head(
-        "cmpl",
-        "text_completion",
-        r#""system_fingerprint":"fp_sim","#,
-    );
+    let head = text.head("cmpl", "text_completion", r#""system_fingerprint":"fp_sim","#);
     let last = completion_choice("", r#""stop""#);
     text.stream(&head, None, |text| completion_choice(&text, "null"), &last)
 }
@@ -270,33 +211,16 @@ fn completion_choice(text: &str, reason: &str) -> String {
 
 pub(super) fn moderation(ask: &Ask, text: &Text) -> String {
     let categories = ["harassment", "hate", "self-harm", "sexual", "violence"];
-    let flags: Value = categories
-        .into_iter()
-        .map(|name| (name.to_owned(), json!(false)))
-        .collect();
-    let scores: Value = categories
-        .into_iter()
-        .map(|name| (name.to_owned(), json!(0.0)))
-        .collect();
-    let inputs = ask
-        .input
-        .as_ref()
-        .and_then(Value::as_array)
-        .map_or(1, Vec::len);
+    let flags: Value = categories.into_iter().map(|name| (name.to_owned(), json!(false))).collect();
+    let scores: Value = categories.into_iter().map(|name| (name.to_owned(), json!(0.0))).collect();
+    let inputs = ask.input.as_ref().and_then(Value::as_array).map_or(1, Vec::len);
     let result = json!({ "flagged": false, "categories": flags, "category_scores": scores });
     let results = vec![result.to_string(); inputs].join(",");
-    format!(
-        r#"{{"id":"modr-sim{}","model":{},"results":[{results}]}}"#,
-        text.number, text.model
-    )
+    format!(r#"{{"id":"modr-sim{}","model":{},"results":[{results}]}}"#, text.number, text.model)
 }
 
 pub(super) fn models(options: &Options) -> String {
-    let list: Vec<_> = options
-        .models
-        .iter()
-        .map(|id| model_object(options, id))
-        .collect();
+    let list: Vec<_> = options.models.iter().map(|id| model_object(options, id)).collect();
     format!(r#"{{"object":"list","data":[{}]}}"#, list.join(","))
 }
 

@@ -58,10 +58,7 @@ async fn send(sim: &Handle, request: &str) -> TcpStream {
 async fn read_all(stream: &mut TcpStream) -> (String, Option<ErrorKind>) {
     let mut bytes = Vec::new();
     let end = stream.read_to_end(&mut bytes).await;
-    (
-        String::from_utf8(bytes).unwrap(),
-        end.err().map(|error| error.kind()),
-    )
+    (String::from_utf8(bytes).unwrap(), end.err().map(|error| error.kind()))
 }
 
 /// What has come once nothing more comes.
@@ -131,10 +128,7 @@ async fn chat_json_has_the_wire_shape() {
         let json = json_body(&answer);
         assert_eq!(json["object"], "chat.completion");
         assert_eq!(json["model"], "m");
-        assert_eq!(
-            json["choices"][0]["message"]["content"],
-            "Hello from the simulator, word"
-        );
+        assert_eq!(json["choices"][0]["message"]["content"], "Hello from the simulator, word");
         assert_eq!(json["choices"][0]["finish_reason"], "stop");
         assert_eq!(json["usage"]["prompt_tokens"], 3);
         assert_eq!(json["usage"]["completion_tokens"], 5);
@@ -173,22 +167,12 @@ async fn stream_with_usage_counts_in_a_last_chunk() {
         let request = json!({ "model": "m", "stream": true, "stream_options": options });
         let chunks = chunks(&exchange(&sim, &chat(&request)).await);
         assert_eq!(chunks.len(), 9);
-        assert!(
-            chunks[..7]
-                .iter()
-                .all(|chunk| chunk.contains(r#""usage":null"#))
-        );
+        assert!(chunks[..7].iter().all(|chunk| chunk.contains(r#""usage":null"#)));
         let last = data(&chunks[7]);
         assert_eq!(last["choices"], json!([]));
         assert_eq!(last["usage"]["completion_tokens"], 5);
 
-        sim.script(
-            "m",
-            vec![Behaviour {
-                usage: Some(false),
-                ..Behaviour::default()
-            }],
-        );
+        sim.script("m", vec![Behaviour { usage: Some(false), ..Behaviour::default() }]);
         assert!(!exchange(&sim, &chat(&request)).await.contains("usage"));
         let always = exchange(&sim, &ask_stream("sim:usage=true")).await;
         assert!(always.contains(r#""choices":[],"usage":{"#), "{always}");
@@ -200,14 +184,7 @@ async fn stream_with_usage_counts_in_a_last_chunk() {
 async fn scripts_are_taken_in_order_and_the_last_stays() {
     within(async {
         let sim = simulator().await;
-        sim.script(
-            "a",
-            vec![
-                Behaviour::status(500),
-                Behaviour::status(429),
-                Behaviour::status(201),
-            ],
-        );
+        sim.script("a", vec![Behaviour::status(500), Behaviour::status(429), Behaviour::status(201)]);
         sim.script("*", vec![Behaviour::status(503).header("retry-after", "2")]);
         let mut seen = Vec::new();
         for _ in 0..4 {
@@ -231,42 +208,23 @@ async fn resets_come_where_and_how_they_are_told() {
         let sim = simulator().await;
         let cases = [
             ("sim:reset=beforeHeader", 0, None),
-            (
-                "sim:reset=beforeHeader,resetHow=rst",
-                0,
-                Some(ErrorKind::ConnectionReset),
-            ),
+            ("sim:reset=beforeHeader,resetHow=rst", 0, Some(ErrorKind::ConnectionReset)),
             ("sim:reset=afterHeader", 0, None),
             ("sim:reset=2", 2, None),
-            (
-                "sim:reset=2,resetHow=rst",
-                2,
-                Some(ErrorKind::ConnectionReset),
-            ),
-            (
-                "sim:reset=100,resetHow=rst",
-                8,
-                Some(ErrorKind::ConnectionReset),
-            ),
+            ("sim:reset=2,resetHow=rst", 2, Some(ErrorKind::ConnectionReset)),
+            ("sim:reset=100,resetHow=rst", 8, Some(ErrorKind::ConnectionReset)),
         ];
         for (model, events, end) in cases {
             let (answer, ended) = read_all(&mut send(&sim, &ask_stream(model)).await).await;
             assert_eq!(ended, end, "{model}");
             assert_eq!(answer.is_empty(), model.contains("beforeHeader"), "{model}");
-            assert_eq!(
-                answer.matches("data: ").count(),
-                events,
-                "{model}: {answer}"
-            );
+            assert_eq!(answer.matches("data: ").count(), events, "{model}: {answer}");
             assert!(!answer.ends_with("0\r\n\r\n"), "{model}");
         }
         let (answer, _) = read_all(&mut send(&sim, &ask_stream("sim:midEvent=1")).await).await;
         assert!(answer.matches("\n\n").count() == 1 && answer.matches("data: ").count() == 2);
         let (answer, _) = read_all(&mut send(&sim, &ask("sim:reset=1")).await).await;
-        assert!(
-            answer.contains("content-length") && !body(&answer).ends_with('}'),
-            "{answer}"
-        );
+        assert!(answer.contains("content-length") && !body(&answer).ends_with('}'), "{answer}");
         wait_for(|| sim.open_requests() == 0).await;
         assert_eq!(sim.cancelled(), 0);
     })
@@ -277,11 +235,7 @@ async fn resets_come_where_and_how_they_are_told() {
 async fn stalls_last_until_the_client_leaves() {
     within(async {
         let sim = simulator().await;
-        for (model, events) in [
-            ("sim:stall=header", 0),
-            ("sim:stall=afterHeader", 0),
-            ("sim:stall=3", 3),
-        ] {
+        for (model, events) in [("sim:stall=header", 0), ("sim:stall=afterHeader", 0), ("sim:stall=3", 3)] {
             let before = sim.cancelled();
             let mut stream = send(&sim, &ask_stream(model)).await;
             let answer = read_until_silent(&mut stream).await;
@@ -293,10 +247,7 @@ async fn stalls_last_until_the_client_leaves() {
             assert_eq!(sim.cancelled(), before + 1);
         }
         let answer = read_until_silent(&mut send(&sim, &ask("sim:stall=1")).await).await;
-        assert!(
-            !body(&answer).is_empty() && !body(&answer).ends_with('}'),
-            "{answer}"
-        );
+        assert!(!body(&answer).is_empty() && !body(&answer).ends_with('}'), "{answer}");
     })
     .await;
 }
@@ -320,13 +271,9 @@ async fn a_client_that_leaves_mid_stream_is_counted() {
 async fn idle_connections_are_closed_but_busy_ones_are_not() {
     within(async {
         let idle_close = Some(Duration::from_millis(100));
-        let options = Options {
-            idle_close,
-            ..Options::default()
-        };
+        let options = Options { idle_close, ..Options::default() };
         let sim = Simulator::bind_local(options).await.unwrap();
-        let (answer, end) =
-            read_all(&mut send(&sim, &ask("sim:headerDelayMs=300,drip=50")).await).await;
+        let (answer, end) = read_all(&mut send(&sim, &ask("sim:headerDelayMs=300,drip=50")).await).await;
         assert_eq!((status(&answer), end), (200, None));
         assert!(answer.ends_with('}'));
         let (nothing, end) = read_all(&mut send(&sim, "").await).await;
@@ -344,11 +291,7 @@ async fn connections_are_kept_alive_and_numbered() {
         stream.write_all(ask_stream("m").as_bytes()).await.unwrap();
         read_until_silent(&mut stream).await;
         exchange(&sim, &ask("m")).await;
-        let numbers: Vec<_> = sim
-            .requests()
-            .iter()
-            .map(|arrived| arrived.connection)
-            .collect();
+        let numbers: Vec<_> = sim.requests().iter().map(|arrived| arrived.connection).collect();
         assert_eq!(numbers, [1, 1, 2]);
         drop(sim);
         assert_eq!(read_all(&mut stream).await.0, "");
@@ -378,10 +321,7 @@ async fn control_calls_script_and_show() {
         assert!(sim.requests().is_empty());
         assert_eq!(status(&exchange(&sim, &ask("m")).await), 200);
 
-        let wrong = post(
-            "/control/script",
-            r#"{"model":"*","behaviours":[{"sta":1}]}"#,
-        );
+        let wrong = post("/control/script", r#"{"model":"*","behaviours":[{"sta":1}]}"#);
         let wrong = wrong.replacen("POST", "PUT", 1);
         assert_eq!(status(&exchange(&sim, &wrong).await), 400);
     })
@@ -395,19 +335,12 @@ async fn other_calls_have_their_shapes() {
         let input = json!({ "model": "m", "input": ["a b", "c"], "dimensions": 3 });
         let floats = json_body(&exchange(&sim, &post("/v1/embeddings", &input.to_string())).await);
         assert_eq!(floats["data"][1]["embedding"].as_array().unwrap().len(), 3);
-        assert_eq!(
-            floats["usage"],
-            json!({ "prompt_tokens": 3, "total_tokens": 3 })
-        );
+        assert_eq!(floats["usage"], json!({ "prompt_tokens": 3, "total_tokens": 3 }));
         let bytes: Vec<u8> = floats["data"][0]["embedding"]
             .as_array()
             .unwrap()
             .iter()
-            .flat_map(|number| {
-                serde_json::from_value::<f32>(number.clone())
-                    .unwrap()
-                    .to_le_bytes()
-            })
+            .flat_map(|number| serde_json::from_value::<f32>(number.clone()).unwrap().to_le_bytes())
             .collect();
         let mut input = input;
         input["encoding_format"] = "base64".into();
@@ -429,10 +362,7 @@ async fn other_calls_have_their_shapes() {
 
         let ask = json!({ "model": "m", "prompt": "a b", "input": "a b" }).to_string();
         let answer = json_body(&exchange(&sim, &post("/api/v3/responses", &ask)).await);
-        assert_eq!(
-            answer["output"][0]["content"][0]["text"],
-            "Hello from the simulator, word"
-        );
+        assert_eq!(answer["output"][0]["content"][0]["text"], "Hello from the simulator, word");
         let answer = json_body(&exchange(&sim, &post("/v1/completions", &ask)).await);
         assert_eq!(answer["usage"]["total_tokens"], 9);
         let answer = json_body(&exchange(&sim, &post("/v1/moderations", &ask)).await);
@@ -445,10 +375,7 @@ async fn other_calls_have_their_shapes() {
         assert_eq!(one["object"], "model");
         let none = exchange(&sim, &get("/v1/models/none")).await;
         assert_eq!(json_body(&none)["error"]["code"], "model_not_found");
-        assert_eq!(
-            status(&exchange(&sim, &get("/v1/chat/completions")).await),
-            405
-        );
+        assert_eq!(status(&exchange(&sim, &get("/v1/chat/completions")).await), 405);
         assert_eq!(status(&exchange(&sim, &get("/")).await), 404);
     })
     .await;
@@ -457,16 +384,12 @@ async fn other_calls_have_their_shapes() {
 #[tokio::test]
 async fn wrong_requests_are_refused() {
     within(async {
-        let options = Options {
-            require_key: Some("k".into()),
-            ..Options::default()
-        };
+        let options = Options { require_key: Some("k".into()), ..Options::default() };
         let sim = Simulator::bind_local(options).await.unwrap();
         let answer = exchange(&sim, &ask("m")).await;
         assert_eq!(status(&answer), 401);
         assert_eq!(json_body(&answer)["error"]["code"], "invalid_api_key");
-        let with_key =
-            |request: String| request.replacen("\r\n", "\r\nauthorization: Bearer k\r\n", 1);
+        let with_key = |request: String| request.replacen("\r\n", "\r\nauthorization: Bearer k\r\n", 1);
         assert_eq!(status(&exchange(&sim, &with_key(ask("m"))).await), 200);
         for wrong in ["{", "{}", r#"{"model":""}"#, r#"{"model":"sim:nope=1"}"#] {
             let request = with_key(post("/v1/chat/completions", wrong));
@@ -486,10 +409,7 @@ async fn faults_of_content() {
             ("sim:empty=body", "content-length: 0\r\n"),
             ("sim:empty=object", "\r\n\r\n{}"),
             ("sim:empty=noEvents", "\r\n\r\n0\r\n\r\n"),
-            (
-                "sim:empty=doneOnly",
-                "\r\n\r\nE\r\ndata: [DONE]\n\n\r\n0\r\n\r\n",
-            ),
+            ("sim:empty=doneOnly", "\r\n\r\nE\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"),
             ("sim:empty=zeroUsage,usage=true", r#""completion_tokens":0"#),
             ("sim:firstEventError=true", "data: {\"error\":{"),
             ("sim:answerAs=json", "\"chat.completion\""),
@@ -504,8 +424,7 @@ async fn faults_of_content() {
         assert!(chunks(&chunked).len() > 3);
         let echo = json_body(&exchange(&sim, &ask("sim:echo=true")).await);
         assert_eq!(echo["echo"]["headers"]["connection"], "close");
-        let raw =
-            r#"{"status":404,"body":"data: a\n\ndata: b\n\n","contentType":"text/event-stream"}"#;
+        let raw = r#"{"status":404,"body":"data: a\n\ndata: b\n\n","contentType":"text/event-stream"}"#;
         sim.set_default(serde_json::from_str(raw).unwrap());
         let raw = exchange(&sim, &ask("m")).await;
         assert_eq!((status(&raw), chunks(&raw).len()), (404, 2));
@@ -513,12 +432,7 @@ async fn faults_of_content() {
         sleep(Duration::from_millis(200)).await;
         let mut bytes = [0; 4096];
         let count = pinged.read(&mut bytes).await.unwrap();
-        assert!(
-            String::from_utf8_lossy(&bytes[..count])
-                .matches(": ping\n\n")
-                .count()
-                >= 2
-        );
+        assert!(String::from_utf8_lossy(&bytes[..count]).matches(": ping\n\n").count() >= 2);
     })
     .await;
 }
@@ -527,13 +441,9 @@ async fn faults_of_content() {
 async fn early_answers_do_not_wait_for_the_body() {
     within(async {
         let sim = simulator().await;
-        let early = Behaviour {
-            early: true,
-            ..Behaviour::status(413)
-        };
+        let early = Behaviour { early: true, ..Behaviour::status(413) };
         sim.script("*", vec![early]);
-        let request =
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: sim\r\ncontent-length: 1000000\r\n\r\n";
+        let request = "POST /v1/chat/completions HTTP/1.1\r\nhost: sim\r\ncontent-length: 1000000\r\n\r\n";
         let (answer, _) = read_all(&mut send(&sim, request).await).await;
         assert_eq!(status(&answer), 413);
         assert!(answer.contains("connection: close\r\n"));
@@ -544,11 +454,7 @@ async fn early_answers_do_not_wait_for_the_body() {
 #[tokio::test]
 async fn the_failure_rate_is_kept() {
     within(async {
-        let options = Options {
-            failure_rate_percent: 30,
-            seed: 7,
-            ..Options::default()
-        };
+        let options = Options { failure_rate_percent: 30, seed: 7, ..Options::default() };
         let sim = Simulator::bind_local(options).await.unwrap();
         let mut failed = 0;
         for _ in 0..100 {
@@ -601,44 +507,23 @@ async fn http2_is_spoken_on_the_same_port() {
         assert!(String::from_utf8_lossy(&frames.last().unwrap().1).contains("sim-model"));
         assert_eq!(sim.requests()[0].version, http::Version::HTTP_2);
 
-        for at in [
-            ResetAt::BeforeHeader,
-            ResetAt::AfterHeader,
-            ResetAt::AfterEvents(1),
-        ] {
+        for at in [ResetAt::BeforeHeader, ResetAt::AfterHeader, ResetAt::AfterEvents(1)] {
             for how in [ResetHow::Rst, ResetHow::Fin] {
-                let reset = Behaviour {
-                    reset: Some(at),
-                    reset_how: how,
-                    ..Behaviour::default()
-                };
+                let reset = Behaviour { reset: Some(at), reset_how: how, ..Behaviour::default() };
                 sim.script("*", vec![reset]);
                 let mut stream = TcpStream::connect(sim.addr()).await.unwrap();
                 stream.write_all(&h2_get("/v1/models")).await.unwrap();
                 let frames = h2_frames(&mut stream, RST_STREAM).await;
                 let was_reset = frames.last().is_some_and(|(kind, _)| *kind == RST_STREAM);
-                assert_eq!(
-                    was_reset,
-                    how == ResetHow::Rst,
-                    "{at:?} {how:?}: {frames:?}"
-                );
+                assert_eq!(was_reset, how == ResetHow::Rst, "{at:?} {how:?}: {frames:?}");
             }
         }
-        sim.script(
-            "*",
-            vec![Behaviour {
-                stall: Some(StallAt::Header),
-                ..Behaviour::default()
-            }],
-        );
+        sim.script("*", vec![Behaviour { stall: Some(StallAt::Header), ..Behaviour::default() }]);
         let mut stream = TcpStream::connect(sim.addr()).await.unwrap();
         stream.write_all(&h2_get("/v1/models")).await.unwrap();
         wait_for(|| sim.open_requests() == 1).await;
         // RST_STREAM with CANCEL.
-        stream
-            .write_all(&[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 8])
-            .await
-            .unwrap();
+        stream.write_all(&[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 8]).await.unwrap();
         wait_for(|| sim.open_requests() == 0).await;
         assert_eq!(sim.cancelled(), 1);
     })
