@@ -37,8 +37,8 @@ use crate::retry::Outcome;
 const BODY_MARKER: Bytes = Bytes::from_static(b"?");
 
 /// The error that ends an attempt whose answer is dropped. Why it is, is in the exchange.
-fn given_up() -> Box<Error> {
-    Error::new_up(ErrorType::Custom("the answer is not good enough"))
+fn give_up<T>() -> Result<T> {
+    Error::err_up(ErrorType::Custom("the answer is not good enough"))
 }
 
 /// How a request is to be replayed and its response held.
@@ -312,11 +312,11 @@ impl Replay {
         }
         if self.committed {
             self.exchange.state().ended = Some(Outcome::TooSlow);
-            return Err(given_up());
+            return give_up();
         }
         let outcome = self.judge.outcome_if_cut().unwrap_or(Outcome::TooSlow);
         self.drop_answer(outcome);
-        Err(given_up())
+        give_up()
     }
 }
 
@@ -394,7 +394,7 @@ impl CustomSession for Replay {
                 Verdict::Hold => {}
                 Verdict::Drop(outcome) => {
                     self.drop_answer(outcome);
-                    return Err(given_up());
+                    return give_up();
                 }
                 Verdict::Commit => {
                     let mut out = self.commit();

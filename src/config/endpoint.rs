@@ -210,10 +210,7 @@ fn models(typed: Option<Vec<String>>, path: &str, check: &mut Check<'_>) -> Vec<
         if model.trim().is_empty() {
             check.report.error(&path, "is empty", "name a model, or * for all");
         }
-        if model.strip_suffix('*').unwrap_or(model).contains('*') {
-            let message = format!("{model:?} has a `*` that is not at the end");
-            check.report.error(&path, message, "only a `*` at the end: gpt-4*, or * alone for all");
-        }
+        check_pattern(model, &path, check);
     }
     models
 }
@@ -226,6 +223,14 @@ fn check_mapping(mapping: &BTreeMap<String, String>, path: &str, check: &mut Che
         } else if sent.trim().is_empty() {
             check.report.error(&path, "maps to an empty name", "name the model that the endpoint serves");
         }
+        check_pattern(asked, &path, check);
+    }
+}
+
+fn check_pattern(model: &str, path: &str, check: &mut Check<'_>) {
+    if model.strip_suffix('*').unwrap_or(model).contains('*') {
+        let message = format!("{model:?} has a `*` that is not at the end");
+        check.report.error(path, message, "only a `*` at the end: gpt-4*, or * alone for all");
     }
 }
 
