@@ -54,6 +54,13 @@ pub struct Arrival {
     _open: OpenRequest,
 }
 
+impl Arrival {
+    /// The request's id, for the log.
+    pub fn id_text(&self) -> &str {
+        self.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or("-")
+    }
+}
+
 /// What a request asks for.
 #[derive(Debug)]
 pub struct Ask {
@@ -86,17 +93,12 @@ pub struct Tries {
     pub addresses_failed: usize,
     /// How often the current attempt began anew because its pooled connection had been closed.
     pub stale: u32,
-    /// The choice that the current attempt went to.
-    pub current: Option<Choice>,
+    /// Whether the current attempt begins anew, at the same endpoint.
+    pub again: bool,
+    /// The endpoint of the last attempt that ended without an answer.
+    pub last: Option<Arc<Endpoint>>,
     /// The body of the current attempt, until it is on its way.
     pub body: Bytes,
-}
-
-impl Tries {
-    /// Lets the next attempt go to the endpoint of the current one.
-    pub fn again(&mut self) {
-        self.next = self.current.clone();
-    }
 }
 
 /// All the requests that are open, for the drain and the status page.

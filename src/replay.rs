@@ -156,7 +156,9 @@ impl Replay {
             }
             HttpTask::Failed(_) => {
                 let HttpTask::Failed(error) = task else { return Ok(Verdict::Hold) };
-                self.exchange.state().ended = self.judge.outcome_if_cut();
+                let mut state = self.exchange.state();
+                state.ended = self.judge.outcome_if_cut();
+                state.kept = None;
                 return Err(error);
             }
         };
@@ -193,8 +195,8 @@ impl Replay {
         if self.judge.waits_for_word() {
             let word = Instant::now().checked_add(HOLD_TIME_MAX);
             self.deadline = self.deadline.min(word).or(word);
-        } else if self.judge.waits_for_end() {
-            self.deadline = Instant::now().checked_add(self.idle);
+        } else if let Some(wait) = self.judge.patience(self.idle) {
+            self.deadline = Instant::now().checked_add(wait);
         }
     }
 

@@ -16,6 +16,8 @@ use crate::sse::{Event, Splitter};
 
 /// The most of an answer that is held back (64 KiB), the last chunk on top.
 pub const HOLD_BYTES_MAX: usize = 64 * 1024;
+/// The body of an error is waited for no longer than this: its status says enough to try elsewhere.
+const ERROR_BODY_WAIT_MAX: Duration = Duration::from_secs(5);
 /// A stream that has begun with data is held this long at most, waiting for an event that says something.
 pub const HOLD_TIME_MAX: Duration = Duration::from_secs(5);
 
@@ -145,9 +147,14 @@ impl Judge {
         matches!(self.kind, Kind::Stream(_)) && self.has_data
     }
 
-    /// Whether a 200 that is no stream is being held: its header has come, so the first byte is no longer awaited.
-    pub fn waits_for_end(&self) -> bool {
-        matches!(self.kind, Kind::Json)
+    /// How long the next piece of an answer may take whose header has come and whose end is awaited; `idle` is what the
+    /// endpoint has between any two pieces.
+    pub fn patience(&self, idle: Duration) -> Option<Duration> {
+        match self.kind {
+            Kind::Json => Some(idle),
+            Kind::Error { .. } => Some(idle.min(ERROR_BODY_WAIT_MAX)),
+            Kind::Nothing | Kind::Stream(_) | Kind::Open => None,
+        }
     }
 
     /// What an answer that stops here amounts to, if its header said so already.

@@ -1,0 +1,240 @@
+//! A request comes in: who sends it, its body, what it asks for.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Version, header};
+use pingora::http::RequestHeader;
+use pingora::{Error, ErrorType};
+use pingora_proxy::Session;
+
+use super::{Gateway, outgoing};
+use crate::admin::{Answer, Resource};
+use crate::auth;
+use crate::balance::{self, Choice, Pick};
+use crate::config::Cors;
+use crate::context::{Ask, Context};
+use crate::error::{Fault, excerpt};
+use crate::pool::Pool;
+use crate::request::{self, Call, Collector};
+use crate::rewrite;
+
+/// A body that nobody wants is read up to this size and time before an early answer, since a client that is still sending
+/// may otherwise never see the answer.
+const DRAIN_BYTES_MAX: usize = 1024 * 1024;
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// What becomes of a request once its header and body are in.
+pub(super) enum Next {
+    /// It is answered here.
+    Answer(Answer),
+    /// It goes to an endpoint, this one first.
+    Proxy(Box<Ask>, Choice),
+}
+
+/// Why a request stops before it goes to an endpoint.
+pub(super) enum Stop {
+    /// The client gets told.
+    Fault(Fault),
+    /// The client is gone.
+    Gone(Box<Error>),
+}
+
+impl From<Fault> for Stop {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// Takes a request in, as far as the choice of its first endpoint.
+pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context) -> Result<Next, Stop> {
+    let pool = gateway.pool.load_full();
+    arrive(session, context, &pool);
+    let header = session.req_header();
+    if is_preflight(header) {
+        let requested = header.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS);
+        return Ok(Next::Answer(Answer::preflight(requested)));
+    }
+    let resource = Resource::of(header.uri.path(), &header.method);
+    if resource != Some(Resource::Health) {
+        gateway.auth.check(&pool.server, &header.headers, context.arrival.address)?;
+    }
+    if let Some(resource) = resource {
+        return Ok(Next::Answer(resource.answer(&header.method, &pool, &gateway.open)?));
+    }
+    check_target(header)?;
+    let ask = ask(session, pool).await?;
+    // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
+    let choice = first_pick(&ask)?;
+    Ok(Next::Proxy(Box::new(ask), choice))
+}
+
+/// Notes who calls, and what every answer to them has to carry.
+fn arrive(session: &Session, context: &mut Context, pool: &Pool) {
+    let header = session.req_header();
+    let peer = session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip);
+    let arrival = &mut context.arrival;
+    arrival.address = auth::client_address(&pool.server, &header.headers, peer);
+    arrival.id = Some(request_id(header.headers.get(outgoing::REQUEST_ID)));
+    arrival.endpoint_headers = pool.server.endpoint_headers;
+    arrival.origin = allowed_origin(&pool.server.cors, header.headers.get(header::ORIGIN));
+}
+
+/// The client's own request id if it is a sane one, else a new one.
+fn request_id(given: Option<&HeaderValue>) -> HeaderValue {
+    const BYTES_MAX: usize = 128;
+    let sane = |id: &&HeaderValue| {
+        let bytes = id.as_bytes();
+        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(byte);
+        !bytes.is_empty() && bytes.len() <= BYTES_MAX && bytes.iter().all(plain)
+    };
+    given.filter(sane).cloned().unwrap_or_else(|| {
+        let id = format!("req_{:024x}", fastrand::u128(..) >> 32);
+        HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("req_0"))
+    })
+}
+
+/// What `Access-Control-Allow-Origin` says to a page of this origin, if it may read the answer.
+fn allowed_origin(cors: &Cors, origin: Option<&HeaderValue>) -> Option<HeaderValue> {
+    if cors.any() {
+        return Some(HeaderValue::from_static("*"));
+    }
+    origin.filter(|origin| origin.to_str().is_ok_and(|origin| cors.allows(origin))).cloned()
+}
+
+/// Whether this is a browser's question before its request (Fetch standard, 3.3.2).
+fn is_preflight(header: &RequestHeader) -> bool {
+    header.method == Method::OPTIONS
+        && header.headers.contains_key(header::ORIGIN)
+        && header.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
+}
+
+/// Only calls of the API go on, and none that would step out of it.
+fn check_target(header: &RequestHeader) -> Result<(), Fault> {
+    let path = header.uri.path();
+    if !path.starts_with("/v1/") || rewrite::steps_out(path) {
+        return Err(Fault::PathUnknown { path: excerpt(path) });
+    }
+    // A TRACE would send our credentials back.
+    let known = [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
+    if !known.contains(&header.method) {
+        return Err(Fault::MethodNotAllowed { allowed: "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS" });
+    }
+    Ok(())
+}
+
+/// Reads the request to its end and finds what it asks for.
+async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
+    let switches_protocol = session.is_upgrade_req();
+    let body = if switches_protocol { Bytes::new() } else { read_body(session, pool.server.body_bytes_max).await? };
+    let header = session.req_header();
+    let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let is_json = !body.is_empty() && request::is_json(content_type);
+    let fields = if is_json { request::scan(&body)? } else { request::Fields::default() };
+    let (model, model_range) = match fields.model {
+        Some(field) => (Some(field.value), Some(field.range)),
+        None if switches_protocol => (header.uri.query().and_then(request::query_model), None),
+        None => (None, None),
+    };
+    let candidates = match &model {
+        None => pool.router.any(),
+        Some(model) => pool.router.find(model).ok_or_else(|| Fault::ModelUnknown { model: excerpt(model) })?,
+    };
+    if candidates.list().is_empty() {
+        return Err(Fault::NoEndpoint.into());
+    }
+    Ok(Ask {
+        candidates: Arc::clone(candidates),
+        call: Call::of(header.uri.path()),
+        stream: fields.stream,
+        model,
+        model_range,
+        body,
+        switches_protocol,
+        pool,
+    })
+}
+
+fn first_pick(ask: &Ask) -> Result<Choice, Fault> {
+    match balance::pick(&ask.pool, &ask.candidates, &[], Instant::now()) {
+        Pick::Take(choice) => Ok(choice),
+        Pick::AllResting(wait) => Err(Fault::AllResting { wait }),
+        Pick::None => Err(Fault::NoneAvailable),
+    }
+}
+
+async fn read_body(session: &mut Session, bytes_max: usize) -> Result<Bytes, Stop> {
+    let headers = &session.req_header().headers;
+    let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let mut collector = Collector::new(declared, bytes_max)?;
+    if expects_continue(session) {
+        session.downstream_session.write_continue_response().await.map_err(Stop::Gone)?;
+    }
+    let whole = async {
+        while let Some(chunk) = next_chunk(session).await? {
+            collector.push(chunk)?;
+        }
+        Ok(collector.finish())
+    };
+    tokio::time::timeout(request::BODY_TOTAL_TIMEOUT, whole).await.unwrap_or(Err(Fault::BodyTimeout.into()))
+}
+
+async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
+    let read = session.downstream_session.read_request_body();
+    let Ok(chunk) = tokio::time::timeout(request::BODY_IDLE_TIMEOUT, read).await else {
+        return Err(Fault::BodyTimeout.into());
+    };
+    chunk.map_err(|error| {
+        use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError};
+        if matches!(error.etype(), ConnectionClosed | H2Error | ReadError | ReadTimedout | WriteError) {
+            return Stop::Gone(error);
+        }
+        let problem = format!("The request body is not framed as HTTP says: {}.", error.etype().as_str());
+        Fault::BodyInvalid { problem }.into()
+    })
+}
+
+fn expects_continue(session: &Session) -> bool {
+    let header = session.req_header();
+    let expect = header.headers.get(header::EXPECT);
+    header.version == Version::HTTP_11
+        && expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// Reads what is left of a body that nobody wants, within bounds.
+pub(super) async fn drain(session: &mut Session) {
+    if expects_continue(session) || session.is_upgrade_req() {
+        return;
+    }
+    let rest = async {
+        let mut read = 0;
+        while let Ok(Some(chunk)) = session.downstream_session.read_request_body().await {
+            read += chunk.len();
+            if read > DRAIN_BYTES_MAX {
+                break;
+            }
+        }
+    };
+    // Out of time: the answer is sent all the same.
+    tokio::time::timeout(DRAIN_TIME_MAX, rest).await.unwrap_or_default();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_ids_are_kept_if_sane() {
+        let id = |given: &[u8]| {
+            let given = HeaderValue::from_bytes(given).unwrap();
+            request_id(Some(&given)).to_str().unwrap().to_owned()
+        };
+        assert_eq!(id(b"abc-1.2_3:4"), "abc-1.2_3:4");
+        for insane in [&b""[..], b"a b", b"a\"b", "é".as_bytes(), &[b'x'; 129]] {
+            let made = id(insane);
+            assert!(made.starts_with("req_") && made.len() == 28, "{made}");
+        }
+        assert_ne!(request_id(None), request_id(None));
+    }
+}

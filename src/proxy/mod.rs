@@ -1,0 +1,396 @@
+//! The only `ProxyHttp` implementation. Its hooks know the order of the stages and nothing else.
+//!
+//! ```text
+//! request_filter            arrival → auth → own answers → body → route → first pick       (intake)
+//! ┌ upstream_peer           pick → attempt → address
+//! │ upstream_request_filter path, headers, key, body                                       (outgoing)
+//! │ request_body_filter     the body, in the marker's place
+//! │                         the endpoint answers; the wrapped session holds or commits     (replay)
+//! │ response_filter         headers for the client                                         (outgoing)
+//! └ error_while_proxy, fail_to_connect      outcome → next attempt, or
+//! fail_to_proxy             the last error, for the client                                 (outgoing)
+//! logging                   record
+//! ```
+
+mod intake;
+mod outgoing;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{Method, StatusCode, Version};
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::modules::http::HttpModules;
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorSource, ErrorType, Result};
+use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
+
+use crate::admin::Answer;
+use crate::auth::Auth;
+use crate::balance::{self, Choice, Pick};
+use crate::context::{Ask, Attempt, Context, Kept, OpenRequests};
+use crate::error::Fault;
+use crate::pool::Pool;
+use crate::record::Record;
+use crate::replay::{Plan, Wrapped};
+use crate::respond::Terms;
+use crate::retry::{self, Outcome};
+use crate::server::Draining;
+use intake::{Next, Stop};
+
+/// How often an attempt begins anew because its pooled connection turns out to be closed.
+const STALE_MAX: u32 = 2;
+
+/// The proxy.
+#[derive(Debug)]
+pub struct Gateway {
+    pool: Arc<ArcSwap<Pool>>,
+    auth: Auth,
+    open: OpenRequests,
+    draining: Draining,
+}
+
+impl Gateway {
+    /// A proxy over whatever pool is current.
+    pub fn new(pool: Arc<ArcSwap<Pool>>, open: OpenRequests, draining: Draining) -> Self {
+        Self { pool, auth: Auth::default(), open, draining }
+    }
+}
+
+#[async_trait]
+impl ProxyHttp for Gateway {
+    type CTX = Context;
+
+    fn new_ctx(&self) -> Context {
+        Context::new(&self.open)
+    }
+
+    // Compression is the endpoint's matter; a module of ours would see answers that are dropped.
+    fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
+
+    async fn request_filter(&self, session: &mut Session, context: &mut Context) -> Result<bool> {
+        if self.draining.is_on() {
+            session.set_keepalive(None);
+        }
+        let answer = match intake::take_in(self, session, context).await {
+            Ok(Next::Proxy(ask, choice)) => {
+                begin(session, context, *ask, choice);
+                return Ok(false);
+            }
+            Ok(Next::Answer(answer)) => answer,
+            Err(Stop::Fault(fault)) => Answer::from(&*context.fault.insert(fault)),
+            Err(Stop::Gone(error)) => return Err(error),
+        };
+        intake::drain(session).await;
+        outgoing::send(session, context, answer).await?;
+        Ok(true)
+    }
+
+    async fn upstream_peer(&self, session: &mut Session, context: &mut Context) -> Result<Box<HttpPeer>> {
+        if !std::mem::take(&mut context.tries.again)
+            && let Err(fault) = next_attempt(context, &session.req_header().method)
+        {
+            // An endpoint's own error says more than that nobody else is left.
+            context.fault.get_or_insert(fault);
+            return Error::err_in(ErrorType::InternalError);
+        }
+        let Some((endpoint, address)) = address(context).await else {
+            let mut error = Error::new_up(ErrorType::ConnectError);
+            error.set_retry(attempt_over(context, &Outcome::ConnectFailed));
+            return Err(error);
+        };
+        let switches_protocol = context.ask.as_ref().is_some_and(|ask| ask.switches_protocol);
+        Ok(endpoint.upstream.peer(address, switches_protocol, context.tries.stale > 0))
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        request: &mut RequestHeader,
+        context: &mut Context,
+    ) -> Result<()> {
+        outgoing::rewrite_header(session, request, context)?;
+        if !context.ask.as_ref().is_some_and(|ask| ask.switches_protocol) {
+            context.tries.body = outgoing::rewrite_body(context);
+            outgoing::set_length(request, &session.req_header().method, &context.tries.body)?;
+        }
+        if let Some(attempt) = &context.exchange.state().attempt {
+            attempt.endpoint.live.count_attempt();
+        }
+        Ok(())
+    }
+
+    async fn request_body_filter(
+        &self,
+        _session: &mut Session,
+        body: &mut Option<Bytes>,
+        _end: bool,
+        context: &mut Context,
+    ) -> Result<()> {
+        if body.is_some() && !context.ask.as_ref().is_some_and(|ask| ask.switches_protocol) {
+            *body = Some(std::mem::take(&mut context.tries.body));
+        }
+        Ok(())
+    }
+
+    async fn response_filter(
+        &self,
+        session: &mut Session,
+        header: &mut ResponseHeader,
+        context: &mut Context,
+    ) -> Result<()> {
+        if !is_final(header) {
+            return Ok(());
+        }
+        let is_wrapped = session.downstream_session.is_custom();
+        if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {
+            // A request that switches protocols is not held, so this is its outcome.
+            attempt.settle(&Outcome::Status { status: header.status.as_u16(), rest: Duration::ZERO });
+        }
+        outgoing::rewrite_answer(header, context)
+    }
+
+    fn upstream_response_body_filter(
+        &self,
+        _session: &mut Session,
+        _body: &mut Option<Bytes>,
+        _end: bool,
+        context: &mut Context,
+    ) -> Result<Option<Duration>> {
+        // Once committed there is no other attempt, and nothing more to replay.
+        if let Some(ask) = context.ask.as_mut().filter(|ask| !ask.body.is_empty())
+            && context.exchange.state().committed.is_some()
+        {
+            ask.body = Bytes::new();
+        }
+        Ok(None)
+    }
+
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        session: &mut Session,
+        mut error: Box<Error>,
+        context: &mut Context,
+        reused: bool,
+    ) -> Box<Error> {
+        let safe_to_repeat = error.retry();
+        error.set_retry(false);
+        let mut state = context.exchange.state();
+        let ended = state.ended.take();
+        let from_client = *error.esource() == ErrorSource::Downstream && ended.is_none();
+        if state.committed.is_some() || session.response_written().is_some_and(is_final) {
+            if let (Some(attempt), false) = (&mut state.attempt, from_client) {
+                attempt.settle(&ended.unwrap_or(Outcome::Broken));
+                context.fault = Some(Fault::StreamBroken);
+            }
+            return error;
+        }
+        let header_seen = state.attempt.as_ref().is_some_and(|attempt| attempt.header_seen);
+        drop(state);
+        log::debug!("request {}: {error}", context.arrival.id_text());
+        let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
+        let was_closed = (reused && !timed_out || safe_to_repeat) && ended.is_none() && !from_client && !header_seen;
+        if was_closed && context.tries.stale < STALE_MAX {
+            context.tries.stale += 1;
+            context.tries.again = true;
+            error.set_retry(true);
+            return error;
+        }
+        let outcome = ended.unwrap_or(if from_client { Outcome::ClientGone } else { Outcome::Broken });
+        error.set_retry(attempt_over(context, &outcome));
+        error
+    }
+
+    fn fail_to_connect(
+        &self,
+        _session: &mut Session,
+        peer: &HttpPeer,
+        context: &mut Context,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
+        let Some(endpoint) = context.exchange.state().attempt.as_ref().map(|attempt| attempt.endpoint.clone()) else {
+            return error;
+        };
+        context.tries.addresses_failed += 1;
+        context.tries.again = context.tries.addresses_failed < endpoint.upstream.addresses_known();
+        let (id, address) = (&endpoint.config.id, &peer._address);
+        log::warn!("endpoint {id}: no connection to {} ({address}): {error}", endpoint.upstream.host());
+        let again = context.tries.again || attempt_over(context, &Outcome::ConnectFailed);
+        error.set_retry(again);
+        error
+    }
+
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Context) -> FailToProxy {
+        context.wrapped.unwrap_session(session);
+        let (committed, kept) = {
+            let mut state = context.exchange.state();
+            (state.committed, state.kept.take())
+        };
+        let closed = |error_code| FailToProxy { error_code, can_reuse_downstream: false };
+        if committed.is_some() || session.response_written().is_some_and(is_final) {
+            if let (Some(fault), Some(committed)) = (&context.fault, committed)
+                && committed.event_stream
+            {
+                outgoing::send_error_event(session, fault, committed.between_events).await;
+            }
+            return closed(0);
+        }
+        if *error.esource() == ErrorSource::Downstream && context.fault.is_none() {
+            return closed(0);
+        }
+        let fault = context.fault.get_or_insert(Fault::Internal).clone();
+        if fault == Fault::Internal {
+            log::error!("request {}: {error}", context.arrival.id_text());
+        }
+        session.set_keepalive(None);
+        let sent = match kept {
+            Some(Kept { header, body: Some(body) }) => {
+                let status = header.status.as_u16();
+                outgoing::send_kept(session, context, header, body).await.map(|()| status)
+            }
+            _ => outgoing::send(session, context, Answer::from(&fault)).await.map(|()| fault.status()),
+        };
+        sent.map_or(closed(0), closed)
+    }
+
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Context) {
+        context.wrapped.unwrap_session(session);
+        let gone = context.fault.is_none() && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
+        let level = if gone { log::Level::Debug } else { log::Level::Info };
+        if log::log_enabled!(level) {
+            let state = context.exchange.state();
+            let attempt = state.attempt.as_ref();
+            let endpoint = attempt.map(|attempt| &attempt.endpoint).or(context.tries.last.as_ref());
+            let header = session.req_header();
+            let ask = context.ask.as_ref();
+            let record = Record {
+                id: context.arrival.id_text(),
+                caller: context.arrival.address,
+                method: header.method.as_str(),
+                path: header.uri.path(),
+                model: ask.and_then(|ask| ask.model.as_deref()),
+                endpoint_model: attempt.and_then(|attempt| attempt.model.as_deref()),
+                endpoint: endpoint.map(|endpoint| endpoint.config.id.as_ref()),
+                attempts: context.tries.tried.len(),
+                status: session.response_written().filter(|header| is_final(header)).map(|h| h.status.as_u16()),
+                bytes: session.body_bytes_sent(),
+                first_byte: state.committed.map(|committed| committed.at.saturating_duration_since(context.arrival.at)),
+                total: context.arrival.at.elapsed(),
+                fault: if gone { Some("client_gone") } else { context.fault.as_ref().map(Fault::label) },
+            };
+            log::log!(level, "{record}");
+        }
+    }
+
+    // The record and the notes of each attempt say all that Pingora would, without its request headers.
+    fn suppress_error_log(&self, _session: &Session, _context: &Context, _error: &Error) -> bool {
+        true
+    }
+
+    fn suppress_proxy_warn_log(&self, _s: &Session, _c: &Context, _e: &Error, _w: ProxyWarnLogContext) -> bool {
+        true
+    }
+}
+
+/// Sets a request on its way to an endpoint.
+fn begin(session: &mut Session, context: &mut Context, ask: Ask, choice: Choice) {
+    context.tries.next = Some(choice);
+    if !ask.switches_protocol {
+        let plan = Plan {
+            has_body: !ask.body.is_empty(),
+            pool: Arc::clone(&ask.pool),
+            http_10: session.req_header().version <= Version::HTTP_10,
+        };
+        context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
+    }
+    context.ask = Some(ask);
+}
+
+/// Begins the next attempt, at an endpoint that was not tried yet.
+fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
+    let Some(ask) = &context.ask else { return Err(Fault::Internal) };
+    let tries = &mut context.tries;
+    let choice = match tries.next.take() {
+        Some(choice) => choice,
+        None => match balance::pick(&ask.pool, &ask.candidates, &tries.tried, Instant::now()) {
+            Pick::Take(choice) => choice,
+            Pick::AllResting(wait) => return Err(Fault::AllResting { wait }),
+            Pick::None => return Err(Fault::NoneAvailable),
+        },
+    };
+    let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
+    let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
+    tries.tried.push(candidate.endpoint);
+    tries.addresses_failed = 0;
+    tries.stale = 0;
+    let more = has_more(ask, &tries.tried, context.arrival.at);
+    let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more };
+    let breaker = ask.pool.server.breaker.clone();
+    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice.trial, breaker);
+    if ask.stream {
+        attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
+    }
+    context.exchange.state().attempt = Some(attempt);
+    Ok(())
+}
+
+/// Whether another attempt may begin and any endpoint is left for it.
+fn has_more(ask: &Ask, tried: &[usize], at: Instant) -> bool {
+    let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
+    retry::may_begin(&ask.pool.server.retry, attempts, at.elapsed())
+        && balance::any_left(&ask.pool, &ask.candidates, tried, Instant::now())
+}
+
+/// The address that the attempt under way goes to: the endpoint's first one that has not failed it yet.
+async fn address(context: &Context) -> Option<(Arc<crate::pool::Endpoint>, SocketAddr)> {
+    let endpoint = context.exchange.state().attempt.as_ref()?.endpoint.clone();
+    match endpoint.upstream.addresses().await {
+        Ok(addresses) => {
+            let address = *addresses.get(context.tries.addresses_failed).or(addresses.first())?;
+            Some((endpoint, address))
+        }
+        Err(error) => {
+            let (id, host) = (&endpoint.config.id, endpoint.upstream.host());
+            log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
+            None
+        }
+    }
+}
+
+/// An attempt came to its end without an answer for the client. Returns whether another one follows.
+fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
+    let Some(ask) = &context.ask else { return false };
+    let mut state = context.exchange.state();
+    if let Some(mut attempt) = state.attempt.take() {
+        attempt.settle(outcome);
+        context.tries.last = Some(Arc::clone(&attempt.endpoint));
+    }
+    if !matches!(outcome, Outcome::Status { .. }) {
+        state.kept = None;
+    }
+    let retry = &ask.pool.server.retry;
+    let more = outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at);
+    if let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::ClientGone) {
+        let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
+        let next = if more { "another one is tried" } else { "no other one is left" };
+        log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
+    }
+    context.fault = match outcome {
+        Outcome::ClientGone => None,
+        Outcome::TooSlow => Some(Fault::EndpointTimeout),
+        Outcome::Empty => Some(Fault::EndpointEmpty),
+        Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),
+        Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent => Some(Fault::EndpointUnreachable),
+    };
+    more
+}
+
+/// Whether a response header is the answer: all but 1xx, and of those the one that switches protocols.
+fn is_final(header: &ResponseHeader) -> bool {
+    !header.status.is_informational() || header.status == StatusCode::SWITCHING_PROTOCOLS
+}
