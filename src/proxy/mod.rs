@@ -336,6 +336,7 @@ fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
     }
     context.exchange.state().attempt = Some(attempt);
+    context.fault = None;
     Ok(())
 }
 
