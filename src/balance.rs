@@ -5,61 +5,72 @@ use std::time::{Duration, Instant};
 
 use crate::config::Strategy;
 use crate::health::Gate;
-use crate::pool::{Endpoint, Pool};
+use crate::limit::Clock;
+use crate::pool::{Endpoint, Permit, Pool};
 use crate::route::{Candidate, Candidates};
 
 /// What was found for a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Pick {
     /// This one.
     Take(Choice),
-    /// None now: at least one asked to be left alone, the first of them until then.
-    AllResting(Duration),
+    /// None now: at least one is only at a limit, the first of them until then.
+    LimitsReached(Duration),
     /// None now: each is cooling down with a trial under way, or was tried.
     None,
 }
 
 /// The candidate that was chosen.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Choice {
     /// Its place among the candidates.
     pub candidate: usize,
     /// Whether this request is the one that tries an endpoint out after its errors.
     pub trial: bool,
+    /// What was counted for it.
+    pub permit: Permit,
+}
+
+/// A candidate that could be chosen.
+#[derive(Clone, Copy, Debug)]
+struct Eligible {
+    index: usize,
+    trial: bool,
 }
 
 /// Picks one of the candidates that were not tried yet.
-pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], now: Instant) -> Pick {
+pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Pick {
     let mut eligible = Vec::with_capacity(candidates.list().len());
     let mut tier = 0;
     for (index, candidate) in candidates.list().iter().enumerate() {
         if candidate.tier != tier {
-            if let Some(choice) = choose(pool, candidates, &eligible, now) {
+            if let Some(choice) = choose(pool, candidates, &mut eligible, clock) {
                 return Pick::Take(choice);
             }
-            eligible.clear();
             tier = candidate.tier;
         }
         let Some(endpoint) = untried(pool, candidate, tried) else { continue };
-        match endpoint.live.gate(now) {
-            Gate::Open => eligible.push((index, false)),
-            Gate::TrialDue => eligible.push((index, true)),
+        if endpoint.full_for(clock).is_some() {
+            continue;
+        }
+        match endpoint.live.gate(clock.now) {
+            Gate::Open => eligible.push(Eligible { index, trial: false }),
+            Gate::TrialDue => eligible.push(Eligible { index, trial: true }),
             Gate::Cooling { .. } | Gate::OnTrial | Gate::Resting { .. } => {}
         }
     }
-    match choose(pool, candidates, &eligible, now) {
+    match choose(pool, candidates, &mut eligible, clock) {
         Some(choice) => Pick::Take(choice),
-        None => last_resort(pool, candidates, tried, now),
+        None => last_resort(pool, candidates, tried, clock),
     }
 }
 
 /// Whether any candidate that was not tried yet could take the request.
-pub fn any_left(pool: &Pool, candidates: &Candidates, tried: &[usize], now: Instant) -> bool {
-    candidates
-        .list()
-        .iter()
-        .filter_map(|candidate| untried(pool, candidate, tried))
-        .any(|endpoint| matches!(endpoint.live.gate(now), Gate::Open | Gate::TrialDue | Gate::Cooling { .. }))
+pub fn any_left(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> bool {
+    candidates.list().iter().filter_map(|candidate| untried(pool, candidate, tried)).any(|endpoint| {
+        endpoint.full_for(clock).is_none()
+            && matches!(endpoint.live.gate(clock.now), Gate::Open | Gate::TrialDue | Gate::Cooling { .. })
+    })
 }
 
 fn untried<'a>(pool: &'a Pool, candidate: &Candidate, tried: &[usize]) -> Option<&'a Endpoint> {
@@ -69,41 +80,49 @@ fn untried<'a>(pool: &'a Pool, candidate: &Candidate, tried: &[usize]) -> Option
     pool.endpoints.get(candidate.endpoint).map(AsRef::as_ref)
 }
 
-/// One of the eligible candidates of a tier. A trial that another request began meanwhile leaves the choice to the rest.
-fn choose(pool: &Pool, candidates: &Candidates, eligible: &[(usize, bool)], now: Instant) -> Option<Choice> {
-    let at = match eligible {
-        [] => return None,
-        [_] => 0,
-        _ => by_strategy(pool, candidates, eligible, now),
-    };
-    let (candidate, trial) = *eligible.get(at)?;
-    if !trial || endpoint_of(pool, candidates, candidate).is_some_and(|endpoint| endpoint.live.begin_trial()) {
-        return Some(Choice { candidate, trial });
+/// One of the eligible candidates of a tier, which are used up. One whose permit or trial another request took meanwhile
+/// leaves the choice to the rest.
+fn choose(pool: &Pool, candidates: &Candidates, eligible: &mut Vec<Eligible>, clock: &Clock) -> Option<Choice> {
+    while !eligible.is_empty() {
+        let at = if eligible.len() == 1 { 0 } else { by_strategy(pool, candidates, eligible, clock.now) };
+        let Eligible { index, trial } = eligible.swap_remove(at);
+        if let Some(choice) = take(pool, candidates, index, trial, clock) {
+            eligible.clear();
+            return Some(choice);
+        }
     }
-    let mut rest = eligible.to_vec();
-    rest.remove(at);
-    choose(pool, candidates, &rest, now)
+    None
+}
+
+/// Takes a permit, and the trial if this is to be one, or neither.
+fn take(pool: &Pool, candidates: &Candidates, candidate: usize, trial: bool, clock: &Clock) -> Option<Choice> {
+    let endpoint = endpoint_of(pool, candidates, candidate)?;
+    let permit = endpoint.take_permit(clock)?;
+    (!trial || endpoint.live.begin_trial()).then_some(Choice { candidate, trial, permit })
 }
 
 /// When nothing is open: the endpoint whose cool-down ends first is tried, one request at a time.
-fn last_resort(pool: &Pool, candidates: &Candidates, tried: &[usize], now: Instant) -> Pick {
+fn last_resort(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Pick {
     let mut cooling = Vec::new();
-    let mut rest_ends: Option<Instant> = None;
+    let mut frees_first: Option<Duration> = None;
     for (index, candidate) in candidates.list().iter().enumerate() {
-        match untried(pool, candidate, tried).map(|endpoint| endpoint.live.gate(now)) {
-            Some(Gate::Cooling { until }) => cooling.push((until, index)),
-            Some(Gate::Resting { until }) => rest_ends = Some(rest_ends.map_or(until, |end| end.min(until))),
-            _ => {}
-        }
+        let Some(endpoint) = untried(pool, candidate, tried) else { continue };
+        let limited_for = match (endpoint.live.gate(clock.now), endpoint.full_for(clock)) {
+            (Gate::Cooling { until }, None) => {
+                cooling.push((until, index));
+                continue;
+            }
+            (Gate::Resting { until }, full) => full.max(Some(until.saturating_duration_since(clock.now))),
+            (Gate::Open, full) => full,
+            (Gate::TrialDue | Gate::OnTrial | Gate::Cooling { .. }, _) => continue,
+        };
+        frees_first = frees_first.into_iter().chain(limited_for).min();
     }
     cooling.sort_unstable();
-    let first = cooling
-        .into_iter()
-        .map(|(_, index)| index)
-        .find(|index| endpoint_of(pool, candidates, *index).is_some_and(|endpoint| endpoint.live.begin_trial()));
-    match (first, rest_ends) {
-        (Some(candidate), _) => Pick::Take(Choice { candidate, trial: true }),
-        (None, Some(until)) => Pick::AllResting(until.saturating_duration_since(now)),
+    let first = cooling.into_iter().find_map(|(_, index)| take(pool, candidates, index, true, clock));
+    match (first, frees_first) {
+        (Some(choice), _) => Pick::Take(choice),
+        (None, Some(wait)) => Pick::LimitsReached(wait),
         (None, None) => Pick::None,
     }
 }
@@ -113,7 +132,7 @@ fn endpoint_of<'a>(pool: &'a Pool, candidates: &Candidates, index: usize) -> Opt
 }
 
 /// The place, among the eligible ones, of the one that the strategy takes.
-fn by_strategy(pool: &Pool, candidates: &Candidates, eligible: &[(usize, bool)], now: Instant) -> usize {
+fn by_strategy(pool: &Pool, candidates: &Candidates, eligible: &[Eligible], now: Instant) -> usize {
     match pool.server.strategy {
         Strategy::Random => by_weight(candidates, eligible),
         Strategy::RoundRobin => by_turn(candidates, eligible),
@@ -126,10 +145,10 @@ fn weight(candidates: &Candidates, index: usize) -> u32 {
     candidates.list().get(index).map_or(1, |candidate| candidate.weight)
 }
 
-fn by_weight(candidates: &Candidates, eligible: &[(usize, bool)]) -> usize {
-    let total: u64 = eligible.iter().map(|(index, _)| u64::from(weight(candidates, *index))).sum();
+fn by_weight(candidates: &Candidates, eligible: &[Eligible]) -> usize {
+    let total: u64 = eligible.iter().map(|e| u64::from(weight(candidates, e.index))).sum();
     let mut drawn = fastrand::u64(..total.max(1));
-    for (at, (index, _)) in eligible.iter().enumerate() {
+    for (at, Eligible { index, .. }) in eligible.iter().enumerate() {
         let share = u64::from(weight(candidates, *index));
         if drawn < share {
             return at;
@@ -140,11 +159,11 @@ fn by_weight(candidates: &Candidates, eligible: &[(usize, bool)]) -> usize {
 }
 
 /// Smooth weighted round robin: each gains its weight, the one that is ahead goes and pays the sum.
-fn by_turn(candidates: &Candidates, eligible: &[(usize, bool)]) -> usize {
+fn by_turn(candidates: &Candidates, eligible: &[Eligible]) -> usize {
     let mut turns = candidates.turns.lock().unwrap_or_else(PoisonError::into_inner);
     let mut total = 0;
     let mut ahead: Option<(i64, usize, usize)> = None;
-    for (at, (index, _)) in eligible.iter().enumerate() {
+    for (at, Eligible { index, .. }) in eligible.iter().enumerate() {
         let gain = i64::from(weight(candidates, *index));
         total += gain;
         let Some(turn) = turns.get_mut(*index) else { continue };
@@ -162,14 +181,14 @@ fn by_turn(candidates: &Candidates, eligible: &[(usize, bool)]) -> usize {
 
 /// The power of two choices: two are drawn, the one with the lower score goes. Close to the best of all, and no herd
 /// follows one momentary best.
-fn better_of_two(candidates: &Candidates, eligible: &[(usize, bool)], score: impl Fn(usize) -> f64) -> usize {
+fn better_of_two(candidates: &Candidates, eligible: &[Eligible], score: impl Fn(usize) -> f64) -> usize {
     let first = by_weight(candidates, eligible);
     // The second is drawn from the others, so that two candidates are always compared.
     let mut others = eligible.to_vec();
     others.remove(first);
     let second = by_weight(candidates, &others);
     let second = if second >= first { second + 1 } else { second };
-    let score_at = |at: usize| eligible.get(at).map_or(f64::MAX, |(index, _)| score(*index));
+    let score_at = |at: usize| eligible.get(at).map_or(f64::MAX, |e| score(e.index));
     if score_at(second) < score_at(first) { second } else { first }
 }
 
@@ -204,7 +223,7 @@ mod tests {
         let candidates = pool.router.find("m").unwrap();
         let mut counts = vec![0; pool.endpoints.len()];
         for _ in 0..times {
-            match pick(pool, candidates, &[], Instant::now()) {
+            match pick(pool, candidates, &[], &pool.clock()) {
                 Pick::Take(choice) => counts[candidates.list()[choice.candidate].endpoint] += 1,
                 other => panic!("{other:?}"),
             }
@@ -231,7 +250,7 @@ mod tests {
         let pool = pool(Strategy::RoundRobin, TWO);
         let candidates = pool.router.find("m").unwrap();
         let order: Vec<usize> = (0..8)
-            .map(|_| match pick(&pool, candidates, &[], Instant::now()) {
+            .map(|_| match pick(&pool, candidates, &[], &pool.clock()) {
                 Pick::Take(choice) => choice.candidate,
                 other => panic!("{other:?}"),
             })
@@ -273,13 +292,15 @@ mod tests {
         learn(&pool, 1, Effect::Failure, 3);
         std::thread::sleep(Duration::from_millis(2));
         learn(&pool, 0, Effect::Failure, 3);
-        let trial = |candidate| Pick::Take(Choice { candidate, trial: true });
-        let now = Instant::now();
-        assert!(any_left(&pool, candidates, &[], now));
-        assert_eq!(pick(&pool, candidates, &[], now), trial(1));
-        assert_eq!(pick(&pool, candidates, &[], now), trial(0));
-        assert_eq!(pick(&pool, candidates, &[], now), Pick::None);
-        assert!(!any_left(&pool, candidates, &[], now));
+        assert!(any_left(&pool, candidates, &[], &pool.clock()));
+        for first_due in [1, 0] {
+            match pick(&pool, candidates, &[], &pool.clock()) {
+                Pick::Take(Choice { candidate, trial: true, .. }) => assert_eq!(candidate, first_due),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(matches!(pick(&pool, candidates, &[], &pool.clock()), Pick::None));
+        assert!(!any_left(&pool, candidates, &[], &pool.clock()));
     }
 
     #[test]
@@ -288,8 +309,8 @@ mod tests {
         learn(&pool, 0, Effect::Rest(Duration::from_mins(1)), 1);
         learn(&pool, 1, Effect::Rest(Duration::from_secs(9)), 1);
         let candidates = pool.router.find("m").unwrap();
-        match pick(&pool, candidates, &[], Instant::now()) {
-            Pick::AllResting(wait) => assert!((8..=9).contains(&wait.as_secs()), "{wait:?}"),
+        match pick(&pool, candidates, &[], &pool.clock()) {
+            Pick::LimitsReached(wait) => assert!((8..=9).contains(&wait.as_secs()), "{wait:?}"),
             other => panic!("{other:?}"),
         }
     }
@@ -298,8 +319,53 @@ mod tests {
     fn what_was_tried_is_not_picked_again() {
         let pool = pool(Strategy::Random, TWO);
         let candidates = pool.router.find("m").unwrap();
-        assert_eq!(pick(&pool, candidates, &[0, 1], Instant::now()), Pick::None);
-        assert!(any_left(&pool, candidates, &[0], Instant::now()));
-        assert!(!any_left(&pool, candidates, &[0, 1], Instant::now()));
+        assert!(matches!(pick(&pool, candidates, &[0, 1], &pool.clock()), Pick::None));
+        assert!(any_left(&pool, candidates, &[0], &pool.clock()));
+        assert!(!any_left(&pool, candidates, &[0, 1], &pool.clock()));
+    }
+
+    #[test]
+    fn full_endpoints_are_passed_over_and_permits_of_attempts_never_sent_come_back() {
+        let pool = pool(
+            Strategy::Random,
+            r#"[{"id":"a","models":["m"],"rpm":2},{"id":"b","models":["m"],"rpd":1,"priority":1}]"#,
+        );
+        let candidates = pool.router.find("m").unwrap();
+        let take = || match pick(&pool, candidates, &[], &pool.clock()) {
+            Pick::Take(choice) => choice,
+            other => panic!("{other:?}"),
+        };
+        let held = [take(), take()];
+        assert_eq!(held.map(|choice| choice.candidate), [0, 0], "dropped, so given back");
+        for expected in [0, 0, 1] {
+            let mut choice = take();
+            assert_eq!(choice.candidate, expected);
+            choice.permit.spend();
+        }
+        assert!(!any_left(&pool, candidates, &[], &pool.clock()));
+        match pick(&pool, candidates, &[], &pool.clock()) {
+            Pick::LimitsReached(wait) => assert!((59..=61).contains(&wait.as_secs()), "{wait:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_last_permit_is_taken_once_however_many_come() {
+        let pool = pool(Strategy::Random, r#"[{"id":"a","models":["m"],"rpm":100}]"#);
+        let candidates = pool.router.find("m").unwrap();
+        let taken = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        if let Pick::Take(mut choice) = pick(&pool, candidates, &[], &pool.clock()) {
+                            choice.permit.spend();
+                            taken.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(taken.into_inner(), 100);
     }
 }

@@ -14,7 +14,7 @@ use crate::balance::Choice;
 use crate::config::Breaker;
 use crate::error::Fault;
 use crate::health::Effect;
-use crate::pool::{Endpoint, InFlight, Pool};
+use crate::pool::{Endpoint, InFlight, Permit, Pool};
 use crate::replay::Wrapped;
 use crate::request::Call;
 use crate::respond::Terms;
@@ -164,6 +164,8 @@ pub struct Attempt {
     started: Instant,
     trial: bool,
     breaker: Breaker,
+    /// What was counted for it; given back if it is never sent.
+    pub permit: Permit,
     settled: bool,
     committed: bool,
     first_byte: Option<Duration>,
@@ -172,7 +174,13 @@ pub struct Attempt {
 
 impl Attempt {
     /// An attempt that begins now.
-    pub fn new(endpoint: &Arc<Endpoint>, model: Option<Arc<str>>, terms: Terms, trial: bool, breaker: Breaker) -> Self {
+    pub fn new(
+        endpoint: &Arc<Endpoint>,
+        model: Option<Arc<str>>,
+        terms: Terms,
+        choice: Choice,
+        breaker: Breaker,
+    ) -> Self {
         Self {
             _in_flight: endpoint.live.enter(),
             endpoint: Arc::clone(endpoint),
@@ -181,7 +189,8 @@ impl Attempt {
             first_byte_timeout: endpoint.config.timeouts.first_byte,
             header_seen: false,
             started: Instant::now(),
-            trial,
+            trial: choice.trial,
+            permit: choice.permit,
             breaker,
             settled: false,
             committed: false,

@@ -44,8 +44,8 @@ pub enum Fault {
     },
     /// No endpoint is enabled at all.
     NoEndpoint,
-    /// Every endpoint that serves the model asked to be left alone for a while.
-    AllResting {
+    /// Every endpoint that serves the model is at its limit: the one set here, or one that it answered 429 for.
+    LimitsReached {
         /// Until the first of them may be asked again.
         wait: Duration,
     },
@@ -93,7 +93,7 @@ impl Fault {
             Self::BodyTimeout              => (408, INVALID, Some("request_timeout"), "body_timeout"),
             Self::ModelUnknown { .. }      => (404, INVALID, Some("model_not_found"), "model_unknown"),
             Self::NoEndpoint               => (503, SERVER, Some("no_endpoint"), "no_endpoint"),
-            Self::AllResting { .. }        => (429, "requests", Some("rate_limit_exceeded"), "all_resting"),
+            Self::LimitsReached { .. }        => (429, "requests", Some("rate_limit_exceeded"), "limits_reached"),
             Self::NoneAvailable            => (503, SERVER, Some("no_endpoint_available"), "none_available"),
             Self::EndpointUnreachable      => (502, SERVER, Some("endpoint_unreachable"), "endpoint_unreachable"),
             Self::EndpointTimeout          => (504, SERVER, Some("endpoint_timeout"), "endpoint_timeout"),
@@ -118,7 +118,7 @@ impl Fault {
     /// How long a client should wait before it tries again, where that is known.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::AllResting { wait } => Some(*wait),
+            Self::LimitsReached { wait } => Some(*wait),
             Self::KeysFailedTooOften => Some(Duration::from_mins(1)),
             // A trial takes seconds; it either reopens the endpoint or closes it for its whole cool-down.
             Self::NoneAvailable => Some(Duration::from_secs(5)),
@@ -159,8 +159,8 @@ impl Fault {
                  lists what does."
             ),
             Self::NoEndpoint => "No endpoint is enabled in the proxy's config file.".into(),
-            Self::AllResting { wait } => format!(
-                "Every endpoint that serves this model answered that its rate limit is reached. Try again in {} s.",
+            Self::LimitsReached { wait } => format!(
+                "Every endpoint that serves this model is at its rate limit. Try again in {} s.",
                 wait.as_secs_f64().ceil()
             ),
             Self::NoneAvailable => "Every endpoint that serves this model failed repeatedly and is cooling down. \

@@ -10,7 +10,7 @@
 //! | our own answers | [`admin`] | path → health, status, models |
 //! | what is asked for | [`request`] | body → model, stream |
 //! | who serves it | [`route`] | model → candidates |
-//! | which of them | [`balance`], [`health`] | candidates → one |
+//! | which of them | [`balance`], [`health`], [`limit`] | candidates → one, with a permit |
 //! | where it is | [`upstream`] | endpoint → peer |
 //! | what it is sent | [`rewrite`] | the client's bytes → the endpoint's |
 //! | what comes back | [`replay`], [`respond`], [`sse`] | answer → hold, commit or drop |
@@ -30,6 +30,7 @@ pub mod context;
 pub mod demo;
 pub mod error;
 pub mod health;
+pub mod limit;
 pub mod log_output;
 pub mod pool;
 pub mod proxy;

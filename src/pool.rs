@@ -5,8 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::config::{self, Breaker, Config};
+use jiff::tz::TimeZone;
+
+use crate::config::{self, Breaker, Config, Limit};
 use crate::health::{Effect, Gate, Health};
+use crate::limit::{self, Calendar, Clock, Quota, Usage};
 use crate::route::Router;
 use crate::upstream::Upstream;
 
@@ -19,6 +22,7 @@ pub struct Pool {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// Model → candidates.
     pub router: Router,
+    calendar: Calendar,
 }
 
 /// One endpoint of a pool.
@@ -47,21 +51,84 @@ impl Pool {
                 Ok(Arc::new(Endpoint { config, upstream, live }))
             })
             .collect::<std::io::Result<_>>()?;
-        Ok(Self { server: config.server, endpoints, router })
+        Ok(Self { server: config.server, endpoints, router, calendar: Calendar::new(TimeZone::system()) })
+    }
+
+    /// The clocks that limits and health go by, as they are now.
+    pub fn clock(&self) -> Clock {
+        self.calendar.clock(Instant::now(), SystemTime::now())
+    }
+}
+
+impl Endpoint {
+    /// How long until its limits allow another attempt; none if they do now.
+    pub fn full_for(&self, clock: &Clock) -> Option<Duration> {
+        let quota = self.quota();
+        let is_limited = [quota.rpm, quota.rpd].iter().any(|limit| matches!(limit, Limit::AtMost(_)));
+        if is_limited { lock(&self.live.usage).full_for(quota, clock) } else { None }
+    }
+
+    /// Counts an attempt, if the limits allow it.
+    pub fn take_permit(&self, clock: &Clock) -> Option<Permit> {
+        let counted = lock(&self.live.usage).take(self.quota(), clock)?;
+        Some(Permit { counted: Some(counted), live: Arc::clone(&self.live) })
+    }
+
+    fn quota(&self) -> Quota {
+        Quota { rpm: self.config.rpm, rpd: self.config.rpd }
+    }
+}
+
+/// One attempt that was counted. Dropped before it is spent, it was never sent and is given back.
+#[derive(Debug)]
+pub struct Permit {
+    counted: Option<limit::Permit>,
+    live: Arc<Live>,
+}
+
+impl Permit {
+    /// The attempt is on its way.
+    pub fn spend(&mut self) {
+        if self.counted.take().is_some() {
+            self.live.attempts.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if let Some(counted) = self.counted.take() {
+            lock(&self.live.usage).give_back(counted);
+        }
     }
 }
 
 /// What is known of an endpoint, shared by every request and every config that has it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Live {
     health: Mutex<Health>,
     /// Set while `health` has anything to say, so that the common case takes no lock.
     troubled: AtomicBool,
+    usage: Mutex<Usage>,
     in_flight: AtomicU32,
     first_byte: Mutex<Average>,
     /// Attempts that were sent, since the start.
     attempts: AtomicU64,
     last_error: Mutex<Option<LastError>>,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        Self {
+            health: Mutex::default(),
+            troubled: AtomicBool::default(),
+            usage: Mutex::new(Usage::new(Instant::now())),
+            in_flight: AtomicU32::default(),
+            first_byte: Mutex::default(),
+            attempts: AtomicU64::default(),
+            last_error: Mutex::default(),
+        }
+    }
 }
 
 /// The last failure of an endpoint, for the status page.
@@ -113,9 +180,9 @@ impl Live {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Counts an attempt that was sent.
-    pub fn count_attempt(&self) {
-        self.attempts.fetch_add(1, Ordering::Relaxed);
+    /// The attempts of the last minute and of today.
+    pub fn used(&self, clock: &Clock) -> (u64, u64) {
+        lock(&self.usage).used(clock)
     }
 
     /// Attempts that were sent since the start.

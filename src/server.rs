@@ -81,7 +81,7 @@ impl Prepared {
         let conf = server_conf(&config, options)?;
         let tls = config.server.tls.as_ref().map(tls_settings).transpose()?;
         let wanted = SocketAddr::new(config.server.host, config.server.port);
-        let (address, reserved) = if options.upgrade { (wanted, None) } else { free_address(wanted)? };
+        let (address, reserved) = if options.upgrade || options.test { (wanted, None) } else { free_address(wanted)? };
         let pool =
             Pool::new(config, None).map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
         let pool = Arc::new(ArcSwap::from_pointee(pool));

@@ -3,12 +3,18 @@
 mod models;
 mod status;
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, header};
 
 use crate::context::OpenRequests;
 use crate::error::Fault;
 use crate::pool::Pool;
+
+/// A client that is told to wait longer is told not to wait: OpenAI's Node SDK would sleep for as long as it is told, be it
+/// until tomorrow.
+const SDK_WAIT_MAX: Duration = Duration::from_mins(1);
 
 /// An answer of our own.
 #[derive(Debug)]
@@ -96,6 +102,10 @@ impl From<&Fault> for Answer {
             let number = |value: u128| HeaderValue::from(u64::try_from(value).unwrap_or(u64::MAX));
             answer.headers.push((header::RETRY_AFTER, number(seconds)));
             answer.headers.push((HeaderName::from_static("retry-after-ms"), number(millis)));
+            if wait > SDK_WAIT_MAX {
+                let never = HeaderValue::from_static("false");
+                answer.headers.push((HeaderName::from_static("x-should-retry"), never));
+            }
         }
         if let Some(allowed) = fault.allow() {
             answer.headers.push((header::ALLOW, HeaderValue::from_static(allowed)));
@@ -107,7 +117,6 @@ impl From<&Fault> for Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn which_paths_are_ours() {
@@ -121,7 +130,7 @@ mod tests {
 
     #[test]
     fn waits_are_rounded_up() {
-        let answer = Answer::from(&Fault::AllResting { wait: Duration::from_millis(1201) });
+        let answer = Answer::from(&Fault::LimitsReached { wait: Duration::from_millis(1201) });
         let value = |name: &str| answer.headers.iter().find(|(n, _)| n.as_str() == name).unwrap().1.to_str().unwrap();
         assert_eq!(value("retry-after"), "2");
         assert_eq!(value("retry-after-ms"), "1201");

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::context::OpenRequests;
 use crate::health::Gate;
+use crate::limit::Clock;
 use crate::pool::{Endpoint, Pool};
 
 const SERVICE: &str = "api-together";
@@ -16,7 +17,7 @@ pub fn health() -> String {
 }
 
 pub fn status(pool: &Pool, open: &OpenRequests) -> String {
-    let apis: Vec<Value> = pool.endpoints.iter().map(|endpoint| api(endpoint)).collect();
+    let apis: Vec<Value> = pool.endpoints.iter().map(|endpoint| api(endpoint, &pool.clock())).collect();
     json!({
         "service": SERVICE,
         "timestamp": iso(SystemTime::now()),
@@ -28,20 +29,24 @@ pub fn status(pool: &Pool, open: &OpenRequests) -> String {
     .to_string()
 }
 
-fn api(endpoint: &Endpoint) -> Value {
-    let now = Instant::now();
+fn api(endpoint: &Endpoint, clock: &Clock) -> Value {
+    let now = clock.now;
     let config = &endpoint.config;
     let live = &endpoint.live;
     let gate = live.gate(now);
+    let (minute, day) = live.used(clock);
+    let full_for = endpoint.full_for(clock);
     let health = live.health();
     json!({
         "id": config.id.as_ref(),
         "name": config.name.as_ref(),
         "enabled": config.enabled,
-        "available": config.usable() && matches!(gate, Gate::Open | Gate::TrialDue),
+        "available": config.usable() && full_for.is_none() && matches!(gate, Gate::Open | Gate::TrialDue),
         "temporarilyDisabled": matches!(gate, Gate::Cooling { .. } | Gate::OnTrial),
         "errorCount": health.errors_in_row(),
         "limits": { "rpm": config.rpm.as_number(), "rpd": config.rpd.as_number() },
+        "usage": { "rpm": minute, "rpd": day },
+        "limitFrees": full_for.and_then(|wait| now.checked_add(wait)).map(|until| iso(wall_clock(until, now))),
         "baseUrl": config.base_url.to_string(),
         "models": config.models,
         "modelMapping": config.model_mapping,

@@ -1,7 +1,7 @@
 //! A request comes in: who sends it, its body, what it asks for.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Version, header};
@@ -157,9 +157,9 @@ async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
 }
 
 fn first_pick(ask: &Ask) -> Result<Choice, Fault> {
-    match balance::pick(&ask.pool, &ask.candidates, &[], Instant::now()) {
+    match balance::pick(&ask.pool, &ask.candidates, &[], &ask.pool.clock()) {
         Pick::Take(choice) => Ok(choice),
-        Pick::AllResting(wait) => Err(Fault::AllResting { wait }),
+        Pick::LimitsReached(wait) => Err(Fault::LimitsReached { wait }),
         Pick::None => Err(Fault::NoneAvailable),
     }
 }

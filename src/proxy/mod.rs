@@ -118,8 +118,8 @@ impl ProxyHttp for Gateway {
             context.tries.body = outgoing::rewrite_body(context);
             outgoing::set_length(request, &session.req_header().method, &context.tries.body)?;
         }
-        if let Some(attempt) = &context.exchange.state().attempt {
-            attempt.endpoint.live.count_attempt();
+        if let Some(attempt) = &mut context.exchange.state().attempt {
+            attempt.permit.spend();
         }
         Ok(())
     }
@@ -317,9 +317,9 @@ fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
     let tries = &mut context.tries;
     let choice = match tries.next.take() {
         Some(choice) => choice,
-        None => match balance::pick(&ask.pool, &ask.candidates, &tries.tried, Instant::now()) {
+        None => match balance::pick(&ask.pool, &ask.candidates, &tries.tried, &ask.pool.clock()) {
             Pick::Take(choice) => choice,
-            Pick::AllResting(wait) => return Err(Fault::AllResting { wait }),
+            Pick::LimitsReached(wait) => return Err(Fault::LimitsReached { wait }),
             Pick::None => return Err(Fault::NoneAvailable),
         },
     };
@@ -331,7 +331,7 @@ fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
     let more = has_more(ask, &tries.tried, context.arrival.at);
     let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more };
     let breaker = ask.pool.server.breaker.clone();
-    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice.trial, breaker);
+    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, breaker);
     if ask.stream {
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
     }
@@ -344,7 +344,7 @@ fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
 fn has_more(ask: &Ask, tried: &[usize], at: Instant) -> bool {
     let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
     retry::may_begin(&ask.pool.server.retry, attempts, at.elapsed())
-        && balance::any_left(&ask.pool, &ask.candidates, tried, Instant::now())
+        && balance::any_left(&ask.pool, &ask.candidates, tried, &ask.pool.clock())
 }
 
 /// The address that the attempt under way goes to: the endpoint's first one that has not failed it yet.

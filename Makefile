@@ -1,0 +1,102 @@
+# Two commands do all the set-up on a fresh machine: `make run` and `make test`. Everything else is a part of them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.DEFAULT_GOAL := help
+
+BINARY := target/release/api-together
+
+.PHONY: help
+help: ## Say what there is
+	grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.PHONY: run
+run: build-tools ## Build the release and serve: conf/apis.json (or .yaml) if you have made one, else the demo
+	echo "==> building the release (the first time takes some minutes)"
+	cargo build --release --locked
+	for config in conf/apis.json conf/apis.yaml; do
+	  if [ -e "$$config" ]; then
+	    echo "==> serving $$config"
+	    exec $(BINARY) --config "$$config"
+	  fi
+	done
+	echo "==> there is no conf/apis.json yet (copy conf/apis.example.json to make one), so this is the demo"
+	exec $(BINARY) demo
+
+.PHONY: test
+test: build-tools client-tools ## Run all tests: unit, integration, and the official OpenAI clients
+	echo "==> unit and integration tests"
+	cargo test --locked
+	echo "==> client tests"
+	cargo build --locked
+	tests/clients/run target/debug/api-together
+
+.PHONY: lint
+lint: build-tools ## Formatting, lints, documentation, configs and generated files, all without a warning
+	echo "==> formatting"
+	cargo fmt --check
+	echo "==> lints"
+	cargo clippy --locked --all-targets -- -D warnings
+	echo "==> documentation"
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+	echo "==> the configs in conf/"
+	cargo build --locked
+	count=0
+	for config in conf/apis.*.json conf/apis.*.yaml; do
+	  [ "$$config" = conf/apis.schema.json ] && continue
+	  target/debug/api-together check "$$config"
+	  count=$$((count + 1))
+	done
+	[ "$$count" -ge 2 ] || { echo "only $$count configs were found in conf/" >&2; exit 1; }
+	target/debug/api-together -t --config conf/apis.example.json --conf conf/pingora.yaml
+	echo "==> generated files"
+	target/debug/api-together schema | diff conf/apis.schema.json - \
+	  || { echo "conf/apis.schema.json is not what the types say: run make generated" >&2; exit 1; }
+	target/debug/api-together schema --format markdown \
+	  | diff <(sed -n '/<!-- generated/,/<!-- end of generated/p' docs/config.md | sed '1d;$$d') - \
+	  || { echo "docs/config.md is not what the types say: run make generated" >&2; exit 1; }
+
+.PHONY: generated
+generated: build-tools ## Write the config's schema and its reference table anew
+	cargo build --locked
+	target/debug/api-together schema > conf/apis.schema.json
+	target/debug/api-together schema --format markdown > target/config-table.md
+	sed -i -e '/<!-- generated/,/<!-- end of generated/{/<!-- generated/{p;r target/config-table.md' -e '};/<!-- end of generated/p;d}' docs/config.md
+
+# Installs Debian packages if it may, else says what to install: $(call install,program,packages)
+define install
+	if ! command -v $(1) >/dev/null; then
+	  echo "==> $(1) is missing: installing $(2)"
+	  if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi
+	  if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then
+	    $$as_root apt-get update -q
+	    DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -q -y $(2)
+	  else
+	    echo "$(1) is missing and cannot be installed from here. Install it, on Debian or Ubuntu with" >&2
+	    echo "    sudo apt-get install $(2)" >&2
+	    exit 1
+	  fi
+	fi
+endef
+
+.PHONY: build-tools
+build-tools: # What the build needs: Rust, a C compiler, cmake
+	if ! command -v cargo >/dev/null; then
+	  echo "Rust is missing. Install it with" >&2
+	  echo "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh" >&2
+	  exit 1
+	fi
+	$(call install,cc,build-essential)
+	$(call install,cmake,cmake)
+
+.PHONY: client-tools
+client-tools: # What the client tests need: Python with venv, Node.js with npm
+	$(call install,python3,python3 python3-venv)
+	if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+	  echo "==> Python's venv is missing"
+	  $(call install,python3-venv-of-debian,python3-venv)
+	fi
+	$(call install,node,nodejs npm)
+	$(call install,npm,npm)
