@@ -14,6 +14,7 @@ use crate::balance::Choice;
 use crate::config::Breaker;
 use crate::error::Fault;
 use crate::health::Effect;
+use crate::limit::Clock;
 use crate::pool::{Endpoint, InFlight, Permit, Pool};
 use crate::replay::Wrapped;
 use crate::request::Call;
@@ -232,6 +233,21 @@ impl Attempt {
             log::info!("endpoint {id}: answers again");
         }
         self.settled = true;
+    }
+
+    /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit; false if
+    /// there is none.
+    pub fn begin_anew(&mut self, clock: &Clock) -> bool {
+        if !self.permit.is_spent() {
+            return true;
+        }
+        match self.endpoint.take_permit(clock) {
+            Some(permit) => {
+                self.permit = permit;
+                true
+            }
+            None => false,
+        }
     }
 
     /// Notes that the first byte of the answer's body has come.

@@ -93,6 +93,11 @@ impl Permit {
             self.live.attempts.fetch_add(1, Ordering::Relaxed);
         }
     }
+
+    /// Whether the attempt is on its way, or was.
+    pub fn is_spent(&self) -> bool {
+        self.counted.is_none()
+    }
 }
 
 impl Drop for Permit {

@@ -195,9 +195,7 @@ impl ProxyHttp for Gateway {
         log::debug!("request {}: {error}", context.arrival.id_text());
         let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
         let was_closed = (reused && !timed_out || safe_to_repeat) && ended.is_none() && !from_client && !header_seen;
-        if was_closed && context.tries.stale < STALE_MAX {
-            context.tries.stale += 1;
-            context.tries.again = true;
+        if was_closed && begin_anew(context, safe_to_repeat) {
             error.set_retry(true);
             return error;
         }
@@ -338,6 +336,18 @@ fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
     context.exchange.state().attempt = Some(attempt);
     context.fault = None;
     Ok(())
+}
+
+/// Lets the attempt begin anew, on a fresh connection, because its pooled one had been closed.
+fn begin_anew(context: &mut Context, was_never_taken: bool) -> bool {
+    let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX) else { return false };
+    if let Some(attempt) = &mut context.exchange.state().attempt
+        && (was_never_taken || attempt.begin_anew(&ask.pool.clock()))
+    {
+        context.tries.stale += 1;
+        context.tries.again = true;
+    }
+    context.tries.again
 }
 
 /// Whether another attempt may begin and any endpoint is left for it.
