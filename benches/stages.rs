@@ -1,0 +1,86 @@
+//! The stages that every request passes through, one by one.
+
+#![allow(clippy::expect_used, missing_docs, reason = "a bench that cannot be set up must stop, and has no readers of its docs")]
+
+use std::hint::black_box;
+use std::path::Path;
+
+use api_together::balance::{self, Pick};
+use api_together::config::{Config, Environment, Format, check_str};
+use api_together::pool::Pool;
+use api_together::sse::{Event, Splitter};
+use api_together::{request, rewrite};
+use bytes::Bytes;
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+
+/// A chat request of about this many bytes, with the model at its end, where finding it costs most.
+fn chat(bytes: usize) -> Bytes {
+    let content = "All work and no play makes Jack a dull boy. ".repeat(bytes / 44);
+    format!(r#"{{"messages":[{{"role":"user","content":"{content}"}}],"temperature":0.7,"model":"model-7"}}"#).into()
+}
+
+fn config(endpoints: usize) -> Config {
+    let apis: Vec<_> = (0..endpoints)
+        .map(|index| {
+            serde_json::json!({
+                "id": format!("api{index}"), "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-endpoint-key",
+                "models": [format!("model-{index}"), format!("family-{index}-*")],
+            })
+        })
+        .collect();
+    let text = serde_json::json!({ "server": { "apiKey": "sk-client-key" }, "apis": apis }).to_string();
+    check_str(&text, Format::Json, &Environment::default(), Path::new("")).expect("the config is good").config
+}
+
+fn body(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("body");
+    for bytes in [1024, 64 * 1024, 5 * 1024 * 1024] {
+        let body = chat(bytes);
+        let range = request::scan(&body).expect("it is JSON").model.expect("it names a model").range;
+        group.throughput(Throughput::Bytes(body.len() as u64));
+        group.bench_function(BenchmarkId::new("scan", bytes), |b| b.iter(|| request::scan(black_box(&body))));
+        group.bench_function(BenchmarkId::new("splice", bytes), |b| {
+            b.iter(|| rewrite::with_model(black_box(&body), &range, "another-model"));
+        });
+    }
+    group.finish();
+}
+
+fn choice(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("choice");
+    for endpoints in [1, 10, 1000] {
+        let pool = Pool::new(config(endpoints), None).expect("the pool is good");
+        group.bench_function(BenchmarkId::new("route exact", endpoints), |b| {
+            b.iter(|| pool.router.find(black_box("model-0")).is_some());
+        });
+        group.bench_function(BenchmarkId::new("route pattern", endpoints), |b| {
+            b.iter(|| pool.router.find(black_box("family-0-large")).is_some());
+        });
+        group.bench_function(BenchmarkId::new("pick", endpoints), |b| {
+            let candidates = pool.router.find("model-0").expect("it is served");
+            b.iter(|| matches!(balance::pick(&pool, candidates, &[], &pool.clock()), Pick::Take(_)));
+        });
+    }
+    group.finish();
+}
+
+fn events(criterion: &mut Criterion) {
+    let stream = "data: {\"choices\":[{\"delta\":{\"content\":\"word\"}}]}\n\n".repeat(200);
+    let mut group = criterion.benchmark_group("events");
+    group.throughput(Throughput::Elements(200));
+    group.bench_function("split 200", |b| {
+        b.iter(|| {
+            let mut bytes = 0;
+            Splitter::default().feed(black_box(stream.as_bytes()), |event| {
+                if let Event::Data(data) = event {
+                    bytes += data.len();
+                }
+            });
+            bytes
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, body, choice, events);
+criterion_main!(benches);
