@@ -1,6 +1,10 @@
 //! The stages that every request passes through, one by one.
 
-#![allow(clippy::expect_used, missing_docs, reason = "a bench that cannot be set up must stop, and has no readers of its docs")]
+#![allow(
+    clippy::expect_used,
+    missing_docs,
+    reason = "a bench that cannot be set up must stop, and has no readers of its docs"
+)]
 
 use std::hint::black_box;
 use std::path::Path;

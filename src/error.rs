@@ -126,6 +126,14 @@ impl Fault {
         }
     }
 
+    /// The model that the request asked for, where that is what is wrong.
+    pub fn model(&self) -> Option<&str> {
+        match self {
+            Self::ModelUnknown { model } => Some(model),
+            _ => None,
+        }
+    }
+
     /// What the `Allow` header says, where one is due.
     pub fn allow(&self) -> Option<&'static str> {
         match self {

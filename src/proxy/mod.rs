@@ -271,7 +271,7 @@ impl ProxyHttp for Gateway {
                 caller: context.arrival.address,
                 method: header.method.as_str(),
                 path: header.uri.path(),
-                model: ask.and_then(|ask| ask.model.as_deref()),
+                model: ask.and_then(|ask| ask.model.as_deref()).or(context.fault.as_ref().and_then(Fault::model)),
                 endpoint_model: attempt.and_then(|attempt| attempt.model.as_deref()),
                 endpoint: endpoint.map(|endpoint| endpoint.config.id.as_ref()),
                 attempts: context.tries.tried.len(),
