@@ -149,11 +149,12 @@ impl Run {
         let runtime_folder = std::env::var_os("RUNTIME_DIRECTORY")
             .map_or_else(|| self.config.parent().unwrap_or(Path::new("")).join(RUNTIME_FOLDER), PathBuf::from);
         RunOptions {
+            // In the background the working directory is another.
+            runtime_folder: std::path::absolute(&runtime_folder).unwrap_or(runtime_folder),
             upgrade: self.upgrade,
             daemon: self.daemon,
             test: self.test,
             server_conf: self.conf.clone().or_else(found),
-            runtime_folder,
         }
     }
 }
