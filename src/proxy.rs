@@ -583,6 +583,8 @@ impl ProxyHttp for Gateway {
         context: &mut Context,
         reused: bool,
     ) -> Box<Error> {
+        // Some errors are left undecided by Pingora until it is known whether the connection was a pooled one.
+        error.retry.decide_reuse(reused);
         let pingora_says_again = error.retry();
         error.set_retry(false);
         let mut state = context.exchange.state();
