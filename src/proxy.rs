@@ -662,6 +662,9 @@ impl ProxyHttp for Gateway {
         if *error.esource() == ErrorSource::Downstream && context.fault.is_none() {
             return closed(0);
         }
+        // Pingora closes the connection after a failure, whatever became of it; a client that is not told so may lose its
+        // next request to it.
+        session.set_keepalive(None);
         let fault = context.fault.get_or_insert(Fault::Internal).clone();
         if fault == Fault::Internal {
             log::error!("request {}: {error}", context.arrival.id());
