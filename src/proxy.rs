@@ -457,6 +457,8 @@ impl ProxyHttp for Gateway {
         let Some((candidate, endpoint)) = found.and_then(|c| Some((c, ask.pool.endpoints.get(c.endpoint)?))) else {
             return refused(context, Fault::Internal);
         };
+        // What an earlier attempt came to is no fault of a request that another one answers.
+        context.fault = None;
         let tries = &mut context.tries;
         if !tries.tried.contains(&candidate.endpoint) {
             tries.tried.push(candidate.endpoint);
