@@ -549,10 +549,14 @@ impl ProxyHttp for Gateway {
             key.as_ref()
                 .is_some_and(|key| !key.expose().is_empty() && contains(value.as_bytes(), key.expose().as_bytes()))
         };
+        let switches_protocol = header.status == http::StatusCode::SWITCHING_PROTOCOLS;
+        let is_hop_by_hop = rewrite::hop_by_hop(&header.headers);
         let leaving: Vec<HeaderName> = header
             .headers
             .iter()
-            .filter(|(name, value)| rewrite::is_kept_from_client(name) || quotes_key(value))
+            .filter(|(name, value)| {
+                rewrite::is_kept_from_client(name) || quotes_key(value) || !switches_protocol && is_hop_by_hop(name)
+            })
             .map(|(name, _)| name.clone())
             .collect();
         for name in &leaving {
