@@ -79,6 +79,7 @@ impl Wrapped {
             held: Vec::new(),
             status: 0,
             deadline: None,
+            held_until: None,
             idle: Duration::MAX,
             committed: false,
             flushing: false,
@@ -113,6 +114,8 @@ struct Replay {
     held: Vec<HttpTask>,
     status: u16,
     deadline: Option<Instant>,
+    /// When a stream that has begun with data, but has not said anything yet, is let through all the same.
+    held_until: Option<Instant>,
     idle: Duration,
     committed: bool,
     /// Set while held tasks are written out because their time is up; still set afterwards, the write was cut.
@@ -132,6 +135,7 @@ impl Replay {
     /// An attempt begins: whatever the last one left is forgotten.
     fn begin_attempt(&mut self) {
         self.held.clear();
+        self.held_until = None;
         let state = self.exchange.state();
         if let Some(attempt) = &state.attempt {
             self.judge = Judge::new(attempt.terms);
@@ -193,8 +197,7 @@ impl Replay {
 
     fn move_deadline(&mut self) {
         if self.judge.waits_for_word() {
-            let word = Instant::now().checked_add(HOLD_TIME_MAX);
-            self.deadline = self.deadline.min(word).or(word);
+            self.held_until = self.held_until.or_else(|| Instant::now().checked_add(HOLD_TIME_MAX));
         } else if let Some(wait) = self.judge.patience(self.idle) {
             self.deadline = Instant::now().checked_add(wait);
         }
@@ -303,7 +306,8 @@ impl Replay {
 
     /// The deadline has passed: either what is held goes out, or the attempt is over.
     async fn deadline_passed(&mut self) -> Result<()> {
-        if !self.committed && self.judge.waits_for_word() {
+        let held_enough = self.held_until.is_some_and(|until| until <= Instant::now());
+        if !self.committed && self.judge.waits_for_word() && (held_enough || !self.judge.may_drop()) {
             // Pingora drops this future when the endpoint sends more meanwhile. What is held fits any socket buffer, so the
             // write does not wait; if it was cut all the same, the flag stays and the answer is given up, not garbled.
             self.flushing = true;
@@ -415,7 +419,10 @@ impl CustomSession for Replay {
 
     async fn read_body_or_idle(&mut self, _no_body_expected: bool) -> Result<Option<Bytes>> {
         loop {
-            let Some(deadline) = self.deadline else { return self.inner.read_body_or_idle(true).await };
+            let held_until = self.held_until.filter(|_| !self.committed);
+            let Some(deadline) = held_until.into_iter().chain(self.deadline).min() else {
+                return self.inner.read_body_or_idle(true).await;
+            };
             tokio::select! {
                 gone = self.inner.read_body_or_idle(true) => return gone,
                 () = tokio::time::sleep_until(deadline.into()) => {}

@@ -142,6 +142,11 @@ impl Judge {
         Verdict::Commit
     }
 
+    /// Whether another endpoint could take over.
+    pub fn may_drop(&self) -> bool {
+        self.terms.more
+    }
+
     /// Whether the first event of a stream is awaited that has already sent data, which bounds the wait.
     pub fn waits_for_word(&self) -> bool {
         matches!(self.kind, Kind::Stream(_)) && self.has_data

@@ -59,6 +59,15 @@ pub fn is_kept_from_client(name: &HeaderName) -> bool {
     name == "set-cookie" || name.starts_with("access-control-") || name == "alt-svc"
 }
 
+/// Tells which of an endpoint's response headers belong to its own connection (RFC 9110, 7.6.1). Those that frame the body
+/// are Pingora's to replace.
+pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&HeaderName) -> bool + use<> {
+    const OTHERS: [&str; 4] = ["keep-alive", "proxy-connection", "proxy-authenticate", "upgrade"];
+    const FRAMING: [HeaderName; 3] = [header::CONNECTION, header::CONTENT_LENGTH, header::TRANSFER_ENCODING];
+    let named = named_in_connection(headers);
+    move |name| OTHERS.contains(&name.as_str()) || named.contains(name) && !FRAMING.contains(name)
+}
+
 /// The path an endpoint is asked for. A base URL without a path leaves the client's own; one with a path puts it in place
 /// of the client's `/v1`.
 pub fn path_and_query(base_path: &str, client: &str) -> String {
@@ -152,7 +161,13 @@ mod tests {
     #[test]
     fn headers_named_in_connection_are_hop_by_hop() {
         let mut headers = HeaderMap::new();
-        headers.insert(header::CONNECTION, HeaderValue::from_static("close, X-Private"));
-        assert_eq!(named_in_connection(&headers), ["close", "x-private"]);
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close, X-Private, content-length"));
+        assert_eq!(named_in_connection(&headers), ["close", "x-private", "content-length"]);
+        let is_hop_by_hop = hop_by_hop(&headers);
+        for (name, expected) in
+            [("x-private", true), ("keep-alive", true), ("x-public", false), ("content-length", false)]
+        {
+            assert_eq!(is_hop_by_hop(&HeaderName::from_static(name)), expected, "{name}");
+        }
     }
 }

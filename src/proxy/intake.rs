@@ -90,9 +90,16 @@ fn request_id(given: Option<&HeaderValue>) -> HeaderValue {
         !bytes.is_empty() && bytes.len() <= BYTES_MAX && bytes.iter().all(plain)
     };
     given.filter(sane).cloned().unwrap_or_else(|| {
-        let id = format!("req_{:024x}", fastrand::u128(..) >> 32);
-        HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("req_0"))
+        HeaderValue::from_str(&uuid(fastrand::u128(..))).unwrap_or_else(|_| HeaderValue::from_static("0"))
     })
+}
+
+/// A random UUID (RFC 9562, 5.4), since some servers refuse any other request id.
+fn uuid(random: u128) -> String {
+    let bits = random & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let hex = format!("{bits:032x}");
+    let part = |range| hex.get(range).unwrap_or_default();
+    format!("{}-{}-{}-{}-{}", part(0..8), part(8..12), part(12..16), part(16..20), part(20..32))
 }
 
 /// What `Access-Control-Allow-Origin` says to a page of this origin, if it may read the answer.
@@ -233,8 +240,10 @@ mod tests {
         assert_eq!(id(b"abc-1.2_3:4"), "abc-1.2_3:4");
         for insane in [&b""[..], b"a b", b"a\"b", "é".as_bytes(), &[b'x'; 129]] {
             let made = id(insane);
-            assert!(made.starts_with("req_") && made.len() == 28, "{made}");
+            assert_eq!(made.len(), 36, "{made}");
         }
         assert_ne!(request_id(None), request_id(None));
+        assert_eq!(uuid(0), "00000000-0000-4000-8000-000000000000");
+        assert_eq!(uuid(u128::MAX), "ffffffff-ffff-4fff-bfff-ffffffffffff");
     }
 }

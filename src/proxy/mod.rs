@@ -178,6 +178,9 @@ impl ProxyHttp for Gateway {
         context: &mut Context,
         reused: bool,
     ) -> Box<Error> {
+        // Some errors are left undecided by Pingora until it is known whether the connection was a pooled one; asking one of
+        // those would panic.
+        error.retry.decide_reuse(reused);
         let safe_to_repeat = error.retry();
         error.set_retry(false);
         let mut state = context.exchange.state();
@@ -245,6 +248,8 @@ impl ProxyHttp for Gateway {
         if fault == Fault::Internal {
             log::error!("request {}: {error}", context.arrival.id_text());
         }
+        // Pingora closes the connection after a failure, whatever became of it; a client that is not told so may lose its
+        // next request to it.
         session.set_keepalive(None);
         let sent = match kept {
             Some(Kept { header, body: Some(body) }) => {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, header};
+use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::HttpTask;
 use pingora::{Error, ErrorType, Result};
@@ -85,10 +85,14 @@ pub(super) fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> 
     let key = endpoint.as_ref().map_or("", |endpoint| endpoint.config.api_key.expose());
     let quotes_key =
         |value: &HeaderValue| !key.is_empty() && memchr::memmem::find(value.as_bytes(), key.as_bytes()).is_some();
+    let switches_protocol = header.status == StatusCode::SWITCHING_PROTOCOLS;
+    let is_hop_by_hop = rewrite::hop_by_hop(&header.headers);
     let leaving: Vec<HeaderName> = header
         .headers
         .iter()
-        .filter(|(name, value)| rewrite::is_kept_from_client(name) || quotes_key(value))
+        .filter(|(name, value)| {
+            rewrite::is_kept_from_client(name) || quotes_key(value) || !switches_protocol && is_hop_by_hop(name)
+        })
         .map(|(name, _)| name.clone())
         .collect();
     for name in &leaving {

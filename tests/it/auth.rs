@@ -1,0 +1,171 @@
+//! Who may call.
+
+use http::Method;
+use serde_json::json;
+
+use crate::harness::{KEY, Proxy, Reply, chat, endpoint, simulator, within};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_opens_and_nothing_else_does() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        let bearer = format!("Bearer {KEY}");
+        let lower = format!("bearer {KEY}");
+        let longer = format!("Bearer {KEY}x");
+        let shorter = format!("Bearer {}", &KEY[..KEY.len() - 1]);
+        let basic = format!("Basic {KEY}");
+        for (header, value, opens) in [
+            ("authorization", bearer.as_str(), true),
+            ("authorization", KEY, true),
+            ("authorization", &lower, true),
+            ("x-api-key", KEY, true),
+            ("api-key", KEY, true),
+            ("authorization", &longer, false),
+            ("authorization", &shorter, false),
+            ("authorization", &basic, false),
+            ("authorization", "Bearer wrong", false),
+            ("authorization", "wrong", false),
+            ("x-api-key", "wrong", false),
+        ] {
+            let request = proxy.request_without_key(Method::POST, "/v1/chat/completions").header(header, value);
+            let reply = Reply::of(request.json(&chat("m"))).await;
+            if opens {
+                reply.assert_from("a", 1);
+            } else {
+                let message = reply.assert_error(401, "invalid_request_error", "invalid_api_key");
+                assert!(message.starts_with("Incorrect API key"), "{header}: {value}: {message}");
+            }
+        }
+        assert_eq!(simulator.requests().len(), 5, "only the right keys went on");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_key_every_path_but_health_is_shut() {
+    within(async {
+        let simulator = simulator().await;
+        let server = json!({ "failedKeysPerMinute": 0 });
+        let proxy = Proxy::start(server, &[endpoint("a", &simulator.base_url())]).await;
+        for (method, path) in [
+            (Method::GET, "/v1/models"),
+            (Method::GET, "/v1/models/m"),
+            (Method::GET, "/v1/status"),
+            (Method::POST, "/v1/chat/completions"),
+            (Method::OPTIONS, "/v1/chat/completions"),
+            (Method::GET, "/"),
+            (Method::GET, "/nowhere"),
+            (Method::TRACE, "/v1/models"),
+        ] {
+            for authorization in [None, Some(""), Some("Bearer"), Some("Bearer ")] {
+                let mut request = proxy.request_without_key(method.clone(), path);
+                if let Some(value) = authorization {
+                    request = request.header("authorization", value);
+                }
+                let reply = Reply::of(request).await;
+                let message = reply.assert_error(401, "invalid_request_error", "invalid_api_key");
+                assert!(message.starts_with("No API key"), "{method} {path} {authorization:?}: {message}");
+            }
+        }
+        let health = Reply::of(proxy.request_without_key(Method::GET, "/health")).await;
+        assert_eq!(health.status, 200);
+        assert!(simulator.requests().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_to_switch_protocols_needs_the_key() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        for key in ["", "authorization: Bearer wrong\r\n"] {
+            let mut wire = proxy.wire().await;
+            wire.send(format!(
+                "GET /v1/realtime?model=m HTTP/1.1\r\nhost: proxy\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                 sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n{key}\r\n"
+            ))
+            .await;
+            assert_eq!(wire.head().await.unwrap().status(), 401, "{key}");
+        }
+        assert_eq!(simulator.connections(), 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn browsers_may_ask_before_they_send_the_key() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        let preflight = |proxy: &Proxy, origin: &str| {
+            proxy
+                .request_without_key(Method::OPTIONS, "/v1/chat/completions")
+                .header("origin", origin)
+                .header("access-control-request-method", "POST")
+                .header("access-control-request-headers", "authorization,content-type")
+        };
+        let reply = Reply::of(preflight(&proxy, "https://chat.example.com")).await;
+        assert_eq!((reply.status, reply.body.len()), (204, 0));
+        assert_eq!(reply.header("access-control-allow-origin"), Some("*"));
+        assert_eq!(reply.header("access-control-allow-headers"), Some("authorization,content-type"));
+        assert!(reply.header("access-control-allow-methods").unwrap().contains("POST"));
+        assert!(simulator.requests().is_empty());
+        let answer = proxy.request(Method::POST, "/v1/chat/completions").header("origin", "https://any.example");
+        let answer = Reply::of(answer.json(&chat("m"))).await;
+        assert_eq!(answer.header("access-control-allow-origin"), Some("*"));
+
+        let narrow = json!({ "cors": { "origins": ["https://chat.example.com"] } });
+        let narrow = Proxy::start(narrow, &[endpoint("a", &simulator.base_url())]).await;
+        let reply = Reply::of(preflight(&narrow, "https://chat.example.com")).await;
+        assert_eq!(reply.header("access-control-allow-origin"), Some("https://chat.example.com"));
+        assert_eq!(reply.header("vary"), Some("origin"));
+        let reply = Reply::of(preflight(&narrow, "https://evil.example")).await;
+        assert_eq!(reply.header("access-control-allow-origin"), None);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guessing_is_slowed_and_a_right_key_is_not() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::start(json!({ "failedKeysPerMinute": 3 }), &[endpoint("a", &simulator.base_url())]).await;
+        let guess = || proxy.request_without_key(Method::GET, "/v1/models").bearer_auth("wrong");
+        for _ in 0..3 {
+            assert_eq!(Reply::of(guess()).await.status, 401);
+        }
+        let slowed = Reply::of(guess()).await;
+        slowed.assert_error(429, "requests", "rate_limit_exceeded");
+        assert_eq!(slowed.header("retry-after"), Some("60"));
+        proxy.chat("m").await.assert_from("a", 1);
+        assert_eq!(Reply::of(guess()).await.status, 429);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_trusted_proxy_each_client_is_slowed_on_its_own() {
+    within(async {
+        let simulator = simulator().await;
+        let server = |trusted: &[&str]| json!({ "failedKeysPerMinute": 1, "trustedProxies": trusted });
+        let apis = [endpoint("a", &simulator.base_url())];
+        let trusting = Proxy::start(server(&["127.0.0.0/8"]), &apis).await;
+        let trusting_nobody = Proxy::start(server(&[]), &apis).await;
+        for (proxy, forwarded, status) in [
+            (&trusting, "192.0.2.1", 401),
+            (&trusting, "192.0.2.1", 429),
+            (&trusting, "192.0.2.2", 401),
+            (&trusting, "192.0.2.9, 192.0.2.3", 401),
+            (&trusting, "192.0.2.8, 192.0.2.3", 429),
+            (&trusting_nobody, "192.0.2.1", 401),
+            (&trusting_nobody, "192.0.2.2", 429),
+        ] {
+            let request = proxy.request_without_key(Method::GET, "/v1/models").bearer_auth("wrong");
+            let reply = Reply::of(request.header("x-forwarded-for", forwarded)).await;
+            assert_eq!(reply.status, status, "{forwarded}");
+        }
+    })
+    .await;
+}

@@ -1,0 +1,242 @@
+//! Which headers go on, in either direction.
+
+use api_together::simulator::Behaviour;
+use http::Method;
+use serde_json::json;
+
+use crate::harness::{KEY, Proxy, Reply, behaving, chat, endpoint_with, in_order, key_of, simulator, until, within};
+use crate::wire::{ByHand, request};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_endpoint_gets_its_own_key_and_none_of_the_clients_secrets() {
+    within(async {
+        let simulator = simulator().await;
+        for http2 in [false, true] {
+            simulator.clear();
+            let api = endpoint_with("a", &simulator.base_url(), json!({ "http2": http2 }));
+            let proxy = Proxy::start(json!({}), &[api]).await;
+            let call = proxy.request(Method::POST, "/v1/chat/completions").json(&chat("m"));
+            let call = call.header("x-api-key", KEY).header("api-key", KEY).header("cookie", "session=secret");
+            let call = call.header("proxy-authorization", "Basic secret").header("x-forwarded-for", "192.0.2.1");
+            let call = call.header("x-forwarded-host", "inside.example").header("forwarded", "for=192.0.2.1");
+            let call = call.header("x-real-ip", "192.0.2.1").header("via", "1.1 inside");
+            let call = call.header("openai-organization", "org-1").header("openai-beta", "assistants=v2");
+            let call = call.header("user-agent", "client/1.0").header("accept-encoding", "gzip, br");
+            Reply::of(call).await.assert_from("a", 1);
+            let arrived = &simulator.requests()[0];
+            assert_eq!(arrived.headers.get_all("authorization").iter().count(), 1);
+            assert_eq!(arrived.header("authorization"), Some(format!("Bearer {}", key_of("a")).as_str()));
+            for gone in [
+                "x-api-key",
+                "api-key",
+                "cookie",
+                "proxy-authorization",
+                "x-forwarded-for",
+                "x-forwarded-host",
+                "forwarded",
+                "x-real-ip",
+                "via",
+            ] {
+                assert_eq!(arrived.header(gone), None, "{gone}");
+            }
+            let all =
+                format!("{:?}", arrived.headers.iter().map(|(_, value)| value.as_bytes()).collect::<Vec<_>>().concat());
+            let key = format!("{:?}", KEY.as_bytes());
+            assert!(!all.contains(key.trim_matches(['[', ']'])), "the client's key goes nowhere");
+            for (name, value) in [
+                ("openai-organization", "org-1"),
+                ("openai-beta", "assistants=v2"),
+                ("user-agent", "client/1.0"),
+                ("content-type", "application/json"),
+                ("accept-encoding", "identity"),
+            ] {
+                assert_eq!(arrived.header(name), Some(value), "{name}");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hop_by_hop_headers_of_the_client_stay_behind() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str()])).await;
+        let mut wire = proxy.wire().await;
+        let headers = [
+            "connection: keep-alive, X-Private, close",
+            "keep-alive: timeout=5",
+            "te: trailers",
+            "x-private: 1",
+            "proxy-connection: keep-alive",
+            "x-public: 2",
+            "content-type: application/json",
+            "X-Upper-Case: 3",
+        ];
+        wire.send(request("POST", "/v1/chat/completions", &headers, r#"{"model":"m"}"#)).await;
+        let (mut endpoint, head, _) = by_hand.call().await;
+        for gone in ["keep-alive", "te", "x-private", "proxy-connection", "transfer-encoding", "upgrade"] {
+            assert_eq!(head.header(gone), None, "{gone}: {head:?}");
+        }
+        assert!(!head.header("connection").unwrap_or_default().to_lowercase().contains("private"), "{head:?}");
+        assert_eq!(
+            (head.header("x-public").as_deref(), head.header("x-upper-case").as_deref()),
+            (Some("2"), Some("3"))
+        );
+        let answer = "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 2\r\nkeep-alive: timeout=5\r\n\
+                      connection: X-Theirs\r\nx-theirs: 1\r\nproxy-authenticate: Basic\r\nx-public: 2\r\n\r\nok";
+        endpoint.send(answer).await;
+        let (head, body) = wire.message().await;
+        assert_eq!((head.status(), body.as_ref()), (200, b"ok".as_slice()));
+        assert_eq!(head.header("x-public").as_deref(), Some("2"));
+        for gone in ["keep-alive", "proxy-authenticate", "x-theirs"] {
+            assert_eq!(head.header(gone), None, "{gone}: {head:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoints_extra_headers_stand_in_place_of_the_clients() {
+    within(async {
+        let simulator = simulator().await;
+        let headers =
+            json!({ "headers": { "X-Title": "ours", "OpenAI-Organization": "org-2", "Authorization": "Token t" } });
+        let proxy = Proxy::start(json!({}), &[endpoint_with("a", &simulator.base_url(), headers)]).await;
+        let call = proxy.request(Method::POST, "/v1/chat/completions").header("openai-organization", "org-1");
+        Reply::of(call.json(&chat("m"))).await.assert_from("a", 1);
+        let arrived = &simulator.requests()[0];
+        assert_eq!(arrived.headers.get_all("openai-organization").iter().count(), 1);
+        assert_eq!(arrived.header("openai-organization"), Some("org-2"));
+        assert_eq!((arrived.header("x-title"), arrived.header("authorization")), (Some("ours"), Some("Token t")));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_sets_no_cookies_and_speaks_for_no_origin() {
+    within(async {
+        for status in [200, 400, 503] {
+            let behaviour = Behaviour::status(status)
+                .header("set-cookie", "a=1")
+                .header("set-cookie", "b=2")
+                .header("access-control-allow-origin", "https://theirs.example")
+                .header("access-control-allow-credentials", "true")
+                .header("alt-svc", "h3=\":443\"")
+                .header("x-ratelimit-remaining-requests", "9")
+                .header("openai-processing-ms", "7");
+            let simulator = behaving(behaviour).await;
+            let proxy = Proxy::before([&simulator]).await;
+            let reply = proxy.chat("m").await;
+            assert_eq!(reply.status, status);
+            for gone in ["set-cookie", "access-control-allow-credentials", "alt-svc"] {
+                assert_eq!(reply.header(gone), None, "{gone}");
+            }
+            assert_eq!(reply.header("access-control-allow-origin"), Some("*"));
+            assert_eq!(reply.header("x-ratelimit-remaining-requests"), Some("9"));
+            assert_eq!(reply.header("openai-processing-ms"), Some("7"));
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_has_a_request_id() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        let long = "x".repeat(129);
+        for (method, path) in [
+            (Method::GET, "/health"),
+            (Method::GET, "/v1/models"),
+            (Method::GET, "/nowhere"),
+            (Method::POST, "/v1/embeddings"),
+        ] {
+            for (given, kept) in [
+                (None, false),
+                (Some("mine-1.2:3_4"), true),
+                (Some("no spaces"), false),
+                (Some("\u{e9}"), false),
+                (Some(long.as_str()), false),
+                (Some(""), false),
+            ] {
+                simulator.clear();
+                let mut call = proxy.request(method.clone(), path).json(&json!({ "model": "m", "input": "x" }));
+                if let Some(id) = given {
+                    call = call.header("x-request-id", http::HeaderValue::from_bytes(id.as_bytes()).unwrap());
+                }
+                let reply = Reply::of(call).await;
+                assert_eq!(reply.headers.get_all("x-request-id").iter().count(), 1, "{path}");
+                let id = reply.header("x-request-id").unwrap();
+                if kept {
+                    assert_eq!(Some(id), given, "{path}");
+                } else {
+                    assert!(id.starts_with("req_") && id.len() == 28 && Some(id) != given, "{path}: {id}");
+                }
+                if let Some(arrived) = simulator.requests().first() {
+                    assert_eq!(arrived.header("x-request-id"), Some(id), "the endpoint can be asked about it");
+                }
+            }
+        }
+        let refused = Reply::of(proxy.request_without_key(Method::GET, "/v1/models")).await;
+        assert!(refused.header("x-request-id").is_some());
+        let first = proxy.get("/health").await;
+        assert_ne!(first.header("x-request-id"), proxy.get("/health").await.header("x-request-id"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_answered_is_told_unless_that_is_switched_off() {
+    within(async {
+        let (bad, good) = (behaving(Behaviour::status(503)).await, simulator().await);
+        let apis = in_order([bad.base_url().as_str(), &good.base_url()].into_iter()).into_iter().collect::<Vec<_>>();
+        let told = Proxy::start(json!({}), &apis).await;
+        told.chat("m").await.assert_from("b", 2);
+        assert_eq!(told.get("/v1/models").await.endpoint(), None, "our own answers come from no endpoint");
+        let silent = Proxy::start(json!({ "endpointHeaders": false }), &apis).await;
+        let reply = silent.chat("m").await;
+        assert_eq!((reply.status, reply.endpoint(), reply.attempts()), (200, None, None));
+        assert!(reply.header("x-request-id").is_some());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paths_that_step_out_and_methods_that_echo_keys_are_refused() {
+    within(async {
+        let simulator = simulator().await;
+        let apis = [endpoint_with("a", &format!("{}/api/v3", simulator.base_url()), json!({}))];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        for path in [
+            "/v1/../admin",
+            "/v1/%2e%2e/admin",
+            "/v1/x/..%2f..%2fadmin",
+            "/v1/./x",
+            "/v2/chat",
+            "/v1x/chat",
+            "//v1/chat",
+            "/",
+        ] {
+            let mut wire = proxy.wire().await;
+            wire.send(request("POST", path, &["content-type: application/json"], r#"{"model":"m"}"#)).await;
+            let (head, body) = wire.message().await;
+            assert_eq!(head.status(), 404, "{path}");
+            let error: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(error["error"]["code"], "unknown_url", "{path}");
+        }
+        for method in ["TRACE", "CONNECT", "FOO"] {
+            let mut wire = proxy.wire().await;
+            wire.send(request(method, "/v1/chat/completions", &[], "")).await;
+            let head = wire.head().await.unwrap();
+            assert!([400, 404, 405].contains(&head.status()), "{method}: {head:?}");
+            if method == "TRACE" {
+                assert_eq!(head.status(), 405);
+                assert!(head.header("allow").unwrap().contains("POST"));
+            }
+        }
+        until("nothing is open", || simulator.open_requests() == 0).await;
+        assert!(simulator.requests().is_empty());
+    })
+    .await;
+}

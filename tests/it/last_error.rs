@@ -1,0 +1,165 @@
+//! What the client sees when nobody could answer.
+
+use api_together::simulator::{Behaviour, Empty, Options, ResetAt, ResetHow, StallAt};
+use serde_json::json;
+
+use crate::harness::{
+    Proxy, behaving, chat_stream, closed_port, endpoint_with, in_order, key_of, simulator, simulator_with, within,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_endpoints_own_error_is_shown_as_it_came() {
+    within(async {
+        let html = "<html><body><h1>502 Bad Gateway</h1></body></html>";
+        let json = r#"{ "error": {"message":"no more","type":"x","code":null}, "n": 1.0 }"#;
+        for (body, content_type) in [(json, "application/json"), (html, "text/html; charset=utf-8"), ("", "text/plain")]
+        {
+            for (chunked, stream) in [(false, false), (true, false), (false, true)] {
+                let last = Behaviour { body: Some(body.into()), chunked, ..Behaviour::status(529) };
+                let last = Behaviour { content_type: Some(content_type.into()), ..last };
+                let last = behaving(last.header("x-theirs", "kept").header("retry-after", "7")).await;
+                let first = behaving(Behaviour::status(500)).await;
+                let proxy = Proxy::before([&first, &last]).await;
+                let reply = if stream {
+                    proxy.post("/v1/chat/completions", &chat_stream("m")).await
+                } else {
+                    proxy.chat("m").await
+                };
+                assert_eq!((reply.status, reply.text()), (529, body));
+                assert_eq!(reply.header("content-type"), Some(content_type));
+                assert_eq!((reply.header("x-theirs"), reply.header("retry-after")), (Some("kept"), Some("7")));
+                assert_eq!((reply.endpoint(), reply.attempts()), (Some("b"), Some("2")));
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_error_of_the_last_endpoint_is_shown_whole() {
+    within(async {
+        let body = "e".repeat(200_000);
+        let last = behaving(Behaviour { body: Some(body.clone()), ..Behaviour::status(500) }).await;
+        let proxy = Proxy::before([&last]).await;
+        let reply = proxy.chat("m").await;
+        assert_eq!(reply.status, 500);
+        assert!(reply.text() == body);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_we_say_when_there_is_nothing_to_show() {
+    within(async {
+        let stalls = Behaviour { stall: Some(StallAt::Header), ..Behaviour::default() };
+        let breaks = |how| Behaviour { reset: Some(ResetAt::BeforeHeader), reset_how: how, ..Behaviour::default() };
+        let empty = Behaviour { empty: Some(Empty::Body), ..Behaviour::default() };
+        for (last, status, code) in [
+            (None, 502, "endpoint_unreachable"),
+            (Some(breaks(ResetHow::Fin)), 502, "endpoint_unreachable"),
+            (Some(breaks(ResetHow::Rst)), 502, "endpoint_unreachable"),
+            (Some(stalls), 504, "endpoint_timeout"),
+        ] {
+            let first = behaving(Behaviour::status(500)).await;
+            let last = match last {
+                Some(behaviour) => Some(behaving(behaviour).await),
+                None => None,
+            };
+            let url = last.as_ref().map_or_else(closed_port, |simulator| simulator.base_url());
+            let timeouts = json!({ "timeouts": { "firstByteMs": 200 }, "priority": 1 });
+            let apis = [endpoint_with("a", &first.base_url(), json!({})), endpoint_with("b", &url, timeouts)];
+            let proxy = Proxy::start(json!({}), &apis).await;
+            let reply = proxy.chat("m").await;
+            reply.assert_error(status, "server_error", code);
+            assert_eq!(reply.attempts(), Some("2"));
+        }
+        // An empty answer of the last one is all there is.
+        let empty = behaving(empty).await;
+        let proxy = Proxy::before([&empty]).await;
+        let reply = proxy.chat("m").await;
+        assert_eq!((reply.status, reply.text()), (200, ""));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_endpoints_too_slow_is_504() {
+    within(async {
+        let stalls = behaving(Behaviour { stall: Some(StallAt::Header), ..Behaviour::default() }).await;
+        let timeouts = json!({ "timeouts": { "firstByteMs": 150 } });
+        let apis = ["a", "b"].map(|id| endpoint_with(id, &stalls.base_url(), timeouts.clone()));
+        let proxy = Proxy::start(json!({}), &apis).await;
+        for body in [crate::harness::chat("m"), chat_stream("m")] {
+            let reply = proxy.post("/v1/chat/completions", &body).await;
+            reply.assert_error(504, "server_error", "endpoint_timeout");
+            assert_eq!(reply.attempts(), Some("2"));
+        }
+        crate::harness::until("the endpoint's requests are cancelled", || stalls.open_requests() == 0).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redirects_are_passed_on_and_never_followed() {
+    within(async {
+        let target = simulator().await;
+        for status in [301, 302, 303, 307, 308] {
+            let location = format!("{}/v1/chat/completions", target.base_url());
+            let from = behaving(Behaviour::status(status).header("location", &location)).await;
+            let proxy = Proxy::before([&from, &target]).await;
+            let reply = proxy.chat("m").await;
+            assert_eq!((reply.status, reply.header("location")), (status, Some(location.as_str())));
+            assert_eq!(reply.attempts(), Some("1"));
+        }
+        assert!(target.requests().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_quoted_in_an_error_is_blotted_out() {
+    within(async {
+        let key = key_of("a");
+        let masked = format!("{}****{}", &key[..8], &key[key.len() - 4..]);
+        let dotted = format!("{}...{}", &key[..3], &key[key.len() - 4..]);
+        let client_key = crate::harness::KEY;
+        for (status, quoted) in [(401, &key), (400, &key), (401, &masked), (403, &dotted), (500, &key)] {
+            let body =
+                format!(r#"{{"error":{{"message":"Incorrect API key provided: {quoted}. See {client_key}."}}}}"#);
+            for chunked in [false, true] {
+                let behaviour =
+                    Behaviour { body: Some(body.clone()), chunked, drip: Some(7), ..Behaviour::status(status) };
+                let simulator = behaving(behaviour.header("x-debug", &format!("key={key}"))).await;
+                let proxy = Proxy::before([&simulator]).await;
+                let reply = proxy.chat("m").await;
+                assert_eq!(reply.status, status);
+                assert!(!reply.text().contains(quoted.as_str()), "{}", reply.text());
+                let stars = "*".repeat(quoted.len());
+                assert_eq!(reply.text(), body.replace(quoted.as_str(), &stars), "nothing else changes");
+                assert_eq!(reply.header("x-debug"), None, "nor in a header");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_quoted_in_an_error_that_was_kept_is_blotted_out_too() {
+    within(async {
+        // The second endpoint rests, so the first one's error is the last word.
+        let key = key_of("a");
+        let body = format!(r#"{{"error":{{"message":"bad key {key}"}}}}"#);
+        let first = behaving(Behaviour { body: Some(body.clone()), ..Behaviour::status(401) }).await;
+        let resting = simulator_with(Options {
+            default: Behaviour::status(429).header("retry-after", "60"),
+            ..Options::default()
+        })
+        .await;
+        let proxy = Proxy::start(json!({}), &in_order([first.base_url().as_str(), &resting.base_url()])).await;
+        assert_eq!(proxy.chat("m").await.status, 429);
+        let reply = proxy.chat("m").await;
+        assert_eq!((reply.status, reply.endpoint()), (401, Some("a")));
+        assert_eq!(reply.text(), body.replace(&key, &"*".repeat(key.len())));
+    })
+    .await;
+}

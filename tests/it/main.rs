@@ -1,0 +1,25 @@
+//! The real proxy on a port of its own, in front of scripted endpoints; by feature.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking, in its helpers too"
+)]
+
+mod harness;
+mod wire;
+
+mod auth;
+mod body;
+mod cli;
+mod connections;
+mod headers;
+mod health;
+mod last_error;
+mod legacy;
+mod own_answers;
+mod retry;
+mod routing;
+mod streams;
+mod tls;

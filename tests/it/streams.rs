@@ -1,0 +1,306 @@
+//! Streams: at once, to the end, and honest when they break.
+
+use std::time::Duration;
+
+use api_together::simulator::{Behaviour, Options, ResetAt, ResetHow, Simulator, StallAt};
+use http::Version;
+use serde_json::{Value, json};
+
+use crate::harness::{
+    KEY, Proxy, behaving, chat, chat_stream, client, endpoint_with, h2c, in_order, simulator, simulator_with, until,
+    within,
+};
+use crate::wire::{ByHand, STREAM_HEAD, chunked, event, post_chat};
+
+/// A client gone is to be noticed in milliseconds; this allows for a busy machine, and is far below every timeout.
+const CANCEL_BOUND: Duration = Duration::from_secs(1);
+
+fn clients() -> [(Version, reqwest::Client); 2] {
+    [(Version::HTTP_11, client(reqwest::ClientBuilder::http1_only)), (Version::HTTP_2, h2c())]
+}
+
+async fn open(client: &reqwest::Client, proxy: &Proxy, body: &Value) -> reqwest::Response {
+    client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(body).send().await.unwrap()
+}
+
+/// What comes next; an HTTP/2 stream may end with an empty piece.
+async fn next(stream: &mut reqwest::Response) -> Option<bytes::Bytes> {
+    loop {
+        let piece = stream.chunk().await.unwrap()?;
+        if !piece.is_empty() {
+            return Some(piece);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_event_arrives_before_the_next_is_sent() {
+    within(async {
+        for (version, client) in clients() {
+            let by_hand = ByHand::bind().await;
+            let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str(), "http://127.0.0.1:9"])).await;
+            let body = chat_stream("m");
+            let answer = async {
+                let mut call = by_hand.call().await;
+                call.0.send(format!("{STREAM_HEAD}{}", chunked(&event("one")))).await;
+                call.0
+            };
+            let (mut endpoint, mut stream) = tokio::join!(answer, open(&client, &proxy, &body));
+            assert_eq!((stream.status().as_u16(), stream.version()), (200, version));
+            assert_eq!(stream.headers()["content-type"], "text/event-stream");
+            assert_eq!(stream.chunk().await.unwrap().unwrap(), event("one"));
+            for text in ["two", "three", "four"] {
+                endpoint.send(chunked(&event(text))).await;
+                assert_eq!(stream.chunk().await.unwrap().unwrap(), event(text));
+            }
+            // Half an event is passed on as well.
+            endpoint.send(chunked("data: {\"half\":")).await;
+            assert_eq!(stream.chunk().await.unwrap().unwrap(), "data: {\"half\":");
+            endpoint.send(format!("{}0\r\n\r\n", chunked("1}\n\ndata: [DONE]\n\n"))).await;
+            assert_eq!(stream.chunk().await.unwrap().unwrap(), "1}\n\ndata: [DONE]\n\n");
+            assert_eq!(next(&mut stream).await, None, "a clean end");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_held_back_comes_with_the_first_text() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str(), "http://127.0.0.1:9"])).await;
+        let mut wire = proxy.wire().await;
+        wire.send(post_chat(&chat_stream("m"))).await;
+        let (mut endpoint, ..) = by_hand.call().await;
+        let role = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n";
+        endpoint.send(format!("{STREAM_HEAD}{}{}", chunked(": ping\n\n"), chunked(role))).await;
+        let early = tokio::time::timeout(Duration::from_millis(100), wire.head()).await;
+        assert!(early.is_err(), "a role alone is not worth a commit: {early:?}");
+        let mut wire = proxy.wire().await;
+        drop(endpoint);
+        wire.send(post_chat(&chat_stream("m"))).await;
+        let (mut endpoint, ..) = by_hand.call().await;
+        endpoint.send(format!("{STREAM_HEAD}{}{}", chunked(": ping\n\n"), chunked(role))).await;
+        endpoint.send(format!("{}0\r\n\r\n", chunked(&event("text")))).await;
+        let (head, body) = wire.message().await;
+        assert_eq!((head.status(), body), (200, format!(": ping\n\n{role}{}", event("text")).into()));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_an_http2_endpoint_arrives_at_once_too() {
+    within(async {
+        for (_, client) in clients() {
+            let stalls = Behaviour { stall: Some(StallAt::AfterEvents(4)), ..Behaviour::default() };
+            let simulator = behaving(stalls).await;
+            let api = endpoint_with("a", &simulator.base_url(), json!({ "http2": true }));
+            let proxy = Proxy::start(json!({}), &[api]).await;
+            let mut stream = open(&client, &proxy, &chat_stream("m")).await;
+            let mut text = String::new();
+            // The role and three words; the endpoint sends no more.
+            while text.matches("\n\n").count() < 4 {
+                text += std::str::from_utf8(&stream.chunk().await.unwrap().unwrap()).unwrap();
+            }
+            assert!(text.contains(" the"), "{text}");
+            assert_eq!(simulator.requests()[0].version, Version::HTTP_2);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_stream_arrives_byte_for_byte() {
+    within(async {
+        let events: String = (0..500).map(|n| event(&format!("é{n}"))).collect::<String>() + "data: [DONE]\n\n";
+        let raw = Behaviour {
+            body: Some(events.clone()),
+            content_type: Some("text/event-stream".into()),
+            ..Behaviour::default()
+        };
+        for drip in [None, Some(7)] {
+            let simulator = behaving(Behaviour { drip, ..raw.clone() }).await;
+            for http2 in [false, true] {
+                let api = endpoint_with("a", &simulator.base_url(), json!({ "http2": http2 }));
+                let proxy = Proxy::start(json!({}), &[api]).await;
+                for (version, client) in clients() {
+                    let stream = open(&client, &proxy, &chat_stream("m")).await;
+                    assert!(stream.text().await.unwrap() == events, "{drip:?} {http2} {version:?}");
+                }
+            }
+        }
+    })
+    .await;
+}
+
+async fn leaves(what: &str, simulator: &Simulator, spare: &Simulator, proxy: &Proxy, body: &Value, read: usize) {
+    for (version, client) in clients() {
+        let what = format!("{what}, {version:?}");
+        let (url, body) = (proxy.url("/v1/chat/completions"), body.clone());
+        let (reached, mut progress) = tokio::sync::watch::channel(false);
+        let call = tokio::spawn(async move {
+            let mut stream = client.post(url).bearer_auth(KEY).json(&body).send().await.unwrap();
+            for _ in 0..read {
+                stream.chunk().await.unwrap().unwrap();
+            }
+            reached.send(true).unwrap();
+            stream.chunk().await.unwrap();
+        });
+        if read > 0 {
+            progress.changed().await.unwrap();
+        }
+        until("the endpoint has the request", || simulator.open_requests() == 1).await;
+        call.abort();
+        let took = until("the endpoint's request is cancelled", || simulator.open_requests() == 0).await;
+        assert!(took < CANCEL_BOUND, "{what}: {took:?}");
+        proxy.until_status("a", "inFlight", json!(0)).await;
+        let status = proxy.status_of("a").await;
+        assert_eq!((&status["errorCount"], &status["available"]), (&json!(0), &json!(true)), "{what}");
+        assert!(spare.requests().is_empty(), "{what}: nobody else is asked");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_cancels_the_endpoints_request() {
+    within(async {
+        for http2 in [false, true] {
+            for (what, stall, body, read) in [
+                ("before the header", StallAt::Header, chat_stream("m"), 0),
+                ("before the header of JSON", StallAt::Header, chat("m"), 0),
+                ("while a stream is held", StallAt::AfterEvents(1), chat_stream("m"), 0),
+                ("while JSON is held", StallAt::AfterEvents(1), chat("m"), 0),
+                ("in a stream", StallAt::AfterEvents(3), chat_stream("m"), 1),
+            ] {
+                let simulator = behaving(Behaviour { stall: Some(stall), ..Behaviour::default() }).await;
+                let spare = simulator_with(Options::default()).await;
+                let apis = [
+                    endpoint_with("a", &simulator.base_url(), json!({ "http2": http2 })),
+                    endpoint_with("b", &spare.base_url(), json!({ "priority": 1 })),
+                ];
+                let proxy = Proxy::start(json!({}), &apis).await;
+                let what = format!("{what}, endpoint's http2 {http2}");
+                leaves(&what, &simulator, &spare, &proxy, &body, read).await;
+                assert_eq!(simulator.cancelled(), 2, "{what}");
+            }
+        }
+    })
+    .await;
+}
+
+/// Checks how a stream ended that the endpoint did not end well.
+fn assert_told(what: &str, text: &str) {
+    let events: Vec<_> = text.split_terminator("\n\n").collect();
+    let last = events.last().unwrap().strip_prefix("data: ").unwrap_or_else(|| panic!("{what}: {text}"));
+    let error: Value = serde_json::from_str(last).unwrap_or_else(|_| panic!("{what}: {text}"));
+    assert_eq!(error["error"]["code"], "stream_broken", "{what}: {text}");
+    assert_eq!(error["error"]["type"], "server_error", "{what}: {text}");
+    assert!(events.len() > 2 && text.starts_with("data: {\"id\""), "{what}: {text}");
+    assert!(!text.contains("[DONE]") && text.ends_with("\n\n"), "{what}: {text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_breaks_tells_so_and_does_not_end_cleanly() {
+    within(async {
+        let reset = |at, how| Behaviour { reset: Some(at), reset_how: how, ..Behaviour::default() };
+        let cases = [
+            ("close", reset(ResetAt::AfterEvents(3), ResetHow::Fin)),
+            ("reset", reset(ResetAt::AfterEvents(3), ResetHow::Rst)),
+            ("close within an event", reset(ResetAt::MidEvent(3), ResetHow::Fin)),
+            ("reset within an event", reset(ResetAt::MidEvent(3), ResetHow::Rst)),
+            ("silence", Behaviour { stall: Some(StallAt::AfterEvents(3)), ..Behaviour::default() }),
+        ];
+        for (name, behaviour) in cases {
+            for http2 in [false, true] {
+                let what = format!("{name}, endpoint's http2 {http2}");
+                let (simulator, spare) = (behaving(behaviour.clone()).await, simulator().await);
+                let settings = json!({ "timeouts": { "idleMs": 200 }, "http2": http2 });
+                let apis = [
+                    endpoint_with("a", &simulator.base_url(), settings),
+                    endpoint_with("b", &spare.base_url(), json!({ "priority": 1 })),
+                ];
+                let proxy = Proxy::start(json!({}), &apis).await;
+                let mut wire = proxy.wire().await;
+                wire.send(post_chat(&chat_stream("m"))).await;
+                assert_eq!(wire.head().await.unwrap().status(), 200, "{what}");
+                let mut text = String::new();
+                while let Some(chunk) = wire.chunk().await {
+                    assert!(!chunk.is_empty(), "{what}: the last chunk would make it look whole: {text}");
+                    text += std::str::from_utf8(&chunk).unwrap();
+                }
+                assert_told(&what, &text);
+
+                let mut stream = open(&h2c(), &proxy, &chat_stream("m")).await;
+                let mut text = String::new();
+                let end = loop {
+                    match stream.chunk().await {
+                        Ok(Some(chunk)) => text += std::str::from_utf8(&chunk).unwrap(),
+                        end => break end,
+                    }
+                };
+                assert!(end.is_err(), "{what}: the stream is reset");
+                assert_told(&what, &text);
+                assert!(spare.requests().is_empty(), "{what}: nothing is asked twice once it has begun");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn json_that_breaks_after_its_beginning_does_not_end_cleanly() {
+    within(async {
+        // Nobody could take over, so the answer goes through at once.
+        let broken = Behaviour { reset: Some(ResetAt::AfterEvents(1)), chunked: true, ..Behaviour::default() };
+        let simulator = behaving(broken).await;
+        let proxy = Proxy::before([&simulator]).await;
+        let mut wire = proxy.wire().await;
+        wire.send(post_chat(&chat("m"))).await;
+        assert_eq!(wire.head().await.unwrap().status(), 200);
+        let mut text = String::new();
+        while let Some(chunk) = wire.chunk().await {
+            assert!(!chunk.is_empty(), "{text}");
+            text += std::str::from_utf8(&chunk).unwrap();
+        }
+        assert!(text.starts_with('{') && !text.contains("stream_broken"), "{text}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_stream_is_cut_by_no_total_time() {
+    within(async {
+        let slow = Behaviour { chunk_delay_ms: 60, events: 12, ..Behaviour::default() };
+        let simulator = behaving(slow).await;
+        let timeouts = json!({ "timeouts": { "firstByteMs": 400, "idleMs": 400 } });
+        let proxy = Proxy::start(
+            json!({ "retry": { "budgetMs": 100 } }),
+            &[endpoint_with("a", &simulator.base_url(), timeouts)],
+        )
+        .await;
+        let text = proxy.open_stream("m").await.text().await.unwrap();
+        assert!(text.ends_with("data: [DONE]\n\n") && !text.contains("error"), "{text}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sound_and_files_are_never_held() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str(), "http://127.0.0.1:9"])).await;
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: audio/mpeg\r\ntransfer-encoding: chunked\r\n\r\n";
+        let answer = async {
+            let mut call = by_hand.call().await;
+            call.0.send(format!("{head}{}", chunked("\u{1}\u{2}\u{3}"))).await;
+            call.0
+        };
+        let call = proxy.request(http::Method::POST, "/v1/audio/speech").json(&json!({ "model": "m" })).send();
+        let (mut endpoint, stream) = tokio::join!(answer, call);
+        let mut stream = stream.unwrap();
+        assert_eq!(stream.chunk().await.unwrap().unwrap(), "\u{1}\u{2}\u{3}");
+        endpoint.send(format!("{}0\r\n\r\n", chunked("\u{4}\u{5}\u{6}"))).await;
+        assert_eq!(stream.chunk().await.unwrap().unwrap(), "\u{4}\u{5}\u{6}");
+        assert_eq!(next(&mut stream).await, None);
+    })
+    .await;
+}
