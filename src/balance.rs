@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::config::Strategy;
 use crate::health::Gate;
 use crate::limit::Clock;
-use crate::pool::{Endpoint, Permit, Pool};
+use crate::pool::{Endpoint, Permit, Pool, Trial};
 use crate::route::{Candidate, Candidates};
 
 /// What was found for a request.
@@ -25,8 +25,8 @@ pub enum Pick {
 pub struct Choice {
     /// Its place among the candidates.
     pub candidate: usize,
-    /// Whether this request is the one that tries an endpoint out after its errors.
-    pub trial: bool,
+    /// Held by the request that tries an endpoint out after its errors.
+    pub trial: Option<Trial>,
     /// What was counted for it.
     pub permit: Permit,
 }
@@ -98,7 +98,8 @@ fn choose(pool: &Pool, candidates: &Candidates, eligible: &mut Vec<Eligible>, cl
 fn take(pool: &Pool, candidates: &Candidates, candidate: usize, trial: bool, clock: &Clock) -> Option<Choice> {
     let endpoint = endpoint_of(pool, candidates, candidate)?;
     let permit = endpoint.take_permit(clock)?;
-    (!trial || endpoint.live.begin_trial()).then_some(Choice { candidate, trial, permit })
+    let trial = if trial { Some(endpoint.live.begin_trial()?) } else { None };
+    Some(Choice { candidate, trial, permit })
 }
 
 /// When nothing is open: the endpoint whose cool-down ends first is tried, one request at a time.
@@ -293,9 +294,13 @@ mod tests {
         std::thread::sleep(Duration::from_millis(2));
         learn(&pool, 0, Effect::Failure, 3);
         assert!(any_left(&pool, candidates, &[], &pool.clock()));
+        let mut trials = Vec::new();
         for first_due in [1, 0] {
             match pick(&pool, candidates, &[], &pool.clock()) {
-                Pick::Take(Choice { candidate, trial: true, .. }) => assert_eq!(candidate, first_due),
+                Pick::Take(Choice { candidate, trial: Some(trial), .. }) => {
+                    assert_eq!(candidate, first_due);
+                    trials.push(trial);
+                }
                 other => panic!("{other:?}"),
             }
         }

@@ -49,7 +49,7 @@ impl Banner {
 }
 
 /// An address that can be called from this machine.
-fn local(address: SocketAddr) -> SocketAddr {
+pub fn local(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),

@@ -136,7 +136,7 @@ impl Run {
         if self.test {
             println!("{}: ok", self.config.display());
         } else {
-            print!("{}", banner.text(prepared.address));
+            prepared.announce(banner.text(prepared.address));
         }
         prepared.bootstrap();
         prepared.run(RunArgs::default());

@@ -15,7 +15,7 @@ use crate::config::Breaker;
 use crate::error::Fault;
 use crate::health::Effect;
 use crate::limit::Clock;
-use crate::pool::{Endpoint, InFlight, Permit, Pool};
+use crate::pool::{Endpoint, InFlight, Permit, Pool, Trial};
 use crate::replay::Wrapped;
 use crate::request::Call;
 use crate::respond::Terms;
@@ -150,7 +150,6 @@ impl Context {
 
 /// One attempt at one endpoint. What it shows of the endpoint is taken in once; dropped before that, nothing is.
 #[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
 pub struct Attempt {
     /// The endpoint.
     pub endpoint: Arc<Endpoint>,
@@ -160,15 +159,13 @@ pub struct Attempt {
     pub terms: Terms,
     /// How long the first byte may take.
     pub first_byte_timeout: Duration,
-    /// Whether the endpoint's response header has come.
-    pub header_seen: bool,
+    /// What the endpoint's response header says, once it has come.
+    pub answer: Option<Outcome>,
+    permit: Permit,
     started: Instant,
-    trial: bool,
+    trial: Option<Trial>,
     breaker: Breaker,
-    /// What was counted for it; given back if it is never sent.
-    pub permit: Permit,
     settled: bool,
-    committed: bool,
     first_byte: Option<Duration>,
     _in_flight: InFlight,
 }
@@ -188,51 +185,28 @@ impl Attempt {
             model,
             terms,
             first_byte_timeout: endpoint.config.timeouts.first_byte,
-            header_seen: false,
+            answer: None,
+            permit: choice.permit,
             started: Instant::now(),
             trial: choice.trial,
-            permit: choice.permit,
             breaker,
             settled: false,
-            committed: false,
             first_byte: None,
         }
     }
 
-    /// Takes in how the attempt ended.
-    pub fn settle(&mut self, outcome: &Outcome) {
-        let endpoint = &self.endpoint;
-        let id = &endpoint.config.id;
-        if let Outcome::Status { status: status @ (401 | 403), .. } = outcome {
-            log::warn!("endpoint {id}: its key is refused (status {status}); check its apiKey");
+    /// The request's header goes out now. False if that took so long that the permit is worth nothing any more and no other is
+    /// to be had.
+    pub fn send(&mut self, clock: &Clock) -> bool {
+        if self.permit.is_stale(clock) {
+            self.permit.give_back();
+            match self.endpoint.take_permit(clock) {
+                Some(permit) => self.permit = permit,
+                None => return false,
+            }
         }
-        let effect = outcome.effect();
-        match effect {
-            Effect::Failure => endpoint.live.note_error(outcome.to_string()),
-            Effect::Rest(wait) => log::info!("endpoint {id}: rests for {:.1} s, as it asked", wait.as_secs_f64()),
-            Effect::Success | Effect::Neutral => {}
-        }
-        self.learn(effect);
-        self.committed = matches!(outcome, Outcome::Status { status, .. } if *status < 400);
-        self.tell_first_byte();
-    }
-
-    fn learn(&mut self, effect: Effect) {
-        let trial = self.trial && !std::mem::replace(&mut self.settled, true);
-        let live = &self.endpoint.live;
-        let was_cooling = self.trial;
-        let cools = live.learn(effect, trial, Instant::now(), &self.breaker);
-        let id = &self.endpoint.config.id;
-        if cools {
-            let seconds = self.breaker.cool_down.as_secs();
-            log::warn!(
-                "endpoint {id}: {} errors in a row; cooling down for {seconds} s",
-                live.health().errors_in_row()
-            );
-        } else if was_cooling && trial && effect == Effect::Success {
-            log::info!("endpoint {id}: answers again");
-        }
-        self.settled = true;
+        self.permit.spend();
+        true
     }
 
     /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit; false if
@@ -250,28 +224,67 @@ impl Attempt {
         }
     }
 
+    /// The answer is let through. A good one may still break off, so it is settled at its end.
+    pub fn begins_to_answer(&mut self) {
+        match &self.answer {
+            Some(Outcome::Status { status: 100..=399, .. }) => {
+                let trial = self.trial.is_some();
+                self.learn(Effect::Answers);
+                if trial {
+                    log::info!("endpoint {}: answers again", self.endpoint.config.id);
+                }
+                self.tell_first_byte();
+            }
+            Some(outcome) => self.settle(&outcome.clone()),
+            None => {}
+        }
+    }
+
+    /// The answer came to its end.
+    pub fn finish(&mut self) {
+        if let (Some(outcome), false) = (self.answer.take(), self.settled) {
+            self.settle(&outcome);
+        }
+    }
+
+    /// Takes in how the attempt ended.
+    pub fn settle(&mut self, outcome: &Outcome) {
+        self.settled = true;
+        let endpoint = &self.endpoint;
+        let id = &endpoint.config.id;
+        if let Outcome::Status { status: status @ (401 | 403), .. } = outcome {
+            log::warn!("endpoint {id}: its key is refused (status {status}); check its apiKey");
+        }
+        let effect = outcome.effect();
+        match effect {
+            Effect::Failure => endpoint.live.note_error(outcome.to_string()),
+            Effect::Rest(wait) => log::info!("endpoint {id}: rests for {:.1} s, as it asked", wait.as_secs_f64()),
+            Effect::Answers | Effect::Success | Effect::Neutral => {}
+        }
+        self.learn(effect);
+    }
+
+    fn learn(&mut self, effect: Effect) {
+        let trial = self.trial.take();
+        let live = &self.endpoint.live;
+        if live.learn(effect, trial.is_some(), Instant::now(), &self.breaker) {
+            let seconds = self.breaker.cool_down.as_secs();
+            let (id, errors) = (&self.endpoint.config.id, live.health().errors_in_row());
+            log::warn!("endpoint {id}: {errors} errors in a row; cooling down for {seconds} s");
+        }
+    }
+
     /// Notes that the first byte of the answer's body has come.
     pub fn first_byte_came(&mut self) {
         if self.first_byte.is_none() {
             self.first_byte = Some(self.started.elapsed());
-            self.tell_first_byte();
         }
     }
 
     /// The time to the first byte counts once the answer is known to be good.
     fn tell_first_byte(&mut self) {
-        if let (true, Some(took)) = (self.committed, self.first_byte) {
-            self.endpoint.live.observe_first_byte(took, Instant::now());
-            self.committed = false;
-        }
-    }
-}
-
-impl Drop for Attempt {
-    fn drop(&mut self) {
-        if !self.settled {
-            self.learn(Effect::Neutral);
-        }
+        let took = *self.first_byte.get_or_insert_with(|| self.started.elapsed());
+        self.endpoint.live.observe_first_byte(took, Instant::now());
     }
 }
 

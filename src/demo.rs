@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
 
-use anstream::{print, println};
 use pingora::server::RunArgs;
 use serde_json::json;
 
@@ -32,8 +31,7 @@ pub fn run() -> ExitCode {
     }) {
         Ok((banner, mut prepared)) => {
             let address = prepared.address;
-            print!("{}", banner.text(address));
-            println!("{}", samples(address.port()));
+            prepared.announce(format!("{}{}", banner.text(address), samples(address.port())));
             prepared.bootstrap();
             prepared.run(RunArgs::default());
             ExitCode::SUCCESS

@@ -25,10 +25,15 @@ pub enum Fault {
         /// What may be used, as for the `Allow` header.
         allowed: &'static str,
     },
-    /// The JSON body is broken, or lacks what every call needs.
-    BodyInvalid {
+    /// The request is broken: its framing, a header, or its JSON.
+    RequestInvalid {
         /// What is wrong and where.
         problem: String,
+    },
+    /// The path and query are longer than any call's.
+    PathTooLong {
+        /// The limit in bytes.
+        bytes_max: usize,
     },
     /// The body is longer than `server.bodyBytesMax`.
     BodyTooLarge {
@@ -57,7 +62,7 @@ pub enum Fault {
     EndpointTimeout,
     /// The last endpoint tried answered with nothing in it.
     EndpointEmpty,
-    /// The last endpoint tried answered an error that was too large to keep.
+    /// The last endpoint tried answered an error that did not come whole or was too large to keep.
     EndpointError {
         /// The endpoint's status.
         status: u16,
@@ -88,7 +93,8 @@ impl Fault {
             Self::KeysFailedTooOften       => (429, "requests", Some("rate_limit_exceeded"), "keys_failed_too_often"),
             Self::PathUnknown { .. }       => (404, INVALID, Some("unknown_url"), "path_unknown"),
             Self::MethodNotAllowed { .. }  => (405, INVALID, Some("method_not_supported"), "method_not_allowed"),
-            Self::BodyInvalid { .. }       => (400, INVALID, None, "body_invalid"),
+            Self::RequestInvalid { .. }       => (400, INVALID, None, "request_invalid"),
+            Self::PathTooLong { .. }       => (414, INVALID, Some("uri_too_long"), "path_too_long"),
             Self::BodyTooLarge { .. }      => (413, INVALID, Some("request_too_large"), "body_too_large"),
             Self::BodyTimeout              => (408, INVALID, Some("request_timeout"), "body_timeout"),
             Self::ModelUnknown { .. }      => (404, INVALID, Some("model_not_found"), "model_unknown"),
@@ -157,10 +163,11 @@ impl Fault {
                 format!("Unknown path {path}. API calls start with /v1: set your client's base URL to end in /v1.")
             }
             Self::MethodNotAllowed { allowed } => format!("This path takes {allowed} only."),
-            Self::BodyInvalid { problem } => problem.clone(),
+            Self::RequestInvalid { problem } => problem.clone(),
             Self::BodyTooLarge { bytes_max } => {
                 format!("The request body is longer than the {bytes_max} bytes this proxy takes (server.bodyBytesMax).")
             }
+            Self::PathTooLong { bytes_max } => format!("The path and query are longer than {bytes_max} bytes."),
             Self::BodyTimeout => "The request body did not arrive in time.".into(),
             Self::ModelUnknown { model } => format!(
                 "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
@@ -180,7 +187,9 @@ impl Fault {
             Self::EndpointTimeout => "No endpoint answered this request in time.".into(),
             Self::EndpointEmpty => "Every endpoint tried gave an empty answer.".into(),
             Self::EndpointError { status } => {
-                format!("The last endpoint tried answered {status}, with a body too large to pass on.")
+                format!(
+                    "The last endpoint tried answered {status}, but its error did not come whole, or was too large to keep."
+                )
             }
             Self::StreamBroken => "The endpoint broke off in the middle of its answer.".into(),
             Self::Internal => "The proxy failed on this request; its log says why.".into(),
@@ -228,7 +237,7 @@ mod tests {
     #[test]
     fn code_is_a_string_or_null() {
         let json: serde_json::Value =
-            serde_json::from_str(&Fault::BodyInvalid { problem: String::new() }.json()).unwrap();
+            serde_json::from_str(&Fault::RequestInvalid { problem: String::new() }.json()).unwrap();
         assert!(json["error"]["code"].is_null());
     }
 

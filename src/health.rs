@@ -10,7 +10,9 @@
 //!
 //! A rest is something else: the endpoint asked (429) to be left alone until a moment, which is no error of its.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
+
+use http::HeaderMap;
 
 use crate::config::Breaker;
 
@@ -52,7 +54,9 @@ pub enum Gate {
 /// What an attempt says about the endpoint that it went to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// It answered as it should.
+    /// It has begun to answer as it should.
+    Answers,
+    /// It answered as it should, to the end.
     Success,
     /// It failed, in a way that its next request may fail as well.
     Failure,
@@ -83,12 +87,17 @@ impl Health {
         begun
     }
 
+    /// Ends the trial, whatever it showed.
+    pub fn end_trial(&mut self) {
+        self.trial_under_way = false;
+    }
+
     /// Takes in what an attempt showed. `trial` says whether it was the trial.
     pub fn learn(&mut self, effect: Effect, trial: bool, now: Instant, breaker: &Breaker) {
-        if trial {
-            self.trial_under_way = false;
-        }
         match effect {
+            // Others may come again, but the errors stand until an answer has come to its end: an endpoint whose streams all
+            // break would never cool down otherwise.
+            Effect::Answers => self.cooling_until = None,
             Effect::Success => *self = Self { trial_under_way: self.trial_under_way, ..Self::default() },
             Effect::Rest(wait) => self.resting_until = now.checked_add(wait.min(REST_MAX)),
             Effect::Neutral => {}
@@ -126,14 +135,11 @@ impl Health {
 
 /// How long an endpoint that answered 429 asks to be left alone: `retry-after-ms`, else `Retry-After` in seconds or as a
 /// date (RFC 9110, 10.2.3), else five seconds.
-pub fn rest_asked(
-    retry_after_ms: Option<&str>,
-    retry_after: Option<&str>,
-    wall_clock: std::time::SystemTime,
-) -> Duration {
-    let millis = retry_after_ms.and_then(|text| seconds(text, 1e-3));
+pub fn rest_asked(headers: &HeaderMap, wall_clock: SystemTime) -> Duration {
+    let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
+    let millis = text("retry-after-ms").and_then(|text| seconds(text, 1e-3));
     let asked = millis.or_else(|| {
-        let text = retry_after?.trim();
+        let text = text("retry-after")?;
         seconds(text, 1.0).or_else(|| {
             let date = httpdate::parse_http_date(text).ok()?;
             Some(date.duration_since(wall_clock).unwrap_or_default())
@@ -143,7 +149,7 @@ pub fn rest_asked(
 }
 
 fn seconds(text: &str, unit: f64) -> Option<Duration> {
-    let value: f64 = text.trim().parse().ok()?;
+    let value: f64 = text.parse().ok()?;
     Duration::try_from_secs_f64(value * unit).ok()
 }
 
@@ -183,13 +189,29 @@ mod tests {
         assert!(!health.begin_trial(), "a second trial beside the first");
         assert_eq!(health.gate(due), Gate::OnTrial);
         health.learn(Effect::Failure, true, due, &BREAKER);
+        health.end_trial();
         assert_eq!(health.gate(due), Gate::Cooling { until: due + BREAKER.cool_down });
         assert!(health.begin_trial());
         health.learn(Effect::Neutral, true, due, &BREAKER);
+        health.end_trial();
         assert!(health.begin_trial(), "a trial whose client went away leaves room for the next");
         health.learn(Effect::Success, true, due, &BREAKER);
+        health.end_trial();
         assert_eq!(health.gate(due), Gate::Open);
         assert!(health.is_spotless());
+    }
+
+    #[test]
+    fn an_answer_that_breaks_off_is_one_more_error() {
+        let now = Instant::now();
+        let mut health = Health::default();
+        failed(&mut health, 3, now);
+        assert!(health.begin_trial());
+        health.learn(Effect::Answers, true, now, &BREAKER);
+        health.end_trial();
+        assert_eq!(health.gate(now), Gate::Open, "others may come while the trial's stream goes on");
+        failed(&mut health, 1, now);
+        assert_eq!(health.gate(now), Gate::Cooling { until: now + BREAKER.cool_down });
     }
 
     #[test]
@@ -215,15 +237,23 @@ mod tests {
     #[test]
     fn rest_as_asked() {
         let wall = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let asked = |millis: &str, after: &str| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in [("retry-after-ms", millis), ("retry-after", after)] {
+                if !value.is_empty() {
+                    headers.insert(name, value.parse().unwrap());
+                }
+            }
+            rest_asked(&headers, wall)
+        };
         let secs = Duration::from_secs;
-        assert_eq!(rest_asked(Some("1500"), Some("9"), wall), Duration::from_millis(1500));
-        assert_eq!(rest_asked(None, Some("9"), wall), secs(9));
-        assert_eq!(rest_asked(None, Some("Sun, 06 Nov 1994 08:50:07 GMT"), wall), secs(30));
-        assert_eq!(rest_asked(None, Some("Sun, 06 Nov 1994 08:00:00 GMT"), wall), secs(0));
-        assert_eq!(rest_asked(None, Some("soon"), wall), REST_DEFAULT);
-        assert_eq!(rest_asked(None, Some("-3"), wall), REST_DEFAULT);
-        assert_eq!(rest_asked(None, Some("1e300"), wall), REST_DEFAULT);
-        assert_eq!(rest_asked(None, None, wall), REST_DEFAULT);
-        assert_eq!(rest_asked(None, Some("999999999"), wall), REST_MAX);
+        assert_eq!(asked("1500", "9"), Duration::from_millis(1500));
+        assert_eq!(asked("", "9"), secs(9));
+        assert_eq!(asked("", "Sun, 06 Nov 1994 08:50:07 GMT"), secs(30));
+        assert_eq!(asked("", "Sun, 06 Nov 1994 08:00:00 GMT"), secs(0));
+        for nonsense in ["soon", "-3", "1e300", ""] {
+            assert_eq!(asked("", nonsense), REST_DEFAULT, "{nonsense}");
+        }
+        assert_eq!(asked("", "999999999"), REST_MAX);
     }
 }

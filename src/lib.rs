@@ -13,7 +13,7 @@
 //! | which of them | [`balance`], [`health`], [`limit`] | candidates → one, with a permit |
 //! | where it is | [`upstream`] | endpoint → peer |
 //! | what it is sent | [`rewrite`] | the client's bytes → the endpoint's |
-//! | what comes back | [`replay`], [`respond`], [`sse`] | answer → hold, commit or drop |
+//! | what comes back | [`replay`], [`respond`], [`sse`], [`blot`] | answer → hold, commit or drop |
 //! | what follows a failure | [`retry`] | outcome → next attempt or not |
 //! | what is told | [`error`], [`record`] | fault → error object; request → log line |
 //!
@@ -24,6 +24,7 @@ pub mod admin;
 pub mod auth;
 pub mod balance;
 pub mod banner;
+pub mod blot;
 pub mod cli;
 pub mod config;
 pub mod context;

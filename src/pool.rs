@@ -7,11 +7,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 use jiff::tz::TimeZone;
 
+use crate::blot::Secrets;
 use crate::config::{self, Breaker, Config, Limit};
 use crate::health::{Effect, Gate, Health};
 use crate::limit::{self, Calendar, Clock, Quota, Usage};
 use crate::route::Router;
 use crate::upstream::Upstream;
+
+/// A permit older than this when its request is sent is swapped for a fresh one.
+const PERMIT_AGE_MAX: Duration = Duration::from_millis(250);
 
 /// One config, ready to serve.
 #[derive(Debug)]
@@ -32,6 +36,8 @@ pub struct Endpoint {
     pub config: config::Endpoint,
     /// Where it is and how it is reached.
     pub upstream: Upstream,
+    /// What its answers must not show.
+    pub secrets: Secrets,
     /// What is known of it, whichever config it came from.
     pub live: Arc<Live>,
 }
@@ -48,7 +54,8 @@ impl Pool {
             .map(|config| {
                 let upstream = Upstream::new(&config)?;
                 let live = known.get(config.id.as_ref()).map_or_else(Arc::default, |live| Arc::clone(live));
-                Ok(Arc::new(Endpoint { config, upstream, live }))
+                let secrets = secrets_of(&config);
+                Ok(Arc::new(Endpoint { config, upstream, secrets, live }))
             })
             .collect::<std::io::Result<_>>()?;
         Ok(Self { server: config.server, endpoints, router, calendar: Calendar::new(TimeZone::system()) })
@@ -58,6 +65,11 @@ impl Pool {
     pub fn clock(&self) -> Clock {
         self.calendar.clock(Instant::now(), SystemTime::now())
     }
+}
+
+fn secrets_of(config: &config::Endpoint) -> Secrets {
+    let key = config.api_key.expose().as_bytes();
+    std::iter::once(key).chain(config.headers.iter().map(|(_, value)| value.as_bytes())).collect()
 }
 
 impl Endpoint {
@@ -71,7 +83,7 @@ impl Endpoint {
     /// Counts an attempt, if the limits allow it.
     pub fn take_permit(&self, clock: &Clock) -> Option<Permit> {
         let counted = lock(&self.live.usage).take(self.quota(), clock)?;
-        Some(Permit { counted: Some(counted), live: Arc::clone(&self.live) })
+        Some(Permit { counted: Some(counted), taken: clock.now, live: Arc::clone(&self.live) })
     }
 
     fn quota(&self) -> Quota {
@@ -83,6 +95,7 @@ impl Endpoint {
 #[derive(Debug)]
 pub struct Permit {
     counted: Option<limit::Permit>,
+    taken: Instant,
     live: Arc<Live>,
 }
 
@@ -94,6 +107,19 @@ impl Permit {
         }
     }
 
+    /// Whether it was counted for a moment that is not this one any more: the limits are about when a request is sent.
+    pub fn is_stale(&self, clock: &Clock) -> bool {
+        let waited = clock.now.saturating_duration_since(self.taken) > PERMIT_AGE_MAX;
+        self.counted.is_some_and(|counted| waited || counted.is_of_another_day(clock))
+    }
+
+    /// Gives it back: the attempt was not sent.
+    pub fn give_back(&mut self) {
+        if let Some(counted) = self.counted.take() {
+            lock(&self.live.usage).give_back(counted);
+        }
+    }
+
     /// Whether the attempt is on its way, or was.
     pub fn is_spent(&self) -> bool {
         self.counted.is_none()
@@ -102,9 +128,17 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        if let Some(counted) = self.counted.take() {
-            lock(&self.live.usage).give_back(counted);
-        }
+        self.give_back();
+    }
+}
+
+/// The right to try an endpoint out that is cooling down; dropped, it is free for the next.
+#[derive(Debug)]
+pub struct Trial(Arc<Live>);
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        lock(&self.0.health).end_trial();
     }
 }
 
@@ -151,14 +185,14 @@ impl Live {
         if self.troubled.load(Ordering::Acquire) { lock(&self.health).gate(now) } else { Gate::Open }
     }
 
-    /// Lets one request through to an endpoint that is cooling down. False if another one was faster.
-    pub fn begin_trial(&self) -> bool {
-        lock(&self.health).begin_trial()
+    /// Lets one request through to an endpoint that is cooling down; none if another one was faster.
+    pub fn begin_trial(self: &Arc<Self>) -> Option<Trial> {
+        lock(&self.health).begin_trial().then(|| Trial(Arc::clone(self)))
     }
 
     /// Takes in what an attempt showed. Returns true if the endpoint begins to cool down by it.
     pub fn learn(&self, effect: Effect, trial: bool, now: Instant, breaker: &Breaker) -> bool {
-        let idle = !trial && matches!(effect, Effect::Success | Effect::Neutral);
+        let idle = !trial && matches!(effect, Effect::Answers | Effect::Success | Effect::Neutral);
         if idle && !self.troubled.load(Ordering::Acquire) {
             return false;
         }
@@ -288,11 +322,14 @@ mod tests {
 
     #[test]
     fn a_success_closes_the_matter() {
-        let live = Live::default();
+        let live = Arc::new(Live::default());
         let now = Instant::now();
         assert!(live.learn(Effect::Failure, false, now, &BREAKER), "it begins to cool down");
-        assert!(live.begin_trial());
+        drop(live.begin_trial());
+        let trial = live.begin_trial().expect("the last one ended");
+        assert!(live.begin_trial().is_none(), "one at a time");
         assert!(!live.learn(Effect::Success, true, now, &BREAKER));
+        drop(trial);
         assert_eq!(live.gate(now), Gate::Open);
         assert!(!live.troubled.load(Ordering::Relaxed));
     }

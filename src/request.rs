@@ -116,7 +116,7 @@ pub fn scan(body: &[u8]) -> Result<Fields, Fault> {
     let found = deserializer
         .deserialize_any(FieldsVisitor)
         .and_then(|found| deserializer.end().map(|()| found))
-        .map_err(|error| Fault::BodyInvalid { problem: explain(&error) })?;
+        .map_err(|error| Fault::RequestInvalid { problem: explain(&error) })?;
     found.locate(body)
 }
 
@@ -142,10 +142,10 @@ impl Found<'_> {
         if let Some(again) = self.model_again {
             let at = position(body, range_in(body, again).start);
             let problem = format!("The request body has two `model` keys; the second value is at {at}.");
-            return Err(Fault::BodyInvalid { problem });
+            return Err(Fault::RequestInvalid { problem });
         }
         let model = self.model.map(|raw| (raw, range_in(body, raw))).map(|(raw, range)| {
-            let value = serde_json::from_str(raw.get()).map_err(|_| Fault::BodyInvalid {
+            let value = serde_json::from_str(raw.get()).map_err(|_| Fault::RequestInvalid {
                 problem: format!("`model` must be a string, at {} of the request body.", position(body, range.start)),
             })?;
             Ok(Field { value, range })
@@ -250,7 +250,7 @@ mod tests {
 
     fn problem(body: &str) -> String {
         match scan(body.as_bytes()) {
-            Err(Fault::BodyInvalid { problem }) => problem,
+            Err(Fault::RequestInvalid { problem }) => problem,
             other => panic!("{body} gave {other:?}"),
         }
     }

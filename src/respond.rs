@@ -16,7 +16,7 @@ use crate::sse::{Event, Splitter};
 
 /// The most of an answer that is held back (64 KiB), the last chunk on top.
 pub const HOLD_BYTES_MAX: usize = 64 * 1024;
-/// The body of an error is waited for no longer than this: its status says enough to try elsewhere.
+/// The body of an error is waited for no longer than this while another endpoint stands ready: the status says enough.
 const ERROR_BODY_WAIT_MAX: Duration = Duration::from_secs(5);
 /// A stream that has begun with data is held this long at most, waiting for an event that says something.
 pub const HOLD_TIME_MAX: Duration = Duration::from_secs(5);
@@ -87,6 +87,14 @@ impl Judge {
         Self { terms, kind: Kind::Nothing, held: Vec::new(), held_bytes: 0, has_data: false }
     }
 
+    /// No other endpoint can take over any more.
+    pub fn no_more(&mut self) {
+        self.terms.more = false;
+        if let Kind::Error { drop, .. } = &mut self.kind {
+            *drop = false;
+        }
+    }
+
     /// Takes the header. `retryable` tells whether an outcome may be tried elsewhere.
     pub fn header(&mut self, head: Head<'_>, retryable: impl FnOnce(&Outcome) -> bool) -> Verdict {
         let outcome = Outcome::Status { status: head.status, rest: head.rest };
@@ -130,7 +138,9 @@ impl Judge {
         match &self.kind {
             Kind::Error { outcome, drop: true } => Verdict::Drop(outcome.clone()),
             Kind::Stream(_) if self.terms.more => Verdict::Drop(Outcome::Empty),
-            Kind::Json if is_empty_answer(&self.joined(), self.terms.call) => Verdict::Drop(Outcome::Empty),
+            Kind::Json if self.terms.more && is_empty_answer(&self.joined(), self.terms.call) => {
+                Verdict::Drop(Outcome::Empty)
+            }
             _ => self.commit(),
         }
     }
@@ -156,8 +166,8 @@ impl Judge {
     /// endpoint has between any two pieces.
     pub fn patience(&self, idle: Duration) -> Option<Duration> {
         match self.kind {
-            Kind::Json => Some(idle),
-            Kind::Error { .. } => Some(idle.min(ERROR_BODY_WAIT_MAX)),
+            Kind::Error { drop: true, .. } => Some(idle.min(ERROR_BODY_WAIT_MAX)),
+            Kind::Error { drop: false, .. } | Kind::Json => Some(idle),
             Kind::Nothing | Kind::Stream(_) | Kind::Open => None,
         }
     }
@@ -301,62 +311,6 @@ fn has_no_completion_tokens(body: &[u8]) -> bool {
         && usage.total_tokens == usage.prompt_tokens
 }
 
-/// Blots out an endpoint's key wherever an error body quotes it, whole or masked by the vendor (`sk-ab***yz`), star by
-/// star, so that the length stays what the header says. Returns the body as it came if there is nothing to hide.
-pub fn blot(body: &Bytes, key: &str) -> Bytes {
-    // A key shorter than this is no secret worth the name, and would blot out ordinary words.
-    const KEY_BYTES_MIN: usize = 6;
-    let key = key.as_bytes();
-    if key.len() < KEY_BYTES_MIN {
-        return body.clone();
-    }
-    let mut blotted: Option<Vec<u8>> = None;
-    let mut hide = |range: std::ops::Range<usize>| {
-        if let Some(part) = blotted.get_or_insert_with(|| body.to_vec()).get_mut(range) {
-            part.fill(b'*');
-        }
-    };
-    for start in memchr::memmem::find_iter(body, key) {
-        hide(start..start + key.len());
-    }
-    for word in key_like_words(body) {
-        if body.get(word.clone()).is_some_and(|text| is_masked_form(text, key)) {
-            hide(word);
-        }
-    }
-    blotted.map_or_else(|| body.clone(), Bytes::from)
-}
-
-/// Runs of the characters that keys and their masks are made of.
-fn key_like_words(body: &[u8]) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let is_part = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_*.".contains(byte) || !byte.is_ascii();
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        let rest = body.get(at..)?;
-        let start = at + rest.iter().position(is_part)?;
-        let length = body.get(start..)?.iter().position(|byte| !is_part(byte)).unwrap_or(body.len() - start);
-        at = start + length;
-        // A full stop after the key belongs to the sentence.
-        let end = body.get(start..at)?.iter().rposition(|byte| *byte != b'.').map_or(at, |last| start + last + 1);
-        Some(start..end)
-    })
-}
-
-/// Whether a word is the key's beginning, then a mask of stars or dots, then the key's end, at least one of both.
-fn is_masked_form(word: &[u8], key: &[u8]) -> bool {
-    const MASK_BYTES_MIN: usize = 3;
-    let is_mask = |byte: &u8| *byte == b'*' || *byte == b'.' || !byte.is_ascii();
-    let Some(first) = word.iter().position(is_mask) else { return false };
-    let last = word.iter().rposition(is_mask).unwrap_or(first);
-    let (head, rest) = word.split_at(first);
-    let (mask, tail) = rest.split_at(last + 1 - first);
-    mask.len() >= MASK_BYTES_MIN
-        && mask.iter().all(is_mask)
-        && head.len() + tail.len() >= 2
-        && key.starts_with(head)
-        && (key.ends_with(tail) || tail.is_empty())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -431,6 +385,17 @@ mod tests {
     }
 
     #[test]
+    fn once_nobody_can_take_over_everything_is_let_through() {
+        let zero = r#"{"usage":{"prompt_tokens":5,"completion_tokens":0,"total_tokens":5}}"#;
+        for (status, text) in [(200, zero), (503, "{}")] {
+            let mut judge = judge(true);
+            assert_eq!(header(&mut judge, status, JSON), Verdict::Hold);
+            judge.no_more();
+            assert_eq!(body(&mut judge, text, true), Verdict::Commit, "{status}");
+        }
+    }
+
+    #[test]
     fn an_embedding_is_never_empty_by_its_usage() {
         let zero = r#"{"usage":{"prompt_tokens":5,"completion_tokens":0,"total_tokens":5}}"#;
         let mut judge = Judge::new(Terms { call: Call::Other, expects_body: true, more: true });
@@ -475,20 +440,5 @@ mod tests {
         let mut head = Judge::new(Terms { call: Call::Other, expects_body: false, more: true });
         let end = Head { status: 200, content_type: None, rest: Duration::ZERO, end: true };
         assert_eq!(head.header(end, |_| true), Verdict::Commit);
-    }
-
-    #[test]
-    fn keys_are_blotted_out_whole_and_masked() {
-        let key = "sk-abcdefghijklmnop";
-        let blotted = |text: &str| String::from_utf8(blot(&Bytes::from(text.to_owned()), key).to_vec()).unwrap();
-        assert_eq!(blotted("key sk-abcdefghijklmnop is bad"), "key ******************* is bad");
-        assert_eq!(
-            blotted("Incorrect API key provided: sk-ab***********mnop. You"),
-            "Incorrect API key provided: ********************. You"
-        );
-        assert_eq!(blotted("\"sk-abc…nop\""), "\"************\"", "by bytes, so that the length stays");
-        assert_eq!(blotted("sk-ab...op!"), "**********!");
-        let other = "see ***bold*** and v1...v2 or sk-xy****zz";
-        assert_eq!(blotted(other), other);
     }
 }

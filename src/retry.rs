@@ -26,8 +26,12 @@ pub enum Outcome {
     Broken,
     /// No byte, or no event worth its name, within the first-byte timeout.
     TooSlow,
+    /// It took so long to reach the endpoint that its limit was reached meanwhile; nothing was sent.
+    LimitReached,
     /// The client went away.
     ClientGone,
+    /// A fault of the client's request or of ours, which no endpoint had a part in.
+    Ours,
 }
 
 impl fmt::Display for Outcome {
@@ -39,7 +43,9 @@ impl fmt::Display for Outcome {
             Self::ConnectFailed => f.write_str("could not be connected to"),
             Self::Broken => f.write_str("broke off before its answer"),
             Self::TooSlow => f.write_str("did not answer in time"),
+            Self::LimitReached => f.write_str("reached its limit before it could be asked"),
             Self::ClientGone => f.write_str("was left by the client"),
+            Self::Ours => f.write_str("was not asked"),
         }
     }
 }
@@ -55,7 +61,7 @@ impl Outcome {
                 // Faults of the request: any endpoint would answer so.
                 _ => Effect::Neutral,
             },
-            Self::ClientGone => Effect::Neutral,
+            Self::LimitReached | Self::ClientGone | Self::Ours => Effect::Neutral,
             Self::Empty | Self::ErrorEvent | Self::ConnectFailed | Self::Broken | Self::TooSlow => Effect::Failure,
         }
     }
@@ -64,8 +70,13 @@ impl Outcome {
     pub fn is_retryable(&self, retry: &Retry) -> bool {
         match self {
             Self::Status { status, .. } => retry.statuses.contains(*status),
-            Self::ClientGone => false,
-            Self::Empty | Self::ErrorEvent | Self::ConnectFailed | Self::Broken | Self::TooSlow => true,
+            Self::ClientGone | Self::Ours => false,
+            Self::Empty
+            | Self::ErrorEvent
+            | Self::ConnectFailed
+            | Self::Broken
+            | Self::TooSlow
+            | Self::LimitReached => true,
         }
     }
 }

@@ -62,7 +62,7 @@ pub fn is_kept_from_client(name: &HeaderName) -> bool {
 /// Tells which of an endpoint's response headers belong to its own connection (RFC 9110, 7.6.1). Those that frame the body
 /// are Pingora's to replace.
 pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&HeaderName) -> bool + use<> {
-    const OTHERS: [&str; 4] = ["keep-alive", "proxy-connection", "proxy-authenticate", "upgrade"];
+    const OTHERS: [&str; 6] = ["keep-alive", "proxy-connection", "proxy-authenticate", "te", "trailer", "upgrade"];
     const FRAMING: [HeaderName; 3] = [header::CONNECTION, header::CONTENT_LENGTH, header::TRANSFER_ENCODING];
     let named = named_in_connection(headers);
     move |name| OTHERS.contains(&name.as_str()) || named.contains(name) && !FRAMING.contains(name)
@@ -81,13 +81,15 @@ pub fn path_and_query(base_path: &str, client: &str) -> String {
     joined
 }
 
-/// Whether a path would step out of the part of the endpoint that it is meant for.
+/// Whether a path would step out of the part of the endpoint that it is meant for, however an endpoint's server may read
+/// it: encoded dots and slashes, backslashes, and parameters behind a segment.
 pub fn steps_out(path: &str) -> bool {
-    let path = path.split('?').next().unwrap_or_default();
-    path.split(['/', '\\']).any(|segment| {
-        let plain = segment.to_ascii_lowercase().replace("%2e", ".");
-        plain == ".." || plain == "." || plain.contains("%2f") && plain.contains("..")
-    })
+    let path = path.split('?').next().unwrap_or_default().to_ascii_lowercase();
+    let plain = path.replace("%2e", ".").replace("%2f", "/").replace("%5c", "/").replace('\\', "/");
+    plain
+        .split('/')
+        .map(|segment| segment.split(';').next().unwrap_or_default())
+        .any(|name| name == ".." || name == ".")
 }
 
 /// The header value that carries an endpoint's key.
@@ -143,7 +145,16 @@ mod tests {
 
     #[test]
     fn paths_that_step_out() {
-        for path in ["/v1/../admin", "/v1/%2e%2E/admin", "/v1/./x", "/v1/a/..", "/v1/..\\x", "/v1/..%2fx"] {
+        for path in [
+            "/v1/../admin",
+            "/v1/%2e%2E/admin",
+            "/v1/./x",
+            "/v1/a/..",
+            "/v1/..\\x",
+            "/v1/..%2fx",
+            "/v1/..%5cx",
+            "/v1/..;a/x",
+        ] {
             assert!(steps_out(path), "{path}");
         }
         for path in ["/v1/models/gpt-4..5", "/v1/files/a.b?x=../..", "/v1/models/meta%2Fllama-3.1"] {

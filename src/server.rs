@@ -31,6 +31,12 @@ const GRACE_PERIOD_SECONDS: u64 = 600;
 /// How often a stopping process looks whether its last request has ended.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
 
+/// After the last request has ended, time for its last bytes to leave.
+const LAST_FLUSH: Duration = Duration::from_millis(200);
+/// How often, and how often at most, a starting process looks whether it listens yet.
+const LISTEN_POLL: Duration = Duration::from_millis(5);
+const LISTEN_POLLS_MAX: u32 = 2000;
+
 /// How the process is to run, beside its config.
 #[derive(Clone, Debug, Default)]
 pub struct RunOptions {
@@ -107,6 +113,11 @@ impl Prepared {
         server.add_service(background_service("resolve", Resolve(Arc::clone(&pool))));
         server.add_service(service);
         Ok(Self { server, address, pool, _reserved: reserved })
+    }
+
+    /// Prints a text once the server listens.
+    pub fn announce(&mut self, text: String) {
+        self.server.add_service(background_service("announce", Announce { address: self.address, text }));
     }
 
     /// Takes the sockets of a running process over if asked to, and leaves here if only a test was wanted.
@@ -257,8 +268,32 @@ impl Drain {
         while self.open.count() > 0 {
             tokio::time::sleep(DRAIN_POLL).await;
         }
+        // The last bytes of an HTTP/2 answer may still be on their way out.
+        tokio::time::sleep(LAST_FLUSH).await;
         log::info!("stopped: the last request has ended");
         std::process::exit(0);
+    }
+}
+
+/// Says that the server listens when it does, so that whoever reads it may call at once.
+struct Announce {
+    address: SocketAddr,
+    text: String,
+}
+
+#[async_trait]
+impl BackgroundService for Announce {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        let address = crate::banner::local(self.address);
+        for _ in 0..LISTEN_POLLS_MAX {
+            if tokio::net::TcpStream::connect(address).await.is_ok() {
+                break;
+            }
+            tokio::time::sleep(LISTEN_POLL).await;
+        }
+        anstream::print!("{}", self.text);
+        // To a pipe the text would wait for more; whoever waits for it would wait as well.
+        std::io::Write::flush(&mut std::io::stdout()).unwrap_or_default();
     }
 }
 

@@ -47,11 +47,6 @@ impl Splitter {
         }
     }
 
-    /// Whether the bytes so far end between two events, so that what follows begins a new one.
-    pub fn is_between_events(&self) -> bool {
-        self.line.is_empty() && !self.has_data
-    }
-
     fn keep(&mut self, bytes: &[u8]) {
         // Room for the field's name beside the longest data.
         let room = (EVENT_BYTES_MAX + 16).saturating_sub(self.line.len());

@@ -110,10 +110,21 @@ impl Upstream {
     }
 
     /// The peer at one of the addresses. A request that switches protocols needs HTTP/1.1; one whose pooled connection
-    /// turned out to be closed gets a fresh connection.
-    pub fn peer(&self, address: SocketAddr, switches_protocol: bool, fresh: bool) -> Box<HttpPeer> {
+    /// turned out to be closed gets a fresh connection. `first_byte` is how long the attempt may wait for an answer.
+    pub fn peer(
+        &self,
+        address: SocketAddr,
+        switches_protocol: bool,
+        fresh: bool,
+        first_byte: Duration,
+    ) -> Box<HttpPeer> {
         let mut peer = Box::new(self.template.clone());
         peer._address = address.into();
+        let options = &mut peer.options;
+        // While a body is written to an HTTP/2 endpoint no other deadline is looked at.
+        options.write_timeout = options.write_timeout.min(Some(first_byte)).or(options.write_timeout);
+        // Per read. The deadlines that count are kept with the response; this one only ends what those miss.
+        options.read_timeout = options.read_timeout.max(Some(first_byte));
         if switches_protocol {
             peer.options.alpn = ALPN::H1;
         }
@@ -137,8 +148,7 @@ fn template(endpoint: &config::Endpoint) -> io::Result<HttpPeer> {
     let options = &mut peer.options;
     options.connection_timeout = Some(timeouts.connect);
     options.total_connection_timeout = Some(timeouts.connect);
-    // Per read. The deadlines that count are kept with the response; this one only ends what those miss.
-    options.read_timeout = Some(timeouts.first_byte.max(timeouts.first_byte_stream).max(timeouts.idle));
+    options.read_timeout = Some(timeouts.idle);
     options.write_timeout = Some(timeouts.idle);
     options.idle_timeout = Some(POOL_IDLE_TIMEOUT);
     options.tcp_keepalive = Some(KEEPALIVE);
@@ -195,7 +205,7 @@ mod tests {
     fn the_name_is_always_set_so_that_certificates_are_verified() {
         for host in ["https://api.example.com", "https://127.0.0.1", "https://[::1]:8443"] {
             let upstream = upstream(&format!(r#"{{"baseUrl":"{host}"}}"#));
-            let peer = upstream.peer(SocketAddr::from(([127, 0, 0, 1], 1)), false, false);
+            let peer = upstream.peer(SocketAddr::from(([127, 0, 0, 1], 1)), false, false, Duration::from_secs(1));
             assert!(!peer.sni().is_empty(), "{host}");
             assert!(peer.verify_cert() && peer.verify_hostname(), "{host}");
         }
@@ -223,7 +233,10 @@ mod tests {
         let own = upstream(&format!(r#"{{"baseUrl":"https://localhost","tls":{{"caFile":{file:?}}}}}"#));
         let system = upstream(r#"{"baseUrl":"https://localhost"}"#);
         let address = SocketAddr::from(([127, 0, 0, 1], 443));
-        assert_ne!(own.peer(address, false, false).reuse_hash(), system.peer(address, false, false).reuse_hash());
+        assert_ne!(
+            own.peer(address, false, false, Duration::from_secs(1)).reuse_hash(),
+            system.peer(address, false, false, Duration::from_secs(1)).reuse_hash()
+        );
         std::fs::write(&file, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
         assert!(load_ca(&file).is_err());
         std::fs::write(&file, "nothing").unwrap();

@@ -1,8 +1,9 @@
 //! Which day it is, and when it ends, in a time zone.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use arc_swap::ArcSwapOption;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ZonedDateTime};
@@ -13,7 +14,7 @@ use super::Clock;
 #[derive(Debug)]
 pub struct Calendar {
     zone: TimeZone,
-    today: Mutex<Option<Today>>,
+    today: ArcSwapOption<Today>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +27,7 @@ struct Today {
 impl Calendar {
     /// The calendar of a time zone.
     pub fn new(zone: TimeZone) -> Self {
-        Self { zone, today: Mutex::new(None) }
+        Self { zone, today: ArcSwapOption::empty() }
     }
 
     /// Both clocks, read together.
@@ -37,10 +38,13 @@ impl Calendar {
     }
 
     fn today(&self, wall: SystemTime) -> Today {
-        let mut known = self.today.lock().unwrap_or_else(PoisonError::into_inner);
-        match *known {
-            Some(today) if (today.begins..today.ends).contains(&wall) => today,
-            _ => *known.insert(work_out(&self.zone, wall)),
+        match self.today.load().as_deref() {
+            Some(today) if (today.begins..today.ends).contains(&wall) => *today,
+            _ => {
+                let today = work_out(&self.zone, wall);
+                self.today.store(Some(Arc::new(today)));
+                today
+            }
         }
     }
 }

@@ -46,6 +46,13 @@ pub struct Permit {
     date: Date,
 }
 
+impl Permit {
+    /// Whether the day has turned since it was counted.
+    pub fn is_of_another_day(&self, clock: &Clock) -> bool {
+        self.date != clock.date
+    }
+}
+
 impl Usage {
     /// Nothing was asked for yet.
     pub fn new(now: Instant) -> Self {

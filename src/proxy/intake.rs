@@ -25,6 +25,9 @@ use crate::rewrite;
 const DRAIN_BYTES_MAX: usize = 1024 * 1024;
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
 
+/// Longer paths are no call's, and an endpoint's own path has yet to fit before it.
+const TARGET_BYTES_MAX: usize = 16 * 1024;
+
 /// What becomes of a request once its header and body are in.
 pub(super) enum Next {
     /// It is answered here.
@@ -37,6 +40,8 @@ pub(super) enum Next {
 pub(super) enum Stop {
     /// The client gets told.
     Fault(Fault),
+    /// The client gets told, and what else it sends cannot be trusted to be a request.
+    Unframed(Fault),
     /// The client is gone.
     Gone(Box<Error>),
 }
@@ -119,6 +124,10 @@ fn is_preflight(header: &RequestHeader) -> bool {
 
 /// Only calls of the API go on, and none that would step out of it.
 fn check_target(header: &RequestHeader) -> Result<(), Fault> {
+    let target_bytes = header.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    if target_bytes > TARGET_BYTES_MAX {
+        return Err(Fault::PathTooLong { bytes_max: TARGET_BYTES_MAX });
+    }
     let path = header.uri.path();
     if !path.starts_with("/v1/") || rewrite::steps_out(path) {
         return Err(Fault::PathUnknown { path: excerpt(path) });
@@ -131,9 +140,18 @@ fn check_target(header: &RequestHeader) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Whether the request opens a WebSocket (RFC 6455, 4.1). Any other `Upgrade`, such as the h2c of curl, may be ignored, and is.
+fn opens_websocket(session: &Session) -> bool {
+    let header = session.req_header();
+    let upgrade = header.headers.get(header::UPGRADE);
+    session.is_upgrade_req()
+        && header.method == Method::GET
+        && upgrade.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"))
+}
+
 /// Reads the request to its end and finds what it asks for.
 async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
-    let switches_protocol = session.is_upgrade_req();
+    let switches_protocol = opens_websocket(session);
     let body = if switches_protocol { Bytes::new() } else { read_body(session, pool.server.body_bytes_max).await? };
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
@@ -184,13 +202,13 @@ async fn read_body(session: &mut Session, bytes_max: usize) -> Result<Bytes, Sto
         }
         Ok(collector.finish())
     };
-    tokio::time::timeout(request::BODY_TOTAL_TIMEOUT, whole).await.unwrap_or(Err(Fault::BodyTimeout.into()))
+    tokio::time::timeout(request::BODY_TOTAL_TIMEOUT, whole).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
 }
 
 async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
     let read = session.downstream_session.read_request_body();
     let Ok(chunk) = tokio::time::timeout(request::BODY_IDLE_TIMEOUT, read).await else {
-        return Err(Fault::BodyTimeout.into());
+        return Err(Stop::Unframed(Fault::BodyTimeout));
     };
     chunk.map_err(|error| {
         use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError};
@@ -198,7 +216,7 @@ async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
             return Stop::Gone(error);
         }
         let problem = format!("The request body is not framed as HTTP says: {}.", error.etype().as_str());
-        Fault::BodyInvalid { problem }.into()
+        Stop::Unframed(Fault::RequestInvalid { problem })
     })
 }
 

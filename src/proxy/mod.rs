@@ -17,7 +17,7 @@ mod outgoing;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -26,7 +26,7 @@ use http::{Method, StatusCode, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::upstreams::peer::HttpPeer;
-use pingora::{Error, ErrorSource, ErrorType, Result};
+use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::admin::Answer;
@@ -34,6 +34,7 @@ use crate::auth::Auth;
 use crate::balance::{self, Choice, Pick};
 use crate::context::{Ask, Attempt, Context, Kept, OpenRequests};
 use crate::error::Fault;
+use crate::health;
 use crate::pool::Pool;
 use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
@@ -83,6 +84,12 @@ impl ProxyHttp for Gateway {
             }
             Ok(Next::Answer(answer)) => answer,
             Err(Stop::Fault(fault)) => Answer::from(&*context.fault.insert(fault)),
+            Err(Stop::Unframed(fault)) => {
+                session.set_keepalive(None);
+                let answer = Answer::from(&*context.fault.insert(fault));
+                outgoing::send(session, context, answer).await?;
+                return Ok(true);
+            }
             Err(Stop::Gone(error)) => return Err(error),
         };
         intake::drain(session).await;
@@ -104,7 +111,9 @@ impl ProxyHttp for Gateway {
             return Err(error);
         };
         let switches_protocol = context.ask.as_ref().is_some_and(|ask| ask.switches_protocol);
-        Ok(endpoint.upstream.peer(address, switches_protocol, context.tries.stale > 0))
+        let first_byte = context.exchange.state().attempt.as_ref().map(|attempt| attempt.first_byte_timeout);
+        let fresh = context.tries.stale > 0;
+        Ok(endpoint.upstream.peer(address, switches_protocol, fresh, first_byte.unwrap_or(Duration::MAX)))
     }
 
     async fn upstream_request_filter(
@@ -118,10 +127,13 @@ impl ProxyHttp for Gateway {
             context.tries.body = outgoing::rewrite_body(context);
             outgoing::set_length(request, &session.req_header().method, &context.tries.body)?;
         }
-        if let Some(attempt) = &mut context.exchange.state().attempt {
-            attempt.permit.spend();
+        let Some(clock) = context.ask.as_ref().map(|ask| ask.pool.clock()) else { return Ok(()) };
+        let mut state = context.exchange.state();
+        if state.attempt.as_mut().is_none_or(|attempt| attempt.send(&clock)) {
+            return Ok(());
         }
-        Ok(())
+        state.ended = Some(Outcome::LimitReached);
+        Error::err_in(ErrorType::Custom("the limit was reached meanwhile"))
     }
 
     async fn request_body_filter(
@@ -148,19 +160,27 @@ impl ProxyHttp for Gateway {
         }
         let is_wrapped = session.downstream_session.is_custom();
         if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {
-            // A request that switches protocols is not held, so this is its outcome.
-            attempt.settle(&Outcome::Status { status: header.status.as_u16(), rest: Duration::ZERO });
+            // A request that switches protocols is not held, so this is its answer.
+            let rest = health::rest_asked(&header.headers, SystemTime::now());
+            attempt.answer = Some(Outcome::Status { status: header.status.as_u16(), rest });
+            attempt.begins_to_answer();
         }
         outgoing::rewrite_answer(header, context)
     }
 
-    fn upstream_response_body_filter(
+    fn response_body_filter(
         &self,
-        _session: &mut Session,
-        _body: &mut Option<Bytes>,
+        session: &mut Session,
+        body: &mut Option<Bytes>,
         _end: bool,
         context: &mut Context,
     ) -> Result<Option<Duration>> {
+        // A refusal to switch protocols passes here and nowhere else.
+        if let (Some(piece), false, false) = (body, session.was_upgraded(), session.downstream_session.is_custom())
+            && let Some(attempt) = &context.exchange.state().attempt
+        {
+            *piece = attempt.endpoint.secrets.blot_whole(piece);
+        }
         // Once committed there is no other attempt, and nothing more to replay.
         if let Some(ask) = context.ask.as_mut().filter(|ask| !ask.body.is_empty())
             && context.exchange.state().committed.is_some()
@@ -178,10 +198,7 @@ impl ProxyHttp for Gateway {
         context: &mut Context,
         reused: bool,
     ) -> Box<Error> {
-        // Some errors are left undecided by Pingora until it is known whether the connection was a pooled one; asking one of
-        // those would panic.
-        error.retry.decide_reuse(reused);
-        let safe_to_repeat = error.retry();
+        let pooled = Stale::of(&error, reused);
         error.set_retry(false);
         let mut state = context.exchange.state();
         let ended = state.ended.take();
@@ -193,17 +210,25 @@ impl ProxyHttp for Gateway {
             }
             return error;
         }
-        let header_seen = state.attempt.as_ref().is_some_and(|attempt| attempt.header_seen);
+        let header_seen = state.attempt.as_ref().is_some_and(|attempt| attempt.answer.is_some());
         drop(state);
         log::debug!("request {}: {error}", context.arrival.id_text());
-        let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
-        let was_closed = (reused && !timed_out || safe_to_repeat) && ended.is_none() && !from_client && !header_seen;
-        if was_closed && begin_anew(context, safe_to_repeat) {
+        if ended.is_none() && !from_client && !header_seen && begin_anew(context, pooled) {
             error.set_retry(true);
             return error;
         }
-        let outcome = ended.unwrap_or(if from_client { Outcome::ClientGone } else { Outcome::Broken });
+        let outcome = ended.unwrap_or(match error.esource() {
+            // Pingora refuses some requests only when it makes the endpoint's out of them.
+            ErrorSource::Downstream if *error.etype() == ErrorType::InvalidHTTPHeader => Outcome::Ours,
+            ErrorSource::Downstream => Outcome::ClientGone,
+            ErrorSource::Internal => Outcome::Ours,
+            ErrorSource::Upstream | ErrorSource::Unset => Outcome::Broken,
+        });
         error.set_retry(attempt_over(context, &outcome));
+        if outcome == Outcome::Ours && from_client {
+            let problem = "A header of the request is not what HTTP allows; look at its Connection header.".into();
+            context.fault = Some(Fault::RequestInvalid { problem });
+        }
         error
     }
 
@@ -263,6 +288,9 @@ impl ProxyHttp for Gateway {
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Context) {
         context.wrapped.unwrap_session(session);
+        if let (Some(attempt), None) = (&mut context.exchange.state().attempt, error) {
+            attempt.finish();
+        }
         let gone = context.fault.is_none() && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
         let level = if gone { log::Level::Debug } else { log::Level::Info };
         if log::log_enabled!(level) {
@@ -307,6 +335,7 @@ fn begin(session: &mut Session, context: &mut Context, ask: Ask, choice: Choice)
         let plan = Plan {
             has_body: !ask.body.is_empty(),
             pool: Arc::clone(&ask.pool),
+            budget_ends: context.arrival.at + ask.pool.server.retry.budget,
             http_10: session.req_header().version <= Version::HTTP_10,
         };
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
@@ -343,11 +372,37 @@ fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Whether an attempt failed only because its pooled connection had been closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stale {
+    /// It did not, for all that is known.
+    No,
+    /// It did; the endpoint may have taken the request all the same.
+    Closed,
+    /// It did, and the endpoint says that it never took the request.
+    NeverTaken,
+}
+
+impl Stale {
+    fn of(error: &Error, reused: bool) -> Self {
+        use ErrorType::{ConnectionClosed, InvalidH2, ReadError, WriteError};
+        match error.retry {
+            RetryType::Decided(true) if *error.etype() != InvalidH2 => Self::NeverTaken,
+            RetryType::ReusedOnly if reused => Self::Closed,
+            _ if reused && matches!(error.etype(), ConnectionClosed | ReadError | WriteError) => Self::Closed,
+            _ => Self::No,
+        }
+    }
+}
+
 /// Lets the attempt begin anew, on a fresh connection, because its pooled one had been closed.
-fn begin_anew(context: &mut Context, was_never_taken: bool) -> bool {
-    let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX) else { return false };
-    if let Some(attempt) = &mut context.exchange.state().attempt
-        && (was_never_taken || attempt.begin_anew(&ask.pool.clock()))
+fn begin_anew(context: &mut Context, stale: Stale) -> bool {
+    let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX && stale != Stale::No) else {
+        return false;
+    };
+    if context.arrival.at.elapsed() < ask.pool.server.retry.budget
+        && let Some(attempt) = &mut context.exchange.state().attempt
+        && (stale == Stale::NeverTaken || attempt.begin_anew(&ask.pool.clock()))
     {
         context.tries.stale += 1;
         context.tries.again = true;
@@ -391,13 +446,15 @@ fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
     }
     let retry = &ask.pool.server.retry;
     let more = outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at);
-    if let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::ClientGone) {
+    if let (Some(endpoint), false) = (&context.tries.last, matches!(outcome, Outcome::ClientGone | Outcome::Ours)) {
         let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
         let next = if more { "another one is tried" } else { "no other one is left" };
         log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
     }
     context.fault = match outcome {
         Outcome::ClientGone => None,
+        Outcome::Ours => Some(Fault::Internal),
+        Outcome::LimitReached => Some(Fault::NoneAvailable),
         Outcome::TooSlow => Some(Fault::EndpointTimeout),
         Outcome::Empty => Some(Fault::EndpointEmpty),
         Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),

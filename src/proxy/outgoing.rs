@@ -81,10 +81,8 @@ pub(super) fn set_length(request: &mut RequestHeader, method: &Method, body: &By
 
 /// Takes out of an endpoint's answer what is not for our clients, and puts in what every answer carries.
 pub(super) fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> Result<()> {
-    let endpoint = context.exchange.state().attempt.as_ref().map(|attempt| attempt.endpoint.clone());
-    let key = endpoint.as_ref().map_or("", |endpoint| endpoint.config.api_key.expose());
-    let quotes_key =
-        |value: &HeaderValue| !key.is_empty() && memchr::memmem::find(value.as_bytes(), key.as_bytes()).is_some();
+    let secrets = context.exchange.state().attempt.as_ref().map(|attempt| attempt.endpoint.secrets.clone());
+    let quotes_key = |value: &HeaderValue| secrets.as_ref().is_some_and(|secrets| secrets.are_in(value.as_bytes()));
     let switches_protocol = header.status == StatusCode::SWITCHING_PROTOCOLS;
     let is_hop_by_hop = rewrite::hop_by_hop(&header.headers);
     let leaving: Vec<HeaderName> = header

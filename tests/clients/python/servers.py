@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -95,7 +97,20 @@ def proxy(folder, config, **environment):
     """The proxy under test, on a copy of one of the config files beside these tests."""
     path = Path(folder) / config
     shutil.copy(HERE / config, path)
-    return Program([BINARY, "--config", path], r"^listening\s+(http://\S+)", folder, environment)
+    running = Program([BINARY, "--config", path], r"^listening\s+(http://\S+)", folder, environment)
+    # The address is printed just before connections are taken.
+    if not wait_until(lambda: is_healthy(running.found)):
+        running.stop()
+        raise AssertionError(f"{running.found}/health does not answer:\n{running.text()}")
+    return running
+
+
+def is_healthy(url):
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return answer.status == 200
+    except urllib.error.URLError:
+        return False
 
 
 def wait_until(condition, seconds=2.0):

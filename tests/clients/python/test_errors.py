@@ -1,7 +1,6 @@
 """The exception class that the SDK makes of each of the proxy's errors."""
 
 import asyncio
-import json
 import threading
 
 import openai
@@ -55,9 +54,9 @@ def test_wrong_key(proxy, connect):
 
 
 def test_missing_key(proxy, connect):
-    client = connect(proxy, default_headers={"Authorization": openai.Omit()})
+    without = {"Authorization": openai.Omit()}
     with raises(openai.AuthenticationError, 401, "invalid_api_key") as raised:
-        chat(client, "gpt-mapped")
+        connect(proxy).chat.completions.create(model="gpt-mapped", messages=HELLO, extra_headers=without)
     assert "No API key" in str(raised.error)
 
 
@@ -141,13 +140,6 @@ def test_all_resting(client):
     assert 25 <= int(headers["retry-after"]) <= 30
     assert 25_000 <= int(headers["retry-after-ms"]) <= 30_000
     assert "x-api-together-attempts" not in headers
-
-
-def test_sdks_own_retry_waits_as_told(proxy, connect):
-    """The SDK obeys `retry-after`; a client that gives up after one retry of 30 s would hang here, so it is not let."""
-    with pytest.raises(openai.RateLimitError) as raised:
-        chat(connect(proxy), "only-rests")
-    assert raised.value.response.headers["retry-after"]
 
 
 def test_no_endpoint_enabled(disabled_proxy, connect):
@@ -234,6 +226,5 @@ def test_responses_stream_that_breaks(client):
 
 def test_json_answer_that_breaks_is_no_answer(client):
     """With nobody else to ask, half a JSON answer must not look like a whole one."""
-    with pytest.raises(openai.APIError) as raised:
+    with pytest.raises(openai.APIConnectionError):
         chat(client, "sim:events=50,reset=1")
-    assert not isinstance(raised.value, json.JSONDecodeError)

@@ -37,6 +37,4 @@ def test_responses_stream(client):
 
 
 def test_embeddings(client):
-    vector = client.embeddings.create(model=MODEL, input="hello").data[0].embedding
-    assert len(vector) > 100
-    assert all(isinstance(number, float) for number in vector)
+    assert client.embeddings.create(model=MODEL, input="hello").data[0].embedding == [0.25, -0.5, 0.75, 1.0]

@@ -1,0 +1,183 @@
+//! Blots out an endpoint's secrets wherever its answer quotes them, star by star, so that the length stays what the header
+//! says. Pure.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+
+/// Shorter secrets are none worth the name, and would blot out ordinary words.
+const SECRET_BYTES_MIN: usize = 8;
+/// A quoted or masked secret is looked for across the boundary of two pieces up to this length.
+const CARRY_BYTES: usize = 512;
+
+/// The secrets of one endpoint: its key, and the values of the headers that its config adds.
+#[derive(Clone, Default)]
+pub struct Secrets(Vec<Box<[u8]>>);
+
+impl std::fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} secrets", self.0.len())
+    }
+}
+
+impl<'a> FromIterator<&'a [u8]> for Secrets {
+    fn from_iter<I: IntoIterator<Item = &'a [u8]>>(secrets: I) -> Self {
+        Self(secrets.into_iter().filter(|secret| secret.len() >= SECRET_BYTES_MIN).map(Into::into).collect())
+    }
+}
+
+impl Secrets {
+    /// Whether a text quotes one of them whole.
+    pub fn are_in(&self, text: &[u8]) -> bool {
+        self.0.iter().any(|secret| memchr::memmem::find(text, secret).is_some())
+    }
+
+    /// The piece with every secret that it quotes whole blotted out; the piece itself if there is none.
+    pub fn blot_whole(&self, piece: &Bytes) -> Bytes {
+        if !self.are_in(piece) {
+            return piece.clone();
+        }
+        let mut text = piece.to_vec();
+        self.hide_whole(&mut text);
+        text.into()
+    }
+
+    /// Blots out every secret, quoted whole or masked by the vendor (`sk-ab***yz`).
+    fn hide(&self, text: &mut [u8]) {
+        self.hide_whole(text);
+        for word in key_like_words(text) {
+            let Some(part) = text.get_mut(word) else { continue };
+            if self.0.iter().any(|secret| is_masked_form(part, secret)) {
+                part.fill(b'*');
+            }
+        }
+    }
+
+    fn hide_whole(&self, text: &mut [u8]) {
+        for secret in &self.0 {
+            let found: Vec<usize> = memchr::memmem::find_iter(text, secret).collect();
+            for start in found {
+                if let Some(part) = text.get_mut(start..start + secret.len()) {
+                    part.fill(b'*');
+                }
+            }
+        }
+    }
+}
+
+/// Blots out an error that comes in pieces, and holds its last bytes back until the next one, so that a secret which is cut
+/// in two is found.
+#[derive(Debug)]
+pub struct Blotter {
+    secrets: Secrets,
+    carry: Vec<u8>,
+}
+
+impl Blotter {
+    /// A blotter of these secrets.
+    pub fn new(secrets: Secrets) -> Self {
+        Self { secrets, carry: Vec::new() }
+    }
+
+    /// Takes the next piece; gives what can go out.
+    pub fn piece(&mut self, piece: &[u8], end: bool) -> Bytes {
+        let mut text = std::mem::take(&mut self.carry);
+        text.extend_from_slice(piece);
+        self.secrets.hide(&mut text);
+        if !end {
+            let longest = self.secrets.0.iter().map(|secret| secret.len()).max().unwrap_or_default();
+            self.carry = text.split_off(text.len().saturating_sub(CARRY_BYTES.max(longest)));
+        }
+        text.into()
+    }
+}
+
+/// Runs of the characters that keys and their masks are made of.
+fn key_like_words(text: &[u8]) -> Vec<Range<usize>> {
+    let is_part = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_*.".contains(byte) || !byte.is_ascii();
+    let mut words = Vec::new();
+    let mut at = 0;
+    while let Some(start) = text.get(at..).and_then(|rest| rest.iter().position(is_part)) {
+        let start = at + start;
+        let rest = text.get(start..).unwrap_or_default();
+        let length = rest.iter().position(|byte| !is_part(byte)).unwrap_or(rest.len());
+        at = start + length;
+        // A full stop after the key belongs to the sentence.
+        let trimmed = rest.get(..length).and_then(|word| word.iter().rposition(|byte| *byte != b'.'));
+        words.push(start..trimmed.map_or(at, |last| start + last + 1));
+    }
+    words
+}
+
+/// Whether a word is the secret's beginning, then a mask of stars or dots, then the secret's end, at least two of both.
+fn is_masked_form(word: &[u8], secret: &[u8]) -> bool {
+    const MASK_BYTES_MIN: usize = 3;
+    let is_mask = |byte: &u8| *byte == b'*' || *byte == b'.' || !byte.is_ascii();
+    let Some(first) = word.iter().position(is_mask) else { return false };
+    let last = word.iter().rposition(is_mask).unwrap_or(first);
+    let (head, rest) = word.split_at(first);
+    let (mask, tail) = rest.split_at(last + 1 - first);
+    mask.len() >= MASK_BYTES_MIN
+        && mask.iter().all(is_mask)
+        && head.len() + tail.len() >= 2
+        && secret.starts_with(head)
+        && secret.ends_with(tail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "sk-abcdefghijklmnop";
+
+    fn secrets() -> Secrets {
+        [KEY.as_bytes(), b"azure-key/+=", b"short"].into_iter().collect()
+    }
+
+    fn blotted(pieces: &[&str]) -> String {
+        let mut blotter = Blotter::new(secrets());
+        let mut out = Vec::new();
+        for (index, piece) in pieces.iter().enumerate() {
+            out.extend_from_slice(&blotter.piece(piece.as_bytes(), index + 1 == pieces.len()));
+        }
+        assert_eq!(out.len(), pieces.concat().len(), "the length stays");
+        String::from_utf8_lossy(&out).into_owned()
+    }
+
+    #[test]
+    fn secrets_are_blotted_out_whole_and_masked() {
+        for (text, expected) in [
+            ("key sk-abcdefghijklmnop is bad", "key ******************* is bad"),
+            ("provided: sk-ab***********mnop. You", "provided: ********************. You"),
+            ("\"sk-abc…nop\"", "\"************\""),
+            ("sk-ab...op!", "**********!"),
+            ("header azure-key/+= it is", "header ************ it is"),
+        ] {
+            assert_eq!(blotted(&[text]), expected);
+        }
+        let other = "see ***bold*** and v1...v2 or sk-xy****zz, short";
+        assert_eq!(blotted(&[other]), other);
+    }
+
+    #[test]
+    fn a_secret_that_is_cut_in_two_is_found() {
+        let long = "x ".repeat(1000);
+        for cut in 1..KEY.len() {
+            let (head, tail) = KEY.split_at(cut);
+            let text = blotted(&[&format!("{long}{head}"), &format!("{tail} {long}")]);
+            assert!(text.contains(&"*".repeat(KEY.len())), "cut at {cut}");
+            let masked = "sk-abc****mnop";
+            let (head, tail) = masked.split_at(cut.min(masked.len() - 1));
+            let text = blotted(&[&format!("{long}{head}"), &format!("{tail} {long}")]);
+            assert!(text.contains(&"*".repeat(masked.len())), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn pieces_without_a_secret_are_not_copied() {
+        let piece = Bytes::from_static(b"data: nothing to see\n\n");
+        assert_eq!(secrets().blot_whole(&piece).as_ptr(), piece.as_ptr());
+        let piece = Bytes::from(format!("data: {KEY}\n\n"));
+        assert_eq!(secrets().blot_whole(&piece), format!("data: {}\n\n", "*".repeat(KEY.len())));
+    }
+}

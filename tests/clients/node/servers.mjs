@@ -1,0 +1,113 @@
+// Starts and stops the programs that the tests talk to: the proxy, the simulated endpoint, a third party's server.
+
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { rmSync } from "node:fs";
+import { copyFile, mkdtemp } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+const HERE = join(dirname(fileURLToPath(import.meta.url)), "..");
+const BINARY = process.env.API_TOGETHER_BIN ?? join(HERE, "../../target/debug/api-together");
+const START_MS_MAX = 10_000;
+const STOP_MS_MAX = 5_000;
+const THIRD_PARTY_KEY = "sk-third-party";
+
+export const CLIENT_KEY = "sk-client";
+
+const running = new Set();
+const folders = new Set();
+
+// Whatever ends this process, nothing that it made outlives it.
+process.on("exit", () => {
+  running.forEach((child) => child.kill("SIGKILL"));
+  folders.forEach((folder) => rmSync(folder, { recursive: true, force: true }));
+});
+for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, () => process.exit(1));
+
+/** Starts a program; it has started once what it prints matches `ready`, whose group is `found`. */
+async function start(command, args, ready, cwd, environment = {}) {
+  const { PORT, RUST_LOG, ...inherited } = process.env;
+  const child = spawn(command, args, { cwd, env: { ...inherited, ...environment }, stdio: ["ignore", "pipe", "pipe"] });
+  running.add(child);
+  const ended = new Promise((resolve) => child.once("close", resolve));
+  let text = "";
+  const found = new Promise((resolve, reject) => {
+    const timer = setTimeout(() => reject(new Error(`nothing matches ${ready} in:\n${text}`)), START_MS_MAX);
+    const read = (piece) => {
+      text += piece;
+      const match = ready.exec(text);
+      if (match) {
+        clearTimeout(timer);
+        resolve(match[1]);
+      }
+    };
+    child.stdout.setEncoding("utf8").on("data", read);
+    child.stderr.setEncoding("utf8").on("data", read);
+    child.once("error", reject);
+    ended.then(() => {
+      running.delete(child);
+      clearTimeout(timer);
+      reject(new Error(`${command} ended:\n${text}`));
+    });
+  });
+  const stop = async () => {
+    child.kill("SIGTERM");
+    const timer = setTimeout(() => child.kill("SIGKILL"), STOP_MS_MAX);
+    await ended;
+    clearTimeout(timer);
+  };
+  try {
+    return { found: await found, stop };
+  } catch (error) {
+    await stop();
+    throw error;
+  }
+}
+
+/** The demo's first endpoint, which can be told by the model's name how to answer. */
+const simulator = (folder) => start(BINARY, ["demo"], /^\s+steady\s.*?(http:\/\/\S+)\s/m, folder, { PORT: "0" });
+
+/** `aimock`, which has no code in common with the proxy. It refuses every key but the one of the config. */
+function thirdParty(folder) {
+  const command = join(HERE, "node_modules/@copilotkit/aimock/dist/cli.js");
+  const args = [command, "--port", "0", "--fixtures", join(HERE, "third-party.json"), "--chunk-size", "8", "--strict"];
+  return start(process.execPath, args, /listening on (http:\/\/\S+)\s/, folder, { AIMOCK_API_KEYS: THIRD_PARTY_KEY });
+}
+
+/** Both endpoints, and the proxy on a copy of one of the config files beside these tests. */
+export async function startAll(config) {
+  const folder = await mkdtemp(join(tmpdir(), "api-together-clients-"));
+  folders.add(folder);
+  const started = [];
+  const stop = () => Promise.all(started.map((program) => program.stop()));
+  try {
+    started.push(await simulator(folder));
+    started.push(await thirdParty(folder));
+    const [simulated, third] = started;
+    const path = join(folder, config);
+    await copyFile(join(HERE, config), path);
+    const urls = { SIMULATOR_URL: simulated.found, THIRD_PARTY_URL: third.found };
+    started.push(await start(BINARY, ["--config", path], /^listening\s+(http:\/\/\S+)\s/m, folder, urls));
+    const url = started.at(-1).found;
+    // The address is printed just before connections are taken.
+    assert.ok(await waitUntil(() => isHealthy(url)), `${url}/health does not answer`);
+    return { url, stop };
+  } catch (error) {
+    await stop();
+    throw error;
+  }
+}
+
+const isHealthy = (url) => fetch(`${url}/health`).then((answer) => answer.ok, () => false);
+
+/** Whether the condition comes true in time. */
+export async function waitUntil(condition, milliseconds = 2_000) {
+  const deadline = Date.now() + milliseconds;
+  while (!(await condition())) {
+    if (Date.now() > deadline) return false;
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  return true;
+}
