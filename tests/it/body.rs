@@ -12,8 +12,8 @@ use futures_core::Stream;
 use http::{Method, Version};
 use serde_json::json;
 
-use crate::harness::{Proxy, Reply, behaving, client, endpoint_with, h2c, simulator, until, within};
-use crate::wire::{Wire, request};
+use crate::harness::{Proxy, Reply, behaving, client, endpoint_with, h2c, simulator, within};
+use crate::wire::request;
 
 /// A body whose length nobody knows beforehand.
 struct Pieces(VecDeque<Bytes>);
@@ -281,13 +281,11 @@ async fn a_client_that_leaves_in_the_middle_of_its_body_reaches_no_endpoint() {
         let mut wire = proxy.wire().await;
         wire.send(request("POST", "/v1/chat/completions", &["content-length: 1000"], "")).await;
         wire.send("{\"model\":").await;
-        let open = || async { proxy.get("/v1/status").await.json()["openRequests"].clone() };
-        assert_eq!(open().await, 2, "this one and the status request");
-        drop::<Wire>(wire);
-        while open().await != 1 {
-            tokio::task::yield_now().await;
-        }
-        until("nothing", || simulator.connections() == 0).await;
+        // The one that asks for the status is open as well.
+        proxy.until_open(2).await;
+        drop(wire);
+        proxy.until_open(1).await;
+        assert_eq!(simulator.connections(), 0);
     })
     .await;
 }

@@ -405,7 +405,7 @@ async fn one_line_tells_of_each_request() {
         }
         assert!(line.contains(" INFO ") && !line.contains("fault="), "{line}");
         let retried = running.logs("request mine-1: endpoint a answered 503").await;
-        assert!(retried.contains("trying another"), "{retried}");
+        assert!(retried.contains("another"), "{retried}");
         let call = client.get(running.url("/v1/models")).header("x-request-id", "mine-2");
         Reply::of(call).await;
         let line = running.logs("request id=mine-2").await;
@@ -415,7 +415,7 @@ async fn one_line_tells_of_each_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_key_of_an_endpoint_is_told_and_a_client_gone_is_no_error() {
+async fn a_client_gone_is_no_error() {
     within(async {
         let (refuses, stalls) = (behaving(Behaviour::status(401)).await, simulator().await);
         stalls.set_default(Behaviour { stall: Some(StallAt::AfterEvents(3)), ..Behaviour::default() });
@@ -427,7 +427,7 @@ async fn a_refused_key_of_an_endpoint_is_told_and_a_client_gone_is_no_error() {
         let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
         stream.chunk().await.unwrap().unwrap();
         let line = running.logs("its key is refused").await;
-        assert!(line.contains("WARN") && line.contains("endpoint a"), "{line}");
+        assert!(line.contains("WARN") && line.contains("endpoint a"), "an endpoint's refusal is ours to know: {line}");
         drop(stream);
         drop(client);
         let line = running.logs("request id=gone-1").await;

@@ -230,6 +230,15 @@ impl Proxy {
         }
     }
 
+    /// Waits until so many requests are open, that for the status page included.
+    pub async fn until_open(&self, count: usize) {
+        let begun = Instant::now();
+        while self.get("/v1/status").await.json()["openRequests"] != count {
+            assert!(begun.elapsed() < STATE_BOUND, "there are never {count} open requests");
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     /// A connection of one's own.
     pub async fn wire(&self) -> Wire {
         Wire::connect(self.address).await

@@ -57,8 +57,9 @@ async fn what_counts_as_a_failure() {
             (status(429).header("retry-after", "0"), false),
         ] {
             let what = format!("{behaviour:?}");
-            let (bad, good) = (behaving(behaviour).await, simulator().await);
-            let timeouts = json!({ "timeouts": { "firstByteMs": 100 } });
+            let (bad, good) = (behaving(behaviour.clone()).await, simulator().await);
+            let first_byte_ms = if behaviour.stall.is_some() { 100 } else { 60_000 };
+            let timeouts = json!({ "timeouts": { "firstByteMs": first_byte_ms } });
             let apis = [
                 endpoint_with("a", &bad.base_url(), timeouts),
                 endpoint_with("b", &good.base_url(), json!({ "priority": 1 })),

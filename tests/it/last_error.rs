@@ -66,7 +66,8 @@ async fn what_we_say_when_there_is_nothing_to_show() {
                 None => None,
             };
             let url = last.as_ref().map_or_else(closed_port, |simulator| simulator.base_url());
-            let timeouts = json!({ "timeouts": { "firstByteMs": 200 }, "priority": 1 });
+            let first_byte_ms = if status == 504 { 200 } else { 60_000 };
+            let timeouts = json!({ "timeouts": { "firstByteMs": first_byte_ms }, "priority": 1 });
             let apis = [endpoint_with("a", &first.base_url(), json!({})), endpoint_with("b", &url, timeouts)];
             let proxy = Proxy::start(json!({}), &apis).await;
             let reply = proxy.chat("m").await;
@@ -95,6 +96,26 @@ async fn all_endpoints_too_slow_is_504() {
             assert_eq!(reply.attempts(), Some("2"));
         }
         crate::harness::until("the endpoint's requests are cancelled", || stalls.open_requests() == 0).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_of_ours_says_that_the_connection_closes() {
+    within(async {
+        let proxy = Proxy::start(json!({}), &in_order([closed_port().as_str()])).await;
+        let mut wire = proxy.wire().await;
+        wire.send(crate::wire::post_chat(&crate::harness::chat("m"))).await;
+        let (head, _) = wire.message().await;
+        assert_eq!(head.status(), 502);
+        let stays = head.header("connection").as_deref() != Some("close");
+        // Either way will do, but what is said must hold.
+        if stays {
+            wire.send(crate::wire::request("GET", "/health", &[], "")).await;
+            assert_eq!(wire.message().await.0.status(), 200);
+        } else {
+            assert_eq!(wire.rest().await, "");
+        }
     })
     .await;
 }

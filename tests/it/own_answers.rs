@@ -5,8 +5,11 @@ use serde_json::{Value, json};
 
 use crate::harness::{Proxy, Reply, endpoint_with, simulator, within};
 
+/// The keys of an object, sorted.
 fn keys(value: &Value) -> Vec<&str> {
-    value.as_object().unwrap().keys().map(String::as_str).collect()
+    let mut keys: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    keys
 }
 
 fn is_time(value: &Value) -> bool {

@@ -3,9 +3,10 @@
 use api_together::simulator::{Behaviour, Empty, Options, ResetAt, ResetHow, StallAt};
 use http::Method;
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 use crate::harness::{
-    Proxy, Reply, behaving, chat_stream, client, closed_port, endpoint_with, in_order, merged, simulator,
+    Proxy, Reply, behaving, chat, chat_stream, client, closed_port, endpoint_with, in_order, merged, simulator,
     simulator_with, within,
 };
 use crate::wire::ByHand;
@@ -51,16 +52,34 @@ fn bad_answers() -> Vec<(String, Behaviour)> {
     list
 }
 
+/// Each case with a proxy of its own, several at once.
+async fn are_passed_over(cases: Vec<(String, Behaviour)>, body: &Value, http2: bool) {
+    const AT_ONCE: usize = 8;
+    let mut under_way = JoinSet::new();
+    for (name, bad) in cases {
+        if under_way.len() == AT_ONCE {
+            under_way.join_next().await.unwrap().unwrap();
+        }
+        let body = body.clone();
+        under_way.spawn(async move { is_passed_over(&name, bad, &body, http2).await });
+    }
+    under_way.join_all().await;
+}
+
 async fn is_passed_over(name: &str, bad: Behaviour, body: &Value, http2: bool) {
+    // Only one that falls silent is waited for so briefly: on a busy machine any other may need longer.
+    let silent = bad.stall.is_some() || bad.ping_ms.is_some();
+    let short = json!({ "timeouts": { "firstByteMs": 250, "idleMs": 250 }, "http2": http2 });
+    let short = if silent { short } else { json!({ "http2": http2 }) };
     let (bad, good) = (behaving(bad).await, simulator().await);
-    let timeouts = json!({ "firstByteMs": 250, "idleMs": 250 });
-    let settings = |priority: u32| json!({ "timeouts": timeouts, "http2": http2, "priority": priority });
-    let apis = [endpoint_with("a", &bad.base_url(), settings(0)), endpoint_with("b", &good.base_url(), settings(1))];
+    let usual = json!({ "http2": http2, "priority": 1 });
+    let apis = [endpoint_with("a", &bad.base_url(), short), endpoint_with("b", &good.base_url(), usual)];
     let proxy = Proxy::start(json!({}), &apis).await;
     let reply = proxy.post("/v1/chat/completions", body).await;
     let what = format!("{name}, stream {}, http2 {http2}", body["stream"]);
     assert_eq!((reply.status, reply.endpoint(), reply.attempts()), (200, Some("b"), Some("2")), "{what}: {reply:?}");
-    assert_eq!((bad.requests().len(), good.requests().len()), (1, 1), "{what}");
+    assert_eq!(good.requests().len(), 1, "{what}");
+    assert!(silent || bad.requests().len() == 1, "{what}");
     if body["stream"] == true {
         assert!(reply.text().starts_with("data: {") && reply.text().ends_with("data: [DONE]\n\n"), "{what}");
         assert!(!reply.text().contains("\"error\""), "{what}");
@@ -73,16 +92,13 @@ async fn is_passed_over(name: &str, bad: Behaviour, body: &Value, http2: bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_are_passed_over() {
     within(async {
-        for (name, bad) in bad_answers() {
-            is_passed_over(&name, bad, &crate::harness::chat("m"), false).await;
-        }
-        is_passed_over("zero usage", empty(Empty::ZeroUsage), &crate::harness::chat("m"), false).await;
-        let chunked = Behaviour { chunked: true, ..empty(Empty::ZeroUsage) };
-        is_passed_over("zero usage in chunks", chunked, &crate::harness::chat("m"), false).await;
-        let chunked = Behaviour { chunked: true, ..empty(Empty::Body) };
-        is_passed_over("an empty body in chunks", chunked, &crate::harness::chat("m"), false).await;
-        let blank = Behaviour { body: Some(" { } \n".into()), ..normal() };
-        is_passed_over("an empty object with blanks", blank, &crate::harness::chat("m"), false).await;
+        let mut cases = bad_answers();
+        let mut add = |name: &str, behaviour| cases.push((name.into(), behaviour));
+        add("zero usage", empty(Empty::ZeroUsage));
+        add("zero usage in chunks", Behaviour { chunked: true, ..empty(Empty::ZeroUsage) });
+        add("an empty body in chunks", Behaviour { chunked: true, ..empty(Empty::Body) });
+        add("an empty object with blanks", Behaviour { body: Some(" { } \n".into()), ..normal() });
+        are_passed_over(cases, &chat("m"), false).await;
     })
     .await;
 }
@@ -90,9 +106,7 @@ async fn failures_are_passed_over() {
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_of_an_http2_endpoint_are_passed_over() {
     within(async {
-        for (name, bad) in bad_answers() {
-            is_passed_over(&name, bad, &crate::harness::chat("m"), true).await;
-        }
+        are_passed_over(bad_answers(), &chat("m"), true).await;
     })
     .await;
 }
@@ -115,9 +129,7 @@ fn bad_streams() -> Vec<(String, Behaviour)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_that_say_nothing_are_passed_over() {
     within(async {
-        for (name, bad) in bad_streams() {
-            is_passed_over(&name, bad, &chat_stream("m"), false).await;
-        }
+        are_passed_over(bad_streams(), &chat_stream("m"), false).await;
     })
     .await;
 }
@@ -125,9 +137,7 @@ async fn streams_that_say_nothing_are_passed_over() {
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_of_an_http2_endpoint_that_say_nothing_are_passed_over() {
     within(async {
-        for (name, bad) in bad_streams() {
-            is_passed_over(&name, bad, &chat_stream("m"), true).await;
-        }
+        are_passed_over(bad_streams(), &chat_stream("m"), true).await;
     })
     .await;
 }
@@ -293,7 +303,7 @@ async fn an_endpoint_that_closes_idle_connections_loses_no_request() {
 async fn an_endpoint_may_answer_before_it_has_read_the_body() {
     within(async {
         let good = simulator().await;
-        let body = merged(crate::harness::chat("m"), json!({ "x": "x".repeat(5_000_000) }));
+        let body = merged(chat("m"), json!({ "x": "x".repeat(5_000_000) }));
         for (status, endpoint, attempts) in [(503, "b", "2"), (413, "a", "1")] {
             let early = behaving(Behaviour { early: true, ..Behaviour::status(status) }).await;
             let proxy = Proxy::before([&early, &good]).await;

@@ -144,14 +144,17 @@ async fn leaves(what: &str, simulator: &Simulator, spare: &Simulator, proxy: &Pr
                 stream.chunk().await.unwrap().unwrap();
             }
             reached.send(true).unwrap();
-            stream.chunk().await.unwrap();
+            // The stream is kept open until the task is aborted.
+            std::future::pending::<()>().await;
+            drop(stream);
         });
         if read > 0 {
             progress.changed().await.unwrap();
         }
-        until("the endpoint has the request", || simulator.open_requests() == 1).await;
+        until(&format!("{what}: the endpoint has the request"), || simulator.open_requests() == 1).await;
         call.abort();
-        let took = until("the endpoint's request is cancelled", || simulator.open_requests() == 0).await;
+        let took =
+            until(&format!("{what}: the endpoint's request is cancelled"), || simulator.open_requests() == 0).await;
         assert!(took < CANCEL_BOUND, "{what}: {took:?}");
         proxy.until_status("a", "inFlight", json!(0)).await;
         let status = proxy.status_of("a").await;
@@ -213,7 +216,8 @@ async fn a_stream_that_breaks_tells_so_and_does_not_end_cleanly() {
             for http2 in [false, true] {
                 let what = format!("{name}, endpoint's http2 {http2}");
                 let (simulator, spare) = (behaving(behaviour.clone()).await, simulator().await);
-                let settings = json!({ "timeouts": { "idleMs": 200 }, "http2": http2 });
+                let idle_ms = if behaviour.stall.is_some() { 300 } else { 60_000 };
+                let settings = json!({ "timeouts": { "idleMs": idle_ms }, "http2": http2 });
                 let apis = [
                     endpoint_with("a", &simulator.base_url(), settings),
                     endpoint_with("b", &spare.base_url(), json!({ "priority": 1 })),
@@ -269,9 +273,9 @@ async fn json_that_breaks_after_its_beginning_does_not_end_cleanly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_stream_is_cut_by_no_total_time() {
     within(async {
-        let slow = Behaviour { chunk_delay_ms: 60, events: 12, ..Behaviour::default() };
+        let slow = Behaviour { chunk_delay_ms: 100, events: 12, ..Behaviour::default() };
         let simulator = behaving(slow).await;
-        let timeouts = json!({ "timeouts": { "firstByteMs": 400, "idleMs": 400 } });
+        let timeouts = json!({ "timeouts": { "firstByteMs": 1000, "idleMs": 1000 } });
         let proxy = Proxy::start(
             json!({ "retry": { "budgetMs": 100 } }),
             &[endpoint_with("a", &simulator.base_url(), timeouts)],
