@@ -187,14 +187,21 @@ impl Hold {
                     out.push(HttpTask::Header(header, end));
                 }
                 HttpTask::Body(piece, end) => {
-                    let piece = piece.map(|piece| self.without_secrets(piece, end));
+                    let piece = self.without_secrets(piece.unwrap_or_default(), end);
                     // An empty piece that ends nothing would be taken for the last chunk.
-                    if end || piece.as_ref().is_some_and(|piece| !piece.is_empty()) {
-                        self.remember_sent(piece.as_ref());
-                        out.push(HttpTask::Body(piece, end));
+                    if end || !piece.is_empty() {
+                        self.remember_sent(&piece);
+                        out.push(HttpTask::Body(Some(piece), end));
                     }
                 }
-                task => out.push(task),
+                HttpTask::Done | HttpTask::Trailer(_) => {
+                    let rest = self.without_secrets(Bytes::new(), true);
+                    if !rest.is_empty() {
+                        out.push(HttpTask::Body(Some(rest), false));
+                    }
+                    out.push(task);
+                }
+                task @ HttpTask::UpgradedBody(..) => out.push(task),
             }
         }
         (out, None)
@@ -209,12 +216,12 @@ impl Hold {
         }
     }
 
-    fn remember_sent(&mut self, piece: Option<&Bytes>) {
+    fn remember_sent(&mut self, piece: &Bytes) {
         let mut state = self.exchange.state();
         if let Some(attempt) = &mut state.attempt {
             attempt.first_byte_came();
         }
-        let (Some(committed), Some(piece)) = (&mut state.committed, piece) else { return };
+        let Some(committed) = &mut state.committed else { return };
         for byte in piece.iter().skip(piece.len().saturating_sub(self.tail.len())) {
             self.tail.rotate_left(1);
             self.tail[3] = *byte;

@@ -356,7 +356,7 @@ async fn no_key_is_ever_printed_however_much_is_logged() {
             let status = client.get(running.url("/v1/status")).bearer_auth(KEY);
             assert_eq!(Reply::of(status).await.status, 200);
         }
-        running.logs("fault=body_invalid").await;
+        running.logs("fault=request_invalid").await;
         let output = running.killed();
         assert!(output.contains("DEBUG") && output.contains("endpoint=d"), "{output}");
         let keys = ["a", "b", "c", "d"].map(key_of);
