@@ -67,7 +67,7 @@ generated: build-tools ## Write the config's schema and its reference table anew
 
 # Installs Debian packages if it may, else says what to install: $(call install,program,packages)
 define install
-	if ! command -v $(1) >/dev/null; then
+	if ! command -v '$(1)' >/dev/null; then
 	  echo "==> $(1) is missing: installing $(2)"
 	  if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi
 	  if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then
@@ -92,11 +92,8 @@ build-tools: # What the build needs: Rust, a C compiler, cmake
 	$(call install,cmake,cmake)
 
 .PHONY: client-tools
-client-tools: # What the client tests need: Python with venv, Node.js with npm
+client-tools: # What the client tests need: Python with venv; Node.js comes with their packages
 	$(call install,python3,python3 python3-venv)
 	if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
-	  echo "==> Python's venv is missing"
-	  $(call install,python3-venv-of-debian,python3-venv)
+	  $(call install,venv (a part of Python),python3-venv)
 	fi
-	$(call install,node,nodejs npm)
-	$(call install,npm,npm)
