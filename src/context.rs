@@ -11,6 +11,7 @@ use http::HeaderValue;
 use pingora::http::ResponseHeader;
 
 use crate::balance::Choice;
+use crate::blot::Blotter;
 use crate::config::Breaker;
 use crate::error::Fault;
 use crate::health::Effect;
@@ -37,6 +38,8 @@ pub struct Context {
     pub fault: Option<Fault>,
     /// The way back to the real session while it is wrapped.
     pub wrapped: Wrapped,
+    /// What the body of a refusal to switch protocols goes through.
+    pub refusal: Option<Blotter>,
 }
 
 /// How a request came.
@@ -144,6 +147,7 @@ impl Context {
             exchange: Arc::default(),
             fault: None,
             wrapped: Wrapped::default(),
+            refusal: None,
         }
     }
 }

@@ -32,6 +32,7 @@ use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use crate::admin::Answer;
 use crate::auth::Auth;
 use crate::balance::{self, Choice, Pick};
+use crate::blot::Blotter;
 use crate::context::{Ask, Attempt, Context, Kept, OpenRequests};
 use crate::error::Fault;
 use crate::health;
@@ -172,14 +173,18 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         body: &mut Option<Bytes>,
-        _end: bool,
+        end: bool,
         context: &mut Context,
     ) -> Result<Option<Duration>> {
         // A refusal to switch protocols passes here and nowhere else.
-        if let (Some(piece), false, false) = (body, session.was_upgraded(), session.downstream_session.is_custom())
+        if !session.was_upgraded()
+            && !session.downstream_session.is_custom()
             && let Some(attempt) = &context.exchange.state().attempt
         {
-            *piece = attempt.endpoint.secrets.blot_whole(piece);
+            let blotter = context.refusal.get_or_insert_with(|| Blotter::new(attempt.endpoint.secrets.clone()));
+            let piece = blotter.piece(body.as_deref().unwrap_or_default(), end);
+            // An empty piece would be taken for the last chunk.
+            *body = Some(piece).filter(|piece| !piece.is_empty());
         }
         // Once committed there is no other attempt, and nothing more to replay.
         if let Some(ask) = context.ask.as_mut().filter(|ask| !ask.body.is_empty())

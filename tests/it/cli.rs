@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -12,6 +13,7 @@ use api_together::server::{Prepared, RunOptions};
 use api_together::simulator::{Behaviour, ResetAt, StallAt};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::task;
 
 use crate::harness::{
     KEY, Reply, behaving, chat, chat_stream, client, closed_port, config_text, endpoint, endpoint_with, in_order,
@@ -49,7 +51,7 @@ struct Running {
     address: SocketAddr,
     output: Arc<Mutex<String>>,
     readers: Vec<JoinHandle<()>>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Running {
@@ -76,7 +78,7 @@ impl Running {
             }
         };
         let readers = vec![errors, collect(lines, &output)];
-        Self { child, address, output, readers, _folder: folder }
+        Self { child, address, output, readers, folder }
     }
 
     fn url(&self, path: &str) -> String {
@@ -443,21 +445,90 @@ async fn a_stop_waits_for_open_streams_and_then_leaves() {
     within(async {
         let slow = Behaviour { chunk_delay_ms: 60, events: 15, ..Behaviour::default() };
         let simulator = behaving(slow).await;
-        let mut running = Running::start(&config_text(json!({}), &[endpoint("a", &simulator.base_url())]), "info");
-        running.ready().await;
-        let client = client(|builder| builder);
-        let call = client.post(running.url("/v1/chat/completions")).bearer_auth(KEY);
-        let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
-        let mut text = String::from_utf8(stream.chunk().await.unwrap().unwrap().to_vec()).unwrap();
-        running.signal("TERM");
-        running.logs("stopping: 1 requests are open").await;
-        let address = running.address;
-        until("nobody new is let in", || std::net::TcpStream::connect(address).is_err()).await;
-        while let Some(chunk) = stream.chunk().await.unwrap() {
-            text += std::str::from_utf8(&chunk).unwrap();
+        for client in [client(reqwest::ClientBuilder::http1_only), crate::harness::h2c()] {
+            let mut running = Running::start(&config_text(json!({}), &[endpoint("a", &simulator.base_url())]), "info");
+            running.ready().await;
+            let call = client.post(running.url("/v1/chat/completions")).bearer_auth(KEY);
+            let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
+            let mut text = String::from_utf8(stream.chunk().await.unwrap().unwrap().to_vec()).unwrap();
+            running.signal("TERM");
+            running.logs("stopping: 1 requests are open").await;
+            let address = running.address;
+            until("nobody new is let in", || std::net::TcpStream::connect(address).is_err()).await;
+            while let Some(chunk) = stream.chunk().await.unwrap() {
+                text += std::str::from_utf8(&chunk).unwrap();
+            }
+            assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+            assert_eq!(running.exit().await.code(), Some(0));
         }
-        assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
-        assert_eq!(running.exit().await.code(), Some(0));
+    })
+    .await;
+}
+
+/// Asks again and again until told to stop. Every request must be answered as it should.
+fn steady(client: reqwest::Client, url: String, stop: Arc<AtomicBool>) -> (Arc<AtomicUsize>, task::JoinHandle<()>) {
+    let answered = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&answered);
+    let asking = tokio::spawn(async move {
+        while !stop.load(Ordering::Relaxed) {
+            let call = client.post(&url).bearer_auth(KEY).json(&chat("m"));
+            Reply::of(call).await.assert_from("a", 1);
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    (answered, asking)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_process_takes_over_and_no_request_is_lost() {
+    within(async {
+        let simulator = simulator().await;
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let config = config_text(json!({ "port": port }), &[endpoint("a", &simulator.base_url())]);
+        let mut old = Running::start(&config, "info");
+        let stop = Arc::new(AtomicBool::new(false));
+        // One that keeps its connection, and one that makes a new one for each request.
+        let (kept, fresh) = (client(|builder| builder), client(|builder| builder.pool_max_idle_per_host(0)));
+        let asking = [kept, fresh].map(|c| steady(c, old.url("/v1/chat/completions"), Arc::clone(&stop)));
+        let go_on = async |what: &str| {
+            for (answered, _) in &asking {
+                let before = answered.load(Ordering::Relaxed);
+                until(what, || answered.load(Ordering::Relaxed) > before + 20).await;
+            }
+        };
+        go_on("the old process answers").await;
+
+        let mut command = program(old.folder.path());
+        command.args(["--upgrade", "--config", "apis.json"]).env("RUST_LOG", "info");
+        let starting = task::spawn_blocking(|| Running::of(command, tempfile::tempdir().unwrap()));
+        let socket = old.folder.path().join("run/upgrade.sock");
+        until("the new process waits for the sockets", || socket.exists()).await;
+        old.signal("QUIT");
+        let new = starting.await.unwrap();
+        assert_eq!(new.address, old.address);
+        assert_eq!(old.exit().await.code(), Some(0), "it leaves by itself");
+        go_on("the new process answers").await;
+        stop.store(true, Ordering::Relaxed);
+        for (_, asking) in asking {
+            asking.await.unwrap();
+        }
+        let line = new.logs("request id=").await;
+        assert!(line.contains("status=200"), "{line}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_banner_comes_once_the_port_accepts() {
+    within(async {
+        for _ in 0..10 {
+            let running = Running::start(&config_text(json!({}), &[endpoint("a", "http://127.0.0.1:9")]), "info");
+            // The address stands in the first of the banner's lines, so this is earlier than anybody could know it.
+            let connected = std::net::TcpStream::connect(running.address);
+            assert!(connected.is_ok(), "{connected:?}");
+            let base_url = running.logs("base URL").await;
+            assert!(base_url.ends_with(&running.url("/v1")), "{base_url}");
+        }
     })
     .await;
 }

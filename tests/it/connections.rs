@@ -2,12 +2,13 @@
 
 use api_together::simulator::Behaviour;
 use http::{Method, Version};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::{
-    KEY, Proxy, Reply, behaving, chat, chat_stream, endpoint, endpoint_with, h2c, in_order, simulator, within,
+    KEY, Proxy, Reply, behaving, chat, chat_stream, client, closed_port, endpoint, endpoint_with, h2c, in_order,
+    key_of, simulator, within,
 };
-use crate::wire::{post_chat, request};
+use crate::wire::{ByHand, chunked, post_chat, request};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_connection_serves_requests_of_every_kind_in_turn() {
@@ -204,6 +205,215 @@ async fn many_requests_at_once_each_get_their_own_answer() {
         assert!(b.connections() < 60, "streams share the endpoint's HTTP/2 connections");
         for id in ["a", "b"] {
             proxy.until_status(id, "inFlight", json!(0)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_offer_to_upgrade_to_http2_is_left_alone() {
+    within(async {
+        let (bad, good) = (behaving(Behaviour::status(503)).await, simulator().await);
+        let api = |id: &str, url: &str, name: &str, priority: u32| {
+            endpoint_with(id, url, json!({ "modelMapping": { "m": name }, "priority": priority }))
+        };
+        let apis = [api("a", &bad.base_url(), "theirs-a", 0), api("b", &good.base_url(), "theirs-b", 1)];
+        let proxy = Proxy::start(json!({ "bodyBytesMax": 2048 }), &apis).await;
+        // As `curl --http2` sends it.
+        let headers = [
+            "connection: Upgrade, HTTP2-Settings",
+            "upgrade: h2c",
+            "http2-settings: AAMAAABkAAQAoAAAAAIAAAAA",
+            "content-type: application/json",
+        ];
+        let post = |body: &str| request("POST", "/v1/chat/completions", &headers, body);
+        let mut wire = proxy.wire().await;
+        for round in 1..=2 {
+            wire.send(post(r#"{"model":"m","n":1}"#)).await;
+            let (head, body) = wire.message().await;
+            let attempts = head.header("x-api-together-attempts");
+            assert_eq!((head.status(), attempts.as_deref()), (200, Some("2")), "{head:?} {body:?}");
+            assert_eq!(head.header("upgrade"), None);
+            for (endpoint, name) in [(&bad, "theirs-a"), (&good, "theirs-b")] {
+                let arrived = endpoint.requests();
+                assert_eq!(arrived.len(), round);
+                let last = &arrived[round - 1];
+                assert_eq!(last.body, format!(r#"{{"model":"{name}","n":1}}"#));
+                for gone in ["upgrade", "http2-settings"] {
+                    assert_eq!(last.header(gone), None, "{last:?}");
+                }
+                let connection = last.header("connection").unwrap_or_default().to_lowercase();
+                assert!(!connection.contains("upgrade") && !connection.contains("http2"), "{connection}");
+            }
+        }
+        wire.send(post(&format!(r#"{{"model":"m","x":"{}"}}"#, "x".repeat(4096)))).await;
+        assert_eq!(wire.message().await.0.status(), 413);
+        assert_eq!(bad.requests().len(), 2);
+    })
+    .await;
+}
+
+/// A request to open a WebSocket.
+fn websocket(path: &str) -> String {
+    let headers = [
+        "connection: Upgrade",
+        "upgrade: websocket",
+        "sec-websocket-version: 13",
+        "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==",
+    ];
+    request("GET", path, &headers, "")
+}
+
+/// An endpoint that plays the WebSocket's other side, behind a proxy that would ask another one first.
+async fn before_by_hand(by_hand: &ByHand) -> Proxy {
+    let apis = [
+        endpoint_with("other", &closed_port(), json!({ "models": ["else"] })),
+        endpoint_with("a", &by_hand.base_url(), json!({ "models": ["vendor/talk"], "priority": 1 })),
+    ];
+    Proxy::start(json!({}), &apis).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_goes_to_its_models_endpoint_and_both_ways() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let proxy = before_by_hand(&by_hand).await;
+        let mut wire = proxy.wire().await;
+        wire.send(websocket("/v1/realtime?model=vendor%2Ftalk&x=1")).await;
+        let (mut endpoint, head, _) = by_hand.call().await;
+        assert_eq!(head.line, "GET /v1/realtime?model=vendor%2Ftalk&x=1 HTTP/1.1");
+        for (name, value) in [
+            ("authorization", format!("Bearer {}", key_of("a")).as_str()),
+            ("upgrade", "websocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+        ] {
+            assert_eq!(head.header(name).as_deref(), Some(value), "{name}: {head:?}");
+        }
+        assert!(head.header("connection").unwrap().eq_ignore_ascii_case("upgrade"), "{head:?}");
+        let accept = "sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
+        endpoint
+            .send(format!(
+                "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n{accept}\r\n\r\n"
+            ))
+            .await;
+        let head = wire.head().await.unwrap();
+        assert_eq!((head.status(), head.header("upgrade").as_deref()), (101, Some("websocket")), "{head:?}");
+        assert_eq!(head.header("sec-websocket-accept").as_deref(), Some("s3pPLMBiTxaQ9kYGzzhZRbK+xOo="));
+        assert_eq!(head.header("x-api-together-endpoint").as_deref(), Some("a"));
+        assert_eq!(head.header("x-api-together-attempts").as_deref(), Some("1"));
+        // Bytes that look like HTTP are none of the proxy's business any more.
+        for sent in [b"\x81\x85\0\0\0\0hello".as_slice(), b"GET / HTTP/1.1\r\n\r\n", &vec![0xff; 100_000]] {
+            wire.send(sent).await;
+            let arrived = endpoint.exactly(sent.len()).await.unwrap();
+            assert!(arrived == sent, "{} bytes to the endpoint", sent.len());
+            endpoint.send(&arrived).await;
+            assert!(wire.exactly(sent.len()).await.unwrap() == sent, "{} bytes to the client", sent.len());
+        }
+        // The endpoint may speak first as well.
+        endpoint.send("unasked").await;
+        assert_eq!(wire.exactly(7).await.unwrap(), "unasked");
+        assert_eq!(proxy.status_of("a").await["inFlight"], 1);
+        drop(endpoint);
+        assert_eq!(wire.rest().await, "");
+        proxy.until_status("a", "inFlight", json!(0)).await;
+        assert_eq!(proxy.status_of("a").await["errorCount"], 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_that_is_refused_tells_no_key() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let proxy = before_by_hand(&by_hand).await;
+        let key = key_of("a");
+        let refusal = format!(r#"{{"error":{{"message":"Incorrect API key provided: {key}."}}}}"#);
+        let cut = refusal.find(&key).unwrap() + key.len() / 2;
+        let (first, second) = refusal.split_at(cut);
+        for (framing, body) in [
+            (format!("content-length: {}", refusal.len()), refusal.clone()),
+            ("transfer-encoding: chunked".into(), format!("{}0\r\n\r\n", chunked(&refusal))),
+            ("transfer-encoding: chunked".into(), format!("{}{}0\r\n\r\n", chunked(first), chunked(second))),
+        ] {
+            let mut wire = proxy.wire().await;
+            wire.send(websocket("/v1/realtime?model=vendor%2Ftalk")).await;
+            let (mut endpoint, ..) = by_hand.call().await;
+            let head = "HTTP/1.1 401 Unauthorized\r\nconnection: close\r\ncontent-type: application/json";
+            endpoint.send(format!("{head}\r\nx-debug: {key}\r\n{framing}\r\n\r\n{body}")).await;
+            let (head, body) = wire.message().await;
+            assert_eq!((head.status(), head.header("x-debug")), (401, None), "{head:?}");
+            assert_eq!(body, refusal.replace(&key, &"*".repeat(key.len())), "{framing}");
+        }
+        proxy.until_status("a", "errorCount", json!(3)).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chunk_without_a_size_is_refused_and_nothing_after_it_is_served() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        let headers = ["content-type: application/json", "transfer-encoding: chunked"];
+        let post = request("POST", "/v1/chat/completions", &headers, "");
+        let smuggled = request("GET", "/v1/models", &[], "");
+        for broken in ["zz\r\n", "5\r\n{\"mod\r\nzz\r\n", "-1\r\n"] {
+            let mut wire = proxy.wire().await;
+            wire.send(format!("{post}{broken}{smuggled}")).await;
+            let (head, body) = wire.message().await;
+            assert_eq!((head.status(), head.header("connection").as_deref()), (400, Some("close")), "{broken:?}");
+            let error: Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(error["error"]["type"], "invalid_request_error", "{error}");
+            assert_eq!(wire.rest().await, "", "{broken:?}");
+        }
+        assert_eq!(simulator.connections(), 0);
+        assert_eq!(proxy.status_of("a").await["errorCount"], 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_no_endpoint_would_take_is_refused() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        let path = format!("/v1/files/{}", "x".repeat(20_000));
+        let query = format!("/v1/files?after={}", "x".repeat(20_000));
+        for client in [client(reqwest::ClientBuilder::http1_only), h2c()] {
+            for path in [&path, &query] {
+                let reply = Reply::of(client.get(proxy.url(path)).bearer_auth(KEY)).await;
+                let message = reply.assert_error(414, "invalid_request_error", "uri_too_long");
+                assert!(message.contains("16384 bytes"), "{message}");
+            }
+        }
+        assert_eq!(simulator.connections(), 0);
+        assert_eq!(proxy.status_of("a").await["errorCount"], 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_strange_connection_header_is_served_or_refused_with_a_word() {
+    within(async {
+        let (first, second) = (simulator().await, simulator().await);
+        let proxy = Proxy::before([&first, &second]).await;
+        for value in ["x-forwarded-for", "\"a b\"", "a b", "authorization", "content-length", "host", ",,", "x-none"] {
+            let connection = format!("connection: {value}");
+            let headers = ["content-type: application/json", "x-forwarded-for: 192.0.2.1", &connection];
+            let mut wire = proxy.wire().await;
+            wire.send(request("POST", "/v1/chat/completions", &headers, r#"{"model":"m"}"#)).await;
+            let head = wire.head().await.unwrap_or_else(|| panic!("{value}: closed without a word"));
+            let body = wire.body(&head).await;
+            let answer: Value = serde_json::from_slice(&body).unwrap();
+            match head.status() {
+                200 => assert!(answer["choices"].is_array(), "{value}: {answer}"),
+                400 => assert_eq!(answer["error"]["type"], "invalid_request_error", "{value}: {answer}"),
+                status => panic!("{value}: {status} {answer}"),
+            }
+            for id in ["a", "b"] {
+                assert_eq!(proxy.status_of(id).await["errorCount"], 0, "{value}");
+            }
         }
     })
     .await;

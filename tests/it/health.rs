@@ -260,3 +260,48 @@ async fn embeddings_have_no_completion_tokens_and_are_not_empty() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_whose_streams_all_break_cools_down() {
+    within(async {
+        let broken = Behaviour { reset: Some(ResetAt::AfterEvents(3)), ..Behaviour::default() };
+        let simulator = behaving(broken.clone()).await;
+        let twice_then_whole = vec![broken.clone(), broken.clone(), Behaviour::default(), broken];
+        simulator.script("m", twice_then_whole);
+        let proxy = Proxy::before([&simulator]).await;
+        // The third one is whole, and the count begins anew.
+        for (errors, disabled) in [(1, false), (2, false), (0, false), (1, false), (2, false), (3, true)] {
+            let mut stream = proxy.open_stream("m").await;
+            assert_eq!(stream.status(), 200, "it begins as it should");
+            while let Ok(Some(_)) = stream.chunk().await {}
+            proxy.until_status("a", "errorCount", json!(errors)).await;
+            assert_eq!(proxy.status_of("a").await["temporarilyDisabled"], disabled, "after {errors}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trial_whose_stream_has_begun_lets_others_through() {
+    within(async {
+        let simulator = behaving(status(500)).await;
+        let server = json!({ "breaker": { "failures": 1 } });
+        let proxy = Proxy::start(server, &[endpoint("a", &simulator.base_url())]).await;
+        assert_eq!(proxy.chat("m").await.status, 500);
+        assert_eq!(proxy.status_of("a").await["temporarilyDisabled"], true);
+        simulator.set_default(Behaviour::default());
+        simulator.script("trial", vec![Behaviour { stall: Some(StallAt::AfterEvents(3)), ..Behaviour::default() }]);
+        let mut trial = proxy.open_stream("trial").await;
+        assert!(trial.chunk().await.unwrap().is_some());
+        let status = proxy.status_of("a").await;
+        assert_eq!(
+            (&status["available"], &status["temporarilyDisabled"], &status["errorCount"]),
+            (&json!(true), &json!(false), &json!(1)),
+            "it is open again, and the error stands until an answer is whole: {status}"
+        );
+        proxy.chat("m").await.assert_from("a", 1);
+        assert_eq!(simulator.open_requests(), 1, "the trial is still under way");
+        assert_eq!(proxy.status_of("a").await["errorCount"], 0);
+    })
+    .await;
+}

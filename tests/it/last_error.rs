@@ -4,8 +4,9 @@ use api_together::simulator::{Behaviour, Empty, Options, ResetAt, ResetHow, Stal
 use serde_json::json;
 
 use crate::harness::{
-    Proxy, behaving, chat_stream, closed_port, endpoint_with, in_order, key_of, simulator, simulator_with, within,
+    Proxy, behaving, chat, chat_stream, closed_port, endpoint_with, in_order, key_of, simulator, simulator_with, within,
 };
+use crate::wire::{ByHand, chunked, post_chat};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_endpoints_own_error_is_shown_as_it_came() {
@@ -181,6 +182,62 @@ async fn a_key_quoted_in_an_error_that_was_kept_is_blotted_out_too() {
         let reply = proxy.chat("m").await;
         assert_eq!((reply.status, reply.endpoint()), (401, Some("a")));
         assert_eq!(reply.text(), body.replace(&key, &"*".repeat(key.len())));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_header_that_an_endpoint_quotes_is_blotted_out() {
+    within(async {
+        let secret = "a-secret-of-the-header";
+        let body = format!(r#"{{"error":{{"message":"x-secret {secret} is unknown"}}}}"#);
+        let quotes = Behaviour { body: Some(body.clone()), ..Behaviour::status(400) };
+        let simulator = behaving(quotes.header("x-debug", &format!("x-secret={secret}"))).await;
+        let api = endpoint_with("a", &simulator.base_url(), json!({ "headers": { "x-secret": secret } }));
+        let proxy = Proxy::start(json!({}), &[api]).await;
+        let reply = proxy.chat("m").await;
+        assert_eq!(simulator.requests()[0].header("x-secret"), Some(secret));
+        assert_eq!((reply.status, reply.header("x-debug")), (400, None), "{reply:?}");
+        assert_eq!(reply.text(), body.replace(secret, &"*".repeat(secret.len())));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_found_in_an_error_too_long_to_be_held() {
+    const BYTES: usize = 200_000;
+    const AT: usize = 70_000;
+    within(async {
+        let key = key_of("a");
+        let mut error = "x".repeat(AT) + &key;
+        error += &"y".repeat(BYTES - error.len());
+        let expected = error.replace(&key, &"*".repeat(key.len()));
+        let by_hand = ByHand::bind().await;
+        let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str()])).await;
+        // Whole, and cut at its first byte, in the middle, and at its last one.
+        for cut in [AT, AT + 1, AT + key.len() / 2, AT + key.len() - 1, AT + key.len()] {
+            for is_chunked in [false, true] {
+                let mut wire = proxy.wire().await;
+                wire.send(post_chat(&chat("m"))).await;
+                let (mut endpoint, ..) = by_hand.call().await;
+                let (first, second) = error.split_at(cut);
+                let (framing, first, second) = if is_chunked {
+                    ("transfer-encoding: chunked".into(), chunked(first), chunked(second) + "0\r\n\r\n")
+                } else {
+                    (format!("content-length: {BYTES}"), first.into(), second.into())
+                };
+                let head = format!(
+                    "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: text/plain\r\n{framing}\r\n\r\n"
+                );
+                endpoint.send(head + &first).await;
+                // The client has the beginning before the endpoint sends the rest.
+                let head = wire.head().await.unwrap();
+                assert_eq!(head.status(), 400);
+                endpoint.send(second).await;
+                let body = wire.body(&head).await;
+                assert!(body == expected, "cut at {cut}, chunked {is_chunked}: {} bytes came", body.len());
+            }
+        }
     })
     .await;
 }

@@ -18,6 +18,7 @@ mod headers;
 mod health;
 mod last_error;
 mod legacy;
+mod limits;
 mod own_answers;
 mod retry;
 mod routing;

@@ -3,6 +3,7 @@
 use api_together::simulator::{Behaviour, Empty, Options, ResetAt, ResetHow, StallAt};
 use http::Method;
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::harness::{
@@ -315,6 +316,70 @@ async fn an_endpoint_may_answer_before_it_has_read_the_body() {
                 assert_eq!(reply.status, if attempts == "2" { 200 } else { status });
             }
         }
+    })
+    .await;
+}
+
+/// An HTTP/2 endpoint that refuses every request at its header. Once the answer has gone out, h2 resets the stream whose
+/// body nobody reads, with `NO_ERROR` (RFC 9113, 8.1).
+async fn refuse_unread(listener: TcpListener, body: &'static str) {
+    while let Ok((stream, _)) = listener.accept().await {
+        tokio::spawn(async move {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                drop(request);
+                let header = http::Response::builder().status(413).header("content-type", "application/json");
+                let mut sender = respond.send_response(header.body(()).unwrap(), false).unwrap();
+                sender.send_data(body.into(), true).unwrap();
+            }
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_http2_endpoint_may_answer_before_it_has_read_the_body() {
+    const REFUSAL: &str = r#"{"error":{"message":"too much","type":"invalid_request_error","code":null}}"#;
+    within(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let refusing = tokio::spawn(refuse_unread(listener, REFUSAL));
+        let good = simulator().await;
+        let apis = [
+            endpoint_with("a", &url, json!({ "http2": true })),
+            endpoint_with("b", &good.base_url(), json!({ "priority": 1 })),
+        ];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        let body = merged(chat("m"), json!({ "x": "x".repeat(1_000_000) }));
+        for client in [client(reqwest::ClientBuilder::http1_only), crate::harness::h2c()] {
+            for _ in 0..4 {
+                let call = client.request(Method::POST, proxy.url("/v1/chat/completions"));
+                let reply = Reply::of(call.bearer_auth(crate::harness::KEY).json(&body)).await;
+                assert_eq!(
+                    (reply.status, reply.endpoint(), reply.attempts()),
+                    (413, Some("a"), Some("1")),
+                    "{reply:?}"
+                );
+                assert_eq!(reply.text(), REFUSAL);
+            }
+        }
+        assert_eq!(proxy.status_of("a").await["errorCount"], 0);
+        assert!(good.requests().is_empty());
+        refusing.abort();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_answer_that_comes_too_late_for_another_attempt_is_passed_on() {
+    within(async {
+        let late = behaving(Behaviour { header_delay_ms: 600, ..empty(Empty::ZeroUsage) }).await;
+        let good = simulator().await;
+        let server = json!({ "retry": { "budgetMs": 300 } });
+        let proxy = Proxy::start(server, &in_order([late.base_url().as_str(), &good.base_url()])).await;
+        let reply = proxy.chat("m").await;
+        reply.assert_from("a", 1);
+        assert_eq!(reply.json()["usage"]["completion_tokens"], 0, "{reply:?}");
+        assert!(good.requests().is_empty());
     })
     .await;
 }

@@ -7,8 +7,8 @@ use http::Version;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    KEY, Proxy, behaving, chat, chat_stream, client, endpoint_with, h2c, in_order, simulator, simulator_with, until,
-    within,
+    KEY, Proxy, behaving, chat, chat_stream, client, endpoint_with, h2c, in_order, key_of, simulator, simulator_with,
+    until, within,
 };
 use crate::wire::{ByHand, STREAM_HEAD, chunked, event, post_chat};
 
@@ -305,6 +305,67 @@ async fn sound_and_files_are_never_held() {
         endpoint.send(format!("{}0\r\n\r\n", chunked("\u{4}\u{5}\u{6}"))).await;
         assert_eq!(stream.chunk().await.unwrap().unwrap(), "\u{4}\u{5}\u{6}");
         assert_eq!(next(&mut stream).await, None);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_slowly_gets_it_all() {
+    const EVENTS: usize = 500;
+    const EVENT_BYTES: usize = 64 * 1024;
+    /// Longer than the endpoint may be silent.
+    const PAUSE: Duration = Duration::from_secs(1);
+    within(async {
+        let long = Behaviour { events: EVENTS, event_bytes: Some(EVENT_BYTES), ..Behaviour::default() };
+        for (http2, (_, client)) in [false, true].into_iter().zip(clients()) {
+            let (simulator, spare) = (behaving(long.clone()).await, simulator().await);
+            let settings = json!({ "timeouts": { "idleMs": 300 }, "http2": http2 });
+            let apis = [
+                endpoint_with("a", &simulator.base_url(), settings),
+                endpoint_with("b", &spare.base_url(), json!({ "priority": 1 })),
+            ];
+            let proxy = Proxy::start(json!({}), &apis).await;
+            let mut stream = open(&client, &proxy, &chat_stream("m")).await;
+            let mut text = next(&mut stream).await.unwrap().to_vec();
+            for pause in 0..2 {
+                tokio::time::sleep(PAUSE).await;
+                assert_eq!(simulator.open_requests(), 1, "http2 {http2}: it all went into buffers");
+                while text.len() < (pause + 1) * 4 * 1024 * 1024 {
+                    text.extend_from_slice(&next(&mut stream).await.unwrap());
+                }
+            }
+            while let Some(piece) = next(&mut stream).await {
+                text.extend_from_slice(&piece);
+            }
+            assert!(text.len() > EVENTS * EVENT_BYTES, "http2 {http2}: {} bytes came", text.len());
+            assert!(text.ends_with(b"data: [DONE]\n\n"), "http2 {http2}");
+            assert_eq!(proxy.status_of("a").await["errorCount"], 0, "http2 {http2}");
+            assert!(spare.requests().is_empty());
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_quoted_in_the_middle_of_a_stream_is_blotted_out() {
+    within(async {
+        let secret = "a-secret-of-the-header";
+        let by_hand = ByHand::bind().await;
+        let api = endpoint_with("a", &by_hand.base_url(), json!({ "headers": { "x-secret": secret } }));
+        let proxy = Proxy::start(json!({}), &[api]).await;
+        let mut wire = proxy.wire().await;
+        wire.send(post_chat(&chat_stream("m"))).await;
+        let (mut endpoint, ..) = by_hand.call().await;
+        endpoint.send(format!("{STREAM_HEAD}{}", chunked(&event("one")))).await;
+        let head = wire.head().await.unwrap();
+        assert_eq!((head.status(), wire.chunk().await.unwrap()), (200, event("one").into()));
+        for quoted in [key_of("a").as_str(), secret] {
+            let error = format!("data: {{\"error\":{{\"message\":\"{quoted} is over its quota\"}}}}\n\n");
+            endpoint.send(chunked(&error)).await;
+            assert_eq!(wire.chunk().await.unwrap(), error.replace(quoted, &"*".repeat(quoted.len())));
+        }
+        endpoint.send("0\r\n\r\n").await;
+        assert!(wire.chunk().await.unwrap().is_empty());
     })
     .await;
 }

@@ -92,7 +92,8 @@ impl Wire {
         Some(bytes.slice(..size))
     }
 
-    async fn exactly(&mut self, size: usize) -> Option<Bytes> {
+    /// The next so many bytes. None if the connection ends before them.
+    pub async fn exactly(&mut self, size: usize) -> Option<Bytes> {
         let mut bytes = vec![0; size];
         self.0.read_exact(&mut bytes).await.ok()?;
         Some(bytes.into())
