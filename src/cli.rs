@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use anstream::{eprintln, print, println};
 use anstyle::{AnsiColor, Style};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pingora::server::RunArgs;
 
 use crate::banner::Banner;
 use crate::config::{self, Environment, Kind, Loaded, Problem};
@@ -139,7 +138,7 @@ impl Run {
             prepared.announce(banner.text(prepared.address));
         }
         prepared.bootstrap();
-        prepared.run(RunArgs::default());
+        prepared.serve();
         ExitCode::SUCCESS
     }
 

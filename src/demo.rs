@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
 
-use pingora::server::RunArgs;
 use serde_json::json;
 
 use crate::banner::Banner;
@@ -33,7 +32,7 @@ pub fn run() -> ExitCode {
             let address = prepared.address;
             prepared.announce(format!("{}{}", banner.text(address), samples(address.port())));
             prepared.bootstrap();
-            prepared.run(RunArgs::default());
+            prepared.serve();
             ExitCode::SUCCESS
         }
         Err(why) => fail(&why),

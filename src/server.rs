@@ -125,7 +125,12 @@ impl Prepared {
         self.server.bootstrap();
     }
 
-    /// Serves until told to stop.
+    /// Serves until a signal ends it.
+    pub fn serve(self) {
+        self.run(RunArgs::default());
+    }
+
+    /// Serves until told to stop in another way.
     pub fn run(self, args: RunArgs) {
         self.server.run(args);
     }

@@ -2,50 +2,47 @@
 //!
 //! ```text
 //! request_filter            arrival → auth → own answers → body → route → first pick       (intake)
-//! ┌ upstream_peer           pick → attempt → address
+//! ┌ upstream_peer           pick → attempt → address                                        (attempts)
 //! │ upstream_request_filter path, headers, key, body                                       (outgoing)
 //! │ request_body_filter     the body, in the marker's place
 //! │                         the endpoint answers; the wrapped session holds or commits     (replay)
 //! │ response_filter         headers for the client                                         (outgoing)
-//! └ error_while_proxy, fail_to_connect      outcome → next attempt, or
+//! └ error_while_proxy, fail_to_connect      outcome → next attempt, or                     (attempts)
 //! fail_to_proxy             the last error, for the client                                 (outgoing)
 //! logging                   record
 //! ```
 
+mod attempts;
 mod intake;
 mod outgoing;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{Method, StatusCode, Version};
+use http::{StatusCode, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::upstreams::peer::HttpPeer;
-use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
+use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::admin::Answer;
 use crate::auth::Auth;
-use crate::balance::{self, Choice, Pick};
+use crate::balance::Choice;
 use crate::blot::Blotter;
-use crate::context::{Ask, Attempt, Context, Kept, OpenRequests};
+use crate::context::{Ask, Context, Kept, OpenRequests};
 use crate::error::Fault;
 use crate::health;
 use crate::pool::Pool;
 use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
-use crate::respond::Terms;
-use crate::retry::{self, Outcome};
+use crate::retry::Outcome;
 use crate::server::Draining;
+use attempts::{Stale, address, attempt_over, begin_anew, next_attempt};
 use intake::{Next, Stop};
-
-/// How often an attempt begins anew because its pooled connection turns out to be closed.
-const STALE_MAX: u32 = 2;
 
 /// The proxy.
 #[derive(Debug)]
@@ -346,126 +343,6 @@ fn begin(session: &mut Session, context: &mut Context, ask: Ask, choice: Choice)
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
     }
     context.ask = Some(ask);
-}
-
-/// Begins the next attempt, at an endpoint that was not tried yet.
-fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
-    let Some(ask) = &context.ask else { return Err(Fault::Internal) };
-    let tries = &mut context.tries;
-    let choice = match tries.next.take() {
-        Some(choice) => choice,
-        None => match balance::pick(&ask.pool, &ask.candidates, &tries.tried, &ask.pool.clock()) {
-            Pick::Take(choice) => choice,
-            Pick::LimitsReached(wait) => return Err(Fault::LimitsReached { wait }),
-            Pick::None => return Err(Fault::NoneAvailable),
-        },
-    };
-    let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
-    let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
-    tries.tried.push(candidate.endpoint);
-    tries.addresses_failed = 0;
-    tries.stale = 0;
-    let more = has_more(ask, &tries.tried, context.arrival.at);
-    let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more };
-    let breaker = ask.pool.server.breaker.clone();
-    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, breaker);
-    if ask.stream {
-        attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
-    }
-    context.exchange.state().attempt = Some(attempt);
-    context.fault = None;
-    Ok(())
-}
-
-/// Whether an attempt failed only because its pooled connection had been closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stale {
-    /// It did not, for all that is known.
-    No,
-    /// It did; the endpoint may have taken the request all the same.
-    Closed,
-    /// It did, and the endpoint says that it never took the request.
-    NeverTaken,
-}
-
-impl Stale {
-    fn of(error: &Error, reused: bool) -> Self {
-        use ErrorType::{ConnectionClosed, InvalidH2, ReadError, WriteError};
-        match error.retry {
-            RetryType::Decided(true) if *error.etype() != InvalidH2 => Self::NeverTaken,
-            RetryType::ReusedOnly if reused => Self::Closed,
-            _ if reused && matches!(error.etype(), ConnectionClosed | ReadError | WriteError) => Self::Closed,
-            _ => Self::No,
-        }
-    }
-}
-
-/// Lets the attempt begin anew, on a fresh connection, because its pooled one had been closed.
-fn begin_anew(context: &mut Context, stale: Stale) -> bool {
-    let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX && stale != Stale::No) else {
-        return false;
-    };
-    if context.arrival.at.elapsed() < ask.pool.server.retry.budget
-        && let Some(attempt) = &mut context.exchange.state().attempt
-        && (stale == Stale::NeverTaken || attempt.begin_anew(&ask.pool.clock()))
-    {
-        context.tries.stale += 1;
-        context.tries.again = true;
-    }
-    context.tries.again
-}
-
-/// Whether another attempt may begin and any endpoint is left for it.
-fn has_more(ask: &Ask, tried: &[usize], at: Instant) -> bool {
-    let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
-    retry::may_begin(&ask.pool.server.retry, attempts, at.elapsed())
-        && balance::any_left(&ask.pool, &ask.candidates, tried, &ask.pool.clock())
-}
-
-/// The address that the attempt under way goes to: the endpoint's first one that has not failed it yet.
-async fn address(context: &Context) -> Option<(Arc<crate::pool::Endpoint>, SocketAddr)> {
-    let endpoint = context.exchange.state().attempt.as_ref()?.endpoint.clone();
-    match endpoint.upstream.addresses().await {
-        Ok(addresses) => {
-            let address = *addresses.get(context.tries.addresses_failed).or(addresses.first())?;
-            Some((endpoint, address))
-        }
-        Err(error) => {
-            let (id, host) = (&endpoint.config.id, endpoint.upstream.host());
-            log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
-            None
-        }
-    }
-}
-
-/// An attempt came to its end without an answer for the client. Returns whether another one follows.
-fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
-    let Some(ask) = &context.ask else { return false };
-    let mut state = context.exchange.state();
-    if let Some(mut attempt) = state.attempt.take() {
-        attempt.settle(outcome);
-        context.tries.last = Some(Arc::clone(&attempt.endpoint));
-    }
-    if !matches!(outcome, Outcome::Status { .. }) {
-        state.kept = None;
-    }
-    let retry = &ask.pool.server.retry;
-    let more = outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at);
-    if let (Some(endpoint), false) = (&context.tries.last, matches!(outcome, Outcome::ClientGone | Outcome::Ours)) {
-        let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
-        let next = if more { "another one is tried" } else { "no other one is left" };
-        log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
-    }
-    context.fault = match outcome {
-        Outcome::ClientGone => None,
-        Outcome::Ours => Some(Fault::Internal),
-        Outcome::LimitReached => Some(Fault::NoneAvailable),
-        Outcome::TooSlow => Some(Fault::EndpointTimeout),
-        Outcome::Empty => Some(Fault::EndpointEmpty),
-        Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),
-        Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent => Some(Fault::EndpointUnreachable),
-    };
-    more
 }
 
 /// Whether a response header is the answer: all but 1xx, and of those the one that switches protocols.

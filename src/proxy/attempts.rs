@@ -1,0 +1,138 @@
+//! From one attempt to the next: which endpoint, which address, and what follows when it fails.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use http::Method;
+use pingora::{Error, ErrorType, RetryType};
+
+use crate::balance::{self, Pick};
+use crate::context::{Ask, Attempt, Context};
+use crate::error::Fault;
+use crate::pool::Endpoint;
+use crate::respond::Terms;
+use crate::retry::{self, Outcome};
+
+/// How often an attempt begins anew because its pooled connection turns out to be closed.
+const STALE_MAX: u32 = 2;
+
+/// Begins the next attempt, at an endpoint that was not tried yet.
+pub(super) fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
+    let Some(ask) = &context.ask else { return Err(Fault::Internal) };
+    let tries = &mut context.tries;
+    let choice = match tries.next.take() {
+        Some(choice) => choice,
+        None => match balance::pick(&ask.pool, &ask.candidates, &tries.tried, &ask.pool.clock()) {
+            Pick::Take(choice) => choice,
+            Pick::LimitsReached(wait) => return Err(Fault::LimitsReached { wait }),
+            Pick::None => return Err(Fault::NoneAvailable),
+        },
+    };
+    let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
+    let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
+    tries.tried.push(candidate.endpoint);
+    tries.addresses_failed = 0;
+    tries.stale = 0;
+    let more = has_more(ask, &tries.tried, context.arrival.at);
+    let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more };
+    let breaker = ask.pool.server.breaker.clone();
+    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, breaker);
+    if ask.stream {
+        attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
+    }
+    context.exchange.state().attempt = Some(attempt);
+    context.fault = None;
+    Ok(())
+}
+
+/// Whether an attempt failed only because its pooled connection had been closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stale {
+    /// It did not, for all that is known.
+    No,
+    /// It did; the endpoint may have taken the request all the same.
+    Closed,
+    /// It did, and the endpoint says that it never took the request.
+    NeverTaken,
+}
+
+impl Stale {
+    pub(super) fn of(error: &Error, reused: bool) -> Self {
+        use ErrorType::{ConnectionClosed, InvalidH2, ReadError, WriteError};
+        match error.retry {
+            RetryType::Decided(true) if *error.etype() != InvalidH2 => Self::NeverTaken,
+            RetryType::ReusedOnly if reused => Self::Closed,
+            _ if reused && matches!(error.etype(), ConnectionClosed | ReadError | WriteError) => Self::Closed,
+            _ => Self::No,
+        }
+    }
+}
+
+/// Lets the attempt begin anew, on a fresh connection, because its pooled one had been closed.
+pub(super) fn begin_anew(context: &mut Context, stale: Stale) -> bool {
+    let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX && stale != Stale::No) else {
+        return false;
+    };
+    if context.arrival.at.elapsed() < ask.pool.server.retry.budget
+        && let Some(attempt) = &mut context.exchange.state().attempt
+        && (stale == Stale::NeverTaken || attempt.begin_anew(&ask.pool.clock()))
+    {
+        context.tries.stale += 1;
+        context.tries.again = true;
+    }
+    context.tries.again
+}
+
+/// Whether another attempt may begin and any endpoint is left for it.
+fn has_more(ask: &Ask, tried: &[usize], at: Instant) -> bool {
+    let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
+    retry::may_begin(&ask.pool.server.retry, attempts, at.elapsed())
+        && balance::any_left(&ask.pool, &ask.candidates, tried, &ask.pool.clock())
+}
+
+/// The address that the attempt under way goes to: the endpoint's first one that has not failed it yet.
+pub(super) async fn address(context: &Context) -> Option<(Arc<Endpoint>, SocketAddr)> {
+    let endpoint = context.exchange.state().attempt.as_ref()?.endpoint.clone();
+    match endpoint.upstream.addresses().await {
+        Ok(addresses) => {
+            let address = *addresses.get(context.tries.addresses_failed).or(addresses.first())?;
+            Some((endpoint, address))
+        }
+        Err(error) => {
+            let (id, host) = (&endpoint.config.id, endpoint.upstream.host());
+            log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
+            None
+        }
+    }
+}
+
+/// An attempt came to its end without an answer for the client. Returns whether another one follows.
+pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
+    let Some(ask) = &context.ask else { return false };
+    let mut state = context.exchange.state();
+    if let Some(mut attempt) = state.attempt.take() {
+        attempt.settle(outcome);
+        context.tries.last = Some(Arc::clone(&attempt.endpoint));
+    }
+    if !matches!(outcome, Outcome::Status { .. }) {
+        state.kept = None;
+    }
+    let retry = &ask.pool.server.retry;
+    let more = outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at);
+    if let (Some(endpoint), false) = (&context.tries.last, matches!(outcome, Outcome::ClientGone | Outcome::Ours)) {
+        let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
+        let next = if more { "another one is tried" } else { "no other one is left" };
+        log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
+    }
+    context.fault = match outcome {
+        Outcome::ClientGone => None,
+        Outcome::Ours => Some(Fault::Internal),
+        Outcome::LimitReached => Some(Fault::NoneAvailable),
+        Outcome::TooSlow => Some(Fault::EndpointTimeout),
+        Outcome::Empty => Some(Fault::EndpointEmpty),
+        Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),
+        Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent => Some(Fault::EndpointUnreachable),
+    };
+    more
+}
