@@ -5,7 +5,7 @@
 //! decided by the downstream session, and Pingora lets a session of one's own stand in (`HttpSession::Custom`). So this
 //! one passes everything on to the real session, except that
 //! - a body seems to come in one piece whenever an attempt begins; the request body filter puts the real one in its place;
-//! - responses go through a [`Hold`] first; an answer that is dropped ends the attempt with an error, which the retry
+//! - responses go through a `Hold` first; an answer that is dropped ends the attempt with an error, which the retry
 //!   hooks take up;
 //! - deadlines that Pingora does not know are kept while it waits for either side: first byte, and idle.
 
