@@ -128,7 +128,8 @@ pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
     context.fault = match outcome {
         Outcome::ClientGone => None,
         Outcome::Ours => Some(Fault::Internal),
-        Outcome::LimitReached => Some(Fault::NoneAvailable),
+        // If nobody else has room either, the next pick says until when.
+        Outcome::LimitReached => (!more).then_some(Fault::NoneAvailable),
         Outcome::TooSlow => Some(Fault::EndpointTimeout),
         Outcome::Empty => Some(Fault::EndpointEmpty),
         Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),
