@@ -69,17 +69,22 @@ impl Stale {
     }
 }
 
-/// Lets the attempt begin anew, on a fresh connection, because its pooled one had been closed.
-pub(super) fn begin_anew(context: &mut Context, stale: Stale) -> bool {
-    let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX && stale != Stale::No) else {
+/// Lets the attempt begin anew, on a fresh connection, because its pooled one had been closed. False if it may not; why, is in
+/// the exchange if it is the endpoint's limit.
+pub(super) fn begin_anew(context: &mut Context, pooled: Stale) -> bool {
+    let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX && pooled != Stale::No) else {
         return false;
     };
-    if context.arrival.at.elapsed() < ask.pool.server.retry.budget
-        && let Some(attempt) = &mut context.exchange.state().attempt
-        && (stale == Stale::NeverTaken || attempt.begin_anew(&ask.pool.clock()))
-    {
+    if context.arrival.at.elapsed() >= ask.pool.server.retry.budget {
+        return false;
+    }
+    let mut state = context.exchange.state();
+    let Some(attempt) = &mut state.attempt else { return false };
+    if pooled == Stale::NeverTaken || attempt.begin_anew(&ask.pool.clock()) {
         context.tries.stale += 1;
         context.tries.again = true;
+    } else {
+        state.ended = Some(Outcome::LimitReached);
     }
     context.tries.again
 }

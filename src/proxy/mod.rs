@@ -219,6 +219,7 @@ impl ProxyHttp for Gateway {
             error.set_retry(true);
             return error;
         }
+        let ended = ended.or_else(|| context.exchange.state().ended.take());
         let outcome = ended.unwrap_or(match error.esource() {
             // Pingora refuses some requests only when it makes the endpoint's out of them.
             ErrorSource::Downstream if *error.etype() == ErrorType::InvalidHTTPHeader => Outcome::Ours,

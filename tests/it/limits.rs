@@ -134,3 +134,25 @@ async fn a_request_that_is_sent_once_more_counts_once_more() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_may_not_be_sent_once_more_is_not_the_endpoints_fault() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let api = endpoint_with("a", &by_hand.base_url(), json!({ "rpm": 2 }));
+        let proxy = Proxy::start(json!({}), &[api]).await;
+        let endpoint = async {
+            let (mut first, ..) = by_hand.call().await;
+            first.send("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\n{\"n\":1}").await;
+            first.message().await;
+        };
+        let client = async {
+            proxy.chat("m").await.assert_from("a", 1);
+            // The connection closes under the second request, whose permit was the last one.
+            proxy.chat("m").await.assert_error(503, "server_error", "no_endpoint_available");
+        };
+        tokio::join!(endpoint, client);
+        assert_eq!(proxy.status_of("a").await["errorCount"], 0);
+    })
+    .await;
+}
