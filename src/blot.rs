@@ -2,6 +2,7 @@
 //! says. Pure.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -10,9 +11,10 @@ const SECRET_BYTES_MIN: usize = 8;
 /// A quoted or masked secret is looked for across the boundary of two pieces up to this length.
 const CARRY_BYTES: usize = 512;
 
-/// The secrets of one endpoint: its key, and the values of the headers that its config adds.
+/// The secrets of one endpoint: its key, and the values of the headers that its config adds. Shared, as every attempt holds
+/// them.
 #[derive(Clone, Default)]
-pub struct Secrets(Vec<Box<[u8]>>);
+pub struct Secrets(Arc<[Box<[u8]>]>);
 
 impl std::fmt::Debug for Secrets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -54,7 +56,7 @@ impl Secrets {
     }
 
     fn hide_whole(&self, text: &mut [u8]) {
-        for secret in &self.0 {
+        for secret in self.0.iter() {
             let found: Vec<usize> = memchr::memmem::find_iter(text, secret).collect();
             for start in found {
                 if let Some(part) = text.get_mut(start..start + secret.len()) {
