@@ -1,34 +1,22 @@
-//! Candidates → one: by tier, then by what each endpoint's health allows, then by the strategy.
+//! Candidates → one: by tier, then by what each endpoint's health allows, then by the strategy. Whether it has a permit is
+//! asked afterwards ([`admission`](crate::admission)); what seems to be at a limit goes last.
 
 use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::config::Strategy;
 use crate::health::Gate;
-use crate::limit::Clock;
-use crate::pool::{Endpoint, Permit, Pool, Trial};
+use crate::limit::{Clock, Stamp};
+use crate::pool::{Endpoint, Pool, Trial};
 use crate::route::{Candidate, Candidates};
-
-/// What was found for a request.
-#[derive(Debug)]
-pub enum Pick {
-    /// This one.
-    Take(Choice),
-    /// None now: at least one is only at a limit, the first of them until then.
-    LimitsReached(Duration),
-    /// None now: each is cooling down with a trial under way, or was tried.
-    None,
-}
 
 /// The candidate that was chosen.
 #[derive(Debug)]
-pub struct Choice {
+pub struct Pick {
     /// Its place among the candidates.
     pub candidate: usize,
     /// Held by the request that tries an endpoint out after its errors.
     pub trial: Option<Trial>,
-    /// What was counted for it.
-    pub permit: Permit,
 }
 
 /// A candidate that could be chosen.
@@ -38,19 +26,19 @@ struct Eligible {
     trial: bool,
 }
 
-/// Picks one of the candidates that were not tried yet.
-pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Pick {
+/// Picks one of the candidates that were not tried yet and do not seem to be at a limit.
+pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Option<Pick> {
     let mut eligible = Vec::with_capacity(candidates.list().len());
     let mut tier = 0;
     for (index, candidate) in candidates.list().iter().enumerate() {
         if candidate.tier != tier {
-            if let Some(choice) = choose(pool, candidates, &mut eligible, clock) {
-                return Pick::Take(choice);
+            if let Some(pick) = choose(pool, candidates, &mut eligible, clock) {
+                return Some(pick);
             }
             tier = candidate.tier;
         }
         let Some(endpoint) = untried(pool, candidate, tried) else { continue };
-        if endpoint.full_for(clock).is_some() {
+        if seems_full(pool, endpoint, clock) {
             continue;
         }
         match endpoint.live.gate(clock.now) {
@@ -59,18 +47,64 @@ pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock
             Gate::Cooling { .. } | Gate::OnTrial | Gate::Resting { .. } => {}
         }
     }
-    match choose(pool, candidates, &mut eligible, clock) {
-        Some(choice) => Pick::Take(choice),
-        None => last_resort(pool, candidates, tried, clock),
+    choose(pool, candidates, &mut eligible, clock)
+}
+
+/// Every candidate that was not tried yet and could take the request if its limits allow it, each with the moment from which
+/// it may be asked: the first tier first, each tier from a random place on, so that what spills over is spread.
+pub fn open(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Vec<(usize, Stamp)> {
+    let mut open = Vec::with_capacity(candidates.list().len());
+    let mut tier_begins = 0;
+    let mut tier = 0;
+    for (index, candidate) in candidates.list().iter().enumerate() {
+        if candidate.tier != tier {
+            rotate(&mut open, tier_begins);
+            (tier, tier_begins) = (candidate.tier, open.len());
+        }
+        let Some(endpoint) = untried(pool, candidate, tried) else { continue };
+        match endpoint.live.gate(clock.now) {
+            Gate::Open => open.push((index, Stamp::default())),
+            Gate::Resting { until } => open.push((index, clock.boot + until.saturating_duration_since(clock.now))),
+            Gate::TrialDue | Gate::OnTrial | Gate::Cooling { .. } => {}
+        }
+    }
+    rotate(&mut open, tier_begins);
+    open
+}
+
+fn rotate<T>(list: &mut [T], begins: usize) {
+    if let Some(tier) = list.get_mut(begins..)
+        && tier.len() > 1
+    {
+        tier.rotate_left(fastrand::usize(..tier.len()));
     }
 }
 
-/// Whether any candidate that was not tried yet could take the request.
+/// When nothing is open: whoever may be tried out, one request at a time, the one first whose cool-down ends first.
+pub fn last_resorts(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Vec<usize> {
+    let mut resorts = Vec::new();
+    for (index, candidate) in candidates.list().iter().enumerate() {
+        let Some(endpoint) = untried(pool, candidate, tried) else { continue };
+        match endpoint.live.gate(clock.now) {
+            Gate::TrialDue => resorts.push((clock.now, index)),
+            Gate::Cooling { until } => resorts.push((until, index)),
+            Gate::Open | Gate::OnTrial | Gate::Resting { .. } => {}
+        }
+    }
+    resorts.sort_unstable();
+    resorts.into_iter().map(|(_, index)| index).collect()
+}
+
+/// Whether any candidate that was not tried yet could take the request, as far as is known.
 pub fn any_left(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> bool {
     candidates.list().iter().filter_map(|candidate| untried(pool, candidate, tried)).any(|endpoint| {
-        endpoint.full_for(clock).is_none()
+        !seems_full(pool, endpoint, clock)
             && matches!(endpoint.live.gate(clock.now), Gate::Open | Gate::TrialDue | Gate::Cooling { .. })
     })
+}
+
+fn seems_full(pool: &Pool, endpoint: &Endpoint, clock: &Clock) -> bool {
+    endpoint.seems_full(clock.boot) || endpoint.limits.in_ledger() && pool.ledger.is_down()
 }
 
 fn untried<'a>(pool: &'a Pool, candidate: &Candidate, tried: &[usize]) -> Option<&'a Endpoint> {
@@ -80,55 +114,23 @@ fn untried<'a>(pool: &'a Pool, candidate: &Candidate, tried: &[usize]) -> Option
     pool.endpoints.get(candidate.endpoint).map(AsRef::as_ref)
 }
 
-/// One of the eligible candidates of a tier, which are used up. One whose permit or trial another request took meanwhile
-/// leaves the choice to the rest.
-fn choose(pool: &Pool, candidates: &Candidates, eligible: &mut Vec<Eligible>, clock: &Clock) -> Option<Choice> {
+/// One of the eligible candidates of a tier, which are used up. One whose trial another request took meanwhile leaves the
+/// choice to the rest.
+fn choose(pool: &Pool, candidates: &Candidates, eligible: &mut Vec<Eligible>, clock: &Clock) -> Option<Pick> {
     while !eligible.is_empty() {
         let at = if eligible.len() == 1 { 0 } else { by_strategy(pool, candidates, eligible, clock.now) };
-        let Eligible { index, trial } = eligible.swap_remove(at);
-        if let Some(choice) = take(pool, candidates, index, trial, clock) {
+        let Eligible { index: candidate, trial } = eligible.swap_remove(at);
+        let begun = if trial { endpoint_of(pool, candidates, candidate).and_then(|e| e.live.begin_trial()) } else { None };
+        if begun.is_some() == trial {
             eligible.clear();
-            return Some(choice);
+            return Some(Pick { candidate, trial: begun });
         }
     }
     None
 }
 
-/// Takes a permit, and the trial if this is to be one, or neither.
-fn take(pool: &Pool, candidates: &Candidates, candidate: usize, trial: bool, clock: &Clock) -> Option<Choice> {
-    let endpoint = endpoint_of(pool, candidates, candidate)?;
-    let permit = endpoint.take_permit(clock)?;
-    let trial = if trial { Some(endpoint.live.begin_trial()?) } else { None };
-    Some(Choice { candidate, trial, permit })
-}
-
-/// When nothing is open: the endpoint whose cool-down ends first is tried, one request at a time.
-fn last_resort(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Pick {
-    let mut cooling = Vec::new();
-    let mut frees_first: Option<Duration> = None;
-    for (index, candidate) in candidates.list().iter().enumerate() {
-        let Some(endpoint) = untried(pool, candidate, tried) else { continue };
-        let limited_for = match (endpoint.live.gate(clock.now), endpoint.full_for(clock)) {
-            (Gate::Cooling { until }, None) => {
-                cooling.push((until, index));
-                continue;
-            }
-            (Gate::Resting { until }, full) => full.max(Some(until.saturating_duration_since(clock.now))),
-            (Gate::Open, full) => full,
-            (Gate::TrialDue | Gate::OnTrial | Gate::Cooling { .. }, _) => continue,
-        };
-        frees_first = frees_first.into_iter().chain(limited_for).min();
-    }
-    cooling.sort_unstable();
-    let first = cooling.into_iter().find_map(|(_, index)| take(pool, candidates, index, true, clock));
-    match (first, frees_first) {
-        (Some(choice), _) => Pick::Take(choice),
-        (None, Some(wait)) => Pick::LimitsReached(wait),
-        (None, None) => Pick::None,
-    }
-}
-
-fn endpoint_of<'a>(pool: &'a Pool, candidates: &Candidates, index: usize) -> Option<&'a Endpoint> {
+/// The endpoint of a candidate.
+pub fn endpoint_of<'a>(pool: &'a Pool, candidates: &Candidates, index: usize) -> Option<&'a Endpoint> {
     pool.endpoints.get(candidates.list().get(index)?.endpoint).map(AsRef::as_ref)
 }
 
@@ -211,23 +213,24 @@ fn slowness(pool: &Pool, candidates: &Candidates, index: usize, now: Instant) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
     use crate::config::test_support::config;
     use crate::health::Effect;
+    use crate::ledger::Client;
 
     fn pool(strategy: Strategy, apis: &str) -> Pool {
         let mut config = config(apis);
         config.server.strategy = strategy;
-        Pool::new(config, None).unwrap()
+        Pool::new(config, Client::new(Clock::read), None).unwrap()
     }
 
     fn picks(pool: &Pool, times: usize) -> Vec<usize> {
         let candidates = pool.router.find("m").unwrap();
         let mut counts = vec![0; pool.endpoints.len()];
         for _ in 0..times {
-            match pick(pool, candidates, &[], &pool.clock()) {
-                Pick::Take(choice) => counts[candidates.list()[choice.candidate].endpoint] += 1,
-                other => panic!("{other:?}"),
-            }
+            let pick = pick(pool, candidates, &[], &pool.clock()).expect("one is open");
+            counts[candidates.list()[pick.candidate].endpoint] += 1;
         }
         counts
     }
@@ -250,12 +253,8 @@ mod tests {
     fn round_robin_is_smooth_and_exact() {
         let pool = pool(Strategy::RoundRobin, TWO);
         let candidates = pool.router.find("m").unwrap();
-        let order: Vec<usize> = (0..8)
-            .map(|_| match pick(&pool, candidates, &[], &pool.clock()) {
-                Pick::Take(choice) => choice.candidate,
-                other => panic!("{other:?}"),
-            })
-            .collect();
+        let next = || pick(&pool, candidates, &[], &pool.clock()).expect("both are open").candidate;
+        let order: Vec<usize> = (0..8).map(|_| next()).collect();
         assert_eq!(order, [0, 0, 1, 0, 0, 0, 1, 0]);
     }
 
@@ -287,90 +286,55 @@ mod tests {
     }
 
     #[test]
-    fn when_all_cool_down_the_first_due_is_tried_once() {
+    fn when_all_cool_down_the_first_due_is_the_first_resort() {
         let pool = pool(Strategy::Random, r#"[{"id":"a","models":["m"]},{"id":"b","models":["m"]}]"#);
         let candidates = pool.router.find("m").unwrap();
         learn(&pool, 1, Effect::Failure, 3);
         std::thread::sleep(Duration::from_millis(2));
         learn(&pool, 0, Effect::Failure, 3);
         assert!(any_left(&pool, candidates, &[], &pool.clock()));
-        let mut trials = Vec::new();
-        for first_due in [1, 0] {
-            match pick(&pool, candidates, &[], &pool.clock()) {
-                Pick::Take(Choice { candidate, trial: Some(trial), .. }) => {
-                    assert_eq!(candidate, first_due);
-                    trials.push(trial);
-                }
-                other => panic!("{other:?}"),
-            }
-        }
-        assert!(matches!(pick(&pool, candidates, &[], &pool.clock()), Pick::None));
+        assert!(pick(&pool, candidates, &[], &pool.clock()).is_none());
+        assert!(open(&pool, candidates, &[], &pool.clock()).is_empty());
+        assert_eq!(last_resorts(&pool, candidates, &[], &pool.clock()), [1, 0]);
+        let _trials: Vec<_> = pool.endpoints.iter().map(|endpoint| endpoint.live.begin_trial().unwrap()).collect();
+        assert!(last_resorts(&pool, candidates, &[], &pool.clock()).is_empty());
         assert!(!any_left(&pool, candidates, &[], &pool.clock()));
     }
 
     #[test]
-    fn when_all_rest_the_earliest_end_is_told() {
+    fn whoever_rests_may_be_waited_for() {
         let pool = pool(Strategy::Random, TWO);
         learn(&pool, 0, Effect::Rest(Duration::from_mins(1)), 1);
-        learn(&pool, 1, Effect::Rest(Duration::from_secs(9)), 1);
         let candidates = pool.router.find("m").unwrap();
-        match pick(&pool, candidates, &[], &pool.clock()) {
-            Pick::LimitsReached(wait) => assert!((8..=9).contains(&wait.as_secs()), "{wait:?}"),
-            other => panic!("{other:?}"),
+        let clock = pool.clock();
+        let mut open = open(&pool, candidates, &[], &clock);
+        open.sort_unstable();
+        let [(0, rests), (1, is_open)] = open[..] else { panic!("{open:?}") };
+        assert!((59_000..=60_001).contains(&(rests - clock.boot).as_millis()), "{rests:?}");
+        assert_eq!(is_open, Stamp::default());
+    }
+
+    #[test]
+    fn what_spills_over_is_spread_within_its_tier() {
+        let apis = r#"[{"id":"a","models":["m"]},{"id":"b","models":["m"]},{"id":"c","models":["m"],"priority":1}]"#;
+        let pool = pool(Strategy::Random, apis);
+        let candidates = pool.router.find("m").unwrap();
+        let mut firsts = [0, 0, 0];
+        for _ in 0..100 {
+            let open = open(&pool, candidates, &[], &pool.clock());
+            assert_eq!(open.len(), 3);
+            assert_eq!(open[2].0, 2, "the second tier comes last");
+            firsts[open[0].0] += 1;
         }
+        assert!(firsts[0] > 20 && firsts[1] > 20, "{firsts:?}");
     }
 
     #[test]
     fn what_was_tried_is_not_picked_again() {
         let pool = pool(Strategy::Random, TWO);
         let candidates = pool.router.find("m").unwrap();
-        assert!(matches!(pick(&pool, candidates, &[0, 1], &pool.clock()), Pick::None));
+        assert!(pick(&pool, candidates, &[0, 1], &pool.clock()).is_none());
         assert!(any_left(&pool, candidates, &[0], &pool.clock()));
         assert!(!any_left(&pool, candidates, &[0, 1], &pool.clock()));
-    }
-
-    #[test]
-    fn full_endpoints_are_passed_over_and_permits_of_attempts_never_sent_come_back() {
-        let pool = pool(
-            Strategy::Random,
-            r#"[{"id":"a","models":["m"],"rpm":2},{"id":"b","models":["m"],"rpd":1,"priority":1}]"#,
-        );
-        let candidates = pool.router.find("m").unwrap();
-        let take = || match pick(&pool, candidates, &[], &pool.clock()) {
-            Pick::Take(choice) => choice,
-            other => panic!("{other:?}"),
-        };
-        let held = [take(), take()];
-        assert_eq!(held.map(|choice| choice.candidate), [0, 0], "dropped, so given back");
-        for expected in [0, 0, 1] {
-            let mut choice = take();
-            assert_eq!(choice.candidate, expected);
-            choice.permit.spend();
-        }
-        assert!(!any_left(&pool, candidates, &[], &pool.clock()));
-        match pick(&pool, candidates, &[], &pool.clock()) {
-            Pick::LimitsReached(wait) => assert!((59..=61).contains(&wait.as_secs()), "{wait:?}"),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn the_last_permit_is_taken_once_however_many_come() {
-        let pool = pool(Strategy::Random, r#"[{"id":"a","models":["m"],"rpm":100}]"#);
-        let candidates = pool.router.find("m").unwrap();
-        let taken = std::sync::atomic::AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..100 {
-                        if let Pick::Take(mut choice) = pick(&pool, candidates, &[], &pool.clock()) {
-                            choice.permit.spend();
-                            taken.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                        }
-                    }
-                });
-            }
-        });
-        assert_eq!(taken.into_inner(), 100);
     }
 }

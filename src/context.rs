@@ -10,13 +10,14 @@ use bytes::Bytes;
 use http::HeaderValue;
 use pingora::http::ResponseHeader;
 
-use crate::balance::Choice;
+use crate::admission::Choice;
 use crate::blot::Blotter;
 use crate::config::Breaker;
 use crate::error::Fault;
 use crate::health::Effect;
-use crate::limit::Clock;
-use crate::pool::{Endpoint, InFlight, Permit, Pool, Trial};
+use crate::ledger::{Client, Drawn, Otherwise, Permit, Spent, Tokens};
+use crate::pool::{Endpoint, InFlight, Pool, Trial};
+use crate::rates::Rates;
 use crate::replay::Wrapped;
 use crate::request::Call;
 use crate::respond::Terms;
@@ -55,6 +56,8 @@ pub struct Arrival {
     pub origin: Option<HeaderValue>,
     /// Whether our own `x-api-together-*` headers are wanted.
     pub endpoint_headers: bool,
+    /// What is left for the model that it asks for.
+    pub rates: Rates,
     _open: OpenRequest,
 }
 
@@ -140,6 +143,7 @@ impl Context {
                 address: None,
                 origin: None,
                 endpoint_headers: true,
+                rates: Rates::default(),
                 _open: open.enter(),
             },
             ask: None,
@@ -165,6 +169,8 @@ pub struct Attempt {
     pub first_byte_timeout: Duration,
     /// What the endpoint's response header says, once it has come.
     pub answer: Option<Outcome>,
+    /// What the answer says it cost.
+    pub tokens: Option<Tokens>,
     permit: Permit,
     started: Instant,
     trial: Option<Trial>,
@@ -190,6 +196,7 @@ impl Attempt {
             terms,
             first_byte_timeout: endpoint.config.timeouts.first_byte,
             answer: None,
+            tokens: None,
             permit: choice.permit,
             started: Instant::now(),
             trial: choice.trial,
@@ -201,31 +208,39 @@ impl Attempt {
 
     /// The request's header goes out now. False if that took so long that the permit is worth nothing any more and no other is
     /// to be had.
-    pub fn send(&mut self, clock: &Clock) -> bool {
-        if self.permit.is_stale(clock) {
+    pub async fn send(&mut self, ledger: &Client) -> bool {
+        if self.permit.is_stale(&ledger.clock()) {
             self.permit.give_back();
-            match self.endpoint.take_permit(clock) {
-                Some(permit) => self.permit = permit,
-                None => return false,
+            if !self.draw_again(ledger).await {
+                return false;
             }
         }
         self.permit.spend();
         true
     }
 
+    /// The endpoint is known never to have had the request.
+    pub fn never_sent(&mut self) {
+        self.permit.never_sent();
+    }
+
     /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit; false if
     /// there is none.
-    pub fn begin_anew(&mut self, clock: &Clock) -> bool {
-        if !self.permit.is_spent() {
+    pub async fn begin_anew(&mut self, ledger: &Client) -> bool {
+        !self.permit.is_spent() || self.draw_again(ledger).await
+    }
+
+    async fn draw_again(&mut self, ledger: &Client) -> bool {
+        if !self.endpoint.limits.any() {
             return true;
         }
-        match self.endpoint.take_permit(clock) {
-            Some(permit) => {
-                self.permit = permit;
-                true
-            }
-            None => false,
-        }
+        // It is in flight all the time, so this does not count as another one.
+        self.permit.give_back();
+        let wanted = vec![self.permit.wanted()];
+        let drawn = ledger.draw(ledger.ticket(), wanted, Otherwise::LookElsewhere).await;
+        let Drawn::Granted(_, permit) = drawn else { return false };
+        self.permit = permit;
+        true
     }
 
     /// The answer is let through. A good one may still break off, so it is settled at its end.
@@ -249,6 +264,15 @@ impl Attempt {
         if let (Some(outcome), false) = (self.answer.take(), self.settled) {
             self.settle(&outcome);
         }
+    }
+
+    /// Counts what the answer cost, in the hours and days of the pool's time zone.
+    pub fn bill(&mut self, pool: &Pool, model: Option<&str>) {
+        let Some(tokens) = self.tokens.take() else { return };
+        let (account, limits) = self.endpoint.account();
+        let model = self.model.as_deref().or(model).unwrap_or("-");
+        let spent = Spent::now(account.id(), model, tokens, &pool.server.timezone, pool.clock().wall);
+        pool.ledger.spend_tokens(&account, &limits, spent);
     }
 
     /// Takes in how the attempt ended.

@@ -89,6 +89,7 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
     // Ten minutes of cool-down would make a dull demo.
     let server = json!({
         "host": "127.0.0.1", "port": port, "apiKey": CLIENT_KEY, "breaker": { "coolDownSeconds": 10 },
+        "ledger": ledger_path(),
     });
     let text = json!({ "server": server, "apis": apis }).to_string();
     let environment = if port == 0 { Environment::default() } else { Environment::from_process(Path::new("")) };
@@ -98,6 +99,11 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
     let options = RunOptions { runtime_folder: PathBuf::from("run"), ..RunOptions::default() };
     let prepared = Prepared::new(config, &options).map_err(|error| error.to_string())?;
     Ok((banner, prepared))
+}
+
+/// A demo leaves nothing where it is started; its counts go with the machine's temporary files.
+fn ledger_path() -> PathBuf {
+    std::env::temp_dir().join(format!("api-together-demo-{}", std::process::id())).join("ledger.db")
 }
 
 fn samples(port: u16) -> String {

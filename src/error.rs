@@ -4,7 +4,20 @@
 //! thing, the place and the way out. `code` is a string or null, never a number: strict clients fail to parse
 //! a number there.
 
+use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
+
+use crate::limit::Hold;
+
+/// What holds an endpoint back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldBy {
+    /// Its id, if clients may know it.
+    pub endpoint: Option<Arc<str>>,
+    /// The limit.
+    pub hold: Hold,
+}
 
 /// A fault that the proxy itself reports to a client, as opposed to an error that an endpoint answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,13 +60,24 @@ pub enum Fault {
         /// The model as the client named it, cut to a sane length.
         model: String,
     },
+    /// No endpoint has the id that one of our own calls names.
+    EndpointUnknown {
+        /// The id as the client named it, cut to a sane length.
+        id: String,
+    },
+    /// The statistics cannot be read or written.
+    StatsUnavailable,
     /// No endpoint is enabled at all.
     NoEndpoint,
     /// Every endpoint that serves the model is at its limit: the one set here, or one that it answered 429 for.
     LimitsReached {
-        /// Until the first of them may be asked again.
+        /// Until one of them may be asked again, by this request.
         wait: Duration,
+        /// What holds each of them.
+        held: Vec<HeldBy>,
     },
+    /// The ledger cannot be written, and every endpoint that serves the model has limits that are kept there.
+    LedgerUnavailable,
     /// Every endpoint that serves the model is cooling down, and the one allowed trial of each is under way.
     NoneAvailable,
     /// The last endpoint tried could not be reached, or broke off before it answered.
@@ -98,8 +122,11 @@ impl Fault {
             Self::BodyTooLarge { .. }      => (413, INVALID, Some("request_too_large"), "body_too_large"),
             Self::BodyTimeout              => (408, INVALID, Some("request_timeout"), "body_timeout"),
             Self::ModelUnknown { .. }      => (404, INVALID, Some("model_not_found"), "model_unknown"),
+            Self::EndpointUnknown { .. }   => (404, INVALID, Some("api_not_found"), "endpoint_unknown"),
+            Self::StatsUnavailable         => (503, SERVER, Some("ledger_unavailable"), "stats_unavailable"),
             Self::NoEndpoint               => (503, SERVER, Some("no_endpoint"), "no_endpoint"),
             Self::LimitsReached { .. }        => (429, "requests", Some("rate_limit_exceeded"), "limits_reached"),
+            Self::LedgerUnavailable        => (503, SERVER, Some("ledger_unavailable"), "ledger_unavailable"),
             Self::NoneAvailable            => (503, SERVER, Some("no_endpoint_available"), "none_available"),
             Self::EndpointUnreachable      => (502, SERVER, Some("endpoint_unreachable"), "endpoint_unreachable"),
             Self::EndpointTimeout          => (504, SERVER, Some("endpoint_timeout"), "endpoint_timeout"),
@@ -124,7 +151,9 @@ impl Fault {
     /// How long a client should wait before it tries again, where that is known.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::LimitsReached { wait } => Some(*wait),
+            Self::LimitsReached { wait, .. } => Some(*wait),
+            // It is tried again several times a second.
+            Self::LedgerUnavailable => Some(Duration::from_secs(5)),
             Self::KeysFailedTooOften => Some(Duration::from_mins(1)),
             // A trial takes seconds; it either reopens the endpoint or closes it for its whole cool-down.
             Self::NoneAvailable => Some(Duration::from_secs(5)),
@@ -173,11 +202,21 @@ impl Fault {
                 "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
                  lists what does."
             ),
+            Self::EndpointUnknown { id } => {
+                format!("No endpoint has the id `{id}`. GET /v1/status lists the endpoints.")
+            }
+            Self::StatsUnavailable => {
+                "The proxy's ledger cannot be used just now. Its log and GET /v1/status say why.".into()
+            }
             Self::NoEndpoint => "No endpoint is enabled in the proxy's config file.".into(),
-            Self::LimitsReached { wait } => format!(
-                "Every endpoint that serves this model is at its rate limit. Try again in {} s.",
+            Self::LimitsReached { wait, held } => format!(
+                "Every endpoint that serves this model is at its rate limit{}. Try again in {} s.",
+                holds(held),
                 wait.as_secs_f64().ceil()
             ),
+            Self::LedgerUnavailable => "The proxy cannot write its ledger, so endpoints with limits take no requests. Its \
+                log and GET /v1/status say why."
+                .into(),
             Self::NoneAvailable => "Every endpoint that serves this model failed repeatedly and is cooling down. \
                 GET /v1/status says until when."
                 .into(),
@@ -208,6 +247,28 @@ impl Fault {
     fn param(&self) -> Option<&'static str> {
         matches!(self, Self::ModelUnknown { .. }).then_some("model")
     }
+}
+
+/// Which limits hold which endpoints: ` (api1: 60 requests a minute; api2: 500 requests a day)`.
+fn holds(held: &[HeldBy]) -> String {
+    const SHOWN_MAX: usize = 10;
+    let mut shown: Vec<String> = Vec::new();
+    for HeldBy { endpoint, hold } in held {
+        let text = endpoint.as_ref().map_or_else(|| hold.to_string(), |endpoint| format!("{endpoint}: {hold}"));
+        // Without ids they may well be the same.
+        if !shown.contains(&text) && shown.len() <= SHOWN_MAX {
+            shown.push(text);
+        }
+    }
+    if shown.is_empty() {
+        return String::new();
+    }
+    let more = shown.len() > SHOWN_MAX;
+    shown.truncate(SHOWN_MAX);
+    let mut text = format!(" ({}", shown.join("; "));
+    // Writing to a String cannot fail.
+    write!(text, "{})", if more { "; and others" } else { "" }).ok();
+    text
 }
 
 /// A client's own word, cut so that an error that repeats it stays small.

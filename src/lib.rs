@@ -10,10 +10,12 @@
 //! | our own answers | [`admin`] | path → health, status, models |
 //! | what is asked for | [`request`] | body → model, stream |
 //! | who serves it | [`route`] | model → candidates |
-//! | which of them | [`balance`], [`health`], [`limit`] | candidates → one, with a permit |
+//! | which of them | [`balance`], [`health`] | candidates → one |
+//! | may it be asked | [`admission`], [`limit`], [`ledger`] | one → one with a permit, or another |
 //! | where it is | [`upstream`] | endpoint → peer |
 //! | what it is sent | [`rewrite`] | the client's bytes → the endpoint's |
-//! | what comes back | [`replay`], [`respond`], [`sse`], [`blot`] | answer → hold, commit or drop |
+//! | what comes back | [`replay`], [`respond`], [`sse`], [`blot`], [`rates`] | answer → hold, commit or drop |
+//! | what it cost | [`usage`] | answer → tokens |
 //! | what follows a failure | [`retry`] | outcome → next attempt or not |
 //! | what is told | [`error`], [`record`] | fault → error object; request → log line |
 //!
@@ -21,6 +23,7 @@
 //! behind them), [`context`] (one request's state), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
 
 pub mod admin;
+pub mod admission;
 pub mod auth;
 pub mod balance;
 pub mod banner;
@@ -31,10 +34,12 @@ pub mod context;
 pub mod demo;
 pub mod error;
 pub mod health;
+pub mod ledger;
 pub mod limit;
 pub mod log_output;
 pub mod pool;
 pub mod proxy;
+pub mod rates;
 pub mod record;
 pub mod replay;
 pub mod request;
@@ -47,3 +52,4 @@ pub mod server;
 pub mod simulator;
 pub mod sse;
 pub mod upstream;
+pub mod usage;

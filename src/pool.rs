@@ -1,21 +1,17 @@
 //! The endpoints: an immutable snapshot that a request holds, and the live state behind it that outlives every reload.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use jiff::tz::TimeZone;
-
 use crate::blot::Secrets;
-use crate::config::{self, Breaker, Config, Limit};
+use crate::config::{self, Breaker, Config};
 use crate::health::{Effect, Gate, Health};
-use crate::limit::{self, Calendar, Clock, Quota, Usage};
+use crate::ledger::{Account, Client, Permit, Wanted};
+use crate::limit::{Clock, Limits, Stamp};
 use crate::route::Router;
 use crate::upstream::Upstream;
-
-/// A permit older than this when its request is sent is swapped for a fresh one.
-const PERMIT_AGE_MAX: Duration = Duration::from_millis(250);
 
 /// One config, ready to serve.
 #[derive(Debug)]
@@ -26,7 +22,8 @@ pub struct Pool {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// Model → candidates.
     pub router: Router,
-    calendar: Calendar,
+    /// Where permits come from.
+    pub ledger: Client,
 }
 
 /// One endpoint of a pool.
@@ -38,32 +35,43 @@ pub struct Endpoint {
     pub upstream: Upstream,
     /// What its answers must not show.
     pub secrets: Secrets,
+    /// How much it may be asked.
+    pub limits: Arc<Limits>,
     /// What is known of it, whichever config it came from.
     pub live: Arc<Live>,
 }
 
 impl Pool {
     /// The pool of a config. Endpoints that were known before, by their id, keep their live state.
-    pub fn new(config: Config, before: Option<&Self>) -> std::io::Result<Self> {
+    pub fn new(config: Config, ledger: Client, before: Option<&Self>) -> std::io::Result<Self> {
+        let Config { server, endpoints } = config;
         let known: HashMap<&str, &Arc<Live>> =
             before.iter().flat_map(|pool| &pool.endpoints).map(|e| (e.config.id.as_ref(), &e.live)).collect();
-        let router = Router::new(&config.endpoints);
-        let endpoints = config
-            .endpoints
+        let router = Router::new(&endpoints);
+        let endpoints: Vec<Arc<Endpoint>> = endpoints
             .into_iter()
             .map(|config| {
                 let upstream = Upstream::new(&config)?;
-                let live = known.get(config.id.as_ref()).map_or_else(Arc::default, |live| Arc::clone(live));
+                let new = || Arc::new(Live::new(Arc::clone(&config.id)));
+                let live = known.get(config.id.as_ref()).map_or_else(new, |live| Arc::clone(live));
+                live.account.look_again();
                 let secrets = secrets_of(&config);
-                Ok(Arc::new(Endpoint { config, upstream, secrets, live }))
+                let limits = Arc::new(Limits::of(&config, &server.timezone));
+                Ok(Arc::new(Endpoint { config, upstream, secrets, limits, live }))
             })
             .collect::<std::io::Result<_>>()?;
-        Ok(Self { server: config.server, endpoints, router, calendar: Calendar::new(TimeZone::system()) })
+        ledger.set_endpoints(endpoints.iter().map(|endpoint| endpoint.account()).collect());
+        Ok(Self { server, endpoints, router, ledger })
     }
 
     /// The clocks that limits and health go by, as they are now.
     pub fn clock(&self) -> Clock {
-        self.calendar.clock(Instant::now(), SystemTime::now())
+        self.ledger.clock()
+    }
+
+    /// A permit of an endpoint that has no limits.
+    pub fn unlimited(&self, endpoint: &Endpoint) -> Permit {
+        self.ledger.unlimited(&endpoint.live.account, &endpoint.limits)
     }
 }
 
@@ -73,62 +81,20 @@ fn secrets_of(config: &config::Endpoint) -> Secrets {
 }
 
 impl Endpoint {
-    /// How long until its limits allow another attempt; none if they do now.
-    pub fn full_for(&self, clock: &Clock) -> Option<Duration> {
-        let quota = self.quota();
-        let is_limited = [quota.rpm, quota.rpd].iter().any(|limit| matches!(limit, Limit::AtMost(_)));
-        if is_limited { lock(&self.live.usage).full_for(quota, clock) } else { None }
+    /// Its account, with the limits that this config sets it.
+    pub fn account(&self) -> (Arc<Account>, Arc<Limits>) {
+        (Arc::clone(&self.live.account), Arc::clone(&self.limits))
     }
 
-    /// Counts an attempt, if the limits allow it.
-    pub fn take_permit(&self, clock: &Clock) -> Option<Permit> {
-        let counted = lock(&self.live.usage).take(self.quota(), clock)?;
-        Some(Permit { counted: Some(counted), taken: clock.now, live: Arc::clone(&self.live) })
+    /// What a permit is drawn with, if it may be asked from that moment on.
+    pub fn wanted(&self, not_before: Stamp) -> Wanted {
+        let (account, limits) = self.account();
+        Wanted { account, limits, not_before }
     }
 
-    fn quota(&self) -> Quota {
-        Quota { rpm: self.config.rpm, rpd: self.config.rpd }
-    }
-}
-
-/// One attempt that was counted. Dropped before it is spent, it was never sent and is given back.
-#[derive(Debug)]
-pub struct Permit {
-    counted: Option<limit::Permit>,
-    taken: Instant,
-    live: Arc<Live>,
-}
-
-impl Permit {
-    /// The attempt is on its way.
-    pub fn spend(&mut self) {
-        if self.counted.take().is_some() {
-            self.live.attempts.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Whether it was counted for a moment that is not this one any more: the limits are about when a request is sent.
-    pub fn is_stale(&self, clock: &Clock) -> bool {
-        let waited = clock.now.saturating_duration_since(self.taken) > PERMIT_AGE_MAX;
-        self.counted.is_some_and(|counted| waited || counted.is_of_another_day(clock))
-    }
-
-    /// Gives it back: the attempt was not sent.
-    pub fn give_back(&mut self) {
-        if let Some(counted) = self.counted.take() {
-            lock(&self.live.usage).give_back(counted);
-        }
-    }
-
-    /// Whether the attempt is on its way, or was.
-    pub fn is_spent(&self) -> bool {
-        self.counted.is_none()
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.give_back();
+    /// Whether it seems to be at a limit: a hint, for where to look first.
+    pub fn seems_full(&self, now: Stamp) -> bool {
+        self.limits.any() && self.live.account.seems_full(now)
     }
 }
 
@@ -148,26 +114,11 @@ pub struct Live {
     health: Mutex<Health>,
     /// Set while `health` has anything to say, so that the common case takes no lock.
     troubled: AtomicBool,
-    usage: Mutex<Usage>,
+    /// What was counted for it.
+    pub account: Arc<Account>,
     in_flight: AtomicU32,
     first_byte: Mutex<Average>,
-    /// Attempts that were sent, since the start.
-    attempts: AtomicU64,
     last_error: Mutex<Option<LastError>>,
-}
-
-impl Default for Live {
-    fn default() -> Self {
-        Self {
-            health: Mutex::default(),
-            troubled: AtomicBool::default(),
-            usage: Mutex::new(Usage::new(Instant::now())),
-            in_flight: AtomicU32::default(),
-            first_byte: Mutex::default(),
-            attempts: AtomicU64::default(),
-            last_error: Mutex::default(),
-        }
-    }
 }
 
 /// The last failure of an endpoint, for the status page.
@@ -180,6 +131,18 @@ pub struct LastError {
 }
 
 impl Live {
+    /// Nothing is known of the endpoint of this id yet.
+    pub fn new(id: Arc<str>) -> Self {
+        Self {
+            health: Mutex::default(),
+            troubled: AtomicBool::default(),
+            account: Arc::new(Account::new(id)),
+            in_flight: AtomicU32::default(),
+            first_byte: Mutex::default(),
+            last_error: Mutex::default(),
+        }
+    }
+
     /// Whether a request may go to the endpoint now.
     pub fn gate(&self, now: Instant) -> Gate {
         if self.troubled.load(Ordering::Acquire) { lock(&self.health).gate(now) } else { Gate::Open }
@@ -217,16 +180,6 @@ impl Live {
     /// Requests that the endpoint is answering at this moment.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
-    }
-
-    /// The attempts of the last minute and of today.
-    pub fn used(&self, clock: &Clock) -> (u64, u64) {
-        lock(&self.usage).used(clock)
-    }
-
-    /// Attempts that were sent since the start.
-    pub fn attempts(&self) -> u64 {
-        self.attempts.load(Ordering::Relaxed)
     }
 
     /// Takes in how long the first byte of a good answer took.
@@ -308,13 +261,17 @@ mod tests {
     use super::*;
     use crate::config::test_support::config;
 
+    fn client() -> Client {
+        Client::new(Clock::read)
+    }
+
     const BREAKER: Breaker = Breaker { failures: 1, cool_down: Duration::from_mins(1) };
 
     #[test]
     fn live_state_outlives_a_reload_by_id() {
-        let before = Pool::new(config(r#"[{"id":"a","models":["m"]},{"id":"b"}]"#), None).unwrap();
+        let before = Pool::new(config(r#"[{"id":"a","models":["m"]},{"id":"b"}]"#), client(), None).unwrap();
         before.endpoints[0].live.learn(Effect::Failure, false, Instant::now(), &BREAKER);
-        let after = Pool::new(config(r#"[{"id":"new"},{"id":"a","models":["n"]}]"#), Some(&before)).unwrap();
+        let after = Pool::new(config(r#"[{"id":"new"},{"id":"a","models":["n"]}]"#), client(), Some(&before)).unwrap();
         assert!(Arc::ptr_eq(&before.endpoints[0].live, &after.endpoints[1].live));
         assert!(!matches!(after.endpoints[1].live.gate(Instant::now()), Gate::Open));
         assert_eq!(after.endpoints[0].live.gate(Instant::now()), Gate::Open);
@@ -322,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_success_closes_the_matter() {
-        let live = Arc::new(Live::default());
+        let live = Arc::new(Live::new("a".into()));
         let now = Instant::now();
         assert!(live.learn(Effect::Failure, false, now, &BREAKER), "it begins to cool down");
         drop(live.begin_trial());
@@ -336,7 +293,7 @@ mod tests {
 
     #[test]
     fn in_flight_is_exact() {
-        let live = Arc::new(Live::default());
+        let live = Arc::new(Live::new("a".into()));
         let guards: Vec<_> = (0..3).map(|_| live.enter()).collect();
         assert_eq!(live.in_flight(), 3);
         drop(guards);

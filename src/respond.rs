@@ -212,6 +212,11 @@ pub fn is_event_stream(content_type: Option<&str>) -> bool {
     content_type.is_some_and(|value| essence(value) == "text/event-stream")
 }
 
+/// Whether a content type is JSON's.
+pub fn is_json(content_type: Option<&str>) -> bool {
+    content_type.is_some_and(|value| essence(value).ends_with("json"))
+}
+
 /// What an event of a stream amounts to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Word {

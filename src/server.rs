@@ -19,6 +19,7 @@ use tokio::sync::broadcast;
 
 use crate::config::{Config, ServerTls};
 use crate::context::OpenRequests;
+use crate::ledger::Keeper;
 use crate::pool::Pool;
 use crate::proxy::Gateway;
 use crate::upstream::RESOLVE_INTERVAL;
@@ -71,6 +72,7 @@ pub struct Prepared {
     pub address: SocketAddr,
     /// The pool it serves; a new one may be stored at any time.
     pub pool: Arc<ArcSwap<Pool>>,
+    ledger: Arc<Keeper>,
     /// Keeps a free port ours until Pingora has bound it.
     _reserved: Option<socket2::Socket>,
 }
@@ -88,14 +90,17 @@ impl Prepared {
         let tls = config.server.tls.as_ref().map(tls_settings).transpose()?;
         let wanted = SocketAddr::new(config.server.host, config.server.port);
         let (address, reserved) = if options.upgrade || options.test { (wanted, None) } else { free_address(wanted)? };
-        let pool =
-            Pool::new(config, None).map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
+        let ledger = Arc::new(Keeper::new(&config.server));
+        if options.test {
+            ledger.try_out().map_err(|error| StartError(error.to_string()))?;
+        }
+        let pool = Pool::new(config, ledger.client().clone(), None).map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
         let pool = Arc::new(ArcSwap::from_pointee(pool));
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let mut server = Server::new_with_opt_and_conf(opt, conf);
         let open = OpenRequests::default();
         let draining = Draining::default();
-        let gateway = Gateway::new(Arc::clone(&pool), open.clone(), draining.clone());
+        let gateway = Gateway::new(Arc::clone(&pool), open.clone(), draining.clone(), ledger.state().clone());
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
         http.h2c = tls.is_none();
@@ -108,11 +113,13 @@ impl Prepared {
             listener = listener.tls(tls);
         }
         service.add_listener(listener);
-        server
-            .add_service(background_service("drain", Drain { phases: server.watch_execution_phase(), open, draining }));
+        let phases = server.watch_execution_phase();
+        server.add_service(background_service("ledger", KeepLedger(Arc::clone(&ledger))));
+        let drain = Drain { phases, open, draining, ledger: Arc::clone(&ledger) };
+        server.add_service(background_service("drain", drain));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&pool))));
         server.add_service(service);
-        Ok(Self { server, address, pool, _reserved: reserved })
+        Ok(Self { server, address, pool, ledger, _reserved: reserved })
     }
 
     /// Prints a text once the server listens.
@@ -132,7 +139,9 @@ impl Prepared {
 
     /// Serves until told to stop in another way.
     pub fn run(self, args: RunArgs) {
-        self.server.run(args);
+        let Self { server, ledger, .. } = self;
+        server.run(args);
+        ledger.close();
     }
 }
 
@@ -248,6 +257,7 @@ struct Drain {
     phases: broadcast::Receiver<ExecutionPhase>,
     open: OpenRequests,
     draining: Draining,
+    ledger: Arc<Keeper>,
 }
 
 #[async_trait]
@@ -275,8 +285,24 @@ impl Drain {
         }
         // The last bytes of an HTTP/2 answer may still be on their way out.
         tokio::time::sleep(LAST_FLUSH).await;
+        let ledger = Arc::clone(&self.ledger);
+        if tokio::task::spawn_blocking(move || ledger.close()).await.is_err() {
+            log::error!("the ledger could not be closed");
+        }
         log::info!("stopped: the last request has ended");
         std::process::exit(0);
+    }
+}
+
+/// Starts the ledger's thread, which would be lost if it were started before the process goes into the background.
+struct KeepLedger(Arc<Keeper>);
+
+#[async_trait]
+impl BackgroundService for KeepLedger {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        if let Err(error) = self.0.start() {
+            log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");
+        }
     }
 }
 

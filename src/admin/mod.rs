@@ -2,6 +2,7 @@
 
 mod models;
 mod status;
+mod tokens;
 
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use http::{HeaderName, HeaderValue, Method, header};
 
 use crate::context::OpenRequests;
 use crate::error::Fault;
+use crate::ledger;
 use crate::pool::Pool;
 
 /// A client that is told to wait longer is told not to wait: OpenAI's Node SDK would sleep for as long as it is told, be it
@@ -27,6 +29,17 @@ pub struct Answer {
     pub body: Bytes,
 }
 
+/// What our own answers are made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Sources<'a> {
+    /// The endpoints.
+    pub pool: &'a Pool,
+    /// The requests that are open.
+    pub open: &'a OpenRequests,
+    /// How the ledger is doing.
+    pub ledger: &'a ledger::State,
+}
+
 /// One of our own resources.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Resource<'a> {
@@ -38,6 +51,10 @@ pub enum Resource<'a> {
     Models,
     /// `GET /v1/models/{model}`; the name as it stands in the path.
     Model(&'a str),
+    /// `GET /v1/token/stats`.
+    TokenStats,
+    /// `POST /v1/token/reset`.
+    TokenReset,
 }
 
 impl<'a> Resource<'a> {
@@ -48,23 +65,40 @@ impl<'a> Resource<'a> {
             "/health" => Some(Self::Health),
             "/v1/status" => Some(Self::Status),
             "/v1/models" => Some(Self::Models),
+            "/v1/token/stats" => Some(Self::TokenStats),
+            "/v1/token/reset" => Some(Self::TokenReset),
             other if reads => other.strip_prefix("/v1/models/").map(Self::Model),
             _ => None,
         }
     }
 
+    /// Checks that it takes the method.
+    pub fn check_method(&self, method: &Method) -> Result<(), Fault> {
+        let allowed = if self.takes_body() { "POST" } else { "GET, HEAD" };
+        let known = match *method {
+            Method::POST => self.takes_body(),
+            Method::GET | Method::HEAD => !self.takes_body(),
+            _ => false,
+        };
+        if known { Ok(()) } else { Err(Fault::MethodNotAllowed { allowed }) }
+    }
+
+    /// Whether a request for it has a body that says something.
+    pub fn takes_body(&self) -> bool {
+        *self == Self::TokenReset
+    }
+
     /// The answer to a request for it.
-    pub fn answer(&self, method: &Method, pool: &Pool, open: &OpenRequests) -> Result<Answer, Fault> {
-        if !matches!(*method, Method::GET | Method::HEAD) {
-            return Err(Fault::MethodNotAllowed { allowed: "GET, HEAD" });
-        }
+    pub async fn answer(&self, from: Sources<'_>, body: &[u8]) -> Result<Answer, Fault> {
         Ok(Answer::json(
             200,
             match self {
                 Self::Health => status::health(),
-                Self::Status => status::status(pool, open),
-                Self::Models => models::list(pool),
-                Self::Model(name) => models::one(pool, name)?,
+                Self::Status => status::status(from).await,
+                Self::Models => models::list(from.pool),
+                Self::Model(name) => models::one(from.pool, name)?,
+                Self::TokenStats => tokens::stats(from).await?,
+                Self::TokenReset => tokens::reset(from, body).await?,
             },
         ))
     }
@@ -126,11 +160,14 @@ mod tests {
         assert_eq!(of("/v1/models/meta/llama"), Some(Resource::Model("meta/llama")));
         assert_eq!(of("/v1/chat/completions"), None);
         assert_eq!(Resource::of("/v1/models/ft:mine", &Method::DELETE), None);
+        assert_eq!(Resource::of("/v1/token/reset/", &Method::POST), Some(Resource::TokenReset));
+        assert!(Resource::TokenReset.check_method(&Method::GET).is_err());
+        assert!(Resource::TokenStats.check_method(&Method::HEAD).is_ok());
     }
 
     #[test]
     fn waits_are_rounded_up() {
-        let answer = Answer::from(&Fault::LimitsReached { wait: Duration::from_millis(1201) });
+        let answer = Answer::from(&Fault::LimitsReached { wait: Duration::from_millis(1201), held: Vec::new() });
         let value = |name: &str| answer.headers.iter().find(|(n, _)| n.as_str() == name).unwrap().1.to_str().unwrap();
         assert_eq!(value("retry-after"), "2");
         assert_eq!(value("retry-after-ms"), "1201");

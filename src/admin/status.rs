@@ -1,59 +1,115 @@
 //! `GET /health` and `GET /v1/status`.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::context::OpenRequests;
+use super::Sources;
+use crate::config::Limit;
 use crate::health::Gate;
-use crate::limit::Clock;
+use crate::ledger;
+use crate::limit::{Clock, Gauge, Stamp, View};
 use crate::pool::{Endpoint, Pool};
 
-const SERVICE: &str = "api-together";
+pub(super) const SERVICE: &str = "api-together";
 
 pub fn health() -> String {
     json!({ "status": "ok", "timestamp": iso(SystemTime::now()), "service": SERVICE }).to_string()
 }
 
-pub fn status(pool: &Pool, open: &OpenRequests) -> String {
-    let apis: Vec<Value> = pool.endpoints.iter().map(|endpoint| api(endpoint, &pool.clock())).collect();
+pub async fn status(from: Sources<'_>) -> String {
+    let Sources { pool, open, ledger } = from;
+    // Asked of the ledger, since other processes may count for the same endpoints.
+    let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
+    let views = pool.ledger.look(accounts).await.unwrap_or_default();
+    let clock = pool.clock();
+    let views = views.into_iter().chain(std::iter::repeat_with(View::default));
+    let apis: Vec<Value> = pool.endpoints.iter().zip(views).map(|(endpoint, view)| api(endpoint, &view, &clock)).collect();
     json!({
         "service": SERVICE,
         "timestamp": iso(SystemTime::now()),
         "version": env!("CARGO_PKG_VERSION"),
         "openRequests": open.count(),
         "strategy": pool.server.strategy,
+        "ledger": ledger_state(ledger, pool),
         "apis": apis,
     })
     .to_string()
 }
 
-fn api(endpoint: &Endpoint, clock: &Clock) -> Value {
+fn ledger_state(ledger: &ledger::State, pool: &Pool) -> Value {
+    let fault = ledger.fault();
+    let tally = ledger.tally();
+    json!({
+        "state": if fault.is_some() { "failing" } else { "ok" },
+        "path": ledger.path().display().to_string(),
+        "onError": ledger.on_error(),
+        "failingSince": fault.as_ref().map(|fault| iso(fault.since)),
+        "error": fault.map(|fault| fault.message),
+        "queued": pool.ledger.queued(),
+        "denied": tally.denied.load(Ordering::Relaxed),
+        "uncounted": tally.uncounted.load(Ordering::Relaxed),
+        "tokensLost": tally.lost.load(Ordering::Relaxed),
+    })
+}
+
+fn api(endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
     let now = clock.now;
     let config = &endpoint.config;
     let live = &endpoint.live;
     let gate = live.gate(now);
-    let (minute, day) = live.used(clock);
-    let full_for = endpoint.full_for(clock);
     let health = live.health();
+    let limits = &endpoint.limits;
+    let at = |stamp: Stamp| iso(clock.wall + (stamp - clock.boot));
+    let limit = |limit: Limit, gauge: Option<Gauge>, used: u64| {
+        json!({
+            "limit": limit.as_number(),
+            "used": used,
+            "left": gauge.map(|gauge| gauge.left()),
+            "resets": gauge.and_then(|gauge| gauge.resets).map(at),
+        })
+    };
+    let in_flight = u64::from(live.in_flight());
     json!({
         "id": config.id.as_ref(),
         "name": config.name.as_ref(),
         "enabled": config.enabled,
-        "available": config.usable() && full_for.is_none() && matches!(gate, Gate::Open | Gate::TrialDue),
+        "available": config.usable() && view.held.is_none() && matches!(gate, Gate::Open | Gate::TrialDue),
         "temporarilyDisabled": matches!(gate, Gate::Cooling { .. } | Gate::OnTrial),
         "errorCount": health.errors_in_row(),
-        "limits": { "rpm": config.rpm.as_number(), "rpd": config.rpd.as_number() },
-        "usage": { "rpm": minute, "rpd": day },
-        "limitFrees": full_for.and_then(|wait| now.checked_add(wait)).map(|until| iso(wall_clock(until, now))),
+        "limits": {
+            "rpm": config.rpm.as_number(),
+            "rpd": config.rpd.as_number(),
+            "tpm": config.tpm.as_number(),
+            "tpd": config.tpd.as_number(),
+            "maxConcurrent": config.max_concurrent.as_number(),
+        },
+        "usage": {
+            "rpm": view.minute.attempts,
+            "rpd": view.day.attempts,
+            "tpm": view.minute.tokens,
+            "tpd": view.day.tokens,
+            "maxConcurrent": in_flight,
+        },
+        "quota": {
+            "rpm": limit(limits.rpm, view.rpm, view.minute.attempts),
+            "rpd": limit(limits.rpd, view.rpd, view.day.attempts),
+            "tpm": limit(limits.tpm, view.tpm, view.minute.tokens),
+            "tpd": limit(limits.tpd, view.tpd, view.day.tokens),
+            "maxConcurrent": limit(limits.max_concurrent, view.concurrent, in_flight),
+        },
+        "heldBy": view.held.map(|held| held.by.to_string()),
+        "limitFrees": view.held.map(|held| at(held.until)),
+        "timezone": limits.calendar.zone_name(),
         "baseUrl": config.base_url.to_string(),
         "models": config.models,
         "modelMapping": config.model_mapping,
         "weight": config.weight,
         "priority": config.priority,
-        "inFlight": live.in_flight(),
-        "attempts": live.attempts(),
+        "inFlight": in_flight,
+        "attempts": live.account.attempts(),
         "meanFirstByteMs": live.first_byte_mean().map(|mean| mean.as_secs_f64() * 1e3),
         "coolDownEnds": health.cooling_until().filter(|until| *until > now).map(|until| iso(wall_clock(until, now))),
         "restEnds": health.resting_until().filter(|until| *until > now).map(|until| iso(wall_clock(until, now))),
@@ -68,6 +124,6 @@ fn wall_clock(moment: Instant, now: Instant) -> SystemTime {
 }
 
 /// ISO 8601 in UTC with milliseconds, as JavaScript writes it.
-fn iso(time: SystemTime) -> String {
+pub(super) fn iso(time: SystemTime) -> String {
     Timestamp::try_from(time).map_or_else(|_| String::new(), |timestamp| format!("{timestamp:.3}"))
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
+use jiff::tz::TimeZone;
 
 use super::base_url::BaseUrl;
 use super::checked::Check;
@@ -33,6 +34,14 @@ pub struct Endpoint {
     pub rpm: Limit,
     /// Requests a day.
     pub rpd: Limit,
+    /// Tokens in any 60 seconds.
+    pub tpm: Limit,
+    /// Tokens a day.
+    pub tpd: Limit,
+    /// Requests at once.
+    pub max_concurrent: Limit,
+    /// Whose midnight ends its day; the server's if it is none.
+    pub timezone: Option<TimeZone>,
     /// `false`: it takes nothing.
     pub enabled: bool,
     /// Exact names, and beginnings that end in `*`, as typed.
@@ -56,11 +65,12 @@ pub struct Endpoint {
 impl Endpoint {
     /// Whether the configuration lets it take any request at all.
     pub fn usable(&self) -> bool {
-        self.enabled && self.rpm != Limit::Off && self.rpd != Limit::Off
+        let limits = [self.rpm, self.rpd, self.tpm, self.tpd, self.max_concurrent];
+        self.enabled && !limits.contains(&Limit::Off)
     }
 }
 
-/// A number of requests in some time.
+/// A number of requests or tokens, in some time or at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Limit {
     /// -1 in the file, or nothing.
@@ -132,14 +142,20 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     }
     let headers = headers(typed.headers, &at("headers"), check);
     let tls = endpoint_tls(typed.tls.unwrap_or_default(), &at("tls"), check);
+    let timezone = super::server::timezone(typed.timezone.as_deref(), &at("timezone"), check);
+    let limit = |typed: Option<i64>| Limit::from_number(typed.unwrap_or(file::LIMIT_DEFAULT));
     let id: Arc<str> = id?.into();
     Some(Endpoint {
         name: name.map_or_else(|| id.clone(), Arc::from),
         id,
         base_url: base_url?,
         api_key: api_key?,
-        rpm: Limit::from_number(typed.rpm.unwrap_or(file::LIMIT_DEFAULT)),
-        rpd: Limit::from_number(typed.rpd.unwrap_or(file::LIMIT_DEFAULT)),
+        rpm: limit(typed.rpm),
+        rpd: limit(typed.rpd),
+        tpm: limit(typed.tpm),
+        tpd: limit(typed.tpd),
+        max_concurrent: limit(typed.max_concurrent),
+        timezone: timezone?,
         enabled,
         models,
         model_mapping,

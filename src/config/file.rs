@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::server::Strategy;
+use super::server::{LedgerOnError, LedgerSync, Strategy};
 use crate::secret::Secret;
 
 pub const HOST_DEFAULT: &str = "0.0.0.0";
@@ -20,6 +20,11 @@ pub const BODY_BYTES_MAX: u32 = 1024 * 1024 * 1024;
 pub const FAILED_KEYS_PER_MINUTE_DEFAULT: u32 = 30;
 pub const ENDPOINT_HEADERS_DEFAULT: bool = true;
 pub const CORS_ORIGIN_DEFAULT: &str = "*";
+
+pub const LEDGER_DEFAULT: &str = "data/ledger.db";
+pub const QUEUE_REQUESTS_DEFAULT: u32 = 1000;
+/// Each holds a connection and its whole request.
+pub const QUEUE_REQUESTS_MAX: u32 = 100_000;
 
 pub const ATTEMPTS_DEFAULT: u32 = 10;
 pub const ATTEMPTS_MAX: u32 = 100;
@@ -105,6 +110,34 @@ pub struct ServerFile {
     /// Whether responses say which endpoint answered, in `x-api-together-*` headers.
     #[schemars(extend("default" = ENDPOINT_HEADERS_DEFAULT))]
     pub endpoint_headers: Option<bool>,
+    /// The file that holds every count: permits and tokens. Made with its folder if it is not there. A relative
+    /// path starts from this file's folder. All processes that name one file share its limits.
+    #[schemars(extend("default" = LEDGER_DEFAULT))]
+    pub ledger: Option<String>,
+    /// What endpoints with limits do while the ledger cannot be written: take no requests, or go on
+    /// uncounted.
+    #[schemars(extend("default" = LedgerOnError::Deny))]
+    pub ledger_on_error: Option<LedgerOnError>,
+    /// What a loss of power may cost: the last second's counts, or nothing, at the price of one write to the disk
+    /// for each group of requests. After a crash of the process alone nothing is lost either way.
+    #[schemars(extend("default" = LedgerSync::Normal))]
+    pub ledger_sync: Option<LedgerSync>,
+    /// The time zone whose midnight ends a day, as `Europe/Berlin`. Default: the system's.
+    pub timezone: Option<String>,
+    /// Whether requests wait for a permit when every endpoint is at its limit. Absent: they are answered 429
+    /// at once.
+    pub queue: Option<QueueFile>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct QueueFile {
+    /// How long a request waits at most, in milliseconds.
+    #[schemars(required, range(min = 1, max = TIMEOUT_MS_MAX))]
+    pub max_wait_ms: Option<u32>,
+    /// How many requests wait at once at most; more are answered 429.
+    #[schemars(range(min = 1, max = QUEUE_REQUESTS_MAX), extend("default" = QUEUE_REQUESTS_DEFAULT))]
+    pub max_requests: Option<u32>,
 }
 
 #[derive(Deserialize, JsonSchema)]
@@ -199,6 +232,20 @@ pub struct EndpointFile {
     /// Requests a day. -1: no limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub rpd: Option<i64>,
+    /// Tokens in any 60 seconds. They are known when an answer ends, so what is in flight may pass the limit.
+    /// -1: no limit. 0: the endpoint takes nothing.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpm: Option<i64>,
+    /// Tokens a day, likewise.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpd: Option<i64>,
+    /// Requests at once, each until the last byte of its answer, counted by each process for itself. -1: no
+    /// limit. 0: the endpoint takes nothing.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub max_concurrent: Option<i64>,
+    /// The time zone whose midnight ends this endpoint's day, as `America/Los_Angeles`. Default:
+    /// `server.timezone`.
+    pub timezone: Option<String>,
     /// `false`: the endpoint takes nothing.
     #[schemars(extend("default" = ENABLED_DEFAULT))]
     pub enabled: Option<bool>,

@@ -4,12 +4,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::tz::TimeZone;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::checked::Check;
 use super::cidr::Cidr;
-use super::file::{self, BreakerFile, CorsFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
+use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
 use super::status_set::StatusSet;
 use crate::secret::Secret;
 
@@ -42,6 +43,47 @@ pub struct Server {
     pub failed_keys_per_minute: u32,
     /// Whether responses carry `x-api-together-*` headers.
     pub endpoint_headers: bool,
+    /// The file that holds every count, as an absolute path.
+    pub ledger: PathBuf,
+    /// What endpoints with limits do while it cannot be written.
+    pub ledger_on_error: LedgerOnError,
+    /// What a loss of power may cost.
+    pub ledger_sync: LedgerSync,
+    /// Whose midnight ends a day.
+    pub timezone: TimeZone,
+    /// Whether requests wait for a permit.
+    pub queue: Option<Queue>,
+}
+
+/// What endpoints with limits do while the ledger cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LedgerOnError {
+    /// They take no requests.
+    #[default]
+    Deny,
+    /// They go on uncounted.
+    Allow,
+}
+
+/// When a commit of the ledger is on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LedgerSync {
+    /// Within about a second.
+    #[default]
+    Normal,
+    /// Before the request is sent.
+    Full,
+}
+
+/// Requests that wait for a permit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Queue {
+    /// How long each waits at most.
+    pub wait_max: Duration,
+    /// How many wait at once at most.
+    pub requests_max: usize,
 }
 
 /// Files that could be read when the configuration was checked.
@@ -120,6 +162,9 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let tls = typed.tls.map(|tls| server_tls(&tls, check));
     let cors = cors(typed.cors, check);
     let trusted_proxies = trusted_proxies(typed.trusted_proxies, check);
+    let ledger = ledger(typed.ledger.as_deref(), check);
+    let timezone = timezone(typed.timezone.as_deref(), "server.timezone", check);
+    let queue = typed.queue.and_then(|queue| queue_of(&queue, check));
     Some(Server {
         host: host?,
         port: port?,
@@ -137,6 +182,11 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         trusted_proxies,
         failed_keys_per_minute: typed.failed_keys_per_minute.unwrap_or(file::FAILED_KEYS_PER_MINUTE_DEFAULT),
         endpoint_headers: typed.endpoint_headers.unwrap_or(file::ENDPOINT_HEADERS_DEFAULT),
+        ledger: ledger?,
+        ledger_on_error: typed.ledger_on_error.unwrap_or_default(),
+        ledger_sync: typed.ledger_sync.unwrap_or_default(),
+        timezone: timezone?.unwrap_or_else(TimeZone::system),
+        queue,
     })
 }
 
@@ -221,6 +271,45 @@ fn breaker(typed: &BreakerFile) -> Breaker {
         failures: typed.failures.unwrap_or(file::FAILURES_DEFAULT),
         cool_down: Duration::from_secs(cool_down_seconds.into()),
     }
+}
+
+/// Whether the file can be written is known when it is opened.
+fn ledger(typed: Option<&str>, check: &mut Check<'_>) -> Option<PathBuf> {
+    let typed = typed.unwrap_or(file::LEDGER_DEFAULT);
+    if typed.trim().is_empty() || typed.ends_with('/') {
+        let hint = "name a file such as data/ledger.db, or leave the key off for that one";
+        check.report.error("server.ledger", format!("{typed:?} is not the name of a file"), hint);
+        return None;
+    }
+    let path = check.base_dir.join(typed);
+    // In the background the working directory is another, and in an upgrade from another folder as well.
+    Some(std::path::absolute(&path).unwrap_or(path))
+}
+
+/// The time zone of an IANA name; an inner none if none is named.
+#[expect(clippy::option_option, reason = "the outer one is an error that was reported")]
+pub(super) fn timezone(typed: Option<&str>, path: &str, check: &mut Check<'_>) -> Option<Option<TimeZone>> {
+    let Some(name) = typed else { return Some(None) };
+    match TimeZone::get(name.trim()) {
+        Ok(zone) => Some(Some(zone)),
+        Err(_) => {
+            let hint = "use an IANA name such as Europe/Berlin, America/Los_Angeles or UTC";
+            check.report.error(path, format!("{name:?} is not a time zone"), hint);
+            None
+        }
+    }
+}
+
+fn queue_of(typed: &QueueFile, check: &mut Check<'_>) -> Option<Queue> {
+    let Some(wait_max_ms) = typed.max_wait_ms else {
+        let hint = "say how long a request may wait, in milliseconds; without `queue` none does";
+        check.report.error("server.queue.maxWaitMs", "is missing", hint);
+        return None;
+    };
+    Some(Queue {
+        wait_max: Duration::from_millis(wait_max_ms.into()),
+        requests_max: usize::try_from(typed.max_requests.unwrap_or(file::QUEUE_REQUESTS_DEFAULT)).ok()?,
+    })
 }
 
 fn cores() -> usize {

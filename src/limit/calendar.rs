@@ -1,14 +1,17 @@
 //! Which day it is, and when it ends, in a time zone.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
-use jiff::{Timestamp, ZonedDateTime};
+use jiff::{Timestamp, ToSpan as _};
 
-use super::Clock;
+/// An attempt this close to the turn of the day counts in both days, since the endpoint's clock may go otherwise.
+const TURN_MARGIN: Duration = Duration::from_secs(1);
+/// At the ends of the calendar there is no tomorrow; an hour from now is as good.
+const NO_TOMORROW: Duration = Duration::from_hours(1);
 
 /// A time zone's calendar. The day is worked out when it turns, or when the clock is set, and not for every request.
 #[derive(Debug)]
@@ -24,68 +27,152 @@ struct Today {
     ends: SystemTime,
 }
 
+/// The days that an attempt counts in: one, or two at the turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Days {
+    /// The day, or the one that ends.
+    pub first: Date,
+    /// The day, or the one that begins.
+    pub last: Date,
+}
+
+impl Days {
+    /// Whether an attempt that was counted in these days needs no other ones.
+    pub fn cover(&self, other: &Self) -> bool {
+        self.first <= other.first && other.last <= self.last
+    }
+
+    /// Each of them once.
+    pub fn each(self) -> impl Iterator<Item = Date> {
+        std::iter::once(self.first).chain((self.last != self.first).then_some(self.last))
+    }
+}
+
 impl Calendar {
     /// The calendar of a time zone.
     pub fn new(zone: TimeZone) -> Self {
         Self { zone, today: ArcSwapOption::empty() }
     }
 
-    /// Both clocks, read together.
-    pub fn clock(&self, now: Instant, wall: SystemTime) -> Clock {
-        let today = self.today(wall);
-        let day_left = today.ends.duration_since(wall).unwrap_or_default();
-        Clock { now, date: today.date, day_left }
+    /// The days that an attempt at this moment counts in.
+    pub fn days(&self, wall: SystemTime) -> Days {
+        let Today { date, begins, ends } = self.today(wall);
+        let is_near = |moment: SystemTime| {
+            let apart = wall.duration_since(moment).unwrap_or_else(|before| before.duration());
+            apart < TURN_MARGIN
+        };
+        if is_near(ends) {
+            Days { first: date, last: date.tomorrow().unwrap_or(date) }
+        } else if is_near(begins) {
+            Days { first: date.yesterday().unwrap_or(date), last: date }
+        } else {
+            Days { first: date, last: date }
+        }
+    }
+
+    /// The first moment at which an attempt no longer counts in this day.
+    pub fn clear_of(&self, date: Date) -> SystemTime {
+        let ends = date.checked_add(1.day()).ok().and_then(|next| self.begin_of(next));
+        ends.map_or_else(|| SystemTime::now() + NO_TOMORROW, |ends| ends + TURN_MARGIN)
+    }
+
+    /// The moment at which a day begins.
+    pub fn begin_of(&self, date: Date) -> Option<SystemTime> {
+        // Midnight, or the first moment after it where the clocks are put forward at midnight.
+        date.to_zoned_datetime(self.zone.clone()).ok()?.start_of_day().ok().map(|zoned| wall_clock(zoned.timestamp()))
+    }
+
+    /// The day of a moment.
+    pub fn date(&self, wall: SystemTime) -> Date {
+        self.today(wall).date
+    }
+
+    /// The name of its time zone, where it has one.
+    pub fn zone_name(&self) -> Option<&str> {
+        self.zone.iana_name()
     }
 
     fn today(&self, wall: SystemTime) -> Today {
         match self.today.load().as_deref() {
             Some(today) if (today.begins..today.ends).contains(&wall) => *today,
             _ => {
-                let today = work_out(&self.zone, wall);
+                let today = self.work_out(wall);
                 self.today.store(Some(Arc::new(today)));
                 today
             }
         }
     }
-}
 
-fn work_out(zone: &TimeZone, wall: SystemTime) -> Today {
-    let now = Timestamp::try_from(wall).unwrap_or_default().to_zoned_datetime(zone.clone());
-    let moment = |zoned: Result<ZonedDateTime, jiff::Error>| zoned.ok().map(|zoned| wall_clock(zoned.timestamp()));
-    Today {
-        date: now.date(),
-        begins: moment(now.start_of_day()).unwrap_or(wall),
-        // At the end of the calendar there is no tomorrow; an hour from now is as good.
-        ends: moment(now.tomorrow().and_then(|tomorrow| tomorrow.start_of_day()))
-            .unwrap_or(wall + Duration::from_hours(1)),
+    fn work_out(&self, wall: SystemTime) -> Today {
+        let date = Timestamp::try_from(wall).unwrap_or_default().to_zoned_datetime(self.zone.clone()).date();
+        let next = date.tomorrow().ok().and_then(|next| self.begin_of(next));
+        Today { date, begins: self.begin_of(date).unwrap_or(wall), ends: next.unwrap_or(wall + NO_TOMORROW) }
     }
 }
 
 fn wall_clock(timestamp: Timestamp) -> SystemTime {
-    let seconds = u64::try_from(timestamp.as_second()).unwrap_or_default();
-    SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    let since_1970 = |nanos: i128| Duration::from_nanos_u128(nanos.unsigned_abs());
+    match timestamp.as_nanosecond() {
+        nanos if nanos < 0 => SystemTime::UNIX_EPOCH - since_1970(nanos),
+        nanos => SystemTime::UNIX_EPOCH + since_1970(nanos),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use jiff::civil::date;
 
     fn wall(text: &str) -> SystemTime {
         wall_clock(text.parse().unwrap())
     }
 
+    fn days(zone: &str, moment: &str) -> (String, String) {
+        let days = Calendar::new(TimeZone::get(zone).unwrap()).days(wall(moment));
+        (days.first.to_string(), days.last.to_string())
+    }
+
+    fn both(day: &str) -> (String, String) {
+        (day.into(), day.into())
+    }
+
     #[test]
     fn the_day_turns_at_midnight_of_the_zone_also_when_clocks_change() {
         let calendar = Calendar::new(TimeZone::get("Europe/Berlin").unwrap());
-        let clock = |text| {
-            let clock = calendar.clock(Instant::now(), wall(text));
-            (clock.date.to_string(), clock.day_left)
+        let hours = |day: Date| {
+            let ends = calendar.clear_of(day) - TURN_MARGIN;
+            ends.duration_since(calendar.begin_of(day).unwrap()).unwrap().as_secs() / 3600
         };
-        // Summer time begins on this day, which has 23 hours.
-        assert_eq!(clock("2026-03-28T23:00:00Z"), ("2026-03-29".into(), Duration::from_hours(23)));
-        assert_eq!(clock("2026-03-28T22:59:59Z"), ("2026-03-28".into(), Duration::from_secs(1)), "a clock set back");
-        assert_eq!(clock("2026-03-29T22:00:00Z"), ("2026-03-30".into(), Duration::from_hours(24)));
-        // And ends on this one, which has 25.
-        assert_eq!(clock("2026-10-24T22:00:00Z"), ("2026-10-25".into(), Duration::from_hours(25)));
+        assert_eq!(hours(date(2026, 3, 29)), 23, "summer time begins");
+        assert_eq!(hours(date(2026, 10, 25)), 25, "and ends");
+        assert_eq!(calendar.date(wall("2026-03-28T23:00:00Z")), date(2026, 3, 29));
+        assert_eq!(calendar.date(wall("2026-03-28T22:59:59Z")), date(2026, 3, 28), "a clock set back");
+        assert_eq!(calendar.date(wall("2026-03-29T22:00:00Z")), date(2026, 3, 30));
+        assert_eq!(calendar.date(wall("2026-10-25T22:59:59Z")), date(2026, 10, 25), "the 25th hour");
+    }
+
+    #[test]
+    fn an_endpoint_may_live_in_another_zone() {
+        assert_eq!(days("America/Los_Angeles", "2026-11-25T07:59:00Z"), both("2026-11-24"));
+        assert_eq!(days("America/Los_Angeles", "2026-11-25T08:00:02Z"), both("2026-11-25"));
+        assert_eq!(days("UTC", "2026-11-25T07:59:00Z"), both("2026-11-25"));
+    }
+
+    #[test]
+    fn midnight_may_not_exist() {
+        // Clocks in Santiago went from 24:00 to 01:00.
+        let calendar = Calendar::new(TimeZone::get("America/Santiago").unwrap());
+        assert_eq!(calendar.begin_of(date(2026, 9, 6)), Some(wall("2026-09-06T04:00:00Z")));
+        assert_eq!(calendar.date(wall("2026-09-06T03:59:59Z")), date(2026, 9, 5));
+    }
+
+    #[test]
+    fn around_the_turn_an_attempt_counts_in_both_days() {
+        let turn = ("2026-11-24".to_owned(), "2026-11-25".to_owned());
+        assert_eq!(days("UTC", "2026-11-24T23:59:59Z"), both("2026-11-24"));
+        assert_eq!(days("UTC", "2026-11-24T23:59:59.001Z"), turn);
+        assert_eq!(days("UTC", "2026-11-25T00:00:00.999Z"), turn);
+        assert_eq!(days("UTC", "2026-11-25T00:00:01Z"), both("2026-11-25"));
+        assert_eq!(Calendar::new(TimeZone::UTC).clear_of(date(2026, 11, 24)), wall("2026-11-25T00:00:01Z"));
     }
 }

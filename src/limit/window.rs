@@ -1,115 +1,126 @@
-//! The two windows.
+//! The sliding minute.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use jiff::civil::Date;
+use super::Stamp;
 
 /// The width of a slot of the minute.
-const SLOT: Duration = Duration::from_millis(250);
-/// An attempt counts from its slot until this many slots later: 60 seconds, one slot because it may have come at the end of
-/// its own, and one more against jitter on the way to the endpoint. So a permit frees up to half a second late, never early.
-const SLOTS: u64 = 60 * 4 + 2;
+const SLOT_MS: u64 = 250;
+/// What is counted in a slot counts until this many slots later: 60 seconds, one slot because it may have come at the end of
+/// its own, and one more because it may be sent up to a slot after it was counted. So a permit frees up to half a second
+/// late, never early.
+const SLOTS: u64 = 60 * 1000 / SLOT_MS + 2;
 
-/// Attempts in any 60 seconds, in slots of a quarter of a second; at most [`SLOTS`] of them.
-#[derive(Debug)]
-pub(super) struct Minute {
-    epoch: Instant,
-    slots: VecDeque<(u64, u64)>,
+/// A permit older than this when its request is sent is swapped for a fresh one; one of the two spare slots is for this.
+pub const PERMIT_AGE_MAX: Duration = Duration::from_millis(SLOT_MS);
+
+/// How long what is counted counts.
+pub const SPAN: Duration = Duration::from_millis(SLOTS * SLOT_MS);
+
+/// A quarter of a second since the machine was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot(pub u64);
+
+impl Slot {
+    /// The slot of a moment.
+    pub fn of(stamp: Stamp) -> Self {
+        Self(stamp.0 / SLOT_MS)
+    }
+
+    /// The first slot that still counts at this moment.
+    pub fn oldest_that_counts(now: Stamp) -> Self {
+        Self((Self::of(now).0 + 1).saturating_sub(SLOTS))
+    }
+
+    /// When what was counted in it counts no longer.
+    pub fn frees(self) -> Stamp {
+        Stamp(self.0.saturating_add(SLOTS).saturating_mul(SLOT_MS))
+    }
+}
+
+/// What was counted in the last 60 seconds; at most as many slots as a minute has.
+#[derive(Clone, Debug, Default)]
+pub struct Minute {
+    slots: VecDeque<(Slot, u64)>,
     total: u64,
 }
 
 impl Minute {
-    pub(super) fn new(epoch: Instant) -> Self {
-        Self { epoch, slots: VecDeque::new(), total: 0 }
-    }
-
-    /// Counts an attempt; returns its slot.
-    pub(super) fn add(&mut self, now: Instant) -> u64 {
-        self.forget(now);
-        // Two threads may come with their readings of the clock in the other order.
-        let slot = self.slots.back().map_or(0, |(last, _)| *last).max(self.slot(now));
-        match self.slots.back_mut() {
-            Some((last, count)) if *last == slot => *count += 1,
-            _ => self.slots.push_back((slot, 1)),
+    /// Counts.
+    pub fn add(&mut self, slot: Slot, count: u64) {
+        if count == 0 {
+            return;
         }
-        self.total += 1;
-        slot
+        self.total += count;
+        // Nearly always it is the newest slot.
+        let at = self.slots.partition_point(|(other, _)| *other < slot);
+        match self.slots.get_mut(at) {
+            Some((same, counted)) if *same == slot => *counted += count,
+            _ => self.slots.insert(at, (slot, count)),
+        }
     }
 
-    /// Takes an attempt back that was counted in this slot, if it still counts.
-    pub(super) fn remove(&mut self, slot: u64) {
-        if let Ok(at) = self.slots.binary_search_by_key(&slot, |(slot, _)| *slot)
-            && let Some((_, count)) = self.slots.get_mut(at)
-            && *count > 0
+    /// Takes back what was counted in a slot, as far as it still counts.
+    pub fn remove(&mut self, slot: Slot, count: u64) {
+        let at = self.slots.partition_point(|(other, _)| *other < slot);
+        if let Some((same, counted)) = self.slots.get_mut(at)
+            && *same == slot
         {
-            *count -= 1;
-            self.total -= 1;
+            let count = count.min(*counted);
+            *counted -= count;
+            self.total -= count;
         }
     }
 
-    pub(super) fn count(&mut self, now: Instant) -> u64 {
-        self.forget(now);
-        self.total
-    }
-
-    /// How long until fewer than `limit` attempts count; none if it is so now.
-    pub(super) fn full_for(&mut self, limit: u64, now: Instant) -> Option<Duration> {
-        let mut count = self.count(now);
-        for (slot, in_slot) in &self.slots {
-            if count < limit {
-                return None;
-            }
-            count -= in_slot;
-            if count < limit {
-                return Some(self.start_of(slot + SLOTS).saturating_duration_since(now));
-            }
-        }
-        None
-    }
-
-    fn forget(&mut self, now: Instant) {
-        let now = self.slot(now);
+    /// Drops what no longer counts.
+    pub fn forget(&mut self, now: Stamp) {
+        let oldest = Slot::oldest_that_counts(now);
         while let Some((slot, count)) = self.slots.front().copied()
-            && slot + SLOTS <= now
+            && slot < oldest
         {
             self.total -= count;
             self.slots.pop_front();
         }
     }
 
-    fn slot(&self, now: Instant) -> u64 {
-        let slots = now.saturating_duration_since(self.epoch).as_millis() / SLOT.as_millis();
-        u64::try_from(slots).unwrap_or(u64::MAX)
+    /// What counts, as of the last [`Minute::forget`].
+    pub fn total(&self) -> u64 {
+        self.total
     }
 
-    fn start_of(&self, slot: u64) -> Instant {
-        let slots = u32::try_from(slot).unwrap_or(u32::MAX);
-        self.epoch.checked_add(SLOT.saturating_mul(slots)).unwrap_or(self.epoch)
-    }
-}
-
-/// Attempts of one calendar day.
-#[derive(Debug, Default)]
-pub(super) struct Day {
-    date: Date,
-    total: u64,
-}
-
-impl Day {
-    pub(super) fn add(&mut self, today: Date) {
-        self.total = self.count(today) + 1;
-        self.date = today;
+    /// When nothing that counts now does any more; none if nothing does.
+    pub fn empties(&self) -> Option<Stamp> {
+        self.slots.iter().rev().find(|(_, count)| *count > 0).map(|(slot, _)| slot.frees())
     }
 
-    pub(super) fn remove(&mut self, day: Date) {
-        if self.date == day {
-            self.total = self.total.saturating_sub(1);
+    /// When less than `limit` counts if nothing is added, not before `now`.
+    pub fn below(&self, limit: u64, now: Stamp) -> Stamp {
+        let mut left = self.total;
+        let mut frees = now;
+        for (slot, count) in &self.slots {
+            if left < limit {
+                break;
+            }
+            left -= count;
+            frees = slot.frees();
         }
+        frees.max(now)
     }
 
-    pub(super) fn count(&self, today: Date) -> u64 {
-        if self.date == today { self.total } else { 0 }
+    /// What counts, newest first.
+    pub fn newest_first(&self) -> impl Iterator<Item = (Slot, u64)> {
+        self.slots.iter().rev().copied()
+    }
+
+    /// The slots that are held.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
     }
 }
 
@@ -118,59 +129,80 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn minute(stamps: &[u64]) -> Minute {
+        let mut minute = Minute::default();
+        for stamp in stamps {
+            minute.add(Slot::of(Stamp(*stamp)), 1);
+        }
+        minute
+    }
+
     #[test]
     fn a_permit_frees_after_sixty_seconds_and_not_much_later() {
-        let start = Instant::now();
-        let mut minute = Minute::new(start);
-        minute.add(start + Duration::from_millis(249));
-        let wait = minute.full_for(1, start + Duration::from_millis(300)).unwrap();
-        assert_eq!(wait, Duration::from_millis(60_500 - 300));
-        assert_eq!(minute.count(start + Duration::from_millis(60_499)), 1);
-        assert_eq!(minute.count(start + Duration::from_millis(60_500)), 0);
+        let mut minute = minute(&[249]);
+        assert_eq!(minute.below(1, Stamp(300)), Stamp(60_500));
+        minute.forget(Stamp(60_499));
+        assert_eq!(minute.total(), 1);
+        minute.forget(Stamp(60_500));
+        assert_eq!((minute.total(), minute.len()), (0, 0));
     }
 
     #[test]
     fn the_wait_is_that_of_the_first_permit_to_free() {
-        let start = Instant::now();
-        let mut minute = Minute::new(start);
-        for second in 0..3 {
-            minute.add(start + Duration::from_secs(second));
-        }
-        let now = start + Duration::from_secs(10);
-        assert_eq!(minute.full_for(4, now), None);
-        assert_eq!(minute.full_for(3, now), Some(Duration::from_millis(50_500)));
-        assert_eq!(minute.full_for(1, now), Some(Duration::from_millis(52_500)));
+        let minute = minute(&[0, 1000, 2000]);
+        let now = Stamp(10_000);
+        assert_eq!(minute.below(4, now), now);
+        assert_eq!(minute.below(3, now), Stamp(60_500));
+        assert_eq!(minute.below(1, now), Stamp(62_500));
+        assert_eq!(minute.empties(), Some(Stamp(62_500)));
+    }
+
+    #[test]
+    fn what_comes_out_of_order_is_counted_in_its_place() {
+        let mut minute = minute(&[5000, 0, 2500, 5000]);
+        assert_eq!(minute.newest_first().map(|(slot, n)| (slot.0, n)).collect::<Vec<_>>(), [(20, 2), (10, 1), (0, 1)]);
+        minute.remove(Slot(10), 5);
+        assert_eq!(minute.total(), 3, "no more than was there");
+        minute.remove(Slot(11), 1);
+        assert_eq!(minute.total(), 3);
     }
 
     proptest! {
-        /// Against a plain model that keeps every moment.
+        /// Against a plain model that keeps every moment: what is counted, may be sent a little later, and what is sent in any
+        /// 60 seconds is never more than the limit.
         #[test]
         fn no_sixty_seconds_hold_more_than_the_limit(
             limit in 1u64..6,
-            steps in prop::collection::vec((0u64..9_000, any::<bool>()), 1..200),
+            steps in prop::collection::vec((0u64..9_000, 0u64..250, any::<bool>()), 1..200),
         ) {
-            let start = Instant::now();
-            let mut minute = Minute::new(start);
-            let mut taken: Vec<u64> = Vec::new();
-            let mut now_ms = 0;
-            for (step, give_back) in steps {
-                now_ms += step;
-                let now = start + Duration::from_millis(now_ms);
-                let model = taken.iter().filter(|at| now_ms - **at < 60_500).count() as u64;
-                match minute.full_for(limit, now) {
-                    None => {
-                        let slot = minute.add(now);
-                        taken.push(now_ms);
-                        let in_a_minute = taken.iter().filter(|at| now_ms - **at <= 60_000).count() as u64;
-                        prop_assert!(in_a_minute <= limit);
-                        if give_back {
-                            minute.remove(slot);
-                            taken.pop();
-                        }
+            let mut minute = Minute::default();
+            let mut counted: Vec<u64> = Vec::new();
+            let mut sent: Vec<u64> = Vec::new();
+            let mut now = 0;
+            for (step, late, give_back) in steps {
+                now += step;
+                minute.forget(Stamp(now));
+                if minute.total() < limit {
+                    let slot = Slot::of(Stamp(now));
+                    minute.add(slot, 1);
+                    if give_back {
+                        minute.remove(slot, 1);
+                    } else {
+                        counted.push(now);
+                        sent.push(now + late);
                     }
-                    Some(_) => prop_assert!(model >= limit, "refused while a permit was free"),
+                    let in_a_minute = |at: &u64| sent.iter().filter(|other| (*at..at + 60_000).contains(other)).count();
+                    prop_assert!(sent.iter().all(|at| in_a_minute(at) as u64 <= limit));
+                } else {
+                    let model = counted.iter().filter(|at| now - **at < 60_500).count() as u64;
+                    prop_assert!(model >= limit, "refused while a permit was free");
+                    let below = minute.below(limit, Stamp(now));
+                    prop_assert!(below > Stamp(now), "full until now");
+                    let mut then = minute.clone();
+                    then.forget(below);
+                    prop_assert!(then.total() < limit, "still full when it was to be free");
                 }
-                prop_assert!(minute.slots.len() as u64 <= SLOTS + 1);
+                prop_assert!(minute.len() as u64 <= SLOTS + 1);
             }
         }
     }

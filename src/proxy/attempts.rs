@@ -7,7 +7,8 @@ use std::time::Instant;
 use http::Method;
 use pingora::{Error, ErrorType, RetryType};
 
-use crate::balance::{self, Pick};
+use crate::admission;
+use crate::balance;
 use crate::context::{Ask, Attempt, Context};
 use crate::error::Fault;
 use crate::pool::Endpoint;
@@ -18,16 +19,12 @@ use crate::retry::{self, Outcome};
 const STALE_MAX: u32 = 2;
 
 /// Begins the next attempt, at an endpoint that was not tried yet.
-pub(super) fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
+pub(super) async fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
     let Some(ask) = &context.ask else { return Err(Fault::Internal) };
     let tries = &mut context.tries;
     let choice = match tries.next.take() {
         Some(choice) => choice,
-        None => match balance::pick(&ask.pool, &ask.candidates, &tries.tried, &ask.pool.clock()) {
-            Pick::Take(choice) => choice,
-            Pick::LimitsReached(wait) => return Err(Fault::LimitsReached { wait }),
-            Pick::None => return Err(Fault::NoneAvailable),
-        },
+        None => admission::admit(admission_of(ask, &tries.tried)).await?,
     };
     let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
@@ -44,6 +41,11 @@ pub(super) fn next_attempt(context: &mut Context, method: &Method) -> Result<(),
     context.exchange.state().attempt = Some(attempt);
     context.fault = None;
     Ok(())
+}
+
+/// A request that has been on its way once does not wait for its turn again: its client has waited long enough.
+fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> {
+    admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried, queue: None }
 }
 
 /// Whether an attempt failed only because its pooled connection had been closed.
@@ -69,9 +71,8 @@ impl Stale {
     }
 }
 
-/// Lets the attempt begin anew, on a fresh connection, because its pooled one had been closed. False if it may not; why, is in
-/// the exchange if it is the endpoint's limit.
-pub(super) fn begin_anew(context: &mut Context, pooled: Stale) -> bool {
+/// Whether the attempt may begin anew, on a fresh connection, because its pooled one had been closed.
+pub(super) fn may_begin_anew(context: &mut Context, pooled: Stale) -> bool {
     let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX && pooled != Stale::No) else {
         return false;
     };
@@ -80,13 +81,36 @@ pub(super) fn begin_anew(context: &mut Context, pooled: Stale) -> bool {
     }
     let mut state = context.exchange.state();
     let Some(attempt) = &mut state.attempt else { return false };
-    if pooled == Stale::NeverTaken || attempt.begin_anew(&ask.pool.clock()) {
-        context.tries.stale += 1;
-        context.tries.again = true;
-    } else {
-        state.ended = Some(Outcome::LimitReached);
+    if pooled == Stale::NeverTaken {
+        attempt.never_sent();
     }
-    context.tries.again
+    context.tries.stale += 1;
+    context.tries.again = true;
+    true
+}
+
+/// Begins the attempt anew. False if its endpoint's limit does not allow it and another endpoint is to be tried.
+pub(super) async fn begin_anew(context: &mut Context) -> Result<bool, Fault> {
+    let ledger = context.ask.as_ref().ok_or(Fault::Internal)?.pool.ledger.clone();
+    let mut attempt = context.exchange.state().attempt.take().ok_or(Fault::Internal)?;
+    let may_begin = attempt.begin_anew(&ledger).await;
+    context.exchange.state().attempt = Some(attempt);
+    if may_begin {
+        return Ok(true);
+    }
+    if attempt_over(context, &Outcome::LimitReached) {
+        return Ok(false);
+    }
+    Err(context.fault.take().unwrap_or(Fault::NoneAvailable))
+}
+
+/// The request's header goes out now. False if its permit is worth nothing any more and no other is to be had.
+pub(super) async fn send(context: &Context) -> bool {
+    let Some(ask) = &context.ask else { return false };
+    let Some(mut attempt) = context.exchange.state().attempt.take() else { return false };
+    let sent = attempt.send(&ask.pool.ledger).await;
+    context.exchange.state().attempt = Some(attempt);
+    sent
 }
 
 /// Whether another attempt may begin and any endpoint is left for it.

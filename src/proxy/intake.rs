@@ -10,13 +10,14 @@ use pingora::{Error, ErrorType};
 use pingora_proxy::Session;
 
 use super::{Gateway, outgoing};
-use crate::admin::{Answer, Resource};
+use crate::admin::{Answer, Resource, Sources};
+use crate::admission::{self, Choice};
 use crate::auth;
-use crate::balance::{self, Choice, Pick};
 use crate::config::Cors;
 use crate::context::{Ask, Context};
 use crate::error::{Fault, excerpt};
 use crate::pool::Pool;
+use crate::rates::Rates;
 use crate::request::{self, Call, Collector};
 use crate::rewrite;
 
@@ -24,6 +25,9 @@ use crate::rewrite;
 /// may otherwise never see the answer.
 const DRAIN_BYTES_MAX: usize = 1024 * 1024;
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// The body of a call to our own resources is a few words.
+const OWN_BODY_BYTES_MAX: usize = 64 * 1024;
 
 /// Longer paths are no call's, and an endpoint's own path has yet to fit before it.
 const TARGET_BYTES_MAX: usize = 16 * 1024;
@@ -57,21 +61,27 @@ pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &
     let pool = gateway.pool.load_full();
     arrive(session, context, &pool);
     let header = session.req_header();
+    let (uri, method) = (header.uri.clone(), header.method.clone());
     if is_preflight(header) {
         let requested = header.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS);
         return Ok(Next::Answer(Answer::preflight(requested)));
     }
-    let resource = Resource::of(header.uri.path(), &header.method);
+    let resource = Resource::of(uri.path(), &method);
     if resource != Some(Resource::Health) {
         gateway.auth.check(&pool.server, &header.headers, context.arrival.address)?;
     }
     if let Some(resource) = resource {
-        return Ok(Next::Answer(resource.answer(&header.method, &pool, &gateway.open)?));
+        resource.check_method(&method)?;
+        let body = if resource.takes_body() { read_body(session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
+        let from = Sources { pool: &pool, open: &gateway.open, ledger: &gateway.ledger };
+        return Ok(Next::Answer(resource.answer(from, &body).await?));
     }
     check_target(header)?;
     let ask = ask(session, pool).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
-    let choice = first_pick(&ask)?;
+    let choice = first_choice(session, &ask).await;
+    context.arrival.rates = Rates::of(&ask.pool, &ask.candidates, &ask.pool.clock());
+    let choice = choice?;
     Ok(Next::Proxy(Box::new(ask), choice))
 }
 
@@ -181,11 +191,25 @@ async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
     })
 }
 
-fn first_pick(ask: &Ask) -> Result<Choice, Fault> {
-    match balance::pick(&ask.pool, &ask.candidates, &[], &ask.pool.clock()) {
-        Pick::Take(choice) => Ok(choice),
-        Pick::LimitsReached(wait) => Err(Fault::LimitsReached { wait }),
-        Pick::None => Err(Fault::NoneAvailable),
+/// The first endpoint. A client that goes away while it waits for its turn gives its place to the next.
+async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> {
+    let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
+    let admission = admission::admit(admission::Request {
+        pool: &ask.pool,
+        candidates: &ask.candidates,
+        tried: &[],
+        queue,
+    });
+    if queue.is_none() {
+        return Ok(admission.await?);
+    }
+    tokio::select! {
+        biased;
+        choice = admission => Ok(choice?),
+        gone = session.downstream_session.read_body_or_idle(true) => Err(match gone {
+            Err(error) => Stop::Gone(error),
+            Ok(_) => Stop::Gone(Error::new_down(ErrorType::ConnectionClosed)),
+        }),
     }
 }
 

@@ -30,18 +30,19 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::admin::Answer;
+use crate::admission::Choice;
 use crate::auth::Auth;
-use crate::balance::Choice;
 use crate::blot::Blotter;
 use crate::context::{Ask, Context, Kept, OpenRequests};
 use crate::error::Fault;
 use crate::health;
+use crate::ledger;
 use crate::pool::Pool;
 use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
 use crate::retry::Outcome;
 use crate::server::Draining;
-use attempts::{Stale, address, attempt_over, begin_anew, next_attempt};
+use attempts::{Stale, address, attempt_over, begin_anew, may_begin_anew, next_attempt};
 use intake::{Next, Stop};
 
 /// The proxy.
@@ -51,12 +52,13 @@ pub struct Gateway {
     auth: Auth,
     open: OpenRequests,
     draining: Draining,
+    ledger: ledger::State,
 }
 
 impl Gateway {
     /// A proxy over whatever pool is current.
-    pub fn new(pool: Arc<ArcSwap<Pool>>, open: OpenRequests, draining: Draining) -> Self {
-        Self { pool, auth: Auth::default(), open, draining }
+    pub fn new(pool: Arc<ArcSwap<Pool>>, open: OpenRequests, draining: Draining, ledger: ledger::State) -> Self {
+        Self { pool, auth: Auth::default(), open, draining, ledger }
     }
 }
 
@@ -96,9 +98,17 @@ impl ProxyHttp for Gateway {
     }
 
     async fn upstream_peer(&self, session: &mut Session, context: &mut Context) -> Result<Box<HttpPeer>> {
-        if !std::mem::take(&mut context.tries.again)
-            && let Err(fault) = next_attempt(context, &session.req_header().method)
-        {
+        let begun = match std::mem::take(&mut context.tries.again) {
+            // The attempt under way, at its next address or on a fresh connection.
+            true => begin_anew(context).await,
+            false => Ok(false),
+        };
+        let begun = match begun {
+            Ok(false) => next_attempt(context, &session.req_header().method).await,
+            Ok(true) => Ok(()),
+            Err(fault) => Err(fault),
+        };
+        if let Err(fault) = begun {
             // An endpoint's own error says more than that nobody else is left.
             context.fault.get_or_insert(fault);
             return Error::err_in(ErrorType::InternalError);
@@ -125,12 +135,10 @@ impl ProxyHttp for Gateway {
             context.tries.body = outgoing::rewrite_body(context);
             outgoing::set_length(request, &session.req_header().method, &context.tries.body)?;
         }
-        let Some(clock) = context.ask.as_ref().map(|ask| ask.pool.clock()) else { return Ok(()) };
-        let mut state = context.exchange.state();
-        if state.attempt.as_mut().is_none_or(|attempt| attempt.send(&clock)) {
+        if attempts::send(context).await {
             return Ok(());
         }
-        state.ended = Some(Outcome::LimitReached);
+        context.exchange.state().ended = Some(Outcome::LimitReached);
         Error::err_in(ErrorType::Custom("the limit was reached meanwhile"))
     }
 
@@ -215,7 +223,7 @@ impl ProxyHttp for Gateway {
         let header_seen = state.attempt.as_ref().is_some_and(|attempt| attempt.answer.is_some());
         drop(state);
         log::debug!("request {}: {error}", context.arrival.id_text());
-        if ended.is_none() && !from_client && !header_seen && begin_anew(context, pooled) {
+        if ended.is_none() && !from_client && !header_seen && may_begin_anew(context, pooled) {
             error.set_retry(true);
             return error;
         }
@@ -291,8 +299,13 @@ impl ProxyHttp for Gateway {
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Context) {
         context.wrapped.unwrap_session(session);
-        if let (Some(attempt), None) = (&mut context.exchange.state().attempt, error) {
-            attempt.finish();
+        if let Some(attempt) = &mut context.exchange.state().attempt {
+            if error.is_none() {
+                attempt.finish();
+            }
+            if let Some(ask) = &context.ask {
+                attempt.bill(&ask.pool, ask.model.as_deref());
+            }
         }
         let gone = context.fault.is_none() && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
         let level = if gone { log::Level::Debug } else { log::Level::Info };

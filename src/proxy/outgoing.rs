@@ -12,6 +12,7 @@ use pingora_proxy::Session;
 use crate::admin::Answer;
 use crate::context::Context;
 use crate::error::Fault;
+use crate::rates;
 use crate::rewrite;
 
 /// The header that carries a request's id, both ways.
@@ -89,7 +90,7 @@ pub(super) fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> 
         .headers
         .iter()
         .filter(|(name, value)| {
-            rewrite::is_kept_from_client(name) || quotes_key(value) || !switches_protocol && is_hop_by_hop(name)
+            rewrite::is_kept_from_client(name) || name.as_str().starts_with(rates::PREFIX) || quotes_key(value) || !switches_protocol && is_hop_by_hop(name)
         })
         .map(|(name, _)| name.clone())
         .collect();
@@ -111,6 +112,9 @@ fn add_our_headers(header: &mut ResponseHeader, context: &Context) -> Result<()>
         if origin != "*" {
             header.append_header(header::VARY, "origin")?;
         }
+    }
+    for (name, value) in arrival.rates.headers() {
+        header.insert_header(name, value)?;
     }
     if arrival.endpoint_headers
         && let Some(attempt) = &context.exchange.state().attempt

@@ -17,6 +17,7 @@ use crate::health;
 use crate::request::Call;
 use crate::respond::{self, HOLD_TIME_MAX, Head, Judge, Terms, Verdict};
 use crate::retry::Outcome;
+use crate::usage::Meter;
 
 /// The response of the attempt under way.
 pub(super) struct Hold {
@@ -37,6 +38,8 @@ pub(super) struct Hold {
     /// For an error: its body goes through this.
     blotter: Option<Blotter>,
     event_stream: bool,
+    /// Reads what the answer cost.
+    meter: Meter,
     /// The last bytes sent of an event stream.
     tail: [u8; 4],
 }
@@ -64,6 +67,7 @@ impl Hold {
             secrets: Secrets::default(),
             blotter: None,
             event_stream: false,
+            meter: Meter::default(),
             tail: [0; 4],
         }
     }
@@ -120,6 +124,11 @@ impl Hold {
         self.status = header.status.as_u16();
         let content_type = header.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         self.event_stream = respond::is_event_stream(content_type);
+        self.meter = if header.status.is_success() {
+            Meter::new(self.event_stream, respond::is_json(content_type))
+        } else {
+            Meter::default()
+        };
         let rest = match self.status {
             429 => health::rest_asked(&header.headers, SystemTime::now()),
             _ => Duration::ZERO,
@@ -187,7 +196,9 @@ impl Hold {
                     out.push(HttpTask::Header(header, end));
                 }
                 HttpTask::Body(piece, end) => {
-                    let piece = self.without_secrets(piece.unwrap_or_default(), end);
+                    let piece = piece.unwrap_or_default();
+                    self.read_tokens(&piece, end);
+                    let piece = self.without_secrets(piece, end);
                     // An empty piece that ends nothing would be taken for the last chunk.
                     if end || !piece.is_empty() {
                         self.remember_sent(&piece);
@@ -195,6 +206,7 @@ impl Hold {
                     }
                 }
                 HttpTask::Done | HttpTask::Trailer(_) => {
+                    self.read_tokens(&Bytes::new(), true);
                     let rest = self.without_secrets(Bytes::new(), true);
                     if !rest.is_empty() {
                         out.push(HttpTask::Body(Some(rest), false));
@@ -205,6 +217,17 @@ impl Hold {
             }
         }
         (out, None)
+    }
+
+    fn read_tokens(&mut self, piece: &Bytes, end: bool) {
+        self.meter.piece(piece);
+        // A stream may break off before its end, or its reader go away.
+        if (end || self.event_stream)
+            && let tokens @ Some(_) = self.meter.so_far(end)
+            && let Some(attempt) = &mut self.exchange.state().attempt
+        {
+            attempt.tokens = tokens;
+        }
     }
 
     fn without_secrets(&mut self, piece: Bytes, end: bool) -> Bytes {

@@ -323,7 +323,7 @@ async fn the_start_tells_where_it_is_and_masks_the_key() {
             endpoint_with("two", "https://two.example", json!({ "enabled": false })),
         ];
         let running = Running::start(&config_text(json!({}), &apis), "info");
-        running.ready().await;
+        running.logs("https://two.example").await;
         let (status, health) = (running.url("/v1/status"), running.url("/health"));
         let output = running.killed();
         for text in [status.as_str(), &health, "api-one", "https://one.example/v1", "1 of 2 in use", "sk-…cdef"] {

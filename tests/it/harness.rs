@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -147,9 +146,9 @@ impl Proxy {
     /// From a config file's text, with these environment variables.
     pub async fn of_text(text: &str, variables: &[(&str, &str)]) -> Self {
         let environment = Environment::fixed(variables.iter().copied());
-        let loaded = config::check_str(text, Format::Json, &environment, Path::new(""))
-            .unwrap_or_else(|problems| panic!("{problems}"));
         let folder = tempfile::tempdir().unwrap();
+        let loaded = config::check_str(text, Format::Json, &environment, folder.path())
+            .unwrap_or_else(|problems| panic!("{problems}"));
         let options = RunOptions { runtime_folder: folder.path().to_owned(), ..RunOptions::default() };
         let secure = loaded.config.server.tls.is_some();
         let mut prepared = Prepared::new(loaded.config, &options).unwrap();

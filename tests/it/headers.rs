@@ -129,11 +129,11 @@ async fn an_endpoint_sets_no_cookies_and_speaks_for_no_origin() {
             let proxy = Proxy::before([&simulator]).await;
             let reply = proxy.chat("m").await;
             assert_eq!(reply.status, status);
-            for gone in ["set-cookie", "access-control-allow-credentials", "alt-svc"] {
+            let gone = ["set-cookie", "access-control-allow-credentials", "alt-svc", "x-ratelimit-remaining-requests"];
+            for gone in gone {
                 assert_eq!(reply.header(gone), None, "{gone}");
             }
             assert_eq!(reply.header("access-control-allow-origin"), Some("*"));
-            assert_eq!(reply.header("x-ratelimit-remaining-requests"), Some("9"));
             assert_eq!(reply.header("openai-processing-ms"), Some("7"));
         }
     })

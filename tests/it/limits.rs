@@ -39,7 +39,8 @@ async fn what_one_endpoint_may_not_take_goes_to_the_next() {
             proxy.chat("m").await.assert_from(id, 1);
         }
         let status = proxy.status_of("a").await;
-        assert_eq!((&status["available"], &status["usage"]), (&json!(false), &json!({ "rpm": 2, "rpd": 2 })));
+        assert_eq!((&status["available"], &status["usage"]["rpm"]), (&json!(false), &json!(2)));
+        assert_eq!(status["usage"]["rpd"], 2);
         assert!(status["limitFrees"].is_string(), "{status}");
         let wait = assert_full(&proxy.chat("m").await);
         assert!((54_000..=61_000).contains(&wait), "{wait}");
@@ -74,7 +75,8 @@ async fn an_attempt_that_was_never_sent_does_not_count() {
         let proxy = Proxy::start(json!({}), &apis).await;
         for _ in 0..2 {
             proxy.chat("m").await.assert_from("b", 2);
-            assert_eq!(usage(&proxy, "a").await, json!({ "rpm": 0, "rpd": 0 }));
+            let usage = usage(&proxy, "a").await;
+            assert_eq!((&usage["rpm"], &usage["rpd"]), (&json!(0), &json!(0)));
         }
         assert_eq!(proxy.status_of("a").await["attempts"], 0);
     })

@@ -1,0 +1,146 @@
+//! `GET /v1/token/stats` and `POST /v1/token/reset`.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::Sources;
+use super::status::{SERVICE, iso};
+use crate::error::{Fault, excerpt};
+use crate::ledger::Tokens;
+use crate::ledger::stats::{self, Begins, ModelStats, Stats};
+
+/// Whatever was counted, of every endpoint that ever answered, in any process that shares the ledger.
+pub async fn stats(from: Sources<'_>) -> Result<String, Fault> {
+    // What this process has counted and not yet written; if that fails, what is written is shown.
+    from.pool.ledger.flush().await;
+    let path = from.ledger.path().to_owned();
+    let now = SystemTime::now();
+    let read = tokio::task::spawn_blocking(move || stats::read(&path, now)).await;
+    let stats = match read {
+        Ok(Ok(stats)) => stats,
+        Ok(Err(error)) => {
+            log::error!("token statistics: {error}");
+            return Err(Fault::StatsUnavailable);
+        }
+        Err(_) => return Err(Fault::Internal),
+    };
+    let begins = Begins::of(now, &from.pool.server.timezone);
+    let detailed: Map<String, Value> = stats.iter().map(|(id, models)| (id.clone(), endpoint(models))).collect();
+    Ok(json!({
+        "service": SERVICE,
+        "timestamp": iso(now),
+        "summary": summary(&stats, begins),
+        "detailedStats": detailed,
+    })
+    .to_string())
+}
+
+fn summary(stats: &Stats, begins: Begins) -> Value {
+    let models = || stats.values().flat_map(BTreeMap::values);
+    let (tokens, requests) = total(models());
+    let sum = |parts: fn(&ModelStats) -> &BTreeMap<i64, u64>, begin: i64| -> u64 {
+        models().filter_map(|model| parts(model).get(&begin)).sum()
+    };
+    json!({
+        "totalTokens": tokens.total,
+        "totalRequests": requests,
+        "totalPromptTokens": tokens.prompt,
+        "totalCompletionTokens": tokens.completion,
+        "currentHourTokens": sum(|model| &model.hours, begins.hour),
+        "currentDayTokens": sum(|model| &model.days, begins.day),
+        "averageTokensPerRequest": (tokens.total + requests / 2).checked_div(requests).unwrap_or(0),
+        "activeApis": stats.len(),
+    })
+}
+
+fn total<'a>(models: impl Iterator<Item = &'a ModelStats>) -> (Tokens, u64) {
+    let mut tokens = Tokens::default();
+    let mut requests = 0;
+    for model in models {
+        tokens.merge(model.tokens);
+        requests += model.requests;
+    }
+    (tokens, requests)
+}
+
+fn endpoint(models: &BTreeMap<String, ModelStats>) -> Value {
+    let (tokens, requests) = total(models.values());
+    let last_used = models.values().map(|model| model.last_used_ms).max().unwrap_or_default();
+    let merged = |parts: fn(&ModelStats) -> &BTreeMap<i64, u64>| {
+        let mut merged: BTreeMap<i64, u64> = BTreeMap::new();
+        for (begin, tokens) in models.values().flat_map(parts) {
+            *merged.entry(*begin).or_default() += tokens;
+        }
+        merged
+    };
+    let (hours, days) = (merged(|model| &model.hours), merged(|model| &model.days));
+    let by_model: Map<String, Value> = models.iter().map(|(name, stats)| (name.clone(), model(stats))).collect();
+    json!({
+        "totalTokens": tokens.total,
+        "promptTokens": tokens.prompt,
+        "completionTokens": tokens.completion,
+        "requests": requests,
+        "lastUsed": iso(at(Duration::from_millis(last_used.unsigned_abs()))),
+        "hourlyTotal": hours.values().sum::<u64>(),
+        "dailyTotal": days.values().sum::<u64>(),
+        "hourlyStats": by_moment(&hours),
+        "dailyStats": by_moment(&days),
+        "models": by_model,
+    })
+}
+
+fn model(stats: &ModelStats) -> Value {
+    json!({
+        "totalTokens": stats.tokens.total,
+        "promptTokens": stats.tokens.prompt,
+        "completionTokens": stats.tokens.completion,
+        "requests": stats.requests,
+        "lastUsed": iso(at(Duration::from_millis(stats.last_used_ms.unsigned_abs()))),
+    })
+}
+
+fn by_moment(parts: &BTreeMap<i64, u64>) -> Map<String, Value> {
+    parts.iter().map(|(begin, tokens)| (iso(at(Duration::from_secs(begin.unsigned_abs()))), json!(tokens))).collect()
+}
+
+fn at(since_1970: Duration) -> SystemTime {
+    SystemTime::UNIX_EPOCH + since_1970
+}
+
+/// Forgets the statistics of the endpoint that the body names, or of all. What limits go by is not touched.
+pub async fn reset(from: Sources<'_>, body: &[u8]) -> Result<String, Fault> {
+    #[derive(Deserialize, Default)]
+    #[serde(rename_all = "camelCase", deny_unknown_fields)]
+    struct Asked {
+        api_id: Option<String>,
+    }
+    let asked = match body.trim_ascii() {
+        [] => Asked::default(),
+        body => serde_json::from_slice(body).map_err(|error| Fault::RequestInvalid {
+            problem: format!("The body is neither empty nor {{\"apiId\":\"…\"}}: {error}."),
+        })?,
+    };
+    let endpoint = match &asked.api_id {
+        None => None,
+        Some(id) => {
+            let known = from.pool.endpoints.iter().find(|endpoint| endpoint.config.id.as_ref() == id);
+            let known = known.ok_or_else(|| Fault::EndpointUnknown { id: excerpt(id) })?;
+            Some(known.config.id.clone())
+        }
+    };
+    if !from.pool.ledger.reset_tokens(endpoint.clone()).await {
+        return Err(Fault::StatsUnavailable);
+    }
+    let whose = endpoint.as_deref().map_or_else(|| "all endpoints".to_owned(), |id| format!("endpoint {id}"));
+    log::info!("the token statistics of {whose} were reset");
+    Ok(json!({
+        "success": true,
+        "message": format!("The token statistics of {whose} were reset."),
+        "apiId": endpoint.as_deref(),
+        "timestamp": iso(SystemTime::now()),
+    })
+    .to_string())
+}

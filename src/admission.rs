@@ -1,0 +1,168 @@
+//! Candidates → one, with a permit: the choice and the permit are one step, since an endpoint that turns out to have none is
+//! no choice.
+//!
+//! 1. The strategy's choice ([`balance::pick`]) draws a permit. That is all, nearly always.
+//! 2. If it has none, every endpoint that is open is drawn from in one step of the ledger: a request is refused only if all of
+//!    them were full at one moment.
+//! 3. Then those that are cooling down are tried out, one request at a time.
+//! 4. Then the request waits for its turn, if the config lets it, or is told when to come back.
+
+use std::sync::Arc;
+
+use crate::balance::{self, Pick};
+use crate::config::Queue;
+use crate::error::{Fault, HeldBy};
+use crate::health::Gate;
+use crate::ledger::{Drawn, Otherwise, Permit, QueuePlace, Refusal};
+use crate::limit::Stamp;
+use crate::pool::{Pool, Trial};
+use crate::route::Candidates;
+
+/// While a request waits, an endpoint may begin to cool down; then it waits again, so often at most.
+const WAITS_MAX: usize = 16;
+/// Endpoints that are tried out for one request, beyond which nobody is left to hope for.
+const RESORTS_MAX: usize = 16;
+
+/// The endpoint that a request goes to.
+#[derive(Debug)]
+pub struct Choice {
+    /// Its place among the candidates.
+    pub candidate: usize,
+    /// Held by the request that tries an endpoint out after its errors.
+    pub trial: Option<Trial>,
+    /// The right to one attempt.
+    pub permit: Permit,
+}
+
+/// A request that wants to go to one of its candidates.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The config it runs under.
+    pub pool: &'a Pool,
+    /// Where it may go.
+    pub candidates: &'a Candidates,
+    /// Endpoints it has been to, by their place in the pool.
+    pub tried: &'a [usize],
+    /// How long it may wait for its turn.
+    pub queue: Option<Queue>,
+}
+
+/// Gives a request an endpoint and a permit of it.
+pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
+    let Request { pool, candidates, tried, .. } = request;
+    let Some(Pick { candidate, trial }) = balance::pick(pool, candidates, tried, &pool.clock()) else {
+        return spill(request).await;
+    };
+    let endpoint = balance::endpoint_of(pool, candidates, candidate).ok_or(Fault::Internal)?;
+    if !endpoint.limits.any() {
+        return Ok(Choice { candidate, trial, permit: pool.unlimited(endpoint) });
+    }
+    let wanted = vec![endpoint.wanted(Stamp::default())];
+    match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
+        Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit }),
+        Drawn::Refused(_) | Drawn::Unavailable => {
+            drop(trial);
+            spill(request).await
+        }
+    }
+}
+
+/// The first choice has no permit: whoever else has.
+async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
+    let pool = request.pool;
+    let turn = Turn { ticket: pool.ledger.ticket(), place: None, until: Stamp::default() };
+    let clock = pool.clock();
+    let resorts = balance::last_resorts(pool, request.candidates, request.tried, &clock);
+    if resorts.is_empty() {
+        return wait_or_refuse(request, turn).await;
+    }
+    let open = balance::open(pool, request.candidates, request.tried, &clock);
+    if let Ok(Drawn::Granted(at, permit)) = draw(request, &open, turn.ticket, Otherwise::LookElsewhere).await {
+        return choice(&open, at, permit);
+    }
+    for candidate in resorts.into_iter().take(RESORTS_MAX) {
+        if let Some(choice) = try_out(request, candidate, turn.ticket).await {
+            return Ok(choice);
+        }
+    }
+    wait_or_refuse(request, turn).await
+}
+
+/// A place in the order of arrival.
+struct Turn {
+    ticket: u64,
+    place: Option<QueuePlace>,
+    until: Stamp,
+}
+
+/// Every endpoint that is open is drawn from in one step; if none has a permit, the request waits, or is refused.
+async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, Fault> {
+    let pool = request.pool;
+    if let Some(queue) = request.queue {
+        turn.place = pool.ledger.enter_queue(queue.requests_max);
+        turn.until = pool.clock().boot + queue.wait_max;
+    }
+    let otherwise = if turn.place.is_some() { Otherwise::WaitUntil(turn.until) } else { Otherwise::Refuse };
+    for _ in 0..WAITS_MAX {
+        let open = balance::open(pool, request.candidates, request.tried, &pool.clock());
+        match draw(request, &open, turn.ticket, otherwise).await? {
+            Drawn::Granted(at, permit) => {
+                let choice = choice(&open, at, permit)?;
+                // It may have failed others while this one waited for it; then the permit is given back.
+                let endpoint = balance::endpoint_of(pool, request.candidates, choice.candidate);
+                if endpoint.is_some_and(|endpoint| endpoint.live.gate(pool.clock().now) == Gate::Open) {
+                    return Ok(choice);
+                }
+            }
+            Drawn::Refused(refusal) => return Err(limits_reached(request, &open, refusal)),
+            Drawn::Unavailable => return Err(Fault::LedgerUnavailable),
+        }
+    }
+    Err(Fault::NoneAvailable)
+}
+
+/// Draws from candidates. Nobody being left to draw from is a fault.
+async fn draw(
+    request: Request<'_>,
+    open: &[(usize, Stamp)],
+    ticket: u64,
+    otherwise: Otherwise,
+) -> Result<Drawn, Fault> {
+    let endpoint = |(candidate, from): &(usize, Stamp)| {
+        Some(balance::endpoint_of(request.pool, request.candidates, *candidate)?.wanted(*from))
+    };
+    let wanted: Vec<_> = open.iter().filter_map(endpoint).collect();
+    if wanted.is_empty() {
+        return Err(Fault::NoneAvailable);
+    }
+    Ok(request.pool.ledger.draw(ticket, wanted, otherwise).await)
+}
+
+fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit) -> Result<Choice, Fault> {
+    let (candidate, _) = *open.get(at).ok_or(Fault::Internal)?;
+    Ok(Choice { candidate, trial: None, permit })
+}
+
+/// Tries an endpoint out that is cooling down, if nobody else does.
+async fn try_out(request: Request<'_>, candidate: usize, ticket: u64) -> Option<Choice> {
+    let endpoint = balance::endpoint_of(request.pool, request.candidates, candidate)?;
+    let trial = endpoint.live.begin_trial()?;
+    if !endpoint.limits.any() {
+        return Some(Choice { candidate, trial: Some(trial), permit: request.pool.unlimited(endpoint) });
+    }
+    let drawn = draw(request, &[(candidate, Stamp::default())], ticket, Otherwise::LookElsewhere).await;
+    match drawn {
+        Ok(Drawn::Granted(_, permit)) => Some(Choice { candidate, trial: Some(trial), permit }),
+        _ => None,
+    }
+}
+
+fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: Refusal) -> Fault {
+    let shows_ids = request.pool.server.endpoint_headers;
+    let held_by = |(at, hold)| {
+        let (candidate, _) = open.get(at)?;
+        let endpoint = balance::endpoint_of(request.pool, request.candidates, *candidate)?;
+        Some(HeldBy { endpoint: shows_ids.then(|| Arc::clone(&endpoint.config.id)), hold })
+    };
+    Fault::LimitsReached { wait: refusal.wait, held: refusal.held.into_iter().filter_map(held_by).collect() }
+}

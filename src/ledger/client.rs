@@ -1,0 +1,418 @@
+//! The way to the ledger's thread, and what comes back: permits.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use super::{Account, Spent};
+use crate::limit::{Clock, Counted, Hold, Limits, PERMIT_AGE_MAX, Stamp, View};
+
+/// Requests that may wait for the ledger's thread at one moment, which serves them all in one group. What follows a draw (a
+/// permit given back, a request that ended, its tokens) always has room, and is bounded by the draws.
+const DRAWS_MAX: usize = 65_536;
+
+/// An endpoint that would do.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Its account.
+    pub account: Arc<Account>,
+    /// Its limits, by the config that the request runs under.
+    pub limits: Arc<Limits>,
+    /// It asked to be left alone until then.
+    pub not_before: Stamp,
+}
+
+/// What came of a draw.
+#[derive(Debug)]
+pub enum Drawn {
+    /// A permit of the endpoint at this place in the list.
+    Granted(usize, Permit),
+    /// Every endpoint is at a limit.
+    Refused(Refusal),
+    /// The ledger cannot be used, and limited endpoints are not asked without it.
+    Unavailable,
+}
+
+/// Why nobody can take a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Until a permit frees that is promised to nobody else.
+    pub wait: Duration,
+    /// What holds each endpoint, by its place in the list.
+    pub held: Vec<(usize, Hold)>,
+}
+
+/// A request for a permit.
+#[derive(Debug)]
+pub(super) struct Draw {
+    pub(super) ticket: u64,
+    pub(super) wanted: Vec<Wanted>,
+    pub(super) otherwise: Otherwise,
+    pub(super) reply: oneshot::Sender<Drawn>,
+}
+
+/// What happens if no endpoint of the list has a permit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Otherwise {
+    /// The request has other places to go to.
+    LookElsewhere,
+    /// It is refused, and told when to come back.
+    Refuse,
+    /// It waits for its turn until this moment.
+    WaitUntil(Stamp),
+}
+
+/// An attempt is over, or never was one.
+#[derive(Debug)]
+pub(super) struct Return {
+    pub(super) account: Arc<Account>,
+    /// What is to be taken back.
+    pub(super) counted: Option<Counted>,
+    /// Whether it was counted as in flight.
+    pub(super) concurrent: bool,
+}
+
+/// Tokens that were spent.
+#[derive(Debug)]
+pub(super) struct Bill {
+    pub(super) account: Arc<Account>,
+    pub(super) limits: Arc<Limits>,
+    pub(super) spent: Spent,
+}
+
+/// A question for what counts.
+#[derive(Debug)]
+pub(super) struct Look {
+    pub(super) accounts: Vec<(Arc<Account>, Arc<Limits>)>,
+    pub(super) reply: oneshot::Sender<Vec<View>>,
+}
+
+/// The token statistics of an endpoint, or of all, are to be forgotten.
+#[derive(Debug)]
+pub(super) struct Reset {
+    pub(super) endpoint: Option<Arc<str>>,
+    pub(super) reply: oneshot::Sender<bool>,
+}
+
+/// Everything that waits for the ledger's thread.
+#[derive(Debug, Default)]
+pub(super) struct Messages {
+    pub(super) draws: Vec<Draw>,
+    pub(super) returns: Vec<Return>,
+    pub(super) bills: Vec<Bill>,
+    pub(super) looks: Vec<Look>,
+    pub(super) resets: Vec<Reset>,
+    /// Whoever waits until everything so far is written.
+    pub(super) flushes: Vec<oneshot::Sender<bool>>,
+    /// The endpoints of the config that is current, if it is another one.
+    pub(super) endpoints: Option<Vec<(Arc<Account>, Arc<Limits>)>>,
+    /// Whether an account has attempts to be written behind.
+    pub(super) unwritten: bool,
+    pub(super) closing: bool,
+}
+
+/// What the desk and its clients share.
+#[derive(Debug, Default)]
+struct Inbox {
+    messages: Mutex<(Messages, Sleep)>,
+    wake: Condvar,
+    tickets: AtomicU64,
+    queued: AtomicUsize,
+    down: AtomicBool,
+}
+
+/// Whether the thread sleeps, so that nobody wakes one that does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Sleep {
+    #[default]
+    Awake,
+    Asleep,
+    /// The thread has ended; nobody answers any more.
+    Gone,
+}
+
+/// The way to the ledger's thread. Cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    inbox: Arc<Inbox>,
+    clocks: Arc<dyn Fn() -> Clock + Send + Sync>,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").finish_non_exhaustive()
+    }
+}
+
+/// A place among those who wait for a permit; dropped, it is free for another.
+#[derive(Debug)]
+pub struct QueuePlace(Arc<Inbox>);
+
+impl Drop for QueuePlace {
+    fn drop(&mut self) {
+        self.0.queued.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Client {
+    /// For a ledger that goes by these clocks.
+    pub fn new(clocks: impl Fn() -> Clock + Send + Sync + 'static) -> Self {
+        Self { inbox: Arc::default(), clocks: Arc::new(clocks) }
+    }
+
+    /// The clocks as they are now.
+    pub fn clock(&self) -> Clock {
+        (self.clocks)()
+    }
+
+    /// A place in the order of arrival.
+    pub fn ticket(&self) -> u64 {
+        self.inbox.tickets.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A place among those who wait for a permit, if there are fewer than this.
+    pub fn enter_queue(&self, requests_max: usize) -> Option<QueuePlace> {
+        let entered = self.inbox.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
+            (queued < requests_max).then_some(queued + 1)
+        });
+        entered.ok().map(|_| QueuePlace(Arc::clone(&self.inbox)))
+    }
+
+    /// Requests that wait for a permit.
+    pub fn queued(&self) -> usize {
+        self.inbox.queued.load(Ordering::Relaxed)
+    }
+
+    /// Whether the ledger could not be used the last time, and limited endpoints are not asked without it.
+    pub fn is_down(&self) -> bool {
+        self.inbox.down.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_down(&self, down: bool) {
+        self.inbox.down.store(down, Ordering::Relaxed);
+    }
+
+    /// Draws a permit of the first endpoint in the list that has one.
+    pub async fn draw(&self, ticket: u64, wanted: Vec<Wanted>, otherwise: Otherwise) -> Drawn {
+        let (reply, answer) = oneshot::channel();
+        let draw = Draw { ticket, wanted, otherwise, reply };
+        let pushed = self.push(|messages| {
+            let has_room = messages.draws.len() < DRAWS_MAX;
+            if has_room {
+                messages.draws.push(draw);
+            }
+            has_room
+        });
+        if pushed != Some(true) {
+            return Drawn::Unavailable;
+        }
+        answer.await.unwrap_or(Drawn::Unavailable)
+    }
+
+    /// A permit of an endpoint that has no limits.
+    pub fn unlimited(&self, account: &Arc<Account>, limits: &Arc<Limits>) -> Permit {
+        Permit::new(self, account, limits, None)
+    }
+
+    /// Counts the tokens of an answer.
+    pub fn spend_tokens(&self, account: &Arc<Account>, limits: &Arc<Limits>, spent: Spent) {
+        let bill = Bill { account: Arc::clone(account), limits: Arc::clone(limits), spent };
+        if self.push(|messages| messages.bills.push(bill)).is_none() {
+            log::error!("endpoint {}: an answer's tokens are not counted: the ledger is closed", account.id());
+        }
+    }
+
+    /// What counts for these endpoints, by the ledger; none if it is closed.
+    pub async fn look(&self, accounts: Vec<(Arc<Account>, Arc<Limits>)>) -> Option<Vec<View>> {
+        let (reply, answer) = oneshot::channel();
+        self.push(|messages| messages.looks.push(Look { accounts, reply }))?;
+        answer.await.ok()
+    }
+
+    /// Forgets the token statistics of an endpoint, or of all. False if the ledger could not be written.
+    pub async fn reset_tokens(&self, endpoint: Option<Arc<str>>) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.push(|messages| messages.resets.push(Reset { endpoint, reply }));
+        sent.is_some() && answer.await.unwrap_or(false)
+    }
+
+    /// Waits until everything that was counted so far is written. False if it could not be.
+    pub async fn flush(&self) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.push(|messages| messages.flushes.push(reply));
+        sent.is_some() && answer.await.unwrap_or(false)
+    }
+
+    /// Says which endpoints there are.
+    pub fn set_endpoints(&self, endpoints: Vec<(Arc<Account>, Arc<Limits>)>) {
+        // None is a thread that has ended, which wants to know nothing.
+        self.push(|messages| messages.endpoints = Some(endpoints));
+    }
+
+    /// Everything is written, and the thread ends.
+    pub(super) fn close(&self) {
+        self.push(|messages| messages.closing = true);
+    }
+
+    /// None if the thread has ended.
+    fn push<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
+        let mut guard = self.lock();
+        let (messages, sleep) = &mut *guard;
+        if *sleep == Sleep::Gone {
+            return None;
+        }
+        let added = add(messages);
+        if std::mem::replace(sleep, Sleep::Awake) == Sleep::Asleep {
+            self.inbox.wake.notify_one();
+        }
+        Some(added)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Messages, Sleep)> {
+        // Nothing panics while it is held.
+        self.inbox.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The thread's side.
+impl Client {
+    /// Whatever has come. If nothing has, waits for it, but no longer than this.
+    pub(super) fn receive(&self, wait: Option<Duration>) -> Messages {
+        let mut guard = self.lock();
+        if guard.0.is_empty() && wait != Some(Duration::ZERO) {
+            guard.1 = Sleep::Asleep;
+            let asleep = |(_, sleep): &mut (Messages, Sleep)| *sleep == Sleep::Asleep;
+            guard = match wait {
+                None => self.inbox.wake.wait_while(guard, asleep).unwrap_or_else(PoisonError::into_inner),
+                Some(wait) => {
+                    self.inbox.wake.wait_timeout_while(guard, wait, asleep).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+            guard.1 = Sleep::Awake;
+        }
+        std::mem::take(&mut guard.0)
+    }
+
+    /// From here on nobody is answered; what came in meanwhile is.
+    pub(super) fn end(&self) -> Messages {
+        let mut guard = self.lock();
+        guard.1 = Sleep::Gone;
+        std::mem::take(&mut guard.0)
+    }
+}
+
+impl Messages {
+    fn is_empty(&self) -> bool {
+        self.draws.is_empty()
+            && self.returns.is_empty()
+            && self.bills.is_empty()
+            && self.looks.is_empty()
+            && self.resets.is_empty()
+            && self.flushes.is_empty()
+            && self.endpoints.is_none()
+            && !self.unwritten
+            && !self.closing
+    }
+}
+
+/// The right to one attempt. Dropped before it is spent, it is given back: the attempt was never sent.
+#[derive(Debug)]
+pub struct Permit {
+    account: Arc<Account>,
+    limits: Arc<Limits>,
+    client: Client,
+    /// What the ledger counted; none if it did not need to.
+    counted: Option<Counted>,
+    /// Whether the request counts as in flight until this is dropped.
+    concurrent: bool,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Held,
+    Spent,
+    GivenBack,
+}
+
+impl Permit {
+    pub(super) fn new(
+        client: &Client,
+        account: &Arc<Account>,
+        limits: &Arc<Limits>,
+        counted: Option<Counted>,
+    ) -> Self {
+        Self {
+            account: Arc::clone(account),
+            limits: Arc::clone(limits),
+            client: client.clone(),
+            counted,
+            concurrent: false,
+            stage: Stage::Held,
+        }
+    }
+
+    /// Counts the request as in flight until the permit is dropped.
+    pub(super) fn in_flight(mut self) -> Self {
+        self.concurrent = true;
+        self
+    }
+
+    /// The attempt is on its way.
+    pub fn spend(&mut self) {
+        if self.stage != Stage::Held {
+            return;
+        }
+        self.stage = Stage::Spent;
+        self.account.count_sent();
+        if self.counted.is_none() && self.account.count_unwritten() {
+            // None is a thread that has ended; what is unwritten then is lost, as it says when it ends.
+            self.client.push(|messages| messages.unwritten = true);
+        }
+    }
+
+    /// Whether it was counted for a moment that is not this one any more: the limits are about when a request is sent.
+    pub fn is_stale(&self, clock: &Clock) -> bool {
+        let Some(counted) = self.counted.filter(|_| self.stage == Stage::Held) else { return false };
+        clock.boot - counted.at >= PERMIT_AGE_MAX || !counted.days.cover(&self.limits.calendar.days(clock.wall))
+    }
+
+    /// Whether the attempt is on its way, or was.
+    pub fn is_spent(&self) -> bool {
+        self.stage == Stage::Spent
+    }
+
+    /// The endpoint is known never to have had the attempt, so it may be sent again with the same permit.
+    pub fn never_sent(&mut self) {
+        if self.stage == Stage::Spent && self.counted.is_some() {
+            self.stage = Stage::Held;
+            self.account.take_back_sent();
+        }
+    }
+
+    /// Where another one of the same endpoint is to be had.
+    pub fn wanted(&self) -> Wanted {
+        let (account, limits) = (Arc::clone(&self.account), Arc::clone(&self.limits));
+        Wanted { account, limits, not_before: Stamp::default() }
+    }
+
+    /// Gives it back, unless it is spent, and ends being in flight.
+    pub fn give_back(&mut self) {
+        let unsent = std::mem::replace(&mut self.stage, Stage::GivenBack) == Stage::Held;
+        let counted = self.counted.take().filter(|_| unsent);
+        let concurrent = std::mem::take(&mut self.concurrent);
+        if counted.is_some() || concurrent {
+            let returned = Return { account: Arc::clone(&self.account), counted, concurrent };
+            // A thread that has ended leaves it counted: too much, never too little.
+            self.client.push(|messages| messages.returns.push(returned));
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}

@@ -1,0 +1,116 @@
+//! Where every count is kept: permits, and tokens.
+//!
+//! The ledger is the only authority. A permit is drawn from it before the attempt is sent, so a process that is killed leaves
+//! nothing uncounted, and all processes that share a ledger share the limits exactly. All who wait at one moment are served
+//! in one group, so that many requests cost one commit.
+//!
+//! ```text
+//! request ── Client::draw ──► inbox ──► thread: Desk ── begin, read, add, commit ──► Ledger (SQLite)
+//!    ▲                                    │
+//!    └────────── Permit ◄─────────────────┘          spent: nothing more to do
+//!                  └── dropped unspent: given back, through the inbox
+//! ```
+//!
+//! | module | owns |
+//! |---|---|
+//! | `account` | what a process knows of one endpoint's counts |
+//! | `client` | the way to the ledger's thread; permits, which give themselves back |
+//! | `desk` | who gets a permit: pure but for the ledger it is given |
+//! | `thread` | the desk's thread, its faults, and checkpoints |
+//! | [`sqlite`] | the ledger on one machine |
+//! | [`stats`] | token statistics |
+
+mod account;
+mod client;
+mod desk;
+pub mod sqlite;
+pub mod stats;
+mod thread;
+
+use std::fmt;
+
+use jiff::civil::Date;
+
+use crate::limit::{Counts, Days, Slot, Stamp};
+
+pub use account::Account;
+pub use client::{Client, Drawn, Otherwise, Permit, QueuePlace, Refusal, Wanted};
+pub use desk::{Desk, Tally};
+pub use stats::{Spent, Tokens};
+pub use thread::{Keeper, State};
+
+/// What the desk needs of a ledger. A group is one step: between `begin` and `commit` nobody else's comes.
+pub trait Ledger {
+    /// Begins a group. The number is another one whenever anybody else has written since the last group.
+    fn begin(&mut self) -> Result<u64, LedgerError>;
+    /// What was counted for an endpoint, from a slot on, in any order.
+    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError>;
+    /// What was counted for an endpoint on a day.
+    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError>;
+    /// Adds to what was counted in a slot and in each of the days, or takes back.
+    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError>;
+    /// Adds to the token statistics.
+    fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError>;
+    /// Forgets the token statistics of an endpoint, or of all.
+    fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError>;
+    /// Forgets the slots of an endpoint that no longer count.
+    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError>;
+    /// Forgets hours and days of the token statistics that begin at these seconds of Unix time or before.
+    fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError>;
+    /// Ends the group: all of it counts from here on.
+    fn commit(&mut self) -> Result<(), LedgerError>;
+    /// Ends the group: nothing of it counts.
+    fn roll_back(&mut self);
+    /// Until then the counts of the minute may be incomplete.
+    fn unknown_until(&self) -> Stamp;
+}
+
+/// A change of what was counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// Attempts.
+    pub attempts: i64,
+    /// Tokens.
+    pub tokens: i64,
+}
+
+impl Change {
+    /// Whether nothing changes.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Adds another change to it.
+    pub fn merge(&mut self, other: Self) {
+        self.attempts = self.attempts.saturating_add(other.attempts);
+        self.tokens = self.tokens.saturating_add(other.tokens);
+    }
+}
+
+/// What a fault of the ledger means for what is done next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// Another program holds it; it may be free the next time.
+    Locked,
+    /// It cannot be written or read: disk full, read-only, gone.
+    Unusable,
+    /// What is in the file is not a ledger that can be trusted.
+    Corrupt,
+}
+
+/// A fault of the ledger.
+#[derive(Clone, Debug)]
+pub struct LedgerError {
+    /// What follows.
+    pub kind: FaultKind,
+    /// What happened, and the way out where there is one.
+    pub message: String,
+}
+
+impl fmt::Display for LedgerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for LedgerError {}

@@ -1,0 +1,428 @@
+//! The ledger on one machine: a SQLite file in WAL mode. Several processes may hold it at once, a person can open it with
+//! `sqlite3`, and a loss of power cannot break it.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use jiff::civil::Date;
+use rusqlite::types::{ToSql, Value};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
+
+use super::stats::Spent;
+use super::{Change, FaultKind, Ledger, LedgerError};
+use crate::config::LedgerSync;
+use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
+
+/// Marks the file as ours: "aptg" in ASCII.
+const APPLICATION_ID: i64 = 0x6170_7467;
+/// The steps from one version of the schema to the next. A step may add but never change what is there: while an upgrade is
+/// under way the version before writes to the same file.
+const MIGRATIONS: [&str; 1] = [include_str!("schema/1.sql")];
+/// Small pages, since a commit writes every page that it touches, and touches two or three.
+const PAGE_BYTES: u32 = 1024;
+/// How long a group waits for another process's, which takes a fraction of a millisecond, or another program's.
+pub const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
+/// Between two looks whether the lock is free. SQLite's own handler backs off up to 100 ms.
+const LOCK_POLL: Duration = Duration::from_micros(50);
+/// A log longer than this is written back even if the next group has to wait for it.
+const LOG_BYTES_MAX: i64 = 16 * 1024 * 1024;
+
+static OPENED: AtomicU64 = AtomicU64::new(0);
+
+/// A ledger in a file.
+#[derive(Debug)]
+pub struct SqliteLedger {
+    connection: Connection,
+    path: PathBuf,
+    identity: (u64, u64),
+    unknown_until: Stamp,
+    /// Tells the connections of one process apart: each begins to count the changes of others anew.
+    opened: u64,
+    /// In microseconds; 0 for the longest.
+    lock_wait: Arc<AtomicU64>,
+}
+
+/// Which start of the machine this is; none where the system does not tell.
+pub fn boot_id() -> Option<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned()).filter(|id| !id.is_empty())
+}
+
+impl SqliteLedger {
+    /// Opens the ledger, and makes it if it is not there.
+    pub fn open(path: &Path, sync: LedgerSync, now: Stamp) -> Result<Self, LedgerError> {
+        let is_new = make_file(path).map_err(|error| unusable(path, &error.to_string()))?;
+        let lock_wait = Arc::default();
+        let connection = connect(path, sync, &lock_wait).map_err(|error| explain(path, &error))?;
+        let identity = identity(path).map_err(|error| unusable(path, &error.to_string()))?;
+        let mut ledger = Self {
+            connection,
+            path: path.to_owned(),
+            identity,
+            unknown_until: Stamp::default(),
+            opened: OPENED.fetch_add(1, Ordering::Relaxed) + 1,
+            lock_wait,
+        };
+        ledger.check_pages()?;
+        ledger.migrate(&MIGRATIONS)?;
+        ledger.begin_boot(boot_id().as_deref(), now)?;
+        if is_new {
+            log::info!("ledger {}: made", path.display());
+        }
+        Ok(ledger)
+    }
+
+    /// Opens the ledger to read statistics from it, beside whoever writes it.
+    pub fn open_to_read(path: &Path) -> Result<Connection, LedgerError> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags).map_err(|error| explain(path, &error))?;
+        connection.busy_timeout(LOCK_WAIT_MAX).map_err(|error| explain(path, &error))?;
+        Ok(connection)
+    }
+
+    /// Waits no longer than this for somebody else's lock, from now on.
+    pub fn set_lock_wait(&self, wait: Duration) {
+        let micros = u64::try_from(wait.as_micros()).unwrap_or_default();
+        self.lock_wait.store(micros, Ordering::Relaxed);
+    }
+
+    /// Whether the file of this name is another one by now: deleted, or moved aside by another process.
+    pub fn was_replaced(&self) -> bool {
+        identity(&self.path).ok() != Some(self.identity)
+    }
+
+    /// Moves a file that cannot be trusted aside, with all that belongs to it, unless another process did so already. Returns
+    /// where it went.
+    pub fn move_aside(path: &Path, seen: Option<(u64, u64)>) -> io::Result<Option<PathBuf>> {
+        // Held until it is dropped, so that only one process moves it.
+        let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(beside(path, ".lock"))?;
+        lock.lock()?;
+        let now = identity(path)?;
+        if seen.is_some_and(|seen| seen != now) {
+            return Ok(None);
+        }
+        let aside = beside(path, &format!(".corrupt-{}", Timestamp::now().strftime("%Y%m%dT%H%M%SZ")));
+        for ending in ["-wal", "-shm"] {
+            match fs::rename(beside(path, ending), beside(&aside, ending)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        fs::rename(path, &aside)?;
+        Ok(Some(aside))
+    }
+
+    /// Which file this is, whatever becomes of its name.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// The last minute's counts are not known: nothing that goes by them may be sent until they cannot count any more.
+    pub fn close_minute(&mut self, now: Stamp) -> Result<(), LedgerError> {
+        self.unknown_until = self.unknown_until.max(now + SPAN);
+        let until = self.unknown_until.0.to_string();
+        self.run("INSERT OR REPLACE INTO meta VALUES ('minute_unknown_until', ?1)", &[&until])
+    }
+
+    /// Finds a file that was damaged before anything is counted in it.
+    fn check_pages(&self) -> Result<(), LedgerError> {
+        let found: String = self
+            .connection
+            .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
+            .map_err(|error| explain(&self.path, &error))?;
+        if found == "ok" {
+            return Ok(());
+        }
+        Err(LedgerError { kind: FaultKind::Corrupt, message: format!("ledger {}: {found}", self.path.display()) })
+    }
+
+    /// Brings the schema to the last version.
+    fn migrate(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
+        self.exec("BEGIN IMMEDIATE")?;
+        let migrated = self.migrate_inside(steps);
+        match migrated {
+            Ok(()) => self.exec("COMMIT"),
+            Err(error) => {
+                self.roll_back();
+                Err(error)
+            }
+        }
+    }
+
+    fn migrate_inside(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
+        let number = |name: &str| self.connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        let version = number("user_version").map_err(|error| explain(&self.path, &error))?;
+        let application = number("application_id").map_err(|error| explain(&self.path, &error))?;
+        let tables = self.connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, u32>(0));
+        let is_empty = tables.map_err(|error| explain(&self.path, &error))? == 0;
+        if application != APPLICATION_ID && !is_empty {
+            let why = "is another program's database; name another file in server.ledger";
+            return Err(unusable(&self.path, why));
+        }
+        let done = usize::try_from(version).unwrap_or(usize::MAX);
+        let Some(todo) = steps.get(done..) else {
+            let why = format!(
+                "has schema version {version}, and this program knows {} at most; run the newer program that wrote it, or \
+                 name another file in server.ledger",
+                steps.len()
+            );
+            return Err(unusable(&self.path, &why));
+        };
+        if todo.is_empty() {
+            return Ok(());
+        }
+        for step in todo {
+            self.exec(step)?;
+        }
+        self.exec(&format!("PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {}", steps.len()))?;
+        if !is_empty {
+            log::info!("ledger {}: schema brought from version {version} to {}", self.path.display(), steps.len());
+        }
+        Ok(())
+    }
+
+    /// Stamps count from the machine's start, so those of an earlier one mean nothing now; and the last commits before it may
+    /// be gone. What was sent then is at least as old as this start is, so after [`SPAN`] all is well again.
+    fn begin_boot(&mut self, boot_id: Option<&str>, now: Stamp) -> Result<(), LedgerError> {
+        let meta = |connection: &Connection, key: &str| -> rusqlite::Result<Option<String>> {
+            connection.query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get(0)).optional()
+        };
+        self.begin()?;
+        let path = self.path.clone();
+        let fail = |error: rusqlite::Error| explain(&path, &error);
+        let before = meta(&self.connection, "boot_id").map_err(fail)?;
+        let until = meta(&self.connection, "minute_unknown_until").map_err(fail)?;
+        let newest: Option<u64> =
+            self.connection.query_row("SELECT max(slot) FROM minute", [], |row| row.get(0)).map_err(fail)?;
+        // Where the system does not tell, a stamp from the future does.
+        let is_other = match (&before, boot_id) {
+            (Some(before), Some(boot_id)) => before != boot_id,
+            _ => newest.is_some_and(|newest| newest > Slot::of(now).0),
+        };
+        if is_other {
+            self.run("DELETE FROM minute", &[])?;
+            self.unknown_until = Stamp::default() + SPAN;
+        } else {
+            self.unknown_until = until.and_then(|until| until.parse().ok()).map(Stamp).unwrap_or_default();
+        }
+        let until = self.unknown_until.0.to_string();
+        self.run("INSERT OR REPLACE INTO meta VALUES ('minute_unknown_until', ?1)", &[&until])?;
+        self.run("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?1)", &[&boot_id])?;
+        // Of endpoints that are in no config any more, nobody else forgets them.
+        let oldest = Slot::oldest_that_counts(now).0;
+        self.run("DELETE FROM minute WHERE slot < ?1", &[&oldest])?;
+        self.commit()
+    }
+
+    fn exec(&mut self, sql: &str) -> Result<(), LedgerError> {
+        self.connection.execute_batch(sql).map_err(|error| explain(&self.path, &error))
+    }
+
+    fn run(&mut self, sql: &str, parameters: &[&dyn ToSql]) -> Result<(), LedgerError> {
+        let ran = self.connection.prepare_cached(sql).and_then(|mut statement| statement.execute(parameters));
+        ran.map(|_| ()).map_err(|error| explain(&self.path, &error))
+    }
+}
+
+impl Ledger for SqliteLedger {
+    fn begin(&mut self) -> Result<u64, LedgerError> {
+        self.run("BEGIN IMMEDIATE", &[])?;
+        let version = self
+            .connection
+            .prepare_cached("PRAGMA data_version")
+            .and_then(|mut statement| statement.query_row([], |row| row.get::<_, u32>(0)));
+        match version {
+            Ok(version) => Ok(self.opened << u32::BITS | u64::from(version)),
+            Err(error) => {
+                self.roll_back();
+                Err(explain(&self.path, &error))
+            }
+        }
+    }
+
+    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+        let read = || -> rusqlite::Result<Vec<(Slot, Counts)>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT slot, attempts, tokens FROM minute WHERE endpoint = ?1 AND slot >= ?2")?;
+            let rows = statement.query_map(params![endpoint, oldest.0], |row| {
+                Ok((Slot(row.get(0)?), Counts { attempts: row.get(1)?, tokens: row.get(2)? }))
+            })?;
+            rows.collect()
+        };
+        read().map_err(|error| explain(&self.path, &error))
+    }
+
+    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
+        let read = || -> rusqlite::Result<Option<Counts>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT attempts, tokens FROM day WHERE endpoint = ?1 AND day = ?2")?;
+            let counts = |row: &rusqlite::Row<'_>| Ok(Counts { attempts: row.get(0)?, tokens: row.get(1)? });
+            statement.query_row(params![endpoint, date.to_string()], counts).optional()
+        };
+        read().map(Option::unwrap_or_default).map_err(|error| explain(&self.path, &error))
+    }
+
+    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
+        let Change { attempts, tokens } = change;
+        // What was forgotten meanwhile cannot be taken back: it must not go below nothing.
+        const MINUTE: &str = "INSERT INTO minute VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
+             attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
+        const DAY: &str = "INSERT INTO day VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
+             attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
+        self.run(MINUTE, &[&endpoint, &slot.0, &attempts, &tokens])?;
+        days.each().try_for_each(|date| self.run(DAY, &[&endpoint, &date.to_string(), &attempts, &tokens]))
+    }
+
+    fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
+        let Spent { endpoint, model, tokens, .. } = spent;
+        let endpoint: &str = endpoint;
+        let (prompt, completion, total) = (tokens.prompt, tokens.completion, tokens.total);
+        for (table, key) in [("token_hour", "hour"), ("token_day", "day"), ("token_total", "last_used")] {
+            let when = match key {
+                "hour" => spent.hour,
+                "day" => spent.day,
+                _ => spent.at_ms,
+            };
+            let conflict = if key == "last_used" { "last_used = max(last_used, ?3), " } else { "" };
+            let sql = format!(
+                "INSERT INTO {table} (endpoint, model, {key}, requests, prompt, completion, total) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT DO UPDATE SET {conflict}requests = requests + ?4, \
+                 prompt = prompt + ?5, completion = completion + ?6, total = total + ?7"
+            );
+            self.run(&sql, &[&endpoint, &model, &when, &spent.requests, &prompt, &completion, &total])?;
+        }
+        Ok(())
+    }
+
+    fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
+        let endpoint = endpoint.map_or(Value::Null, |id| Value::Text(id.to_owned()));
+        ["token_hour", "token_day", "token_total"].iter().try_for_each(|table| {
+            self.run(&format!("DELETE FROM {table} WHERE ?1 IS NULL OR endpoint = ?1"), &[&endpoint])
+        })
+    }
+
+    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
+        self.run("DELETE FROM minute WHERE endpoint = ?1 AND slot < ?2", &[&endpoint, &oldest.0])
+    }
+
+    fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError> {
+        self.run("DELETE FROM token_hour WHERE hour <= ?1", &[&hours])?;
+        self.run("DELETE FROM token_day WHERE day <= ?1", &[&days])
+    }
+
+    fn commit(&mut self) -> Result<(), LedgerError> {
+        self.run("COMMIT", &[])
+    }
+
+    fn roll_back(&mut self) {
+        // After some faults SQLite has done so already.
+        if !self.connection.is_autocommit()
+            && let Err(error) = self.exec("ROLLBACK")
+        {
+            log::error!("ledger {}: {error}", self.path.display());
+        }
+    }
+
+    fn unknown_until(&self) -> Stamp {
+        self.unknown_until
+    }
+}
+
+/// Writes the log back into the file, from a connection of its own, so that no group waits for the disk. What comes in
+/// meanwhile waits for the next time, unless it has become much.
+pub fn checkpoint(path: &Path) -> Result<(), LedgerError> {
+    let run = || {
+        let connection = connect(path, LedgerSync::Normal, &Arc::default())?;
+        let checkpoint = |mode: &str| {
+            connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |row| row.get::<_, i64>(1))
+        };
+        let pages = checkpoint("PASSIVE")?;
+        if pages * i64::from(PAGE_BYTES) > LOG_BYTES_MAX {
+            checkpoint("RESTART")?;
+        }
+        Ok(())
+    };
+    run().map_err(|error| explain(path, &error))
+}
+
+/// `lock_wait` is how long to wait for somebody else's lock, in microseconds; 0 for the longest.
+fn connect(path: &Path, sync: LedgerSync, lock_wait: &Arc<AtomicU64>) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut connection = Connection::open_with_flags(path, flags)?;
+    let (lock_wait, mut began) = (Arc::clone(lock_wait), Instant::now());
+    connection.busy_handler(Some(move |polls| {
+        if polls == 0 {
+            began = Instant::now();
+        }
+        std::thread::sleep(LOCK_POLL);
+        let wait = match lock_wait.load(Ordering::Relaxed) {
+            0 => LOCK_WAIT_MAX,
+            micros => Duration::from_micros(micros),
+        };
+        began.elapsed() < wait
+    }))?;
+    connection.set_prepared_statement_cache_capacity(32);
+    connection.pragma_update(None, "page_size", PAGE_BYTES)?;
+    connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get::<_, String>(0))?;
+    let sync = match sync {
+        LedgerSync::Normal => "NORMAL",
+        LedgerSync::Full => "FULL",
+    };
+    connection.pragma_update(None, "synchronous", sync)?;
+    connection.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(()))?;
+    connection.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES_MAX, |_| Ok(()))?;
+    Ok(connection)
+}
+
+/// Makes the file, for its owner only, and its folder. Returns whether it was not there.
+fn make_file(path: &Path) -> io::Result<bool> {
+    if let Some(folder) = path.parent()
+        && !folder.as_os_str().is_empty()
+    {
+        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    }
+    match OpenOptions::new().create_new(true).write(true).mode(0o600).open(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The file's device and number. It may not be opened for that: closing it would give up SQLite's locks on it.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+fn unusable(path: &Path, why: &str) -> LedgerError {
+    LedgerError { kind: FaultKind::Unusable, message: format!("ledger {}: {why}", path.display()) }
+}
+
+pub(super) fn explain(path: &Path, error: &rusqlite::Error) -> LedgerError {
+    let (kind, way_out) = match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            (FaultKind::Locked, "; another program holds it: close that program")
+        }
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => (FaultKind::Corrupt, ""),
+        Some(ErrorCode::DiskFull) => (FaultKind::Unusable, "; make room on that disk"),
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => {
+            (FaultKind::Unusable, "; let this program write to the file and its folder, or name another in server.ledger")
+        }
+        _ => (FaultKind::Unusable, ""),
+    };
+    LedgerError { kind, message: format!("ledger {}: {error}{way_out}", path.display()) }
+}

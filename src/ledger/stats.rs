@@ -1,0 +1,167 @@
+//! Token statistics: by endpoint and model, in hours and days.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use rusqlite::Connection;
+
+use super::LedgerError;
+use super::sqlite::SqliteLedger;
+
+/// Hours are kept so long.
+pub const HOURS_KEPT: Duration = Duration::from_hours(48);
+/// Days are kept so long.
+pub const DAYS_KEPT: Duration = Duration::from_hours(400 * 24);
+/// Names of models that are told apart for one endpoint; an endpoint of `*` may be asked for any. All others are one.
+pub const MODELS_MAX: usize = 256;
+/// The name of all others.
+pub const OTHER_MODELS: &str = "other";
+
+/// Tokens of one answer, or of many.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tokens {
+    /// Of the prompt.
+    pub prompt: u64,
+    /// Of the answer.
+    pub completion: u64,
+    /// Of both, as the endpoint says.
+    pub total: u64,
+}
+
+impl Tokens {
+    /// Adds others.
+    pub fn merge(&mut self, other: Self) {
+        self.prompt = self.prompt.saturating_add(other.prompt);
+        self.completion = self.completion.saturating_add(other.completion);
+        self.total = self.total.saturating_add(other.total);
+    }
+}
+
+/// What was spent, and when.
+#[derive(Clone, Debug)]
+pub struct Spent {
+    /// The endpoint's id.
+    pub endpoint: Arc<str>,
+    /// The model that it was asked for.
+    pub model: Arc<str>,
+    /// The hour, in seconds of Unix time at which it begins.
+    pub hour: i64,
+    /// The day, likewise.
+    pub day: i64,
+    /// The moment, in milliseconds of Unix time.
+    pub at_ms: i64,
+    /// Answers.
+    pub requests: u64,
+    /// Tokens.
+    pub tokens: Tokens,
+}
+
+impl Spent {
+    /// One answer's, at this moment, by the hours and days of a time zone.
+    pub fn now(endpoint: &Arc<str>, model: &str, tokens: Tokens, zone: &TimeZone, wall: SystemTime) -> Self {
+        let Begins { hour, day } = Begins::of(wall, zone);
+        let at_ms = Timestamp::try_from(wall).unwrap_or_default().as_millisecond();
+        Self { endpoint: Arc::clone(endpoint), model: model.into(), hour, day, at_ms, requests: 1, tokens }
+    }
+}
+
+/// When the hour and the day of a moment begin, in seconds of Unix time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Begins {
+    /// The hour.
+    pub hour: i64,
+    /// The day.
+    pub day: i64,
+}
+
+impl Begins {
+    /// In a time zone.
+    pub fn of(wall: SystemTime, zone: &TimeZone) -> Self {
+        let now = Timestamp::try_from(wall).unwrap_or_default().to_zoned_datetime(zone.clone());
+        let second = now.timestamp().as_second();
+        // By the clock on the wall, whose hours need not begin with those of UTC.
+        let hour = second - i64::from(now.minute()) * 60 - i64::from(now.second());
+        Self { hour, day: now.start_of_day().map_or(hour, |day| day.timestamp().as_second()) }
+    }
+}
+
+/// What one model of an endpoint has spent.
+#[derive(Clone, Debug, Default)]
+pub struct ModelStats {
+    /// Since the last reset.
+    pub tokens: Tokens,
+    /// Answers since the last reset.
+    pub requests: u64,
+    /// The last one's moment, in milliseconds of Unix time.
+    pub last_used_ms: i64,
+    /// Total tokens by the hour's begin.
+    pub hours: BTreeMap<i64, u64>,
+    /// Total tokens by the day's begin.
+    pub days: BTreeMap<i64, u64>,
+}
+
+/// By endpoint, then by model.
+pub type Stats = BTreeMap<String, BTreeMap<String, ModelStats>>;
+
+/// Reads the statistics, beside whoever writes them. It takes time: not for the request path.
+pub fn read(path: &Path, now: SystemTime) -> Result<Stats, LedgerError> {
+    let connection = SqliteLedger::open_to_read(path)?;
+    let second = Timestamp::try_from(now).unwrap_or_default().as_second();
+    read_from(&connection, second)
+        .map_err(|error| super::sqlite::explain(path, &error))
+}
+
+fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
+    let mut stats = Stats::new();
+    // One moment's, whatever is written meanwhile.
+    let connection = connection.unchecked_transaction()?;
+    let mut totals = connection
+        .prepare("SELECT endpoint, model, requests, prompt, completion, total, last_used FROM token_total")?;
+    let mut rows = totals.query([])?;
+    while let Some(row) = rows.next()? {
+        let entry = stats.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
+        entry.requests = row.get(2)?;
+        entry.tokens = Tokens { prompt: row.get(3)?, completion: row.get(4)?, total: row.get(5)? };
+        entry.last_used_ms = row.get(6)?;
+    }
+    for (table, key, kept) in [("token_hour", "hour", HOURS_KEPT), ("token_day", "day", DAYS_KEPT)] {
+        let mut parts = connection.prepare(&format!("SELECT endpoint, model, {key}, total FROM {table} WHERE {key} > ?1"))?;
+        let mut rows = parts.query([oldest(now, kept)])?;
+        while let Some(row) = rows.next()? {
+            let entry = stats.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
+            let parts = if key == "hour" { &mut entry.hours } else { &mut entry.days };
+            parts.insert(row.get(2)?, row.get(3)?);
+        }
+    }
+    Ok(stats)
+}
+
+/// What begins at this second or before is kept no longer.
+pub(super) fn oldest(now: i64, kept: Duration) -> i64 {
+    now.saturating_sub(i64::try_from(kept.as_secs()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hours_begin_by_the_clock_on_the_wall() {
+        let begins = |text: &str, zone: &str| {
+            let nanos = text.parse::<Timestamp>().unwrap().as_nanosecond();
+            let wall = SystemTime::UNIX_EPOCH + Duration::from_nanos_u128(nanos.unsigned_abs());
+            let Begins { hour, day } = Begins::of(wall, &TimeZone::get(zone).unwrap());
+            let text = |second| Timestamp::from_second(second).unwrap().to_string();
+            (text(hour), text(day))
+        };
+        assert_eq!(begins("2026-11-25T17:56:12.5Z", "UTC"), ("2026-11-25T17:00:00Z".into(), "2026-11-25T00:00:00Z".into()));
+        assert_eq!(
+            begins("2026-11-25T17:56:12Z", "Asia/Kolkata"),
+            ("2026-11-25T17:30:00Z".into(), "2026-11-24T18:30:00Z".into())
+        );
+    }
+}

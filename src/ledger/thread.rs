@@ -1,0 +1,346 @@
+//! The ledger's thread: it serves the desk, opens the ledger, and takes up its faults. A second one writes the log back.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::client::Messages;
+use super::desk::{Desk, Tally};
+use super::sqlite::{self, SqliteLedger};
+use super::{Client, FaultKind, Ledger, LedgerError};
+use crate::config::{self, LedgerOnError, LedgerSync};
+use crate::limit::{Clock, Stamp};
+
+/// After a fault the ledger is left alone for so long; meanwhile requests do not wait for it.
+const RETRY_AFTER: Duration = Duration::from_millis(250);
+/// A group waits no longer than this for another program's lock once it has waited its full time in vain.
+const LOCK_WAIT_FAILING: Duration = Duration::from_millis(20);
+/// So often it is looked whether the file was replaced, while there is anything to do.
+const LOOK_AT_FILE: Duration = Duration::from_secs(1);
+/// A fault that goes on is told again.
+const TELL_AGAIN: Duration = Duration::from_mins(1);
+/// The log is written back this long after the first commit that it holds.
+const CHECKPOINT_AFTER: Duration = Duration::from_secs(1);
+
+/// Keeps the ledger of one process: its thread, and the way to it.
+#[derive(Debug)]
+pub struct Keeper {
+    client: Client,
+    options: Options,
+    state: State,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Clone, Debug)]
+struct Options {
+    path: PathBuf,
+    sync: LedgerSync,
+    on_error: LedgerOnError,
+}
+
+/// How the ledger is doing. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct State {
+    path: Arc<Path>,
+    on_error: LedgerOnError,
+    tally: Arc<Tally>,
+    fault: Arc<Mutex<Option<Failing>>>,
+}
+
+/// A fault that lasts.
+#[derive(Clone, Debug)]
+pub struct Failing {
+    /// Since when.
+    pub since: SystemTime,
+    /// What is wrong.
+    pub message: String,
+    told: Instant,
+}
+
+impl State {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What limited endpoints do while it cannot be used.
+    pub fn on_error(&self) -> LedgerOnError {
+        self.on_error
+    }
+
+    /// What was done without it.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    /// The fault, if it cannot be used.
+    pub fn fault(&self) -> Option<Failing> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Failing>> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn works(&self) {
+        let Some(fault) = self.lock().take() else { return };
+        let seconds = fault.since.elapsed().unwrap_or_default().as_secs_f64();
+        let (denied, uncounted) = (&self.tally.denied, &self.tally.uncounted);
+        log::info!(
+            "ledger {}: works again after {seconds:.1} s; since the start {} draws were refused without it, and {} attempts \
+             went on",
+            self.path.display(),
+            denied.load(Ordering::Relaxed),
+            uncounted.load(Ordering::Relaxed),
+        );
+    }
+
+    /// An error without words is the one before.
+    fn fails(&self, error: &LedgerError) {
+        let mut fault = self.lock();
+        let now = Instant::now();
+        let tells = match &mut *fault {
+            Some(before) => {
+                if !error.message.is_empty() {
+                    before.message.clone_from(&error.message);
+                }
+                now.duration_since(before.told) > TELL_AGAIN
+            }
+            None => {
+                *fault = Some(Failing { since: SystemTime::now(), message: error.message.clone(), told: now });
+                true
+            }
+        };
+        let Some(fault) = fault.as_mut().filter(|_| tells) else { return };
+        fault.told = now;
+        let follows = match self.on_error {
+            LedgerOnError::Deny => "endpoints with limits take no requests until it works again",
+            LedgerOnError::Allow => "endpoints with limits go on UNCOUNTED until it works again",
+        };
+        log::error!("{}; {follows} (server.ledgerOnError)", fault.message);
+    }
+}
+
+impl Keeper {
+    /// The keeper of the ledger that a config names. Nothing is opened yet: threads do not outlive going into the background.
+    pub fn new(server: &config::Server) -> Self {
+        let options = Options {
+            path: server.ledger.clone(),
+            sync: server.ledger_sync,
+            on_error: server.ledger_on_error,
+        };
+        let state = State {
+            path: options.path.as_path().into(),
+            on_error: options.on_error,
+            tally: Arc::default(),
+            fault: Arc::default(),
+        };
+        Self { client: Client::new(Clock::read), options, state, thread: Mutex::default() }
+    }
+
+    /// The way to the ledger.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// How it is doing.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Whether the ledger can be opened, as far as that can be told without keeping it open.
+    pub fn try_out(&self) -> Result<(), LedgerError> {
+        let Options { path, sync, .. } = &self.options;
+        SqliteLedger::open(path, *sync, self.client.clock().boot).map(|_| ())
+    }
+
+    /// Starts the thread.
+    pub fn start(&self) -> std::io::Result<()> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if thread.is_some() {
+            return Ok(());
+        }
+        let (checkpoint, due) = sync_channel(1);
+        let path = self.options.path.clone();
+        std::thread::Builder::new().name("ledger-log".into()).spawn(move || checkpoints(&path, &due))?;
+        let mut keeping = Keeping {
+            desk: Desk::new(self.client.clone(), self.options.on_error, Arc::clone(&self.state.tally)),
+            client: self.client.clone(),
+            options: self.options.clone(),
+            state: self.state.clone(),
+            ledger: None,
+            retry_at: Stamp::default(),
+            look_at: Stamp::default(),
+            checkpoint,
+        };
+        *thread = Some(std::thread::Builder::new().name("ledger".into()).spawn(move || keeping.run())?);
+        Ok(())
+    }
+
+    /// Writes everything and ends the thread. Blocks, for a second or two at most if the ledger cannot be written.
+    pub fn close(&self) {
+        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        self.client.close();
+        if thread.join().is_err() {
+            log::error!("ledger {}: its thread panicked", self.options.path.display());
+        }
+    }
+}
+
+/// The thread's own.
+struct Keeping {
+    desk: Desk,
+    client: Client,
+    options: Options,
+    state: State,
+    ledger: Option<SqliteLedger>,
+    /// After a fault, not before this.
+    retry_at: Stamp,
+    look_at: Stamp,
+    checkpoint: SyncSender<()>,
+}
+
+impl Keeping {
+    fn run(&mut self) {
+        self.open();
+        loop {
+            let now = self.client.clock().boot;
+            let due = self.desk.next_due();
+            let messages = self.client.receive((due != Stamp::NEVER).then(|| now.until(due)));
+            let closing = messages.closing;
+            self.serve(messages);
+            if closing {
+                break;
+            }
+        }
+        let last = Messages { closing: true, ..self.client.end() };
+        self.retry_at = Stamp::default();
+        self.serve(last);
+        if !self.desk.is_all_written() {
+            log::error!("ledger {}: the last counts could not be written and are lost", self.options.path.display());
+        }
+    }
+
+    fn serve(&mut self, messages: Messages) {
+        let now = self.client.clock().boot;
+        self.look_at_file(now);
+        if self.ledger.is_none() && now >= self.retry_at {
+            self.open();
+        }
+        let usable = now >= self.retry_at;
+        let ledger = self.ledger.as_mut().filter(|_| usable);
+        match self.desk.serve_messages(ledger.map(|ledger| ledger as &mut dyn Ledger), messages) {
+            Ok(()) if usable && self.ledger.is_some() => self.works(),
+            Ok(()) => {}
+            Err(error) => self.fails(&error),
+        }
+    }
+
+    fn works(&mut self) {
+        if self.state.lock().is_some() {
+            if let Some(ledger) = &self.ledger {
+                ledger.set_lock_wait(sqlite::LOCK_WAIT_MAX);
+            }
+            self.state.works();
+        }
+        // Full: one is due already. Gone: so is its thread, and the file grows until the next start; it has said why.
+        self.checkpoint.try_send(()).unwrap_or_default();
+    }
+
+    fn fails(&mut self, error: &LedgerError) {
+        self.state.fails(error);
+        let now = self.client.clock().boot;
+        if now >= self.retry_at {
+            self.retry_at = now + RETRY_AFTER;
+        }
+        match (error.kind, &self.ledger) {
+            (FaultKind::Corrupt, Some(ledger)) => {
+                let seen = ledger.identity();
+                self.ledger = None;
+                self.replace(Some(seen));
+            }
+            (_, Some(ledger)) => ledger.set_lock_wait(LOCK_WAIT_FAILING),
+            (_, None) => {}
+        }
+    }
+
+    fn open(&mut self) {
+        let Options { path, sync, .. } = &self.options;
+        let now = self.client.clock().boot;
+        match SqliteLedger::open(path, *sync, now) {
+            Ok(ledger) => {
+                self.ledger = Some(ledger);
+                self.retry_at = now;
+            }
+            Err(error) => {
+                self.state.fails(&error);
+                self.client.set_down(self.options.on_error == LedgerOnError::Deny);
+                self.retry_at = now + RETRY_AFTER;
+                if error.kind == FaultKind::Corrupt {
+                    self.replace(None);
+                }
+            }
+        }
+    }
+
+    /// Moves a ledger that cannot be trusted aside, and begins a new one. `seen` is the file that was found to be so.
+    fn replace(&mut self, seen: Option<(u64, u64)>) {
+        let Options { path, sync, .. } = &self.options;
+        match SqliteLedger::move_aside(path, seen) {
+            Ok(Some(aside)) => log::error!(
+                "ledger {}: THE FILE IS CORRUPT. It was moved to {} and a new one begun: what was counted today, and all token \
+                 statistics, begin at 0; endpoints with limits by the minute take no requests for a minute",
+                path.display(),
+                aside.display(),
+            ),
+            Ok(None) => log::warn!("ledger {}: another process has replaced the corrupt file", path.display()),
+            Err(error) => {
+                let message = format!("ledger {}: cannot be moved aside: {error}", path.display());
+                self.state.fails(&LedgerError { kind: FaultKind::Unusable, message });
+                return;
+            }
+        }
+        let now = self.client.clock().boot;
+        let opened = SqliteLedger::open(path, *sync, now).and_then(|mut ledger| {
+            // What was sent in the last minute is not known any more.
+            ledger.close_minute(now)?;
+            Ok(ledger)
+        });
+        match opened {
+            Ok(ledger) => {
+                self.ledger = Some(ledger);
+                self.retry_at = now;
+            }
+            Err(error) => self.state.fails(&error),
+        }
+    }
+
+    /// A file that was deleted or replaced would be written on, unseen by every other process.
+    fn look_at_file(&mut self, now: Stamp) {
+        if now < self.look_at {
+            return;
+        }
+        self.look_at = now + LOOK_AT_FILE;
+        if self.ledger.as_ref().is_some_and(SqliteLedger::was_replaced) {
+            log::error!(
+                "ledger {}: the file was deleted or replaced while it was in use; what it counted is gone, the one that is \
+                 there now is used",
+                self.options.path.display()
+            );
+            self.ledger = None;
+            self.open();
+        }
+    }
+}
+
+fn checkpoints(path: &Path, due: &Receiver<()>) {
+    while due.recv().is_ok() {
+        std::thread::sleep(CHECKPOINT_AFTER);
+        if let Err(error) = sqlite::checkpoint(path) {
+            log::warn!("{error}; its log could not be written back and grows meanwhile");
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! What this proxy can still take for a model, in the headers that OpenAI has for it.
+
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue};
+
+use crate::config::Limit;
+use crate::health::Gate;
+use crate::limit::{Clock, Gauge};
+use crate::pool::Pool;
+use crate::route::Candidates;
+
+/// How they all begin; an endpoint's own are not for the client, whom they tell nothing about the others.
+pub const PREFIX: &str = "x-ratelimit-";
+
+/// Requests or tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// What all endpoints of the model take together.
+    pub limit: u64,
+    /// What they still take now.
+    pub remaining: u64,
+    /// Until they take all of it again.
+    pub reset: Duration,
+}
+
+/// Both, as far as every endpoint of the model has such a limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Requests.
+    pub requests: Option<Rate>,
+    /// Tokens.
+    pub tokens: Option<Rate>,
+}
+
+impl Rates {
+    /// Those of a model, as its endpoints were seen last, at most about a second ago.
+    pub fn of(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Self {
+        let nothing = Rate { limit: 0, remaining: 0, reset: Duration::ZERO };
+        let mut rates = Self { requests: Some(nothing), tokens: Some(nothing) };
+        for candidate in candidates.list() {
+            let Some(endpoint) = pool.endpoints.get(candidate.endpoint) else { continue };
+            if !endpoint.limits.in_ledger() {
+                return Self::default();
+            }
+            let view = endpoint.live.account.view();
+            let is_open = endpoint.live.gate(clock.now) == Gate::Open;
+            let add = |rate: Option<Rate>, gauges: [(Limit, Option<Gauge>); 2]| {
+                // The tighter one is what a client will run into.
+                let gauge = gauges.into_iter().filter_map(known).min_by_key(Gauge::left)?;
+                let reset = gauge.resets.map_or(Duration::ZERO, |resets| clock.boot.until(resets));
+                let left = if is_open { gauge.left() } else { 0 };
+                rate.map(|rate| Rate {
+                    limit: rate.limit.saturating_add(gauge.limit),
+                    remaining: rate.remaining.saturating_add(left),
+                    reset: rate.reset.max(reset),
+                })
+            };
+            let limits = &endpoint.limits;
+            rates.requests = add(rates.requests, [(limits.rpm, view.rpm), (limits.rpd, view.rpd)]);
+            rates.tokens = add(rates.tokens, [(limits.tpm, view.tpm), (limits.tpd, view.tpd)]);
+        }
+        rates
+    }
+
+    /// As headers.
+    pub fn headers(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+        const REQUESTS: [HeaderName; 3] = [
+            HeaderName::from_static("x-ratelimit-limit-requests"),
+            HeaderName::from_static("x-ratelimit-remaining-requests"),
+            HeaderName::from_static("x-ratelimit-reset-requests"),
+        ];
+        const TOKENS: [HeaderName; 3] = [
+            HeaderName::from_static("x-ratelimit-limit-tokens"),
+            HeaderName::from_static("x-ratelimit-remaining-tokens"),
+            HeaderName::from_static("x-ratelimit-reset-tokens"),
+        ];
+        let each = |names: [HeaderName; 3], rate: Rate| {
+            let reset = HeaderValue::from_str(&duration(rate.reset)).unwrap_or_else(|_| HeaderValue::from_static("0s"));
+            names.into_iter().zip([rate.limit.into(), rate.remaining.into(), reset])
+        };
+        let requests = self.requests.map(|rate| each(REQUESTS, rate));
+        let tokens = self.tokens.map(|rate| each(TOKENS, rate));
+        requests.into_iter().chain(tokens).flatten()
+    }
+}
+
+/// What is seen of a limit; before it was looked at for the first time, nothing is used.
+fn known((limit, gauge): (Limit, Option<Gauge>)) -> Option<Gauge> {
+    let Limit::AtMost(limit) = limit else { return None };
+    Some(gauge.map_or(Gauge { limit, used: 0, resets: None }, |gauge| Gauge { limit, ..gauge }))
+}
+
+/// As OpenAI writes it: `12ms`, `8.64s`, `6m0s`, `23h59m30s`.
+fn duration(duration: Duration) -> String {
+    let millis = duration.as_millis();
+    if millis < 1000 {
+        return if millis == 0 { "0s".into() } else { format!("{millis}ms") };
+    }
+    let (hours, minutes, seconds) = (millis / 3_600_000, millis / 60_000 % 60, millis % 60_000);
+    let seconds = match seconds % 1000 {
+        0 => (seconds / 1000).to_string(),
+        part => format!("{}.{part:03}", seconds / 1000).trim_end_matches('0').to_owned(),
+    };
+    match (hours, minutes) {
+        (0, 0) => format!("{seconds}s"),
+        (0, _) => format!("{minutes}m{seconds}s"),
+        _ => format!("{hours}h{minutes}m{seconds}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_written_as_openai_does() {
+        for (millis, text) in [
+            (0, "0s"),
+            (12, "12ms"),
+            (1000, "1s"),
+            (8640, "8.64s"),
+            (60_000, "1m0s"),
+            (360_000, "6m0s"),
+            (86_370_000, "23h59m30s"),
+        ] {
+            assert_eq!(duration(Duration::from_millis(millis)), text);
+        }
+    }
+}
