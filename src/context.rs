@@ -209,14 +209,19 @@ impl Attempt {
     /// The request's header goes out now. False if that took so long that the permit is worth nothing any more and no other is
     /// to be had.
     pub async fn send(&mut self, ledger: &Client) -> bool {
-        if self.permit.is_stale(&ledger.clock()) {
+        // On a machine that is much too busy a fresh one may be old again when it comes.
+        const SWAPS_MAX: usize = 3;
+        for _ in 0..=SWAPS_MAX {
+            if !self.permit.is_stale(&ledger.clock()) {
+                self.permit.spend();
+                return true;
+            }
             self.permit.give_back();
             if !self.draw_again(ledger).await {
                 return false;
             }
         }
-        self.permit.spend();
-        true
+        false
     }
 
     /// The endpoint is known never to have had the request.

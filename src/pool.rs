@@ -52,7 +52,7 @@ impl Pool {
             .into_iter()
             .map(|config| {
                 let upstream = Upstream::new(&config)?;
-                let new = || Arc::new(Live::new(Arc::clone(&config.id)));
+                let new = || Arc::new(Live::new(ledger.account(&config.id)));
                 let live = known.get(config.id.as_ref()).map_or_else(new, |live| Arc::clone(live));
                 live.account.look_again();
                 let secrets = secrets_of(&config);
@@ -131,12 +131,12 @@ pub struct LastError {
 }
 
 impl Live {
-    /// Nothing is known of the endpoint of this id yet.
-    pub fn new(id: Arc<str>) -> Self {
+    /// Nothing is known of the endpoint of this account yet.
+    pub fn new(account: Arc<Account>) -> Self {
         Self {
             health: Mutex::default(),
             troubled: AtomicBool::default(),
-            account: Arc::new(Account::new(id)),
+            account,
             in_flight: AtomicU32::default(),
             first_byte: Mutex::default(),
             last_error: Mutex::default(),
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_success_closes_the_matter() {
-        let live = Arc::new(Live::new("a".into()));
+        let live = Arc::new(Live::new(client().account(&"a".into())));
         let now = Instant::now();
         assert!(live.learn(Effect::Failure, false, now, &BREAKER), "it begins to cool down");
         drop(live.begin_trial());
@@ -293,7 +293,7 @@ mod tests {
 
     #[test]
     fn in_flight_is_exact() {
-        let live = Arc::new(Live::new("a".into()));
+        let live = Arc::new(Live::new(client().account(&"a".into())));
         let guards: Vec<_> = (0..3).map(|_| live.enter()).collect();
         assert_eq!(live.in_flight(), 3);
         drop(guards);

@@ -71,7 +71,7 @@ impl Entry {
 
 impl Account {
     /// The account of an endpoint that nothing is known of yet.
-    pub fn new(id: Arc<str>) -> Self {
+    pub(super) fn new(id: Arc<str>) -> Self {
         Self {
             id,
             attempts: AtomicU64::default(),

@@ -1,7 +1,8 @@
 //! The way to the ledger's thread, and what comes back: permits.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -118,6 +119,8 @@ pub(super) struct Messages {
 struct Inbox {
     messages: Mutex<(Messages, Sleep)>,
     wake: Condvar,
+    /// The accounts that are in use, by id; those of endpoints that are gone leave with the next new one.
+    accounts: Mutex<HashMap<Arc<str>, Weak<Account>>>,
     tickets: AtomicU64,
     queued: AtomicUsize,
     down: AtomicBool,
@@ -165,6 +168,19 @@ impl Client {
     /// The clocks as they are now.
     pub fn clock(&self) -> Clock {
         (self.clocks)()
+    }
+
+    /// The account of an endpoint. There is one for each id, even if an endpoint leaves the config and comes back while old
+    /// requests still use it: two would not see what was drawn from the other.
+    pub fn account(&self, id: &Arc<str>) -> Arc<Account> {
+        let mut accounts = self.inbox.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(account) = accounts.get(id).and_then(Weak::upgrade) {
+            return account;
+        }
+        accounts.retain(|_, account| account.strong_count() > 0);
+        let account = Arc::new(Account::new(Arc::clone(id)));
+        accounts.insert(Arc::clone(id), Arc::downgrade(&account));
+        account
     }
 
     /// A place in the order of arrival.

@@ -264,14 +264,14 @@ impl Desk {
         entry.merge_into(&mut mirror.unwritten);
     }
 
-    /// Whoever waits, if it is time to look through them, and then the newcomers.
+    /// Whoever waits, if it is time to look through them, and then the newcomers; but for those who are gone.
     fn draws_due(&mut self, newcomers: Vec<Draw>, now: Stamp) -> Vec<Draw> {
-        if now < self.scan_at {
-            return newcomers;
+        let mut waiting = BTreeMap::new();
+        if now >= self.scan_at {
+            self.scan_at = Stamp::NEVER;
+            waiting = std::mem::take(&mut self.waiting);
         }
-        self.scan_at = Stamp::NEVER;
-        let waiting = std::mem::take(&mut self.waiting).into_values().filter(|draw| !draw.reply.is_closed());
-        waiting.chain(newcomers).collect()
+        waiting.into_values().chain(newcomers).filter(|draw| !draw.reply.is_closed()).collect()
     }
 
     /// Does everything that is due as one step of the ledger. If that fails, nothing of it was done.
@@ -313,8 +313,15 @@ impl Desk {
         Ok((served, clock))
     }
 
-    /// Writes what was drawn and what is due, and commits.
+    /// Writes what was drawn and what is due, and commits. Whatever is read comes before: what is read after it was written
+    /// would count twice.
     fn finish_group(&mut self, group: &mut Group<'_>, messages: &Messages) -> Result<(), LedgerError> {
+        for look in &messages.looks {
+            look.accounts.iter().try_for_each(|(account, limits)| group.refresh(account, limits))?;
+        }
+        if group.clock.boot >= self.renew_at {
+            self.renew(group)?;
+        }
         for account in &group.drawn {
             write(group.ledger, account, &account.mirror().drawn)?;
         }
@@ -326,12 +333,6 @@ impl Desk {
         }
         for reset in &messages.resets {
             group.ledger.reset_tokens(reset.endpoint.as_deref())?;
-        }
-        for look in &messages.looks {
-            look.accounts.iter().try_for_each(|(account, limits)| group.refresh(account, limits))?;
-        }
-        if group.clock.boot >= self.renew_at {
-            self.renew(group)?;
         }
         group.ledger.commit()
     }

@@ -55,8 +55,8 @@ pub fn boot_id() -> Option<String> {
 }
 
 impl SqliteLedger {
-    /// Opens the ledger, and makes it if it is not there.
-    pub fn open(path: &Path, sync: LedgerSync, now: Stamp) -> Result<Self, LedgerError> {
+    /// Opens the ledger, and makes it if it is not there. `boot_id` is [`boot_id`], and `now` counts from that start.
+    pub fn open(path: &Path, sync: LedgerSync, boot_id: Option<&str>, now: Stamp) -> Result<Self, LedgerError> {
         let is_new = make_file(path).map_err(|error| unusable(path, &error.to_string()))?;
         let lock_wait = Arc::default();
         let connection = connect(path, sync, &lock_wait).map_err(|error| explain(path, &error))?;
@@ -71,7 +71,7 @@ impl SqliteLedger {
         };
         ledger.check_pages()?;
         ledger.migrate(&MIGRATIONS)?;
-        ledger.begin_boot(boot_id().as_deref(), now)?;
+        ledger.begin_boot(boot_id, now)?;
         if is_new {
             log::info!("ledger {}: made", path.display());
         }

@@ -154,7 +154,7 @@ impl Keeper {
     /// Whether the ledger can be opened, as far as that can be told without keeping it open.
     pub fn try_out(&self) -> Result<(), LedgerError> {
         let Options { path, sync, .. } = &self.options;
-        SqliteLedger::open(path, *sync, self.client.clock().boot).map(|_| ())
+        SqliteLedger::open(path, *sync, sqlite::boot_id().as_deref(), self.client.clock().boot).map(|_| ())
     }
 
     /// Starts the thread.
@@ -270,7 +270,7 @@ impl Keeping {
     fn open(&mut self) {
         let Options { path, sync, .. } = &self.options;
         let now = self.client.clock().boot;
-        match SqliteLedger::open(path, *sync, now) {
+        match SqliteLedger::open(path, *sync, sqlite::boot_id().as_deref(), now) {
             Ok(ledger) => {
                 self.ledger = Some(ledger);
                 self.retry_at = now;
@@ -304,7 +304,7 @@ impl Keeping {
             }
         }
         let now = self.client.clock().boot;
-        let opened = SqliteLedger::open(path, *sync, now).and_then(|mut ledger| {
+        let opened = SqliteLedger::open(path, *sync, sqlite::boot_id().as_deref(), now).and_then(|mut ledger| {
             // What was sent in the last minute is not known any more.
             ledger.close_minute(now)?;
             Ok(ledger)

@@ -22,5 +22,6 @@ mod limits;
 mod own_answers;
 mod retry;
 mod routing;
+mod sim;
 mod streams;
 mod tls;

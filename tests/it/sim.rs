@@ -1,0 +1,913 @@
+//! Limits, balance, retry, health and ledger together, on a clock of their own, against a plain model that keeps every moment
+//! at which a request was sent.
+//!
+//! Each schedule is drawn from a seed: endpoints and limits, bursts, slow connects, failures, reloads, crashes, two processes
+//! on one ledger, a ledger that fails, clocks that are set, days that turn, machines that start anew. A failure prints the seed;
+//! `SIM_SEED=n cargo test sim` runs that schedule alone.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::path::Path;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant, SystemTime};
+
+use api_together::admission::{self, Choice};
+use api_together::config::{self, Config, Environment, Format, LedgerOnError, LedgerSync, Queue};
+use api_together::context::Attempt;
+use api_together::error::Fault;
+use api_together::ledger::sqlite::SqliteLedger;
+use api_together::ledger::{Change, Client, Desk, FaultKind, Ledger, LedgerError, Spent, Tally};
+use api_together::limit::{Calendar, Clock, Counts, Days, Hold, SPAN, Slot, Stamp};
+use api_together::pool::Pool;
+use api_together::request::Call;
+use api_together::respond::Terms;
+use api_together::retry::{self, Outcome};
+use fastrand::Rng;
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
+use serde_json::json;
+
+/// Schedules over the ledger in memory.
+const SCHEDULES: u64 = 10_000;
+/// Schedules over the one in a file.
+const SCHEDULES_IN_FILE: u64 = 300;
+const STEPS_MAX: usize = 70;
+const ZONES: [&str; 4] = ["UTC", "America/Los_Angeles", "Asia/Kolkata", "Europe/Berlin"];
+
+#[test]
+fn no_limit_is_passed_and_no_permit_withheld() {
+    let folder = tempfile::tempdir().unwrap();
+    if let Ok(seed) = std::env::var("SIM_SEED") {
+        let seed = seed.parse().unwrap();
+        run(seed, None);
+        run(seed, Some(folder.path()));
+        return;
+    }
+    let base = fastrand::u64(..1 << 40);
+    let mut seen = Seen::default();
+    std::thread::scope(|scope| {
+        let halves = [0, 1].map(|half| {
+            let folder = folder.path();
+            scope.spawn(move || {
+                let mut seen = Seen::default();
+                for number in (half..SCHEDULES).step_by(2) {
+                    seen.merge(&run(base + number, None));
+                }
+                for number in (half..SCHEDULES_IN_FILE).step_by(2) {
+                    seen.merge(&run(base + number, Some(folder)));
+                }
+                seen
+            })
+        });
+        for half in halves {
+            seen.merge(&half.join().unwrap());
+        }
+    });
+    println!("{seen:?}");
+    // What never happens is not tested.
+    let Seen { sent, refused, failed, swapped, crashes, reboots, turned, waited, unavailable } = seen;
+    for (what, often, least) in [
+        ("sent", sent, 100_000),
+        ("refused", refused, 10_000),
+        ("failed", failed, 10_000),
+        ("swapped", swapped, 1000),
+        ("crashes", crashes, 1000),
+        ("reboots", reboots, 500),
+        ("days turned", turned, 1000),
+        ("waited", waited, 1000),
+        ("without the ledger", unavailable, 100),
+    ] {
+        assert!(often >= least, "{what}: {often} times only");
+    }
+}
+
+/// How often things happened.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    sent: u64,
+    refused: u64,
+    failed: u64,
+    swapped: u64,
+    crashes: u64,
+    reboots: u64,
+    turned: u64,
+    waited: u64,
+    unavailable: u64,
+}
+
+impl Seen {
+    fn merge(&mut self, other: &Self) {
+        self.sent += other.sent;
+        self.refused += other.refused;
+        self.failed += other.failed;
+        self.swapped += other.swapped;
+        self.crashes += other.crashes;
+        self.reboots += other.reboots;
+        self.turned += other.turned;
+        self.waited += other.waited;
+        self.unavailable += other.unavailable;
+    }
+}
+
+/// Prints the seed of a schedule that fails.
+struct TellSeed(u64, bool);
+
+impl Drop for TellSeed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the schedule that failed is SIM_SEED={} ({})", self.0, if self.1 { "in a file" } else { "in memory" });
+        }
+    }
+}
+
+fn run(seed: u64, folder: Option<&Path>) -> Seen {
+    let _tell = TellSeed(seed, folder.is_some());
+    let mut world = World::new(seed, folder);
+    let steps = world.rng.usize(20..STEPS_MAX);
+    for _ in 0..steps {
+        world.step();
+    }
+    world.settle();
+    let seen = world.shared.borrow().seen;
+    seen
+}
+
+/// The clocks of the machine, in milliseconds. `true_ms` never stands still or jumps; it is the model's own.
+#[derive(Debug)]
+struct Clocks {
+    true_ms: AtomicU64,
+    boot_began: AtomicU64,
+    wall_off: AtomicI64,
+    base: Instant,
+}
+
+impl Clocks {
+    fn read(&self) -> Clock {
+        let true_ms = self.true_ms.load(Ordering::Relaxed);
+        let off = self.wall_off.load(Ordering::Relaxed);
+        let wall_ms = true_ms.checked_add_signed(off).unwrap();
+        Clock {
+            now: self.base + Duration::from_millis(true_ms),
+            boot: Stamp(true_ms - self.boot_began.load(Ordering::Relaxed)),
+            wall: SystemTime::UNIX_EPOCH + Duration::from_millis(wall_ms),
+        }
+    }
+}
+
+/// What the model knows of one endpoint.
+#[derive(Debug, Default)]
+struct Model {
+    rpm: Option<u64>,
+    rpd: Option<u64>,
+    zone: String,
+    /// When each request was sent, in true time.
+    sent: Vec<u64>,
+    by_day: HashMap<Date, u64>,
+    /// The same, with what was sent within a second of the turn in both days.
+    by_day_at_most: HashMap<Date, u64>,
+    /// Permits that are held at this moment.
+    held: u64,
+}
+
+/// Somebody was refused though by the model permits were free: they must have been given back about then.
+#[derive(Debug)]
+struct Excuse {
+    id: String,
+    at: u64,
+    missing: u64,
+}
+
+/// What requests report to.
+#[derive(Debug, Default)]
+struct Shared {
+    models: BTreeMap<String, Model>,
+    seen: Seen,
+    /// Until then the ledger may hold more than the model knows: permits of a process that was killed.
+    doubtful_until: u64,
+    /// The days on which it may.
+    doubtful_days: Vec<Date>,
+    /// Until then what was given back may not be written yet.
+    failing_until: u64,
+    /// What held whoever was refused just now.
+    refusals: Vec<(String, Hold)>,
+    excuses: Vec<Excuse>,
+    rng: Rng,
+}
+
+struct Process {
+    client: Client,
+    desk: Desk,
+    ledger: Box<Watched>,
+    pool: Rc<RefCell<Arc<Pool>>>,
+    requests: Vec<Pin<Box<dyn Future<Output = ()>>>>,
+}
+
+struct World {
+    rng: Rng,
+    clocks: Arc<Clocks>,
+    shared: Rc<RefCell<Shared>>,
+    disk: Disk,
+    given_back: GivenBack,
+    processes: Vec<Process>,
+    boots: u64,
+    endpoints: usize,
+}
+
+enum Disk {
+    Memory(Arc<Mutex<Pages>>),
+    File(std::path::PathBuf),
+}
+
+impl World {
+    fn new(seed: u64, folder: Option<&Path>) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        // Half of the schedules are near a turn of the day somewhere, a summer time's among them.
+        let days = [
+            "2026-03-28T22:59:00Z",
+            "2026-10-25T22:59:20Z",
+            "2026-11-25T07:59:10Z",
+            "2026-11-24T18:29:30Z",
+            "2026-11-25T12:00:00Z",
+        ];
+        let wall: jiff::Timestamp = rng.choice(days).unwrap().parse().unwrap();
+        let clocks = Arc::new(Clocks {
+            true_ms: AtomicU64::new(1_000_000),
+            boot_began: AtomicU64::new(0),
+            wall_off: AtomicI64::new(wall.as_millisecond() - 1_000_000),
+            base: Instant::now(),
+        });
+        let disk = match folder {
+            None => Disk::Memory(Arc::default()),
+            Some(folder) => Disk::File(folder.join(format!("{seed}.db"))),
+        };
+        let endpoints = rng.usize(1..=4);
+        let shared = Shared { rng: rng.fork(), ..Shared::default() };
+        let mut world = Self {
+            rng,
+            clocks,
+            shared: Rc::new(RefCell::new(shared)),
+            disk,
+            given_back: Rc::default(),
+            processes: Vec::new(),
+            boots: 1,
+            endpoints,
+        };
+        world.start_process();
+        world
+    }
+
+    /// A config, and what it means to the model: limits may be lowered and raised, so the highest that was ever set counts.
+    fn config(&mut self) -> Config {
+        let mut apis = Vec::new();
+        let mut shared = self.shared.borrow_mut();
+        for number in 0..self.endpoints {
+            // Now and then one is left out, and comes back later.
+            if number > 0 && self.rng.u8(..) < 30 {
+                continue;
+            }
+            let id = format!("e{number}");
+            let is_known = shared.models.contains_key(&id);
+            let model = shared.models.entry(id.clone()).or_default();
+            if !is_known {
+                model.rpm = self.rng.bool().then(|| self.rng.u64(1..6));
+                model.rpd = (self.rng.u8(..) < 80).then(|| self.rng.u64(3..20));
+                model.zone = (*self.rng.choice(&ZONES).unwrap()).to_owned();
+            } else if let (Some(rpm), true) = (model.rpm, self.rng.u8(..) < 20) {
+                model.rpm = Some(rpm + 1);
+            }
+            let number = |limit: Option<u64>| limit.map_or(-1, |limit| i64::try_from(limit).unwrap());
+            let concurrent = if self.rng.u8(..) < 40 { self.rng.i64(1..4) } else { -1 };
+            let mut api = json!({
+                "id": id, "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-x", "models": ["m"],
+                "rpm": number(model.rpm), "rpd": number(model.rpd), "timezone": model.zone,
+                "maxConcurrent": concurrent, "priority": self.rng.u8(..2), "weight": self.rng.u8(1..4),
+            });
+            if self.rng.u8(..) < 20 {
+                api["tpm"] = json!(1_000_000);
+            }
+            apis.push(api);
+        }
+        drop(shared);
+        let strategy = self.rng.choice(["random", "round_robin", "least_busy", "fastest"]).unwrap();
+        let server = json!({ "apiKey": "sk-y", "timezone": "UTC", "strategy": strategy });
+        let text = json!({ "server": server, "apis": apis }).to_string();
+        let environment = Environment::fixed::<&str, &str>([]);
+        config::check_str(&text, Format::Json, &environment, Path::new("")).unwrap_or_else(|e| panic!("{e}")).config
+    }
+
+    fn start_process(&mut self) {
+        let clocks = Arc::clone(&self.clocks);
+        let client = Client::new(move || clocks.read());
+        let boot = self.clocks.read().boot;
+        let boot_id = self.boots.to_string();
+        let ledger: Box<dyn Ledger> = match &self.disk {
+            Disk::Memory(pages) => Box::new(MemoryLedger::open(pages, &boot_id)),
+            Disk::File(path) => Box::new(SqliteLedger::open(path, LedgerSync::Normal, Some(&boot_id), boot).unwrap()),
+        };
+        let pool = Pool::new(self.config(), client.clone(), None).unwrap();
+        let desk = Desk::new(client.clone(), LedgerOnError::Deny, Arc::new(Tally::default()));
+        let pool = Rc::new(RefCell::new(Arc::new(pool)));
+        let ledger = Watched { inner: ledger, clocks: Arc::clone(&self.clocks), given_back: Rc::clone(&self.given_back) };
+        let ledger = Box::new(ledger);
+        self.processes.push(Process { client, desk, ledger, pool, requests: Vec::new() });
+    }
+
+    fn step(&mut self) {
+        let wait = match self.rng.u8(..) {
+            0..60 => 0,
+            60..170 => self.rng.u64(..120),
+            170..235 => self.rng.u64(..3000),
+            _ => self.rng.u64(..62_000),
+        };
+        // A thread that is slow to come takes its time in pieces, so that permits grow old on the way.
+        self.pass(wait);
+        match self.rng.u8(..) {
+            0..140 => self.burst(),
+            140..160 => self.reload(),
+            160..170 => self.kill(),
+            170..180 if self.processes.len() < 2 => self.start_process(),
+            180..190 => self.set_clock(),
+            190..195 => self.reboot(),
+            195..202 => self.fail_ledger(),
+            202..210 => self.leave(),
+            _ => {}
+        }
+        if self.rng.u8(..) < 190 {
+            self.serve();
+        }
+    }
+
+    /// Time passes, in steps that are short while anything waits, as the thread would come in between.
+    fn pass(&mut self, wait: u64) {
+        let mut left = wait;
+        while left > 0 {
+            let days = self.days();
+            let piece = left.min(self.rng.u64(1..=900));
+            self.clocks.true_ms.fetch_add(piece, Ordering::Relaxed);
+            left -= piece;
+            self.shared.borrow_mut().seen.turned += u64::from(self.days() != days);
+            if left > 0 || self.rng.bool() {
+                self.serve();
+            }
+        }
+    }
+
+    fn days(&self) -> Vec<Date> {
+        let wall = self.clocks.read().wall;
+        ZONES.iter().map(|zone| Calendar::new(TimeZone::get(zone).unwrap()).date(wall)).collect()
+    }
+
+    /// The desks serve whoever asks, and the requests go on.
+    fn serve(&mut self) {
+        for process in &mut self.processes {
+            // Requests come and go on one after the other, and several groups are needed for one that is retried.
+            for _ in 0..3 {
+                process.go_on();
+                process.desk.serve(Some(process.ledger.as_mut())).unwrap();
+            }
+            process.go_on();
+        }
+        self.check_refusals();
+    }
+
+    /// Once everybody knows what became of the group in which they were served.
+    fn check_refusals(&self) {
+        let mut shared = self.shared.borrow_mut();
+        let given_back = self.given_back.borrow();
+        for Excuse { id, at, missing } in std::mem::take(&mut shared.excuses) {
+            let back = given_back.iter().filter(|(other, when)| *other == id && *when + 1000 > at).count();
+            assert!(back as u64 >= missing, "{id}: refused at {at} though {missing} were free, and {back} came back");
+        }
+        for (id, hold) in std::mem::take(&mut shared.refusals) {
+            let missing = shared.free_by_the_model(&id, hold, &self.clocks);
+            if missing > 0 {
+                shared.excuses.push(Excuse { id, at: self.clocks.true_ms.load(Ordering::Relaxed), missing });
+            }
+        }
+    }
+
+    fn burst(&mut self) {
+        let at = self.rng.usize(..self.processes.len());
+        let count = self.rng.usize(1..12);
+        for _ in 0..count {
+            let process = &mut self.processes[at];
+            let pool = Arc::clone(&process.pool.borrow());
+            let queue = (self.rng.u8(..) < 40)
+                .then(|| Queue { wait_max: Duration::from_millis(self.rng.u64(1..70_000)), requests_max: 5 });
+            let request = request(pool, queue, Arc::clone(&self.clocks), Rc::clone(&self.shared));
+            process.requests.push(Box::pin(request));
+        }
+    }
+
+    fn reload(&mut self) {
+        let config = self.config();
+        let at = self.rng.usize(..self.processes.len());
+        let process = &self.processes[at];
+        let before = Arc::clone(&process.pool.borrow());
+        let pool = Pool::new(config, process.client.clone(), Some(&before)).unwrap();
+        *process.pool.borrow_mut() = Arc::new(pool);
+    }
+
+    /// Clients go away.
+    fn leave(&mut self) {
+        for process in &mut self.processes {
+            let keep = self.rng.usize(..=process.requests.len());
+            process.requests.truncate(keep);
+        }
+    }
+
+    /// A process ends where it stands: nothing in its memory is written.
+    fn kill(&mut self) {
+        let at = self.rng.usize(..self.processes.len());
+        let process = self.processes.swap_remove(at);
+        self.doubt();
+        let Process { desk, ledger, requests, pool, client } = process;
+        drop((desk, ledger));
+        // What the requests give back goes into an inbox that nobody reads any more.
+        drop((requests, pool, client));
+        self.shared.borrow_mut().seen.crashes += 1;
+        if self.processes.is_empty() {
+            self.start_process();
+        }
+    }
+
+    /// From now on the ledger may count attempts that were never sent.
+    fn doubt(&mut self) {
+        let mut shared = self.shared.borrow_mut();
+        shared.doubtful_until = self.clocks.true_ms.load(Ordering::Relaxed) + 62_000;
+        let days = self.days();
+        shared.doubtful_days.extend(days);
+    }
+
+    fn reboot(&mut self) {
+        while let Some(process) = self.processes.pop() {
+            drop((process.desk, process.ledger, process.requests));
+        }
+        self.doubt();
+        // The machine is down for a while, and comes up with another clock.
+        let down = self.rng.u64(100..40_000);
+        let now = self.clocks.true_ms.fetch_add(down, Ordering::Relaxed) + down;
+        let uptime = self.rng.u64(..20_000).min(down);
+        self.clocks.boot_began.store(now - uptime, Ordering::Relaxed);
+        self.boots += 1;
+        // What was not on the disk yet is gone; the day's counts are taken to be there, as `ledgerSync` can have it.
+        if let Disk::Memory(pages) = &self.disk {
+            pages.lock().unwrap().minutes.retain(|_, _| self.rng.bool());
+        }
+        self.shared.borrow_mut().seen.reboots += 1;
+        self.doubt();
+        self.start_process();
+    }
+
+    /// Back or forward, by up to two hours.
+    fn set_clock(&mut self) {
+        let by = self.rng.i64(-7_200_000..7_200_000);
+        self.clocks.wall_off.fetch_add(by, Ordering::Relaxed);
+        self.doubt();
+    }
+
+    /// The disk is full for one group.
+    fn fail_ledger(&mut self) {
+        let at = self.rng.usize(..self.processes.len());
+        let process = &mut self.processes[at];
+        process.go_on();
+        let mut failing = Failing { inner: process.ledger.as_mut(), calls_left: self.rng.u32(..6) };
+        // What it could not write comes a little later. It may well have had nothing to write.
+        self.shared.borrow_mut().failing_until = self.clocks.true_ms.load(Ordering::Relaxed) + 1000;
+        process.desk.serve(Some(&mut failing)).unwrap_or_default();
+        process.go_on();
+        self.check_refusals();
+    }
+
+    /// At the end: the ledger counts at least what was sent.
+    fn settle(&mut self) {
+        self.serve();
+        self.serve();
+        let clock = self.clocks.read();
+        let now = self.clocks.true_ms.load(Ordering::Relaxed);
+        let booted = self.clocks.boot_began.load(Ordering::Relaxed);
+        let ledger = self.processes[0].ledger.as_mut();
+        ledger.begin().unwrap();
+        for (id, model) in &self.shared.borrow().models {
+            if model.rpm.is_none() && model.rpd.is_none() {
+                continue;
+            }
+            let oldest = Slot::oldest_that_counts(clock.boot);
+            let counted: u64 = ledger.minute(id, oldest).unwrap().iter().map(|(_, counts)| counts.attempts).sum();
+            let sent = model.sent.iter().filter(|at| **at + 60_000 > now && **at > booted).count();
+            assert!(counted >= sent as u64, "{id}: the ledger counts {counted} of {sent} that were sent");
+            for (day, sent) in &model.by_day {
+                let counted = ledger.day(id, *day).unwrap().attempts;
+                assert!(counted >= *sent, "{id}, {day}: the ledger counts {counted} of {sent} that were sent");
+            }
+        }
+        ledger.roll_back();
+    }
+}
+
+impl Process {
+    fn go_on(&mut self) {
+        let mut context = Context::from_waker(Waker::noop());
+        self.requests.retain_mut(|request| request.as_mut().poll(&mut context).is_pending());
+    }
+}
+
+/// Ready once the simulation's clock has come there.
+async fn sleep(clocks: &Clocks, wait_ms: u64) {
+    let until = clocks.true_ms.load(Ordering::Relaxed) + wait_ms;
+    std::future::poll_fn(|_| {
+        if clocks.true_ms.load(Ordering::Relaxed) >= until { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}
+
+/// Counts a permit as held for the model, until its request is sent or given up.
+struct HeldPermit {
+    shared: Rc<RefCell<Shared>>,
+    id: String,
+}
+
+impl Drop for HeldPermit {
+    fn drop(&mut self) {
+        let mut shared = self.shared.borrow_mut();
+        let model = shared.models.get_mut(&self.id).unwrap();
+        model.held -= 1;
+    }
+}
+
+/// One client's request, as the proxy runs it.
+async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, shared: Rc<RefCell<Shared>>) {
+    let Some(candidates) = pool.router.find("m") else { return };
+    let mut tried = Vec::new();
+    let began = clocks.true_ms.load(Ordering::Relaxed);
+    loop {
+        let queue = queue.filter(|_| tried.is_empty());
+        let admission = admission::Request { pool: &pool, candidates, tried: &tried, queue };
+        let choice = match admission::admit(admission).await {
+            Ok(choice) => choice,
+            Err(Fault::LimitsReached { held, wait }) => {
+                let mut shared = shared.borrow_mut();
+                shared.seen.refused += 1;
+                let waited = clocks.true_ms.load(Ordering::Relaxed) - began;
+                shared.seen.waited += u64::from(queue.is_some() && waited > 0);
+                assert!(wait > Duration::ZERO, "refused, and told to come at once");
+                shared.refusals.extend(held.into_iter().map(|held| (held.endpoint.unwrap().to_string(), held.hold)));
+                return;
+            }
+            Err(Fault::LedgerUnavailable) => {
+                shared.borrow_mut().seen.unavailable += 1;
+                return;
+            }
+            Err(Fault::NoneAvailable) => return,
+            Err(fault) => panic!("{fault:?}"),
+        };
+        let outcome = attempt(&pool, choice, &mut tried, candidates, &clocks, &shared).await;
+        let attempts = u32::try_from(tried.len()).unwrap();
+        let is_retryable = outcome.is_retryable(&pool.server.retry);
+        if !is_retryable || !retry::may_begin(&pool.server.retry, attempts, Duration::ZERO) {
+            return;
+        }
+    }
+}
+
+async fn attempt(
+    pool: &Pool,
+    choice: Choice,
+    tried: &mut Vec<usize>,
+    candidates: &api_together::route::Candidates,
+    clocks: &Arc<Clocks>,
+    shared: &Rc<RefCell<Shared>>,
+) -> Outcome {
+    let candidate = &candidates.list()[choice.candidate];
+    tried.push(candidate.endpoint);
+    let endpoint = &pool.endpoints[candidate.endpoint];
+    let id = endpoint.config.id.to_string();
+    let trial = choice.trial.is_some();
+    shared.borrow_mut().models.get_mut(&id).unwrap().held += 1;
+    let held = HeldPermit { shared: Rc::clone(shared), id: id.clone() };
+    let terms = Terms { call: Call::Completion, expects_body: true, more: true };
+    let mut attempt = Attempt::new(endpoint, None, terms, choice, pool.server.breaker.clone());
+    let (connect_ms, fate, answer_ms) = {
+        let rng = &mut shared.borrow_mut().rng;
+        let connect_ms = if rng.u8(..) < 180 { 0 } else { rng.u64(1..2000) };
+        (connect_ms, rng.u8(..), rng.u64(..5000))
+    };
+    sleep(clocks, connect_ms).await;
+    let outcome = if fate < 20 {
+        Outcome::ConnectFailed
+    } else {
+        let was_stale = connect_ms >= 250;
+        if attempt.send(&pool.ledger).await {
+            drop(held);
+            shared.borrow_mut().seen.swapped += u64::from(was_stale);
+            shared.borrow_mut().sent(&id, clocks);
+            sleep(clocks, answer_ms).await;
+            match fate {
+                20..50 => Outcome::Status { status: 500, rest: Duration::ZERO },
+                50..60 => Outcome::Status { status: 429, rest: Duration::from_secs(3) },
+                60..70 => Outcome::Broken,
+                _ => Outcome::Status { status: 200, rest: Duration::ZERO },
+            }
+        } else {
+            Outcome::LimitReached
+        }
+    };
+    shared.borrow_mut().seen.failed += u64::from(outcome.is_retryable(&pool.server.retry));
+    endpoint.live.learn(outcome.effect(), trial, clocks.read().now, &pool.server.breaker);
+    outcome
+}
+
+impl Shared {
+    /// The header of a request goes out.
+    fn sent(&mut self, id: &str, clocks: &Clocks) {
+        self.seen.sent += 1;
+        let now = clocks.true_ms.load(Ordering::Relaxed);
+        let model = self.models.get_mut(id).unwrap();
+        model.sent.push(now);
+        if let Some(rpm) = model.rpm {
+            let in_a_minute = model.sent.iter().filter(|at| now - **at < 60_000).count() as u64;
+            assert!(in_a_minute <= rpm, "{id}: {in_a_minute} sent within 60 s, and rpm is {rpm}");
+        }
+        let calendar = Calendar::new(TimeZone::get(&model.zone).unwrap());
+        let wall = clocks.read().wall;
+        for date in calendar.days(wall).each() {
+            *model.by_day_at_most.entry(date).or_default() += 1;
+        }
+        let date = calendar.date(wall);
+        let on_this_day = model.by_day.entry(date).or_default();
+        *on_this_day += 1;
+        if let Some(rpd) = model.rpd {
+            assert!(*on_this_day <= rpd, "{id}: {on_this_day} sent on {date}, and rpd is {rpd}");
+        }
+    }
+
+    /// Somebody was refused because of this limit: how many permits were free by the model. None, usually.
+    fn free_by_the_model(&self, id: &str, hold: Hold, clocks: &Clocks) -> u64 {
+        let now = clocks.true_ms.load(Ordering::Relaxed);
+        let model = &self.models[id];
+        let clock = clocks.read();
+        if self.failing_until > now {
+            return 0;
+        }
+        match hold {
+            Hold::RequestsPerMinute(rpm) if self.doubtful_until <= now => {
+                let counting = model.sent.iter().filter(|at| **at + 60_500 > now).count() as u64;
+                rpm.saturating_sub(counting + model.held)
+            }
+            Hold::RequestsPerDay(rpd) => {
+                let days = Calendar::new(TimeZone::get(&model.zone).unwrap()).days(clock.wall);
+                let most = days.each().map(|date| model.by_day_at_most.get(&date).copied().unwrap_or(0)).max().unwrap();
+                let is_doubtful = days.each().any(|date| self.doubtful_days.contains(&date)) || days.first != days.last;
+                if is_doubtful { 0 } else { rpd.saturating_sub(most + model.held) }
+            }
+            Hold::MinuteUnknown => {
+                assert!(clock.boot < Stamp::default() + SPAN, "{id}: unknown for no reason");
+                0
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// A ledger that is watched for what comes back to it.
+struct Watched {
+    inner: Box<dyn Ledger>,
+    clocks: Arc<Clocks>,
+    given_back: GivenBack,
+}
+
+/// Whose permits came back, and when, in true time.
+type GivenBack = Rc<RefCell<Vec<(String, u64)>>>;
+
+impl Ledger for Watched {
+    fn begin(&mut self) -> Result<u64, LedgerError> {
+        self.inner.begin()
+    }
+
+    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+        self.inner.minute(endpoint, oldest)
+    }
+
+    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
+        self.inner.day(endpoint, date)
+    }
+
+    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
+        let now = self.clocks.true_ms.load(Ordering::Relaxed);
+        for _ in change.attempts..0 {
+            self.given_back.borrow_mut().push((endpoint.to_owned(), now));
+        }
+        self.inner.add(endpoint, slot, days, change)
+    }
+
+    fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
+        self.inner.add_tokens(spent)
+    }
+
+    fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
+        self.inner.reset_tokens(endpoint)
+    }
+
+    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
+        self.inner.forget(endpoint, oldest)
+    }
+
+    fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError> {
+        self.inner.forget_tokens(hours, days)
+    }
+
+    fn commit(&mut self) -> Result<(), LedgerError> {
+        self.inner.commit()
+    }
+
+    fn roll_back(&mut self) {
+        self.inner.roll_back();
+    }
+
+    fn unknown_until(&self) -> Stamp {
+        self.inner.unknown_until()
+    }
+}
+
+/// What a disk holds.
+#[derive(Clone, Debug, Default)]
+struct Pages {
+    version: u64,
+    boot_id: String,
+    unknown_until: Stamp,
+    minutes: BTreeMap<(String, Slot), Counts>,
+    days: BTreeMap<(String, Date), Counts>,
+}
+
+/// A ledger in memory, which outlives the processes that write it.
+struct MemoryLedger {
+    pages: Arc<Mutex<Pages>>,
+    group: Option<Pages>,
+    unknown_until: Stamp,
+    /// The version after this one's own last commit, and how often another one was found.
+    own: u64,
+    generation: u64,
+}
+
+impl MemoryLedger {
+    fn open(pages: &Arc<Mutex<Pages>>, boot_id: &str) -> Self {
+        let mut disk = pages.lock().unwrap();
+        if disk.boot_id != boot_id {
+            // The first boot of all left nothing behind.
+            disk.unknown_until = if disk.boot_id.is_empty() { Stamp::default() } else { Stamp::default() + SPAN };
+            disk.boot_id = boot_id.to_owned();
+            disk.minutes.clear();
+            disk.version += 1;
+        }
+        let unknown_until = disk.unknown_until;
+        drop(disk);
+        Self { pages: Arc::clone(pages), group: None, unknown_until, own: 0, generation: 0 }
+    }
+
+    fn group(&mut self) -> &mut Pages {
+        self.group.as_mut().expect("no group has begun")
+    }
+}
+
+fn change(counts: &mut Counts, change: Change) {
+    counts.attempts = counts.attempts.checked_add_signed(change.attempts).expect("fewer than none");
+    counts.tokens = counts.tokens.checked_add_signed(change.tokens).expect("fewer than none");
+}
+
+impl Ledger for MemoryLedger {
+    fn begin(&mut self) -> Result<u64, LedgerError> {
+        let pages = self.pages.lock().unwrap().clone();
+        if pages.version != self.own {
+            self.own = pages.version;
+            self.generation += 1;
+        }
+        assert!(self.group.replace(pages).is_none(), "two groups at once");
+        Ok(self.generation)
+    }
+
+    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+        let minutes = self.group().minutes.iter().filter(|((id, slot), _)| id == endpoint && *slot >= oldest);
+        Ok(minutes.map(|((_, slot), counts)| (*slot, *counts)).collect())
+    }
+
+    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
+        Ok(self.group().days.get(&(endpoint.to_owned(), date)).copied().unwrap_or_default())
+    }
+
+    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, by: Change) -> Result<(), LedgerError> {
+        let group = self.group();
+        if by.attempts >= 0 || group.minutes.contains_key(&(endpoint.to_owned(), slot)) {
+            change(group.minutes.entry((endpoint.to_owned(), slot)).or_default(), by);
+        }
+        for date in days.each() {
+            change(group.days.entry((endpoint.to_owned(), date)).or_default(), by);
+        }
+        Ok(())
+    }
+
+    fn add_tokens(&mut self, _spent: &Spent) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn reset_tokens(&mut self, _endpoint: Option<&str>) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
+        self.group().minutes.retain(|(id, slot), _| id != endpoint || *slot >= oldest);
+        Ok(())
+    }
+
+    fn forget_tokens(&mut self, _hours: i64, _days: i64) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn commit(&mut self) -> Result<(), LedgerError> {
+        let mut group = self.group.take().expect("no group has begun");
+        group.version += 1;
+        self.own = group.version;
+        *self.pages.lock().unwrap() = group;
+        Ok(())
+    }
+
+    fn roll_back(&mut self) {
+        self.group = None;
+    }
+
+    fn unknown_until(&self) -> Stamp {
+        self.unknown_until
+    }
+}
+
+/// A ledger whose disk is full after some calls.
+struct Failing<'a> {
+    inner: &'a mut dyn Ledger,
+    calls_left: u32,
+}
+
+impl Failing<'_> {
+    fn call(&mut self) -> Result<(), LedgerError> {
+        let Some(left) = self.calls_left.checked_sub(1) else {
+            return Err(LedgerError { kind: FaultKind::Unusable, message: "the disk is full".into() });
+        };
+        self.calls_left = left;
+        Ok(())
+    }
+}
+
+impl Ledger for Failing<'_> {
+    fn begin(&mut self) -> Result<u64, LedgerError> {
+        self.call()?;
+        self.inner.begin()
+    }
+
+    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+        self.call()?;
+        self.inner.minute(endpoint, oldest)
+    }
+
+    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
+        self.call()?;
+        self.inner.day(endpoint, date)
+    }
+
+    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
+        self.call()?;
+        self.inner.add(endpoint, slot, days, change)
+    }
+
+    fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
+        self.call()?;
+        self.inner.add_tokens(spent)
+    }
+
+    fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
+        self.inner.reset_tokens(endpoint)
+    }
+
+    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
+        self.inner.forget(endpoint, oldest)
+    }
+
+    fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError> {
+        self.inner.forget_tokens(hours, days)
+    }
+
+    fn commit(&mut self) -> Result<(), LedgerError> {
+        self.call()?;
+        self.inner.commit()
+    }
+
+    fn roll_back(&mut self) {
+        self.inner.roll_back();
+    }
+
+    fn unknown_until(&self) -> Stamp {
+        self.inner.unknown_until()
+    }
+}
