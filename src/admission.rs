@@ -8,6 +8,7 @@
 //! 4. Then the request waits for its turn, if the config lets it, or is told when to come back.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::balance::{self, Pick};
 use crate::config::Queue;
@@ -18,8 +19,10 @@ use crate::limit::Stamp;
 use crate::pool::{Pool, Trial};
 use crate::route::Candidates;
 
-/// While a request waits, an endpoint may begin to cool down; then it waits again, so often at most.
-const WAITS_MAX: usize = 16;
+/// While a request waits for an endpoint, that may begin to cool down; then it waits again, so often at most.
+const GRANTS_MAX: usize = 16;
+/// A request that waits looks so often which endpoints are open; it keeps its place in the order of arrival.
+const WAIT_SLICE: Duration = Duration::from_millis(500);
 /// Endpoints that are tried out for one request, beyond which nobody is left to hope for.
 const RESORTS_MAX: usize = 16;
 
@@ -80,12 +83,19 @@ async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
     if let Ok(Drawn::Granted(at, permit)) = draw(request, &open, turn.ticket, Otherwise::LookElsewhere).await {
         return choice(&open, at, permit);
     }
+    let mut limited = None;
     for candidate in resorts.into_iter().take(RESORTS_MAX) {
-        if let Some(choice) = try_out(request, candidate, turn.ticket).await {
-            return Ok(choice);
+        match try_out(request, candidate, turn.ticket).await {
+            Some(Ok(choice)) => return Ok(choice),
+            Some(Err(fault)) => limited = Some(fault),
+            None => {}
         }
     }
-    wait_or_refuse(request, turn).await
+    match wait_or_refuse(request, turn).await {
+        // Whoever could be tried out was at a limit, so that is what is to be waited for.
+        Err(Fault::NoneAvailable) => Err(limited.unwrap_or(Fault::NoneAvailable)),
+        other => other,
+    }
 }
 
 /// A place in the order of arrival.
@@ -102,23 +112,33 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
         turn.place = pool.ledger.enter_queue(queue.requests_max);
         turn.until = pool.clock().boot + queue.wait_max;
     }
-    let otherwise = if turn.place.is_some() { Otherwise::WaitUntil(turn.until) } else { Otherwise::Refuse };
-    for _ in 0..WAITS_MAX {
-        let open = balance::open(pool, request.candidates, request.tried, &pool.clock());
+    let mut grants = 0;
+    loop {
+        let clock = pool.clock();
+        let waits = turn.place.is_some() && clock.boot < turn.until;
+        let open = balance::open(pool, request.candidates, request.tried, &clock);
+        let otherwise = match waits {
+            true => Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE)),
+            false => Otherwise::Refuse,
+        };
         match draw(request, &open, turn.ticket, otherwise).await? {
             Drawn::Granted(at, permit) => {
                 let choice = choice(&open, at, permit)?;
                 // It may have failed others while this one waited for it; then the permit is given back.
                 let endpoint = balance::endpoint_of(pool, request.candidates, choice.candidate);
+                grants += 1;
                 if endpoint.is_some_and(|endpoint| endpoint.live.gate(pool.clock().now) == Gate::Open) {
                     return Ok(choice);
                 }
             }
+            Drawn::Refused(_) if waits => {}
             Drawn::Refused(refusal) => return Err(limits_reached(request, &open, refusal)),
             Drawn::Unavailable => return Err(Fault::LedgerUnavailable),
         }
+        if grants > GRANTS_MAX {
+            return Err(Fault::NoneAvailable);
+        }
     }
-    Err(Fault::NoneAvailable)
 }
 
 /// Draws from candidates. Nobody being left to draw from is a fault.
@@ -143,17 +163,18 @@ fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit) -> Result<Choice, 
     Ok(Choice { candidate, trial: None, permit })
 }
 
-/// Tries an endpoint out that is cooling down, if nobody else does.
-async fn try_out(request: Request<'_>, candidate: usize, ticket: u64) -> Option<Choice> {
+/// Tries an endpoint out that is cooling down, if nobody else does. A fault is its limit.
+async fn try_out(request: Request<'_>, candidate: usize, ticket: u64) -> Option<Result<Choice, Fault>> {
     let endpoint = balance::endpoint_of(request.pool, request.candidates, candidate)?;
-    let trial = endpoint.live.begin_trial()?;
+    let trial = Some(endpoint.live.begin_trial()?);
     if !endpoint.limits.any() {
-        return Some(Choice { candidate, trial: Some(trial), permit: request.pool.unlimited(endpoint) });
+        return Some(Ok(Choice { candidate, trial, permit: request.pool.unlimited(endpoint) }));
     }
-    let drawn = draw(request, &[(candidate, Stamp::default())], ticket, Otherwise::LookElsewhere).await;
-    match drawn {
-        Ok(Drawn::Granted(_, permit)) => Some(Choice { candidate, trial: Some(trial), permit }),
-        _ => None,
+    let open = [(candidate, Stamp::default())];
+    match draw(request, &open, ticket, Otherwise::LookElsewhere).await.ok()? {
+        Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit })),
+        Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, refusal))),
+        Drawn::Unavailable => Some(Err(Fault::LedgerUnavailable)),
     }
 }
 

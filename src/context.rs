@@ -13,9 +13,9 @@ use pingora::http::ResponseHeader;
 use crate::admission::Choice;
 use crate::blot::Blotter;
 use crate::config::Breaker;
-use crate::error::Fault;
+use crate::error::{Fault, excerpt};
 use crate::health::Effect;
-use crate::ledger::{Client, Drawn, Otherwise, Permit, Spent, Tokens};
+use crate::ledger::{Client, Drawn, Permit, Spent, Tokens};
 use crate::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::rates::Rates;
 use crate::replay::Wrapped;
@@ -102,6 +102,8 @@ pub struct Tries {
     pub stale: u32,
     /// Whether the current attempt begins anew, at the same endpoint.
     pub again: bool,
+    /// What the client is told of a limit that was reached on the way, if nobody else takes the request.
+    pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.
     pub last: Option<Arc<Endpoint>>,
     /// The body of the current attempt, until it is on its way.
@@ -206,22 +208,19 @@ impl Attempt {
         }
     }
 
-    /// The request's header goes out now. False if that took so long that the permit is worth nothing any more and no other is
-    /// to be had.
-    pub async fn send(&mut self, ledger: &Client) -> bool {
+    /// The request's header goes out now. If that took so long that the permit is worth nothing any more and no other is to be
+    /// had, says what came of the draw.
+    pub async fn send(&mut self, ledger: &Client) -> Result<(), Drawn> {
         // On a machine that is much too busy a fresh one may be old again when it comes.
         const SWAPS_MAX: usize = 3;
         for _ in 0..=SWAPS_MAX {
             if !self.permit.is_stale(&ledger.clock()) {
                 self.permit.spend();
-                return true;
+                return Ok(());
             }
-            self.permit.give_back();
-            if !self.draw_again(ledger).await {
-                return false;
-            }
+            self.swap_permit(ledger).await?;
         }
-        false
+        Err(Drawn::Unavailable)
     }
 
     /// The endpoint is known never to have had the request.
@@ -229,23 +228,19 @@ impl Attempt {
         self.permit.never_sent();
     }
 
-    /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit; false if
-    /// there is none.
-    pub async fn begin_anew(&mut self, ledger: &Client) -> bool {
-        !self.permit.is_spent() || self.draw_again(ledger).await
+    /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit.
+    pub async fn begin_anew(&mut self, ledger: &Client) -> Result<(), Drawn> {
+        if self.permit.is_spent() && self.endpoint.limits.any() { self.swap_permit(ledger).await } else { Ok(()) }
     }
 
-    async fn draw_again(&mut self, ledger: &Client) -> bool {
-        if !self.endpoint.limits.any() {
-            return true;
+    async fn swap_permit(&mut self, ledger: &Client) -> Result<(), Drawn> {
+        match ledger.swap(&mut self.permit).await {
+            Drawn::Granted(_, permit) => {
+                self.permit = permit;
+                Ok(())
+            }
+            none => Err(none),
         }
-        // It is in flight all the time, so this does not count as another one.
-        self.permit.give_back();
-        let wanted = vec![self.permit.wanted()];
-        let drawn = ledger.draw(ledger.ticket(), wanted, Otherwise::LookElsewhere).await;
-        let Drawn::Granted(_, permit) = drawn else { return false };
-        self.permit = permit;
-        true
     }
 
     /// The answer is let through. A good one may still break off, so it is settled at its end.
@@ -275,8 +270,9 @@ impl Attempt {
     pub fn bill(&mut self, pool: &Pool, model: Option<&str>) {
         let Some(tokens) = self.tokens.take() else { return };
         let (account, limits) = self.endpoint.account();
-        let model = self.model.as_deref().or(model).unwrap_or("-");
-        let spent = Spent::now(account.id(), model, tokens, &pool.server.timezone, pool.clock().wall);
+        // A client may call a model anything.
+        let model = excerpt(self.model.as_deref().or(model).unwrap_or("-"));
+        let spent = Spent::now(account.id(), &model, tokens, &pool.server.timezone, pool.clock().wall);
         pool.ledger.spend_tokens(&account, &limits, spent);
     }
 

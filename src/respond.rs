@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::request::Call;
 use crate::retry::Outcome;
 use crate::sse::{Event, Splitter};
+use crate::usage::Usage;
 
 /// The most of an answer that is held back (64 KiB), the last chunk on top.
 pub const HOLD_BYTES_MAX: usize = 64 * 1024;
@@ -295,25 +296,7 @@ fn is_empty_answer(body: &[u8], call: Call) -> bool {
     if body.is_empty() || inside.is_some_and(|inside| inside.trim_ascii().is_empty()) {
         return true;
     }
-    call == Call::Completion && has_no_completion_tokens(body)
-}
-
-fn has_no_completion_tokens(body: &[u8]) -> bool {
-    #[derive(serde::Deserialize)]
-    struct Answer {
-        usage: Option<Usage>,
-    }
-    #[derive(serde::Deserialize)]
-    #[expect(clippy::struct_field_names, reason = "the names are OpenAI's")]
-    struct Usage {
-        prompt_tokens: Option<u64>,
-        completion_tokens: Option<u64>,
-        total_tokens: Option<u64>,
-    }
-    let Ok(Answer { usage: Some(usage) }) = serde_json::from_slice(body) else { return false };
-    usage.completion_tokens == Some(0)
-        && usage.total_tokens.is_some_and(|total| total > 0)
-        && usage.total_tokens == usage.prompt_tokens
+    call == Call::Completion && Usage::of(body).is_some_and(|usage| usage.is_of_empty_answer())
 }
 
 #[cfg(test)]

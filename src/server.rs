@@ -300,6 +300,7 @@ struct KeepLedger(Arc<Keeper>);
 #[async_trait]
 impl BackgroundService for KeepLedger {
     async fn start(&self, _shutdown: ShutdownWatch) {
+        // Whoever has asked already is told, too, if it cannot be.
         if let Err(error) = self.0.start() {
             log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");
         }

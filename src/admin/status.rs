@@ -1,5 +1,6 @@
 //! `GET /health` and `GET /v1/status`.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -26,7 +27,9 @@ pub async fn status(from: Sources<'_>) -> String {
     let views = pool.ledger.look(accounts).await.unwrap_or_default();
     let clock = pool.clock();
     let views = views.into_iter().chain(std::iter::repeat_with(View::default));
-    let apis: Vec<Value> = pool.endpoints.iter().zip(views).map(|(endpoint, view)| api(endpoint, &view, &clock)).collect();
+    let denies = pool.ledger.is_down();
+    let api = |(endpoint, view): (&Arc<Endpoint>, View)| api(endpoint, &view, denies, &clock);
+    let apis: Vec<Value> = pool.endpoints.iter().zip(views).map(api).collect();
     json!({
         "service": SERVICE,
         "timestamp": iso(SystemTime::now()),
@@ -55,7 +58,8 @@ fn ledger_state(ledger: &ledger::State, pool: &Pool) -> Value {
     })
 }
 
-fn api(endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
+/// `denies`: endpoints with limits take nothing, since the ledger cannot be used.
+fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
     let now = clock.now;
     let config = &endpoint.config;
     let live = &endpoint.live;
@@ -76,7 +80,10 @@ fn api(endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
         "id": config.id.as_ref(),
         "name": config.name.as_ref(),
         "enabled": config.enabled,
-        "available": config.usable() && view.held.is_none() && matches!(gate, Gate::Open | Gate::TrialDue),
+        "available": config.usable()
+            && view.held.is_none()
+            && !(denies && limits.in_ledger())
+            && matches!(gate, Gate::Open | Gate::TrialDue),
         "temporarilyDisabled": matches!(gate, Gate::Cooling { .. } | Gate::OnTrial),
         "errorCount": health.errors_in_row(),
         "limits": {

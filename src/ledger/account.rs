@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::Change;
 use crate::limit::{Counted, Days, Slot, Stamp, Usage, View};
@@ -9,6 +10,10 @@ use crate::limit::{Counted, Days, Slot, Stamp, Usage, View};
 /// Changes that wait to be written while the ledger cannot be; beyond that they are written as if they were as old as the
 /// oldest, which still counts them in the right days.
 const UNWRITTEN_MAX: usize = 1024;
+
+/// An endpoint seems full for no longer than this: what another process gives back, a changed config and a clock that is set
+/// can open it before.
+const HINT_MAX: Duration = Duration::from_secs(1);
 
 /// One endpoint's account.
 #[derive(Debug)]
@@ -18,7 +23,7 @@ pub struct Account {
     attempts: AtomicU64,
     /// Those of them that needed no permit of the ledger and are not written to it yet.
     unwritten: AtomicU64,
-    /// A hint: the desk said last that nothing frees before this moment. It puts the endpoint behind others and never refuses.
+    /// A hint: the desk said last that nothing frees before this moment. It puts the endpoint behind others.
     full_until: AtomicU64,
     view: Mutex<View>,
     /// The desk's own.
@@ -124,8 +129,14 @@ impl Account {
         self.unwritten.swap(0, Ordering::Relaxed)
     }
 
-    pub(super) fn publish(&self, view: View) {
-        self.full_until.store(view.held.map_or(0, |held| held.until.0), Ordering::Relaxed);
+    /// Whether attempts wait to be collected.
+    pub(super) fn has_unwritten(&self) -> bool {
+        self.unwritten.load(Ordering::Relaxed) > 0
+    }
+
+    pub(super) fn publish(&self, view: View, now: Stamp) {
+        let full_until = view.held.map_or(Stamp::default(), |held| held.until.min(now + HINT_MAX));
+        self.full_until.store(full_until.0, Ordering::Relaxed);
         *lock(&self.view) = view;
     }
 

@@ -10,9 +10,12 @@ use tokio::sync::oneshot;
 use super::{Account, Spent};
 use crate::limit::{Clock, Counted, Hold, Limits, PERMIT_AGE_MAX, Stamp, View};
 
-/// Requests that may wait for the ledger's thread at one moment, which serves them all in one group. What follows a draw (a
-/// permit given back, a request that ended, its tokens) always has room, and is bounded by the draws.
+/// Requests that may wait for the ledger's thread at one moment, which serves them all in one group. What follows an attempt (a
+/// permit given back, its end, its tokens) always has room: there is one at most of each for every request that is open.
 const DRAWS_MAX: usize = 65_536;
+
+/// An answer of the ledger's thread is awaited no longer than this: a disk may hang, and a client should not.
+const ANSWER_MAX: Duration = Duration::from_secs(3);
 
 /// An endpoint that would do.
 #[derive(Clone, Debug)]
@@ -51,6 +54,8 @@ pub(super) struct Draw {
     pub(super) ticket: u64,
     pub(super) wanted: Vec<Wanted>,
     pub(super) otherwise: Otherwise,
+    /// The permit that the new one is to stand for.
+    pub(super) instead_of: Option<Return>,
     pub(super) reply: oneshot::Sender<Drawn>,
 }
 
@@ -212,8 +217,34 @@ impl Client {
 
     /// Draws a permit of the first endpoint in the list that has one.
     pub async fn draw(&self, ticket: u64, wanted: Vec<Wanted>, otherwise: Otherwise) -> Drawn {
+        self.send_draw(ticket, wanted, otherwise, None).await
+    }
+
+    /// Draws a fresh permit in place of one that is too old, or spent on an attempt that has to be made once more. What the old
+    /// one held is given back in the same step, so that nobody comes between.
+    pub async fn swap(&self, old: &mut Permit) -> Drawn {
+        let wanted = vec![Wanted {
+            account: Arc::clone(&old.account),
+            limits: Arc::clone(&old.limits),
+            not_before: Stamp::default(),
+        }];
+        let returned = old.take_return();
+        self.send_draw(self.ticket(), wanted, Otherwise::LookElsewhere, returned).await
+    }
+
+    async fn send_draw(
+        &self,
+        ticket: u64,
+        wanted: Vec<Wanted>,
+        otherwise: Otherwise,
+        instead_of: Option<Return>,
+    ) -> Drawn {
         let (reply, answer) = oneshot::channel();
-        let draw = Draw { ticket, wanted, otherwise, reply };
+        let draw = Draw { ticket, wanted, otherwise, instead_of, reply };
+        let patience = match otherwise {
+            Otherwise::WaitUntil(until) => ANSWER_MAX + self.clock().boot.until(until),
+            Otherwise::LookElsewhere | Otherwise::Refuse => ANSWER_MAX,
+        };
         let pushed = self.push(|messages| {
             let has_room = messages.draws.len() < DRAWS_MAX;
             if has_room {
@@ -224,7 +255,11 @@ impl Client {
         if pushed != Some(true) {
             return Drawn::Unavailable;
         }
-        answer.await.unwrap_or(Drawn::Unavailable)
+        match tokio::time::timeout(patience, answer).await {
+            Ok(Ok(drawn)) => drawn,
+            // What is granted later finds nobody and gives itself back.
+            Ok(Err(_)) | Err(_) => Drawn::Unavailable,
+        }
     }
 
     /// A permit of an endpoint that has no limits.
@@ -408,27 +443,21 @@ impl Permit {
         }
     }
 
-    /// Where another one of the same endpoint is to be had.
-    pub fn wanted(&self) -> Wanted {
-        let (account, limits) = (Arc::clone(&self.account), Arc::clone(&self.limits));
-        Wanted { account, limits, not_before: Stamp::default() }
-    }
-
-    /// Gives it back, unless it is spent, and ends being in flight.
-    pub fn give_back(&mut self) {
+    /// What is to be given back: the count, unless it is spent, and the place among those in flight.
+    fn take_return(&mut self) -> Option<Return> {
         let unsent = std::mem::replace(&mut self.stage, Stage::GivenBack) == Stage::Held;
         let counted = self.counted.take().filter(|_| unsent);
         let concurrent = std::mem::take(&mut self.concurrent);
-        if counted.is_some() || concurrent {
-            let returned = Return { account: Arc::clone(&self.account), counted, concurrent };
-            // A thread that has ended leaves it counted: too much, never too little.
-            self.client.push(|messages| messages.returns.push(returned));
-        }
+        let returned = Return { account: Arc::clone(&self.account), counted, concurrent };
+        (counted.is_some() || concurrent).then_some(returned)
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.give_back();
+        if let Some(returned) = self.take_return() {
+            // A thread that has ended leaves it counted: too much, never too little.
+            self.client.push(|messages| messages.returns.push(returned));
+        }
     }
 }

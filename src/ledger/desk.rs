@@ -10,13 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::account::{Entry, Mirror};
-use super::client::{Bill, Draw, Messages, Return};
+use super::client::{Bill, Draw, Messages, Otherwise, Return};
 use super::stats::{self, DAYS_KEPT, HOURS_KEPT, MODELS_MAX, OTHER_MODELS};
 use super::{Account, Change, Client, Drawn, FaultKind, Ledger, LedgerError, Permit, Refusal, Spent, Wanted};
 use crate::config::LedgerOnError;
-use crate::limit::{Clock, Counted, Counts, Held, Limits, Minute, Slot, Stamp, View};
-
-use super::client::Otherwise;
+use crate::limit::{Clock, Counted, Counts, Held, Hold, Limits, Minute, Slot, Stamp, View};
 
 /// What is written behind is written after this time.
 const WRITE_BEHIND: Duration = Duration::from_millis(100);
@@ -24,8 +22,10 @@ const WRITE_BEHIND: Duration = Duration::from_millis(100);
 const RENEW: Duration = Duration::from_secs(1);
 /// Those who wait are looked through at least so often, as another process may give permits back.
 const SCAN: Duration = Duration::from_millis(250);
-/// Slots that no longer count are removed so often, and statistics that are too old.
+/// Slots that no longer count are removed so often.
 const CLEAN: Duration = Duration::from_secs(10);
+/// Statistics that are too old, so often.
+const CLEAN_STATS: Duration = Duration::from_hours(1);
 /// Token counts that wait to be written while the ledger cannot be; more are lost, and told.
 const SPENT_MAX: usize = 10_000;
 
@@ -34,7 +34,7 @@ const SPENT_MAX: usize = 10_000;
 pub struct Tally {
     /// Draws that were refused because the ledger could not be used.
     pub denied: AtomicU64,
-    /// Attempts that went on without a permit because of that.
+    /// Attempts that went on without a permit because of that; they are counted once it can be written again.
     pub uncounted: AtomicU64,
     /// Answers whose tokens were lost because of that.
     pub lost: AtomicU64,
@@ -59,6 +59,23 @@ pub struct Desk {
     write_at: Stamp,
     renew_at: Stamp,
     clean_at: Stamp,
+    clean_stats_at: Stamp,
+}
+
+/// Whether serving took the ledger, so that it is known to work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Used {
+    /// It did, and all went well.
+    Ledger,
+    /// There was nothing that needed it.
+    Nothing,
+}
+
+/// What of the work behind the permits is due, by the clock at which the messages were taken in.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    writes: bool,
+    renews: bool,
 }
 
 /// Endpoint, model, hour, day.
@@ -100,6 +117,7 @@ impl Desk {
             write_at: Stamp::NEVER,
             renew_at: Stamp::NEVER,
             clean_at: Stamp::default(),
+            clean_stats_at: Stamp::default(),
         }
     }
 
@@ -115,7 +133,7 @@ impl Desk {
 
     /// Serves whatever has come and whatever is due, with the ledger or, if it cannot be used, without. The error says that
     /// it could not; everybody was answered all the same.
-    pub fn serve(&mut self, ledger: Option<&mut dyn Ledger>) -> Result<(), LedgerError> {
+    pub fn serve(&mut self, ledger: Option<&mut dyn Ledger>) -> Result<Used, LedgerError> {
         let messages = self.client.receive(Some(Duration::ZERO));
         self.serve_messages(ledger, messages)
     }
@@ -124,21 +142,23 @@ impl Desk {
         &mut self,
         ledger: Option<&mut dyn Ledger>,
         mut messages: Messages,
-    ) -> Result<(), LedgerError> {
+    ) -> Result<Used, LedgerError> {
         let clock = self.client.clock();
         self.take_in(&mut messages, &clock);
-        let draws = self.draws_due(std::mem::take(&mut messages.draws), clock.boot);
-        let is_due = clock.boot >= self.write_at.min(self.renew_at);
+        let due = Due { writes: clock.boot >= self.write_at, renews: clock.boot >= self.renew_at };
+        if due.writes {
+            self.collect_unwritten(&clock);
+        }
+        let draws = self.draws_due(std::mem::take(&mut messages.draws), &clock);
         let asks = !messages.looks.is_empty() || !messages.resets.is_empty() || !messages.flushes.is_empty();
-        let needs_ledger = is_due || asks || draws.iter().any(needs_ledger);
-        if !needs_ledger {
+        if !due.writes && !due.renews && !asks && !draws.iter().any(needs_ledger) {
             let served = draws.into_iter().map(|draw| decide_here(draw, &clock)).collect();
             self.answer(served, &clock);
-            return Ok(());
+            return Ok(Used::Nothing);
         }
         let unusable = || LedgerError { kind: FaultKind::Unusable, message: String::new() };
         let grouped = match ledger {
-            Some(ledger) => self.group(ledger, draws, &messages),
+            Some(ledger) => self.group(ledger, draws, &messages, due),
             None => Err((unusable(), draws)),
         };
         match grouped {
@@ -146,7 +166,7 @@ impl Desk {
                 self.client.set_down(false);
                 self.answer(served, &clock);
                 answer_others(messages, &clock, true);
-                Ok(())
+                Ok(Used::Ledger)
             }
             Err((error, draws)) => {
                 self.client.set_down(self.on_error == LedgerOnError::Deny);
@@ -169,7 +189,7 @@ impl Desk {
         if messages.unwritten {
             self.write_at = self.write_at.min(clock.boot + WRITE_BEHIND);
         }
-        if !messages.flushes.is_empty() || messages.closing {
+        if !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing {
             self.write_at = clock.boot;
         }
         if !messages.returns.is_empty() {
@@ -180,9 +200,6 @@ impl Desk {
         }
         for bill in messages.bills.drain(..) {
             self.take_bill(bill, clock);
-        }
-        if clock.boot >= self.write_at {
-            self.collect_unwritten(clock);
         }
     }
 
@@ -215,7 +232,7 @@ impl Desk {
         account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.tokens.total });
         let tokens = i64::try_from(spent.tokens.total).unwrap_or(i64::MAX);
         self.write_behind(&account, Entry::new(now, Change { attempts: 0, tokens }));
-        account.publish(account.mirror().usage.view(&limits, clock));
+        account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
         self.keep_spent(spent);
         self.write_at = self.write_at.min(clock.boot + WRITE_BEHIND);
         self.renew_at = self.renew_at.min(clock.boot + RENEW);
@@ -237,8 +254,11 @@ impl Desk {
             kept.at_ms = kept.at_ms.max(spent.at_ms);
         } else if self.spent.len() < SPENT_MAX {
             self.spent.insert(key, spent);
-        } else if self.tally.lost.fetch_add(1, Ordering::Relaxed) == 0 {
-            log::error!("token counts are being lost: the ledger has not been writable for too long");
+        } else {
+            let lost = self.tally.lost.fetch_add(1, Ordering::Relaxed) + 1;
+            if lost.is_power_of_two() {
+                log::error!("the tokens of {lost} answers are lost: the ledger has not been writable for too long");
+            }
         }
     }
 
@@ -248,7 +268,10 @@ impl Desk {
             let attempts = account.take_unwritten();
             if attempts > 0 {
                 let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
-                account.mirror().usage.add(now, Counts { attempts, tokens: 0 });
+                let mut mirror = account.mirror();
+                mirror.usage.forget(clock.boot);
+                mirror.usage.add(now, Counts { attempts, tokens: 0 });
+                drop(mirror);
                 let attempts = i64::try_from(attempts).unwrap_or(i64::MAX);
                 self.write_behind(&account, Entry::new(now, Change { attempts, tokens: 0 }));
                 self.renew_at = self.renew_at.min(clock.boot + RENEW);
@@ -264,14 +287,24 @@ impl Desk {
         entry.merge_into(&mut mirror.unwritten);
     }
 
-    /// Whoever waits, if it is time to look through them, and then the newcomers; but for those who are gone.
-    fn draws_due(&mut self, newcomers: Vec<Draw>, now: Stamp) -> Vec<Draw> {
-        let mut waiting = BTreeMap::new();
-        if now >= self.scan_at {
-            self.scan_at = Stamp::NEVER;
-            waiting = std::mem::take(&mut self.waiting);
+    /// First those who swap a permit for another, then whoever waits, if it is time to look through them, then the newcomers; but
+    /// for those who are gone.
+    fn draws_due(&mut self, newcomers: Vec<Draw>, clock: &Clock) -> Vec<Draw> {
+        let (mut draws, newcomers): (Vec<_>, Vec<_>) =
+            newcomers.into_iter().partition(|draw| draw.instead_of.is_some());
+        for draw in &mut draws {
+            if let Some(returned) = draw.instead_of.take() {
+                self.take_back(returned, clock);
+                self.scan_at = self.scan_at.min(clock.boot);
+            }
         }
-        waiting.into_values().chain(newcomers).filter(|draw| !draw.reply.is_closed()).collect()
+        if clock.boot >= self.scan_at {
+            self.scan_at = Stamp::NEVER;
+            draws.extend(std::mem::take(&mut self.waiting).into_values());
+        }
+        draws.extend(newcomers);
+        draws.retain(|draw| !draw.reply.is_closed());
+        draws
     }
 
     /// Does everything that is due as one step of the ledger. If that fails, nothing of it was done.
@@ -280,6 +313,7 @@ impl Desk {
         ledger: &mut dyn Ledger,
         draws: Vec<Draw>,
         messages: &Messages,
+        due: Due,
     ) -> Result<(Vec<Served>, Clock), (LedgerError, Vec<Draw>)> {
         let generation = match ledger.begin() {
             Ok(generation) => generation,
@@ -291,7 +325,7 @@ impl Desk {
         let mut served = Vec::with_capacity(draws.len());
         let mut draws = draws.into_iter();
         let done = loop {
-            let Some(draw) = draws.next() else { break self.finish_group(&mut group, messages) };
+            let Some(draw) = draws.next() else { break self.finish_group(&mut group, messages, due) };
             match group.decide(&draw) {
                 Ok(outcome) => served.push(Served { draw, outcome }),
                 Err(error) => {
@@ -309,23 +343,23 @@ impl Desk {
         for account in &group.drawn {
             account.mirror().drawn.clear();
         }
-        self.forget_written(&clock);
+        self.forget_written(&clock, due);
         Ok((served, clock))
     }
 
     /// Writes what was drawn and what is due, and commits. Whatever is read comes before: what is read after it was written
     /// would count twice.
-    fn finish_group(&mut self, group: &mut Group<'_>, messages: &Messages) -> Result<(), LedgerError> {
+    fn finish_group(&mut self, group: &mut Group<'_>, messages: &Messages, due: Due) -> Result<(), LedgerError> {
         for look in &messages.looks {
             look.accounts.iter().try_for_each(|(account, limits)| group.refresh(account, limits))?;
         }
-        if group.clock.boot >= self.renew_at {
+        if due.renews {
             self.renew(group)?;
         }
         for account in &group.drawn {
             write(group.ledger, account, &account.mirror().drawn)?;
         }
-        if group.clock.boot >= self.write_at {
+        if due.writes {
             for account in &self.unwritten {
                 write(group.ledger, account, &account.mirror().unwritten)?;
             }
@@ -337,15 +371,15 @@ impl Desk {
         group.ledger.commit()
     }
 
-    fn forget_written(&mut self, clock: &Clock) {
-        if clock.boot >= self.write_at {
+    fn forget_written(&mut self, clock: &Clock, due: Due) {
+        if due.writes {
             for account in self.unwritten.drain(..) {
                 account.mirror().unwritten.clear();
             }
             self.spent.clear();
             self.write_at = Stamp::NEVER;
         }
-        if clock.boot >= self.renew_at {
+        if due.renews {
             let is_moving = self.endpoints.iter().any(|(account, _)| account.mirror().usage.is_moving());
             self.renew_at = if is_moving { clock.boot + RENEW } else { Stamp::NEVER };
         }
@@ -361,38 +395,41 @@ impl Desk {
                 continue;
             }
             group.refresh(account, limits)?;
-            account.publish(account.mirror().usage.view(limits, &clock));
+            account.publish(account.mirror().usage.view(limits, &clock), clock.boot);
             if cleans {
                 group.ledger.forget(account.id(), Slot::oldest_that_counts(clock.boot))?;
             }
         }
         if cleans {
             self.clean_at = clock.boot + CLEAN;
+            // Endpoints that no config and no request has any more, and that have nothing left to be written.
+            self.endpoints.retain(|(account, _)| Arc::strong_count(account) > 1 || account.has_unwritten());
+        }
+        if clock.boot >= self.clean_stats_at {
+            self.clean_stats_at = clock.boot + CLEAN_STATS;
             let second = jiff::Timestamp::try_from(clock.wall).unwrap_or_default().as_second();
             group.ledger.forget_tokens(stats::oldest(second, HOURS_KEPT), stats::oldest(second, DAYS_KEPT))?;
-            // Endpoints that no config and no request has any more; what they had to write is written.
-            self.endpoints.retain(|(account, _)| Arc::strong_count(account) > 1);
         }
         Ok(())
     }
 
-    /// Tells everybody, now that it counts.
+    /// Tells everybody, now that it counts; the views first, so that whoever is told sees its own part in them.
     fn answer(&mut self, served: Vec<Served>, clock: &Clock) {
-        let mut seen: Vec<(Arc<Account>, Arc<Limits>)> = Vec::new();
-        for Served { draw, outcome } in served {
-            for Wanted { account, limits, .. } in &draw.wanted {
-                if !seen.iter().any(|(other, _)| Arc::ptr_eq(other, account)) {
-                    seen.push((Arc::clone(account), Arc::clone(limits)));
-                }
+        let mut seen: Vec<*const Account> = Vec::new();
+        for Wanted { account, limits, .. } in served.iter().flat_map(|served| &served.draw.wanted) {
+            if !seen.contains(&Arc::as_ptr(account)) {
+                seen.push(Arc::as_ptr(account));
+                account.publish(account.mirror().usage.view(limits, clock), clock.boot);
             }
+        }
+        if !seen.is_empty() {
+            self.renew_at = self.renew_at.min(clock.boot + RENEW);
+        }
+        for Served { draw, outcome } in served {
             match outcome {
                 Outcome::Granted(at, counted) => self.grant(draw, at, Some(counted)),
                 Outcome::Held(held) => self.refuse(draw, &held, clock),
             }
-        }
-        for (account, limits) in seen {
-            account.publish(account.mirror().usage.view(&limits, clock));
-            self.renew_at = self.renew_at.min(clock.boot + RENEW);
         }
     }
 
@@ -415,8 +452,8 @@ impl Desk {
                 }
                 return;
             }
-            Otherwise::LookElsewhere => first,
-            Otherwise::Refuse | Otherwise::WaitUntil(_) => promise(&draw.wanted, clock).unwrap_or(first),
+            Otherwise::LookElsewhere | Otherwise::WaitUntil(_) => first,
+            Otherwise::Refuse => promise(&draw.wanted, clock).unwrap_or(first),
         };
         let held = held.iter().map(|(at, held)| (*at, held.by)).collect();
         let refusal = Refusal { wait: clock.boot.until(free_at), held };
@@ -427,20 +464,28 @@ impl Desk {
     /// Endpoints that need no ledger are asked all the same; the others by what the config says.
     fn serve_without_ledger(&mut self, draws: Vec<Draw>, clock: &Clock) {
         for draw in draws {
-            let may_go = |wanted: &Wanted| {
-                let allowed = !wanted.limits.in_ledger() || self.on_error == LedgerOnError::Allow;
-                allowed && wanted.not_before <= clock.boot && wanted.account.mirror().usage.enter(&wanted.limits)
-            };
-            let Some(at) = draw.wanted.iter().position(may_go) else {
+            let may_go = |wanted: &Wanted| !wanted.limits.in_ledger() || self.on_error == LedgerOnError::Allow;
+            let mut held = Vec::new();
+            let mut granted = None;
+            for (at, wanted) in draw.wanted.iter().enumerate().filter(|(_, wanted)| may_go(wanted)) {
+                match enter(wanted, clock) {
+                    Ok(()) => {
+                        granted = Some((at, wanted.limits.in_ledger()));
+                        break;
+                    }
+                    Err(by) => held.push((at, by)),
+                }
+            }
+            if let Some((at, without_permit)) = granted {
+                self.tally.uncounted.fetch_add(u64::from(without_permit), Ordering::Relaxed);
+                self.grant(draw, at, None);
+            } else if held.is_empty() {
                 self.tally.denied.fetch_add(1, Ordering::Relaxed);
                 // Whoever is gone meanwhile needs no answer.
                 drop(draw.reply.send(Drawn::Unavailable));
-                continue;
-            };
-            if draw.wanted.get(at).is_some_and(|wanted| wanted.limits.in_ledger()) {
-                self.tally.uncounted.fetch_add(1, Ordering::Relaxed);
+            } else {
+                self.refuse(draw, &held, clock);
             }
-            self.grant(draw, at, None);
         }
     }
 }
@@ -463,10 +508,21 @@ fn decide_here(draw: Draw, clock: &Clock) -> Served {
 }
 
 fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, Held> {
-    if wanted.not_before > clock.boot {
-        return Err(Held { by: crate::limit::Hold::Rest, until: wanted.not_before });
-    }
+    rests(wanted, clock)?;
     mirror.usage.take(&wanted.limits, clock)
+}
+
+/// As `take`, by what needs no ledger only.
+fn enter(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
+    rests(wanted, clock)?;
+    wanted.account.mirror().usage.enter(&wanted.limits, clock)
+}
+
+fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
+    if wanted.not_before > clock.boot {
+        return Err(Held { by: Hold::Rest, until: wanted.not_before });
+    }
+    Ok(())
 }
 
 /// The first moment at which any of them frees a permit that nobody else was promised, promised to the one who asks now.
@@ -565,5 +621,389 @@ impl Group<'_> {
                 wanted.account.mirror().usage.release();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::{Context, Poll, Waker};
+    use std::time::{Instant, SystemTime};
+
+    use super::super::sqlite::{Opening, SqliteLedger};
+    use super::super::stats::{self, Tokens};
+    use super::*;
+    use crate::config::LedgerSync;
+    use crate::config::test_support::config;
+    use jiff::tz::TimeZone;
+
+    /// 2026-11-25, noon, in UTC.
+    const NOON: u64 = 1_795_608_000;
+
+    /// One process: a desk, its ledger, and a clock that a test moves.
+    struct Process {
+        client: Client,
+        desk: Desk,
+        ledger: SqliteLedger,
+        now_ms: Arc<AtomicU64>,
+        /// For timeouts, which never come here: its own clock stands still.
+        runtime: Arc<tokio::runtime::Runtime>,
+    }
+
+    type Answer = std::pin::Pin<Box<dyn Future<Output = Drawn>>>;
+
+    impl Process {
+        fn new(folder: &std::path::Path, now_ms: &Arc<AtomicU64>, on_error: LedgerOnError) -> Self {
+            let clock = {
+                let (now_ms, base) = (Arc::clone(now_ms), Instant::now());
+                move || {
+                    let since = Duration::from_millis(now_ms.load(Ordering::Relaxed));
+                    let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(NOON) + since;
+                    Clock { now: base + since, boot: Stamp(now_ms.load(Ordering::Relaxed)), wall }
+                }
+            };
+            let client = Client::new(clock);
+            let boot = client.clock().boot;
+            let opening = Opening { boot_id: Some("boot"), now: boot, minute_unknown: false };
+            let ledger = SqliteLedger::open(&folder.join("ledger.db"), LedgerSync::Normal, &opening).unwrap();
+            let desk = Desk::new(client.clone(), on_error, Arc::default());
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            Self { client, desk, ledger, now_ms: Arc::clone(now_ms), runtime: Arc::new(runtime) }
+        }
+
+        fn alone() -> (tempfile::TempDir, Self) {
+            let folder = tempfile::tempdir().unwrap();
+            let process = Self::new(folder.path(), &Arc::new(AtomicU64::new(1_000_000)), LedgerOnError::Deny);
+            (folder, process)
+        }
+
+        fn wanted(&self, id: &str, limits: &str) -> Wanted {
+            let endpoint = config(&format!(r#"[{{"id":"{id}",{limits}}}]"#)).endpoints.remove(0);
+            let account = self.client.account(&id.into());
+            Wanted { account, limits: Arc::new(Limits::of(&endpoint, &TimeZone::UTC)), not_before: Stamp::default() }
+        }
+
+        fn ask(&self, wanted: &[Wanted], otherwise: Otherwise) -> Answer {
+            let (client, wanted) = (self.client.clone(), wanted.to_vec());
+            let _entered = self.runtime.enter();
+            let mut answer: Answer =
+                Box::pin(async move { client.draw(client.ticket(), wanted, otherwise).await });
+            assert!(poll(&mut answer).is_pending());
+            answer
+        }
+
+        fn serve(&mut self) {
+            self.desk.serve(Some(&mut self.ledger)).unwrap();
+        }
+
+        fn draw(&mut self, wanted: &[Wanted]) -> Drawn {
+            let mut answer = self.ask(wanted, Otherwise::Refuse);
+            self.serve();
+            ready(&mut answer)
+        }
+
+        fn pass(&mut self, by: Duration) {
+            self.now_ms.fetch_add(u64::try_from(by.as_millis()).unwrap(), Ordering::Relaxed);
+            self.serve();
+        }
+
+        fn used(&mut self, wanted: &Wanted) -> (u64, u64) {
+            let accounts = vec![(Arc::clone(&wanted.account), Arc::clone(&wanted.limits))];
+            let client = self.client.clone();
+            let mut look = Box::pin(async move { client.look(accounts).await.unwrap()[0] });
+            let mut context = Context::from_waker(Waker::noop());
+            assert!(look.as_mut().poll(&mut context).is_pending());
+            self.serve();
+            let Poll::Ready(view) = look.as_mut().poll(&mut context) else { panic!("no answer") };
+            (view.minute.attempts, view.day.attempts)
+        }
+    }
+
+    fn poll(answer: &mut Answer) -> Poll<Drawn> {
+        answer.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    fn ready(answer: &mut Answer) -> Drawn {
+        match poll(answer) {
+            Poll::Ready(drawn) => drawn,
+            Poll::Pending => panic!("nobody answers"),
+        }
+    }
+
+    fn spent(drawn: Drawn) -> usize {
+        let Drawn::Granted(at, mut permit) = drawn else { panic!("{drawn:?}") };
+        permit.spend();
+        at
+    }
+
+    fn refused(drawn: Drawn) -> Refusal {
+        let Drawn::Refused(refusal) = drawn else { panic!("{drawn:?}") };
+        refusal
+    }
+
+    #[test]
+    fn a_crowd_gets_every_permit_once_and_the_rest_a_moment_each() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = [process.wanted("a", r#""rpm":100"#), process.wanted("b", r#""rpm":100"#)];
+        let mut answers: Vec<_> = (0..1000).map(|_| process.ask(&wanted, Otherwise::Refuse)).collect();
+        process.serve();
+        let (mut granted, mut waits) = ([0, 0], Vec::new());
+        for answer in &mut answers {
+            match ready(answer) {
+                Drawn::Granted(at, mut permit) => {
+                    permit.spend();
+                    granted[at] += 1;
+                }
+                Drawn::Refused(refusal) => {
+                    assert_eq!(refusal.held, [(0, Hold::RequestsPerMinute(100)), (1, Hold::RequestsPerMinute(100))]);
+                    waits.push(refusal.wait.as_millis());
+                }
+                Drawn::Unavailable => panic!("the ledger works"),
+            }
+        }
+        assert_eq!(granted, [100, 100]);
+        // 200 permits free at once, so 200 are told to come then, the next 200 a minute later, and so on.
+        let rounds: Vec<_> = waits.chunk_by(|a, b| a == b).map(<[_]>::len).collect();
+        assert_eq!(rounds, [200; 4], "{waits:?}");
+        assert_eq!(waits[0], 60_500);
+        let used = [process.used(&wanted[0]), process.used(&wanted[1])];
+        assert_eq!(used, [(100, 100), (100, 100)]);
+        // Whoever comes at the moment it was told gets a permit.
+        process.pass(Duration::from_millis(60_500));
+        let mut back: Vec<_> = (0..200).map(|_| process.ask(&wanted, Otherwise::Refuse)).collect();
+        process.serve();
+        assert!(back.iter_mut().all(|answer| matches!(ready(answer), Drawn::Granted(..))));
+    }
+
+    #[test]
+    fn a_permit_that_nobody_takes_comes_back() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = [process.wanted("a", r#""rpm":1,"rpd":1"#)];
+        let answer = process.ask(&wanted, Otherwise::Refuse);
+        process.serve();
+        // The client went away between the grant and its hearing of it.
+        drop(answer);
+        process.serve();
+        assert_eq!(process.used(&wanted[0]), (0, 0));
+        assert!(matches!(process.draw(&wanted), Drawn::Granted(..)), "and this one is dropped unspent as well");
+        assert_eq!(spent(process.draw(&wanted)), 0);
+        assert_eq!(refused(process.draw(&wanted)).held, [(0, Hold::RequestsPerDay(1))], "the one that holds longest");
+    }
+
+    #[test]
+    fn two_processes_share_what_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let now_ms = Arc::new(AtomicU64::new(1_000_000));
+        let mut processes = [0, 1].map(|_| Process::new(folder.path(), &now_ms, LedgerOnError::Deny));
+        let limits = r#""rpm":10,"rpd":100"#;
+        let mut granted = 0;
+        for turn in 0..30 {
+            let process = &mut processes[turn % 2];
+            let wanted = [process.wanted("a", limits)];
+            if let Drawn::Granted(_, mut permit) = process.draw(&wanted) {
+                permit.spend();
+                granted += 1;
+            }
+        }
+        assert_eq!(granted, 10);
+        for process in &mut processes {
+            let wanted = process.wanted("a", limits);
+            assert_eq!(process.used(&wanted), (10, 10), "what is shown is the ledger's, not the process's own");
+        }
+    }
+
+    #[test]
+    fn those_who_wait_are_served_in_the_order_of_arrival() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = [process.wanted("a", r#""rpm":2"#)];
+        for _ in 0..2 {
+            spent(process.draw(&wanted));
+        }
+        let until = process.client.clock().boot + Duration::from_secs(100);
+        let mut waiting: Vec<_> = (0..4).map(|_| process.ask(&wanted, Otherwise::WaitUntil(until))).collect();
+        process.serve();
+        assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
+        // One of them leaves; its place goes to the next.
+        drop(waiting.remove(0));
+        process.pass(Duration::from_secs(60));
+        assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
+        process.now_ms.fetch_add(500, Ordering::Relaxed);
+        // A newcomer at the very moment does not go before them.
+        let mut newcomer = process.ask(&wanted, Otherwise::LookElsewhere);
+        process.serve();
+        assert_eq!(spent(ready(&mut waiting[0])), 0);
+        assert_eq!(spent(ready(&mut waiting[1])), 0);
+        assert!(poll(&mut waiting[2]).is_pending());
+        refused(ready(&mut newcomer));
+        // The last one's time is up before another permit frees.
+        process.pass(Duration::from_secs(40));
+        let refusal = refused(ready(&mut waiting[2]));
+        assert_eq!(refusal.wait, Duration::from_millis(20_500));
+    }
+
+    #[test]
+    fn a_permit_is_swapped_without_anybody_coming_between() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = [process.wanted("a", r#""rpm":1,"maxConcurrent":1"#)];
+        let Drawn::Granted(0, mut old) = process.draw(&wanted) else { panic!("it is free") };
+        let until = process.client.clock().boot + Duration::from_secs(100);
+        let mut waiting = process.ask(&wanted, Otherwise::WaitUntil(until));
+        process.serve();
+        process.now_ms.fetch_add(1000, Ordering::Relaxed);
+        assert!(old.is_stale(&process.client.clock()));
+        let client = process.client.clone();
+        let mut swapped: Answer = {
+            let _entered = process.runtime.enter();
+            let mut swapped: Answer = Box::pin(async move { client.swap(&mut old).await });
+            assert!(poll(&mut swapped).is_pending());
+            swapped
+        };
+        process.serve();
+        let Drawn::Granted(0, mut fresh) = ready(&mut swapped) else { panic!("the one who waits was served first") };
+        assert!(!fresh.is_stale(&process.client.clock()));
+        assert_eq!(process.used(&wanted[0]), (1, 1), "one was given back for it");
+        assert!(poll(&mut waiting).is_pending());
+        fresh.spend();
+        drop(swapped);
+        drop(fresh);
+        process.pass(Duration::from_millis(60_500));
+        assert_eq!(spent(ready(&mut waiting)), 0);
+    }
+
+    #[test]
+    fn whoever_waits_takes_what_comes_back_at_once() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = [process.wanted("a", r#""maxConcurrent":1"#)];
+        let Drawn::Granted(0, mut first) = process.draw(&wanted) else { panic!("it is free") };
+        first.spend();
+        let until = process.client.clock().boot + Duration::from_secs(100);
+        let mut waiting = process.ask(&wanted, Otherwise::WaitUntil(until));
+        process.serve();
+        assert!(poll(&mut waiting).is_pending());
+        drop(first);
+        process.serve();
+        assert!(matches!(ready(&mut waiting), Drawn::Granted(0, _)));
+    }
+
+    #[test]
+    fn an_endpoint_that_rests_may_be_waited_for() {
+        let (_folder, mut process) = Process::alone();
+        let mut wanted = process.wanted("a", r#""rpm":1"#);
+        wanted.not_before = process.client.clock().boot + Duration::from_secs(3);
+        assert_eq!(
+            refused(process.draw(&[wanted.clone()])),
+            Refusal { wait: Duration::from_secs(3), held: vec![(0, Hold::Rest)] }
+        );
+        let until = process.client.clock().boot + Duration::from_secs(5);
+        let mut waiting = process.ask(&[wanted], Otherwise::WaitUntil(until));
+        process.serve();
+        process.pass(Duration::from_secs(3));
+        assert!(matches!(ready(&mut waiting), Drawn::Granted(0, _)));
+    }
+
+    #[test]
+    fn attempts_without_limits_and_tokens_are_written_a_little_later() {
+        let (folder, mut process) = Process::alone();
+        let wanted = process.wanted("a", r#""rpm":-1"#);
+        let endpoints = vec![(Arc::clone(&wanted.account), Arc::clone(&wanted.limits))];
+        process.client.set_endpoints(endpoints);
+        process.serve();
+        for _ in 0..3 {
+            process.client.unlimited(&wanted.account, &wanted.limits).spend();
+        }
+        let tokens = Tokens { prompt: 3, completion: 4, total: 7 };
+        let wall = process.client.clock().wall;
+        for _ in 0..2 {
+            let spent = Spent::now(wanted.account.id(), "m", tokens, &TimeZone::UTC, wall);
+            process.client.spend_tokens(&wanted.account, &wanted.limits, spent);
+        }
+        process.serve();
+        assert!(!process.desk.is_all_written());
+        process.pass(WRITE_BEHIND);
+        assert!(process.desk.is_all_written());
+        assert_eq!(process.used(&wanted), (3, 3));
+        let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
+        let model = &stats["a"]["m"];
+        assert_eq!((model.requests, model.tokens), (2, Tokens { prompt: 6, completion: 8, total: 14 }));
+        assert_eq!(model.hours.values().sum::<u64>(), 14);
+        assert_eq!(model.days.keys().copied().collect::<Vec<_>>(), [i64::try_from(NOON).unwrap() - 12 * 3600]);
+    }
+
+    #[test]
+    fn models_beyond_the_bound_are_one() {
+        let (folder, mut process) = Process::alone();
+        let wanted = process.wanted("a", r#""rpm":-1"#);
+        let wall = process.client.clock().wall;
+        for number in 0..MODELS_MAX + 10 {
+            let tokens = Tokens { total: 1, ..Tokens::default() };
+            let spent = Spent::now(wanted.account.id(), &format!("m{number}"), tokens, &TimeZone::UTC, wall);
+            process.client.spend_tokens(&wanted.account, &wanted.limits, spent);
+        }
+        process.serve();
+        process.pass(WRITE_BEHIND);
+        let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
+        assert_eq!(stats["a"].len(), MODELS_MAX + 1);
+        assert_eq!(stats["a"][OTHER_MODELS].requests, 10);
+    }
+
+    #[test]
+    fn without_the_ledger_only_endpoints_without_limits_are_asked_unless_the_config_says_otherwise() {
+        let now_ms = Arc::new(AtomicU64::new(1_000_000));
+        for (on_error, expected) in [(LedgerOnError::Deny, 1), (LedgerOnError::Allow, 0)] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut process = Process::new(folder.path(), &now_ms, on_error);
+            let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""rpm":-1"#)];
+            let mut answer = process.ask(&wanted, Otherwise::Refuse);
+            assert!(process.desk.serve(None).is_err());
+            assert_eq!(spent(ready(&mut answer)), expected);
+            let mut only_limited = process.ask(&wanted[..1], Otherwise::Refuse);
+            assert!(process.desk.serve(None).is_err());
+            let drawn = ready(&mut only_limited);
+            assert_eq!(matches!(drawn, Drawn::Unavailable), on_error == LedgerOnError::Deny, "{drawn:?}");
+            let tally = &process.desk.tally;
+            let counts = [&tally.denied, &tally.uncounted].map(|count| count.load(Ordering::Relaxed));
+            assert_eq!(counts, if on_error == LedgerOnError::Deny { [1, 0] } else { [0, 2] });
+            assert_eq!(process.client.is_down(), on_error == LedgerOnError::Deny);
+            // What went on uncounted is counted once the ledger can be written again.
+            process.client.set_endpoints(vec![(Arc::clone(&wanted[0].account), Arc::clone(&wanted[0].limits))]);
+            process.pass(RENEW);
+            process.pass(RENEW);
+            let counted = process.used(&wanted[0]).0;
+            assert_eq!(counted, u64::from(on_error == LedgerOnError::Allow));
+            assert!(!process.client.is_down());
+        }
+    }
+
+    #[test]
+    fn a_group_that_fails_counts_nothing() {
+        let (folder, mut process) = Process::alone();
+        let wanted = [process.wanted("a", r#""rpm":2,"maxConcurrent":1"#)];
+        let holder = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+        process.ledger.set_lock_wait(Duration::from_millis(1));
+        holder.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let mut answer = process.ask(&wanted, Otherwise::Refuse);
+        let error = process.desk.serve(Some(&mut process.ledger)).unwrap_err();
+        assert_eq!(error.kind, FaultKind::Locked, "{error}");
+        assert!(matches!(ready(&mut answer), Drawn::Unavailable));
+        holder.execute_batch("ROLLBACK").unwrap();
+        assert_eq!(process.used(&wanted[0]), (0, 0));
+        assert_eq!(spent(process.draw(&wanted)), 0);
+    }
+
+    #[test]
+    fn a_waiting_draw_does_not_keep_the_thread_busy() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = [process.wanted("a", r#""rpm":1"#)];
+        spent(process.draw(&wanted));
+        let until = process.client.clock().boot + Duration::from_secs(100);
+        let waiting = process.ask(&wanted, Otherwise::WaitUntil(until));
+        process.serve();
+        let now = process.client.clock().boot;
+        assert!(process.desk.next_due() > now, "there is nothing to do at this moment");
+        assert!(process.desk.next_due() <= now + SCAN);
+        drop(waiting);
+        for _ in 0..100 {
+            process.pass(Duration::from_secs(1));
+        }
+        assert_eq!(process.desk.next_due(), Stamp::NEVER, "and once all has freed, never again");
     }
 }

@@ -35,7 +35,7 @@ use crate::limit::{Counts, Days, Slot, Stamp};
 
 pub use account::Account;
 pub use client::{Client, Drawn, Otherwise, Permit, QueuePlace, Refusal, Wanted};
-pub use desk::{Desk, Tally};
+pub use desk::{Desk, Tally, Used};
 pub use stats::{Spent, Tokens};
 pub use thread::{Keeper, State};
 

@@ -22,7 +22,7 @@ use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
 /// Marks the file as ours: "aptg" in ASCII.
 const APPLICATION_ID: i64 = 0x6170_7467;
 /// The steps from one version of the schema to the next. A step may add but never change what is there: while an upgrade is
-/// under way the version before writes to the same file.
+/// under way the version before writes to the same file (so long as it does not have to open it again).
 const MIGRATIONS: [&str; 1] = [include_str!("schema/1.sql")];
 /// Small pages, since a commit writes every page that it touches, and touches two or three.
 const PAGE_BYTES: u32 = 1024;
@@ -30,10 +30,24 @@ const PAGE_BYTES: u32 = 1024;
 pub const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Between two looks whether the lock is free. SQLite's own handler backs off up to 100 ms.
 const LOCK_POLL: Duration = Duration::from_micros(50);
+/// To begin the log anew the writer's lock is held while readers are waited for, no longer than this: groups wait meanwhile.
+const CHECKPOINT_LOCK_WAIT: Duration = Duration::from_millis(10);
 /// A log longer than this is written back even if the next group has to wait for it.
 const LOG_BYTES_MAX: i64 = 16 * 1024 * 1024;
 
 static OPENED: AtomicU64 = AtomicU64::new(0);
+
+/// When and after what a ledger is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening<'a> {
+    /// Which start of the machine this is ([`boot_id`]).
+    pub boot_id: Option<&'a str>,
+    /// The moment, counted from that start.
+    pub now: Stamp,
+    /// The file before it is gone, and the counts of the last minute with it: nothing that goes by them may be sent until they
+    /// cannot count any more.
+    pub minute_unknown: bool,
+}
 
 /// A ledger in a file.
 #[derive(Debug)]
@@ -55,8 +69,8 @@ pub fn boot_id() -> Option<String> {
 }
 
 impl SqliteLedger {
-    /// Opens the ledger, and makes it if it is not there. `boot_id` is [`boot_id`], and `now` counts from that start.
-    pub fn open(path: &Path, sync: LedgerSync, boot_id: Option<&str>, now: Stamp) -> Result<Self, LedgerError> {
+    /// Opens the ledger, and makes it if it is not there.
+    pub fn open(path: &Path, sync: LedgerSync, opening: &Opening<'_>) -> Result<Self, LedgerError> {
         let is_new = make_file(path).map_err(|error| unusable(path, &error.to_string()))?;
         let lock_wait = Arc::default();
         let connection = connect(path, sync, &lock_wait).map_err(|error| explain(path, &error))?;
@@ -71,7 +85,7 @@ impl SqliteLedger {
         };
         ledger.check_pages()?;
         ledger.migrate(&MIGRATIONS)?;
-        ledger.begin_boot(boot_id, now)?;
+        ledger.begin_boot(opening)?;
         if is_new {
             log::info!("ledger {}: made", path.display());
         }
@@ -121,13 +135,6 @@ impl SqliteLedger {
     /// Which file this is, whatever becomes of its name.
     pub fn identity(&self) -> (u64, u64) {
         self.identity
-    }
-
-    /// The last minute's counts are not known: nothing that goes by them may be sent until they cannot count any more.
-    pub fn close_minute(&mut self, now: Stamp) -> Result<(), LedgerError> {
-        self.unknown_until = self.unknown_until.max(now + SPAN);
-        let until = self.unknown_until.0.to_string();
-        self.run("INSERT OR REPLACE INTO meta VALUES ('minute_unknown_until', ?1)", &[&until])
     }
 
     /// Finds a file that was damaged before anything is counted in it.
@@ -189,9 +196,11 @@ impl SqliteLedger {
 
     /// Stamps count from the machine's start, so those of an earlier one mean nothing now; and the last commits before it may
     /// be gone. What was sent then is at least as old as this start is, so after [`SPAN`] all is well again.
-    fn begin_boot(&mut self, boot_id: Option<&str>, now: Stamp) -> Result<(), LedgerError> {
+    fn begin_boot(&mut self, opening: &Opening<'_>) -> Result<(), LedgerError> {
+        let Opening { boot_id, now, minute_unknown } = *opening;
         let meta = |connection: &Connection, key: &str| -> rusqlite::Result<Option<String>> {
-            connection.query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get(0)).optional()
+            let value = connection.query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get(0));
+            value.optional().map(Option::flatten)
         };
         self.begin()?;
         let path = self.path.clone();
@@ -210,6 +219,9 @@ impl SqliteLedger {
             self.unknown_until = Stamp::default() + SPAN;
         } else {
             self.unknown_until = until.and_then(|until| until.parse().ok()).map(Stamp).unwrap_or_default();
+        }
+        if minute_unknown {
+            self.unknown_until = self.unknown_until.max(now + SPAN);
         }
         let until = self.unknown_until.0.to_string();
         self.run("INSERT OR REPLACE INTO meta VALUES ('minute_unknown_until', ?1)", &[&until])?;
@@ -250,7 +262,7 @@ impl Ledger for SqliteLedger {
         let read = || -> rusqlite::Result<Vec<(Slot, Counts)>> {
             let mut statement = self
                 .connection
-                .prepare_cached("SELECT slot, attempts, tokens FROM minute WHERE endpoint = ?1 AND slot >= ?2")?;
+                .prepare_cached("SELECT slot, max(attempts, 0), max(tokens, 0) FROM minute WHERE endpoint = ?1 AND slot >= ?2")?;
             let rows = statement.query_map(params![endpoint, oldest.0], |row| {
                 Ok((Slot(row.get(0)?), Counts { attempts: row.get(1)?, tokens: row.get(2)? }))
             })?;
@@ -263,7 +275,7 @@ impl Ledger for SqliteLedger {
         let read = || -> rusqlite::Result<Option<Counts>> {
             let mut statement = self
                 .connection
-                .prepare_cached("SELECT attempts, tokens FROM day WHERE endpoint = ?1 AND day = ?2")?;
+                .prepare_cached("SELECT max(attempts, 0), max(tokens, 0) FROM day WHERE endpoint = ?1 AND day = ?2")?;
             let counts = |row: &rusqlite::Row<'_>| Ok(Counts { attempts: row.get(0)?, tokens: row.get(1)? });
             statement.query_row(params![endpoint, date.to_string()], counts).optional()
         };
@@ -340,13 +352,23 @@ impl Ledger for SqliteLedger {
 /// meanwhile waits for the next time, unless it has become much.
 pub fn checkpoint(path: &Path) -> Result<(), LedgerError> {
     let run = || {
-        let connection = connect(path, LedgerSync::Normal, &Arc::default())?;
+        let wait = u64::try_from(CHECKPOINT_LOCK_WAIT.as_micros()).unwrap_or_default();
+        let connection = connect(path, LedgerSync::Normal, &Arc::new(AtomicU64::new(wait)))?;
         let checkpoint = |mode: &str| {
-            connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |row| row.get::<_, i64>(1))
+            let row = |row: &rusqlite::Row<'_>| Ok((row.get::<_, bool>(0)?, row.get::<_, i64>(1)?));
+            connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], row)
         };
-        let pages = checkpoint("PASSIVE")?;
-        if pages * i64::from(PAGE_BYTES) > LOG_BYTES_MAX {
-            checkpoint("RESTART")?;
+        let (_, pages) = checkpoint("PASSIVE")?;
+        if pages * i64::from(PAGE_BYTES) <= LOG_BYTES_MAX {
+            return Ok(());
+        }
+        let (is_held, pages) = checkpoint("RESTART")?;
+        if is_held && pages * i64::from(PAGE_BYTES) > 4 * LOG_BYTES_MAX {
+            let mib = pages * i64::from(PAGE_BYTES) / 1024 / 1024;
+            log::warn!(
+                "ledger {}: its log has grown to {mib} MiB, since another program reads the file without end",
+                path.display()
+            );
         }
         Ok(())
     };
@@ -371,7 +393,11 @@ fn connect(path: &Path, sync: LedgerSync, lock_wait: &Arc<AtomicU64>) -> rusqlit
     }))?;
     connection.set_prepared_statement_cache_capacity(32);
     connection.pragma_update(None, "page_size", PAGE_BYTES)?;
-    connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get::<_, String>(0))?;
+    let mode = connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get::<_, String>(0))?;
+    if !mode.eq_ignore_ascii_case("wal") {
+        let why = format!("the file system does not let SQLite keep a write-ahead log there (it says {mode})");
+        return Err(rusqlite::Error::ToSqlConversionFailure(why.into()));
+    }
     let sync = match sync {
         LedgerSync::Normal => "NORMAL",
         LedgerSync::Full => "FULL",
@@ -396,8 +422,8 @@ fn make_file(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// The file's device and number. It may not be opened for that: closing it would give up SQLite's locks on it.
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
+/// The file's device and number, whatever becomes of its name. It may not be opened for that: closing it would give up SQLite's locks on it.
+pub fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = fs::metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
 }
@@ -415,7 +441,7 @@ fn unusable(path: &Path, why: &str) -> LedgerError {
 pub(super) fn explain(path: &Path, error: &rusqlite::Error) -> LedgerError {
     let (kind, way_out) = match error.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
-            (FaultKind::Locked, "; another program holds it: close that program")
+            (FaultKind::Locked, "; if it lasts, another program holds it: close that program")
         }
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => (FaultKind::Corrupt, ""),
         Some(ErrorCode::DiskFull) => (FaultKind::Unusable, "; make room on that disk"),

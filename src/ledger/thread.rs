@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::client::Messages;
-use super::desk::{Desk, Tally};
-use super::sqlite::{self, SqliteLedger};
+use super::desk::{Desk, Tally, Used};
+use super::sqlite::{self, Opening, SqliteLedger};
 use super::{Client, FaultKind, Ledger, LedgerError};
 use crate::config::{self, LedgerOnError, LedgerSync};
 use crate::limit::{Clock, Stamp};
@@ -90,8 +90,8 @@ impl State {
         let seconds = fault.since.elapsed().unwrap_or_default().as_secs_f64();
         let (denied, uncounted) = (&self.tally.denied, &self.tally.uncounted);
         log::info!(
-            "ledger {}: works again after {seconds:.1} s; since the start {} draws were refused without it, and {} attempts \
-             went on",
+            "ledger {}: works again after {seconds:.1} s; since the start {} requests were refused without it, and {} attempts \
+             went on without a permit",
             self.path.display(),
             denied.load(Ordering::Relaxed),
             uncounted.load(Ordering::Relaxed),
@@ -118,7 +118,7 @@ impl State {
         fault.told = now;
         let follows = match self.on_error {
             LedgerOnError::Deny => "endpoints with limits take no requests until it works again",
-            LedgerOnError::Allow => "endpoints with limits go on UNCOUNTED until it works again",
+            LedgerOnError::Allow => "endpoints with limits go on WITHOUT PERMITS until it works again",
         };
         log::error!("{}; {follows} (server.ledgerOnError)", fault.message);
     }
@@ -151,10 +151,9 @@ impl Keeper {
         &self.state
     }
 
-    /// Whether the ledger can be opened, as far as that can be told without keeping it open.
+    /// Whether the ledger can be opened; it is made if it is not there.
     pub fn try_out(&self) -> Result<(), LedgerError> {
-        let Options { path, sync, .. } = &self.options;
-        SqliteLedger::open(path, *sync, sqlite::boot_id().as_deref(), self.client.clock().boot).map(|_| ())
+        open(&self.options, self.client.clock().boot, false).map(|_| ())
     }
 
     /// Starts the thread.
@@ -163,6 +162,8 @@ impl Keeper {
         if thread.is_some() {
             return Ok(());
         }
+        // Made first, so that nobody waits for a thread that could not be started.
+        let ends = EndsWithThread(self.client.clone());
         let (checkpoint, due) = sync_channel(1);
         let path = self.options.path.clone();
         std::thread::Builder::new().name("ledger-log".into()).spawn(move || checkpoints(&path, &due))?;
@@ -176,18 +177,41 @@ impl Keeper {
             look_at: Stamp::default(),
             checkpoint,
         };
-        *thread = Some(std::thread::Builder::new().name("ledger".into()).spawn(move || keeping.run())?);
+        let run = move || {
+            let _ends = ends;
+            keeping.run();
+        };
+        *thread = Some(std::thread::Builder::new().name("ledger".into()).spawn(run)?);
         Ok(())
     }
 
     /// Writes everything and ends the thread. Blocks, for a second or two at most if the ledger cannot be written.
     pub fn close(&self) {
-        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        // Held until it has ended, so that whoever comes second waits as well.
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(thread) = thread.take() else { return };
         self.client.close();
         if thread.join().is_err() {
             log::error!("ledger {}: its thread panicked", self.options.path.display());
         }
     }
+}
+
+/// However the thread ends, nobody waits for its answer any more.
+struct EndsWithThread(Client);
+
+impl Drop for EndsWithThread {
+    fn drop(&mut self) {
+        self.0.set_down(true);
+        // Whatever is still there is dropped, and whoever waits for it is told so.
+        drop(self.0.end());
+    }
+}
+
+fn open(options: &Options, now: Stamp, minute_unknown: bool) -> Result<SqliteLedger, LedgerError> {
+    let boot_id = sqlite::boot_id();
+    let opening = Opening { boot_id: boot_id.as_deref(), now, minute_unknown };
+    SqliteLedger::open(&options.path, options.sync, &opening)
 }
 
 /// The thread's own.
@@ -205,7 +229,7 @@ struct Keeping {
 
 impl Keeping {
     fn run(&mut self) {
-        self.open();
+        self.open(false);
         loop {
             let now = self.client.clock().boot;
             let due = self.desk.next_due();
@@ -228,13 +252,13 @@ impl Keeping {
         let now = self.client.clock().boot;
         self.look_at_file(now);
         if self.ledger.is_none() && now >= self.retry_at {
-            self.open();
+            self.open(false);
         }
         let usable = now >= self.retry_at;
         let ledger = self.ledger.as_mut().filter(|_| usable);
         match self.desk.serve_messages(ledger.map(|ledger| ledger as &mut dyn Ledger), messages) {
-            Ok(()) if usable && self.ledger.is_some() => self.works(),
-            Ok(()) => {}
+            Ok(Used::Ledger) => self.works(),
+            Ok(Used::Nothing) => {}
             Err(error) => self.fails(&error),
         }
     }
@@ -267,20 +291,20 @@ impl Keeping {
         }
     }
 
-    fn open(&mut self) {
-        let Options { path, sync, .. } = &self.options;
+    fn open(&mut self, minute_unknown: bool) {
+        let seen = sqlite::identity(&self.options.path).ok();
         let now = self.client.clock().boot;
-        match SqliteLedger::open(path, *sync, sqlite::boot_id().as_deref(), now) {
+        match open(&self.options, now, minute_unknown) {
             Ok(ledger) => {
                 self.ledger = Some(ledger);
-                self.retry_at = now;
+                self.retry_at = Stamp::default();
             }
             Err(error) => {
                 self.state.fails(&error);
                 self.client.set_down(self.options.on_error == LedgerOnError::Deny);
                 self.retry_at = now + RETRY_AFTER;
                 if error.kind == FaultKind::Corrupt {
-                    self.replace(None);
+                    self.replace(seen);
                 }
             }
         }
@@ -288,7 +312,7 @@ impl Keeping {
 
     /// Moves a ledger that cannot be trusted aside, and begins a new one. `seen` is the file that was found to be so.
     fn replace(&mut self, seen: Option<(u64, u64)>) {
-        let Options { path, sync, .. } = &self.options;
+        let path = &self.options.path;
         match SqliteLedger::move_aside(path, seen) {
             Ok(Some(aside)) => log::error!(
                 "ledger {}: THE FILE IS CORRUPT. It was moved to {} and a new one begun: what was counted today, and all token \
@@ -303,16 +327,10 @@ impl Keeping {
                 return;
             }
         }
-        let now = self.client.clock().boot;
-        let opened = SqliteLedger::open(path, *sync, sqlite::boot_id().as_deref(), now).and_then(|mut ledger| {
-            // What was sent in the last minute is not known any more.
-            ledger.close_minute(now)?;
-            Ok(ledger)
-        });
-        match opened {
+        match open(&self.options, self.client.clock().boot, true) {
             Ok(ledger) => {
                 self.ledger = Some(ledger);
-                self.retry_at = now;
+                self.retry_at = Stamp::default();
             }
             Err(error) => self.state.fails(&error),
         }
@@ -326,12 +344,12 @@ impl Keeping {
         self.look_at = now + LOOK_AT_FILE;
         if self.ledger.as_ref().is_some_and(SqliteLedger::was_replaced) {
             log::error!(
-                "ledger {}: the file was deleted or replaced while it was in use; what it counted is gone, the one that is \
-                 there now is used",
+                "ledger {}: THE FILE WAS DELETED OR REPLACED while it was in use. What it counted is gone; the one that is there \
+                 now is used, and endpoints with limits by the minute take no requests for a minute",
                 self.options.path.display()
             );
             self.ledger = None;
-            self.open();
+            self.open(true);
         }
     }
 }

@@ -73,7 +73,9 @@ impl Calendar {
     /// The first moment at which an attempt no longer counts in this day.
     pub fn clear_of(&self, date: Date) -> SystemTime {
         let ends = date.checked_add(1.day()).ok().and_then(|next| self.begin_of(next));
-        ends.map_or_else(|| SystemTime::now() + NO_TOMORROW, |ends| ends + TURN_MARGIN)
+        // No calendar's day has more hours.
+        let last = || self.begin_of(date).unwrap_or(SystemTime::UNIX_EPOCH) + Duration::from_hours(25);
+        ends.unwrap_or_else(last) + TURN_MARGIN
     }
 
     /// The moment at which a day begins.

@@ -125,7 +125,7 @@ impl Usage {
         let counted = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
         // Attempts that need no permit of the ledger are counted when they are sent.
         self.add(counted, Counts { attempts: u64::from(limits.in_ledger()), tokens: 0 });
-        self.concurrent += u64::from(matches!(limits.max_concurrent, Limit::AtMost(_)));
+        self.concurrent += u64::from(limits.is_concurrency_limited());
         counted
     }
 
@@ -135,8 +135,8 @@ impl Usage {
         self.tokens.add(when.slot(), counts.tokens);
         for date in when.days.each() {
             if let Some(day) = self.day_mut(date) {
-                day.attempts += counts.attempts;
-                day.tokens += counts.tokens;
+                day.attempts = day.attempts.saturating_add(counts.attempts);
+                day.tokens = day.tokens.saturating_add(counts.tokens);
             }
         }
     }
@@ -164,11 +164,23 @@ impl Usage {
     }
 
     /// Counts a request as in flight, if there is room for it; whatever else the limits say.
-    pub fn enter(&mut self, limits: &Limits) -> bool {
-        let Limit::AtMost(limit) = limits.max_concurrent else { return true };
-        let has_room = self.concurrent < limit;
-        self.concurrent += u64::from(has_room);
-        has_room
+    pub fn enter(&mut self, limits: &Limits, clock: &Clock) -> Result<(), Held> {
+        match self.concurrency_holds(limits, clock.boot) {
+            Some(held) => Err(held),
+            None => {
+                self.concurrent += u64::from(limits.is_concurrency_limited());
+                Ok(())
+            }
+        }
+    }
+
+    fn concurrency_holds(&self, limits: &Limits, now: Stamp) -> Option<Held> {
+        match limits.max_concurrent {
+            Limit::AtMost(limit) if self.concurrent >= limit => {
+                Some(Held { by: Hold::Concurrent(limit), until: now + IN_FLIGHT_GUESS })
+            }
+            _ => None,
+        }
     }
 
     /// A request that was counted as in flight has ended.
@@ -195,8 +207,7 @@ impl Usage {
                 .map(|limit| Held { by: Hold::RequestsPerMinute(limit), until: self.attempts.below(limit, now) }),
             over(limits.tpm, self.tokens.total())
                 .map(|limit| Held { by: Hold::TokensPerMinute(limit), until: self.tokens.below(limit, now) }),
-            over(limits.max_concurrent, self.concurrent)
-                .map(|limit| Held { by: Hold::Concurrent(limit), until: now + IN_FLIGHT_GUESS }),
+            self.concurrency_holds(limits, now),
             (per_minute && self.unknown_until > now)
                 .then_some(Held { by: Hold::MinuteUnknown, until: self.unknown_until }),
         ]
@@ -312,4 +323,170 @@ fn stamp_of(wall: SystemTime, clock: &Clock) -> Stamp {
 
 fn wall_of(stamp: Stamp, clock: &Clock) -> SystemTime {
     clock.wall + (stamp - clock.boot)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::limit::{Calendar, SPAN};
+    use jiff::civil::date;
+    use jiff::tz::TimeZone;
+
+    /// 2026-11-25, noon, in UTC.
+    const NOON: u64 = 1_795_608_000;
+
+    fn limits(rpm: u64, rpd: u64) -> Limits {
+        let limit = |limit| if limit == 0 { Limit::Unlimited } else { Limit::AtMost(limit) };
+        Limits {
+            rpm: limit(rpm),
+            rpd: limit(rpd),
+            tpm: Limit::Unlimited,
+            tpd: Limit::Unlimited,
+            max_concurrent: Limit::Unlimited,
+            calendar: Calendar::new(TimeZone::UTC),
+        }
+    }
+
+    /// So many milliseconds after the machine was started, which was at noon.
+    fn at(boot_ms: u64) -> Clock {
+        let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(NOON) + Duration::from_millis(boot_ms);
+        Clock { now: Instant::now(), boot: Stamp(boot_ms), wall }
+    }
+
+    fn usage(days: impl IntoIterator<Item = i8>) -> Usage {
+        let mut usage = Usage::default();
+        let days = days.into_iter().map(|day| (date(2026, 11, day), Counts::default())).collect();
+        usage.load(Minute::default(), Minute::default(), days, Stamp::default());
+        usage
+    }
+
+    #[test]
+    fn every_limit_is_taken_in_one_step() {
+        let (limits, mut usage) = (limits(2, 3), usage([25]));
+        assert!(usage.take(&limits, &at(0)).is_ok());
+        assert!(usage.take(&limits, &at(0)).is_ok());
+        let held = usage.take(&limits, &at(100)).unwrap_err();
+        assert_eq!(held, Held { by: Hold::RequestsPerMinute(2), until: Stamp(60_500) });
+        assert_eq!(usage.view(&limits, &at(100)).day.attempts, 2, "what is refused is not counted");
+        assert!(usage.take(&limits, &at(61_000)).is_ok());
+        let held = usage.take(&limits, &at(61_000)).unwrap_err();
+        // Twelve hours after noon, and the second in which an attempt counts in both days.
+        assert_eq!(held, Held { by: Hold::RequestsPerDay(3), until: Stamp(12 * 3_600_000 + 1000) });
+    }
+
+    #[test]
+    fn what_is_given_back_can_be_taken_again() {
+        let (limits, mut usage) = (limits(1, 1), usage([25]));
+        let counted = usage.take(&limits, &at(0)).unwrap();
+        assert!(usage.take(&limits, &at(0)).is_err());
+        usage.give_back(counted);
+        assert!(usage.take(&limits, &at(0)).is_ok());
+    }
+
+    #[test]
+    fn an_attempt_at_the_turn_needs_room_in_both_days() {
+        let (limits, mut usage) = (limits(0, 1), usage([25, 26]));
+        let midnight = 12 * 3_600_000;
+        assert!(usage.take(&limits, &at(midnight - 2000)).is_ok());
+        assert!(usage.take(&limits, &at(midnight - 500)).is_err(), "the day that ends is full");
+        assert!(usage.take(&limits, &at(midnight + 500)).is_err());
+        let counted = usage.take(&limits, &at(midnight + 1000)).unwrap();
+        assert_eq!(counted.days, Days { first: date(2026, 11, 26), last: date(2026, 11, 26) });
+    }
+
+    #[test]
+    fn tokens_hold_once_they_are_known() {
+        let limits = Limits { tpm: Limit::AtMost(10), tpd: Limit::AtMost(100), ..limits(0, 0) };
+        let mut usage = usage([25]);
+        let first = usage.take(&limits, &at(0)).unwrap();
+        usage.add(first, Counts { attempts: 0, tokens: 9 });
+        let second = usage.take(&limits, &at(1000)).unwrap();
+        usage.add(second, Counts { attempts: 0, tokens: 5 });
+        let held = usage.take(&limits, &at(2000)).unwrap_err();
+        assert_eq!(held, Held { by: Hold::TokensPerMinute(10), until: Stamp(60_500) }, "5 are left then");
+        assert!(usage.take(&limits, &at(60_500)).is_ok());
+        usage.add(second, Counts { attempts: 0, tokens: 86 });
+        assert_eq!(usage.take(&limits, &at(200_000)).unwrap_err().by, Hold::TokensPerDay(100));
+    }
+
+    #[test]
+    fn requests_at_once_are_counted_until_they_end() {
+        let limits = Limits { max_concurrent: Limit::AtMost(1), ..limits(0, 0) };
+        let mut usage = usage([25]);
+        assert!(usage.take(&limits, &at(0)).is_ok());
+        assert_eq!(usage.take(&limits, &at(0)).unwrap_err().by, Hold::Concurrent(1));
+        assert_eq!(usage.enter(&limits, &at(0)).unwrap_err().by, Hold::Concurrent(1));
+        usage.release();
+        assert!(usage.take(&limits, &at(0)).is_ok());
+        assert_eq!(usage.view(&limits, &at(0)).minute.attempts, 0, "it is counted when it is sent");
+    }
+
+    #[test]
+    fn an_unknown_minute_is_a_full_one() {
+        let mut usage = Usage::default();
+        usage.load(Minute::default(), Minute::default(), Vec::new(), Stamp::default() + SPAN);
+        let held = usage.take(&limits(5, 0), &at(1000)).unwrap_err();
+        assert_eq!(held, Held { by: Hold::MinuteUnknown, until: Stamp(60_500) });
+        assert!(usage.take(&limits(0, 0), &at(1000)).is_ok(), "without limits by the minute it does not matter");
+        assert!(usage.take(&limits(5, 0), &at(60_500)).is_ok());
+    }
+
+    /// What a crowd of so many is told, in seconds from now.
+    fn crowd(usage: &mut Usage, limits: &Limits, clock: &Clock, count: usize) -> Vec<u64> {
+        let one = |_| {
+            let at = usage.next_free(limits, clock, clock.boot);
+            usage.promise(at, limits, clock);
+            clock.boot.until(at).as_secs()
+        };
+        (0..count).map(one).collect()
+    }
+
+    #[test]
+    fn each_of_a_crowd_is_told_the_moment_of_a_permit_of_its_own() {
+        let (limits, mut usage) = (limits(3, 0), usage([25]));
+        for second in [0, 10, 20] {
+            usage.take(&limits, &at(second * 1000)).unwrap();
+        }
+        let told = crowd(&mut usage, &limits, &at(30_000), 8);
+        assert_eq!(told, [30, 40, 50, 91, 101, 111, 151, 161], "then those that they free in turn");
+        // One that comes back as told gets its permit, and the rest of the crowd keeps its place.
+        assert!(usage.take(&limits, &at(60_500)).is_ok());
+        assert_eq!(crowd(&mut usage, &limits, &at(60_500), 1), [141]);
+    }
+
+    #[test]
+    fn a_crowd_that_comes_again_and_again_does_not_wait_for_ever() {
+        let (limits, mut usage) = (limits(1, 0), usage([25]));
+        usage.take(&limits, &at(0)).unwrap();
+        let told = crowd(&mut usage, &limits, &at(0), 1000);
+        assert_eq!(told[..3], [60, 121, 181]);
+        assert!(told.iter().all(|seconds| *seconds <= 60 + 600), "{told:?}");
+        assert!(told.iter().filter(|seconds| **seconds == 60).count() > 50);
+    }
+
+    #[test]
+    fn a_crowd_at_a_full_day_is_spread_over_the_minutes_of_the_next() {
+        let (limits, mut usage) = (limits(2, 3), usage([25]));
+        for minute in [0, 2, 4] {
+            usage.take(&limits, &at(minute * 60_000)).unwrap();
+        }
+        let turn = 12 * 3600 - 300 + 1;
+        let told = crowd(&mut usage, &limits, &at(300_000), 4);
+        assert_eq!(told, [turn, turn, turn + 60, turn], "the day after next is too far to be told: it begins anew");
+    }
+
+    #[test]
+    fn a_view_says_what_is_left_and_when_it_resets() {
+        let (limits, mut usage) = (limits(3, 10), usage([25]));
+        usage.take(&limits, &at(0)).unwrap();
+        usage.take(&limits, &at(5000)).unwrap();
+        let view = usage.view(&limits, &at(6000));
+        let rpm = view.rpm.unwrap();
+        assert_eq!((rpm.left(), rpm.resets), (1, Some(Stamp(65_500))));
+        let rpd = view.rpd.unwrap();
+        assert_eq!((rpd.left(), rpd.resets), (8, Some(Stamp(12 * 3_600_000 + 1000))));
+        assert_eq!((view.tpm, view.held), (None, None));
+    }
 }

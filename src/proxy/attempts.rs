@@ -10,7 +10,8 @@ use pingora::{Error, ErrorType, RetryType};
 use crate::admission;
 use crate::balance;
 use crate::context::{Ask, Attempt, Context};
-use crate::error::Fault;
+use crate::error::{Fault, HeldBy};
+use crate::ledger::Drawn;
 use crate::pool::Endpoint;
 use crate::respond::Terms;
 use crate::retry::{self, Outcome};
@@ -93,11 +94,11 @@ pub(super) fn may_begin_anew(context: &mut Context, pooled: Stale) -> bool {
 pub(super) async fn begin_anew(context: &mut Context) -> Result<bool, Fault> {
     let ledger = context.ask.as_ref().ok_or(Fault::Internal)?.pool.ledger.clone();
     let mut attempt = context.exchange.state().attempt.take().ok_or(Fault::Internal)?;
-    let may_begin = attempt.begin_anew(&ledger).await;
+    let begun = attempt.begin_anew(&ledger).await;
+    let endpoint = Arc::clone(&attempt.endpoint);
     context.exchange.state().attempt = Some(attempt);
-    if may_begin {
-        return Ok(true);
-    }
+    let Err(drawn) = begun else { return Ok(true) };
+    context.tries.limit = Some(limit_reached(context, &endpoint, drawn));
     if attempt_over(context, &Outcome::LimitReached) {
         return Ok(false);
     }
@@ -105,12 +106,23 @@ pub(super) async fn begin_anew(context: &mut Context) -> Result<bool, Fault> {
 }
 
 /// The request's header goes out now. False if its permit is worth nothing any more and no other is to be had.
-pub(super) async fn send(context: &Context) -> bool {
+pub(super) async fn send(context: &mut Context) -> bool {
     let Some(ask) = &context.ask else { return false };
     let Some(mut attempt) = context.exchange.state().attempt.take() else { return false };
     let sent = attempt.send(&ask.pool.ledger).await;
+    let endpoint = Arc::clone(&attempt.endpoint);
     context.exchange.state().attempt = Some(attempt);
-    sent
+    let Err(drawn) = sent else { return true };
+    context.tries.limit = Some(limit_reached(context, &endpoint, drawn));
+    false
+}
+
+/// What a client is told if nobody else takes the request either.
+fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault {
+    let Drawn::Refused(refusal) = drawn else { return Fault::LedgerUnavailable };
+    let shown = context.arrival.endpoint_headers.then(|| Arc::clone(&endpoint.config.id));
+    let held = refusal.held.into_iter().map(|(_, hold)| HeldBy { endpoint: shown.clone(), hold });
+    Fault::LimitsReached { wait: refusal.wait, held: held.collect() }
 }
 
 /// Whether another attempt may begin and any endpoint is left for it.
@@ -144,7 +156,9 @@ pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
         attempt.settle(outcome);
         context.tries.last = Some(Arc::clone(&attempt.endpoint));
     }
-    if !matches!(outcome, Outcome::Status { .. }) {
+    // An error of another endpoint says more than that this one could not be asked.
+    let kept = state.kept.as_ref().map(|kept| kept.header.status.as_u16());
+    if !matches!(outcome, Outcome::Status { .. } | Outcome::LimitReached) {
         state.kept = None;
     }
     let retry = &ask.pool.server.retry;
@@ -157,8 +171,12 @@ pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
     context.fault = match outcome {
         Outcome::ClientGone => None,
         Outcome::Ours => Some(Fault::Internal),
-        // If nobody else has room either, the next pick says until when.
-        Outcome::LimitReached => (!more).then_some(Fault::NoneAvailable),
+        // If nobody else has room either, the next choice says until when.
+        Outcome::LimitReached if more => None,
+        Outcome::LimitReached => match kept {
+            Some(status) => Some(Fault::EndpointError { status }),
+            None => context.tries.limit.take().or(Some(Fault::NoneAvailable)),
+        },
         Outcome::TooSlow => Some(Fault::EndpointTimeout),
         Outcome::Empty => Some(Fault::EndpointEmpty),
         Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),

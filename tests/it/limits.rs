@@ -151,7 +151,8 @@ async fn a_request_that_may_not_be_sent_once_more_is_not_the_endpoints_fault() {
         let client = async {
             proxy.chat("m").await.assert_from("a", 1);
             // The connection closes under the second request, whose permit was the last one.
-            proxy.chat("m").await.assert_error(503, "server_error", "no_endpoint_available");
+            let wait = assert_full(&proxy.chat("m").await);
+            assert!((59_000..=60_500).contains(&wait), "{wait}");
         };
         tokio::join!(endpoint, client);
         assert_eq!(proxy.status_of("a").await["errorCount"], 0);

@@ -20,7 +20,7 @@ use api_together::admission::{self, Choice};
 use api_together::config::{self, Config, Environment, Format, LedgerOnError, LedgerSync, Queue};
 use api_together::context::Attempt;
 use api_together::error::Fault;
-use api_together::ledger::sqlite::SqliteLedger;
+use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Change, Client, Desk, FaultKind, Ledger, LedgerError, Spent, Tally};
 use api_together::limit::{Calendar, Clock, Counts, Days, Hold, SPAN, Slot, Stamp};
 use api_together::pool::Pool;
@@ -126,6 +126,9 @@ impl Drop for TellSeed {
 }
 
 fn run(seed: u64, folder: Option<&Path>) -> Seen {
+    // Its time is the real one and stands still here: what waits, waits for the simulation's clock.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let _entered = runtime.enter();
     let _tell = TellSeed(seed, folder.is_some());
     let mut world = World::new(seed, folder);
     let steps = world.rng.usize(20..STEPS_MAX);
@@ -307,7 +310,10 @@ impl World {
         let boot_id = self.boots.to_string();
         let ledger: Box<dyn Ledger> = match &self.disk {
             Disk::Memory(pages) => Box::new(MemoryLedger::open(pages, &boot_id)),
-            Disk::File(path) => Box::new(SqliteLedger::open(path, LedgerSync::Normal, Some(&boot_id), boot).unwrap()),
+            Disk::File(path) => {
+                let opening = Opening { boot_id: Some(&boot_id), now: boot, minute_unknown: false };
+                Box::new(SqliteLedger::open(path, LedgerSync::Normal, &opening).unwrap())
+            }
         };
         let pool = Pool::new(self.config(), client.clone(), None).unwrap();
         let desk = Desk::new(client.clone(), LedgerOnError::Deny, Arc::new(Tally::default()));
@@ -479,7 +485,7 @@ impl World {
         let mut failing = Failing { inner: process.ledger.as_mut(), calls_left: self.rng.u32(..6) };
         // What it could not write comes a little later. It may well have had nothing to write.
         self.shared.borrow_mut().failing_until = self.clocks.true_ms.load(Ordering::Relaxed) + 1000;
-        process.desk.serve(Some(&mut failing)).unwrap_or_default();
+        process.desk.serve(Some(&mut failing)).map(drop).unwrap_or_default();
         process.go_on();
         self.check_refusals();
     }
@@ -601,8 +607,8 @@ async fn attempt(
     let outcome = if fate < 20 {
         Outcome::ConnectFailed
     } else {
-        let was_stale = connect_ms >= 250;
-        if attempt.send(&pool.ledger).await {
+        let was_stale = connect_ms >= 125;
+        if attempt.send(&pool.ledger).await.is_ok() {
             drop(held);
             shared.borrow_mut().seen.swapped += u64::from(was_stale);
             shared.borrow_mut().sent(&id, clocks);
