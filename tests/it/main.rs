@@ -8,15 +8,18 @@
 )]
 
 mod harness;
+mod program;
 mod wire;
 
 mod auth;
 mod body;
 mod cli;
 mod connections;
+mod crash;
 mod headers;
 mod health;
 mod last_error;
+mod ledger;
 mod legacy;
 mod limits;
 mod own_answers;

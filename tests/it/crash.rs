@@ -1,0 +1,130 @@
+//! Killed again and again, alone and beside another process: no limit is passed, and nothing that was sent is uncounted.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use api_together::simulator::Simulator;
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+
+use crate::harness::{KEY, chat, client, config_text, endpoint_with, simulator, until};
+use crate::program::{Running, program};
+
+const KILLS: usize = 20;
+/// Requests that are under way at once, for each process.
+const TASKS: usize = 16;
+const RPM: u64 = 900;
+const RPD: u64 = 600;
+/// All of it, within one sliding minute.
+const BOUND: Duration = Duration::from_secs(55);
+
+/// A port that is free at this moment, to be listened on again and again.
+fn port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Clients that ask without end, and go on when nobody listens.
+fn load(port: u16, stop: &Arc<AtomicBool>, answered: &Arc<AtomicUsize>) -> Vec<JoinHandle<()>> {
+    let url = format!("http://127.0.0.1:{port}/v1/chat/completions");
+    let one = |_| {
+        let (url, stop, answered) = (url.clone(), Arc::clone(stop), Arc::clone(answered));
+        let client = client(|builder| builder.timeout(Duration::from_secs(5)));
+        tokio::spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                let call = client.post(&url).bearer_auth(KEY).json(&chat("m")).send().await;
+                let is_good = call.is_ok_and(|response| response.status() == 200);
+                answered.fetch_add(usize::from(is_good), Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_millis(fastrand::u64(5..60))).await;
+            }
+        })
+    };
+    (0..TASKS).map(one).collect()
+}
+
+/// One endpoint with a limit by the minute and one by the day, on a ledger that several processes may share.
+fn config(folder: &Path, port: u16, a: &Simulator, b: &Simulator) -> String {
+    let apis = [
+        endpoint_with("a", &a.base_url(), json!({ "rpm": RPM })),
+        endpoint_with("b", &b.base_url(), json!({ "rpd": RPD, "timezone": "UTC" })),
+    ];
+    config_text(json!({ "port": port, "ledger": folder.join("ledger.db") }), &apis)
+}
+
+fn start(folder: &Path, name: &str, text: &str) -> Running {
+    std::fs::write(folder.join(name), text).unwrap();
+    let mut command = program(folder);
+    command.args(["--config", name]).env("RUST_LOG", "error");
+    Running::of(command, tempfile::tempdir().unwrap())
+}
+
+/// What the ledger counts, for the endpoints in this order: attempts of the minute, and of all days.
+fn counted(folder: &Path) -> [(u64, u64); 2] {
+    let ledger = rusqlite::Connection::open(folder.join("ledger.db")).unwrap();
+    let sum = |table: &str, id: &str| {
+        let sql = format!("SELECT coalesce(sum(attempts), 0) FROM {table} WHERE endpoint = ?1");
+        ledger.query_row(&sql, [id], |row| row.get(0)).unwrap()
+    };
+    ["a", "b"].map(|id| (sum("minute", id), sum("day", id)))
+}
+
+/// What was sent is within the limits and counted, and no more is counted than was sent or in flight at a kill.
+fn check(folder: &Path, a: &Simulator, b: &Simulator, kills: usize, limits_are_reached: bool) {
+    let received = [a, b].map(|simulator| simulator.requests().len() as u64);
+    let [(a_minute, a_day), (_, b_day)] = counted(folder);
+    assert!(received[0] <= RPM, "{} in a minute", received[0]);
+    assert!(received[1] <= RPD, "{} on a day", received[1]);
+    for (what, counted, received) in [("a", a_minute, received[0]), ("a", a_day, received[0]), ("b", b_day, received[1])] {
+        assert!(counted >= received, "{what}: {counted} counted of {received} received");
+        let in_flight = (kills * TASKS) as u64;
+        assert!(counted <= received + in_flight, "{what}: {counted} counted, {received} received, {in_flight} in flight");
+    }
+    if limits_are_reached {
+        assert_eq!((a_minute, b_day), (RPM, RPD));
+    }
+    println!("{kills} kills: received {received:?}, counted {:?}", counted(folder));
+}
+
+async fn crash(processes: usize) {
+    let begun = Instant::now();
+    let folder = TempDir::new().unwrap();
+    let (a, b) = (simulator().await, simulator().await);
+    let ports: Vec<u16> = (0..processes).map(|_| port()).collect();
+    let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let load: Vec<_> = ports.iter().flat_map(|port| load(*port, &stop, &answered)).collect();
+    let spawn = |at: usize| start(folder.path(), &format!("{at}.json"), &config(folder.path(), ports[at], &a, &b));
+    let mut running: Vec<Running> = (0..processes).map(&spawn).collect();
+    for kill in 0..KILLS {
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(50..400))).await;
+        let at = kill % processes;
+        drop(running.remove(at));
+        check(folder.path(), &a, &b, kill + 1, false);
+        running.insert(at, spawn(at));
+    }
+    // Those that are left take what is left.
+    let total = || [&a, &b].map(|simulator| simulator.requests().len() as u64);
+    let counted_all = || counted(folder.path()).map(|(_, day)| day) == [RPM, RPD];
+    until("everything is used up", counted_all).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    stop.store(true, Ordering::Relaxed);
+    for task in load {
+        task.await.unwrap();
+    }
+    assert!(begun.elapsed() < BOUND, "the minute slid on: {:?}", begun.elapsed());
+    check(folder.path(), &a, &b, KILLS, true);
+    assert!(total().iter().sum::<u64>() > (RPM + RPD) / 2, "too little went through to prove anything: {:?}", total());
+    assert!(answered.load(Ordering::Relaxed) > 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_kills_pass_no_limit_and_lose_no_count() {
+    crash(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_processes_on_one_ledger_pass_no_limit_while_either_is_killed() {
+    crash(2).await;
+}
