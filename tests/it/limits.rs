@@ -1,10 +1,15 @@
 //! How often an endpoint is asked.
 
+use std::time::Instant;
+
 use api_together::simulator::Behaviour;
+use http::Method;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::harness::{KEY, Proxy, Reply, behaving, chat, client, closed_port, endpoint_with, simulator, tally, within};
+use crate::harness::{
+    KEY, Proxy, Reply, behaving, chat, client, closed_port, endpoint_with, h2c, simulator, tally, within,
+};
 use crate::wire::ByHand;
 
 /// Waits beyond this are no client's to sit out.
@@ -156,6 +161,286 @@ async fn a_request_that_may_not_be_sent_once_more_is_not_the_endpoints_fault() {
         };
         tokio::join!(endpoint, client);
         assert_eq!(proxy.status_of("a").await["errorCount"], 0);
+    })
+    .await;
+}
+
+/// So many chats at once, over HTTP/2 so that each does not need a connection of its own.
+async fn crowd(proxy: &Proxy, count: usize) -> Vec<Reply> {
+    const ON_ONE_CONNECTION: usize = 100;
+    let mut calls = JoinSet::new();
+    for _ in 0..count.div_ceil(ON_ONE_CONNECTION) {
+        let client = h2c();
+        for _ in 0..ON_ONE_CONNECTION {
+            let call = client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat("m"));
+            calls.spawn(Reply::of(call));
+        }
+    }
+    calls.join_all().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_thousand_at_once_as_many_are_served_as_the_limits_say() {
+    within(async {
+        let (a, b) = (simulator().await, simulator().await);
+        let apis = [("a", &a), ("b", &b)].map(|(id, s)| endpoint_with(id, &s.base_url(), json!({ "rpm": 100 })));
+        let proxy = Proxy::start(json!({ "threads": 2 }), &apis).await;
+        let replies = crowd(&proxy, 1000).await;
+        let counts = tally(&replies);
+        assert_eq!((counts.get("a"), counts.get("b"), counts.get("-")), (Some(&100), Some(&100), Some(&800)), "{counts:?}");
+        assert_eq!((a.requests().len(), b.requests().len()), (100, 100));
+        // 200 permits free in a minute: so many are told to come then, as many a minute later, and so on.
+        let mut waits: Vec<_> = replies.iter().filter(|reply| reply.status == 429).map(assert_full).collect();
+        waits.sort_unstable();
+        let rounds: Vec<_> = waits.chunks(200).collect();
+        assert_eq!(rounds.len(), 4);
+        for (round, waits) in (1..).zip(rounds) {
+            // All took their permits within a few seconds, and each frees 60 to 60.5 s after it was taken.
+            let (first, last) = (waits[0], waits[199]);
+            assert!((first..=last).contains(&first) && last <= round * 60_500, "{round}: {first} to {last}");
+            assert!(first > round * 60_500 - 20_000, "{round}: {first} to {last}");
+        }
+        let refused = replies.iter().find(|reply| reply.status == 429).unwrap();
+        let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
+        for part in ["a: 100 requests a minute", "b: 100 requests a minute"] {
+            assert!(message.contains(part), "{message}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_thousand_at_once_all_are_served_if_anybody_may() {
+    within(async {
+        let simulators = [simulator().await, simulator().await, simulator().await];
+        let limits = [json!({ "rpm": 100 }), json!({ "rpm": 100 }), json!({})];
+        let apis: Vec<_> = ["a", "b", "c"]
+            .iter()
+            .zip(&simulators)
+            .zip(limits)
+            .map(|((id, simulator), limits)| endpoint_with(id, &simulator.base_url(), limits))
+            .collect();
+        let proxy = Proxy::start(json!({ "threads": 2 }), &apis).await;
+        let replies = crowd(&proxy, 1000).await;
+        assert!(replies.iter().all(|reply| reply.status == 200), "{:?}", tally(&replies));
+        let counts = tally(&replies);
+        assert!(counts["a"] <= 100 && counts["b"] <= 100, "{counts:?}");
+        assert!(replies.iter().all(|reply| reply.header("x-ratelimit-limit-requests").is_none()), "there is no limit");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_say_what_is_left_for_the_model() {
+    within(async {
+        let behaviour = Behaviour::default().header("x-ratelimit-limit-requests", "9999").header("x-ratelimit-foo", "1");
+        let simulator = behaving(behaviour).await;
+        let apis = [
+            endpoint_with("a", &simulator.base_url(), json!({ "rpm": 5, "rpd": 3, "tpm": 1000, "models": ["m"] })),
+            endpoint_with("b", &simulator.base_url(), json!({ "rpm": 2, "models": ["m"], "priority": 1 })),
+            endpoint_with("c", &simulator.base_url(), json!({ "models": ["free"] })),
+        ];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        let rates = |reply: &Reply| {
+            ["limit", "remaining"].map(|what| reply.header(&format!("x-ratelimit-{what}-requests")).map(str::to_owned))
+        };
+        let expect = |limit: &str, remaining: &str| [Some(limit.to_owned()), Some(remaining.to_owned())];
+        // Three a day are the tighter limit of the one, two a minute of the other.
+        assert_eq!(rates(&proxy.chat("m").await), expect("5", "4"));
+        let reply = proxy.chat("m").await;
+        assert_eq!(rates(&reply), expect("5", "3"));
+        assert_eq!(reply.header("x-ratelimit-foo"), None);
+        assert_eq!(reply.header("x-ratelimit-limit-tokens"), None, "the other endpoint has no such limit");
+        for left in ["2", "1", "0"] {
+            assert_eq!(rates(&proxy.chat("m").await), expect("5", left));
+        }
+        let refused = proxy.chat("m").await;
+        assert_eq!(refused.status, 429);
+        assert_eq!(rates(&refused), expect("5", "0"));
+        let reset = refused.header("x-ratelimit-reset-requests").unwrap();
+        assert!(reset.ends_with('s') && reset.contains(['h', 'm']), "the day's: {reset}");
+        assert_eq!(rates(&proxy.chat("free").await), [None, None]);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_over_its_tokens_takes_no_more() {
+    within(async {
+        let (a, b) = (simulator().await, simulator().await);
+        let apis = [
+            endpoint_with("a", &a.base_url(), json!({ "tpm": 10 })),
+            endpoint_with("b", &b.base_url(), json!({ "tpd": 10, "priority": 1 })),
+        ];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        // Each answer costs 8.
+        for id in ["a", "a", "b", "b"] {
+            let reply = proxy.chat("m").await;
+            reply.assert_from(id, 1);
+            assert_eq!(reply.json()["usage"]["total_tokens"], 8);
+        }
+        let refused = proxy.chat("m").await;
+        let wait = assert_full(&refused);
+        assert!((50_000..=60_500).contains(&wait), "the minute of the first ends before the day of the second: {wait}");
+        let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
+        for part in ["a: 10 tokens a minute", "b: 10 tokens a day"] {
+            assert!(message.contains(part), "{message}");
+        }
+        let quota = proxy.status_of("a").await["quota"].clone();
+        assert_eq!((&quota["tpm"]["used"], &quota["tpm"]["left"]), (&json!(16), &json!(0)), "{quota}");
+        assert!(quota["tpm"]["resets"].is_string());
+        assert_eq!(refused.header("x-ratelimit-remaining-tokens"), Some("0"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_at_once_are_limited_until_the_last_byte() {
+    within(async {
+        let (a, b) = (behaving(Behaviour { chunk_delay_ms: 20, events: 1000, ..Behaviour::default() }).await, simulator().await);
+        let apis = [
+            endpoint_with("a", &a.base_url(), json!({ "maxConcurrent": 1 })),
+            endpoint_with("b", &b.base_url(), json!({ "priority": 1 })),
+        ];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        let mut stream = proxy.open_stream("m").await;
+        assert!(stream.chunk().await.unwrap().is_some());
+        proxy.chat("m").await.assert_from("b", 1);
+        assert_eq!(proxy.status_of("a").await["quota"]["maxConcurrent"]["left"], 0);
+        drop(stream);
+        proxy.until_status("a", "inFlight", json!(0)).await;
+        a.set_default(Behaviour::default());
+        let mut from = String::new();
+        // The place is free as soon as the endpoint's side has ended too.
+        for _ in 0..200 {
+            from = proxy.chat("m").await.endpoint().unwrap().to_owned();
+            if from == "a" {
+                break;
+            }
+        }
+        assert_eq!(from, "a");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_queue_requests_wait_for_their_turn() {
+    within(async {
+        let simulator = behaving(Behaviour { header_delay_ms: 100, ..Behaviour::default() }).await;
+        let api = endpoint_with("a", &simulator.base_url(), json!({ "maxConcurrent": 1 }));
+        let queue = json!({ "maxWaitMs": 20_000, "maxRequests": 3 });
+        let proxy = Proxy::start(json!({ "queue": queue }), &[api]).await;
+        let first = proxy.request(Method::POST, "/v1/chat/completions").json(&chat("first"));
+        let first = tokio::spawn(Reply::of(first));
+        proxy.until_status("a", "inFlight", json!(1)).await;
+        let mut waiting = Vec::new();
+        for model in ["1", "2", "3"] {
+            let call = proxy.request(Method::POST, "/v1/chat/completions").json(&chat(model));
+            waiting.push(tokio::spawn(Reply::of(call)));
+            // Each is in the queue before the next comes.
+            for _ in 0..1000 {
+                if proxy.get("/v1/status").await.json()["ledger"]["queued"] == waiting.len() {
+                    break;
+                }
+            }
+        }
+        // The queue is full.
+        let refused = proxy.chat("4").await;
+        let message = refused.assert_error(429, "requests", "rate_limit_exceeded");
+        assert!(message.contains("a: 1 requests at once"), "{message}");
+        // The second one's client goes away.
+        waiting.remove(1).abort();
+        first.await.unwrap().assert_from("a", 1);
+        for waiting in waiting {
+            waiting.await.unwrap().assert_from("a", 1);
+        }
+        let models: Vec<_> = simulator
+            .requests()
+            .iter()
+            .map(|request| serde_json::from_slice::<Value>(&request.body).unwrap()["model"].as_str().unwrap().to_owned())
+            .collect();
+        assert_eq!(models, ["first", "1", "3"]);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wait_in_the_queue_has_an_end() {
+    within(async {
+        let simulator = simulator().await;
+        let api = endpoint_with("a", &simulator.base_url(), json!({ "rpm": 1 }));
+        let proxy = Proxy::start(json!({ "queue": { "maxWaitMs": 700 } }), &[api]).await;
+        proxy.chat("m").await.assert_from("a", 1);
+        let begun = Instant::now();
+        let wait = assert_full(&proxy.chat("m").await);
+        assert!((700..5000).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
+        assert!((55_000..=59_900).contains(&wait), "{wait}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_answered_429_is_waited_for_too() {
+    within(async {
+        let simulator = simulator().await;
+        simulator.script("m", vec![Behaviour::status(429).header("retry-after-ms", "400"), Behaviour::default()]);
+        let api = endpoint_with("a", &simulator.base_url(), json!({}));
+        let proxy = Proxy::start(json!({ "queue": { "maxWaitMs": 10_000 } }), &[api]).await;
+        assert_eq!(proxy.chat("m").await.status, 429, "its own: nobody else is there");
+        proxy.chat("m").await.assert_from("a", 1);
+        let sent: Vec<_> = simulator.requests().iter().map(|request| request.at).collect();
+        assert!((sent[1] - sent[0]).as_millis() >= 390, "{sent:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_are_kept_from_clients_where_the_config_says_so() {
+    within(async {
+        let simulator = simulator().await;
+        let apis = ["x1", "x2"].map(|id| endpoint_with(id, &simulator.base_url(), json!({ "rpm": 1 })));
+        let proxy = Proxy::start(json!({ "endpointHeaders": false }), &apis).await;
+        for _ in 0..2 {
+            assert_eq!(proxy.chat("m").await.status, 200);
+        }
+        let refused = proxy.chat("m").await;
+        assert_full(&refused);
+        assert!(refused.text().contains("(1 requests a minute)"), "{}", refused.text());
+        assert!(!refused.text().contains("x1"), "{}", refused.text());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_page_says_all_about_limits() {
+    within(async {
+        let simulator = simulator().await;
+        let limits = json!({ "rpm": 2, "rpd": 10, "tpm": 1000, "tpd": -1, "maxConcurrent": 5, "timezone": "America/Los_Angeles" });
+        let proxy = Proxy::start(json!({}), &[endpoint_with("a", &simulator.base_url(), limits)]).await;
+        for _ in 0..2 {
+            proxy.chat("m").await.assert_from("a", 1);
+        }
+        let api = proxy.status_of("a").await;
+        assert_eq!(
+            api["limits"],
+            json!({ "rpm": 2, "rpd": 10, "tpm": 1000, "tpd": -1, "maxConcurrent": 5 }),
+            "{api}"
+        );
+        assert_eq!((&api["available"], &api["heldBy"]), (&json!(false), &json!("2 requests a minute")));
+        assert_eq!(api["timezone"], "America/Los_Angeles");
+        assert!(api["meanFirstByteMs"].as_f64().unwrap() > 0.0);
+        let time = |value: &Value| value.as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
+        let now = jiff::Timestamp::now();
+        let wait = |value: &Value| time(value).duration_since(now).as_secs_f64();
+        assert!((50.0..61.0).contains(&wait(&api["limitFrees"])), "{api}");
+        for (limit, used, left) in [("rpm", 2, json!(0)), ("rpd", 2, json!(8)), ("tpm", 16, json!(984)), ("tpd", 16, json!(null))] {
+            let quota = &api["quota"][limit];
+            assert_eq!((&quota["used"], &quota["left"]), (&json!(used), &left), "{limit}: {api}");
+        }
+        assert!((50.0..61.0).contains(&wait(&api["quota"]["rpm"]["resets"])), "{api}");
+        // Midnight in Los Angeles, and the second that counts in both days.
+        let day_ends = time(&api["quota"]["rpd"]["resets"]).to_zoned_datetime(jiff::tz::TimeZone::get("America/Los_Angeles").unwrap());
+        assert_eq!((day_ends.hour(), day_ends.minute()), (0, 0), "{api}");
     })
     .await;
 }
