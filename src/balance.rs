@@ -120,7 +120,8 @@ fn choose(pool: &Pool, candidates: &Candidates, eligible: &mut Vec<Eligible>, cl
     while !eligible.is_empty() {
         let at = if eligible.len() == 1 { 0 } else { by_strategy(pool, candidates, eligible, clock.now) };
         let Eligible { index: candidate, trial } = eligible.swap_remove(at);
-        let begun = if trial { endpoint_of(pool, candidates, candidate).and_then(|e| e.live.begin_trial()) } else { None };
+        let begun =
+            if trial { endpoint_of(pool, candidates, candidate).and_then(|e| e.live.begin_trial()) } else { None };
         if begun.is_some() == trial {
             eligible.clear();
             return Some(Pick { candidate, trial: begun });

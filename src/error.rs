@@ -214,9 +214,11 @@ impl Fault {
                 holds(held),
                 wait.as_secs_f64().ceil()
             ),
-            Self::LedgerUnavailable => "The proxy cannot write its ledger, so endpoints with limits take no requests. Its \
+            Self::LedgerUnavailable => {
+                "The proxy cannot write its ledger, so endpoints with limits take no requests. Its \
                 log and GET /v1/status say why."
-                .into(),
+                    .into()
+            }
             Self::NoneAvailable => "Every endpoint that serves this model failed repeatedly and is cooling down. \
                 GET /v1/status says until when."
                 .into(),

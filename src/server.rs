@@ -94,7 +94,8 @@ impl Prepared {
         if options.test {
             ledger.try_out().map_err(|error| StartError(error.to_string()))?;
         }
-        let pool = Pool::new(config, ledger.client().clone(), None).map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
+        let pool = Pool::new(config, ledger.client().clone(), None)
+            .map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
         let pool = Arc::new(ArcSwap::from_pointee(pool));
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let mut server = Server::new_with_opt_and_conf(opt, conf);

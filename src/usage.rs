@@ -147,7 +147,10 @@ mod tests {
         }
         assert_eq!(meter(Meter::new(false, true), r#"{"usage":null}"#, 5), None);
         assert_eq!(meter(Meter::new(false, false), body, 5), None);
-        assert_eq!(meter(Meter::new(false, true), &format!("{{\"x\":\"{}\"}}", "y".repeat(JSON_BYTES_MAX)), 9999), None);
+        assert_eq!(
+            meter(Meter::new(false, true), &format!("{{\"x\":\"{}\"}}", "y".repeat(JSON_BYTES_MAX)), 9999),
+            None
+        );
     }
 
     #[test]
@@ -166,9 +169,14 @@ mod tests {
         assert_eq!(tokens(r#"{"usage":{"input_tokens":3,"output_tokens":4}}"#), Some((3, 4, 7)));
         let both = r#"{"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7,"input_tokens":3,"output_tokens":4}}"#;
         assert_eq!(tokens(both), Some((3, 4, 7)));
-        assert_eq!(tokens(r#"{"type":"x","response":{"usage":{"input_tokens":1,"output_tokens":2}}}"#), Some((1, 2, 3)));
+        assert_eq!(
+            tokens(r#"{"type":"x","response":{"usage":{"input_tokens":1,"output_tokens":2}}}"#),
+            Some((1, 2, 3))
+        );
         assert_eq!(tokens(r#"{"usage":{"total_tokens":18446744073709551615}}"#), Some((0, 0, TOKENS_MAX)));
-        for none in [r#"{"usage":{"total_tokens":-1}}"#, r#"{"usage":{"total_tokens":99999999999999999999}}"#, "[]", "{"] {
+        for none in
+            [r#"{"usage":{"total_tokens":-1}}"#, r#"{"usage":{"total_tokens":99999999999999999999}}"#, "[]", "{"]
+        {
             assert_eq!(tokens(none), None, "{none}");
         }
     }

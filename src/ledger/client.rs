@@ -195,9 +195,10 @@ impl Client {
 
     /// A place among those who wait for a permit, if there are fewer than this.
     pub fn enter_queue(&self, requests_max: usize) -> Option<QueuePlace> {
-        let entered = self.inbox.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
-            (queued < requests_max).then_some(queued + 1)
-        });
+        let entered = self
+            .inbox
+            .queued
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| (queued < requests_max).then_some(queued + 1));
         entered.ok().map(|_| QueuePlace(Arc::clone(&self.inbox)))
     }
 
@@ -389,12 +390,7 @@ enum Stage {
 }
 
 impl Permit {
-    pub(super) fn new(
-        client: &Client,
-        account: &Arc<Account>,
-        limits: &Arc<Limits>,
-        counted: Option<Counted>,
-    ) -> Self {
+    pub(super) fn new(client: &Client, account: &Arc<Account>, limits: &Arc<Limits>, counted: Option<Counted>) -> Self {
         Self {
             account: Arc::clone(account),
             limits: Arc::clone(limits),

@@ -685,8 +685,7 @@ mod tests {
         fn ask(&self, wanted: &[Wanted], otherwise: Otherwise) -> Answer {
             let (client, wanted) = (self.client.clone(), wanted.to_vec());
             let _entered = self.runtime.enter();
-            let mut answer: Answer =
-                Box::pin(async move { client.draw(client.ticket(), wanted, otherwise).await });
+            let mut answer: Answer = Box::pin(async move { client.draw(client.ticket(), wanted, otherwise).await });
             assert!(poll(&mut answer).is_pending());
             answer
         }

@@ -260,9 +260,9 @@ impl Ledger for SqliteLedger {
 
     fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
         let read = || -> rusqlite::Result<Vec<(Slot, Counts)>> {
-            let mut statement = self
-                .connection
-                .prepare_cached("SELECT slot, max(attempts, 0), max(tokens, 0) FROM minute WHERE endpoint = ?1 AND slot >= ?2")?;
+            let mut statement = self.connection.prepare_cached(
+                "SELECT slot, max(attempts, 0), max(tokens, 0) FROM minute WHERE endpoint = ?1 AND slot >= ?2",
+            )?;
             let rows = statement.query_map(params![endpoint, oldest.0], |row| {
                 Ok((Slot(row.get(0)?), Counts { attempts: row.get(1)?, tokens: row.get(2)? }))
             })?;
@@ -445,9 +445,10 @@ pub(super) fn explain(path: &Path, error: &rusqlite::Error) -> LedgerError {
         }
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => (FaultKind::Corrupt, ""),
         Some(ErrorCode::DiskFull) => (FaultKind::Unusable, "; make room on that disk"),
-        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => {
-            (FaultKind::Unusable, "; let this program write to the file and its folder, or name another in server.ledger")
-        }
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => (
+            FaultKind::Unusable,
+            "; let this program write to the file and its folder, or name another in server.ledger",
+        ),
         _ => (FaultKind::Unusable, ""),
     };
     LedgerError { kind, message: format!("ledger {}: {error}{way_out}", path.display()) }

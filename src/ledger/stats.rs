@@ -111,8 +111,7 @@ pub type Stats = BTreeMap<String, BTreeMap<String, ModelStats>>;
 pub fn read(path: &Path, now: SystemTime) -> Result<Stats, LedgerError> {
     let connection = SqliteLedger::open_to_read(path)?;
     let second = Timestamp::try_from(now).unwrap_or_default().as_second();
-    read_from(&connection, second)
-        .map_err(|error| super::sqlite::explain(path, &error))
+    read_from(&connection, second).map_err(|error| super::sqlite::explain(path, &error))
 }
 
 fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
@@ -129,7 +128,8 @@ fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
         entry.last_used_ms = row.get(6)?;
     }
     for (table, key, kept) in [("token_hour", "hour", HOURS_KEPT), ("token_day", "day", DAYS_KEPT)] {
-        let mut parts = connection.prepare(&format!("SELECT endpoint, model, {key}, total FROM {table} WHERE {key} > ?1"))?;
+        let mut parts =
+            connection.prepare(&format!("SELECT endpoint, model, {key}, total FROM {table} WHERE {key} > ?1"))?;
         let mut rows = parts.query([oldest(now, kept)])?;
         while let Some(row) = rows.next()? {
             let entry = stats.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
@@ -158,7 +158,10 @@ mod tests {
             let text = |second| Timestamp::from_second(second).unwrap().to_string();
             (text(hour), text(day))
         };
-        assert_eq!(begins("2026-11-25T17:56:12.5Z", "UTC"), ("2026-11-25T17:00:00Z".into(), "2026-11-25T00:00:00Z".into()));
+        assert_eq!(
+            begins("2026-11-25T17:56:12.5Z", "UTC"),
+            ("2026-11-25T17:00:00Z".into(), "2026-11-25T00:00:00Z".into())
+        );
         assert_eq!(
             begins("2026-11-25T17:56:12Z", "Asia/Kolkata"),
             ("2026-11-25T17:30:00Z".into(), "2026-11-24T18:30:00Z".into())

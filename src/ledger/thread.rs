@@ -127,11 +127,8 @@ impl State {
 impl Keeper {
     /// The keeper of the ledger that a config names. Nothing is opened yet: threads do not outlive going into the background.
     pub fn new(server: &config::Server) -> Self {
-        let options = Options {
-            path: server.ledger.clone(),
-            sync: server.ledger_sync,
-            on_error: server.ledger_on_error,
-        };
+        let options =
+            Options { path: server.ledger.clone(), sync: server.ledger_sync, on_error: server.ledger_on_error };
         let state = State {
             path: options.path.as_path().into(),
             on_error: options.on_error,

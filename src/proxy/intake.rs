@@ -194,12 +194,8 @@ async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
 /// The first endpoint. A client that goes away while it waits for its turn gives its place to the next.
 async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> {
     let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
-    let admission = admission::admit(admission::Request {
-        pool: &ask.pool,
-        candidates: &ask.candidates,
-        tried: &[],
-        queue,
-    });
+    let admission =
+        admission::admit(admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried: &[], queue });
     if queue.is_none() {
         return Ok(admission.await?);
     }

@@ -90,7 +90,10 @@ pub(super) fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> 
         .headers
         .iter()
         .filter(|(name, value)| {
-            rewrite::is_kept_from_client(name) || name.as_str().starts_with(rates::PREFIX) || quotes_key(value) || !switches_protocol && is_hop_by_hop(name)
+            rewrite::is_kept_from_client(name)
+                || name.as_str().starts_with(rates::PREFIX)
+                || quotes_key(value)
+                || !switches_protocol && is_hop_by_hop(name)
         })
         .map(|(name, _)| name.clone())
         .collect();

@@ -77,10 +77,15 @@ fn check(folder: &Path, a: &Simulator, b: &Simulator, kills: usize, limits_are_r
     let [(a_minute, a_day), (_, b_day)] = counted(folder);
     assert!(received[0] <= RPM, "{} in a minute", received[0]);
     assert!(received[1] <= RPD, "{} on a day", received[1]);
-    for (what, counted, received) in [("a", a_minute, received[0]), ("a", a_day, received[0]), ("b", b_day, received[1])] {
+    for (what, counted, received) in
+        [("a", a_minute, received[0]), ("a", a_day, received[0]), ("b", b_day, received[1])]
+    {
         assert!(counted >= received, "{what}: {counted} counted of {received} received");
         let in_flight = (kills * TASKS) as u64;
-        assert!(counted <= received + in_flight, "{what}: {counted} counted, {received} received, {in_flight} in flight");
+        assert!(
+            counted <= received + in_flight,
+            "{what}: {counted} counted, {received} received, {in_flight} in flight"
+        );
     }
     if limits_are_reached {
         assert_eq!((a_minute, b_day), (RPM, RPD));

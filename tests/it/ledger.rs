@@ -118,7 +118,8 @@ async fn a_corrupt_file_is_moved_aside_and_loudly() {
             assert_eq!(status["apis"][0]["heldBy"], "the last minute's requests are not known", "{status}");
             let files = std::fs::read_dir(folder.path().join("data")).unwrap();
             let names: Vec<_> = files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
-            let aside = names.iter().find(|name| name.starts_with("ledger.db.corrupt-")).unwrap_or_else(|| panic!("{names:?}"));
+            let aside =
+                names.iter().find(|name| name.starts_with("ledger.db.corrupt-")).unwrap_or_else(|| panic!("{names:?}"));
             assert_eq!(std::fs::read(folder.path().join("data").join(aside)).unwrap(), garbage, "it is kept as it was");
         }
     })
@@ -244,7 +245,8 @@ async fn a_full_disk_is_told_and_gone_as_soon_as_there_is_room() {
         ask(&running).await.assert_from("a", 1);
         let limit = |bytes: &str| {
             let pid = running.pid().to_string();
-            let done = Command::new("prlimit").args(["--pid", &pid, &format!("--fsize={bytes}:unlimited")]).status().unwrap();
+            let done =
+                Command::new("prlimit").args(["--pid", &pid, &format!("--fsize={bytes}:unlimited")]).status().unwrap();
             assert!(done.success());
         };
         limit("1024");
@@ -302,7 +304,10 @@ async fn a_file_of_another_program_or_of_a_newer_version_is_left_alone() {
         let simulator = simulator().await;
         for (sql, told) in [
             ("CREATE TABLE songs (name TEXT)", "is another program's database"),
-            ("PRAGMA application_id = 1634759783; PRAGMA user_version = 99; CREATE TABLE x (y)", "has schema version 99"),
+            (
+                "PRAGMA application_id = 1634759783; PRAGMA user_version = 99; CREATE TABLE x (y)",
+                "has schema version 99",
+            ),
         ] {
             let folder = folder_with("apis.json", &text(&simulator.base_url(), json!({}), true));
             std::fs::create_dir(folder.path().join("data")).unwrap();

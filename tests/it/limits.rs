@@ -187,7 +187,11 @@ async fn of_a_thousand_at_once_as_many_are_served_as_the_limits_say() {
         let proxy = Proxy::start(json!({ "threads": 2 }), &apis).await;
         let replies = crowd(&proxy, 1000).await;
         let counts = tally(&replies);
-        assert_eq!((counts.get("a"), counts.get("b"), counts.get("-")), (Some(&100), Some(&100), Some(&800)), "{counts:?}");
+        assert_eq!(
+            (counts.get("a"), counts.get("b"), counts.get("-")),
+            (Some(&100), Some(&100), Some(&800)),
+            "{counts:?}"
+        );
         assert_eq!((a.requests().len(), b.requests().len()), (100, 100));
         // 200 permits free in a minute: so many are told to come then, as many a minute later, and so on.
         let mut waits: Vec<_> = replies.iter().filter(|reply| reply.status == 429).map(assert_full).collect();
@@ -233,7 +237,8 @@ async fn of_a_thousand_at_once_all_are_served_if_anybody_may() {
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_say_what_is_left_for_the_model() {
     within(async {
-        let behaviour = Behaviour::default().header("x-ratelimit-limit-requests", "9999").header("x-ratelimit-foo", "1");
+        let behaviour =
+            Behaviour::default().header("x-ratelimit-limit-requests", "9999").header("x-ratelimit-foo", "1");
         let simulator = behaving(behaviour).await;
         let apis = [
             endpoint_with("a", &simulator.base_url(), json!({ "rpm": 5, "rpd": 3, "tpm": 1000, "models": ["m"] })),
@@ -297,7 +302,8 @@ async fn an_endpoint_over_its_tokens_takes_no_more() {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_at_once_are_limited_until_the_last_byte() {
     within(async {
-        let (a, b) = (behaving(Behaviour { chunk_delay_ms: 20, events: 1000, ..Behaviour::default() }).await, simulator().await);
+        let (a, b) =
+            (behaving(Behaviour { chunk_delay_ms: 20, events: 1000, ..Behaviour::default() }).await, simulator().await);
         let apis = [
             endpoint_with("a", &a.base_url(), json!({ "maxConcurrent": 1 })),
             endpoint_with("b", &b.base_url(), json!({ "priority": 1 })),
@@ -357,7 +363,9 @@ async fn with_a_queue_requests_wait_for_their_turn() {
         let models: Vec<_> = simulator
             .requests()
             .iter()
-            .map(|request| serde_json::from_slice::<Value>(&request.body).unwrap()["model"].as_str().unwrap().to_owned())
+            .map(|request| {
+                serde_json::from_slice::<Value>(&request.body).unwrap()["model"].as_str().unwrap().to_owned()
+            })
             .collect();
         assert_eq!(models, ["first", "1", "3"]);
     })
