@@ -117,10 +117,8 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
         let clock = pool.clock();
         let waits = turn.place.is_some() && clock.boot < turn.until;
         let open = balance::open(pool, request.candidates, request.tried, &clock);
-        let otherwise = match waits {
-            true => Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE)),
-            false => Otherwise::Refuse,
-        };
+        let otherwise =
+            if waits { Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE)) } else { Otherwise::Refuse };
         match draw(request, &open, turn.ticket, otherwise).await? {
             Drawn::Granted(at, permit) => {
                 let choice = choice(&open, at, permit)?;

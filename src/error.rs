@@ -152,11 +152,10 @@ impl Fault {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::LimitsReached { wait, .. } => Some(*wait),
-            // It is tried again several times a second.
-            Self::LedgerUnavailable => Some(Duration::from_secs(5)),
             Self::KeysFailedTooOften => Some(Duration::from_mins(1)),
-            // A trial takes seconds; it either reopens the endpoint or closes it for its whole cool-down.
-            Self::NoneAvailable => Some(Duration::from_secs(5)),
+            // A trial takes seconds; it either reopens the endpoint or closes it for its whole cool-down. The ledger is tried
+            // again several times a second.
+            Self::NoneAvailable | Self::LedgerUnavailable => Some(Duration::from_secs(5)),
             _ => None,
         }
     }

@@ -290,14 +290,12 @@ fn ledger(typed: Option<&str>, check: &mut Check<'_>) -> Option<PathBuf> {
 #[expect(clippy::option_option, reason = "the outer one is an error that was reported")]
 pub(super) fn timezone(typed: Option<&str>, path: &str, check: &mut Check<'_>) -> Option<Option<TimeZone>> {
     let Some(name) = typed else { return Some(None) };
-    match TimeZone::get(name.trim()) {
-        Ok(zone) => Some(Some(zone)),
-        Err(_) => {
-            let hint = "use an IANA name such as Europe/Berlin, America/Los_Angeles or UTC";
-            check.report.error(path, format!("{name:?} is not a time zone"), hint);
-            None
-        }
+    let zone = TimeZone::get(name.trim()).ok();
+    if zone.is_none() {
+        let hint = "use an IANA name such as Europe/Berlin, America/Los_Angeles or UTC";
+        check.report.error(path, format!("{name:?} is not a time zone"), hint);
     }
+    zone.map(Some)
 }
 
 fn queue_of(typed: &QueueFile, check: &mut Check<'_>) -> Option<Queue> {

@@ -823,7 +823,7 @@ mod tests {
         assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
         // One of them leaves; its place goes to the next.
         drop(waiting.remove(0));
-        process.pass(Duration::from_secs(60));
+        process.pass(Duration::from_mins(1));
         assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
         process.now_ms.fetch_add(500, Ordering::Relaxed);
         // A newcomer at the very moment does not go before them.

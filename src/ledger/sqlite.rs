@@ -283,12 +283,12 @@ impl Ledger for SqliteLedger {
     }
 
     fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
-        let Change { attempts, tokens } = change;
         // What was forgotten meanwhile cannot be taken back: it must not go below nothing.
         const MINUTE: &str = "INSERT INTO minute VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
              attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
         const DAY: &str = "INSERT INTO day VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
              attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
+        let Change { attempts, tokens } = change;
         self.run(MINUTE, &[&endpoint, &slot.0, &attempts, &tokens])?;
         days.each().try_for_each(|date| self.run(DAY, &[&endpoint, &date.to_string(), &attempts, &tokens]))
     }

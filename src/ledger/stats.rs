@@ -152,8 +152,8 @@ mod tests {
     #[test]
     fn hours_begin_by_the_clock_on_the_wall() {
         let begins = |text: &str, zone: &str| {
-            let nanos = text.parse::<Timestamp>().unwrap().as_nanosecond();
-            let wall = SystemTime::UNIX_EPOCH + Duration::from_nanos_u128(nanos.unsigned_abs());
+            let millis = text.parse::<Timestamp>().unwrap().as_millisecond();
+            let wall = SystemTime::UNIX_EPOCH + Duration::from_millis(millis.unsigned_abs());
             let Begins { hour, day } = Begins::of(wall, &TimeZone::get(zone).unwrap());
             let text = |second| Timestamp::from_second(second).unwrap().to_string();
             (text(hour), text(day))

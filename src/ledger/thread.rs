@@ -102,17 +102,14 @@ impl State {
     fn fails(&self, error: &LedgerError) {
         let mut fault = self.lock();
         let now = Instant::now();
-        let tells = match &mut *fault {
-            Some(before) => {
-                if !error.message.is_empty() {
-                    before.message.clone_from(&error.message);
-                }
-                now.duration_since(before.told) > TELL_AGAIN
+        let tells = if let Some(before) = &mut *fault {
+            if !error.message.is_empty() {
+                before.message.clone_from(&error.message);
             }
-            None => {
-                *fault = Some(Failing { since: SystemTime::now(), message: error.message.clone(), told: now });
-                true
-            }
+            now.duration_since(before.told) > TELL_AGAIN
+        } else {
+            *fault = Some(Failing { since: SystemTime::now(), message: error.message.clone(), told: now });
+            true
         };
         let Some(fault) = fault.as_mut().filter(|_| tells) else { return };
         fault.told = now;

@@ -113,11 +113,10 @@ impl Calendar {
 }
 
 fn wall_clock(timestamp: Timestamp) -> SystemTime {
-    let since_1970 = |nanos: i128| Duration::from_nanos_u128(nanos.unsigned_abs());
-    match timestamp.as_nanosecond() {
-        nanos if nanos < 0 => SystemTime::UNIX_EPOCH - since_1970(nanos),
-        nanos => SystemTime::UNIX_EPOCH + since_1970(nanos),
-    }
+    // Days begin at whole milliseconds in every zone.
+    let millis = timestamp.as_millisecond();
+    let since_1970 = Duration::from_millis(millis.unsigned_abs());
+    if millis < 0 { SystemTime::UNIX_EPOCH - since_1970 } else { SystemTime::UNIX_EPOCH + since_1970 }
 }
 
 #[cfg(test)]

@@ -165,13 +165,11 @@ impl Usage {
 
     /// Counts a request as in flight, if there is room for it; whatever else the limits say.
     pub fn enter(&mut self, limits: &Limits, clock: &Clock) -> Result<(), Held> {
-        match self.concurrency_holds(limits, clock.boot) {
-            Some(held) => Err(held),
-            None => {
-                self.concurrent += u64::from(limits.is_concurrency_limited());
-                Ok(())
-            }
+        if let Some(held) = self.concurrency_holds(limits, clock.boot) {
+            return Err(held);
         }
+        self.concurrent += u64::from(limits.is_concurrency_limited());
+        Ok(())
     }
 
     fn concurrency_holds(&self, limits: &Limits, now: Stamp) -> Option<Held> {

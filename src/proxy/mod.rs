@@ -98,12 +98,9 @@ impl ProxyHttp for Gateway {
     }
 
     async fn upstream_peer(&self, session: &mut Session, context: &mut Context) -> Result<Box<HttpPeer>> {
-        let begun = match std::mem::take(&mut context.tries.again) {
-            // The attempt under way, at its next address or on a fresh connection.
-            true => begin_anew(context).await,
-            false => Ok(false),
-        };
-        let begun = match begun {
+        // The attempt under way, at its next address or on a fresh connection?
+        let again = std::mem::take(&mut context.tries.again);
+        let begun = match if again { begin_anew(context).await } else { Ok(false) } {
             Ok(false) => next_attempt(context, &session.req_header().method).await,
             Ok(true) => Ok(()),
             Err(fault) => Err(fault),

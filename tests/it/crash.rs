@@ -90,7 +90,7 @@ fn check(folder: &Path, a: &Simulator, b: &Simulator, kills: usize, limits_are_r
     if limits_are_reached {
         assert_eq!((a_minute, b_day), (RPM, RPD));
     }
-    println!("{kills} kills: received {received:?}, counted {:?}", counted(folder));
+    eprintln!("{kills} kills: received {received:?}, counted {:?}", counted(folder));
 }
 
 async fn crash(processes: usize) {
@@ -120,7 +120,7 @@ async fn crash(processes: usize) {
     }
     assert!(begun.elapsed() < BOUND, "the minute slid on: {:?}", begun.elapsed());
     check(folder.path(), &a, &b, KILLS, true);
-    assert!(total().iter().sum::<u64>() > (RPM + RPD) / 2, "too little went through to prove anything: {:?}", total());
+    assert!(total().iter().sum::<u64>() > 700, "too little went through to prove anything: {:?}", total());
     assert!(answered.load(Ordering::Relaxed) > 100);
 }
 

@@ -75,8 +75,8 @@ async fn counts_outlive_the_process_and_the_file_is_private() {
         assert_eq!(status["apis"][0]["usage"]["rpm"], 4, "{status}");
         assert_eq!(status["apis"][0]["quota"]["rpd"]["left"], 56);
         assert_eq!(status["ledger"]["state"], "ok");
-        let stats = get(&second, "/v1/token/stats").await;
-        assert_eq!(stats["detailedStats"]["a"]["requests"], 4, "{stats}");
+        let tokens = get(&second, "/v1/token/stats").await;
+        assert_eq!(tokens["detailedStats"]["a"]["requests"], 4, "{tokens}");
     })
     .await;
 }

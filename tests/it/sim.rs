@@ -69,7 +69,7 @@ fn no_limit_is_passed_and_no_permit_withheld() {
             seen.merge(&half.join().unwrap());
         }
     });
-    println!("{schedules} schedules and {SCHEDULES_IN_FILE} in a file: {seen:?}");
+    eprintln!("{schedules} schedules and {SCHEDULES_IN_FILE} in a file: {seen:?}");
     if schedules < SCHEDULES {
         return;
     }
@@ -156,8 +156,7 @@ fn run(seed: u64, folder: Option<&Path>) -> Seen {
         world.step();
     }
     world.settle();
-    let seen = world.shared.borrow().seen;
-    seen
+    world.seen()
 }
 
 /// The clocks of the machine, in milliseconds. `true_ms` never stands still or jumps; it is the model's own.
@@ -300,7 +299,7 @@ impl World {
             if !is_known {
                 model.rpm = self.rng.bool().then(|| self.rng.u64(1..6));
                 model.rpd = (self.rng.u8(..) < 80).then(|| self.rng.u64(3..20));
-                model.zone = (*self.rng.choice(&ZONES).unwrap()).to_owned();
+                (*self.rng.choice(&ZONES).unwrap()).clone_into(&mut model.zone);
             } else if let (Some(rpm), true) = (model.rpm, self.rng.u8(..) < 20) {
                 model.rpm = Some(rpm + 1);
             }
@@ -380,6 +379,10 @@ impl World {
                 self.serve();
             }
         }
+    }
+
+    fn seen(&self) -> Seen {
+        self.shared.borrow().seen
     }
 
     fn days(&self) -> Vec<Date> {
@@ -787,7 +790,7 @@ impl MemoryLedger {
         if disk.boot_id != boot_id {
             // The first boot of all left nothing behind.
             disk.unknown_until = if disk.boot_id.is_empty() { Stamp::default() } else { Stamp::default() + SPAN };
-            disk.boot_id = boot_id.to_owned();
+            boot_id.clone_into(&mut disk.boot_id);
             disk.minutes.clear();
             disk.version += 1;
         }
