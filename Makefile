@@ -58,6 +58,15 @@ lint: build-tools ## Formatting, lints, documentation, configs and generated fil
 	  | diff <(sed -n '/<!-- generated/,/<!-- end of generated/p' docs/config.md | sed '1d;$$d') - \
 	  || { echo "docs/config.md is not what the types say: run make generated" >&2; exit 1; }
 
+.PHONY: bench-limits
+bench-limits: build-tools ## Measure what limits cost: requests a second and latencies with them against without
+	command -v oha >/dev/null || { echo "==> oha is missing: installing it with cargo"; cargo install --locked oha; }
+	$(call install,jq,jq)
+	$(call install,curl,curl)
+	echo "==> building the release"
+	cargo build --release --locked --bin api-together --example simulator
+	benches/limits
+
 .PHONY: generated
 generated: build-tools ## Write the config's schema and its reference table anew
 	cargo build --locked

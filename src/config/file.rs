@@ -115,7 +115,7 @@ pub struct ServerFile {
     #[schemars(extend("default" = LEDGER_DEFAULT))]
     pub ledger: Option<String>,
     /// What endpoints with limits do while the ledger cannot be written: take no requests, or go on
-    /// uncounted.
+    /// without permits, to be counted once it can be written again.
     #[schemars(extend("default" = LedgerOnError::Deny))]
     pub ledger_on_error: Option<LedgerOnError>,
     /// What a loss of power may cost: the last second's counts, or nothing, at the price of one write to the disk

@@ -62,7 +62,7 @@ pub enum LedgerOnError {
     /// They take no requests.
     #[default]
     Deny,
-    /// They go on uncounted.
+    /// They go on without permits.
     Allow,
 }
 
