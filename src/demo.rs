@@ -33,6 +33,8 @@ pub fn run() -> ExitCode {
             prepared.announce(format!("{}{}", banner.text(address), samples(address.port())));
             prepared.bootstrap();
             prepared.serve();
+            // Left behind if another signal than Ctrl-C ends it; it is a temporary file.
+            std::fs::remove_dir_all(ledger_folder()).unwrap_or_default();
             ExitCode::SUCCESS
         }
         Err(why) => fail(&why),
@@ -89,7 +91,7 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
     // Ten minutes of cool-down would make a dull demo.
     let server = json!({
         "host": "127.0.0.1", "port": port, "apiKey": CLIENT_KEY, "breaker": { "coolDownSeconds": 10 },
-        "ledger": ledger_path(),
+        "ledger": ledger_folder().join("ledger.db"),
     });
     let text = json!({ "server": server, "apis": apis }).to_string();
     let environment = if port == 0 { Environment::default() } else { Environment::from_process(Path::new("")) };
@@ -102,8 +104,8 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
 }
 
 /// A demo leaves nothing where it is started; its counts go with the machine's temporary files.
-fn ledger_path() -> PathBuf {
-    std::env::temp_dir().join(format!("api-together-demo-{}", std::process::id())).join("ledger.db")
+fn ledger_folder() -> PathBuf {
+    std::env::temp_dir().join(format!("api-together-demo-{}", std::process::id()))
 }
 
 fn samples(port: u16) -> String {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::{Account, Spent};
-use crate::limit::{Clock, Counted, Hold, Limits, PERMIT_AGE_MAX, Stamp, View};
+use super::{Account, Permit, Spent};
+use crate::limit::{Clock, Counted, Hold, Limits, Stamp, View};
 
 /// Requests that may wait for the ledger's thread at one moment, which serves them all in one group. What follows an attempt (a
 /// permit given back, its end, its tokens) always has room: there is one at most of each for every request that is open.
@@ -224,11 +224,7 @@ impl Client {
     /// Draws a fresh permit in place of one that is too old, or spent on an attempt that has to be made once more. What the old
     /// one held is given back in the same step, so that nobody comes between.
     pub async fn swap(&self, old: &mut Permit) -> Drawn {
-        let wanted = vec![Wanted {
-            account: Arc::clone(&old.account),
-            limits: Arc::clone(&old.limits),
-            not_before: Stamp::default(),
-        }];
+        let wanted = vec![old.wanted()];
         let returned = old.take_return();
         self.send_draw(self.ticket(), wanted, Otherwise::LookElsewhere, returned).await
     }
@@ -309,7 +305,7 @@ impl Client {
     }
 
     /// None if the thread has ended.
-    fn push<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
+    pub(super) fn push<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
         let mut guard = self.lock();
         let (messages, sleep) = &mut *guard;
         if *sleep == Sleep::Gone {
@@ -366,94 +362,5 @@ impl Messages {
             && self.endpoints.is_none()
             && !self.unwritten
             && !self.closing
-    }
-}
-
-/// The right to one attempt. Dropped before it is spent, it is given back: the attempt was never sent.
-#[derive(Debug)]
-pub struct Permit {
-    account: Arc<Account>,
-    limits: Arc<Limits>,
-    client: Client,
-    /// What the ledger counted; none if it did not need to.
-    counted: Option<Counted>,
-    /// Whether the request counts as in flight until this is dropped.
-    concurrent: bool,
-    stage: Stage,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    Held,
-    Spent,
-    GivenBack,
-}
-
-impl Permit {
-    pub(super) fn new(client: &Client, account: &Arc<Account>, limits: &Arc<Limits>, counted: Option<Counted>) -> Self {
-        Self {
-            account: Arc::clone(account),
-            limits: Arc::clone(limits),
-            client: client.clone(),
-            counted,
-            concurrent: false,
-            stage: Stage::Held,
-        }
-    }
-
-    /// Counts the request as in flight until the permit is dropped.
-    pub(super) fn in_flight(mut self) -> Self {
-        self.concurrent = true;
-        self
-    }
-
-    /// The attempt is on its way.
-    pub fn spend(&mut self) {
-        if self.stage != Stage::Held {
-            return;
-        }
-        self.stage = Stage::Spent;
-        self.account.count_sent();
-        if self.counted.is_none() && self.account.count_unwritten() {
-            // None is a thread that has ended; what is unwritten then is lost, as it says when it ends.
-            self.client.push(|messages| messages.unwritten = true);
-        }
-    }
-
-    /// Whether it was counted for a moment that is not this one any more: the limits are about when a request is sent.
-    pub fn is_stale(&self, clock: &Clock) -> bool {
-        let Some(counted) = self.counted.filter(|_| self.stage == Stage::Held) else { return false };
-        clock.boot - counted.at >= PERMIT_AGE_MAX || !counted.days.cover(&self.limits.calendar.days(clock.wall))
-    }
-
-    /// Whether the attempt is on its way, or was.
-    pub fn is_spent(&self) -> bool {
-        self.stage == Stage::Spent
-    }
-
-    /// The endpoint is known never to have had the attempt, so it may be sent again with the same permit.
-    pub fn never_sent(&mut self) {
-        if self.stage == Stage::Spent && self.counted.is_some() {
-            self.stage = Stage::Held;
-            self.account.take_back_sent();
-        }
-    }
-
-    /// What is to be given back: the count, unless it is spent, and the place among those in flight.
-    fn take_return(&mut self) -> Option<Return> {
-        let unsent = std::mem::replace(&mut self.stage, Stage::GivenBack) == Stage::Held;
-        let counted = self.counted.take().filter(|_| unsent);
-        let concurrent = std::mem::take(&mut self.concurrent);
-        let returned = Return { account: Arc::clone(&self.account), counted, concurrent };
-        (counted.is_some() || concurrent).then_some(returned)
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        if let Some(returned) = self.take_return() {
-            // A thread that has ended leaves it counted: too much, never too little.
-            self.client.push(|messages| messages.returns.push(returned));
-        }
     }
 }

@@ -4,20 +4,20 @@
 //! The desk keeps a mirror of what the ledger counts for each endpoint, so that a group reads only what another process has
 //! changed since the last one.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::account::{Entry, Mirror};
+use super::account::Entry;
+use super::behind::Behind;
 use super::client::{Bill, Draw, Messages, Otherwise, Return};
-use super::stats::{self, DAYS_KEPT, HOURS_KEPT, MODELS_MAX, OTHER_MODELS};
-use super::{Account, Change, Client, Drawn, FaultKind, Ledger, LedgerError, Permit, Refusal, Spent, Wanted};
+use super::group::{Group, Outcome, Served, decide_here, enter, needs_ledger, promise};
+use super::stats::{self, DAYS_KEPT, HOURS_KEPT};
+use super::{Account, Change, Client, Drawn, FaultKind, Ledger, LedgerError, Permit, Refusal, Wanted};
 use crate::config::LedgerOnError;
-use crate::limit::{Clock, Counted, Counts, Held, Hold, Limits, Minute, Slot, Stamp, View};
+use crate::limit::{Clock, Counted, Counts, Held, Limits, Slot, Stamp, View};
 
-/// What is written behind is written after this time.
-const WRITE_BEHIND: Duration = Duration::from_millis(100);
 /// Views are renewed so often while anything counts, so that they show what has freed and what other processes did.
 const RENEW: Duration = Duration::from_secs(1);
 /// Those who wait are looked through at least so often, as another process may give permits back.
@@ -26,8 +26,6 @@ const SCAN: Duration = Duration::from_millis(250);
 const CLEAN: Duration = Duration::from_secs(10);
 /// Statistics that are too old, so often.
 const CLEAN_STATS: Duration = Duration::from_hours(1);
-/// Token counts that wait to be written while the ledger cannot be; more are lost, and told.
-const SPENT_MAX: usize = 10_000;
 
 /// What the desk did without the ledger, or could not do.
 #[derive(Debug, Default)]
@@ -51,12 +49,7 @@ pub struct Desk {
     /// Those who wait for their turn, in the order of arrival; as many as the queue has places.
     waiting: BTreeMap<u64, Draw>,
     scan_at: Stamp,
-    /// Accounts with something to be written behind.
-    unwritten: Vec<Arc<Account>>,
-    spent: HashMap<SpentKey, Spent>,
-    /// Models that were seen, by endpoint; at most [`MODELS_MAX`] of each.
-    models: HashMap<Arc<str>, HashSet<Arc<str>>>,
-    write_at: Stamp,
+    behind: Behind,
     renew_at: Stamp,
     clean_at: Stamp,
     clean_stats_at: Stamp,
@@ -78,29 +71,6 @@ struct Due {
     renews: bool,
 }
 
-/// Endpoint, model, hour, day.
-type SpentKey = (Arc<str>, Arc<str>, i64, i64);
-
-/// One draw, and what came of it.
-struct Served {
-    draw: Draw,
-    outcome: Outcome,
-}
-
-enum Outcome {
-    Granted(usize, Counted),
-    Held(Vec<(usize, Held)>),
-}
-
-/// What one group of work needs.
-struct Group<'a> {
-    ledger: &'a mut dyn Ledger,
-    generation: u64,
-    clock: Clock,
-    /// Accounts that something was drawn from.
-    drawn: Vec<Arc<Account>>,
-}
-
 impl Desk {
     /// A desk for the clients of this inbox.
     pub fn new(client: Client, on_error: LedgerOnError, tally: Arc<Tally>) -> Self {
@@ -111,10 +81,7 @@ impl Desk {
             endpoints: Vec::new(),
             waiting: BTreeMap::new(),
             scan_at: Stamp::NEVER,
-            unwritten: Vec::new(),
-            spent: HashMap::new(),
-            models: HashMap::new(),
-            write_at: Stamp::NEVER,
+            behind: Behind::default(),
             renew_at: Stamp::NEVER,
             clean_at: Stamp::default(),
             clean_stats_at: Stamp::default(),
@@ -123,12 +90,12 @@ impl Desk {
 
     /// When there is something to do even if nobody asks.
     pub fn next_due(&self) -> Stamp {
-        self.scan_at.min(self.write_at).min(self.renew_at)
+        self.scan_at.min(self.behind.due_at).min(self.renew_at)
     }
 
     /// Whether everything that was counted is in the ledger.
     pub fn is_all_written(&self) -> bool {
-        self.unwritten.is_empty() && self.spent.is_empty()
+        self.behind.is_empty()
     }
 
     /// Serves whatever has come and whatever is due, with the ledger or, if it cannot be used, without. The error says that
@@ -145,7 +112,7 @@ impl Desk {
     ) -> Result<Used, LedgerError> {
         let clock = self.client.clock();
         self.take_in(&mut messages, &clock);
-        let due = Due { writes: clock.boot >= self.write_at, renews: clock.boot >= self.renew_at };
+        let due = Due { writes: clock.boot >= self.behind.due_at, renews: clock.boot >= self.renew_at };
         if due.writes {
             self.collect_unwritten(&clock);
         }
@@ -173,7 +140,7 @@ impl Desk {
                 self.serve_without_ledger(draws, &clock);
                 answer_others(messages, &clock, false);
                 // Not again at once.
-                self.write_at = self.write_at.max(clock.boot + WRITE_BEHIND);
+                self.behind.postpone(&clock);
                 self.renew_at = self.renew_at.max(clock.boot + RENEW);
                 Err(error)
             }
@@ -187,10 +154,10 @@ impl Desk {
             self.renew_at = clock.boot;
         }
         if messages.unwritten {
-            self.write_at = self.write_at.min(clock.boot + WRITE_BEHIND);
+            self.behind.due_soon(clock);
         }
         if !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing {
-            self.write_at = clock.boot;
+            self.behind.due_at = clock.boot;
         }
         if !messages.returns.is_empty() {
             self.scan_at = self.scan_at.min(clock.boot);
@@ -221,9 +188,9 @@ impl Desk {
         account.look_again();
         let Some(counted) = counted else { return };
         account.mirror().usage.give_back(counted);
-        self.write_behind(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
+        self.behind.add(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
         // At once, as after a kill it would count for an attempt that nobody made.
-        self.write_at = clock.boot;
+        self.behind.due_at = clock.boot;
     }
 
     fn take_bill(&mut self, bill: Bill, clock: &Clock) {
@@ -231,40 +198,16 @@ impl Desk {
         let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
         account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.tokens.total });
         let tokens = i64::try_from(spent.tokens.total).unwrap_or(i64::MAX);
-        self.write_behind(&account, Entry::new(now, Change { attempts: 0, tokens }));
+        self.behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
         account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
-        self.keep_spent(spent);
-        self.write_at = self.write_at.min(clock.boot + WRITE_BEHIND);
+        self.behind.add_spent(spent, &self.tally);
+        self.behind.due_soon(clock);
         self.renew_at = self.renew_at.min(clock.boot + RENEW);
-    }
-
-    fn keep_spent(&mut self, mut spent: Spent) {
-        let seen = self.models.entry(Arc::clone(&spent.endpoint)).or_default();
-        if !seen.contains(&spent.model) {
-            if seen.len() < MODELS_MAX {
-                seen.insert(Arc::clone(&spent.model));
-            } else {
-                spent.model = OTHER_MODELS.into();
-            }
-        }
-        let key = (Arc::clone(&spent.endpoint), Arc::clone(&spent.model), spent.hour, spent.day);
-        if let Some(kept) = self.spent.get_mut(&key) {
-            kept.requests += spent.requests;
-            kept.tokens.merge(spent.tokens);
-            kept.at_ms = kept.at_ms.max(spent.at_ms);
-        } else if self.spent.len() < SPENT_MAX {
-            self.spent.insert(key, spent);
-        } else {
-            let lost = self.tally.lost.fetch_add(1, Ordering::Relaxed) + 1;
-            if lost.is_power_of_two() {
-                log::error!("the tokens of {lost} answers are lost: the ledger has not been writable for too long");
-            }
-        }
     }
 
     /// Attempts that needed no permit.
     fn collect_unwritten(&mut self, clock: &Clock) {
-        for (account, limits) in self.endpoints.clone() {
+        for (account, limits) in &self.endpoints {
             let attempts = account.take_unwritten();
             if attempts > 0 {
                 let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
@@ -273,18 +216,10 @@ impl Desk {
                 mirror.usage.add(now, Counts { attempts, tokens: 0 });
                 drop(mirror);
                 let attempts = i64::try_from(attempts).unwrap_or(i64::MAX);
-                self.write_behind(&account, Entry::new(now, Change { attempts, tokens: 0 }));
+                self.behind.add(account, Entry::new(now, Change { attempts, tokens: 0 }));
                 self.renew_at = self.renew_at.min(clock.boot + RENEW);
             }
         }
-    }
-
-    fn write_behind(&mut self, account: &Arc<Account>, entry: Entry) {
-        let mut mirror = account.mirror();
-        if mirror.unwritten.is_empty() {
-            self.unwritten.push(Arc::clone(account));
-        }
-        entry.merge_into(&mut mirror.unwritten);
     }
 
     /// First those who swap a permit for another, then whoever waits, if it is time to look through them, then the newcomers; but
@@ -340,9 +275,7 @@ impl Desk {
             let draws = served.into_iter().map(|served| served.draw).chain(draws).collect();
             return Err((error, draws));
         }
-        for account in &group.drawn {
-            account.mirror().drawn.clear();
-        }
+        group.forget_drawn();
         self.forget_written(&clock, due);
         Ok((served, clock))
     }
@@ -356,14 +289,9 @@ impl Desk {
         if due.renews {
             self.renew(group)?;
         }
-        for account in &group.drawn {
-            write(group.ledger, account, &account.mirror().drawn)?;
-        }
+        group.write_drawn()?;
         if due.writes {
-            for account in &self.unwritten {
-                write(group.ledger, account, &account.mirror().unwritten)?;
-            }
-            self.spent.values().try_for_each(|spent| group.ledger.add_tokens(spent))?;
+            self.behind.write(group.ledger)?;
         }
         for reset in &messages.resets {
             group.ledger.reset_tokens(reset.endpoint.as_deref())?;
@@ -373,11 +301,7 @@ impl Desk {
 
     fn forget_written(&mut self, clock: &Clock, due: Due) {
         if due.writes {
-            for account in self.unwritten.drain(..) {
-                account.mirror().unwritten.clear();
-            }
-            self.spent.clear();
-            self.write_at = Stamp::NEVER;
+            self.behind.forget_written();
         }
         if due.renews {
             let is_moving = self.endpoints.iter().any(|(account, _)| account.mirror().usage.is_moving());
@@ -490,56 +414,6 @@ impl Desk {
     }
 }
 
-fn needs_ledger(draw: &Draw) -> bool {
-    draw.wanted.iter().any(|wanted| wanted.limits.in_ledger())
-}
-
-/// Decides where no endpoint has limits that the ledger keeps.
-fn decide_here(draw: Draw, clock: &Clock) -> Served {
-    let mut held = Vec::new();
-    for (at, wanted) in draw.wanted.iter().enumerate() {
-        let taken = take(wanted, &mut wanted.account.mirror(), clock);
-        match taken {
-            Ok(counted) => return Served { draw, outcome: Outcome::Granted(at, counted) },
-            Err(by) => held.push((at, by)),
-        }
-    }
-    Served { draw, outcome: Outcome::Held(held) }
-}
-
-fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, Held> {
-    rests(wanted, clock)?;
-    mirror.usage.take(&wanted.limits, clock)
-}
-
-/// As `take`, by what needs no ledger only.
-fn enter(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
-    rests(wanted, clock)?;
-    wanted.account.mirror().usage.enter(&wanted.limits, clock)
-}
-
-fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
-    if wanted.not_before > clock.boot {
-        return Err(Held { by: Hold::Rest, until: wanted.not_before });
-    }
-    Ok(())
-}
-
-/// The first moment at which any of them frees a permit that nobody else was promised, promised to the one who asks now.
-fn promise(wanted: &[Wanted], clock: &Clock) -> Option<Stamp> {
-    let next = |wanted: &Wanted| {
-        wanted.account.mirror().usage.next_free(&wanted.limits, clock, wanted.not_before.max(clock.boot))
-    };
-    let (at, first) = wanted.iter().map(|wanted| (next(wanted), wanted)).min_by_key(|(at, _)| *at)?;
-    first.account.mirror().usage.promise(at, &first.limits, clock);
-    Some(at)
-}
-
-fn write(ledger: &mut dyn Ledger, account: &Account, entries: &[Entry]) -> Result<(), LedgerError> {
-    let changes = entries.iter().filter(|entry| !entry.change.is_none());
-    changes.into_iter().try_for_each(|entry| ledger.add(account.id(), entry.slot, entry.days, entry.change))
-}
-
 /// Whoever does not want a permit.
 fn answer_others(messages: Messages, clock: &Clock, written: bool) {
     let view = |(account, limits): &(Arc<Account>, Arc<Limits>)| -> View { account.mirror().usage.view(limits, clock) };
@@ -555,85 +429,19 @@ fn answer_others(messages: Messages, clock: &Clock, written: bool) {
     }
 }
 
-impl Group<'_> {
-    /// Counts the draw for the first endpoint of its list that has a permit.
-    fn decide(&mut self, draw: &Draw) -> Result<Outcome, LedgerError> {
-        let mut held = Vec::new();
-        for (at, wanted) in draw.wanted.iter().enumerate() {
-            let in_ledger = wanted.limits.in_ledger();
-            if in_ledger {
-                self.refresh(&wanted.account, &wanted.limits)?;
-            }
-            let mut mirror = wanted.account.mirror();
-            match take(wanted, &mut mirror, &self.clock) {
-                Err(by) => held.push((at, by)),
-                Ok(counted) => {
-                    if in_ledger {
-                        if mirror.drawn.is_empty() {
-                            self.drawn.push(Arc::clone(&wanted.account));
-                        }
-                        Entry::new(counted, Change { attempts: 1, tokens: 0 }).merge_into(&mut mirror.drawn);
-                    }
-                    return Ok(Outcome::Granted(at, counted));
-                }
-            }
-        }
-        Ok(Outcome::Held(held))
-    }
-
-    /// Reads what the ledger counts for an endpoint, if anybody else has written since it was read, or the day has turned.
-    fn refresh(&mut self, account: &Account, limits: &Limits) -> Result<(), LedgerError> {
-        let mut mirror = account.mirror();
-        let days = limits.calendar.days(self.clock.wall);
-        if mirror.read_at == Some(self.generation) && mirror.usage.knows(days) {
-            return Ok(());
-        }
-        let (mut attempts, mut tokens) = (Minute::default(), Minute::default());
-        for (slot, counts) in self.ledger.minute(account.id(), Slot::oldest_that_counts(self.clock.boot))? {
-            attempts.add(slot, counts.attempts);
-            tokens.add(slot, counts.tokens);
-        }
-        let mut counted = Vec::with_capacity(2);
-        for date in days.each() {
-            counted.push((date, self.ledger.day(account.id(), date)?));
-        }
-        mirror.usage.load(attempts, tokens, counted, self.ledger.unknown_until());
-        let Mirror { usage, unwritten, drawn, .. } = &mut *mirror;
-        for entry in unwritten.iter().chain(drawn.iter()) {
-            usage.change(entry.slot, entry.days, entry.change.attempts, entry.change.tokens);
-        }
-        mirror.read_at = Some(self.generation);
-        Ok(())
-    }
-
-    /// Nothing was drawn after all.
-    fn undo(&mut self, served: &[Served]) {
-        for account in self.drawn.drain(..) {
-            let mut mirror = account.mirror();
-            mirror.drawn.clear();
-            mirror.read_at = None;
-        }
-        for Served { draw, outcome } in served {
-            if let Outcome::Granted(at, _) = outcome
-                && let Some(wanted) = draw.wanted.get(*at)
-                && wanted.limits.is_concurrency_limited()
-            {
-                wanted.account.mirror().usage.release();
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::task::{Context, Poll, Waker};
     use std::time::{Instant, SystemTime};
 
+    use super::super::Spent;
+    use super::super::behind::WRITE_BEHIND;
     use super::super::sqlite::{Opening, SqliteLedger};
-    use super::super::stats::{self, Tokens};
+    use super::super::stats::{self, MODELS_MAX, OTHER_MODELS, Tokens};
     use super::*;
     use crate::config::LedgerSync;
     use crate::config::test_support::config;
+    use crate::limit::Hold;
     use jiff::tz::TimeZone;
 
     /// 2026-11-25, noon, in UTC.

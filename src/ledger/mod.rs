@@ -14,15 +14,21 @@
 //! | module | owns |
 //! |---|---|
 //! | `account` | what a process knows of one endpoint's counts |
-//! | `client` | the way to the ledger's thread; permits, which give themselves back |
-//! | `desk` | who gets a permit: pure but for the ledger it is given |
+//! | `client` | the way to the ledger's thread |
+//! | `permit` | the right to one attempt, which gives itself back |
+//! | `desk` | who is served when, in which order, and what is told; pure but for the ledger it is given |
+//! | `group` | who of a group gets a permit |
+//! | `behind` | what is written a little later |
 //! | `thread` | the desk's thread, its faults, and checkpoints |
 //! | [`sqlite`] | the ledger on one machine |
 //! | [`stats`] | token statistics |
 
 mod account;
+mod behind;
 mod client;
 mod desk;
+mod group;
+mod permit;
 pub mod sqlite;
 pub mod stats;
 mod thread;
@@ -34,8 +40,9 @@ use jiff::civil::Date;
 use crate::limit::{Counts, Days, Slot, Stamp};
 
 pub use account::Account;
-pub use client::{Client, Drawn, Otherwise, Permit, QueuePlace, Refusal, Wanted};
+pub use client::{Client, Drawn, Otherwise, QueuePlace, Refusal, Wanted};
 pub use desk::{Desk, Tally, Used};
+pub use permit::Permit;
 pub use stats::{Spent, Tokens};
 pub use thread::{Keeper, State};
 

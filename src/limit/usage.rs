@@ -395,6 +395,27 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_that_is_set_neither_opens_nor_closes_the_minute_and_finds_the_days_counts_again() {
+        let (limits, mut usage) = (limits(2, 3), usage([25, 26]));
+        let hour = Duration::from_hours(1);
+        let set = |boot_ms: u64, forward: Option<u32>, back: Option<u32>| {
+            let clock = at(boot_ms);
+            Clock { wall: clock.wall + hour * forward.unwrap_or(0) - hour * back.unwrap_or(0), ..clock }
+        };
+        usage.take(&limits, &at(0)).unwrap();
+        usage.take(&limits, &set(1000, None, Some(1))).unwrap();
+        for clock in [set(2000, Some(1), None), set(3000, None, Some(1)), set(60_000, Some(1), None)] {
+            assert_eq!(usage.take(&limits, &clock).unwrap_err().until, Stamp(60_500), "{clock:?}");
+        }
+        // Half a day forward is tomorrow; back again, today's two still count.
+        usage.take(&limits, &set(61_500, Some(13), None)).unwrap();
+        usage.take(&limits, &at(62_000)).unwrap();
+        let held = usage.take(&limits, &at(200_000)).unwrap_err();
+        assert_eq!(held.by, Hold::RequestsPerDay(3));
+        assert!(usage.take(&limits, &set(200_000, Some(13), None)).is_ok());
+    }
+
+    #[test]
     fn tokens_hold_once_they_are_known() {
         let limits = Limits { tpm: Limit::AtMost(10), tpd: Limit::AtMost(100), ..limits(0, 0) };
         let mut usage = usage([25]);

@@ -1,0 +1,159 @@
+//! Deciding one group of draws: each counts for the first endpoint of its list that has a permit.
+
+use std::sync::Arc;
+
+use super::account::{Entry, Mirror};
+use super::client::Draw;
+use super::{Account, Change, Ledger, LedgerError, Wanted};
+use crate::limit::{Clock, Counted, Held, Hold, Limits, Minute, Slot, Stamp};
+
+/// One draw, and what came of it.
+pub(super) struct Served {
+    pub(super) draw: Draw,
+    pub(super) outcome: Outcome,
+}
+
+pub(super) enum Outcome {
+    Granted(usize, Counted),
+    Held(Vec<(usize, Held)>),
+}
+
+/// What one group of work needs.
+pub(super) struct Group<'a> {
+    pub(super) ledger: &'a mut dyn Ledger,
+    pub(super) generation: u64,
+    pub(super) clock: Clock,
+    /// Accounts that something was drawn from.
+    pub(super) drawn: Vec<Arc<Account>>,
+}
+
+impl Group<'_> {
+    /// Writes what was drawn.
+    pub(super) fn write_drawn(&mut self) -> Result<(), LedgerError> {
+        self.drawn.iter().try_for_each(|account| write(self.ledger, account, &account.mirror().drawn))
+    }
+
+    /// It was committed.
+    pub(super) fn forget_drawn(&mut self) {
+        self.drawn.drain(..).for_each(|account| account.mirror().drawn.clear());
+    }
+
+    /// Counts the draw for the first endpoint of its list that has a permit.
+    pub(super) fn decide(&mut self, draw: &Draw) -> Result<Outcome, LedgerError> {
+        let mut held = Vec::new();
+        for (at, wanted) in draw.wanted.iter().enumerate() {
+            let in_ledger = wanted.limits.in_ledger();
+            if in_ledger {
+                self.refresh(&wanted.account, &wanted.limits)?;
+            }
+            let mut mirror = wanted.account.mirror();
+            match take(wanted, &mut mirror, &self.clock) {
+                Err(by) => held.push((at, by)),
+                Ok(counted) => {
+                    if in_ledger {
+                        if mirror.drawn.is_empty() {
+                            self.drawn.push(Arc::clone(&wanted.account));
+                        }
+                        Entry::new(counted, Change { attempts: 1, tokens: 0 }).merge_into(&mut mirror.drawn);
+                    }
+                    return Ok(Outcome::Granted(at, counted));
+                }
+            }
+        }
+        Ok(Outcome::Held(held))
+    }
+
+    /// Reads what the ledger counts for an endpoint, if anybody else has written since it was read, or the day has turned.
+    pub(super) fn refresh(&mut self, account: &Account, limits: &Limits) -> Result<(), LedgerError> {
+        let mut mirror = account.mirror();
+        let days = limits.calendar.days(self.clock.wall);
+        if mirror.read_at == Some(self.generation) && mirror.usage.knows(days) {
+            return Ok(());
+        }
+        let (mut attempts, mut tokens) = (Minute::default(), Minute::default());
+        for (slot, counts) in self.ledger.minute(account.id(), Slot::oldest_that_counts(self.clock.boot))? {
+            attempts.add(slot, counts.attempts);
+            tokens.add(slot, counts.tokens);
+        }
+        let mut counted = Vec::with_capacity(2);
+        for date in days.each() {
+            counted.push((date, self.ledger.day(account.id(), date)?));
+        }
+        mirror.usage.load(attempts, tokens, counted, self.ledger.unknown_until());
+        let Mirror { usage, unwritten, drawn, .. } = &mut *mirror;
+        for entry in unwritten.iter().chain(drawn.iter()) {
+            usage.change(entry.slot, entry.days, entry.change.attempts, entry.change.tokens);
+        }
+        mirror.read_at = Some(self.generation);
+        Ok(())
+    }
+
+    /// Nothing was drawn after all.
+    pub(super) fn undo(&mut self, served: &[Served]) {
+        for account in self.drawn.drain(..) {
+            let mut mirror = account.mirror();
+            mirror.drawn.clear();
+            mirror.read_at = None;
+        }
+        for Served { draw, outcome } in served {
+            if let Outcome::Granted(at, _) = outcome
+                && let Some(wanted) = draw.wanted.get(*at)
+                && wanted.limits.is_concurrency_limited()
+            {
+                wanted.account.mirror().usage.release();
+            }
+        }
+    }
+}
+
+/// Whether anything that the draw would do is kept in the ledger.
+pub(super) fn needs_ledger(draw: &Draw) -> bool {
+    draw.wanted.iter().any(|wanted| wanted.limits.in_ledger())
+}
+
+/// Decides where no endpoint has limits that the ledger keeps.
+pub(super) fn decide_here(draw: Draw, clock: &Clock) -> Served {
+    let mut held = Vec::new();
+    for (at, wanted) in draw.wanted.iter().enumerate() {
+        let taken = take(wanted, &mut wanted.account.mirror(), clock);
+        match taken {
+            Ok(counted) => return Served { draw, outcome: Outcome::Granted(at, counted) },
+            Err(by) => held.push((at, by)),
+        }
+    }
+    Served { draw, outcome: Outcome::Held(held) }
+}
+
+fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, Held> {
+    rests(wanted, clock)?;
+    mirror.usage.take(&wanted.limits, clock)
+}
+
+/// As `take`, by what needs no ledger only.
+pub(super) fn enter(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
+    rests(wanted, clock)?;
+    wanted.account.mirror().usage.enter(&wanted.limits, clock)
+}
+
+fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
+    if wanted.not_before > clock.boot {
+        return Err(Held { by: Hold::Rest, until: wanted.not_before });
+    }
+    Ok(())
+}
+
+/// The first moment at which any of them frees a permit that nobody else was promised, promised to the one who asks now.
+pub(super) fn promise(wanted: &[Wanted], clock: &Clock) -> Option<Stamp> {
+    let next = |wanted: &Wanted| {
+        wanted.account.mirror().usage.next_free(&wanted.limits, clock, wanted.not_before.max(clock.boot))
+    };
+    let (at, first) = wanted.iter().map(|wanted| (next(wanted), wanted)).min_by_key(|(at, _)| *at)?;
+    first.account.mirror().usage.promise(at, &first.limits, clock);
+    Some(at)
+}
+
+/// Writes entries of an account.
+pub(super) fn write(ledger: &mut dyn Ledger, account: &Account, entries: &[Entry]) -> Result<(), LedgerError> {
+    let changes = entries.iter().filter(|entry| !entry.change.is_none());
+    changes.into_iter().try_for_each(|entry| ledger.add(account.id(), entry.slot, entry.days, entry.change))
+}

@@ -1,0 +1,102 @@
+//! The right to one attempt, which gives itself back if it is never used.
+
+use std::sync::Arc;
+
+use super::client::Return;
+use super::{Account, Client, Wanted};
+use crate::limit::{Clock, Counted, Limits, PERMIT_AGE_MAX, Stamp};
+
+/// The right to one attempt. Dropped before it is spent, it is given back: the attempt was never sent.
+#[derive(Debug)]
+pub struct Permit {
+    account: Arc<Account>,
+    limits: Arc<Limits>,
+    client: Client,
+    /// What the ledger counted; none if it did not need to.
+    counted: Option<Counted>,
+    /// Whether the request counts as in flight until this is dropped.
+    concurrent: bool,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Held,
+    Spent,
+    GivenBack,
+}
+
+impl Permit {
+    pub(super) fn new(client: &Client, account: &Arc<Account>, limits: &Arc<Limits>, counted: Option<Counted>) -> Self {
+        Self {
+            account: Arc::clone(account),
+            limits: Arc::clone(limits),
+            client: client.clone(),
+            counted,
+            concurrent: false,
+            stage: Stage::Held,
+        }
+    }
+
+    /// Counts the request as in flight until the permit is dropped.
+    pub(super) fn in_flight(mut self) -> Self {
+        self.concurrent = true;
+        self
+    }
+
+    /// The attempt is on its way.
+    pub fn spend(&mut self) {
+        if self.stage != Stage::Held {
+            return;
+        }
+        self.stage = Stage::Spent;
+        self.account.count_sent();
+        if self.counted.is_none() && self.account.count_unwritten() {
+            // None is a thread that has ended; what is unwritten then is lost, as it says when it ends.
+            self.client.push(|messages| messages.unwritten = true);
+        }
+    }
+
+    /// Whether it was counted for a moment that is not this one any more: the limits are about when a request is sent.
+    pub fn is_stale(&self, clock: &Clock) -> bool {
+        let Some(counted) = self.counted.filter(|_| self.stage == Stage::Held) else { return false };
+        clock.boot - counted.at >= PERMIT_AGE_MAX || !counted.days.cover(&self.limits.calendar.days(clock.wall))
+    }
+
+    /// Whether the attempt is on its way, or was.
+    pub fn is_spent(&self) -> bool {
+        self.stage == Stage::Spent
+    }
+
+    /// The endpoint is known never to have had the attempt, so it may be sent again with the same permit.
+    pub fn never_sent(&mut self) {
+        if self.stage == Stage::Spent && self.counted.is_some() {
+            self.stage = Stage::Held;
+            self.account.take_back_sent();
+        }
+    }
+
+    /// What another one of the same endpoint is drawn with.
+    pub(super) fn wanted(&self) -> Wanted {
+        let (account, limits) = (Arc::clone(&self.account), Arc::clone(&self.limits));
+        Wanted { account, limits, not_before: Stamp::default() }
+    }
+
+    /// What is to be given back: the count, unless it is spent, and the place among those in flight.
+    pub(super) fn take_return(&mut self) -> Option<Return> {
+        let unsent = std::mem::replace(&mut self.stage, Stage::GivenBack) == Stage::Held;
+        let counted = self.counted.take().filter(|_| unsent);
+        let concurrent = std::mem::take(&mut self.concurrent);
+        let returned = Return { account: Arc::clone(&self.account), counted, concurrent };
+        (counted.is_some() || concurrent).then_some(returned)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if let Some(returned) = self.take_return() {
+            // A thread that has ended leaves it counted: too much, never too little.
+            self.client.push(|messages| messages.returns.push(returned));
+        }
+    }
+}
