@@ -90,6 +90,15 @@ fn no_limit_is_passed_and_no_permit_withheld() {
     }
 }
 
+/// Asks a zone's calendar, one for each thread.
+fn with_calendar<T>(zone: &str, ask: impl FnOnce(&Calendar) -> T) -> T {
+    thread_local! {
+        static CALENDARS: Vec<(&'static str, Calendar)> =
+            ZONES.iter().map(|zone| (*zone, Calendar::new(TimeZone::get(zone).unwrap()))).collect();
+    }
+    CALENDARS.with(|calendars| ask(&calendars.iter().find(|(name, _)| *name == zone).unwrap().1))
+}
+
 /// How often things happened.
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
@@ -387,7 +396,7 @@ impl World {
 
     fn days(&self) -> Vec<Date> {
         let wall = self.clocks.read().wall;
-        ZONES.iter().map(|zone| Calendar::new(TimeZone::get(zone).unwrap()).date(wall)).collect()
+        ZONES.iter().map(|zone| with_calendar(zone, |calendar| calendar.date(wall))).collect()
     }
 
     /// The desks serve whoever asks, and the requests go on.
@@ -663,12 +672,11 @@ impl Shared {
             let in_a_minute = model.sent.iter().filter(|at| now - **at < 60_000).count() as u64;
             assert!(in_a_minute <= rpm, "{id}: {in_a_minute} sent within 60 s, and rpm is {rpm}");
         }
-        let calendar = Calendar::new(TimeZone::get(&model.zone).unwrap());
         let wall = clocks.read().wall;
-        for date in calendar.days(wall).each() {
+        let (days, date) = with_calendar(&model.zone, |calendar| (calendar.days(wall), calendar.date(wall)));
+        for date in days.each() {
             *model.by_day_at_most.entry(date).or_default() += 1;
         }
-        let date = calendar.date(wall);
         let on_this_day = model.by_day.entry(date).or_default();
         *on_this_day += 1;
         if let Some(rpd) = model.rpd {
@@ -690,7 +698,7 @@ impl Shared {
                 rpm.saturating_sub(counting + model.held)
             }
             Hold::RequestsPerDay(rpd) => {
-                let days = Calendar::new(TimeZone::get(&model.zone).unwrap()).days(clock.wall);
+                let days = with_calendar(&model.zone, |calendar| calendar.days(clock.wall));
                 let most = days.each().map(|date| model.by_day_at_most.get(&date).copied().unwrap_or(0)).max().unwrap();
                 let is_doubtful = days.each().any(|date| self.doubtful_days.contains(&date)) || days.first != days.last;
                 if is_doubtful { 0 } else { rpd.saturating_sub(most + model.held) }
