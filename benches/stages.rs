@@ -6,13 +6,17 @@
     reason = "a bench that cannot be set up must stop, and has no readers of its docs"
 )]
 
+use std::future::Future as _;
 use std::hint::black_box;
 use std::path::Path;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 
 use api_together::balance;
-use api_together::config::{Config, Environment, Format, check_str};
-use api_together::ledger::Client;
-use api_together::limit::Clock;
+use api_together::config::{Config, Environment, Format, LedgerOnError, LedgerSync, Limit, check_str};
+use api_together::ledger::sqlite::{Opening, SqliteLedger};
+use api_together::ledger::{Client, Desk, Drawn, Otherwise};
+use api_together::limit::{Clock, Stamp};
 use api_together::pool::Pool;
 use api_together::sse::{Event, Splitter};
 use api_together::{request, rewrite};
@@ -88,5 +92,47 @@ fn events(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, body, choice, events);
+/// A draw from the ledger without the way to its thread: so many at once, five endpoints, served as one group.
+fn permits(criterion: &mut Criterion) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    let _entered = runtime.enter();
+    let folder = tempfile::tempdir().expect("a folder");
+    let client = Client::new(Clock::read);
+    let opening = Opening { boot_id: None, now: client.clock().boot, minute_unknown: false };
+    let mut ledger =
+        SqliteLedger::open(&folder.path().join("ledger.db"), LedgerSync::Normal, &opening).expect("a ledger");
+    let mut desk = Desk::new(client.clone(), LedgerOnError::Deny, Arc::default());
+    let mut config = config(5);
+    for endpoint in &mut config.endpoints {
+        endpoint.rpm = Limit::AtMost(1 << 40);
+        endpoint.rpd = Limit::AtMost(1 << 40);
+    }
+    let pool = Pool::new(config, client.clone(), None).expect("the pool is good");
+    let mut group = criterion.benchmark_group("permits");
+    for count in [1_usize, 8, 32] {
+        group.throughput(Throughput::Elements(count as u64));
+        group.bench_function(BenchmarkId::new("draw", count), |b| {
+            b.iter(|| {
+                let mut draws: Vec<_> = (pool.endpoints.iter().cycle().take(count))
+                    .map(|endpoint| {
+                        let wanted = vec![endpoint.wanted(Stamp::default())];
+                        Box::pin(client.draw(client.ticket(), wanted, Otherwise::LookElsewhere))
+                    })
+                    .collect();
+                let mut context = Context::from_waker(Waker::noop());
+                draws.iter_mut().for_each(|draw| drop(draw.as_mut().poll(&mut context)));
+                desk.serve(Some(&mut ledger)).expect("it can be written");
+                for draw in &mut draws {
+                    let Poll::Ready(Drawn::Granted(_, mut permit)) = draw.as_mut().poll(&mut context) else {
+                        unreachable!("nobody is at a limit");
+                    };
+                    permit.spend();
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, body, choice, permits, events);
 criterion_main!(benches);
