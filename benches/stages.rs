@@ -120,7 +120,9 @@ fn permits(criterion: &mut Criterion) {
                     })
                     .collect();
                 let mut context = Context::from_waker(Waker::noop());
-                draws.iter_mut().for_each(|draw| drop(draw.as_mut().poll(&mut context)));
+                for draw in &mut draws {
+                    assert!(draw.as_mut().poll(&mut context).is_pending(), "it is asked, not answered");
+                }
                 desk.serve(Some(&mut ledger)).expect("it can be written");
                 for draw in &mut draws {
                     let Poll::Ready(Drawn::Granted(_, mut permit)) = draw.as_mut().poll(&mut context) else {
