@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::behind::WRITE_BEHIND;
 use super::{Account, Permit, Spent};
 use crate::limit::{Clock, Counted, Hold, Limits, Stamp, View};
 
@@ -136,7 +137,8 @@ struct Inbox {
 enum Sleep {
     #[default]
     Awake,
-    Asleep,
+    /// It wakes at this moment by itself.
+    Until(Stamp),
     /// The thread has ended; nobody answers any more.
     Gone,
 }
@@ -267,7 +269,7 @@ impl Client {
     /// Counts the tokens of an answer.
     pub fn spend_tokens(&self, account: &Arc<Account>, limits: &Arc<Limits>, spent: Spent) {
         let bill = Bill { account: Arc::clone(account), limits: Arc::clone(limits), spent };
-        if self.push(|messages| messages.bills.push(bill)).is_none() {
+        if self.push_behind(|messages| messages.bills.push(bill)).is_none() {
             log::error!("endpoint {}: an answer's tokens are not counted: the ledger is closed", account.id());
         }
     }
@@ -304,15 +306,28 @@ impl Client {
         self.push(|messages| messages.closing = true);
     }
 
-    /// None if the thread has ended.
+    /// For what is to be seen to at once. None if the thread has ended.
     pub(super) fn push<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
+        self.push_until(Stamp::default(), add)
+    }
+
+    /// For what may wait until it is written behind, so that not every answer wakes the thread.
+    pub(super) fn push_behind<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
+        self.push_until(self.clock().boot + WRITE_BEHIND, add)
+    }
+
+    /// The thread is woken unless it wakes by then.
+    fn push_until<T>(&self, moment: Stamp, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
         let mut guard = self.lock();
         let (messages, sleep) = &mut *guard;
         if *sleep == Sleep::Gone {
             return None;
         }
         let added = add(messages);
-        if std::mem::replace(sleep, Sleep::Awake) == Sleep::Asleep {
+        if let Sleep::Until(wakes_at) = *sleep
+            && wakes_at > moment
+        {
+            *sleep = Sleep::Awake;
             self.inbox.wake.notify_one();
         }
         Some(added)
@@ -326,21 +341,26 @@ impl Client {
 
 /// The thread's side.
 impl Client {
-    /// Whatever has come. If nothing has, waits for it, but no longer than this.
-    pub(super) fn receive(&self, wait: Option<Duration>) -> Messages {
+    /// Whatever has come. If nothing has, waits for it, but no longer than until this moment.
+    pub(super) fn receive(&self, until: Stamp) -> Messages {
+        let wait = self.clock().boot.until(until);
         let mut guard = self.lock();
-        if guard.0.is_empty() && wait != Some(Duration::ZERO) {
-            guard.1 = Sleep::Asleep;
-            let asleep = |(_, sleep): &mut (Messages, Sleep)| *sleep == Sleep::Asleep;
-            guard = match wait {
-                None => self.inbox.wake.wait_while(guard, asleep).unwrap_or_else(PoisonError::into_inner),
-                Some(wait) => {
-                    self.inbox.wake.wait_timeout_while(guard, wait, asleep).unwrap_or_else(PoisonError::into_inner).0
-                }
+        if guard.0.is_empty() && wait > Duration::ZERO {
+            guard.1 = Sleep::Until(until);
+            let asleep = |(_, sleep): &mut (Messages, Sleep)| matches!(sleep, Sleep::Until(_));
+            guard = if until == Stamp::NEVER {
+                self.inbox.wake.wait_while(guard, asleep).unwrap_or_else(PoisonError::into_inner)
+            } else {
+                self.inbox.wake.wait_timeout_while(guard, wait, asleep).unwrap_or_else(PoisonError::into_inner).0
             };
             guard.1 = Sleep::Awake;
         }
         std::mem::take(&mut guard.0)
+    }
+
+    /// Whatever has come.
+    pub(super) fn take_messages(&self) -> Messages {
+        std::mem::take(&mut self.lock().0)
     }
 
     /// From here on nobody is answered; what came in meanwhile is.

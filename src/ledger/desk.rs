@@ -101,7 +101,7 @@ impl Desk {
     /// Serves whatever has come and whatever is due, with the ledger or, if it cannot be used, without. The error says that
     /// it could not; everybody was answered all the same.
     pub fn serve(&mut self, ledger: Option<&mut dyn Ledger>) -> Result<Used, LedgerError> {
-        let messages = self.client.receive(Some(Duration::ZERO));
+        let messages = self.client.take_messages();
         self.serve_messages(ledger, messages)
     }
 

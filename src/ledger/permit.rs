@@ -53,7 +53,7 @@ impl Permit {
         self.account.count_sent();
         if self.counted.is_none() && self.account.count_unwritten() {
             // None is a thread that has ended; what is unwritten then is lost, as it says when it ends.
-            self.client.push(|messages| messages.unwritten = true);
+            self.client.push_behind(|messages| messages.unwritten = true);
         }
     }
 

@@ -225,9 +225,7 @@ impl Keeping {
     fn run(&mut self) {
         self.open(false);
         loop {
-            let now = self.client.clock().boot;
-            let due = self.desk.next_due();
-            let messages = self.client.receive((due != Stamp::NEVER).then(|| now.until(due)));
+            let messages = self.client.receive(self.desk.next_due());
             let closing = messages.closing;
             self.serve(messages);
             if closing {
