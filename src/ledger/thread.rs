@@ -20,6 +20,10 @@ const RETRY_AFTER: Duration = Duration::from_millis(250);
 const LOCK_WAIT_FAILING: Duration = Duration::from_millis(20);
 /// So often it is looked whether the file was replaced, while there is anything to do.
 const LOOK_AT_FILE: Duration = Duration::from_secs(1);
+/// A group of so many says that more are coming all the time. Then the next one is begun a little later and serves more of them
+/// at the price of one: at such a rate requests wait for the processor anyway.
+const BUSY_DRAWS: usize = 4;
+const LINGER: Duration = Duration::from_micros(250);
 /// A fault that goes on is told again.
 const TELL_AGAIN: Duration = Duration::from_mins(1);
 /// The log is written back this long after the first commit that it holds.
@@ -226,10 +230,13 @@ impl Keeping {
         self.open(false);
         loop {
             let messages = self.client.receive(self.desk.next_due());
-            let closing = messages.closing;
+            let (closing, draws) = (messages.closing, messages.draws.len());
             self.serve(messages);
             if closing {
                 break;
+            }
+            if draws >= BUSY_DRAWS {
+                std::thread::sleep(LINGER);
             }
         }
         let last = Messages { closing: true, ..self.client.end() };

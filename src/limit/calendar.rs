@@ -78,6 +78,12 @@ impl Calendar {
         ends.unwrap_or_else(last) + TURN_MARGIN
     }
 
+    /// Today, and the first moment at which an attempt no longer counts in it.
+    pub fn today_and_clear(&self, wall: SystemTime) -> (Date, SystemTime) {
+        let Today { date, ends, .. } = self.today(wall);
+        (date, ends + TURN_MARGIN)
+    }
+
     /// The moment at which a day begins.
     pub fn begin_of(&self, date: Date) -> Option<SystemTime> {
         // Midnight, or the first moment after it where the clocks are put forward at midnight.

@@ -275,14 +275,14 @@ impl Usage {
     /// Everything that can be told about the endpoint's limits at this moment.
     pub fn view(&mut self, limits: &Limits, clock: &Clock) -> View {
         let held = self.held(limits, clock);
-        let today = limits.calendar.date(clock.wall);
+        let (today, clear) = limits.calendar.today_and_clear(clock.wall);
         let day = self.day(today);
         let minute = Counts { attempts: self.attempts.total(), tokens: self.tokens.total() };
         let gauge = |limit, used, resets| match limit {
             Limit::AtMost(limit) => Some(Gauge { limit, used, resets }),
             Limit::Unlimited | Limit::Off => None,
         };
-        let turn = || Some(stamp_of(limits.calendar.clear_of(today), clock));
+        let turn = || Some(stamp_of(clear, clock));
         View {
             minute,
             day,
