@@ -11,7 +11,7 @@ use super::Sources;
 use crate::config::Limit;
 use crate::health::Gate;
 use crate::ledger;
-use crate::limit::{Clock, Gauge, Stamp, View};
+use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::pool::{Endpoint, Pool};
 
 pub(super) const SERVICE: &str = "api-together";
@@ -66,15 +66,6 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
     let gate = live.gate(now);
     let health = live.health();
     let limits = &endpoint.limits;
-    let at = |stamp: Stamp| iso(clock.wall + (stamp - clock.boot));
-    let limit = |limit: Limit, gauge: Option<Gauge>, used: u64| {
-        json!({
-            "limit": limit.as_number(),
-            "used": used,
-            "left": gauge.map(|gauge| gauge.left()),
-            "resets": gauge.and_then(|gauge| gauge.resets).map(at),
-        })
-    };
     let in_flight = u64::from(live.in_flight());
     json!({
         "id": config.id.as_ref(),
@@ -87,11 +78,11 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
         "temporarilyDisabled": matches!(gate, Gate::Cooling { .. } | Gate::OnTrial),
         "errorCount": health.errors_in_row(),
         "limits": {
-            "rpm": config.rpm.as_number(),
-            "rpd": config.rpd.as_number(),
-            "tpm": config.tpm.as_number(),
-            "tpd": config.tpd.as_number(),
-            "maxConcurrent": config.max_concurrent.as_number(),
+            "rpm": limits.rpm.as_number(),
+            "rpd": limits.rpd.as_number(),
+            "tpm": limits.tpm.as_number(),
+            "tpd": limits.tpd.as_number(),
+            "maxConcurrent": limits.max_concurrent.as_number(),
         },
         "usage": {
             "rpm": view.minute.attempts,
@@ -100,15 +91,9 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
             "tpd": view.day.tokens,
             "maxConcurrent": in_flight,
         },
-        "quota": {
-            "rpm": limit(limits.rpm, view.rpm, view.minute.attempts),
-            "rpd": limit(limits.rpd, view.rpd, view.day.attempts),
-            "tpm": limit(limits.tpm, view.tpm, view.minute.tokens),
-            "tpd": limit(limits.tpd, view.tpd, view.day.tokens),
-            "maxConcurrent": limit(limits.max_concurrent, view.concurrent, in_flight),
-        },
+        "quota": quota(limits, view, in_flight, clock),
         "heldBy": view.held.map(|held| held.by.to_string()),
-        "limitFrees": view.held.map(|held| at(held.until)),
+        "limitFrees": view.held.map(|held| time_of(held.until, clock)),
         "timezone": limits.calendar.zone_name(),
         "baseUrl": config.base_url.to_string(),
         "models": config.models,
@@ -122,6 +107,29 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
         "restEnds": health.resting_until().filter(|until| *until > now).map(|until| iso(wall_clock(until, now))),
         "lastError": live.last_error().map(|error| json!({ "at": iso(error.at), "what": error.what })),
     })
+}
+
+/// For each limit what is used and left of it, and when all of it is free again.
+fn quota(limits: &Limits, view: &View, in_flight: u64, clock: &Clock) -> Value {
+    let one = |limit: Limit, gauge: Option<Gauge>, used: u64| {
+        json!({
+            "limit": limit.as_number(),
+            "used": used,
+            "left": gauge.map(|gauge| gauge.left()),
+            "resets": gauge.and_then(|gauge| gauge.resets).map(|resets| time_of(resets, clock)),
+        })
+    };
+    json!({
+        "rpm": one(limits.rpm, view.rpm, view.minute.attempts),
+        "rpd": one(limits.rpd, view.rpd, view.day.attempts),
+        "tpm": one(limits.tpm, view.tpm, view.minute.tokens),
+        "tpd": one(limits.tpd, view.tpd, view.day.tokens),
+        "maxConcurrent": one(limits.max_concurrent, view.concurrent, in_flight),
+    })
+}
+
+fn time_of(stamp: Stamp, clock: &Clock) -> String {
+    iso(clock.wall + (stamp - clock.boot))
 }
 
 /// The wall clock's time at a moment to come.

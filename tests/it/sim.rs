@@ -344,8 +344,8 @@ impl World {
         let pool = Pool::new(self.config(), client.clone(), None).unwrap();
         let desk = Desk::new(client.clone(), LedgerOnError::Deny, Arc::new(Tally::default()));
         let pool = Rc::new(RefCell::new(Arc::new(pool)));
-        let ledger =
-            Watched { inner: ledger, clocks: Arc::clone(&self.clocks), given_back: Rc::clone(&self.given_back) };
+        let (clocks, given_back) = (Arc::clone(&self.clocks), Rc::clone(&self.given_back));
+        let ledger = Watched { inner: ledger, clocks, given_back, calls_left: None };
         let ledger = Box::new(ledger);
         self.processes.push(Process { client, desk, ledger, pool, requests: Vec::new() });
     }
@@ -513,10 +513,11 @@ impl World {
         let at = self.rng.usize(..self.processes.len());
         let process = &mut self.processes[at];
         process.go_on();
-        let mut failing = Failing { inner: process.ledger.as_mut(), calls_left: self.rng.u32(..6) };
+        process.ledger.calls_left = Some(self.rng.u32(..6));
         // What it could not write comes a little later. It may well have had nothing to write.
         self.shared.borrow_mut().failing_until = self.clocks.true_ms.load(Ordering::Relaxed) + 1000;
-        process.desk.serve(Some(&mut failing)).map(drop).unwrap_or_default();
+        process.desk.serve(Some(process.ledger.as_mut())).map(drop).unwrap_or_default();
+        process.ledger.calls_left = None;
         process.go_on();
         self.check_refusals();
     }
@@ -712,11 +713,26 @@ impl Shared {
     }
 }
 
-/// A ledger that is watched for what comes back to it.
+/// A ledger that is watched for what comes back to it, and whose disk is full when the simulation says so.
 struct Watched {
     inner: Box<dyn Ledger>,
     clocks: Arc<Clocks>,
     given_back: GivenBack,
+    /// After so many calls the disk is full.
+    calls_left: Option<u32>,
+}
+
+impl Watched {
+    fn call(&mut self) -> Result<(), LedgerError> {
+        match &mut self.calls_left {
+            None => Ok(()),
+            Some(0) => Err(LedgerError { kind: FaultKind::Unusable, message: "the disk is full".into() }),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Whose permits came back, and when, in true time.
@@ -724,18 +740,22 @@ type GivenBack = Rc<RefCell<Vec<(String, u64)>>>;
 
 impl Ledger for Watched {
     fn begin(&mut self) -> Result<u64, LedgerError> {
+        self.call()?;
         self.inner.begin()
     }
 
     fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+        self.call()?;
         self.inner.minute(endpoint, oldest)
     }
 
     fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
+        self.call()?;
         self.inner.day(endpoint, date)
     }
 
     fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
+        self.call()?;
         let now = self.clocks.true_ms.load(Ordering::Relaxed);
         for _ in change.attempts..0 {
             self.given_back.borrow_mut().push((endpoint.to_owned(), now));
@@ -744,6 +764,7 @@ impl Ledger for Watched {
     }
 
     fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
+        self.call()?;
         self.inner.add_tokens(spent)
     }
 
@@ -760,6 +781,7 @@ impl Ledger for Watched {
     }
 
     fn commit(&mut self) -> Result<(), LedgerError> {
+        self.call()?;
         self.inner.commit()
     }
 
@@ -879,73 +901,5 @@ impl Ledger for MemoryLedger {
 
     fn unknown_until(&self) -> Stamp {
         self.unknown_until
-    }
-}
-
-/// A ledger whose disk is full after some calls.
-struct Failing<'a> {
-    inner: &'a mut dyn Ledger,
-    calls_left: u32,
-}
-
-impl Failing<'_> {
-    fn call(&mut self) -> Result<(), LedgerError> {
-        let Some(left) = self.calls_left.checked_sub(1) else {
-            return Err(LedgerError { kind: FaultKind::Unusable, message: "the disk is full".into() });
-        };
-        self.calls_left = left;
-        Ok(())
-    }
-}
-
-impl Ledger for Failing<'_> {
-    fn begin(&mut self) -> Result<u64, LedgerError> {
-        self.call()?;
-        self.inner.begin()
-    }
-
-    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
-        self.call()?;
-        self.inner.minute(endpoint, oldest)
-    }
-
-    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
-        self.call()?;
-        self.inner.day(endpoint, date)
-    }
-
-    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
-        self.call()?;
-        self.inner.add(endpoint, slot, days, change)
-    }
-
-    fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
-        self.call()?;
-        self.inner.add_tokens(spent)
-    }
-
-    fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
-        self.inner.reset_tokens(endpoint)
-    }
-
-    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
-        self.inner.forget(endpoint, oldest)
-    }
-
-    fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError> {
-        self.inner.forget_tokens(hours, days)
-    }
-
-    fn commit(&mut self) -> Result<(), LedgerError> {
-        self.call()?;
-        self.inner.commit()
-    }
-
-    fn roll_back(&mut self) {
-        self.inner.roll_back();
-    }
-
-    fn unknown_until(&self) -> Stamp {
-        self.inner.unknown_until()
     }
 }
