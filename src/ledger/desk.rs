@@ -387,7 +387,7 @@ impl Desk {
 
     /// Endpoints that need no ledger are asked all the same; the others by what the config says.
     fn serve_without_ledger(&mut self, draws: Vec<Draw>, clock: &Clock) {
-        for draw in draws {
+        for mut draw in draws {
             let may_go = |wanted: &Wanted| !wanted.limits.in_ledger() || self.on_error == LedgerOnError::Allow;
             let mut held = Vec::new();
             let mut granted = None;
@@ -408,6 +408,10 @@ impl Desk {
                 // Whoever is gone meanwhile needs no answer.
                 drop(draw.reply.send(Drawn::Unavailable));
             } else {
+                // Nothing is promised: those that need the ledger may seem free, and are not.
+                if draw.otherwise == Otherwise::Refuse {
+                    draw.otherwise = Otherwise::LookElsewhere;
+                }
                 self.refuse(draw, &held, clock);
             }
         }
@@ -778,6 +782,17 @@ mod tests {
             assert_eq!(counted, u64::from(on_error == LedgerOnError::Allow));
             assert!(!process.client.is_down());
         }
+    }
+
+    #[test]
+    fn without_the_ledger_a_refusal_names_a_moment_to_come() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""maxConcurrent":1"#)];
+        let Drawn::Granted(0, _busy) = process.draw(&wanted[1..]) else { panic!("it is free") };
+        let mut answer = process.ask(&wanted, Otherwise::Refuse);
+        assert!(process.desk.serve(None).is_err());
+        let refusal = refused(ready(&mut answer));
+        assert_eq!(refusal, Refusal { wait: Duration::from_secs(1), held: vec![(1, Hold::Concurrent(1))] });
     }
 
     #[test]
