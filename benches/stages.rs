@@ -18,7 +18,10 @@ use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Client, Desk, Drawn, Otherwise};
 use api_together::limit::{Clock, Stamp};
 use api_together::pool::Pool;
-use api_together::sse::{Event, Splitter};
+use api_together::relay::Relay;
+use api_together::request::Call;
+use api_together::sse::Splitter;
+use api_together::usage::Meter;
 use api_together::{request, rewrite};
 use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -50,7 +53,7 @@ fn body(criterion: &mut Criterion) {
         group.throughput(Throughput::Bytes(body.len() as u64));
         group.bench_function(BenchmarkId::new("scan", bytes), |b| b.iter(|| request::scan(black_box(&body))));
         group.bench_function(BenchmarkId::new("splice", bytes), |b| {
-            b.iter(|| rewrite::with_model(black_box(&body), &range, "another-model"));
+            b.iter(|| rewrite::spliced(black_box(&body), &mut [rewrite::model_edit(&range, "another-model")]));
         });
     }
     group.finish();
@@ -75,20 +78,29 @@ fn choice(criterion: &mut Criterion) {
 }
 
 fn events(criterion: &mut Criterion) {
-    let stream = "data: {\"choices\":[{\"delta\":{\"content\":\"word\"}}]}\n\n".repeat(200);
+    let event = r#"{"id":"chatcmpl-9","object":"chat.completion.chunk","created":1795608000,"model":"gpt-4o-mini","choices":[{"index":0,"delta":{"content":" word"},"logprobs":null,"finish_reason":null}],"usage":null}"#;
+    let stream = Bytes::from(format!("data: {event}\n\n").repeat(200));
     let mut group = criterion.benchmark_group("events");
     group.throughput(Throughput::Elements(200));
     group.bench_function("split 200", |b| {
         b.iter(|| {
             let mut bytes = 0;
-            Splitter::default().feed(black_box(stream.as_bytes()), |event| {
-                if let Event::Data(data) = event {
-                    bytes += data.len();
-                }
-            });
+            Splitter::default().feed(black_box(&stream), |data| bytes += data.map_or(0, <[u8]>::len));
             bytes
         });
     });
+    for (name, strips, estimates) in
+        [("relay and measure 200", false, false), ("and keep a sample", false, true), ("and strip", true, true)]
+    {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let (mut relay, mut meter) = (Relay::new(strips), Meter::new(Call::Completion, estimates));
+                let mut out = Vec::new();
+                relay.piece(black_box(&stream), &mut meter, &mut out);
+                out.len()
+            });
+        });
+    }
     group.finish();
 }
 

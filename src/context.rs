@@ -12,17 +12,19 @@ use pingora::http::ResponseHeader;
 
 use crate::admission::Choice;
 use crate::blot::Blotter;
-use crate::config::Breaker;
+use crate::config::{Breaker, Server, StreamUsage};
 use crate::error::{Fault, excerpt};
+use crate::estimate::{self, Estimator, Job};
 use crate::health::Effect;
-use crate::ledger::{Client, Drawn, Permit, Spent, Tokens};
+use crate::ledger::{Client, Cost, Drawn, Permit, Speed, Spent, Tokens};
 use crate::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::rates::Rates;
 use crate::replay::Wrapped;
-use crate::request::Call;
+use crate::request::{AskUsage, Call};
 use crate::respond::Terms;
 use crate::retry::Outcome;
 use crate::route::Candidates;
+use crate::usage::Meter;
 
 /// One request, from its header to its last byte.
 #[derive(Debug)]
@@ -83,10 +85,29 @@ pub struct Ask {
     pub model_range: Option<Range<usize>>,
     /// Whether the answer is to be streamed.
     pub stream: bool,
+    /// How a stream can be made to tell its usage, where the client did not ask for it.
+    pub ask_usage: Option<AskUsage>,
     /// The body as it came, until the answer is committed.
     pub body: Bytes,
+    /// The same from then on, if the tokens may have to be estimated.
+    pub prompt: Bytes,
     /// Whether the request switches protocols (WebSocket), so that no body is replayed and nothing held.
     pub switches_protocol: bool,
+}
+
+impl Ask {
+    /// Whether its tokens are estimated if no endpoint tells them.
+    pub fn is_estimated(&self) -> bool {
+        self.pool.server.estimate_tokens && (self.call.is_text() || self.call == Call::Embeddings)
+    }
+
+    /// No other attempt follows, so the body is needed for an estimate at most.
+    pub fn release_body(&mut self) {
+        let body = std::mem::take(&mut self.body);
+        if self.is_estimated() && body.len() <= estimate::PROMPT_BYTES_MAX {
+            self.prompt = body;
+        }
+    }
 }
 
 /// Where a request has been.
@@ -171,15 +192,32 @@ pub struct Attempt {
     pub first_byte_timeout: Duration,
     /// What the endpoint's response header says, once it has come.
     pub answer: Option<Outcome>,
-    /// What the answer says it cost.
-    pub tokens: Option<Tokens>,
+    /// Whether the endpoint refused to be asked for its usage by this attempt.
+    pub refuses_usage: bool,
+    /// Whether the endpoint's answer ends when the connection does.
+    pub ends_with_connection: bool,
+    /// What is measured of the answer.
+    pub meter: Meter,
     permit: Permit,
     started: Instant,
     trial: Option<Trial>,
     breaker: Breaker,
     settled: bool,
+    /// Whether a good answer has been let through.
+    answers: bool,
     first_byte: Option<Duration>,
     _in_flight: InFlight,
+}
+
+/// What was measured of a request's answer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Measured {
+    /// The tokens that the endpoint told.
+    pub tokens: Option<Tokens>,
+    /// From the request to the first token, of a stream.
+    pub first_token: Option<Duration>,
+    /// From there to the end.
+    pub generation: Option<Duration>,
 }
 
 impl Attempt {
@@ -189,7 +227,7 @@ impl Attempt {
         model: Option<Arc<str>>,
         terms: Terms,
         choice: Choice,
-        breaker: Breaker,
+        server: &Server,
     ) -> Self {
         Self {
             _in_flight: endpoint.live.enter(),
@@ -198,12 +236,15 @@ impl Attempt {
             terms,
             first_byte_timeout: endpoint.config.timeouts.first_byte,
             answer: None,
-            tokens: None,
+            refuses_usage: false,
+            ends_with_connection: false,
+            meter: Meter::new(terms.call, server.estimate_tokens),
             permit: choice.permit,
             started: Instant::now(),
             trial: choice.trial,
-            breaker,
+            breaker: server.breaker.clone(),
             settled: false,
+            answers: false,
             first_byte: None,
         }
     }
@@ -230,6 +271,8 @@ impl Attempt {
 
     /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit.
     pub async fn begin_anew(&mut self, ledger: &Client) -> Result<(), Drawn> {
+        self.answer = None;
+        self.first_byte = None;
         if self.permit.is_spent() && self.endpoint.limits.any() { self.swap_permit(ledger).await } else { Ok(()) }
     }
 
@@ -244,9 +287,11 @@ impl Attempt {
     }
 
     /// The answer is let through. A good one may still break off, so it is settled at its end.
-    pub fn begins_to_answer(&mut self) {
+    pub fn begins_to_answer(&mut self, pool: &Pool) {
         match &self.answer {
             Some(Outcome::Status { status: 100..=399, .. }) => {
+                self.answers = true;
+                self.remember_refusal(pool);
                 let trial = self.trial.is_some();
                 self.learn(Effect::Answers);
                 if trial {
@@ -259,6 +304,25 @@ impl Attempt {
         }
     }
 
+    /// The endpoint refused to be asked for its usage, and has answered now that it is not: next time it is not asked.
+    fn remember_refusal(&self, pool: &Pool) {
+        let endpoint = &self.endpoint;
+        if self.refuses_usage {
+            endpoint.live.refuse_usage(pool.clock().boot);
+            log::info!(
+                "endpoint {}: it does not know stream_options, so its streams are not asked for their usage for an hour; set \
+                 \"streamUsage\": \"never\" for it to leave it at that",
+                endpoint.config.id
+            );
+        }
+    }
+
+    /// Whether a chat's stream that has ended now was cut: its end is that of the connection, and it has not said that it is
+    /// whole, nor why it ends.
+    pub fn is_cut(&self) -> bool {
+        self.ends_with_connection && self.terms.call == Call::Completion && !self.meter.has_finished()
+    }
+
     /// The answer came to its end.
     pub fn finish(&mut self) {
         if let (Some(outcome), false) = (self.answer.take(), self.settled) {
@@ -266,13 +330,61 @@ impl Attempt {
         }
     }
 
-    /// Counts what the answer cost, in the hours and days of the pool's time zone.
-    pub fn bill(&mut self, pool: &Pool, model: Option<&str>) {
-        let Some(tokens) = self.tokens.take() else { return };
+    /// Whether it asks for its usage although the client's request does not.
+    pub fn asks_usage(&mut self, ask: &Ask) -> bool {
+        let endpoint = &self.endpoint;
+        self.terms.asks_usage = ask.call == Call::Completion
+            && ask.ask_usage.is_some()
+            && endpoint.config.stream_usage == StreamUsage::Auto
+            && !self.refuses_usage
+            && !endpoint.live.refuses_usage(ask.pool.clock().boot);
+        self.terms.asks_usage
+    }
+
+    /// The model that answers; a client may call it anything.
+    fn model_name(&self, ask: &Ask) -> String {
+        excerpt(self.model.as_deref().or(ask.model.as_deref()).unwrap_or("-"))
+    }
+
+    /// Counts what an answer cost that was not good enough for the client, as far as the endpoint told.
+    pub fn bill_dropped(&mut self, ask: &Ask) {
+        if let Some(usage) = self.meter.told() {
+            self.spend(ask, Cost::exact(usage.tokens(), Speed::default()));
+        }
+    }
+
+    /// Counts what the answer cost. What the endpoint did not tell is estimated later, unless nothing came of it.
+    pub fn bill(&mut self, ask: &Ask, arrival: &Arrival, ended: Instant, estimator: &Estimator) -> Measured {
+        let first_token = self.meter.first_token();
+        let mut measured = Measured {
+            tokens: None,
+            first_token: first_token.map(|first| first.saturating_duration_since(arrival.at)),
+            generation: first_token.map(|first| ended.saturating_duration_since(first)),
+        };
+        if let Some(usage) = self.meter.told() {
+            let tokens = usage.tokens();
+            measured.tokens = Some(tokens);
+            self.spend(ask, Cost::exact(tokens, measured.speed(tokens)));
+        } else if self.answers && ask.is_estimated() {
+            estimator.submit(Job {
+                id: arrival.id_text().to_owned(),
+                pool: Arc::clone(&ask.pool),
+                endpoint: self.endpoint.account(),
+                model: self.model_name(ask),
+                call: ask.call,
+                prompt: ask.prompt.clone(),
+                prompt_told: self.meter.prompt_told(),
+                answer: self.meter.take_text(),
+            });
+        }
+        measured
+    }
+
+    /// In the hours and days of the server's time zone.
+    fn spend(&self, ask: &Ask, cost: Cost) {
         let (account, limits) = self.endpoint.account();
-        // A client may call a model anything.
-        let model = excerpt(self.model.as_deref().or(model).unwrap_or("-"));
-        let spent = Spent::now(account.id(), &model, tokens, &pool.server.timezone, pool.clock().wall);
+        let pool = &ask.pool;
+        let spent = Spent::now(account.id(), &self.model_name(ask), cost, &pool.server.timezone, pool.clock().wall);
         pool.ledger.spend_tokens(&account, &limits, spent);
     }
 
@@ -317,6 +429,25 @@ impl Attempt {
     }
 }
 
+impl Measured {
+    fn speed(&self, tokens: Tokens) -> Speed {
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        match (self.first_token, self.generation) {
+            (Some(first_token), Some(generation)) => {
+                Speed { streams: 1, tokens: tokens.completion, first_token_ms: ms(first_token), ms: ms(generation) }
+            }
+            _ => Speed::default(),
+        }
+    }
+
+    /// Tokens a second, from the first one to the end.
+    pub fn tokens_per_second(&self) -> Option<f64> {
+        let (tokens, seconds) = (self.tokens?.completion, self.generation?.as_secs_f64());
+        #[expect(clippy::cast_precision_loss, reason = "nobody counts that many")]
+        (seconds > 0.0 && tokens > 0).then(|| tokens as f64 / seconds)
+    }
+}
+
 /// An endpoint's error answer, kept in case that no other endpoint does better.
 #[derive(Debug)]
 pub struct Kept {
@@ -348,10 +479,12 @@ pub struct ExchangeState {
 pub struct Committed {
     /// When the first of it was let through.
     pub at: Instant,
-    /// Whether it is an event stream.
+    /// Whether it is an event stream that one more event can be added to.
     pub event_stream: bool,
     /// Whether the last byte sent ended an event.
     pub between_events: bool,
+    /// When the endpoint said that its answer is whole; whatever comes then is no break.
+    pub complete: Option<Instant>,
 }
 
 impl Exchange {

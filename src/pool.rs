@@ -1,7 +1,7 @@
 //! The endpoints: an immutable snapshot that a request holds, and the live state behind it that outlives every reload.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -119,7 +119,13 @@ pub struct Live {
     in_flight: AtomicU32,
     first_byte: Mutex<Average>,
     last_error: Mutex<Option<LastError>>,
+    /// It said that it does not know `stream_options`; until this stamp it is not sent any of ours.
+    usage_refused_until: AtomicU64,
 }
+
+/// An endpoint that refused `stream_options` is not sent any of ours for so long, and then tried again: it may have learnt them,
+/// or it was one of its models alone that did not know them.
+const USAGE_REFUSED: Duration = Duration::from_hours(1);
 
 /// The last failure of an endpoint, for the status page.
 #[derive(Clone, Debug)]
@@ -140,6 +146,7 @@ impl Live {
             in_flight: AtomicU32::default(),
             first_byte: Mutex::default(),
             last_error: Mutex::default(),
+            usage_refused_until: AtomicU64::default(),
         }
     }
 
@@ -195,6 +202,16 @@ impl Live {
     /// The average of the time to the first byte as it was last taken, for the status page.
     pub fn first_byte_mean(&self) -> Option<Duration> {
         lock(&self.first_byte).mean()
+    }
+
+    /// It refused the `stream_options` that were added to a request.
+    pub fn refuse_usage(&self, now: Stamp) {
+        self.usage_refused_until.store((now + USAGE_REFUSED).0, Ordering::Relaxed);
+    }
+
+    /// Whether it did so lately.
+    pub fn refuses_usage(&self, now: Stamp) -> bool {
+        now.0 < self.usage_refused_until.load(Ordering::Relaxed)
     }
 
     /// Remembers a failure.

@@ -3,6 +3,9 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
+use crate::context::Measured;
+use crate::ledger::Tokens;
+
 /// What a finished request left behind.
 #[derive(Debug)]
 pub struct Record<'a> {
@@ -30,6 +33,8 @@ pub struct Record<'a> {
     pub first_byte: Option<Duration>,
     /// The time until the last.
     pub total: Duration,
+    /// What the answer cost, and how fast it was.
+    pub measured: Measured,
     /// What was wrong, if something was.
     pub fault: Option<&'static str>,
 }
@@ -58,6 +63,17 @@ impl fmt::Display for Record<'_> {
             write!(f, " first_byte_ms={:.1}", first_byte.as_secs_f64() * 1e3)?;
         }
         write!(f, " total_ms={:.1}", self.total.as_secs_f64() * 1e3)?;
+        if let Some(first_token) = self.measured.first_token {
+            write!(f, " first_token_ms={:.1}", first_token.as_secs_f64() * 1e3)?;
+        }
+        if let Some(tokens) = self.measured.tokens {
+            let Tokens { prompt, completion, total, cached, reasoning, audio: _ } = tokens;
+            write!(f, " prompt_tokens={prompt} completion_tokens={completion} total_tokens={total}")?;
+            write!(f, " cached_tokens={cached} reasoning_tokens={reasoning}")?;
+        }
+        if let Some(rate) = self.measured.tokens_per_second() {
+            write!(f, " tokens_per_second={rate:.1}")?;
+        }
         match self.fault {
             Some(fault) => write!(f, " fault={fault}"),
             None => Ok(()),
@@ -102,6 +118,7 @@ mod tests {
             bytes: 10,
             first_byte: Some(Duration::from_micros(1500)),
             total: Duration::from_millis(20),
+            measured: Measured::default(),
             fault: None,
         };
         assert_eq!(
@@ -109,6 +126,13 @@ mod tests {
             "request id=req_1 caller=127.0.0.1 method=POST path=/v1/chat/completions model=\"gpt-4\\nfake line\" \
              endpoint=api1 attempts=2 status=200 bytes=10 first_byte_ms=1.5 total_ms=20.0"
         );
+        let tokens = Tokens { prompt: 5, completion: 9, total: 14, cached: 2, reasoning: 3, audio: 0 };
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        let measured = Measured { tokens: Some(tokens), first_token: seconds(1), generation: seconds(2) };
+        assert!(Record { measured, ..record }.to_string().ends_with(
+            " total_ms=20.0 first_token_ms=1000.0 prompt_tokens=5 completion_tokens=9 total_tokens=14 \
+                 cached_tokens=2 reasoning_tokens=3 tokens_per_second=4.5"
+        ),);
         assert_eq!(Word(&"x".repeat(300)).to_string().chars().count(), 201);
     }
 }

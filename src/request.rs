@@ -9,6 +9,8 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use http::Method;
+use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
@@ -65,21 +67,50 @@ impl Collector {
     }
 }
 
-/// What a call asks for, as far as the answer has to be judged by it.
+/// What a call asks for, as far as its answer is judged, measured and estimated by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// `/chat/completions` and `/completions`: an answer without a single token is empty.
     Completion,
-    /// Every other call.
+    /// `/responses`.
+    Responses,
+    /// Anthropic's `/messages`.
+    Messages,
+    /// `/embeddings`.
+    Embeddings,
+    /// Any other call that may tell what it cost.
     Other,
+    /// One that tells at most what another call has cost, as reading a stored answer does.
+    Unmetered,
 }
 
 impl Call {
-    /// The call that a path stands for.
-    pub fn of(path: &str) -> Self {
+    /// The call that a method and a path stand for.
+    pub fn of(method: &Method, path: &str) -> Self {
         let path = path.trim_end_matches('/');
-        if path.ends_with("/completions") { Self::Completion } else { Self::Other }
+        match path {
+            _ if method != Method::POST || path.ends_with("/cancel") => Self::Unmetered,
+            "/v1/responses" => Self::Responses,
+            "/v1/messages" => Self::Messages,
+            "/v1/embeddings" => Self::Embeddings,
+            _ if path.ends_with("/completions") => Self::Completion,
+            _ => Self::Other,
+        }
     }
+
+    /// Whether it is answered with text that a model has written.
+    pub fn is_text(self) -> bool {
+        matches!(self, Self::Completion | Self::Responses | Self::Messages)
+    }
+}
+
+/// How a request that is streamed can be made to ask what it costs, where its client has not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AskUsage {
+    /// These bytes of the body are replaced;
+    pub range: Range<usize>,
+    /// by these.
+    pub with: &'static str,
 }
 
 /// The fields of a JSON body that decide where it goes.
@@ -89,8 +120,8 @@ pub struct Fields {
     pub model: Option<Field<String>>,
     /// Whether the answer is to be streamed.
     pub stream: bool,
-    /// Where `stream_options` stands in the body.
-    pub stream_options: Option<Range<usize>>,
+    /// How to ask for the usage; none if the client has asked itself, or if it cannot be done.
+    pub ask_usage: Option<AskUsage>,
 }
 
 /// A value, and where it stands in the body, quotes included.
@@ -135,6 +166,8 @@ struct Found<'a> {
     model_again: Option<&'a RawValue>,
     stream: Option<&'a RawValue>,
     stream_options: Option<&'a RawValue>,
+    /// Whether one of the two is there twice, so that nobody can say which one counts.
+    stream_again: bool,
 }
 
 impl Found<'_> {
@@ -150,11 +183,45 @@ impl Found<'_> {
             })?;
             Ok(Field { value, range })
         });
-        Ok(Fields {
-            model: model.transpose()?,
-            stream: self.stream.is_some_and(|raw| raw.get() == "true"),
-            stream_options: self.stream_options.map(|raw| range_in(body, raw)),
-        })
+        let stream = self.stream.filter(|raw| raw.get() == "true");
+        let ask_usage = stream.filter(|_| !self.stream_again).and_then(|stream| match self.stream_options {
+            Some(options) => within_options(body, options),
+            None => {
+                let end = range_in(body, stream).end;
+                Some(AskUsage { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
+            }
+        });
+        Ok(Fields { model: model.transpose()?, stream: stream.is_some(), ask_usage })
+    }
+}
+
+/// How to ask for the usage where there are options already.
+fn within_options(body: &[u8], options: &RawValue) -> Option<AskUsage> {
+    #[derive(Deserialize)]
+    struct Options<'a> {
+        #[serde(borrow, default, deserialize_with = "even_null")]
+        include_usage: Option<&'a RawValue>,
+    }
+    fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+        <&RawValue>::deserialize(deserializer).map(Some)
+    }
+    let range = range_in(body, options);
+    if options.get() == "null" {
+        return Some(AskUsage { range, with: r#"{"include_usage":true}"# });
+    }
+    // Anything but an object is for the endpoint to refuse.
+    let inside = options.get().strip_prefix('{')?.strip_suffix('}')?;
+    let Options { include_usage } = serde_json::from_str(options.get()).ok()?;
+    match include_usage {
+        Some(wish) if matches!(wish.get(), "false" | "null") => {
+            Some(AskUsage { range: range_in(body, wish), with: "true" })
+        }
+        Some(_) => None,
+        None => {
+            let is_empty = inside.trim().is_empty();
+            let with = if is_empty { r#""include_usage":true"# } else { r#""include_usage":true,"# };
+            Some(AskUsage { range: range.start + 1..range.start + 1, with })
+        }
     }
 }
 
@@ -186,8 +253,14 @@ impl<'de> Visitor<'de> for FieldsVisitor {
             match key.as_ref() {
                 "model" if found.model.is_some() => found.model_again = Some(map.next_value()?),
                 "model" => found.model = Some(map.next_value()?),
-                "stream" => found.stream = Some(map.next_value()?),
-                "stream_options" => found.stream_options = Some(map.next_value()?),
+                "stream" => {
+                    found.stream_again |= found.stream.is_some();
+                    found.stream = Some(map.next_value()?);
+                }
+                "stream_options" => {
+                    found.stream_again |= found.stream_options.is_some();
+                    found.stream_options = Some(map.next_value()?);
+                }
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                 }
@@ -257,13 +330,68 @@ mod tests {
 
     #[test]
     fn fields_are_found_with_their_place() {
-        let body = br#"{"messages":[{"model":"inner"}], "model" : "gpt-4" ,"stream":true,"stream_options":{"a":1}}"#;
+        let body = br#"{"messages":[{"model":"inner"}], "model" : "gpt-4" ,"stream":true}"#;
         let fields = scan(body).unwrap();
         let model = fields.model.unwrap();
         assert_eq!(model.value, "gpt-4");
         assert_eq!(&body[model.range], b"\"gpt-4\"");
         assert!(fields.stream);
-        assert_eq!(&body[fields.stream_options.unwrap()], b"{\"a\":1}");
+    }
+
+    #[test]
+    fn a_stream_can_be_made_to_ask_for_its_usage() {
+        let asking = |body: &str| {
+            let AskUsage { range, with } = scan(body.as_bytes()).unwrap().ask_usage?;
+            let asking = format!("{}{with}{}", &body[..range.start], &body[range.end..]);
+            let parsed: serde_json::Value = serde_json::from_str(&asking).unwrap();
+            assert_eq!(parsed["stream_options"]["include_usage"], true, "{asking}");
+            Some(asking)
+        };
+        for (body, expected) in [
+            (r#"{"stream": true }"#, r#"{"stream": true,"stream_options":{"include_usage":true} }"#),
+            (r#"{"stream":true,"stream_options":{}}"#, r#"{"stream":true,"stream_options":{"include_usage":true}}"#),
+            (
+                r#"{"stream_options": { "include_obfuscation":false},"stream":true}"#,
+                r#"{"stream_options": {"include_usage":true, "include_obfuscation":false},"stream":true}"#,
+            ),
+            (
+                r#"{"stream_options":{"a":1,"include_usage": false},"stream":true}"#,
+                r#"{"stream_options":{"a":1,"include_usage": true},"stream":true}"#,
+            ),
+            (
+                r#"{"stream_options":{"include_usage":null},"stream":true}"#,
+                r#"{"stream_options":{"include_usage":true},"stream":true}"#,
+            ),
+            (r#"{"stream_options":null,"stream":true}"#, r#"{"stream_options":{"include_usage":true},"stream":true}"#),
+        ] {
+            assert_eq!(asking(body).as_deref(), Some(expected), "{body}");
+        }
+        for body in [
+            r#"{"stream":false}"#,
+            "{}",
+            r#"{"stream":"true"}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":true}}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":1}}"#,
+            r#"{"stream":true,"stream_options":7}"#,
+            r#"{"stream":true,"stream_options":{},"stream_options":{}}"#,
+            r#"{"stream":true,"stream":true}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":false,"include_usage":false}}"#,
+        ] {
+            assert_eq!(asking(body), None, "{body}");
+        }
+    }
+
+    #[test]
+    fn calls_are_told_by_method_and_path() {
+        let of = |method: Method, path: &str| Call::of(&method, path);
+        assert_eq!(of(Method::POST, "/v1/chat/completions/"), Call::Completion);
+        assert_eq!(of(Method::POST, "/v1/completions"), Call::Completion);
+        assert_eq!(of(Method::POST, "/v1/responses"), Call::Responses);
+        assert_eq!(of(Method::POST, "/v1/messages"), Call::Messages);
+        assert_eq!(of(Method::POST, "/v1/threads/t/messages"), Call::Other);
+        assert_eq!(of(Method::POST, "/v1/images/generations"), Call::Other);
+        assert_eq!(of(Method::GET, "/v1/responses/r"), Call::Unmetered, "it was counted when it was made");
+        assert_eq!(of(Method::POST, "/v1/responses/r/cancel"), Call::Unmetered);
     }
 
     #[test]

@@ -8,11 +8,12 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::request::Call;
 use crate::retry::Outcome;
-use crate::sse::{Event, Splitter};
+use crate::sse::Splitter;
 use crate::usage::Usage;
 
 /// The most of an answer that is held back (64 KiB), the last chunk on top.
@@ -33,6 +34,8 @@ pub struct Head<'a> {
     pub rest: Duration,
     /// True if no body follows.
     pub end: bool,
+    /// Whether the answer ends when the connection does, so that HTTP cannot tell its end from a break.
+    pub ends_with_connection: bool,
 }
 
 /// What the attempt was made for.
@@ -44,6 +47,8 @@ pub struct Terms {
     pub expects_body: bool,
     /// Whether another endpoint stands ready to take over.
     pub more: bool,
+    /// Whether the request asks for its usage although the client's does not.
+    pub asks_usage: bool,
 }
 
 /// What is to be done with what has come so far.
@@ -80,12 +85,25 @@ pub struct Judge {
     held: Vec<Bytes>,
     held_bytes: usize,
     has_data: bool,
+    ends_with_connection: bool,
 }
 
 impl Judge {
     /// A judge for a fresh attempt.
     pub fn new(terms: Terms) -> Self {
-        Self { terms, kind: Kind::Nothing, held: Vec::new(), held_bytes: 0, has_data: false }
+        Self {
+            terms,
+            kind: Kind::Nothing,
+            held: Vec::new(),
+            held_bytes: 0,
+            has_data: false,
+            ends_with_connection: false,
+        }
+    }
+
+    /// Whether it is an error that is being held.
+    pub fn is_error(&self) -> bool {
+        matches!(self.kind, Kind::Error { .. })
     }
 
     /// No other endpoint can take over any more.
@@ -99,6 +117,7 @@ impl Judge {
     /// Takes the header. `retryable` tells whether an outcome may be tried elsewhere.
     pub fn header(&mut self, head: Head<'_>, retryable: impl FnOnce(&Outcome) -> bool) -> Verdict {
         let outcome = Outcome::Status { status: head.status, rest: head.rest };
+        self.ends_with_connection = head.ends_with_connection;
         self.kind = if head.status >= 400 {
             // One that nobody is to take over is held all the same, so that a key quoted in it is found however it is cut.
             let drop = self.terms.more && retryable(&outcome);
@@ -137,10 +156,16 @@ impl Judge {
     /// The answer ended without another piece.
     pub fn end(&mut self) -> Verdict {
         match &self.kind {
+            Kind::Error { outcome, .. } if self.terms.asks_usage && refuses_usage(outcome, &self.joined()) => {
+                Verdict::Drop(Outcome::UsageRefused)
+            }
             Kind::Error { outcome, drop: true } => Verdict::Drop(outcome.clone()),
             Kind::Stream(_) if self.terms.more => Verdict::Drop(Outcome::Empty),
             Kind::Json if self.terms.more && is_empty_answer(&self.joined(), self.terms.call) => {
                 Verdict::Drop(Outcome::Empty)
+            }
+            Kind::Json if self.terms.more && self.ends_with_connection && is_cut(&self.joined()) => {
+                Verdict::Drop(Outcome::Broken)
             }
             _ => self.commit(),
         }
@@ -232,15 +257,13 @@ enum Word {
 }
 
 /// The first event that is more than a preface, if the piece completes one.
-fn first_word(splitter: &mut Splitter, piece: &[u8], has_data: &mut bool) -> Option<Word> {
+fn first_word(splitter: &mut Splitter, piece: &Bytes, has_data: &mut bool) -> Option<Word> {
     let mut first = None;
-    splitter.feed(piece, |event| {
+    splitter.feed(piece, |data| {
         *has_data = true;
         if first.is_none_or(|word| word == Word::Preface) {
-            first = Some(match event {
-                Event::Data(data) => word(data),
-                Event::TooLong => Word::Content,
-            });
+            // What is too long to be read says something.
+            first = Some(data.map_or(Word::Content, word));
         }
     });
     first
@@ -289,6 +312,17 @@ fn is_blank(value: &Value) -> bool {
     }
 }
 
+/// Whether an error is about the `stream_options` that were added to the request, and not about what the client sent.
+fn refuses_usage(outcome: &Outcome, body: &[u8]) -> bool {
+    let names = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
+    matches!(outcome, Outcome::Status { status: 400 | 422, .. }) && (names("stream_options") || names("include_usage"))
+}
+
+/// Whether a JSON answer stops before its end.
+fn is_cut(body: &[u8]) -> bool {
+    serde_json::from_slice::<IgnoredAny>(body).is_err_and(|error| error.is_eof())
+}
+
 /// Empty means: no body or `{}`; for completions also a usage that counts a prompt and not one token of an answer.
 fn is_empty_answer(body: &[u8], call: Call) -> bool {
     let body = body.trim_ascii();
@@ -310,11 +344,17 @@ mod tests {
     const TEXT: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"Hi\"}}]}\n\n";
 
     fn judge(more: bool) -> Judge {
-        Judge::new(Terms { call: Call::Completion, expects_body: true, more })
+        Judge::new(terms(more))
+    }
+
+    fn terms(more: bool) -> Terms {
+        Terms { call: Call::Completion, expects_body: true, more, asks_usage: false }
     }
 
     fn header(judge: &mut Judge, status: u16, content_type: Option<&str>) -> Verdict {
-        judge.header(Head { status, content_type, rest: Duration::ZERO, end: false }, |_| status != 400)
+        let rest = Duration::ZERO;
+        let head = Head { status, content_type, rest, end: false, ends_with_connection: false };
+        judge.header(head, |_| status != 400)
     }
 
     fn body(judge: &mut Judge, text: &str, end: bool) -> Verdict {
@@ -386,7 +426,7 @@ mod tests {
     #[test]
     fn an_embedding_is_never_empty_by_its_usage() {
         let zero = r#"{"usage":{"prompt_tokens":5,"completion_tokens":0,"total_tokens":5}}"#;
-        let mut judge = Judge::new(Terms { call: Call::Other, expects_body: true, more: true });
+        let mut judge = Judge::new(Terms { call: Call::Other, ..terms(true) });
         header(&mut judge, 200, JSON);
         assert_eq!(body(&mut judge, zero, true), Verdict::Commit);
     }
@@ -422,11 +462,12 @@ mod tests {
 
     #[test]
     fn other_answers_are_never_held() {
-        let mut sound = Judge::new(Terms { call: Call::Other, expects_body: true, more: true });
+        let mut sound = Judge::new(Terms { call: Call::Other, ..terms(true) });
         assert_eq!(header(&mut sound, 200, Some("audio/mpeg")), Verdict::Commit);
         assert_eq!(header(&mut judge(true), 302, None), Verdict::Commit);
-        let mut head = Judge::new(Terms { call: Call::Other, expects_body: false, more: true });
-        let end = Head { status: 200, content_type: None, rest: Duration::ZERO, end: true };
+        let mut head = Judge::new(Terms { call: Call::Other, expects_body: false, ..terms(true) });
+        let end =
+            Head { status: 200, content_type: None, rest: Duration::ZERO, end: true, ends_with_connection: false };
         assert_eq!(head.header(end, |_| true), Verdict::Commit);
     }
 }

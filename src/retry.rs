@@ -20,6 +20,8 @@ pub enum Outcome {
     Empty,
     /// A stream whose first event is an error.
     ErrorEvent,
+    /// A refusal of the `stream_options` that we added; the endpoint is asked once more without.
+    UsageRefused,
     /// No connection could be made to any of its addresses, or its name could not be resolved.
     ConnectFailed,
     /// The connection or stream broke before the answer could be committed.
@@ -40,6 +42,7 @@ impl fmt::Display for Outcome {
             Self::Status { status, .. } => write!(f, "answered {status}"),
             Self::Empty => f.write_str("gave an empty answer"),
             Self::ErrorEvent => f.write_str("began its stream with an error"),
+            Self::UsageRefused => f.write_str("does not know stream_options"),
             Self::ConnectFailed => f.write_str("could not be connected to"),
             Self::Broken => f.write_str("broke off before its answer"),
             Self::TooSlow => f.write_str("did not answer in time"),
@@ -61,7 +64,7 @@ impl Outcome {
                 // Faults of the request: any endpoint would answer so.
                 _ => Effect::Neutral,
             },
-            Self::LimitReached | Self::ClientGone | Self::Ours => Effect::Neutral,
+            Self::LimitReached | Self::ClientGone | Self::Ours | Self::UsageRefused => Effect::Neutral,
             Self::Empty | Self::ErrorEvent | Self::ConnectFailed | Self::Broken | Self::TooSlow => Effect::Failure,
         }
     }
@@ -71,7 +74,8 @@ impl Outcome {
         match self {
             Self::Status { status, .. } => retry.statuses.contains(*status),
             Self::ClientGone | Self::Ours => false,
-            Self::Empty
+            Self::UsageRefused
+            | Self::Empty
             | Self::ErrorEvent
             | Self::ConnectFailed
             | Self::Broken

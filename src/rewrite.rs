@@ -1,6 +1,7 @@
 //! What an endpoint is sent in place of what the client sent: path, headers, key, model. Bodies are spliced, never
 //! serialised anew, so every byte but the model's name stays as it came.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -99,13 +100,36 @@ pub fn bearer(key: &str) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// The body with the model's name replaced. One copy; none if the name stays.
-pub fn with_model(body: &Bytes, range: &Range<usize>, model: &str) -> Bytes {
-    let (Some(before), Some(after)) = (body.get(..range.start), body.get(range.end..)) else { return body.clone() };
-    let name = serde_json::Value::from(model).to_string();
-    let mut spliced = BytesMut::with_capacity(before.len() + name.len() + after.len());
-    spliced.put_slice(before);
-    spliced.put_slice(name.as_bytes());
+/// One replacement in a body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edit<'a> {
+    /// These bytes are replaced;
+    pub range: Range<usize>,
+    /// by these.
+    pub with: Cow<'a, str>,
+}
+
+/// The replacement of the model's name.
+pub fn model_edit(range: &Range<usize>, model: &str) -> Edit<'static> {
+    Edit { range: range.clone(), with: serde_json::Value::from(model).to_string().into() }
+}
+
+/// The body with these replacements, which do not overlap. One copy; none if there is nothing to replace.
+pub fn spliced(body: &Bytes, edits: &mut [Edit<'_>]) -> Bytes {
+    if edits.is_empty() {
+        return body.clone();
+    }
+    edits.sort_by_key(|edit| edit.range.start);
+    let more: usize = edits.iter().map(|edit| edit.with.len()).sum();
+    let mut spliced = BytesMut::with_capacity(body.len() + more);
+    let mut from = 0;
+    for Edit { range, with } in edits {
+        let Some(before) = body.get(from..range.start) else { return body.clone() };
+        spliced.put_slice(before);
+        spliced.put_slice(with.as_bytes());
+        from = range.end;
+    }
+    let Some(after) = body.get(from..) else { return body.clone() };
     spliced.put_slice(after);
     spliced.freeze()
 }
@@ -136,11 +160,21 @@ mod tests {
             b"{ \"z\":1.0,\"model\" :\"a\\u002db\", \"n\":1 ,\"x\":1e5,\"unknown\":{\"model\":\"a\"},\"t\":\"\\u00e9\\/\" }\n",
         );
         let range = crate::request::scan(&body).unwrap().model.unwrap().range;
-        let spliced = with_model(&body, &range, "new \"name\"");
+        let spliced = spliced(&body, &mut [model_edit(&range, "new \"name\"")]);
         assert_eq!(
             &spliced[..],
             b"{ \"z\":1.0,\"model\" :\"new \\\"name\\\"\", \"n\":1 ,\"x\":1e5,\"unknown\":{\"model\":\"a\"},\"t\":\"\\u00e9\\/\" }\n"
         );
+    }
+
+    #[test]
+    fn several_places_are_replaced_in_one_copy() {
+        let body = Bytes::from_static(br#"{"stream":true,"model":"a"}"#);
+        let asks = Edit { range: 14..14, with: ",1".into() };
+        let mut edits = [model_edit(&(23..26), "b"), asks];
+        assert_eq!(&spliced(&body, &mut edits)[..], br#"{"stream":true,1,"model":"b"}"#);
+        assert_eq!(spliced(&body, &mut []).as_ptr(), body.as_ptr(), "nothing is copied for nothing");
+        assert_eq!(spliced(&body, &mut [model_edit(&(90..99), "b")]), body, "a place that is not there is left alone");
     }
 
     #[test]

@@ -19,6 +19,7 @@ use tokio::sync::broadcast;
 
 use crate::config::{Config, ServerTls};
 use crate::context::OpenRequests;
+use crate::estimate::Estimator;
 use crate::ledger::Keeper;
 use crate::pool::Pool;
 use crate::proxy::Gateway;
@@ -72,7 +73,7 @@ pub struct Prepared {
     pub address: SocketAddr,
     /// The pool it serves; a new one may be stored at any time.
     pub pool: Arc<ArcSwap<Pool>>,
-    ledger: Arc<Keeper>,
+    counts: Counts,
     /// Keeps a free port ours until Pingora has bound it.
     _reserved: Option<socket2::Socket>,
 }
@@ -101,7 +102,9 @@ impl Prepared {
         let mut server = Server::new_with_opt_and_conf(opt, conf);
         let open = OpenRequests::default();
         let draining = Draining::default();
-        let gateway = Gateway::new(Arc::clone(&pool), open.clone(), draining.clone(), ledger.state().clone());
+        let estimator = Estimator::default();
+        let gateway =
+            Gateway::new(Arc::clone(&pool), open.clone(), draining.clone(), ledger.state().clone(), estimator.clone());
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
         http.h2c = tls.is_none();
@@ -116,11 +119,12 @@ impl Prepared {
         service.add_listener(listener);
         let phases = server.watch_execution_phase();
         server.add_service(background_service("ledger", KeepLedger(Arc::clone(&ledger))));
-        let drain = Drain { phases, open, draining, ledger: Arc::clone(&ledger) };
+        let counts = Counts { estimator, ledger };
+        let drain = Drain { phases, open, draining, counts: counts.clone() };
         server.add_service(background_service("drain", drain));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&pool))));
         server.add_service(service);
-        Ok(Self { server, address, pool, ledger, _reserved: reserved })
+        Ok(Self { server, address, pool, counts, _reserved: reserved })
     }
 
     /// Prints a text once the server listens.
@@ -140,9 +144,9 @@ impl Prepared {
 
     /// Serves until told to stop in another way.
     pub fn run(self, args: RunArgs) {
-        let Self { server, ledger, .. } = self;
+        let Self { server, counts, .. } = self;
         server.run(args);
-        ledger.close();
+        counts.close();
     }
 }
 
@@ -258,7 +262,21 @@ struct Drain {
     phases: broadcast::Receiver<ExecutionPhase>,
     open: OpenRequests,
     draining: Draining,
+    counts: Counts,
+}
+
+/// Where counts wait to be written; every way out of the process waits for them.
+#[derive(Clone)]
+struct Counts {
+    estimator: Estimator,
     ledger: Arc<Keeper>,
+}
+
+impl Counts {
+    fn close(&self) {
+        self.estimator.close();
+        self.ledger.close();
+    }
 }
 
 #[async_trait]
@@ -286,8 +304,8 @@ impl Drain {
         }
         // The last bytes of an HTTP/2 answer may still be on their way out.
         tokio::time::sleep(LAST_FLUSH).await;
-        let ledger = Arc::clone(&self.ledger);
-        if tokio::task::spawn_blocking(move || ledger.close()).await.is_err() {
+        let counts = self.counts.clone();
+        if tokio::task::spawn_blocking(move || counts.close()).await.is_err() {
             log::error!("the ledger could not be closed");
         }
         log::info!("stopped: the last request has ended");

@@ -1,101 +1,176 @@
 //! An incremental splitter for server-sent events (WHATWG HTML, 9.2.6).
 //!
-//! Right for any chunking, for `\n`, `\r\n` and `\r`, comments, several `data:` lines and a byte-order mark. Memory is
-//! bounded: the data of an event longer than [`EVENT_BYTES_MAX`] is given up, and the event is told as [`Event::TooLong`].
+//! Right for any chunking, for `\n`, `\r\n` and `\r`, comments, several `data:` lines and a byte-order mark. A block, the lines
+//! of one event with the empty line that ends it, is told as a place in the piece that it came in; only one that is cut across
+//! pieces is put together, once. Memory is bounded: a block longer than [`BLOCK_BYTES_MAX`] is told in parts, as they come.
 
-/// The longest data of one event that is kept: far more than an event of a chat stream, and little to hold.
-pub const EVENT_BYTES_MAX: usize = 64 * 1024;
+use std::borrow::Cow;
+use std::mem;
 
-/// What an event carried.
+use bytes::{Bytes, BytesMut};
+
+/// The longest block that is told whole: far more than one of a chat stream, and little to hold.
+pub const BLOCK_BYTES_MAX: usize = 64 * 1024;
+
+const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+
+/// What the next bytes of a piece are; the number is where in the piece they end.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Event<'a> {
-    /// Its `data:` lines, joined by line feeds.
-    Data(&'a [u8]),
-    /// More than is kept.
-    TooLong,
+pub enum Step {
+    /// A whole block, all of it in this piece.
+    Block(usize),
+    /// A whole block that began in earlier pieces.
+    Joined(Bytes, usize),
+    /// A part of a block that is too long to be told whole; what was kept of earlier pieces comes before it.
+    Part {
+        /// From earlier pieces.
+        kept: Bytes,
+        /// Where in this piece the part ends.
+        end: usize,
+        /// Whether the block ends with it.
+        last: bool,
+    },
+    /// The line feed of a block's end whose carriage return came with an earlier piece.
+    LineFeed(usize),
+    /// The piece is used up; what is left of it is kept.
+    More,
 }
 
-/// The state between two chunks.
+/// The state between two pieces.
 #[derive(Debug, Default)]
-#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
 pub struct Splitter {
-    line: Vec<u8>,
-    data: Vec<u8>,
-    has_data: bool,
-    too_long: bool,
+    /// The block that has begun in earlier pieces.
+    kept: BytesMut,
+    /// Whether a line has begun.
+    in_line: bool,
+    /// Whether the last byte was a carriage return.
     after_cr: bool,
-    begun: bool,
+    /// Whether that ended a block.
+    block_ended: bool,
+    /// Whether the block under way is told in parts.
+    in_parts: bool,
 }
 
 impl Splitter {
-    /// Takes the next bytes and tells `each` every event that they complete.
-    pub fn feed(&mut self, mut chunk: &[u8], mut each: impl FnMut(Event<'_>)) {
-        while !chunk.is_empty() {
-            if std::mem::take(&mut self.after_cr) && chunk.first() == Some(&b'\n') {
-                chunk = chunk.get(1..).unwrap_or_default();
+    /// The next step within a piece, from the end of the last one on.
+    pub fn next(&mut self, piece: &Bytes, from: usize) -> Step {
+        let rest = piece.get(from..).unwrap_or_default();
+        if rest.is_empty() {
+            return Step::More;
+        }
+        if mem::take(&mut self.block_ended) && rest.first() == Some(&b'\n') {
+            self.after_cr = false;
+            return Step::LineFeed(from + 1);
+        }
+        let end = self.block_end(rest);
+        let length = end.unwrap_or(rest.len());
+        if self.in_parts || self.kept.len() + length > BLOCK_BYTES_MAX {
+            self.in_parts = end.is_none();
+            return Step::Part { kept: self.kept.split().freeze(), end: from + length, last: end.is_some() };
+        }
+        match end {
+            Some(length) if self.kept.is_empty() => Step::Block(from + length),
+            Some(length) => {
+                self.kept.extend_from_slice(rest.get(..length).unwrap_or_default());
+                Step::Joined(self.kept.split().freeze(), from + length)
+            }
+            None => {
+                self.kept.extend_from_slice(rest);
+                Step::More
+            }
+        }
+    }
+
+    /// What is kept of a block that never ended.
+    pub fn take_rest(&mut self) -> Bytes {
+        self.kept.split().freeze()
+    }
+
+    /// Takes the next piece, and tells `each` every event that it completes: its data, or none if it was too long.
+    pub fn feed(&mut self, piece: &Bytes, mut each: impl FnMut(Option<&[u8]>)) {
+        let mut at = 0;
+        loop {
+            at = match self.next(piece, at) {
+                Step::Block(end) => {
+                    if let Some(data) = piece.get(at..end).and_then(data) {
+                        each(Some(&data));
+                    }
+                    end
+                }
+                Step::Joined(block, end) => {
+                    if let Some(data) = data(&block) {
+                        each(Some(&data));
+                    }
+                    end
+                }
+                Step::Part { end, last, .. } => {
+                    if last {
+                        each(None);
+                    }
+                    end
+                }
+                Step::LineFeed(end) => end,
+                Step::More => return,
+            };
+        }
+    }
+
+    /// How many of these bytes belong to the block, if it ends in them.
+    fn block_end(&mut self, bytes: &[u8]) -> Option<usize> {
+        let mut at = 0;
+        while let Some(found) = bytes.get(at..).and_then(|rest| memchr::memchr2(b'\n', b'\r', rest)) {
+            let is_second_half = found == 0 && self.after_cr && bytes.get(at) == Some(&b'\n');
+            let ends_line = self.in_line || found > 0;
+            at += found + 1;
+            self.after_cr = bytes.get(at - 1) == Some(&b'\r');
+            self.in_line = false;
+            if is_second_half || ends_line {
                 continue;
             }
-            let Some(end) = memchr::memchr2(b'\n', b'\r', chunk) else {
-                self.keep(chunk);
-                return;
-            };
-            let (line, rest) = chunk.split_at(end);
-            self.after_cr = rest.first() == Some(&b'\r');
-            self.keep(line);
-            self.end_line(&mut each);
-            chunk = rest.get(1..).unwrap_or_default();
-        }
-    }
-
-    fn keep(&mut self, bytes: &[u8]) {
-        // Room for the field's name beside the longest data.
-        let room = (EVENT_BYTES_MAX + 16).saturating_sub(self.line.len());
-        match bytes.get(..room) {
-            Some(fits) if bytes.len() > room => {
-                self.too_long = true;
-                self.line.extend_from_slice(fits);
+            if self.after_cr && bytes.get(at) == Some(&b'\n') {
+                self.after_cr = false;
+                at += 1;
             }
-            _ => self.line.extend_from_slice(bytes),
+            self.block_ended = self.after_cr;
+            return Some(at);
         }
+        if at < bytes.len() {
+            self.in_line = true;
+            self.after_cr = false;
+        }
+        None
     }
+}
 
-    fn end_line(&mut self, each: &mut impl FnMut(Event<'_>)) {
-        let mut line = std::mem::take(&mut self.line);
-        let mut content = line.as_slice();
-        if !std::mem::replace(&mut self.begun, true) {
-            content = content.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(content);
+/// The data of a block, its `data:` lines joined by line feeds; none if it has no such line, as a comment.
+pub fn data(block: &[u8]) -> Option<Cow<'_, [u8]>> {
+    let mut data: Option<Cow<'_, [u8]>> = None;
+    for line in lines(block.strip_prefix(BYTE_ORDER_MARK).unwrap_or(block)) {
+        let Some(value) = data_value(line) else { continue };
+        match &mut data {
+            None => data = Some(Cow::Borrowed(value)),
+            Some(data) => {
+                let data = data.to_mut();
+                data.push(b'\n');
+                data.extend_from_slice(value);
+            }
         }
-        if content.is_empty() {
-            self.end_event(each);
-        } else if let Some(value) = data_value(content) {
-            self.add_data(value);
-        }
-        line.clear();
-        self.line = line;
     }
+    data
+}
 
-    fn add_data(&mut self, value: &[u8]) {
-        if self.data.len() + value.len() >= EVENT_BYTES_MAX {
-            self.too_long = true;
-            self.has_data = true;
-            return;
+/// The lines of a block. Between the halves of a `\r\n` there is an empty one, which says nothing.
+fn lines(block: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = block;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
         }
-        if self.has_data {
-            self.data.push(b'\n');
-        }
-        self.has_data = true;
-        self.data.extend_from_slice(value);
-    }
-
-    fn end_event(&mut self, each: &mut impl FnMut(Event<'_>)) {
-        if std::mem::take(&mut self.too_long) {
-            each(Event::TooLong);
-        } else if self.has_data {
-            each(Event::Data(&self.data));
-        }
-        self.has_data = false;
-        self.data.clear();
-    }
+        let end = memchr::memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
+        let (line, after) = rest.split_at(end);
+        rest = after.get(1..).unwrap_or_default();
+        Some(line)
+    })
 }
 
 /// The value of a `data` field; one space after the colon is not part of it.
@@ -116,11 +191,8 @@ mod tests {
         let mut splitter = Splitter::default();
         let mut events = Vec::new();
         for chunk in chunks {
-            splitter.feed(chunk, |event| {
-                events.push(match event {
-                    Event::Data(data) => Some(String::from_utf8_lossy(data).into_owned()),
-                    Event::TooLong => None,
-                });
+            splitter.feed(&Bytes::copy_from_slice(chunk), |data| {
+                events.push(data.map(|data| String::from_utf8_lossy(data).into_owned()));
             });
         }
         events
@@ -130,10 +202,76 @@ mod tests {
         texts.iter().map(|text| Some((*text).to_owned())).collect()
     }
 
+    /// Every byte of the stream as the steps tell it, and whether each step's bytes end a block.
+    fn told(chunks: &[&[u8]]) -> (Vec<u8>, usize) {
+        let mut splitter = Splitter::default();
+        let (mut bytes, mut blocks) = (Vec::new(), 0);
+        for chunk in chunks {
+            let chunk = Bytes::copy_from_slice(chunk);
+            let mut at = 0;
+            loop {
+                let (kept, end) = match splitter.next(&chunk, at) {
+                    Step::Block(end) => (Bytes::new(), end),
+                    Step::Joined(block, end) => {
+                        bytes.extend_from_slice(&block);
+                        blocks += 1;
+                        at = end;
+                        continue;
+                    }
+                    Step::Part { kept, end, last } => {
+                        blocks += usize::from(last);
+                        bytes.extend_from_slice(&kept);
+                        bytes.extend_from_slice(&chunk[at..end]);
+                        at = end;
+                        continue;
+                    }
+                    Step::LineFeed(end) => {
+                        bytes.push(b'\n');
+                        at = end;
+                        continue;
+                    }
+                    Step::More => break,
+                };
+                blocks += 1;
+                bytes.extend_from_slice(&kept);
+                bytes.extend_from_slice(&chunk[at..end]);
+                at = end;
+            }
+        }
+        bytes.extend_from_slice(&splitter.take_rest());
+        (bytes, blocks)
+    }
+
     #[test]
     fn fields_comments_and_line_ends() {
         let stream = b"\xEF\xBB\xBFdata: one\n\n: ping\n\nevent: x\r\ndata:two\r\ndata\r\ndata:  three\r\n\r\ndatum: no\r\rdata: [DONE]\r\r";
         assert_eq!(events(&[stream]), data(&["one", "two\n\n three", "[DONE]"]));
+    }
+
+    #[test]
+    fn a_block_is_told_at_its_first_line_end_and_the_line_feed_apart() {
+        assert_eq!(events(&[b"data: a\r\n\r"]), data(&["a"]), "nobody waits for the line feed");
+        let mut splitter = Splitter::default();
+        let piece = Bytes::from_static(b"data: a\r\n\r");
+        assert_eq!(splitter.next(&piece, 0), Step::Block(10));
+        assert_eq!(splitter.next(&piece, 10), Step::More);
+        let piece = Bytes::from_static(b"\n\r\ndata: b\r\n\r\n");
+        assert_eq!(splitter.next(&piece, 0), Step::LineFeed(1));
+        assert_eq!(splitter.next(&piece, 1), Step::Block(3), "an empty block");
+        assert_eq!(splitter.next(&piece, 3), Step::Block(14));
+    }
+
+    #[test]
+    fn a_block_is_not_copied_unless_it_is_cut() {
+        let mut splitter = Splitter::default();
+        let piece = Bytes::from_static(b"data: a\n\ndata: b\n\ndata: c");
+        assert_eq!(splitter.next(&piece, 0), Step::Block(9));
+        assert_eq!(splitter.next(&piece, 9), Step::Block(18));
+        assert_eq!(splitter.next(&piece, 18), Step::More);
+        let piece = Bytes::from_static(b"\n\nrest");
+        assert_eq!(splitter.next(&piece, 0), Step::Joined("data: c\n\n".into(), 2));
+        assert_eq!(splitter.next(&piece, 2), Step::More);
+        assert_eq!(splitter.take_rest(), "rest");
     }
 
     #[test]
@@ -143,15 +281,19 @@ mod tests {
 
     #[test]
     fn too_long_events_are_told_and_forgotten() {
-        let long = format!("data: {}\n\ndata: next\n\n", "x".repeat(3 * EVENT_BYTES_MAX));
-        assert_eq!(events(&[long.as_bytes()]), [None, Some("next".to_owned())]);
-        let lines = format!("{}\ndata: next\n\n", "data: 0123456789\n".repeat(EVENT_BYTES_MAX / 8));
+        let long = format!("data: {}\n\ndata: next\n\n", "x".repeat(3 * BLOCK_BYTES_MAX));
+        for size in [long.len(), 10_000, 1_000_000] {
+            let chunks: Vec<_> = long.as_bytes().chunks(size).collect();
+            assert_eq!(events(&chunks), [None, Some("next".to_owned())], "{size}");
+            assert_eq!(told(&chunks), (long.clone().into_bytes(), 2));
+        }
+        let lines = format!("{}\ndata: next\n\n", "data: 0123456789\n".repeat(BLOCK_BYTES_MAX / 8));
         assert_eq!(events(&[lines.as_bytes()]), [None, Some("next".to_owned())]);
     }
 
     proptest! {
         #[test]
-        fn every_way_of_cutting_gives_the_same_events(
+        fn every_way_of_cutting_gives_the_same_events_and_bytes(
             pieces in prop::collection::vec(
                 prop::sample::select(vec!["data: a", "data:b", "\n", "\r\n", "\r", ": c", "event: e", "\n\n", "data", "é"]), 0..40),
             cuts in prop::collection::vec(0usize..400, 0..40),
@@ -162,6 +304,7 @@ mod tests {
             cuts.sort_unstable();
             let chunks: Vec<&[u8]> = cuts.windows(2).map(|cut| &stream[cut[0]..cut[1]]).collect();
             prop_assert_eq!(events(&chunks), events(&[&stream]));
+            prop_assert_eq!(told(&chunks), (stream.clone(), told(&[&stream]).1));
         }
     }
 }

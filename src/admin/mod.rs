@@ -11,6 +11,7 @@ use http::{HeaderName, HeaderValue, Method, header};
 
 use crate::context::OpenRequests;
 use crate::error::Fault;
+use crate::estimate::Estimator;
 use crate::ledger;
 use crate::pool::Pool;
 
@@ -38,6 +39,8 @@ pub struct Sources<'a> {
     pub open: &'a OpenRequests,
     /// How the ledger is doing.
     pub ledger: &'a ledger::State,
+    /// Estimates the tokens that no endpoint tells.
+    pub estimator: &'a Estimator,
 }
 
 /// One of our own resources.

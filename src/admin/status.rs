@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::Sources;
-use crate::config::Limit;
+use crate::config::{self, Limit, StreamUsage};
 use crate::health::Gate;
 use crate::ledger;
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
@@ -21,7 +21,7 @@ pub fn health() -> String {
 }
 
 pub async fn status(from: Sources<'_>) -> String {
-    let Sources { pool, open, ledger } = from;
+    let Sources { pool, open, ledger, estimator } = from;
     // Asked of the ledger, since other processes may count for the same endpoints.
     let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
     let views = pool.ledger.look(accounts).await.unwrap_or_default();
@@ -37,6 +37,7 @@ pub async fn status(from: Sources<'_>) -> String {
         "openRequests": open.count(),
         "strategy": pool.server.strategy,
         "ledger": ledger_state(ledger, pool),
+        "estimates": { "waiting": estimator.waiting(), "dropped": estimator.dropped() },
         "apis": apis,
     })
     .to_string()
@@ -100,6 +101,7 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
         "modelMapping": config.model_mapping,
         "weight": config.weight,
         "priority": config.priority,
+        "streamUsage": if live.refuses_usage(clock.boot) { "refused" } else { stream_usage(config) },
         "inFlight": in_flight,
         "attempts": live.account.attempts(),
         "meanFirstByteMs": live.first_byte_mean().map(|mean| mean.as_secs_f64() * 1e3),
@@ -107,6 +109,13 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
         "restEnds": health.resting_until().filter(|until| *until > now).map(|until| iso(wall_clock(until, now))),
         "lastError": live.last_error().map(|error| json!({ "at": iso(error.at), "what": error.what })),
     })
+}
+
+fn stream_usage(config: &config::Endpoint) -> &'static str {
+    match config.stream_usage {
+        StreamUsage::Auto => "auto",
+        StreamUsage::Never => "never",
+    }
 }
 
 /// For each limit what is used and left of it, and when all of it is free again.

@@ -9,8 +9,7 @@ use serde_json::{Map, Value, json};
 use super::Sources;
 use super::status::{SERVICE, iso};
 use crate::error::{Fault, excerpt};
-use crate::ledger::Tokens;
-use crate::ledger::stats::{self, Begins, ModelStats, Stats};
+use crate::ledger::stats::{self, Begins, Cost, ModelStats, Stats, Sum};
 
 /// Whatever was counted, of every endpoint that ever answered, in any process that shares the ledger.
 pub async fn stats(from: Sources<'_>) -> Result<String, Fault> {
@@ -40,11 +39,12 @@ pub async fn stats(from: Sources<'_>) -> Result<String, Fault> {
 
 fn summary(stats: &Stats, begins: Begins) -> Value {
     let models = || stats.values().flat_map(BTreeMap::values);
-    let (tokens, requests) = total(models());
+    let cost = total(models());
+    let Sum { requests, tokens } = cost.exact;
     let sum = |parts: fn(&ModelStats) -> &BTreeMap<i64, u64>, begin: i64| -> u64 {
         models().filter_map(|model| parts(model).get(&begin)).sum()
     };
-    json!({
+    let summary = json!({
         "totalTokens": tokens.total,
         "totalRequests": requests,
         "totalPromptTokens": tokens.prompt,
@@ -53,21 +53,44 @@ fn summary(stats: &Stats, begins: Begins) -> Value {
         "currentDayTokens": sum(|model| &model.days, begins.day),
         "averageTokensPerRequest": (tokens.total + requests / 2).checked_div(requests).unwrap_or(0),
         "activeApis": stats.len(),
-    })
+    });
+    with_details(summary, &cost)
 }
 
-fn total<'a>(models: impl Iterator<Item = &'a ModelStats>) -> (Tokens, u64) {
-    let mut tokens = Tokens::default();
-    let mut requests = 0;
-    for model in models {
-        tokens.merge(model.tokens);
-        requests += model.requests;
+fn total<'a>(models: impl Iterator<Item = &'a ModelStats>) -> Cost {
+    let mut cost = Cost::default();
+    models.for_each(|model| cost.merge(&model.cost));
+    cost
+}
+
+/// What every level of the statistics says beside what it always said. Estimates are kept apart from what was told.
+fn with_details(mut level: Value, cost: &Cost) -> Value {
+    let Cost { exact, estimated, speed } = cost;
+    let average = |sum: u64, count: u64| (count > 0).then(|| sum / count);
+    let details = json!({
+        "cachedTokens": exact.tokens.cached,
+        "reasoningTokens": exact.tokens.reasoning,
+        "audioTokens": exact.tokens.audio,
+        "estimated": {
+            "requests": estimated.requests,
+            "promptTokens": estimated.tokens.prompt,
+            "completionTokens": estimated.tokens.completion,
+            "totalTokens": estimated.tokens.total,
+        },
+        "streams": {
+            "requests": speed.streams,
+            "averageFirstTokenMs": average(speed.first_token_ms, speed.streams),
+            "averageTokensPerSecond": average(speed.tokens.saturating_mul(1000), speed.ms),
+        },
+    });
+    if let (Value::Object(level), Value::Object(details)) = (&mut level, details) {
+        level.extend(details);
     }
-    (tokens, requests)
+    level
 }
 
 fn endpoint(models: &BTreeMap<String, ModelStats>) -> Value {
-    let (tokens, requests) = total(models.values());
+    let cost = total(models.values());
     let last_used = models.values().map(|model| model.last_used_ms).max().unwrap_or_default();
     let merged = |parts: fn(&ModelStats) -> &BTreeMap<i64, u64>| {
         let mut merged: BTreeMap<i64, u64> = BTreeMap::new();
@@ -77,29 +100,29 @@ fn endpoint(models: &BTreeMap<String, ModelStats>) -> Value {
         merged
     };
     let (hours, days) = (merged(|model| &model.hours), merged(|model| &model.days));
-    let by_model: Map<String, Value> = models.iter().map(|(name, stats)| (name.clone(), model(stats))).collect();
-    json!({
+    let by_model: Map<String, Value> =
+        models.iter().map(|(name, stats)| (name.clone(), counts(&stats.cost, stats.last_used_ms))).collect();
+    let mut endpoint = counts(&cost, last_used);
+    if let Value::Object(fields) = &mut endpoint {
+        fields.insert("hourlyTotal".into(), hours.values().sum::<u64>().into());
+        fields.insert("dailyTotal".into(), days.values().sum::<u64>().into());
+        fields.insert("hourlyStats".into(), by_moment(&hours).into());
+        fields.insert("dailyStats".into(), by_moment(&days).into());
+        fields.insert("models".into(), by_model.into());
+    }
+    endpoint
+}
+
+fn counts(cost: &Cost, last_used_ms: i64) -> Value {
+    let Sum { requests, tokens } = cost.exact;
+    let counts = json!({
         "totalTokens": tokens.total,
         "promptTokens": tokens.prompt,
         "completionTokens": tokens.completion,
         "requests": requests,
-        "lastUsed": iso(at(Duration::from_millis(last_used.unsigned_abs()))),
-        "hourlyTotal": hours.values().sum::<u64>(),
-        "dailyTotal": days.values().sum::<u64>(),
-        "hourlyStats": by_moment(&hours),
-        "dailyStats": by_moment(&days),
-        "models": by_model,
-    })
-}
-
-fn model(stats: &ModelStats) -> Value {
-    json!({
-        "totalTokens": stats.tokens.total,
-        "promptTokens": stats.tokens.prompt,
-        "completionTokens": stats.tokens.completion,
-        "requests": stats.requests,
-        "lastUsed": iso(at(Duration::from_millis(stats.last_used_ms.unsigned_abs()))),
-    })
+        "lastUsed": iso(at(Duration::from_millis(last_used_ms.unsigned_abs()))),
+    });
+    with_details(counts, cost)
 }
 
 fn by_moment(parts: &BTreeMap<i64, u64>) -> Map<String, Value> {

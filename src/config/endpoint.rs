@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 use jiff::tz::TimeZone;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::base_url::BaseUrl;
 use super::checked::Check;
@@ -56,6 +58,8 @@ pub struct Endpoint {
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// How long to wait for it.
     pub timeouts: Timeouts,
+    /// Whether its streams ask for their usage where the client does not.
+    pub stream_usage: StreamUsage,
     /// Only HTTP/2, only HTTP/1.1, or what the endpoint offers.
     pub http2: Option<bool>,
     /// How its certificate is checked.
@@ -68,6 +72,17 @@ impl Endpoint {
         let limits = [self.rpm, self.rpd, self.tpm, self.tpd, self.max_concurrent];
         self.enabled && !limits.contains(&Limit::Off)
     }
+}
+
+/// Whether streams ask for their usage where the client does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamUsage {
+    /// Unless the endpoint refuses it.
+    #[default]
+    Auto,
+    /// They do not.
+    Never,
 }
 
 /// A number of requests or tokens, in some time or at once.
@@ -163,6 +178,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         priority: typed.priority.unwrap_or(file::PRIORITY_DEFAULT),
         headers,
         timeouts: timeouts(&typed.timeouts.unwrap_or_default()),
+        stream_usage: typed.stream_usage.unwrap_or_default(),
         http2: typed.http2,
         tls,
     })

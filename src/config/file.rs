@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::endpoint::StreamUsage;
 use super::server::{LedgerOnError, LedgerSync, Strategy};
 use crate::secret::Secret;
 
@@ -38,6 +39,7 @@ pub const THREADS_MAX: u16 = 1024;
 pub const LIMIT_MAX: i64 = 9_007_199_254_740_991;
 pub const LIMIT_DEFAULT: i64 = -1;
 pub const ENABLED_DEFAULT: bool = true;
+pub const ESTIMATE_TOKENS_DEFAULT: bool = true;
 pub const WEIGHT_DEFAULT: u16 = 1;
 pub const PRIORITY_DEFAULT: u32 = 0;
 pub const PRIORITY_MAX: u32 = 65_535;
@@ -127,6 +129,9 @@ pub struct ServerFile {
     /// Whether requests wait for a permit when every endpoint is at its limit. Absent: they are answered 429
     /// at once.
     pub queue: Option<QueueFile>,
+    /// Whether tokens are estimated, apart from those that are told, where an endpoint tells none or an answer breaks off.
+    #[schemars(extend("default" = ESTIMATE_TOKENS_DEFAULT))]
+    pub estimate_tokens: Option<bool>,
 }
 
 #[derive(Deserialize, JsonSchema, Default)]
@@ -265,6 +270,10 @@ pub struct EndpointFile {
     pub headers: Option<BTreeMap<String, Secret>>,
     /// How long to wait for the endpoint.
     pub timeouts: Option<TimeoutsFile>,
+    /// `auto`: a stream whose client does not ask for its usage asks for it all the same, unless the endpoint
+    /// refuses that; the client sees nothing of it. `never`: it does not.
+    #[schemars(extend("default" = StreamUsage::Auto))]
+    pub stream_usage: Option<StreamUsage>,
     /// `true`: HTTP/2 only. `false`: HTTP/1.1 only. Absent: HTTP/2 if the endpoint offers it.
     pub http2: Option<bool>,
     /// How the endpoint's certificate is checked.

@@ -31,7 +31,7 @@ use std::path::Path;
 pub use base_url::{BaseUrl, NoBaseUrl};
 pub use checked::Config;
 pub use cidr::{Cidr, NoCidr};
-pub use endpoint::{Endpoint, EndpointTls, Limit, Timeouts};
+pub use endpoint::{Endpoint, EndpointTls, Limit, StreamUsage, Timeouts};
 pub use environment::Environment;
 pub use problem::{Kind, Problem, Problems};
 pub use schema::{schema, schema_markdown};

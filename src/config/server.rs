@@ -53,6 +53,8 @@ pub struct Server {
     pub timezone: TimeZone,
     /// Whether requests wait for a permit.
     pub queue: Option<Queue>,
+    /// Whether tokens are estimated that no endpoint tells.
+    pub estimate_tokens: bool,
 }
 
 /// What endpoints with limits do while the ledger cannot be written.
@@ -187,6 +189,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         ledger_sync: typed.ledger_sync.unwrap_or_default(),
         timezone: timezone?.unwrap_or_else(TimeZone::system),
         queue,
+        estimate_tokens: typed.estimate_tokens.unwrap_or(file::ESTIMATE_TOKENS_DEFAULT),
     })
 }
 

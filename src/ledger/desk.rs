@@ -196,8 +196,8 @@ impl Desk {
     fn take_bill(&mut self, bill: Bill, clock: &Clock) {
         let Bill { account, limits, spent } = bill;
         let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
-        account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.tokens.total });
-        let tokens = i64::try_from(spent.tokens.total).unwrap_or(i64::MAX);
+        account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.cost.tokens() });
+        let tokens = i64::try_from(spent.cost.tokens()).unwrap_or(i64::MAX);
         self.behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
         account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
         self.behind.add_spent(spent, &self.tally);
@@ -441,7 +441,7 @@ mod tests {
     use super::super::Spent;
     use super::super::behind::WRITE_BEHIND;
     use super::super::sqlite::{Opening, SqliteLedger};
-    use super::super::stats::{self, MODELS_MAX, OTHER_MODELS, Tokens};
+    use super::super::stats::{self, Cost, MODELS_MAX, OTHER_MODELS, Speed, Tokens};
     use super::*;
     use crate::config::LedgerSync;
     use crate::config::test_support::config;
@@ -721,10 +721,11 @@ mod tests {
         for _ in 0..3 {
             process.client.unlimited(&wanted.account, &wanted.limits).spend();
         }
-        let tokens = Tokens { prompt: 3, completion: 4, total: 7 };
+        let tokens = Tokens { prompt: 3, completion: 4, total: 7, cached: 1, reasoning: 2, audio: 5 };
+        let speed = Speed { streams: 1, tokens: 4, first_token_ms: 10, ms: 20 };
         let wall = process.client.clock().wall;
-        for _ in 0..2 {
-            let spent = Spent::now(wanted.account.id(), "m", tokens, &TimeZone::UTC, wall);
+        for cost in [Cost::exact(tokens, speed), Cost::exact(tokens, speed), Cost::estimated(100, 200)] {
+            let spent = Spent::now(wanted.account.id(), "m", cost, &TimeZone::UTC, wall);
             process.client.spend_tokens(&wanted.account, &wanted.limits, spent);
         }
         process.serve();
@@ -734,7 +735,12 @@ mod tests {
         assert_eq!(process.used(&wanted), (3, 3));
         let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
         let model = &stats["a"]["m"];
-        assert_eq!((model.requests, model.tokens), (2, Tokens { prompt: 6, completion: 8, total: 14 }));
+        let mut cost = Cost::exact(tokens, speed);
+        cost.merge(&Cost::exact(tokens, speed));
+        assert_eq!((cost.exact.requests, cost.exact.tokens.total, cost.exact.tokens.audio), (2, 14, 10));
+        cost.merge(&Cost::estimated(100, 200));
+        assert_eq!((cost.exact.requests, cost.exact.tokens.total), (2, 14), "estimates are not mixed in");
+        assert_eq!((model.cost, cost.tokens()), (cost, 314));
         assert_eq!(model.hours.values().sum::<u64>(), 14);
         assert_eq!(model.days.keys().copied().collect::<Vec<_>>(), [i64::try_from(NOON).unwrap() - 12 * 3600]);
     }
@@ -745,15 +751,15 @@ mod tests {
         let wanted = process.wanted("a", r#""rpm":-1"#);
         let wall = process.client.clock().wall;
         for number in 0..MODELS_MAX + 10 {
-            let tokens = Tokens { total: 1, ..Tokens::default() };
-            let spent = Spent::now(wanted.account.id(), &format!("m{number}"), tokens, &TimeZone::UTC, wall);
+            let cost = Cost::exact(Tokens::default(), Speed::default());
+            let spent = Spent::now(wanted.account.id(), &format!("m{number}"), cost, &TimeZone::UTC, wall);
             process.client.spend_tokens(&wanted.account, &wanted.limits, spent);
         }
         process.serve();
         process.pass(WRITE_BEHIND);
         let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
         assert_eq!(stats["a"].len(), MODELS_MAX + 1);
-        assert_eq!(stats["a"][OTHER_MODELS].requests, 10);
+        assert_eq!(stats["a"][OTHER_MODELS].cost.exact.requests, 10);
     }
 
     #[test]

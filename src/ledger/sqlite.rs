@@ -14,7 +14,7 @@ use jiff::civil::Date;
 use rusqlite::types::{ToSql, Value};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
 
-use super::stats::Spent;
+use super::stats::{COST_COLUMNS, Spent};
 use super::{Change, FaultKind, Ledger, LedgerError};
 use crate::config::LedgerSync;
 use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
@@ -23,7 +23,7 @@ use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
 const APPLICATION_ID: i64 = 0x6170_7467;
 /// The steps from one version of the schema to the next. A step may add but never change what is there: while an upgrade is
 /// under way the version before writes to the same file (so long as it does not have to open it again).
-const MIGRATIONS: [&str; 1] = [include_str!("schema/1.sql")];
+const MIGRATIONS: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
 /// Small pages, since a commit writes every page that it touches, and touches two or three.
 const PAGE_BYTES: u32 = 1024;
 /// How long a group waits for another process's, which takes a fraction of a millisecond, or another program's.
@@ -294,22 +294,25 @@ impl Ledger for SqliteLedger {
     }
 
     fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
-        let Spent { endpoint, model, tokens, .. } = spent;
-        let endpoint: &str = endpoint;
-        let (prompt, completion, total) = (tokens.prompt, tokens.completion, tokens.total);
-        for (table, key) in [("token_hour", "hour"), ("token_day", "day"), ("token_total", "last_used")] {
-            let when = match key {
-                "hour" => spent.hour,
-                "day" => spent.day,
-                _ => spent.at_ms,
-            };
-            let conflict = if key == "last_used" { "last_used = max(last_used, ?3), " } else { "" };
+        let cost = spent.cost.to_columns();
+        let names = COST_COLUMNS.join(", ");
+        let places: Vec<String> = (4..4 + cost.len()).map(|place| format!("?{place}")).collect();
+        let sums: Vec<String> =
+            COST_COLUMNS.iter().zip(&places).map(|(name, place)| format!("{name} = {name} + {place}")).collect();
+        let (places, sums) = (places.join(", "), sums.join(", "));
+        for (table, key, when) in [
+            ("token_hour", "hour", spent.hour),
+            ("token_day", "day", spent.day),
+            ("token_total", "last_used", spent.at_ms),
+        ] {
+            let newest = if key == "last_used" { "last_used = max(last_used, ?3), " } else { "" };
             let sql = format!(
-                "INSERT INTO {table} (endpoint, model, {key}, requests, prompt, completion, total) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT DO UPDATE SET {conflict}requests = requests + ?4, \
-                 prompt = prompt + ?5, completion = completion + ?6, total = total + ?7"
+                "INSERT INTO {table} (endpoint, model, {key}, {names}) VALUES (?1, ?2, ?3, {places}) \
+                 ON CONFLICT DO UPDATE SET {newest}{sums}"
             );
-            self.run(&sql, &[&endpoint, &model, &when, &spent.requests, &prompt, &completion, &total])?;
+            let mut parameters: Vec<&dyn ToSql> = vec![&spent.endpoint, &spent.model, &when];
+            parameters.extend(cost.iter().map(|column| column as &dyn ToSql));
+            self.run(&sql, &parameters)?;
         }
         Ok(())
     }
@@ -459,7 +462,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::ledger::stats::{self, Tokens};
+    use crate::ledger::stats::{self, Cost, Speed, Tokens};
     use jiff::civil::date;
 
     const BOOT: Opening<'_> = Opening { boot_id: Some("boot"), now: Stamp(1_000_000), minute_unknown: false };
@@ -574,18 +577,18 @@ mod tests {
         let path = folder.path().join("ledger.db");
         let mut ledger = open(&path, &BOOT);
         add(&mut ledger, 4000, 3);
-        let newer = [MIGRATIONS[0], "ALTER TABLE day ADD COLUMN note TEXT"];
+        let newer = [MIGRATIONS[0], MIGRATIONS[1], "ALTER TABLE day ADD COLUMN note TEXT"];
         ledger.migrate(&newer).unwrap();
         ledger.migrate(&newer).unwrap();
         assert_eq!(minute(&mut ledger), [(4000, 3)]);
         let version: i64 = ledger.connection.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
-        assert_eq!(version, 2);
+        assert_eq!(version, 3);
         ledger.connection.prepare("SELECT note FROM day").unwrap();
         drop(ledger);
         // The version before does not know what the newer one may have meant.
         let error = SqliteLedger::open(&path, LedgerSync::Normal, &BOOT).unwrap_err();
         assert_eq!(error.kind, FaultKind::Unusable);
-        assert!(error.message.contains("schema version 2") && error.message.contains("server.ledger"), "{error}");
+        assert!(error.message.contains("schema version 3") && error.message.contains("server.ledger"), "{error}");
     }
 
     #[test]
@@ -594,7 +597,9 @@ mod tests {
         let path = folder.path().join("ledger.db");
         let mut ledger = open(&path, &BOOT);
         add(&mut ledger, 4000, 3);
-        ledger.migrate(&[MIGRATIONS[0], "ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"]).unwrap_err();
+        ledger
+            .migrate(&[MIGRATIONS[0], MIGRATIONS[1], "ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"])
+            .unwrap_err();
         drop(ledger);
         assert_eq!(minute(&mut open(&path, &BOOT)), [(4000, 3)]);
     }
@@ -639,8 +644,7 @@ mod tests {
             hour: now - hours_ago * 3600,
             day: now - hours_ago / 24 * 86_400,
             at_ms: (now - hours_ago * 3600) * 1000,
-            requests: 1,
-            tokens: Tokens { prompt: 1, completion: 2, total: 3 },
+            cost: Cost::exact(Tokens { total: 3, ..Tokens::default() }, Speed::default()),
         };
         group(&mut ledger, |ledger| {
             for hours_ago in [0, 47, 48, 399 * 24, 400 * 24] {
@@ -650,7 +654,7 @@ mod tests {
         let wall = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(now.unsigned_abs());
         let kept = |path: &Path| {
             let model = stats::read(path, wall).unwrap()["a"]["m"].clone();
-            (model.hours.len(), model.days.len(), model.requests, model.last_used_ms)
+            (model.hours.len(), model.days.len(), model.cost.exact.requests, model.last_used_ms)
         };
         let expected = (2, 4, 5, now * 1000);
         assert_eq!(kept(&path), expected, "they are not shown any more");

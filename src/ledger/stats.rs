@@ -30,14 +30,121 @@ pub struct Tokens {
     pub completion: u64,
     /// Of both, as the endpoint says.
     pub total: u64,
+    /// Of the prompt, from a cache.
+    pub cached: u64,
+    /// Of the answer, thought and never shown.
+    pub reasoning: u64,
+    /// Of both, sound.
+    pub audio: u64,
 }
 
-impl Tokens {
-    /// Adds others.
-    pub fn merge(&mut self, other: Self) {
-        self.prompt = self.prompt.saturating_add(other.prompt);
-        self.completion = self.completion.saturating_add(other.completion);
-        self.total = self.total.saturating_add(other.total);
+/// Answers and their tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sum {
+    /// Answers.
+    pub requests: u64,
+    /// Their tokens.
+    pub tokens: Tokens,
+}
+
+/// How fast streams were, summed up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Speed {
+    /// Streams whose tokens were told.
+    pub streams: u64,
+    /// The tokens of their answers.
+    pub tokens: u64,
+    /// From each request to the first token of its answer, in milliseconds.
+    pub first_token_ms: u64,
+    /// From there to the end, likewise.
+    pub ms: u64,
+}
+
+/// What an answer cost, or many.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// What endpoints told.
+    pub exact: Sum,
+    /// What was estimated where they told nothing.
+    pub estimated: Sum,
+    /// How fast they were.
+    pub speed: Speed,
+}
+
+/// The columns that a cost has in the ledger.
+pub(super) const COST_COLUMNS: [&str; 14] = [
+    "requests",
+    "prompt",
+    "completion",
+    "total",
+    "cached",
+    "reasoning",
+    "audio",
+    "estimated_requests",
+    "estimated_prompt",
+    "estimated_completion",
+    "streams",
+    "stream_tokens",
+    "first_token_ms",
+    "stream_ms",
+];
+
+impl Cost {
+    /// Of one answer that told its tokens.
+    pub fn exact(tokens: Tokens, speed: Speed) -> Self {
+        Self { exact: Sum { requests: 1, tokens }, speed, ..Self::default() }
+    }
+
+    /// Of one answer whose tokens were estimated.
+    pub fn estimated(prompt: u64, completion: u64) -> Self {
+        let tokens = Tokens { prompt, completion, total: prompt + completion, ..Tokens::default() };
+        Self { estimated: Sum { requests: 1, tokens }, ..Self::default() }
+    }
+
+    /// All tokens, which token limits go by: an estimate is better than to take what is not told for nothing.
+    pub fn tokens(&self) -> u64 {
+        self.exact.tokens.total.saturating_add(self.estimated.tokens.total)
+    }
+
+    /// Adds another.
+    pub fn merge(&mut self, other: &Self) {
+        let mut columns = self.to_columns();
+        columns.iter_mut().zip(other.to_columns()).for_each(|(mine, other)| *mine = mine.saturating_add(other));
+        *self = Self::from_columns(columns);
+    }
+
+    /// In the order of [`COST_COLUMNS`].
+    pub(super) fn to_columns(self) -> [u64; COST_COLUMNS.len()] {
+        let Self { exact, estimated, speed } = self;
+        let Tokens { prompt, completion, total, cached, reasoning, audio } = exact.tokens;
+        let guessed = estimated.tokens;
+        [
+            exact.requests,
+            prompt,
+            completion,
+            total,
+            cached,
+            reasoning,
+            audio,
+            estimated.requests,
+            guessed.prompt,
+            guessed.completion,
+            speed.streams,
+            speed.tokens,
+            speed.first_token_ms,
+            speed.ms,
+        ]
+    }
+
+    fn from_columns(columns: [u64; COST_COLUMNS.len()]) -> Self {
+        let [requests, prompt, completion, total, cached, reasoning, audio, rest @ ..] = columns;
+        let [guessed, guessed_prompt, guessed_completion, streams, stream_tokens, first_token_ms, ms] = rest;
+        let guess = Self::estimated(guessed_prompt, guessed_completion).estimated.tokens;
+        Self {
+            exact: Sum { requests, tokens: Tokens { prompt, completion, total, cached, reasoning, audio } },
+            estimated: Sum { requests: guessed, tokens: guess },
+            speed: Speed { streams, tokens: stream_tokens, first_token_ms, ms },
+        }
     }
 }
 
@@ -54,18 +161,16 @@ pub struct Spent {
     pub day: i64,
     /// The moment, in milliseconds of Unix time.
     pub at_ms: i64,
-    /// Answers.
-    pub requests: u64,
-    /// Tokens.
-    pub tokens: Tokens,
+    /// How much.
+    pub cost: Cost,
 }
 
 impl Spent {
     /// One answer's, at this moment, by the hours and days of a time zone.
-    pub fn now(endpoint: &Arc<str>, model: &str, tokens: Tokens, zone: &TimeZone, wall: SystemTime) -> Self {
+    pub fn now(endpoint: &Arc<str>, model: &str, cost: Cost, zone: &TimeZone, wall: SystemTime) -> Self {
         let Begins { hour, day } = Begins::of(wall, zone);
         let at_ms = Timestamp::try_from(wall).unwrap_or_default().as_millisecond();
-        Self { endpoint: Arc::clone(endpoint), model: model.into(), hour, day, at_ms, requests: 1, tokens }
+        Self { endpoint: Arc::clone(endpoint), model: model.into(), hour, day, at_ms, cost }
     }
 }
 
@@ -93,14 +198,12 @@ impl Begins {
 #[derive(Clone, Debug, Default)]
 pub struct ModelStats {
     /// Since the last reset.
-    pub tokens: Tokens,
-    /// Answers since the last reset.
-    pub requests: u64,
+    pub cost: Cost,
     /// The last one's moment, in milliseconds of Unix time.
     pub last_used_ms: i64,
-    /// Total tokens by the hour's begin.
+    /// Total tokens by the hour's begin, without estimates.
     pub hours: BTreeMap<i64, u64>,
-    /// Total tokens by the day's begin.
+    /// Likewise by the day's begin.
     pub days: BTreeMap<i64, u64>,
 }
 
@@ -118,18 +221,21 @@ fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
     let mut stats = Stats::new();
     // One moment's, whatever is written meanwhile.
     let connection = connection.unchecked_transaction()?;
-    let mut totals = connection
-        .prepare("SELECT endpoint, model, requests, prompt, completion, total, last_used FROM token_total")?;
+    let columns = COST_COLUMNS.join(", ");
+    let mut totals = connection.prepare(&format!("SELECT endpoint, model, last_used, {columns} FROM token_total"))?;
     let mut rows = totals.query([])?;
     while let Some(row) = rows.next()? {
         let entry = stats.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
-        entry.requests = row.get(2)?;
-        entry.tokens = Tokens { prompt: row.get(3)?, completion: row.get(4)?, total: row.get(5)? };
-        entry.last_used_ms = row.get(6)?;
+        entry.last_used_ms = row.get(2)?;
+        let mut columns = [0; COST_COLUMNS.len()];
+        for (column, index) in columns.iter_mut().zip(3_usize..) {
+            *column = row.get(index)?;
+        }
+        entry.cost = Cost::from_columns(columns);
     }
     for (table, key, kept) in [("token_hour", "hour", HOURS_KEPT), ("token_day", "day", DAYS_KEPT)] {
-        let mut parts =
-            connection.prepare(&format!("SELECT endpoint, model, {key}, total FROM {table} WHERE {key} > ?1"))?;
+        let mut parts = connection
+            .prepare(&format!("SELECT endpoint, model, {key}, total FROM {table} WHERE {key} > ?1 AND total > 0"))?;
         let mut rows = parts.query([oldest(now, kept)])?;
         while let Some(row) = rows.next()? {
             let entry = stats.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();

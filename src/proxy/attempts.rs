@@ -33,9 +33,8 @@ pub(super) async fn next_attempt(context: &mut Context, method: &Method) -> Resu
     tries.addresses_failed = 0;
     tries.stale = 0;
     let more = has_more(ask, &tries.tried, context.arrival.at);
-    let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more };
-    let breaker = ask.pool.server.breaker.clone();
-    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, breaker);
+    let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more, asks_usage: false };
+    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, &ask.pool.server);
     if ask.stream {
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
     }
@@ -88,6 +87,16 @@ pub(super) fn may_begin_anew(context: &mut Context, pooled: Stale) -> bool {
     context.tries.stale += 1;
     context.tries.again = true;
     true
+}
+
+/// The endpoint refused what was added to the request, which its client has nothing to do with: the attempt begins anew without.
+pub(super) fn begin_without_usage(context: &mut Context) {
+    let mut state = context.exchange.state();
+    state.kept = None;
+    if let Some(attempt) = &mut state.attempt {
+        attempt.refuses_usage = true;
+        context.tries.again = true;
+    }
 }
 
 /// Begins the attempt anew. False if its endpoint's limit does not allow it and another endpoint is to be tried.
@@ -153,6 +162,7 @@ pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
     let Some(ask) = &context.ask else { return false };
     let mut state = context.exchange.state();
     if let Some(mut attempt) = state.attempt.take() {
+        attempt.bill_dropped(ask);
         attempt.settle(outcome);
         context.tries.last = Some(Arc::clone(&attempt.endpoint));
     }
@@ -180,7 +190,9 @@ pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
         Outcome::TooSlow => Some(Fault::EndpointTimeout),
         Outcome::Empty => Some(Fault::EndpointEmpty),
         Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),
-        Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent => Some(Fault::EndpointUnreachable),
+        Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent | Outcome::UsageRefused => {
+            Some(Fault::EndpointUnreachable)
+        }
     };
     more
 }

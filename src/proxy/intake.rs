@@ -73,7 +73,7 @@ pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &
     if let Some(resource) = resource {
         resource.check_method(&method)?;
         let body = if resource.takes_body() { read_body(session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
-        let from = Sources { pool: &pool, open: &gateway.open, ledger: &gateway.ledger };
+        let from = Sources { pool: &pool, open: &gateway.open, ledger: &gateway.ledger, estimator: &gateway.estimator };
         return Ok(Next::Answer(resource.answer(from, &body).await?));
     }
     check_target(header)?;
@@ -181,8 +181,10 @@ async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
     }
     Ok(Ask {
         candidates: Arc::clone(candidates),
-        call: Call::of(header.uri.path()),
+        call: Call::of(&header.method, header.uri.path()),
         stream: fields.stream,
+        ask_usage: fields.ask_usage,
+        prompt: Bytes::new(),
         model,
         model_range,
         body,

@@ -17,12 +17,12 @@ mod intake;
 mod outgoing;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{StatusCode, Version};
+use http::{StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::upstreams::peer::HttpPeer;
@@ -33,8 +33,9 @@ use crate::admin::Answer;
 use crate::admission::Choice;
 use crate::auth::Auth;
 use crate::blot::Blotter;
-use crate::context::{Ask, Context, Kept, OpenRequests};
+use crate::context::{Ask, Context, Kept, Measured, OpenRequests};
 use crate::error::Fault;
+use crate::estimate::Estimator;
 use crate::health;
 use crate::ledger;
 use crate::pool::Pool;
@@ -53,12 +54,19 @@ pub struct Gateway {
     open: OpenRequests,
     draining: Draining,
     ledger: ledger::State,
+    estimator: Estimator,
 }
 
 impl Gateway {
     /// A proxy over whatever pool is current.
-    pub fn new(pool: Arc<ArcSwap<Pool>>, open: OpenRequests, draining: Draining, ledger: ledger::State) -> Self {
-        Self { pool, auth: Auth::default(), open, draining, ledger }
+    pub fn new(
+        pool: Arc<ArcSwap<Pool>>,
+        open: OpenRequests,
+        draining: Draining,
+        ledger: ledger::State,
+        estimator: Estimator,
+    ) -> Self {
+        Self { pool, auth: Auth::default(), open, draining, ledger, estimator }
     }
 }
 
@@ -152,6 +160,21 @@ impl ProxyHttp for Gateway {
         Ok(())
     }
 
+    async fn upstream_response_filter(
+        &self,
+        _session: &mut Session,
+        header: &mut ResponseHeader,
+        context: &mut Context,
+    ) -> Result<()> {
+        // Before Pingora frames the answer for the client.
+        if let Some(attempt) = &mut context.exchange.state().attempt {
+            attempt.ends_with_connection = header.version <= Version::HTTP_11
+                && !header.headers.contains_key(header::CONTENT_LENGTH)
+                && !header.headers.contains_key(header::TRANSFER_ENCODING);
+        }
+        Ok(())
+    }
+
     async fn response_filter(
         &self,
         session: &mut Session,
@@ -166,7 +189,9 @@ impl ProxyHttp for Gateway {
             // A request that switches protocols is not held, so this is its answer.
             let rest = health::rest_asked(&header.headers, SystemTime::now());
             attempt.answer = Some(Outcome::Status { status: header.status.as_u16(), rest });
-            attempt.begins_to_answer();
+            if let Some(ask) = &context.ask {
+                attempt.begins_to_answer(&ask.pool);
+            }
         }
         outgoing::rewrite_answer(header, context)
     }
@@ -192,7 +217,7 @@ impl ProxyHttp for Gateway {
         if let Some(ask) = context.ask.as_mut().filter(|ask| !ask.body.is_empty())
             && context.exchange.state().committed.is_some()
         {
-            ask.body = Bytes::new();
+            ask.release_body();
         }
         Ok(None)
     }
@@ -211,9 +236,14 @@ impl ProxyHttp for Gateway {
         let ended = state.ended.take();
         let from_client = *error.esource() == ErrorSource::Downstream && ended.is_none();
         if state.committed.is_some() || session.response_written().is_some_and(is_final) {
-            if let (Some(attempt), false) = (&mut state.attempt, from_client) {
-                attempt.settle(&ended.unwrap_or(Outcome::Broken));
-                context.fault = Some(Fault::StreamBroken);
+            let is_complete = state.committed.is_some_and(|committed| committed.complete.is_some());
+            match &mut state.attempt {
+                Some(attempt) if is_complete => attempt.finish(),
+                Some(attempt) if !from_client => {
+                    attempt.settle(&ended.unwrap_or(Outcome::Broken));
+                    context.fault = Some(Fault::StreamBroken);
+                }
+                _ => {}
             }
             return error;
         }
@@ -225,6 +255,11 @@ impl ProxyHttp for Gateway {
             return error;
         }
         let ended = ended.or_else(|| context.exchange.state().ended.take());
+        if ended == Some(Outcome::UsageRefused) {
+            attempts::begin_without_usage(context);
+            error.set_retry(context.tries.again);
+            return error;
+        }
         let outcome = ended.unwrap_or(match error.esource() {
             // Pingora refuses some requests only when it makes the endpoint's out of them.
             ErrorSource::Downstream if *error.etype() == ErrorType::InvalidHTTPHeader => Outcome::Ours,
@@ -296,15 +331,21 @@ impl ProxyHttp for Gateway {
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Context) {
         context.wrapped.unwrap_session(session);
+        let complete = context.exchange.state().committed.and_then(|committed| committed.complete);
+        let mut measured = Measured::default();
         if let Some(attempt) = &mut context.exchange.state().attempt {
             if error.is_none() {
                 attempt.finish();
             }
-            if let Some(ask) = &context.ask {
-                attempt.bill(&ask.pool, ask.model.as_deref());
+            if let Some(ask) = &mut context.ask {
+                ask.release_body();
+                let ended = complete.unwrap_or_else(Instant::now);
+                measured = attempt.bill(ask, &context.arrival, ended, &self.estimator);
             }
         }
-        let gone = context.fault.is_none() && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
+        let gone = context.fault.is_none()
+            && complete.is_none()
+            && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
         let level = if gone { log::Level::Debug } else { log::Level::Info };
         if log::log_enabled!(level) {
             let state = context.exchange.state();
@@ -325,6 +366,7 @@ impl ProxyHttp for Gateway {
                 bytes: session.body_bytes_sent(),
                 first_byte: state.committed.map(|committed| committed.at.saturating_duration_since(context.arrival.at)),
                 total: context.arrival.at.elapsed(),
+                measured,
                 fault: if gone { Some("client_gone") } else { context.fault.as_ref().map(Fault::label) },
             };
             log::log!(level, "{record}");

@@ -13,7 +13,7 @@ use crate::admin::Answer;
 use crate::context::Context;
 use crate::error::Fault;
 use crate::rates;
-use crate::rewrite;
+use crate::rewrite::{self, Edit};
 
 /// The header that carries a request's id, both ways.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -61,13 +61,20 @@ fn remove_what_stays_behind(session: &Session, request: &mut RequestHeader, swit
     }
 }
 
-/// The body as the endpoint gets it: one copy if the model's name changes, none otherwise.
+/// The body as the endpoint gets it: one copy if the model's name changes or the usage is asked for, none otherwise.
 pub(super) fn rewrite_body(context: &Context) -> Bytes {
     let Some(ask) = &context.ask else { return Bytes::new() };
-    let model = context.exchange.state().attempt.as_ref().and_then(|attempt| attempt.model.clone());
-    match (model, &ask.model_range) {
-        (Some(model), Some(range)) => rewrite::with_model(&ask.body, range, &model),
-        _ => ask.body.clone(),
+    let mut state = context.exchange.state();
+    let Some(attempt) = &mut state.attempt else { return ask.body.clone() };
+    let asks = attempt.asks_usage(ask);
+    let model = attempt.model.as_ref().zip(ask.model_range.as_ref());
+    let model = model.map(|(model, range)| rewrite::model_edit(range, model));
+    let usage = ask.ask_usage.as_ref().filter(|_| asks);
+    let usage = usage.map(|usage| Edit { range: usage.range.clone(), with: usage.with.into() });
+    match (model, usage) {
+        (Some(model), Some(usage)) => rewrite::spliced(&ask.body, &mut [model, usage]),
+        (Some(edit), None) | (None, Some(edit)) => rewrite::spliced(&ask.body, &mut [edit]),
+        (None, None) => ask.body.clone(),
     }
 }
 

@@ -132,6 +132,12 @@ impl Replay {
     async fn deadline_passed(&mut self) -> Result<()> {
         match self.hold.due() {
             Due::GiveUp => give_up(),
+            Due::End => {
+                let mut out = Vec::new();
+                self.hold.end_whole(&mut out);
+                self.inner.response_duplex_vec(out).await?;
+                give_up()
+            }
             Due::Flush(tasks) => {
                 // Pingora drops this future when the endpoint sends more meanwhile. What is held fits any socket buffer, so the
                 // write does not wait; if it was cut all the same, the flag stays and the answer is given up, not garbled.

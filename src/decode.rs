@@ -1,0 +1,171 @@
+//! Reads compressed answers beside the way, for endpoints that compress although they are asked not to. The client gets the
+//! bytes as they came.
+
+use std::fmt;
+use std::io::Write;
+
+use http::{HeaderMap, header};
+
+/// So much is decoded at once, and what comes of it may be this many times as long. Text compresses to a tenth; what expands
+/// further is made to exhaust whoever reads it, and is not read.
+const STEP_BYTES: usize = 4 * 1024;
+const EXPANSION_MAX: usize = 256;
+
+/// Decodes one answer.
+pub struct Decoder(State);
+
+enum State {
+    Gzip(Box<flate2::write::MultiGzDecoder<Sink>>),
+    Zlib(Box<flate2::write::ZlibDecoder<Sink>>),
+    Brotli(Box<brotli::DecompressorWriter<Sink>>),
+    Zstd(Box<zstd::stream::write::Decoder<'static, Sink>>),
+    /// It is not what it says, or not made to be read.
+    Broken,
+}
+
+impl fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Decoder").finish_non_exhaustive()
+    }
+}
+
+/// What was decoded and not yet taken.
+#[derive(Default)]
+struct Sink(Vec<u8>);
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > STEP_BYTES * EXPANSION_MAX {
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Decoder {
+    /// For an answer with these headers; none if it is plain. What is encoded twice, or in a way not known here, is not read.
+    pub fn of(headers: &HeaderMap) -> Option<Self> {
+        let value = headers.get(header::CONTENT_ENCODING)?.to_str().unwrap_or("?").trim().to_ascii_lowercase();
+        Some(Self(match value.as_str() {
+            "" | "identity" => return None,
+            "gzip" | "x-gzip" => State::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Sink::default()))),
+            "deflate" => State::Zlib(Box::new(flate2::write::ZlibDecoder::new(Sink::default()))),
+            "br" => State::Brotli(Box::new(brotli::DecompressorWriter::new(Sink::default(), STEP_BYTES))),
+            "zstd" => zstd::stream::write::Decoder::new(Sink::default())
+                .map_or(State::Broken, |decoder| State::Zstd(Box::new(decoder))),
+            _ => State::Broken,
+        }))
+    }
+
+    /// Whether nothing more can be read.
+    pub fn is_broken(&self) -> bool {
+        matches!(self.0, State::Broken)
+    }
+
+    /// Takes the next piece, and tells `each` what it says.
+    pub fn feed(&mut self, piece: &[u8], mut each: impl FnMut(&[u8])) {
+        for step in piece.chunks(STEP_BYTES) {
+            let written = match &mut self.0 {
+                State::Gzip(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
+                State::Zlib(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
+                State::Brotli(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
+                State::Zstd(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
+                State::Broken => return,
+            };
+            let decoded = match &mut self.0 {
+                State::Gzip(decoder) => std::mem::take(&mut decoder.get_mut().0),
+                State::Zlib(decoder) => std::mem::take(&mut decoder.get_mut().0),
+                State::Brotli(decoder) => std::mem::take(&mut decoder.get_mut().0),
+                State::Zstd(decoder) => std::mem::take(&mut decoder.get_mut().0),
+                State::Broken => return,
+            };
+            if !decoded.is_empty() {
+                each(&decoded);
+            }
+            if written.is_err() {
+                self.0 = State::Broken;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encode(encoding: &str, text: &[u8]) -> Vec<u8> {
+        match encoding {
+            "gzip" => {
+                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+                encoder.write_all(text).unwrap();
+                encoder.finish().unwrap()
+            }
+            "deflate" => {
+                let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+                encoder.write_all(text).unwrap();
+                encoder.finish().unwrap()
+            }
+            "br" => {
+                let mut encoded = Vec::new();
+                brotli::CompressorWriter::new(&mut encoded, 4096, 5, 20).write_all(text).unwrap();
+                encoded
+            }
+            "zstd" => zstd::encode_all(text, 3).unwrap(),
+            other => panic!("{other}"),
+        }
+    }
+
+    fn decoder(encoding: &str) -> Option<Decoder> {
+        let headers = HeaderMap::from_iter([(header::CONTENT_ENCODING, encoding.parse().unwrap())]);
+        Decoder::of(&headers)
+    }
+
+    fn decode(encoding: &str, bytes: &[u8], piece_bytes: usize) -> Vec<u8> {
+        let mut decoder = decoder(encoding).unwrap();
+        let mut decoded = Vec::new();
+        bytes.chunks(piece_bytes).for_each(|piece| decoder.feed(piece, |part| decoded.extend_from_slice(part)));
+        decoded
+    }
+
+    #[test]
+    fn each_encoding_is_read_however_it_is_cut() {
+        let text: Vec<u8> = (0..5000).flat_map(|n| format!("data: {n}\n\n").into_bytes()).collect();
+        for encoding in ["gzip", "deflate", "br", "zstd"] {
+            let encoded = encode(encoding, &text);
+            assert!(encoded.len() < text.len());
+            for piece_bytes in [1, 1000, 1_000_000] {
+                assert!(decode(encoding, &encoded, piece_bytes) == text, "{encoding}, {piece_bytes}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_plain_needs_no_decoder() {
+        assert!(Decoder::of(&HeaderMap::new()).is_none());
+        assert!(decoder("identity").is_none());
+    }
+
+    #[test]
+    fn what_is_broken_or_unknown_is_not_read() {
+        for encoding in ["gzip", "deflate", "br", "zstd", "gzip, br", "compress"] {
+            let noise: Vec<u8> = (0..10_000_u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+            assert!(decode(encoding, &noise, 100).len() < 1000, "{encoding}");
+        }
+    }
+
+    #[test]
+    fn what_expands_without_end_is_given_up() {
+        for encoding in ["gzip", "deflate", "br", "zstd"] {
+            let bomb = encode(encoding, &vec![0; 64 * 1024 * 1024]);
+            let mut decoder = decoder(encoding).unwrap();
+            let mut decoded = 0;
+            decoder.feed(&bomb, |part| decoded += part.len());
+            assert!(decoded <= STEP_BYTES * EXPANSION_MAX, "{encoding}: {decoded}");
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! Finds what JSON of any length says of its tokens, however it is cut into pieces, without keeping it.
+
+use serde_json::Value;
+
+use super::Usage;
+
+/// A usage is some hundred bytes; a longer one is none.
+const VALUE_BYTES_MAX: usize = 16 * 1024;
+/// Longer than any key that matters here.
+const KEY_BYTES_MAX: usize = 16;
+
+/// A key that matters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Key {
+    /// Whatever else.
+    #[default]
+    Other,
+    /// `usage`.
+    Usage,
+    /// `timings`, which stand in for a usage.
+    Timings,
+    /// What may have a usage within: `response`, `message`, `x_groq`.
+    Holder,
+}
+
+impl Key {
+    fn of(name: &[u8]) -> Self {
+        match name {
+            b"usage" => Self::Usage,
+            b"timings" => Self::Timings,
+            b"response" | b"message" | b"x_groq" => Self::Holder,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// The state between two pieces. Whatever the bytes are, it can neither fail nor grow.
+#[derive(Debug, Default)]
+pub struct Finder {
+    depth: u32,
+    /// The key whose value is at hand, at the first depth and at the second.
+    keys: [Key; 2],
+    in_string: bool,
+    escaped: bool,
+    /// The beginning of the last string.
+    string: Vec<u8>,
+    capture: Option<Capture>,
+    usage: Option<Usage>,
+    timings: Option<Usage>,
+}
+
+/// A value that is being copied.
+#[derive(Debug)]
+struct Capture {
+    key: Key,
+    /// Where its end is looked for.
+    depth: u32,
+    bytes: Vec<u8>,
+}
+
+impl Finder {
+    /// Takes the next piece.
+    pub fn feed(&mut self, mut piece: &[u8]) {
+        while !piece.is_empty() {
+            let used = if self.in_string { self.string(piece) } else { self.structure(piece) };
+            piece = piece.get(used..).unwrap_or_default();
+        }
+    }
+
+    /// What was found so far.
+    pub fn usage(&self) -> Option<Usage> {
+        self.usage.or(self.timings)
+    }
+
+    /// Within a string: as far as its next escape or its end.
+    fn string(&mut self, bytes: &[u8]) -> usize {
+        if std::mem::take(&mut self.escaped) {
+            self.keep(bytes.get(..1).unwrap_or_default());
+            return 1;
+        }
+        let Some(found) = memchr::memchr2(b'"', b'\\', bytes) else {
+            self.keep(bytes);
+            return bytes.len();
+        };
+        let is_end = bytes.get(found) == Some(&b'"');
+        self.in_string = !is_end;
+        self.escaped = !is_end;
+        // The quotation mark belongs to a copied value, but not to a key.
+        let end = if is_end && self.capture.is_none() { found } else { found + 1 };
+        self.keep(bytes.get(..end).unwrap_or_default());
+        found + 1
+    }
+
+    /// Outside of strings: one byte, or more where nothing can matter.
+    fn structure(&mut self, bytes: &[u8]) -> usize {
+        if self.depth > 3 && self.capture.is_none() {
+            // Far inside, as in an embedding's numbers: only how deep it is matters.
+            let end = memchr::memchr3(b'"', b'}', b']', bytes).unwrap_or(bytes.len());
+            let opened = memchr::memchr2_iter(b'{', b'[', bytes.get(..end).unwrap_or_default()).count();
+            self.depth = self.depth.saturating_add(u32::try_from(opened).unwrap_or(u32::MAX));
+            if end > 0 {
+                return end;
+            }
+        }
+        let Some(byte) = bytes.first() else { return 0 };
+        match byte {
+            b',' | b'}' if self.capture.as_ref().is_some_and(|capture| capture.depth == self.depth) => {
+                self.end_capture()
+            }
+            _ => self.keep_structure(*byte),
+        }
+        match byte {
+            b'"' => {
+                self.in_string = true;
+                if self.capture.is_none() {
+                    self.string.clear();
+                }
+            }
+            b'{' | b'[' => {
+                self.depth = self.depth.saturating_add(1);
+                self.set_key(Key::Other);
+            }
+            b'}' | b']' => {
+                self.depth = self.depth.saturating_sub(1);
+            }
+            b',' => self.set_key(Key::Other),
+            b':' => self.key_ended(),
+            _ => {}
+        }
+        1
+    }
+
+    fn key_ended(&mut self) {
+        let key = Key::of(&self.string);
+        self.string.clear();
+        let counts = match (self.depth, key) {
+            (1, Key::Usage | Key::Timings) => true,
+            (2, Key::Usage) => self.keys.first() == Some(&Key::Holder),
+            _ => false,
+        };
+        self.set_key(key);
+        if counts && self.capture.is_none() {
+            self.capture = Some(Capture { key, depth: self.depth, bytes: Vec::new() });
+        }
+    }
+
+    fn set_key(&mut self, key: Key) {
+        let slot = usize::try_from(self.depth).unwrap_or(usize::MAX).wrapping_sub(1);
+        if let Some(slot) = self.keys.get_mut(slot) {
+            *slot = key;
+        }
+    }
+
+    fn keep_structure(&mut self, byte: u8) {
+        if self.capture.is_some() {
+            self.keep(&[byte]);
+        }
+    }
+
+    /// Of the value that is being copied, or of a string that may be a key.
+    fn keep(&mut self, bytes: &[u8]) {
+        match &mut self.capture {
+            Some(capture) if capture.bytes.len() + bytes.len() > VALUE_BYTES_MAX => {
+                // Whatever it is, it is not parsed.
+                capture.key = Key::Other;
+                capture.bytes.clear();
+            }
+            Some(capture) => capture.bytes.extend_from_slice(bytes),
+            None => {
+                let room = (KEY_BYTES_MAX + 1).saturating_sub(self.string.len());
+                self.string.extend_from_slice(bytes.get(..room).unwrap_or(bytes));
+            }
+        }
+    }
+
+    fn end_capture(&mut self) {
+        let Some(Capture { key, bytes, .. }) = self.capture.take() else { return };
+        let Ok(value) = serde_json::from_slice::<Value>(&bytes) else { return };
+        match key {
+            Key::Usage => self.usage = Usage::of_usage(&value).or(self.usage),
+            Key::Timings => self.timings = Usage::of_timings(&value).or(self.timings),
+            Key::Other | Key::Holder => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn find(json: &[u8], piece_bytes: usize) -> Option<Usage> {
+        let mut finder = Finder::default();
+        json.chunks(piece_bytes).for_each(|piece| finder.feed(piece));
+        finder.usage()
+    }
+
+    #[test]
+    fn only_the_answers_own_usage_is_found() {
+        let usage = r#"{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}"#;
+        let expected = Usage::of(format!(r#"{{"usage":{usage}}}"#).as_bytes());
+        assert!(expected.is_some());
+        let other = r#"{"prompt_tokens":9,"completion_tokens":9,"total_tokens":99}"#;
+        for (json, is_found) in [
+            (format!(r#"{{"usage":{usage}}}"#), true),
+            (format!(r#"{{"id":"\"usage\":{{}}","usage" : {usage} , "x":[]}}"#), true),
+            (format!(r#"{{"response":{{"a":[1,{{"usage":{other}}}],"usage":{usage}}}}}"#), true),
+            (format!(r#"{{"message":{{"usage":{usage}}},"type":"message_start"}}"#), true),
+            (format!(r#"{{"data":[[[[{{"usage":{other}}},"]"]]]],"usage":{usage}}}"#), true),
+            (format!(r#"{{"data":[[[[[1,2],[3,{{"a":"}}"}}]]]]],"usage":{usage}}}"#), true),
+            (format!(r#"{{"x":{{"usage":{other}}}}}"#), false),
+            (format!(r#"{{"data":[{{"usage":{other}}}]}}"#), false),
+            (format!(r#"{{"a":"usage","b":{other}}}"#), false),
+            (format!(r#"["usage",{other}]"#), false),
+            (r#"{"usage":null}"#.to_owned(), false),
+            (format!(r#"{{"usage":{{"x":"{}"}}}}"#, "y".repeat(2 * VALUE_BYTES_MAX)), false),
+        ] {
+            for piece_bytes in [1, 2, 7, 10_000_000] {
+                let found = find(json.as_bytes(), piece_bytes);
+                assert_eq!(found, expected.filter(|_| is_found), "{json} in pieces of {piece_bytes}");
+            }
+        }
+    }
+
+    #[test]
+    fn timings_stand_in_for_a_usage() {
+        let json = br#"{"content":"x","timings":{"prompt_n":5,"predicted_n":7}}"#;
+        let tokens = find(json, 3).unwrap().tokens();
+        assert_eq!((tokens.prompt, tokens.completion, tokens.total), (5, 7, 12));
+        let json = br#"{"usage":{"prompt_tokens":1,"completion_tokens":1},"timings":{"prompt_n":5,"predicted_n":7}}"#;
+        assert_eq!(find(json, 3).unwrap().tokens().total, 2);
+    }
+
+    fn json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<i32>().prop_map(Value::from),
+            prop::sample::select(vec!["usage", "\"", "\\", "a:b", "{", "é", "]}"]).prop_map(Value::from),
+            Just(serde_json::json!({ "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7 })),
+        ];
+        leaf.prop_recursive(6, 40, 5, |inner| {
+            let key = prop::sample::select(vec!["usage", "response", "message", "choices", "x\"y", "z"]);
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
+                prop::collection::hash_map(key, inner, 0..5)
+                    .prop_map(|fields| fields.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn as_a_full_parse_finds_it(json in json(), piece_bytes in 1usize..20) {
+            let text = json.to_string();
+            let of = |holder: Option<&Value>| holder.and_then(|value| value.get("usage")).and_then(Usage::of_usage);
+            let own = of(Some(&json));
+            // Of several holders the last counts; which that is, is the order of the keys.
+            let held: Vec<_> = ["response", "message"].iter().filter_map(|key| of(json.get(key))).collect();
+            let found = find(text.as_bytes(), piece_bytes);
+            prop_assert_eq!(found.is_some(), own.is_some() || !held.is_empty(), "{}", text);
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..20)) {
+            let mut finder = Finder::default();
+            pieces.iter().for_each(|piece| finder.feed(piece));
+            finder.usage();
+        }
+
+        #[test]
+        fn no_json_like_bytes_make_it_panic(
+            bytes in prop::collection::vec(prop::sample::select(b"{}[]:,\"\\ua1 usage".to_vec()), 0..200)
+        ) {
+            for piece_bytes in [1, 3, 1000] {
+                find(&bytes, piece_bytes);
+            }
+        }
+    }
+}

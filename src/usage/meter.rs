@@ -1,0 +1,393 @@
+//! Measures one answer as it passes: its tokens, when they came, and, in case that the endpoint does not tell how many they
+//! are, a sample of its text.
+
+use std::sync::LazyLock;
+use std::time::Instant;
+
+use bytes::Bytes;
+use memchr::memmem::Finder as Needle;
+use serde_json::Value;
+
+use super::{Finder, Usage};
+use crate::request::Call;
+
+/// So much of a stream's text is kept, in case that its tokens have to be estimated; the rest is taken to be like it.
+pub const SAMPLE_BYTES_MAX: usize = 16 * 1024;
+/// A JSON answer is kept up to this size, likewise. Its pieces are, without a copy.
+pub const BODY_BYTES_MAX: usize = 256 * 1024;
+
+static USAGE: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"usage\""));
+static TIMINGS: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"timings\""));
+static FINISH: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"finish_reason\""));
+static DELTA: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"delta\""));
+
+/// Whether an event may say what the answer cost.
+pub fn mentions_usage(data: &[u8]) -> bool {
+    USAGE.find(data).is_some()
+}
+
+/// What is measured of one answer. Bounded, and can neither change nor fail it.
+#[derive(Debug)]
+pub struct Meter {
+    call: Call,
+    /// Whether text is kept for an estimate.
+    estimates: bool,
+    /// Reads JSON, and events that are too long to be read whole.
+    finder: Finder,
+    usage: Option<Usage>,
+    /// Whether all that was told so far is what the prompt cost, as the first event of Anthropic's messages does.
+    told_prompt_only: bool,
+    text: Text,
+    first_token: Option<Instant>,
+    has_finished: bool,
+    is_complete: bool,
+}
+
+/// The text of an answer, as far as it is kept.
+#[derive(Debug, Default)]
+pub enum Text {
+    /// None came, or none is kept.
+    #[default]
+    None,
+    /// The beginning of a stream's, in the form that JSON strings have.
+    Sample {
+        /// At most [`SAMPLE_BYTES_MAX`].
+        sample: Vec<u8>,
+        /// How much there was, in bytes.
+        bytes: u64,
+    },
+    /// A JSON answer; at most [`BODY_BYTES_MAX`].
+    Json(Vec<Bytes>),
+}
+
+impl Meter {
+    /// For the answer to this call.
+    pub fn new(call: Call, estimates: bool) -> Self {
+        Self {
+            call,
+            estimates: estimates && call.is_text(),
+            finder: Finder::default(),
+            usage: None,
+            told_prompt_only: false,
+            text: Text::None,
+            first_token: None,
+            has_finished: false,
+            is_complete: false,
+        }
+    }
+
+    /// Takes in the data of an event.
+    pub fn event(&mut self, data: &[u8]) {
+        if data.trim_ascii() == b"[DONE]" {
+            self.is_complete = true;
+            return;
+        }
+        if self.call == Call::Unmetered {
+            return;
+        }
+        if mentions_usage(data) || TIMINGS.find(data).is_some() {
+            self.read_usage(data);
+        }
+        match self.call {
+            Call::Completion => self.has_finished |= finishes(data),
+            Call::Responses | Call::Messages => self.is_complete |= is_last(data),
+            Call::Embeddings | Call::Other | Call::Unmetered => {}
+        }
+        if self.call.is_text() && (self.estimates || self.first_token.is_none()) {
+            self.read_text(data);
+        }
+    }
+
+    /// Takes in a part of an event that is too long to be read whole.
+    pub fn part(&mut self, part: &[u8], last: bool) {
+        self.finder.feed(part);
+        if last {
+            self.is_complete |= matches!(self.call, Call::Responses | Call::Messages) && self.finder.usage().is_some();
+            self.read_found();
+        }
+    }
+
+    /// Takes in a piece of a JSON answer.
+    pub fn json(&mut self, piece: &Bytes) {
+        if self.call == Call::Unmetered {
+            return;
+        }
+        self.finder.feed(piece);
+        if !self.estimates {
+            return;
+        }
+        if let Text::None = self.text {
+            self.text = Text::Json(Vec::new());
+        }
+        if let Text::Json(pieces) = &mut self.text {
+            pieces.push(piece.clone());
+            if pieces.iter().map(Bytes::len).sum::<usize>() > BODY_BYTES_MAX {
+                self.text = Text::None;
+                self.estimates = false;
+            }
+        }
+    }
+
+    /// A JSON answer came to its end.
+    pub fn json_ended(&mut self) {
+        self.is_complete = true;
+        self.read_found();
+    }
+
+    fn read_found(&mut self) {
+        if let Some(found) = std::mem::take(&mut self.finder).usage() {
+            self.told_prompt_only = false;
+            self.update(found);
+        }
+    }
+
+    fn read_usage(&mut self, data: &[u8]) {
+        let Ok(event) = serde_json::from_slice::<Value>(data) else { return };
+        if let Some(told) = Usage::of_value(&event) {
+            self.told_prompt_only = event.get("type").is_some_and(|kind| kind == "message_start");
+            self.update(told);
+        }
+    }
+
+    fn update(&mut self, told: Usage) {
+        match &mut self.usage {
+            Some(usage) => usage.update(told),
+            None => self.usage = Some(told),
+        }
+    }
+
+    fn read_text(&mut self, data: &[u8]) {
+        let mut has_text = false;
+        let keeps = self.estimates;
+        texts(self.call, data, |raw| {
+            has_text |= !raw.is_empty();
+            if !keeps {
+                return;
+            }
+            if let Text::None = self.text {
+                self.text = Text::Sample { sample: Vec::new(), bytes: 0 };
+            }
+            if let Text::Sample { sample, bytes } = &mut self.text {
+                *bytes += u64::try_from(raw.len()).unwrap_or_default();
+                // A text is kept whole or not at all, so that no escape is cut.
+                if sample.len() + raw.len() <= SAMPLE_BYTES_MAX {
+                    sample.extend_from_slice(raw);
+                }
+            }
+        });
+        if has_text && self.first_token.is_none() {
+            self.first_token = Some(Instant::now());
+        }
+    }
+
+    /// What the endpoint told of the answer's cost.
+    pub fn told(&self) -> Option<Usage> {
+        self.usage.filter(|_| !self.told_prompt_only)
+    }
+
+    /// The prompt's tokens, if they were told even though the answer's were not.
+    pub fn prompt_told(&self) -> Option<u64> {
+        self.usage.and_then(|usage| usage.prompt())
+    }
+
+    /// When the first token came, of a stream.
+    pub fn first_token(&self) -> Option<Instant> {
+        self.first_token
+    }
+
+    /// Whether the endpoint has said that its answer is whole.
+    pub fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
+    /// Whether it has at least said why the answer ends.
+    pub fn has_finished(&self) -> bool {
+        self.has_finished || self.is_complete
+    }
+
+    /// The text, for an estimate.
+    pub fn take_text(&mut self) -> Text {
+        std::mem::take(&mut self.text)
+    }
+}
+
+/// Whether a chunk of a chat says why it ends.
+fn finishes(data: &[u8]) -> bool {
+    FINISH.find_iter(data).any(|at| {
+        let value = data.get(at + FINISH.needle().len()..).unwrap_or_default();
+        value.trim_ascii_start().strip_prefix(b":").is_some_and(|value| value.trim_ascii_start().starts_with(b"\""))
+    })
+}
+
+/// Whether an event is the last of a response, or of Anthropic's message.
+fn is_last(data: &[u8]) -> bool {
+    const KINDS: [&[u8]; 4] = [b"response.completed", b"response.incomplete", b"response.failed", b"message_stop"];
+    strings(data).any(|(key, value)| key == b"type" && KINDS.contains(&value))
+}
+
+/// Tells the texts of an event, as they stand between their quotation marks.
+fn texts<'a>(call: Call, data: &'a [u8], mut each: impl FnMut(&'a [u8])) {
+    let keys: &[&[u8]] = match call {
+        Call::Completion => &[b"content", b"reasoning_content", b"reasoning", b"text", b"arguments", b"refusal"],
+        // Other events repeat the text whole.
+        Call::Responses if DELTA.find(data).is_some() => &[b"delta"],
+        Call::Messages if DELTA.find(data).is_some() => &[b"text", b"partial_json", b"thinking"],
+        _ => return,
+    };
+    strings(data).filter(|(key, _)| keys.contains(key)).for_each(|(_, text)| each(text));
+}
+
+/// Tells the texts of a JSON answer, whole or cut, likewise.
+pub fn answer_texts<'a>(call: Call, json: &'a [u8], mut each: impl FnMut(&'a [u8])) {
+    const KEYS: [&[u8]; 7] =
+        [b"content", b"reasoning_content", b"reasoning", b"text", b"arguments", b"refusal", b"thinking"];
+    if call.is_text() {
+        strings(json).filter(|(key, _)| KEYS.contains(key)).for_each(|(_, text)| each(text));
+    }
+}
+
+/// The members of JSON, at any depth, whose values are strings, without their quotation marks.
+fn strings(json: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    let mut rest = json;
+    std::iter::from_fn(move || {
+        loop {
+            let (key, after) = string(rest)?;
+            rest = after;
+            let Some(value) = after.trim_ascii_start().strip_prefix(b":") else { continue };
+            let value = value.trim_ascii_start();
+            if value.first() == Some(&b'"') {
+                let (value, after) = string(value)?;
+                rest = after;
+                return Some((key, value));
+            }
+        }
+    })
+}
+
+/// The first string, and what follows it.
+fn string(json: &[u8]) -> Option<(&[u8], &[u8])> {
+    let text = json.get(memchr::memchr(b'"', json)? + 1..)?;
+    let mut at = 0;
+    loop {
+        let found = at + memchr::memchr2(b'"', b'\\', text.get(at..)?)?;
+        if text.get(found) == Some(&b'"') {
+            return Some((text.get(..found)?, text.get(found + 1..)?));
+        }
+        at = found + 2;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(call: Call, events: &[&str]) -> String {
+        let mut meter = Meter::new(call, true);
+        events.iter().for_each(|event| meter.event(event.as_bytes()));
+        match meter.take_text() {
+            Text::Sample { sample, bytes } => {
+                assert_eq!(usize::try_from(bytes).unwrap(), sample.len());
+                String::from_utf8(sample).unwrap()
+            }
+            Text::None => String::new(),
+            Text::Json(pieces) => panic!("{pieces:?}"),
+        }
+    }
+
+    #[test]
+    fn the_texts_of_each_kind_of_stream_are_sampled() {
+        let chat = [
+            r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#,
+            r#"{"choices":[{"delta":{"reasoning_content":"Hm "},"logprobs":{"content":[{"token":"x"}]}}]}"#,
+            r#"{"choices":[{"delta":{ "content" : "a \"b\" \\" }}]}"#,
+            r#"{"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":"{\"x\"}"}}]}}]}"#,
+            r#"{"choices":[],"usage":null}"#,
+            "[DONE]",
+        ];
+        assert_eq!(sample(Call::Completion, &chat), r#"Hm a \"b\" \\{\"x\"}"#);
+        let response = [
+            r#"{"type":"response.output_text.delta","delta":"Hi"}"#,
+            r#"{"type":"response.output_text.done","text":"Hi"}"#,
+            r#"{"type":"response.completed","response":{"output":[{"content":[{"text":"Hi"}]}]}}"#,
+        ];
+        assert_eq!(sample(Call::Responses, &response), "Hi");
+        let message = [
+            r#"{"type":"content_block_start","content_block":{"type":"text","text":""}}"#,
+            r#"{"type":"content_block_delta","delta":{"type":"text_delta","text":"Hi"}}"#,
+            r#"{"type":"content_block_delta","delta":{"type":"input_json_delta","partial_json":"{}"}}"#,
+        ];
+        assert_eq!(sample(Call::Messages, &message), "Hi{}");
+        assert_eq!(sample(Call::Other, &chat), "");
+    }
+
+    #[test]
+    fn a_sample_is_bounded_and_counts_the_rest() {
+        let mut meter = Meter::new(Call::Completion, true);
+        let event = format!(r#"{{"choices":[{{"text":"{}"}}]}}"#, "x".repeat(1000));
+        (0..100).for_each(|_| meter.event(event.as_bytes()));
+        let Text::Sample { sample, bytes } = meter.take_text() else { panic!("it has text") };
+        assert!(sample.len() <= SAMPLE_BYTES_MAX && sample.len() > SAMPLE_BYTES_MAX - 1000, "{}", sample.len());
+        assert_eq!(bytes, 100_000);
+        let mut meter = Meter::new(Call::Completion, true);
+        (0..100).for_each(|_| meter.json(&Bytes::from(vec![b' '; 10_000])));
+        assert!(matches!(meter.take_text(), Text::None), "nor is a long answer kept");
+    }
+
+    #[test]
+    fn the_end_is_told_in_each_kind_of_stream() {
+        let ends = |call: Call, data: &str| {
+            let mut meter = Meter::new(call, false);
+            meter.event(data.as_bytes());
+            (meter.is_complete(), meter.has_finished())
+        };
+        assert_eq!(ends(Call::Completion, " [DONE] "), (true, true));
+        assert_eq!(ends(Call::Completion, r#"{"choices":[{"finish_reason": "stop"}]}"#), (false, true));
+        assert_eq!(ends(Call::Completion, r#"{"choices":[{"finish_reason":null}]}"#), (false, false));
+        assert_eq!(ends(Call::Responses, r#"{"type":"response.completed"}"#), (true, true));
+        assert_eq!(ends(Call::Responses, r#"{"delta":"response.completed"}"#), (false, false));
+        assert_eq!(ends(Call::Messages, r#"{"type":"message_stop"}"#), (true, true));
+    }
+
+    #[test]
+    fn the_first_token_is_the_first_text() {
+        let mut meter = Meter::new(Call::Completion, false);
+        meter.event(br#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#);
+        assert!(meter.first_token().is_none());
+        meter.event(br#"{"choices":[{"delta":{"content":"x"}}]}"#);
+        assert!(meter.first_token().is_some());
+        assert!(matches!(meter.take_text(), Text::None), "nothing is kept unless it is to be estimated");
+    }
+
+    #[test]
+    fn anthropics_first_event_tells_of_the_prompt_only() {
+        let mut meter = Meter::new(Call::Messages, true);
+        meter.event(br#"{"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}"#);
+        assert_eq!((meter.told(), meter.prompt_told()), (None, Some(25)));
+        meter.event(br#"{"type":"message_delta","usage":{"output_tokens":15}}"#);
+        let tokens = meter.told().unwrap().tokens();
+        assert_eq!((tokens.prompt, tokens.completion, tokens.total), (25, 15, 40));
+    }
+
+    #[test]
+    fn an_event_too_long_to_be_kept_is_read_all_the_same() {
+        let mut meter = Meter::new(Call::Responses, false);
+        let event = format!(
+            r#"data: {{"type":"response.completed","response":{{"output":"{}","usage":{{"input_tokens":1,"output_tokens":2}}}}}}"#,
+            "x".repeat(100_000)
+        );
+        event.as_bytes().chunks(1000).for_each(|part| meter.part(part, false));
+        meter.part(b"\n\n", true);
+        assert_eq!(meter.told().unwrap().tokens().total, 3);
+        assert!(meter.is_complete());
+    }
+
+    #[test]
+    fn what_is_not_a_call_of_its_own_is_not_measured() {
+        let usage = r#"{"usage":{"prompt_tokens":3,"completion_tokens":4}}"#;
+        let mut meter = Meter::new(Call::Unmetered, true);
+        meter.json(&Bytes::from_static(usage.as_bytes()));
+        meter.json_ended();
+        meter.event(usage.as_bytes());
+        assert_eq!(meter.told(), None);
+    }
+}

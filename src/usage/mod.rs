@@ -1,0 +1,234 @@
+//! What an answer says that it cost, in whatever dialect.
+//!
+//! | dialect | where | what |
+//! |---|---|---|
+//! | chat, completions, embeddings | `usage` | `prompt_tokens`, `completion_tokens`, `total_tokens`, `*_tokens_details` |
+//! | responses | `usage`, in events `response.usage` | `input_tokens`, `output_tokens`, `*_tokens_details` |
+//! | images, transcriptions | `usage` | the same, or a duration, which is no tokens |
+//! | Anthropic's messages | `usage`, in events also `message.usage` | `input_tokens` without what was cached |
+//! | Groq | also `x_groq.usage` | as chat |
+//! | Moonshot | also `usage` within a choice, `cached_tokens` | as chat |
+//! | `DeepSeek` | `usage` | as chat, `prompt_cache_hit_tokens` |
+//! | llama.cpp | `timings` | `prompt_n`, `cache_n`, `predicted_n` |
+
+mod finder;
+mod meter;
+
+use serde_json::Value;
+
+use crate::ledger::Tokens;
+pub use finder::Finder;
+pub use meter::{Meter, Text, answer_texts, mentions_usage};
+
+/// No answer costs more; a number beyond it is a fault of the endpoint's, and must not spoil every sum.
+const TOKENS_MAX: u64 = 1 << 32;
+
+/// The counts as an answer has them. What it does not say, or says in a way that is no count, is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// `prompt_tokens`.
+    prompt: Option<u64>,
+    /// `completion_tokens`.
+    completion: Option<u64>,
+    /// `input_tokens`, which some calls have in place of the prompt's, some endpoints beside them.
+    input: Option<u64>,
+    /// `output_tokens`, likewise.
+    output: Option<u64>,
+    total: Option<u64>,
+    /// Of the prompt, from a cache.
+    cached: Option<u64>,
+    /// Read from a cache and written to it, both of which Anthropic leaves out of `input_tokens`.
+    cache_read: Option<u64>,
+    cache_written: Option<u64>,
+    /// Of the answer, never shown.
+    reasoning: Option<u64>,
+    audio_in: Option<u64>,
+    audio_out: Option<u64>,
+}
+
+/// A count of tokens. Some endpoints write whole numbers as `12.0`.
+fn count(value: Option<&Value>) -> Option<u64> {
+    let value = value?;
+    let whole = |number: f64| {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is in range and whole")]
+        ((0.0..=9e15).contains(&number) && number.fract() == 0.0).then(|| number as u64)
+    };
+    value.as_u64().or_else(|| value.as_f64().and_then(whole)).map(|count| count.min(TOKENS_MAX))
+}
+
+impl Usage {
+    /// Of a JSON answer or event.
+    pub fn of(json: &[u8]) -> Option<Self> {
+        Self::of_value(&serde_json::from_slice(json).ok()?)
+    }
+
+    /// Likewise, once it is parsed.
+    pub fn of_value(json: &Value) -> Option<Self> {
+        const PLACES: [&str; 5] = ["/usage", "/response/usage", "/message/usage", "/x_groq/usage", "/choices/0/usage"];
+        let usage = PLACES.iter().find_map(|place| Self::of_usage(json.pointer(place)?));
+        usage.or_else(|| Self::of_timings(json.get("timings")?))
+    }
+
+    /// Of a `usage`.
+    pub fn of_usage(usage: &Value) -> Option<Self> {
+        let usage = usage.as_object()?;
+        let field = |name: &str| count(usage.get(name));
+        // `input_tokens_details` of responses, `input_token_details` of transcriptions.
+        let detail = |holders: [&str; 3], name: &str| {
+            holders.iter().find_map(|holder| count(usage.get(*holder).and_then(|details| details.get(name))))
+        };
+        let of_prompt = ["prompt_tokens_details", "input_tokens_details", "input_token_details"];
+        let of_answer = ["completion_tokens_details", "output_tokens_details", "output_token_details"];
+        let cached = detail(of_prompt, "cached_tokens");
+        let usage = Self {
+            prompt: field("prompt_tokens"),
+            completion: field("completion_tokens"),
+            input: field("input_tokens"),
+            output: field("output_tokens"),
+            total: field("total_tokens"),
+            cached: cached.or_else(|| field("cached_tokens")).or_else(|| field("prompt_cache_hit_tokens")),
+            cache_read: field("cache_read_input_tokens"),
+            cache_written: field("cache_creation_input_tokens"),
+            reasoning: detail(of_answer, "reasoning_tokens").or_else(|| field("reasoning_tokens")),
+            audio_in: detail(of_prompt, "audio_tokens"),
+            audio_out: detail(of_answer, "audio_tokens"),
+        };
+        let counts = [usage.prompt, usage.completion, usage.input, usage.output, usage.total];
+        counts.iter().any(Option::is_some).then_some(usage)
+    }
+
+    /// Of llama.cpp's `timings`. What came from its cache is not in `prompt_n`.
+    fn of_timings(timings: &Value) -> Option<Self> {
+        let (prompt, cached) = (count(timings.get("prompt_n"))?, count(timings.get("cache_n")));
+        Some(Self {
+            prompt: Some(prompt + cached.unwrap_or(0)),
+            completion: Some(count(timings.get("predicted_n"))?),
+            cached,
+            ..Self::default()
+        })
+    }
+
+    /// Takes in what a later event of the same answer says; what it does not say stays.
+    pub fn update(&mut self, later: Self) {
+        let of = |later: Option<u64>, mine: Option<u64>| later.or(mine);
+        *self = Self {
+            prompt: of(later.prompt, self.prompt),
+            completion: of(later.completion, self.completion),
+            input: of(later.input, self.input),
+            output: of(later.output, self.output),
+            total: of(later.total, self.total),
+            cached: of(later.cached, self.cached),
+            cache_read: of(later.cache_read, self.cache_read),
+            cache_written: of(later.cache_written, self.cache_written),
+            reasoning: of(later.reasoning, self.reasoning),
+            audio_in: of(later.audio_in, self.audio_in),
+            audio_out: of(later.audio_out, self.audio_out),
+        };
+    }
+
+    /// Whether it counts a prompt and not one token of an answer.
+    pub fn is_of_empty_answer(&self) -> bool {
+        self.completion == Some(0) && self.total.is_some_and(|total| total > 0) && self.total == self.prompt
+    }
+
+    /// The tokens of the prompt, if they are told.
+    pub fn prompt(&self) -> Option<u64> {
+        let apart = self.cache_read.unwrap_or(0) + self.cache_written.unwrap_or(0);
+        self.prompt.or_else(|| self.input.map(|input| input + apart))
+    }
+
+    /// The tokens, with nothing left open.
+    pub fn tokens(&self) -> Tokens {
+        let prompt = self.prompt().unwrap_or(0);
+        let completion = self.completion.or(self.output).unwrap_or(0);
+        Tokens {
+            prompt,
+            completion,
+            total: self.total.unwrap_or(prompt + completion),
+            cached: self.cached.or(self.cache_read).unwrap_or(0),
+            reasoning: self.reasoning.unwrap_or(0),
+            audio: self.audio_in.unwrap_or(0) + self.audio_out.unwrap_or(0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn tokens(json: &Value) -> Option<Tokens> {
+        Usage::of(json.to_string().as_bytes()).map(|usage| usage.tokens())
+    }
+
+    fn plain(prompt: u64, completion: u64, total: u64) -> Tokens {
+        Tokens { prompt, completion, total, ..Tokens::default() }
+    }
+
+    #[test]
+    fn each_dialect_is_understood() {
+        let details = json!({ "cached_tokens": 2, "audio_tokens": 1 });
+        let reasoning = json!({ "reasoning_tokens": 3, "audio_tokens": 4 });
+        let chat = json!({ "prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14,
+            "prompt_tokens_details": details, "completion_tokens_details": reasoning });
+        let responses = json!({ "input_tokens": 5, "output_tokens": 9, "total_tokens": 14,
+            "input_tokens_details": details, "output_tokens_details": reasoning });
+        let full = Tokens { cached: 2, reasoning: 3, audio: 5, ..plain(5, 9, 14) };
+        for json in [
+            json!({ "usage": chat }),
+            json!({ "usage": responses }),
+            json!({ "type": "response.completed", "response": { "usage": responses } }),
+            json!({ "x_groq": { "usage": chat } }),
+            json!({ "choices": [{ "usage": chat }] }),
+        ] {
+            assert_eq!(tokens(&json), Some(full), "{json}");
+        }
+        let of = |usage: Value| tokens(&json!({ "usage": usage }));
+        let anthropic = json!({ "input_tokens": 5, "cache_read_input_tokens": 7, "cache_creation_input_tokens": 1,
+            "output_tokens": 2 });
+        assert_eq!(of(anthropic.clone()), Some(Tokens { cached: 7, ..plain(13, 2, 15) }));
+        assert_eq!(tokens(&json!({ "type": "message_start", "message": { "usage": anthropic } })), of(anthropic));
+        let transcription = json!({ "type": "tokens", "input_tokens": 14, "output_tokens": 45, "total_tokens": 59,
+            "input_token_details": { "text_tokens": 0, "audio_tokens": 14 } });
+        assert_eq!(of(transcription), Some(Tokens { audio: 14, ..plain(14, 45, 59) }));
+        assert_eq!(of(json!({ "type": "duration", "seconds": 9 })), None);
+        assert_eq!(of(json!({ "prompt_tokens": 8, "total_tokens": 8 })), Some(plain(8, 0, 8)));
+        let deepseek = json!({ "prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6,
+            "prompt_cache_hit_tokens": 4, "prompt_cache_miss_tokens": 1 });
+        assert_eq!(of(deepseek), Some(Tokens { cached: 4, ..plain(5, 1, 6) }));
+        // Gemini counts what it thought in the total only.
+        let gemini = json!({ "prompt_tokens": 4, "completion_tokens": 10, "total_tokens": 114 });
+        assert_eq!(of(gemini), Some(plain(4, 10, 114)));
+        let llama = json!({ "timings": { "cache_n": 3, "prompt_n": 2, "predicted_n": 4, "predicted_ms": 5.5 } });
+        assert_eq!(tokens(&llama), Some(Tokens { cached: 3, ..plain(5, 4, 9) }));
+    }
+
+    #[test]
+    fn names_and_numbers_may_be_odd() {
+        let of = |usage: Value| tokens(&json!({ "usage": usage }));
+        let both = json!({ "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "input_tokens": 3,
+            "output_tokens": 4, "cache_read_input_tokens": 1 });
+        assert_eq!(of(both), Some(Tokens { cached: 1, ..plain(3, 4, 7) }));
+        assert_eq!(of(json!({ "total_tokens": u64::MAX })), Some(plain(0, 0, TOKENS_MAX)));
+        assert_eq!(of(json!({ "prompt_tokens": 12.0, "completion_tokens": "4" })), Some(plain(12, 0, 12)));
+        let broken = json!({ "prompt_tokens": 1, "prompt_tokens_details": null, "completion_tokens_details": [5] });
+        assert_eq!(of(broken), Some(plain(1, 0, 1)));
+        for none in [json!({ "total_tokens": -1 }), json!({ "total_tokens": 1.5 }), json!([]), json!(null), json!(3)] {
+            assert_eq!(of(none.clone()), None, "{none}");
+        }
+        for text in ["[]", "{", "", "3"] {
+            assert_eq!(Usage::of(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn later_events_add_to_earlier_ones() {
+        let of = |usage: Value| Usage::of_usage(&usage).unwrap();
+        let mut usage = of(json!({ "input_tokens": 25, "cache_read_input_tokens": 5, "output_tokens": 1 }));
+        usage.update(of(json!({ "output_tokens": 15 })));
+        assert_eq!(usage.tokens(), Tokens { cached: 5, ..plain(30, 15, 45) });
+        let mut usage = of(json!({ "prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4 }));
+        usage.update(of(json!({ "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7 })));
+        assert_eq!(usage.tokens(), plain(3, 4, 7));
+    }
+}
