@@ -305,7 +305,8 @@ impl ProxyHttp for Gateway {
             if let (Some(fault), Some(committed)) = (&context.fault, committed)
                 && committed.event_stream
             {
-                outgoing::send_error_event(session, fault, committed.between_events).await;
+                let call = context.ask.as_ref().map(|ask| ask.call);
+                outgoing::send_error_event(session, fault, call, committed.between_events).await;
             }
             return closed(0);
         }

@@ -13,6 +13,7 @@ use crate::admin::Answer;
 use crate::context::Context;
 use crate::error::Fault;
 use crate::rates;
+use crate::request::Call;
 use crate::rewrite::{self, Edit};
 
 /// The header that carries a request's id, both ways.
@@ -177,10 +178,15 @@ async fn write(session: &mut Session, header: Box<ResponseHeader>, body: Bytes, 
 }
 
 /// Tells the reader of a stream that broke that it is not whole. Without `[DONE]`, and with the connection closed after it,
-/// no client takes it for a whole one.
-pub(super) async fn send_error_event(session: &mut Session, fault: &Fault, between_events: bool) {
+/// no client takes it for a whole one. Readers of Anthropic's messages go by the event's name.
+pub(super) async fn send_error_event(session: &mut Session, fault: &Fault, call: Option<Call>, between_events: bool) {
     let ends_event = if between_events { "" } else { "\n\n" };
-    let event = Bytes::from(format!("{ends_event}data: {}\n\n", fault.json()));
+    let error = fault.json();
+    let event = match (call, error.strip_prefix('{')) {
+        (Some(Call::Messages), Some(members)) => format!("event: error\ndata: {{\"type\":\"error\",{members}"),
+        _ => format!("data: {error}"),
+    };
+    let event = Bytes::from(format!("{ends_event}{event}\n\n"));
     let is_h2 = session.downstream_session.is_http2();
     let sent = session.downstream_session.response_duplex_vec(vec![HttpTask::Body(Some(event), false)]).await;
     if sent.is_ok() && is_h2 {

@@ -28,3 +28,4 @@ mod routing;
 mod sim;
 mod streams;
 mod tls;
+mod tokens;

@@ -630,8 +630,8 @@ async fn attempt(
     let trial = choice.trial.is_some();
     shared.borrow_mut().models.get_mut(&id).unwrap().held += 1;
     let held = HeldPermit { shared: Rc::clone(shared), id: id.clone() };
-    let terms = Terms { call: Call::Completion, expects_body: true, more: true };
-    let mut attempt = Attempt::new(endpoint, None, terms, choice, pool.server.breaker.clone());
+    let terms = Terms { call: Call::Completion, expects_body: true, more: true, asks_usage: false };
+    let mut attempt = Attempt::new(endpoint, None, terms, choice, &pool.server);
     let (connect_ms, fate, answer_ms) = {
         let rng = &mut shared.borrow_mut().rng;
         let connect_ms = if rng.u8(..) < 180 { 0 } else { rng.u64(1..2000) };
