@@ -13,6 +13,7 @@ mod wire;
 
 mod auth;
 mod body;
+mod chaos;
 mod cli;
 mod connections;
 mod crash;

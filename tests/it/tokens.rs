@@ -552,7 +552,10 @@ async fn a_json_answer_that_breaks_is_estimated_by_what_came() {
         let broken = Behaviour {
             reset: Some(ResetAt::AfterEvents(1)),
             chunked: true,
-            body: Some(r#"{"choices":[{"message":{"content":"hello world"}}],"padding":"                              "}"#.into()),
+            body: Some(
+                r#"{"choices":[{"message":{"content":"hello world"}}],"padding":"                              "}"#
+                    .into(),
+            ),
             content_type: Some("application/json".into()),
             ..Behaviour::default()
         };
