@@ -7,10 +7,11 @@ use http::Version;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    KEY, Proxy, behaving, chat, chat_stream, client, endpoint_with, h2c, in_order, key_of, simulator, simulator_with,
-    until, within,
+    KEY, Proxy, behaving, chat, chat_stream, client, config_text, endpoint_with, h2c, in_order, key_of, simulator,
+    simulator_with, until, within,
 };
-use crate::wire::{ByHand, STREAM_HEAD, chunked, event, post_chat};
+use crate::program::Running;
+use crate::wire::{ByHand, STREAM_HEAD, Wire, chunked, event, post_chat};
 
 /// A client gone is to be noticed in milliseconds; this allows for a busy machine, and is far below every timeout.
 const CANCEL_BOUND: Duration = Duration::from_secs(1);
@@ -371,4 +372,64 @@ async fn a_key_quoted_in_the_middle_of_a_stream_is_blotted_out() {
         assert!(wire.chunk().await.unwrap().is_empty());
     })
     .await;
+}
+
+/// How much of it is in memory, in bytes.
+fn resident_bytes(pid: u32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_ascii_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_a_gibibyte_passes_with_flat_memory() {
+    const STREAM_BYTES: usize = 1024 * 1024 * 1024;
+    // Buffers of sockets and pieces on their way, and nothing that grows with the stream.
+    const GROWTH_MAX: usize = 24 * 1024 * 1024;
+    // Events of a usual size, of some that a read cuts in two, and of some that are too long to be held whole.
+    let batch = format!(
+        "{}{}{}",
+        event("word").repeat(500),
+        event(&"x".repeat(10_000)).repeat(40),
+        event(&"y".repeat(200_000)).repeat(3)
+    );
+    let batches = STREAM_BYTES / batch.len() + 1;
+    let by_hand = ByHand::bind().await;
+    let config = config_text(json!({}), &in_order([by_hand.base_url().as_str()]));
+    let program = Running::start(&config, "info");
+    program.ready().await;
+    let mut wire = Wire::connect(program.address).await;
+    wire.send(post_chat(&chat_stream("m"))).await;
+    let (mut endpoint, ..) = by_hand.call().await;
+    endpoint.send(STREAM_HEAD).await;
+    let pid = program.pid();
+    let sent = batch.clone();
+    let writer = tokio::spawn(async move {
+        for _ in 0..batches {
+            endpoint.send(chunked(&sent)).await;
+        }
+        endpoint.send(format!("{}0\r\n\r\n", chunked("data: [DONE]\n\n"))).await;
+    });
+    wire.head().await.unwrap();
+    let (mut read, mut early, mut most) = (0, 0, 0);
+    loop {
+        let chunk = wire.chunk().await.expect("the stream is cut");
+        if chunk.is_empty() {
+            break;
+        }
+        let offset = read % batch.len();
+        let expected = &batch.as_bytes()[offset..];
+        let compared = expected.len().min(chunk.len());
+        assert!(chunk[..compared] == expected[..compared] || read + chunk.len() > batches * batch.len());
+        // A look takes a while, so not at each of them.
+        if (read + chunk.len()) >> 24 != read >> 24 {
+            let resident = resident_bytes(pid);
+            most = most.max(resident);
+            early = if early == 0 { resident } else { early };
+        }
+        read += chunk.len();
+    }
+    writer.await.unwrap();
+    assert_eq!(read, batches * batch.len() + "data: [DONE]\n\n".len());
+    assert!(most < early + GROWTH_MAX, "{early} bytes at first, {most} later");
 }
