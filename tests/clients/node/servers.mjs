@@ -93,7 +93,7 @@ export async function startAll(config) {
     const url = started.at(-1).found;
     // The address is printed just before connections are taken.
     assert.ok(await waitUntil(() => isHealthy(url)), `${url}/health does not answer`);
-    return { url, stop };
+    return { url, simulatorUrl: simulated.found, thirdPartyUrl: third.found, stop };
   } catch (error) {
     await stop();
     throw error;
