@@ -181,6 +181,7 @@ impl Context {
 
 /// One attempt at one endpoint. What it shows of the endpoint is taken in once; dropped before that, nothing is.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
 pub struct Attempt {
     /// The endpoint.
     pub endpoint: Arc<Endpoint>,

@@ -307,7 +307,7 @@ mod tests {
             assert!(tokens(&text) > 1000);
         }
         // Without the parts it would be minutes.
-        assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_mins(1), "{:?}", begun.elapsed());
     }
 
     #[test]

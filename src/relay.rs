@@ -260,7 +260,9 @@ mod tests {
         ) {
             let (mut relay, mut meter) = (Relay::new(true), Meter::new(Call::Completion, true));
             let mut out = Vec::new();
-            pieces.iter().for_each(|piece| relay.piece(&Bytes::copy_from_slice(piece), &mut meter, &mut out));
+            for piece in &pieces {
+                relay.piece(&Bytes::copy_from_slice(piece), &mut meter, &mut out);
+            }
             out.push(relay.rest());
             prop_assert_eq!(out.concat(), pieces.concat());
         }

@@ -184,12 +184,12 @@ impl Found<'_> {
             Ok(Field { value, range })
         });
         let stream = self.stream.filter(|raw| raw.get() == "true");
-        let ask_usage = stream.filter(|_| !self.stream_again).and_then(|stream| match self.stream_options {
-            Some(options) => within_options(body, options),
-            None => {
-                let end = range_in(body, stream).end;
-                Some(AskUsage { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
+        let ask_usage = stream.filter(|_| !self.stream_again).and_then(|stream| {
+            if let Some(options) = self.stream_options {
+                return within_options(body, options);
             }
+            let end = range_in(body, stream).end;
+            Some(AskUsage { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
         });
         Ok(Fields { model: model.transpose()?, stream: stream.is_some(), ask_usage })
     }

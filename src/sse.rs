@@ -38,6 +38,7 @@ pub enum Step {
 
 /// The state between two pieces.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
 pub struct Splitter {
     /// The block that has begun in earlier pieces.
     kept: BytesMut,

@@ -105,7 +105,7 @@ impl Finder {
         let Some(byte) = bytes.first() else { return 0 };
         match byte {
             b',' | b'}' if self.capture.as_ref().is_some_and(|capture| capture.depth == self.depth) => {
-                self.end_capture()
+                self.end_capture();
             }
             _ => self.keep_structure(*byte),
         }
@@ -263,7 +263,9 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..20)) {
             let mut finder = Finder::default();
-            pieces.iter().for_each(|piece| finder.feed(piece));
+            for piece in &pieces {
+                finder.feed(piece);
+            }
             finder.usage();
         }
 

@@ -39,8 +39,19 @@ pub struct Meter {
     told_prompt_only: bool,
     text: Text,
     first_token: Option<Instant>,
-    has_finished: bool,
-    is_complete: bool,
+    end: End,
+}
+
+/// What the endpoint has said of its answer's end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum End {
+    /// Nothing.
+    #[default]
+    Open,
+    /// Why it ends.
+    Finished,
+    /// That it is whole.
+    Complete,
 }
 
 /// The text of an answer, as far as it is kept.
@@ -71,15 +82,14 @@ impl Meter {
             told_prompt_only: false,
             text: Text::None,
             first_token: None,
-            has_finished: false,
-            is_complete: false,
+            end: End::Open,
         }
     }
 
     /// Takes in the data of an event.
     pub fn event(&mut self, data: &[u8]) {
         if data.trim_ascii() == b"[DONE]" {
-            self.is_complete = true;
+            self.end = End::Complete;
             return;
         }
         if self.call == Call::Unmetered {
@@ -89,9 +99,9 @@ impl Meter {
             self.read_usage(data);
         }
         match self.call {
-            Call::Completion => self.has_finished |= finishes(data),
-            Call::Responses | Call::Messages => self.is_complete |= is_last(data),
-            Call::Embeddings | Call::Other | Call::Unmetered => {}
+            Call::Completion if self.end == End::Open && finishes(data) => self.end = End::Finished,
+            Call::Responses | Call::Messages if is_last(data) => self.end = End::Complete,
+            _ => {}
         }
         if self.call.is_text() && (self.estimates || self.first_token.is_none()) {
             self.read_text(data);
@@ -102,7 +112,9 @@ impl Meter {
     pub fn part(&mut self, part: &[u8], last: bool) {
         self.finder.feed(part);
         if last {
-            self.is_complete |= matches!(self.call, Call::Responses | Call::Messages) && self.finder.usage().is_some();
+            if matches!(self.call, Call::Responses | Call::Messages) && self.finder.usage().is_some() {
+                self.end = End::Complete;
+            }
             self.read_found();
         }
     }
@@ -130,7 +142,7 @@ impl Meter {
 
     /// A JSON answer came to its end.
     pub fn json_ended(&mut self) {
-        self.is_complete = true;
+        self.end = End::Complete;
         self.read_found();
     }
 
@@ -197,12 +209,12 @@ impl Meter {
 
     /// Whether the endpoint has said that its answer is whole.
     pub fn is_complete(&self) -> bool {
-        self.is_complete
+        self.end == End::Complete
     }
 
     /// Whether it has at least said why the answer ends.
     pub fn has_finished(&self) -> bool {
-        self.has_finished || self.is_complete
+        self.end >= End::Finished
     }
 
     /// The text, for an estimate.
@@ -283,7 +295,9 @@ mod tests {
 
     fn sample(call: Call, events: &[&str]) -> String {
         let mut meter = Meter::new(call, true);
-        events.iter().for_each(|event| meter.event(event.as_bytes()));
+        for event in events {
+            meter.event(event.as_bytes());
+        }
         match meter.take_text() {
             Text::Sample { sample, bytes } => {
                 assert_eq!(usize::try_from(bytes).unwrap(), sample.len());

@@ -51,7 +51,7 @@ fn count(value: Option<&Value>) -> Option<u64> {
     let value = value?;
     let whole = |number: f64| {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is in range and whole")]
-        ((0.0..=9e15).contains(&number) && number.fract() == 0.0).then(|| number as u64)
+        ((0.0..=9e15).contains(&number) && number.fract() == 0.0).then_some(number as u64)
     };
     value.as_u64().or_else(|| value.as_f64().and_then(whole)).map(|count| count.min(TOKENS_MAX))
 }

@@ -130,10 +130,8 @@ async fn check(golden: &Golden, simulator: &Simulator, proxy: &Proxy) {
             ..Behaviour::default()
         };
         simulator.set_default(behaviour);
-        let unasked = match golden.is_stream() {
-            true => format!(r#"{{ "model":"{}", "stream": true ,"x":1.0}}"#, golden.name),
-            false => format!(r#"{{ "model":"{}", "x":1.0}}"#, golden.name),
-        };
+        let stream = if golden.is_stream() { r#""stream": true ,"# } else { "" };
+        let unasked = format!(r#"{{ "model":"{}", {stream}"x":1.0}}"#, golden.name);
         let reply = proxy.post_text(&golden.path, unasked.clone()).await;
         assert_eq!(reply.text(), golden.seen(), "{about}, in pieces of {drip:?}");
         let expected = if golden.is_asked() {
@@ -311,22 +309,17 @@ async fn a_stream_that_is_whole_ends_even_if_its_endpoint_holds_it_open() {
                 let by_hand = ByHand::bind().await;
                 let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str()])).await;
                 let call = client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat_stream("m"));
-                let (answer, opened) = tokio::join!(by_hand.call(), async {
-                    let answer = tokio::spawn(call.send());
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                    answer
-                });
-                let (mut endpoint, ..) = answer;
+                let answer = tokio::spawn(call.send());
+                let (mut endpoint, ..) = by_hand.call().await;
                 endpoint.send(format!("{STREAM_HEAD}{}", chunked(&whole_stream()))).await;
                 let begun = Instant::now();
                 let endpoint = if break_off { None } else { Some(endpoint) };
-                let text = opened.await.unwrap().unwrap().text().await.expect("it ends cleanly");
+                let text = answer.await.unwrap().unwrap().text().await.expect("it ends cleanly");
                 let took = begun.elapsed();
                 assert!(text.ends_with("data: [DONE]\n\n") && !text.contains("error"), "{text}");
                 // A tenth of a second, and what a busy machine takes.
                 assert!(took < Duration::from_millis(600), "{took:?}");
-                let stats = stats_of(&proxy, "a", 1, 0).await;
-                assert_eq!(six(&stats), [3, 4, 7, 0, 0, 0]);
+                assert_eq!(six(&stats_of(&proxy, "a", 1, 0).await), [3, 4, 7, 0, 0, 0]);
                 let status = proxy.status_of("a").await;
                 assert_eq!((&status["errorCount"], &status["inFlight"]), (&json!(0), &json!(0)), "{status}");
                 drop(endpoint);
