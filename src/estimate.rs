@@ -57,7 +57,7 @@ impl Job {
         let answer = match &self.answer {
             Text::None => 0,
             Text::Sample { sample, .. } => sample.capacity(),
-            Text::Json(pieces) => pieces.iter().map(Bytes::len).sum(),
+            Text::Json { bytes, .. } => *bytes,
         };
         self.prompt.len() + answer
     }
@@ -107,7 +107,7 @@ impl Estimator {
         queue.jobs.len() + usize::from(queue.works)
     }
 
-    /// Answers that were not estimated because there was no room, or no time before the end.
+    /// Answers that were not estimated, or not whole: there was no room, no time before the end, or the prompt was too long.
     pub fn dropped(&self) -> u64 {
         self.0.dropped.load(Ordering::Relaxed)
     }
@@ -130,7 +130,8 @@ impl Estimator {
         let dropped = self.0.dropped.fetch_add(1, Ordering::Relaxed) + 1;
         if dropped.is_power_of_two() {
             log::warn!(
-                "the tokens of {dropped} answers were neither told by their endpoints nor estimated: too many at once"
+                "the tokens of {dropped} answers were neither told by their endpoints nor estimated whole: too many at once, or \
+                 too long a prompt"
             );
         }
     }
@@ -159,7 +160,7 @@ impl Estimator {
             queue.works = true;
             drop(queue);
             // The tokenizer panics on a text that its expressions give up on.
-            if catch_unwind(AssertUnwindSafe(|| settle(job))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| settle(job))).unwrap_or(Estimated::Partly) == Estimated::Partly {
                 self.drop_one();
             }
         }
@@ -171,23 +172,35 @@ impl Estimator {
     }
 }
 
+/// What came of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Estimated {
+    /// All there was to estimate.
+    Whole,
+    /// Not all: the prompt was too long.
+    Partly,
+}
+
 /// Estimates an answer and counts it.
-fn settle(job: Job) {
+fn settle(job: Job) -> Estimated {
     let Job { id, pool, endpoint: (account, limits), model, call, prompt, prompt_told, answer } = job;
     let tokenizer = tokenizer(&model);
     let completion = completion_tokens(tokenizer, call, &answer);
     // A response that is made in the background has not begun yet.
     if completion == 0 && call == Call::Responses {
-        return;
+        return Estimated::Whole;
     }
+    let is_known = prompt_told.is_some() || !prompt.is_empty();
     let prompt = prompt_told.unwrap_or_else(|| prompt_tokens(tokenizer, &prompt));
+    let shown = if is_known { prompt.to_string() } else { "unknown".to_owned() };
     log::info!(
-        "request {id}: endpoint {} told no tokens; estimated prompt_tokens={prompt} completion_tokens={completion}",
+        "request {id}: endpoint {} told no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
         account.id()
     );
     let cost = Cost::estimated(prompt, completion);
     let spent = Spent::now(account.id(), &model, cost, &pool.server.timezone, pool.clock().wall);
     pool.ledger.spend_tokens(&account, &limits, spent);
+    if is_known { Estimated::Whole } else { Estimated::Partly }
 }
 
 /// OpenAI's for its models, its latest for all others.
@@ -263,7 +276,7 @@ fn completion_tokens(tokenizer: &CoreBPE, call: Call, answer: &Text) -> u64 {
             let all = u128::from(tokens) * u128::from(*bytes) / u128::from(kept.max(1));
             u64::try_from(all).unwrap_or(u64::MAX)
         }
-        Text::Json(pieces) => {
+        Text::Json { pieces, .. } => {
             let mut tokens = 0;
             answer_texts(call, &pieces.concat(), |text| tokens += count(tokenizer, &unescaped(text)));
             tokens
@@ -344,7 +357,7 @@ mod tests {
         assert_eq!(of(&sample("hello world", 10)), 20, "the rest is like it");
         assert_eq!(of(&sample(r"hello\u0020world", 1)), 2);
         assert_eq!(of(&Text::None), 0);
-        let json = |text: &'static str| Text::Json(vec![Bytes::from_static(text.as_bytes())]);
+        let json = |text: &'static str| Text::Json { pieces: vec![Bytes::from_static(text.as_bytes())], bytes: 0 };
         assert_eq!(of(&json(r#"{"id":"x","choices":[{"message":{"role":"assistant","content":"hello world"}}]}"#)), 2);
         assert_eq!(of(&json(r#"{"id":"x","choices":[{"message":{"content":"hello world"},"fini"#)), 2, "cut");
     }

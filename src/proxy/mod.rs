@@ -41,6 +41,7 @@ use crate::ledger;
 use crate::pool::Pool;
 use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
+use crate::respond;
 use crate::retry::Outcome;
 use crate::server::Draining;
 use attempts::{Stale, address, attempt_over, begin_anew, may_begin_anew, next_attempt};
@@ -171,6 +172,10 @@ impl ProxyHttp for Gateway {
             attempt.ends_with_connection = header.version <= Version::HTTP_11
                 && !header.headers.contains_key(header::CONTENT_LENGTH)
                 && !header.headers.contains_key(header::TRANSFER_ENCODING);
+            if attempt.terms.asks_usage && is_event_stream(header) {
+                // What only we asked for is taken out, so it will not be as long.
+                header.remove_header(&header::CONTENT_LENGTH);
+            }
         }
         Ok(())
     }
@@ -382,6 +387,10 @@ impl ProxyHttp for Gateway {
     fn suppress_proxy_warn_log(&self, _s: &Session, _c: &Context, _e: &Error, _w: ProxyWarnLogContext) -> bool {
         true
     }
+}
+
+fn is_event_stream(header: &ResponseHeader) -> bool {
+    respond::is_event_stream(header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()))
 }
 
 /// Sets a request on its way to an endpoint.

@@ -23,8 +23,8 @@ use crate::sse::Splitter;
 use crate::usage::Meter;
 
 /// A stream whose endpoint has said that it is whole, and holds it open all the same, is ended after this time: clients that
-/// read to the end should not wait for it.
-const LINGER_MAX: Duration = Duration::from_millis(100);
+/// read to the end should not wait for it. Ended by us, the endpoint's connection is lost for the next request.
+const LINGER_MAX: Duration = Duration::from_millis(80);
 
 /// The response of the attempt under way.
 pub(super) struct Hold {

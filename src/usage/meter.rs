@@ -13,8 +13,9 @@ use crate::request::Call;
 
 /// So much of a stream's text is kept, in case that its tokens have to be estimated; the rest is taken to be like it.
 pub const SAMPLE_BYTES_MAX: usize = 16 * 1024;
-/// A JSON answer is kept up to this size, likewise. Its pieces are, without a copy.
+/// A JSON answer is kept up to this size and so many pieces, likewise. They are not copied.
 pub const BODY_BYTES_MAX: usize = 256 * 1024;
+const BODY_PIECES_MAX: usize = 4096;
 
 static USAGE: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"usage\""));
 static TIMINGS: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"timings\""));
@@ -67,8 +68,13 @@ pub enum Text {
         /// How much there was, in bytes.
         bytes: u64,
     },
-    /// A JSON answer; at most [`BODY_BYTES_MAX`].
-    Json(Vec<Bytes>),
+    /// A JSON answer.
+    Json {
+        /// Its pieces.
+        pieces: Vec<Bytes>,
+        /// How long they are together, at most [`BODY_BYTES_MAX`].
+        bytes: usize,
+    },
 }
 
 impl Meter {
@@ -129,11 +135,12 @@ impl Meter {
             return;
         }
         if let Text::None = self.text {
-            self.text = Text::Json(Vec::new());
+            self.text = Text::Json { pieces: Vec::new(), bytes: 0 };
         }
-        if let Text::Json(pieces) = &mut self.text {
+        if let Text::Json { pieces, bytes } = &mut self.text {
             pieces.push(piece.clone());
-            if pieces.iter().map(Bytes::len).sum::<usize>() > BODY_BYTES_MAX {
+            *bytes += piece.len();
+            if *bytes > BODY_BYTES_MAX || pieces.len() > BODY_PIECES_MAX {
                 self.text = Text::None;
                 self.estimates = false;
             }
@@ -304,7 +311,7 @@ mod tests {
                 String::from_utf8(sample).unwrap()
             }
             Text::None => String::new(),
-            Text::Json(pieces) => panic!("{pieces:?}"),
+            Text::Json { pieces, .. } => panic!("{pieces:?}"),
         }
     }
 

@@ -278,6 +278,31 @@ fn whole_stream() -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stream_whose_length_was_told_loses_it_with_what_is_taken_out() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str()])).await;
+        let stream = whole_stream();
+        let length = stream.len().to_string();
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: {length}\r\n\r\n");
+        for asks in [false, true] {
+            let more = if asks { json!({ "stream_options": { "include_usage": true } }) } else { json!({}) };
+            let body = merged(chat_stream("m"), more);
+            let answer = async {
+                let (mut endpoint, ..) = by_hand.call().await;
+                endpoint.send(format!("{head}{stream}")).await;
+                endpoint
+            };
+            let (_endpoint, reply) = tokio::join!(answer, proxy.post("/v1/chat/completions", &body));
+            assert_eq!(reply.text().contains("usage"), asks, "{reply:?}");
+            assert!(reply.text().ends_with("data: [DONE]\n\n"), "{reply:?}");
+            assert_eq!(reply.header("content-length"), asks.then_some(length.as_str()));
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_after_the_end_has_had_a_whole_answer() {
     within(async {
         let by_hand = ByHand::bind().await;
