@@ -58,6 +58,27 @@ lint: build-tools ## Formatting, lints, documentation, configs and generated fil
 	  | diff <(sed -n '/<!-- generated/,/<!-- end of generated/p' docs/config.md | sed '1d;$$d') - \
 	  || { echo "docs/config.md is not what the types say: run make generated" >&2; exit 1; }
 
+FUZZ_SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: build-tools ## Feed what reads answers with random bytes, for a minute (FUZZ_SECONDS=600 for ten)
+	# What the compiler is told by cargo-fuzz, but for the sanitizers, which need a nightly one.
+	export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	  -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	  -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=4"
+	# Only with a target named are these flags kept from the build scripts, which have no fuzzer to report to.
+	target=$$(rustc -vV | sed -n 's/^host: //p')
+	cargo build --release --locked --manifest-path fuzz/Cargo.toml --target "$$target"
+	mkdir -p fuzz/corpus/seeds fuzz/corpus/answer
+	for answer in tests/fixtures/answers/*.{sse,json}; do
+	  for options in '\0\7\1' '\1\377\0'; do
+	    printf "$$options" | cat - "$$answer" > "fuzz/corpus/seeds/$${options//\\/_}-$${answer##*/}"
+	  done
+	done
+	mkdir -p fuzz/artifacts
+	"fuzz/target/$$target/release/answer" -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=2048 -print_final_stats=1 \
+	  -artifact_prefix=fuzz/artifacts/ fuzz/corpus/answer fuzz/corpus/seeds
+
 .PHONY: bench-limits
 bench-limits: build-tools ## Measure what limits cost: requests a second and latencies with them against without
 	command -v oha >/dev/null || { echo "==> oha is missing: installing it with cargo"; cargo install --locked oha; }
