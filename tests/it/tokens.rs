@@ -333,8 +333,14 @@ async fn a_stream_that_is_whole_ends_even_if_its_endpoint_holds_it_open() {
             for client in [client(reqwest::ClientBuilder::http1_only), h2c()] {
                 let by_hand = ByHand::bind().await;
                 let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str()])).await;
-                let call = client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat_stream("m"));
-                let answer = tokio::spawn(call.send());
+                let call =
+                    || client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat_stream("m")).send();
+                // One error, which a success forgets.
+                let refused = tokio::spawn(call());
+                drop(by_hand.call().await);
+                assert_eq!(refused.await.unwrap().unwrap().status(), 502);
+                proxy.until_status("a", "errorCount", json!(1)).await;
+                let answer = tokio::spawn(call());
                 let (mut endpoint, ..) = by_hand.call().await;
                 endpoint.send(format!("{STREAM_HEAD}{}", chunked(&whole_stream()))).await;
                 let begun = Instant::now();
