@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use api_together::balance;
+use api_together::blot::Secrets;
 use api_together::config::{Config, Environment, Format, LedgerOnError, LedgerSync, Limit, check_str};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Client, Desk, Drawn, Otherwise};
@@ -94,7 +95,8 @@ fn events(criterion: &mut Criterion) {
     {
         group.bench_function(name, |b| {
             b.iter(|| {
-                let (mut relay, mut meter) = (Relay::new(strips), Meter::new(Call::Completion, estimates));
+                let (mut relay, mut meter) =
+                    (Relay::new(strips, Secrets::default()), Meter::new(Call::Completion, estimates));
                 let mut out = Vec::new();
                 relay.piece(black_box(&stream), &mut meter, &mut out);
                 out.len()

@@ -13,10 +13,11 @@ use pingora::http::ResponseHeader;
 use crate::admission::Choice;
 use crate::blot::Blotter;
 use crate::config::{Breaker, Server, StreamUsage};
-use crate::error::{Fault, excerpt};
-use crate::estimate::{self, Estimator, Job};
+use crate::decode::Encoding;
+use crate::error::Fault;
+use crate::estimate;
 use crate::health::Effect;
-use crate::ledger::{Client, Cost, Drawn, Permit, Speed, Spent, Tokens};
+use crate::ledger::{Client, Drawn, Permit};
 use crate::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::rates::Rates;
 use crate::replay::Wrapped;
@@ -101,10 +102,10 @@ impl Ask {
         self.pool.server.estimate_tokens && (self.call.is_text() || self.call == Call::Embeddings)
     }
 
-    /// No other attempt follows, so the body is needed for an estimate at most.
-    pub fn release_body(&mut self) {
+    /// No other attempt follows: the body is needed for an estimate, or not at all.
+    pub fn keep_for_estimate(&mut self) {
         let body = std::mem::take(&mut self.body);
-        if self.is_estimated() && body.len() <= estimate::PROMPT_BYTES_MAX {
+        if !body.is_empty() && self.is_estimated() && body.len() <= estimate::PROMPT_BYTES_MAX {
             self.prompt = body;
         }
     }
@@ -197,6 +198,8 @@ pub struct Attempt {
     pub refuses_usage: bool,
     /// Whether the endpoint's answer ends when the connection does.
     pub ends_with_connection: bool,
+    /// How its body is compressed.
+    pub encoding: Option<Encoding>,
     /// What is measured of the answer.
     pub meter: Meter,
     permit: Permit,
@@ -204,21 +207,10 @@ pub struct Attempt {
     trial: Option<Trial>,
     breaker: Breaker,
     settled: bool,
-    /// Whether a good answer has been let through.
-    answers: bool,
+    /// Whether an answer with a status of success has been let through.
+    pub answers: bool,
     first_byte: Option<Duration>,
     _in_flight: InFlight,
-}
-
-/// What was measured of a request's answer.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Measured {
-    /// The tokens that the endpoint told.
-    pub tokens: Option<Tokens>,
-    /// From the request to the first token, of a stream.
-    pub first_token: Option<Duration>,
-    /// From there to the end.
-    pub generation: Option<Duration>,
 }
 
 impl Attempt {
@@ -239,6 +231,7 @@ impl Attempt {
             answer: None,
             refuses_usage: false,
             ends_with_connection: false,
+            encoding: None,
             meter: Meter::new(terms.call, server.estimate_tokens),
             permit: choice.permit,
             started: Instant::now(),
@@ -274,7 +267,16 @@ impl Attempt {
     pub async fn begin_anew(&mut self, ledger: &Client) -> Result<(), Drawn> {
         self.answer = None;
         self.first_byte = None;
-        if self.permit.is_spent() && self.endpoint.limits.any() { self.swap_permit(ledger).await } else { Ok(()) }
+        self.started = Instant::now();
+        if !self.permit.is_spent() {
+            return Ok(());
+        }
+        if self.endpoint.limits.any() {
+            return self.swap_permit(ledger).await;
+        }
+        let (account, limits) = self.endpoint.account();
+        self.permit = ledger.unlimited(&account, &limits);
+        Ok(())
     }
 
     async fn swap_permit(&mut self, ledger: &Client) -> Result<(), Drawn> {
@@ -290,8 +292,8 @@ impl Attempt {
     /// The answer is let through. A good one may still break off, so it is settled at its end.
     pub fn begins_to_answer(&mut self, pool: &Pool) {
         match &self.answer {
-            Some(Outcome::Status { status: 100..=399, .. }) => {
-                self.answers = true;
+            Some(Outcome::Status { status: status @ 100..=399, .. }) => {
+                self.answers = matches!(status, 200..=299);
                 self.remember_refusal(pool);
                 let trial = self.trial.is_some();
                 self.learn(Effect::Answers);
@@ -305,9 +307,13 @@ impl Attempt {
         }
     }
 
-    /// The endpoint refused to be asked for its usage, and has answered now that it is not: next time it is not asked.
+    /// An endpoint that refused to be asked for its usage, and has answered now that it is not, is not asked next time; nor is one
+    /// that compresses its streams, from which nothing can be taken out.
     fn remember_refusal(&self, pool: &Pool) {
         let endpoint = &self.endpoint;
+        if self.terms.asks_usage && self.encoding.is_some() {
+            endpoint.live.refuse_usage(pool.clock().boot);
+        }
         if self.refuses_usage {
             endpoint.live.refuse_usage(pool.clock().boot);
             log::info!(
@@ -318,10 +324,10 @@ impl Attempt {
         }
     }
 
-    /// Whether a chat's stream that has ended now was cut: its end is that of the connection, and it has not said that it is
-    /// whole, nor why it ends.
+    /// Whether an answer that has ended now was cut: its end is only that of the connection, and its content does not say that
+    /// it is whole.
     pub fn is_cut(&self) -> bool {
-        self.ends_with_connection && self.terms.call == Call::Completion && !self.meter.has_finished()
+        self.ends_with_connection && !self.meter.is_whole()
     }
 
     /// The answer came to its end.
@@ -338,55 +344,8 @@ impl Attempt {
             && ask.ask_usage.is_some()
             && endpoint.config.stream_usage == StreamUsage::Auto
             && !self.refuses_usage
-            && !endpoint.live.refuses_usage(ask.pool.clock().boot);
+            && endpoint.live.is_asked_for_usage(ask.pool.clock().boot);
         self.terms.asks_usage
-    }
-
-    /// The model that answers; a client may call it anything.
-    fn model_name(&self, ask: &Ask) -> String {
-        excerpt(self.model.as_deref().or(ask.model.as_deref()).unwrap_or("-"))
-    }
-
-    /// Counts what an answer cost that was not good enough for the client, as far as the endpoint told.
-    pub fn bill_dropped(&mut self, ask: &Ask) {
-        if let Some(usage) = self.meter.told() {
-            self.spend(ask, Cost::exact(usage.tokens(), Speed::default()));
-        }
-    }
-
-    /// Counts what the answer cost. What the endpoint did not tell is estimated later, unless nothing came of it.
-    pub fn bill(&mut self, ask: &Ask, arrival: &Arrival, ended: Instant, estimator: &Estimator) -> Measured {
-        let first_token = self.meter.first_token();
-        let mut measured = Measured {
-            tokens: None,
-            first_token: first_token.map(|first| first.saturating_duration_since(arrival.at)),
-            generation: first_token.map(|first| ended.saturating_duration_since(first)),
-        };
-        if let Some(usage) = self.meter.told() {
-            let tokens = usage.tokens();
-            measured.tokens = Some(tokens);
-            self.spend(ask, Cost::exact(tokens, measured.speed(tokens)));
-        } else if self.answers && ask.is_estimated() {
-            estimator.submit(Job {
-                id: arrival.id_text().to_owned(),
-                pool: Arc::clone(&ask.pool),
-                endpoint: self.endpoint.account(),
-                model: self.model_name(ask),
-                call: ask.call,
-                prompt: ask.prompt.clone(),
-                prompt_told: self.meter.prompt_told(),
-                answer: self.meter.take_text(),
-            });
-        }
-        measured
-    }
-
-    /// In the hours and days of the server's time zone.
-    fn spend(&self, ask: &Ask, cost: Cost) {
-        let (account, limits) = self.endpoint.account();
-        let pool = &ask.pool;
-        let spent = Spent::now(account.id(), &self.model_name(ask), cost, &pool.server.timezone, pool.clock().wall);
-        pool.ledger.spend_tokens(&account, &limits, spent);
     }
 
     /// Takes in how the attempt ended.
@@ -427,25 +386,6 @@ impl Attempt {
     fn tell_first_byte(&mut self) {
         let took = *self.first_byte.get_or_insert_with(|| self.started.elapsed());
         self.endpoint.live.observe_first_byte(took, Instant::now());
-    }
-}
-
-impl Measured {
-    fn speed(&self, tokens: Tokens) -> Speed {
-        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        match (self.first_token, self.generation) {
-            (Some(first_token), Some(generation)) => {
-                Speed { streams: 1, tokens: tokens.completion, first_token_ms: ms(first_token), ms: ms(generation) }
-            }
-            _ => Speed::default(),
-        }
-    }
-
-    /// Tokens a second, from the first one to the end.
-    pub fn tokens_per_second(&self) -> Option<f64> {
-        let (tokens, seconds) = (self.tokens?.completion, self.generation?.as_secs_f64());
-        #[expect(clippy::cast_precision_loss, reason = "nobody counts that many")]
-        (seconds > 0.0 && tokens > 0).then(|| tokens as f64 / seconds)
     }
 }
 

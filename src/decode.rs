@@ -4,12 +4,43 @@
 use std::fmt;
 use std::io::Write;
 
+use bytes::Bytes;
 use http::{HeaderMap, header};
 
 /// So much is decoded at once, and what comes of it may be this many times as long. Text compresses to a tenth; what expands
 /// further is made to exhaust whoever reads it, and is not read.
 const STEP_BYTES: usize = 4 * 1024;
 const EXPANSION_MAX: usize = 256;
+
+/// How an answer is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// RFC 1952.
+    Gzip,
+    /// RFC 1950.
+    Deflate,
+    /// RFC 7932.
+    Brotli,
+    /// RFC 8878.
+    Zstd,
+    /// Twice, or in a way not known here: it is not read.
+    Unknown,
+}
+
+impl Encoding {
+    /// Of an answer with these headers; none if it is plain.
+    pub fn of(headers: &HeaderMap) -> Option<Self> {
+        let value = headers.get(header::CONTENT_ENCODING)?.to_str().unwrap_or("?").trim().to_ascii_lowercase();
+        match value.as_str() {
+            "" | "identity" => None,
+            "gzip" | "x-gzip" => Some(Self::Gzip),
+            "deflate" => Some(Self::Deflate),
+            "br" => Some(Self::Brotli),
+            "zstd" => Some(Self::Zstd),
+            _ => Some(Self::Unknown),
+        }
+    }
+}
 
 /// Decodes one answer.
 pub struct Decoder(State);
@@ -48,18 +79,16 @@ impl Write for Sink {
 }
 
 impl Decoder {
-    /// For an answer with these headers; none if it is plain. What is encoded twice, or in a way not known here, is not read.
-    pub fn of(headers: &HeaderMap) -> Option<Self> {
-        let value = headers.get(header::CONTENT_ENCODING)?.to_str().unwrap_or("?").trim().to_ascii_lowercase();
-        Some(Self(match value.as_str() {
-            "" | "identity" => return None,
-            "gzip" | "x-gzip" => State::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Sink::default()))),
-            "deflate" => State::Zlib(Box::new(flate2::write::ZlibDecoder::new(Sink::default()))),
-            "br" => State::Brotli(Box::new(brotli::DecompressorWriter::new(Sink::default(), STEP_BYTES))),
-            "zstd" => zstd::stream::write::Decoder::new(Sink::default())
+    /// For an answer that is compressed so.
+    pub fn new(encoding: Encoding) -> Self {
+        Self(match encoding {
+            Encoding::Gzip => State::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Sink::default()))),
+            Encoding::Deflate => State::Zlib(Box::new(flate2::write::ZlibDecoder::new(Sink::default()))),
+            Encoding::Brotli => State::Brotli(Box::new(brotli::DecompressorWriter::new(Sink::default(), STEP_BYTES))),
+            Encoding::Zstd => zstd::stream::write::Decoder::new(Sink::default())
                 .map_or(State::Broken, |decoder| State::Zstd(Box::new(decoder))),
-            _ => State::Broken,
-        }))
+            Encoding::Unknown => State::Broken,
+        })
     }
 
     /// Whether nothing more can be read.
@@ -68,7 +97,7 @@ impl Decoder {
     }
 
     /// Takes the next piece, and tells `each` what it says.
-    pub fn feed(&mut self, piece: &[u8], mut each: impl FnMut(&[u8])) {
+    pub fn feed(&mut self, piece: &[u8], mut each: impl FnMut(Bytes)) {
         for step in piece.chunks(STEP_BYTES) {
             let written = match &mut self.0 {
                 State::Gzip(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
@@ -85,7 +114,7 @@ impl Decoder {
                 State::Broken => return,
             };
             if !decoded.is_empty() {
-                each(&decoded);
+                each(decoded.into());
             }
             if written.is_err() {
                 self.0 = State::Broken;
@@ -122,13 +151,13 @@ mod tests {
 
     fn decoder(encoding: &str) -> Option<Decoder> {
         let headers = HeaderMap::from_iter([(header::CONTENT_ENCODING, encoding.parse().unwrap())]);
-        Decoder::of(&headers)
+        Encoding::of(&headers).map(Decoder::new)
     }
 
     fn decode(encoding: &str, bytes: &[u8], piece_bytes: usize) -> Vec<u8> {
         let mut decoder = decoder(encoding).unwrap();
         let mut plain = Vec::new();
-        bytes.chunks(piece_bytes).for_each(|piece| decoder.feed(piece, |part| plain.extend_from_slice(part)));
+        bytes.chunks(piece_bytes).for_each(|piece| decoder.feed(piece, |part| plain.extend_from_slice(&part)));
         plain
     }
 
@@ -146,7 +175,7 @@ mod tests {
 
     #[test]
     fn what_is_plain_needs_no_decoder() {
-        assert!(Decoder::of(&HeaderMap::new()).is_none());
+        assert!(Encoding::of(&HeaderMap::new()).is_none());
         assert!(decoder("identity").is_none());
     }
 

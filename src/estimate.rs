@@ -57,7 +57,7 @@ impl Job {
         let answer = match &self.answer {
             Text::None => 0,
             Text::Sample { sample, .. } => sample.capacity(),
-            Text::Json { bytes, .. } => *bytes,
+            Text::Json { kept, .. } => *kept,
         };
         self.prompt.len() + answer
     }
@@ -186,8 +186,8 @@ fn settle(job: Job) -> Estimated {
     let Job { id, pool, endpoint: (account, limits), model, call, prompt, prompt_told, answer } = job;
     let tokenizer = tokenizer(&model);
     let completion = completion_tokens(tokenizer, call, &answer);
-    // A response that is made in the background has not begun yet.
-    if completion == 0 && call == Call::Responses {
+    // Nothing came of it: an error that calls itself a success, or a response that is made in the background later.
+    if completion == 0 && prompt_told.is_none() && call != Call::Embeddings {
         return Estimated::Whole;
     }
     let is_known = prompt_told.is_some() || !prompt.is_empty();
@@ -269,18 +269,22 @@ fn text_tokens(tokenizer: &CoreBPE, value: &Value) -> u64 {
 fn completion_tokens(tokenizer: &CoreBPE, call: Call, answer: &Text) -> u64 {
     match answer {
         Text::None => 0,
-        Text::Sample { sample, bytes } => {
-            let kept = u64::try_from(sample.len()).unwrap_or(u64::MAX);
-            let tokens = count(tokenizer, &unescaped(sample));
-            // The rest is taken to be like what was kept.
-            let all = u128::from(tokens) * u128::from(*bytes) / u128::from(kept.max(1));
-            u64::try_from(all).unwrap_or(u64::MAX)
-        }
-        Text::Json { pieces, .. } => {
+        Text::Sample { sample, bytes } => scaled(count(tokenizer, &unescaped(sample)), sample.len(), *bytes),
+        Text::Json { pieces, kept, bytes } => {
             let mut tokens = 0;
             answer_texts(call, &pieces.concat(), |text| tokens += count(tokenizer, &unescaped(text)));
-            tokens
+            if tokens == 0 { 0 } else { scaled(tokens, *kept, *bytes) }
         }
+    }
+}
+
+/// What was not kept is taken to be like what was.
+fn scaled(tokens: u64, kept: usize, bytes: u64) -> u64 {
+    /// Of ordinary text, if nothing could be kept.
+    const TOKEN_BYTES: u64 = 4;
+    match u128::try_from(kept) {
+        Ok(kept) if kept > 0 => u64::try_from(u128::from(tokens) * u128::from(bytes) / kept).unwrap_or(u64::MAX),
+        _ => bytes / TOKEN_BYTES,
     }
 }
 
@@ -357,7 +361,12 @@ mod tests {
         assert_eq!(of(&sample("hello world", 10)), 20, "the rest is like it");
         assert_eq!(of(&sample(r"hello\u0020world", 1)), 2);
         assert_eq!(of(&Text::None), 0);
-        let json = |text: &'static str| Text::Json { pieces: vec![Bytes::from_static(text.as_bytes())], bytes: 0 };
+        assert_eq!(of(&Text::Sample { sample: Vec::new(), bytes: 400 }), 100, "nothing of it could be kept");
+        let json = |text: &'static str| Text::Json {
+            pieces: vec![Bytes::from_static(text.as_bytes())],
+            kept: text.len(),
+            bytes: u64::try_from(text.len()).unwrap(),
+        };
         assert_eq!(of(&json(r#"{"id":"x","choices":[{"message":{"role":"assistant","content":"hello world"}}]}"#)), 2);
         assert_eq!(of(&json(r#"{"id":"x","choices":[{"message":{"content":"hello world"},"fini"#)), 2, "cut");
     }

@@ -27,6 +27,7 @@ pub mod admission;
 pub mod auth;
 pub mod balance;
 pub mod banner;
+pub mod billing;
 pub mod blot;
 pub mod cli;
 pub mod config;

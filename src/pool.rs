@@ -119,8 +119,8 @@ pub struct Live {
     in_flight: AtomicU32,
     first_byte: Mutex<Average>,
     last_error: Mutex<Option<LastError>>,
-    /// It said that it does not know `stream_options`; until this stamp it is not sent any of ours.
-    usage_refused_until: AtomicU64,
+    /// Until this stamp its streams are not asked for their usage.
+    usage_unasked_until: AtomicU64,
 }
 
 /// An endpoint that refused `stream_options` is not sent any of ours for so long, and then tried again: it may have learnt them,
@@ -146,7 +146,7 @@ impl Live {
             in_flight: AtomicU32::default(),
             first_byte: Mutex::default(),
             last_error: Mutex::default(),
-            usage_refused_until: AtomicU64::default(),
+            usage_unasked_until: AtomicU64::default(),
         }
     }
 
@@ -206,12 +206,22 @@ impl Live {
 
     /// It refused the `stream_options` that were added to a request.
     pub fn refuse_usage(&self, now: Stamp) {
-        self.usage_refused_until.store((now + USAGE_REFUSED).0, Ordering::Relaxed);
+        self.usage_unasked_until.store((now + USAGE_REFUSED).0, Ordering::Relaxed);
     }
 
-    /// Whether it did so lately.
-    pub fn refuses_usage(&self, now: Stamp) -> bool {
-        now.0 < self.usage_refused_until.load(Ordering::Relaxed)
+    /// Its streams tell what they cost without being asked.
+    pub fn tells_usage_unasked(&self) {
+        self.usage_unasked_until.store(Stamp::NEVER.0, Ordering::Relaxed);
+    }
+
+    /// Whether its streams may be asked for their usage.
+    pub fn is_asked_for_usage(&self, now: Stamp) -> bool {
+        now.0 >= self.usage_unasked_until.load(Ordering::Relaxed)
+    }
+
+    /// Whether its streams are never asked, since they tell by themselves.
+    pub fn is_telling_unasked(&self) -> bool {
+        self.usage_unasked_until.load(Ordering::Relaxed) == Stamp::NEVER.0
     }
 
     /// Remembers a failure.

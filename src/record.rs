@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
-use crate::context::Measured;
+use crate::billing::Measured;
 use crate::ledger::Tokens;
 
 /// What a finished request left behind.

@@ -1,12 +1,14 @@
-//! What of an event stream goes on to the client: whole events, as they came, but for what only we asked for. Pure.
+//! What of an event stream goes on to the client: whole events, as they came, but for what only we asked for and for the
+//! endpoint's secrets. Pure.
 //!
-//! Half an event is kept until it is whole, which costs a client nothing, since it could not read it before either; so a
-//! stream that breaks never leaves one behind.
+//! Half an event is kept until it is whole, since no parser of events can use it; so a stream that breaks leaves no half of one
+//! behind, unless it is longer than is kept.
 
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::blot::{Blotter, Secrets};
 use crate::sse::{self, Splitter, Step};
 use crate::usage::{Meter, mentions_usage};
 
@@ -16,10 +18,11 @@ pub struct Relay {
     splitter: Splitter,
     /// Whether we asked for the usage, and the client did not.
     strips: bool,
+    secrets: Secrets,
     /// Whether the last block was taken out.
     dropped: bool,
-    /// Whether the part of an event has gone on that is not whole yet.
-    within_event: bool,
+    /// What an event goes through that is too long to be kept whole.
+    long: Option<Blotter>,
 }
 
 /// What becomes of a block.
@@ -32,13 +35,13 @@ enum Fate {
 }
 
 impl Relay {
-    /// For a stream; `strips` if we asked for a usage that the client must not see.
-    pub fn new(strips: bool) -> Self {
-        Self { splitter: Splitter::default(), strips, dropped: false, within_event: false }
+    /// For a stream of an endpoint that has these secrets; `strips` if we asked for a usage that the client must not see.
+    pub fn new(strips: bool, secrets: Secrets) -> Self {
+        Self { splitter: Splitter::default(), strips, secrets, dropped: false, long: None }
     }
 
     /// Takes the next piece: measures it, and adds to `out` what goes on. Nothing is copied but events that are cut across
-    /// pieces.
+    /// pieces, and those that are too long to be kept.
     pub fn piece(&mut self, piece: &Bytes, meter: &mut Meter, out: &mut Vec<Bytes>) {
         // What goes on from here is not yet in `out`.
         let mut from = 0;
@@ -49,36 +52,33 @@ impl Relay {
                     match self.fate(piece.get(at..end).unwrap_or_default(), meter) {
                         Fate::Pass => {}
                         Fate::Drop => {
-                            add(out, piece, from, at);
+                            self.add(out, piece, from, at);
                             from = end;
                         }
                         Fate::Cut(cut) => {
-                            add(out, piece, from, at + cut.start);
+                            self.add(out, piece, from, at + cut.start);
                             from = at + cut.end;
                         }
                     }
                     end
                 }
                 Step::Joined(block, end) => {
-                    match self.fate(&block, meter) {
-                        Fate::Pass => out.push(block),
-                        Fate::Drop => {}
-                        Fate::Cut(cut) => {
-                            add(out, &block, 0, cut.start);
-                            add(out, &block, cut.end, block.len());
-                        }
-                    }
+                    self.block(&block, meter, out);
                     from = end;
                     end
                 }
                 Step::Part { kept, end, last } => {
+                    self.add(out, piece, from, at);
+                    let part = piece.get(at..end).unwrap_or_default();
                     meter.part(&kept, false);
-                    meter.part(piece.get(at..end).unwrap_or_default(), last);
-                    if !kept.is_empty() {
-                        out.push(kept);
+                    meter.part(part, last);
+                    let blotter = self.long.get_or_insert_with(|| Blotter::new(self.secrets.clone()));
+                    out.extend([blotter.piece(&kept, false), blotter.piece(part, last)]);
+                    if last {
+                        self.long = None;
                     }
                     self.dropped = false;
-                    self.within_event = !last;
+                    from = end;
                     end
                 }
                 Step::LineFeed(end) => {
@@ -90,17 +90,43 @@ impl Relay {
                 Step::More => break,
             };
         }
-        add(out, piece, from, at);
+        self.add(out, piece, from, at);
+        // Whoever reads lines waits for no more than this one, and an endpoint may hold the rest back.
+        if is_done_line(self.splitter.kept()) {
+            self.end(meter, out);
+        }
     }
 
-    /// The stream came to its end: what was kept of a last event goes on as it is.
-    pub fn rest(&mut self) -> Bytes {
-        self.splitter.take_rest()
+    /// The stream has ended: measures and adds what was kept of a last event whose end never came.
+    pub fn end(&mut self, meter: &mut Meter, out: &mut Vec<Bytes>) {
+        if let Some(mut long) = self.long.take() {
+            out.push(long.piece(b"", true));
+        }
+        let rest = self.splitter.take_rest();
+        self.block(&rest, meter, out);
     }
 
     /// Whether the client has been sent a part of an event that is not whole.
     pub fn is_within_event(&self) -> bool {
-        self.within_event
+        self.long.is_some()
+    }
+
+    fn block(&mut self, block: &Bytes, meter: &mut Meter, out: &mut Vec<Bytes>) {
+        match self.fate(block, meter) {
+            Fate::Pass => self.add(out, block, 0, block.len()),
+            Fate::Drop => {}
+            Fate::Cut(cut) => {
+                self.add(out, block, 0, cut.start);
+                self.add(out, block, cut.end, block.len());
+            }
+        }
+    }
+
+    /// An error in the middle of a stream may quote the endpoint's key.
+    fn add(&self, out: &mut Vec<Bytes>, piece: &Bytes, from: usize, to: usize) {
+        if from < to {
+            out.push(self.secrets.blot_whole(&piece.slice(from..to)));
+        }
     }
 
     fn fate(&mut self, block: &[u8], meter: &mut Meter) -> Fate {
@@ -116,19 +142,23 @@ impl Relay {
     }
 }
 
-fn add(out: &mut Vec<Bytes>, piece: &Bytes, from: usize, to: usize) {
-    if from < to {
-        out.push(piece.slice(from..to));
-    }
+/// Whether it is the line that ends a chat's stream, and its event is not yet ended.
+fn is_done_line(kept: &[u8]) -> bool {
+    const BYTES_MAX: usize = 24;
+    kept.len() <= BYTES_MAX
+        && matches!(kept.last(), Some(b'\n' | b'\r'))
+        && sse::data(kept).is_some_and(|data| data.trim_ascii() == b"[DONE]")
 }
 
-/// What an endpoint sends only because it was asked for the usage: a chunk of its own without choices, and a `"usage":null`
-/// in all others. A usage beside choices is not that: endpoints that put it there do so unasked.
+/// What an endpoint sends only because it was asked for the usage: a chunk of its own, with no choices in it, and a
+/// `"usage":null` in all others. A usage beside choices is not that: endpoints that put it there do so unasked.
 fn without_usage(block: &[u8], data: &[u8]) -> Fate {
     #[derive(Deserialize)]
     struct Chunk<'a> {
         #[serde(borrow)]
         choices: Option<&'a RawValue>,
+        #[serde(borrow)]
+        error: Option<&'a RawValue>,
         #[serde(borrow, default, deserialize_with = "even_null")]
         usage: Option<&'a RawValue>,
     }
@@ -136,13 +166,13 @@ fn without_usage(block: &[u8], data: &[u8]) -> Fate {
     fn even_null<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
         <&RawValue>::deserialize(deserializer).map(Some)
     }
-    let Ok(Chunk { choices, usage: Some(usage) }) = serde_json::from_slice(data) else { return Fate::Pass };
+    let Ok(Chunk { choices, error, usage: Some(usage) }) = serde_json::from_slice(data) else { return Fate::Pass };
     if usage.get() != "null" {
-        let has_none = |choices: &RawValue| {
+        let is_empty = |choices: &RawValue| {
             let inside = choices.get().strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
             inside.is_some_and(|inside| inside.trim().is_empty())
         };
-        return if choices.is_some_and(has_none) { Fate::Drop } else { Fate::Pass };
+        return if error.is_none() && choices.is_none_or(is_empty) { Fate::Drop } else { Fate::Pass };
     }
     // Data of several lines is a copy, whose places are not those of the block.
     let start = (usage.get().as_ptr() as usize).checked_sub(block.as_ptr() as usize);
@@ -174,12 +204,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn relayed(strips: bool, stream: &str, piece_bytes: usize) -> String {
-        let (mut relay, mut meter) = (Relay::new(strips), Meter::new(Call::Completion, false));
+        let (mut relay, mut meter) = (Relay::new(strips, Secrets::default()), Meter::new(Call::Completion, false));
         let mut out = Vec::new();
         for piece in stream.as_bytes().chunks(piece_bytes) {
             relay.piece(&Bytes::copy_from_slice(piece), &mut meter, &mut out);
         }
-        out.push(relay.rest());
+        relay.end(&mut meter, &mut out);
         String::from_utf8(out.concat()).unwrap()
     }
 
@@ -204,6 +234,48 @@ mod tests {
     }
 
     #[test]
+    fn a_usage_without_choices_is_the_one_that_we_asked_for() {
+        for usage in
+            ["{\"usage\":{}}", "{\"choices\":null,\"usage\":{\"total_tokens\":1}}", "{\"choices\":[ ],\"usage\":{}}"]
+        {
+            assert_seen(&format!("data: a\n\ndata: {usage}\n\ndata: b\n\n"), "data: a\n\ndata: b\n\n");
+            // Even if its event is never ended.
+            assert_seen(&format!("data: a\n\ndata: {usage}\n"), "data: a\n\n");
+        }
+    }
+
+    #[test]
+    fn the_last_line_waits_for_nothing() {
+        let (mut relay, mut meter) = (Relay::new(true, Secrets::default()), Meter::new(Call::Completion, false));
+        let mut out = Vec::new();
+        relay.piece(&Bytes::from_static(b"data: [DONE]"), &mut meter, &mut out);
+        assert!(out.is_empty() && !meter.is_complete());
+        relay.piece(&Bytes::from_static(b"\n"), &mut meter, &mut out);
+        assert!(meter.is_complete());
+        relay.piece(&Bytes::from_static(b"\n"), &mut meter, &mut out);
+        assert_eq!(out, ["data: [DONE]\n", "\n"]);
+    }
+
+    #[test]
+    fn no_secret_goes_on_however_it_is_cut() {
+        let secret = b"sk-0123456789abcdef";
+        let secrets: Secrets = std::iter::once(&secret[..]).collect();
+        let quoted = String::from_utf8_lossy(secret);
+        let long = "x".repeat(70_000);
+        let stream =
+            format!("data: {{\"error\":\"{quoted}\"}}\n\ndata: {long}{quoted}{long}{quoted}\n\ndata: {quoted}");
+        for piece_bytes in [1, 5, 1000, 65_536, 1_000_000] {
+            let (mut relay, mut meter) = (Relay::new(true, secrets.clone()), Meter::new(Call::Completion, false));
+            let mut out = Vec::new();
+            for piece in stream.as_bytes().chunks(piece_bytes) {
+                relay.piece(&Bytes::copy_from_slice(piece), &mut meter, &mut out);
+            }
+            relay.end(&mut meter, &mut out);
+            assert_eq!(out.concat(), stream.replace(&*quoted, &"*".repeat(secret.len())).into_bytes(), "{piece_bytes}");
+        }
+    }
+
+    #[test]
     fn a_line_feed_goes_with_its_block() {
         assert_seen("data: {\"choices\":[],\"usage\":{}}\r\n\r\ndata: a\r\n\r\n", "data: a\r\n\r\n");
         assert_seen("data: {\"choices\":[],\"usage\":{}}\r\rdata: a\r\r", "data: a\r\r");
@@ -213,30 +285,31 @@ mod tests {
     fn a_usage_beside_choices_is_the_endpoints_own_way() {
         let stream = "data: {\"choices\":[{\"finish_reason\":\"stop\"}],\"usage\":{\"prompt_tokens\":1}}\n\n\
                       data: {\"choices\":[{\"usage\":null}]}\n\n\
-                      data: {\"usage\":{}}\n\ndata: {\"a\":1,\ndata: \"usage\":null}\n\ndata: \"usage\"\n\n";
+                      data: {\"error\":{},\"usage\":{}}\n\ndata: {\"a\":1,\ndata: \"usage\":null}\n\ndata: \"usage\"\n\n";
         assert_seen(stream, stream);
     }
 
     #[test]
     fn half_an_event_waits_and_the_rest_comes_at_the_end() {
-        let (mut relay, mut meter) = (Relay::new(false), Meter::new(Call::Completion, false));
+        let (mut relay, mut meter) = (Relay::new(false, Secrets::default()), Meter::new(Call::Completion, false));
         let mut out = Vec::new();
         relay.piece(&Bytes::from_static(b"data: a\n\ndata: b"), &mut meter, &mut out);
         assert_eq!(out, ["data: a\n\n"]);
         relay.piece(&Bytes::from_static(b"\n"), &mut meter, &mut out);
         assert_eq!(out, ["data: a\n\n"]);
-        assert_eq!(relay.rest(), "data: b\n");
-        assert!(!relay.is_within_event());
+        relay.end(&mut meter, &mut out);
+        assert_eq!(out, ["data: a\n\n", "data: b\n"]);
     }
 
     #[test]
     fn an_event_that_is_too_long_goes_through_as_it_comes() {
         let long = format!("data: {}\n\ndata: [DONE]\n\n", "x".repeat(200_000));
-        let (mut relay, mut meter) = (Relay::new(true), Meter::new(Call::Completion, false));
+        let (mut relay, mut meter) = (Relay::new(true, Secrets::default()), Meter::new(Call::Completion, false));
         let mut out = Vec::new();
         let bytes = long.as_bytes();
         relay.piece(&Bytes::copy_from_slice(&bytes[..100_000]), &mut meter, &mut out);
-        assert_eq!(out.iter().map(Bytes::len).sum::<usize>(), 100_000);
+        // But for the last bytes, in which a key could have begun.
+        assert!(out.iter().map(Bytes::len).sum::<usize>() > 99_000);
         assert!(relay.is_within_event());
         relay.piece(&Bytes::copy_from_slice(&bytes[100_000..]), &mut meter, &mut out);
         assert!(!relay.is_within_event() && meter.is_complete());
@@ -245,7 +318,7 @@ mod tests {
 
     #[test]
     fn whole_events_are_not_copied() {
-        let (mut relay, mut meter) = (Relay::new(true), Meter::new(Call::Completion, false));
+        let (mut relay, mut meter) = (Relay::new(true, Secrets::default()), Meter::new(Call::Completion, false));
         let piece = Bytes::from_static(b"data: a\n\ndata: {\"choices\":[],\"usage\":{}}\n\ndata: b\n\ndata: c\n\n");
         let mut out = Vec::new();
         relay.piece(&piece, &mut meter, &mut out);
@@ -258,12 +331,12 @@ mod tests {
         fn not_a_byte_changes_unless_it_is_to(
             pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..20),
         ) {
-            let (mut relay, mut meter) = (Relay::new(true), Meter::new(Call::Completion, true));
+            let (mut relay, mut meter) = (Relay::new(true, Secrets::default()), Meter::new(Call::Completion, true));
             let mut out = Vec::new();
             for piece in &pieces {
                 relay.piece(&Bytes::copy_from_slice(piece), &mut meter, &mut out);
             }
-            out.push(relay.rest());
+            relay.end(&mut meter, &mut out);
             prop_assert_eq!(out.concat(), pieces.concat());
         }
 

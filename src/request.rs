@@ -89,7 +89,7 @@ impl Call {
     pub fn of(method: &Method, path: &str) -> Self {
         let path = path.trim_end_matches('/');
         match path {
-            _ if method != Method::POST || path.ends_with("/cancel") => Self::Unmetered,
+            _ if method != Method::POST || changes_what_is_stored(path) => Self::Unmetered,
             "/v1/responses" => Self::Responses,
             "/v1/messages" => Self::Messages,
             "/v1/embeddings" => Self::Embeddings,
@@ -102,6 +102,13 @@ impl Call {
     pub fn is_text(self) -> bool {
         matches!(self, Self::Completion | Self::Responses | Self::Messages)
     }
+}
+
+/// Whether a `POST` changes an answer that was made before, and is answered with what that one has cost.
+fn changes_what_is_stored(path: &str) -> bool {
+    let makes_another = path.ends_with("/compact") || path.ends_with("/submit_tool_outputs");
+    let is_stored = path.starts_with("/v1/chat/completions/") || path.starts_with("/v1/responses/");
+    path.ends_with("/cancel") || !makes_another && (is_stored || path.contains("/runs/"))
 }
 
 /// How a request that is streamed can be made to ask what it costs, where its client has not.
@@ -392,6 +399,11 @@ mod tests {
         assert_eq!(of(Method::POST, "/v1/images/generations"), Call::Other);
         assert_eq!(of(Method::GET, "/v1/responses/r"), Call::Unmetered, "it was counted when it was made");
         assert_eq!(of(Method::POST, "/v1/responses/r/cancel"), Call::Unmetered);
+        assert_eq!(of(Method::POST, "/v1/chat/completions/c"), Call::Unmetered);
+        assert_eq!(of(Method::POST, "/v1/responses/compact"), Call::Other);
+        assert_eq!(of(Method::POST, "/v1/threads/t/runs"), Call::Other);
+        assert_eq!(of(Method::POST, "/v1/threads/t/runs/r"), Call::Unmetered);
+        assert_eq!(of(Method::POST, "/v1/threads/t/runs/r/submit_tool_outputs"), Call::Other);
     }
 
     #[test]

@@ -26,8 +26,8 @@ use crate::proxy::Gateway;
 use crate::upstream::RESOLVE_INTERVAL;
 
 /// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than
-/// any of those: a hundred attempts, each at sixteen addresses, begun anew twice.
-const PINGORA_TRIES_MAX: usize = 100 * (16 + 2);
+/// any of those: a hundred attempts, each at sixteen addresses, begun anew twice, and once more without `stream_options`.
+const PINGORA_TRIES_MAX: usize = 100 * (16 + 2 + 1);
 /// A stopping process waits this long for its open requests, unless the server conf says otherwise.
 const GRACE_PERIOD_SECONDS: u64 = 600;
 /// How often a stopping process looks whether its last request has ended.

@@ -82,6 +82,11 @@ impl Splitter {
         }
     }
 
+    /// What is kept of the block under way.
+    pub fn kept(&self) -> &[u8] {
+        &self.kept
+    }
+
     /// What is kept of a block that never ended.
     pub fn take_rest(&mut self) -> Bytes {
         self.kept.split().freeze()

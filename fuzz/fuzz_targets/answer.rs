@@ -2,6 +2,7 @@
 
 #![no_main]
 
+use api_together::blot::Secrets;
 use api_together::relay::Relay;
 use api_together::request::Call;
 use api_together::usage::{Finder, Meter};
@@ -15,18 +16,18 @@ fuzz_target!(|input: &[u8]| {
     let pieces: Vec<Bytes> = answer.chunks(usize::from(*size).max(1)).map(Bytes::copy_from_slice).collect();
     let estimates = flags & 1 == 1;
 
-    let (mut plain, mut meter) = (Relay::new(false), Meter::new(call, estimates));
+    let (mut plain, mut meter) = (Relay::new(false, Secrets::default()), Meter::new(call, estimates));
     let mut out = Vec::new();
     pieces.iter().for_each(|piece| plain.piece(piece, &mut meter, &mut out));
-    out.push(plain.rest());
+    plain.end(&mut meter, &mut out);
     assert!(out.concat() == answer, "an answer that nothing is taken out of is changed");
     meter.told().map(|usage| usage.tokens());
 
     // What is taken out leaves the rest in its order.
-    let (mut strips, mut meter) = (Relay::new(true), Meter::new(call, estimates));
+    let (mut strips, mut meter) = (Relay::new(true, Secrets::default()), Meter::new(call, estimates));
     let mut out = Vec::new();
     pieces.iter().for_each(|piece| strips.piece(piece, &mut meter, &mut out));
-    out.push(strips.rest());
+    strips.end(&mut meter, &mut out);
     let mut rest = answer.iter();
     assert!(out.concat().iter().all(|byte| rest.any(|given| given == byte)), "something is added");
 

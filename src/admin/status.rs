@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::Sources;
-use crate::config::{self, Limit, StreamUsage};
+use crate::config::{Limit, StreamUsage};
 use crate::health::Gate;
 use crate::ledger;
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
@@ -101,7 +101,7 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
         "modelMapping": config.model_mapping,
         "weight": config.weight,
         "priority": config.priority,
-        "streamUsage": if live.refuses_usage(clock.boot) { "refused" } else { stream_usage(config) },
+        "streamUsage": stream_usage(endpoint, clock),
         "inFlight": in_flight,
         "attempts": live.account.attempts(),
         "meanFirstByteMs": live.first_byte_mean().map(|mean| mean.as_secs_f64() * 1e3),
@@ -111,10 +111,12 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
     })
 }
 
-fn stream_usage(config: &config::Endpoint) -> &'static str {
-    match config.stream_usage {
-        StreamUsage::Auto => "auto",
+fn stream_usage(endpoint: &Endpoint, clock: &Clock) -> &'static str {
+    match endpoint.config.stream_usage {
         StreamUsage::Never => "never",
+        StreamUsage::Auto if endpoint.live.is_telling_unasked() => "told",
+        StreamUsage::Auto if endpoint.live.is_asked_for_usage(clock.boot) => "auto",
+        StreamUsage::Auto => "refused",
     }
 }
 

@@ -9,6 +9,7 @@ use pingora::{Error, ErrorType, RetryType};
 
 use crate::admission;
 use crate::balance;
+use crate::billing;
 use crate::context::{Ask, Attempt, Context};
 use crate::error::{Fault, HeldBy};
 use crate::ledger::Drawn;
@@ -161,8 +162,13 @@ pub(super) async fn address(context: &Context) -> Option<(Arc<Endpoint>, SocketA
 pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
     let Some(ask) = &context.ask else { return false };
     let mut state = context.exchange.state();
-    if let Some(mut attempt) = state.attempt.take() {
-        attempt.bill_dropped(ask);
+    if *outcome == Outcome::ClientGone {
+        // What was seen of its answer is billed with the request's end.
+        if let Some(attempt) = &mut state.attempt {
+            attempt.settle(outcome);
+        }
+    } else if let Some(mut attempt) = state.attempt.take() {
+        billing::bill_dropped(&attempt, ask);
         attempt.settle(outcome);
         context.tries.last = Some(Arc::clone(&attempt.endpoint));
     }

@@ -32,8 +32,10 @@ use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use crate::admin::Answer;
 use crate::admission::Choice;
 use crate::auth::Auth;
+use crate::billing::{self, Measured};
 use crate::blot::Blotter;
-use crate::context::{Ask, Context, Kept, Measured, OpenRequests};
+use crate::context::{Ask, Context, Kept, OpenRequests};
+use crate::decode::Encoding;
 use crate::error::Fault;
 use crate::estimate::Estimator;
 use crate::health;
@@ -172,6 +174,13 @@ impl ProxyHttp for Gateway {
             attempt.ends_with_connection = header.version <= Version::HTTP_11
                 && !header.headers.contains_key(header::CONTENT_LENGTH)
                 && !header.headers.contains_key(header::TRANSFER_ENCODING);
+            attempt.encoding = Encoding::of(&header.headers);
+            let is_error = header.status.as_u16() >= 400;
+            if is_error && attempt.encoding.is_some_and(|encoding| encoding != Encoding::Unknown) {
+                // A key quoted in it can be blotted out in plain text only.
+                header.remove_header(&header::CONTENT_ENCODING);
+                header.remove_header(&header::CONTENT_LENGTH);
+            }
             if attempt.terms.asks_usage && is_event_stream(header) {
                 // What only we asked for is taken out, so it will not be as long.
                 header.remove_header(&header::CONTENT_LENGTH);
@@ -222,7 +231,7 @@ impl ProxyHttp for Gateway {
         if let Some(ask) = context.ask.as_mut().filter(|ask| !ask.body.is_empty())
             && context.exchange.state().committed.is_some()
         {
-            ask.release_body();
+            ask.keep_for_estimate();
         }
         Ok(None)
     }
@@ -344,9 +353,9 @@ impl ProxyHttp for Gateway {
                 attempt.finish();
             }
             if let Some(ask) = &mut context.ask {
-                ask.release_body();
+                ask.keep_for_estimate();
                 let ended = complete.unwrap_or_else(Instant::now);
-                measured = attempt.bill(ask, &context.arrival, ended, &self.estimator);
+                measured = billing::bill(attempt, ask, &context.arrival, ended, &self.estimator);
             }
         }
         let gone = context.fault.is_none()

@@ -11,16 +11,14 @@ use pingora::protocols::http::HttpTask;
 use pingora::{Error, ErrorType, Result};
 
 use super::Plan;
+use super::reading::{Kind, Reading};
 use crate::blot::{Blotter, Secrets};
 use crate::context::{Committed, Exchange, ExchangeState, Kept};
-use crate::decode::Decoder;
+use crate::decode::{Decoder, Encoding};
 use crate::health;
-use crate::relay::Relay;
 use crate::request::Call;
-use crate::respond::{self, HOLD_TIME_MAX, Head, Judge, Terms, Verdict};
+use crate::respond::{HOLD_TIME_MAX, Head, Judge, Terms, Verdict};
 use crate::retry::Outcome;
-use crate::sse::Splitter;
-use crate::usage::Meter;
 
 /// A stream whose endpoint has said that it is whole, and holds it open all the same, is ended after this time: clients that
 /// read to the end should not wait for it. Ended by us, the endpoint's connection is lost for the next request.
@@ -39,74 +37,26 @@ pub(super) struct Hold {
     deadline: Option<Instant>,
     /// When a stream that has begun with data, but has not said anything yet, is let through all the same.
     held_until: Option<Instant>,
-    /// When a stream that is whole is ended.
+    /// Whether the endpoint has said that its stream is whole.
+    complete: bool,
+    /// When it is ended then.
     lingers_until: Option<Instant>,
     /// How long the endpoint may take between two pieces.
     idle: Duration,
     secrets: Secrets,
-    /// For an error: its body goes through this.
-    blotter: Option<Blotter>,
     /// How the body is read that goes to the client.
     reading: Reading,
+    encoding: Option<Encoding>,
     /// For the judge, what is compressed is read apart.
     decoder: Option<Decoder>,
-}
-
-/// How an answer's body is read.
-enum Reading {
-    /// It is not.
-    Blind,
-    Json,
-    Stream(Relay),
-    /// Compressed: beside the way. With a splitter if it is an event stream.
-    Encoded(Decoder, Option<Splitter>),
-}
-
-impl Reading {
-    fn of(header: &ResponseHeader, content_type: Option<&str>, strips: bool) -> Self {
-        let is_event_stream = respond::is_event_stream(content_type);
-        match Decoder::of(&header.headers) {
-            _ if !header.status.is_success() => Self::Blind,
-            Some(decoder) => Self::Encoded(decoder, is_event_stream.then(Splitter::default)),
-            None if is_event_stream => Self::Stream(Relay::new(strips)),
-            None if respond::is_json(content_type) => Self::Json,
-            None => Self::Blind,
-        }
-    }
-
-    /// Measures a piece, and gives what of it goes to the client.
-    fn piece(&mut self, piece: Bytes, end: bool, meter: &mut Meter, out: &mut Vec<Bytes>) {
-        match self {
-            Self::Stream(relay) => {
-                relay.piece(&piece, meter, out);
-                if end {
-                    out.push(relay.rest());
-                }
-                return;
-            }
-            Self::Json => meter.json(&piece),
-            Self::Encoded(decoder, splitter) => decoder.feed(&piece, |plain| {
-                let plain = Bytes::copy_from_slice(plain);
-                match splitter {
-                    None => meter.json(&plain),
-                    Some(splitter) => splitter.feed(&plain, |data| data.into_iter().for_each(|data| meter.event(data))),
-                }
-            }),
-            Self::Blind => {}
-        }
-        if end && matches!(self, Self::Json | Self::Encoded(_, None)) {
-            meter.json_ended();
-        }
-        out.push(piece);
-    }
 }
 
 /// What is due when a deadline has passed.
 pub(super) enum Due {
     /// This goes out.
     Flush(Vec<HttpTask>),
-    /// The response is whole and ends now.
-    End,
+    /// The response is whole and ends now, with this.
+    End(Vec<HttpTask>),
     /// The attempt is over.
     GiveUp,
 }
@@ -122,11 +72,12 @@ impl Hold {
             status: 0,
             deadline: None,
             held_until: None,
+            complete: false,
             lingers_until: None,
             idle: Duration::MAX,
             secrets: Secrets::default(),
-            blotter: None,
             reading: Reading::Blind,
+            encoding: None,
             decoder: None,
         }
     }
@@ -156,6 +107,7 @@ impl Hold {
         }
         let verdict = match task {
             HttpTask::Failed(error) => {
+                self.measure_held();
                 let mut state = self.exchange.state();
                 state.ended = self.judge.outcome_if_cut();
                 state.kept = None;
@@ -188,14 +140,17 @@ impl Hold {
             _ => Duration::ZERO,
         };
         let mut head = Head { status: self.status, content_type, rest, end, ends_with_connection: false };
-        let mut strips = false;
+        let (mut asks_usage, mut encoding) = (false, None);
         if let Some(attempt) = &mut self.exchange.state().attempt {
             attempt.answer = Some(Outcome::Status { status: self.status, rest });
             head.ends_with_connection = attempt.ends_with_connection;
-            strips = attempt.terms.asks_usage;
+            asks_usage = attempt.terms.asks_usage;
+            encoding = attempt.encoding;
         }
-        self.reading = Reading::of(header, content_type, strips);
-        self.decoder = Decoder::of(&header.headers);
+        let kind = Kind { status: self.status, content_type, encoding, asks_usage };
+        self.reading = Reading::of(&kind, &self.secrets);
+        self.encoding = encoding.filter(|encoding| *encoding != Encoding::Unknown);
+        self.decoder = encoding.map(Decoder::new);
         let retry = &self.plan.pool.server.retry;
         self.judge.header(head, |outcome| outcome.is_retryable(retry))
     }
@@ -204,7 +159,7 @@ impl Hold {
     fn judge_body(&mut self, piece: &Bytes, end: bool) -> Verdict {
         let Some(decoder) = &mut self.decoder else { return self.judge.body(piece, end) };
         let mut plain = Vec::new();
-        decoder.feed(piece, |part| plain.extend_from_slice(part));
+        decoder.feed(piece, |part| plain.extend_from_slice(&part));
         if decoder.is_broken() && !self.judge.is_error() {
             return self.judge.commit();
         }
@@ -231,40 +186,39 @@ impl Hold {
         self.held_until = None;
         self.decoder = None;
         self.judge.commit();
-        let event_stream = matches!(self.reading, Reading::Stream(_));
+        let event_stream = self.reading.takes_events();
         let mut state = self.exchange.state();
         state.committed = Some(Committed { at: Instant::now(), event_stream, between_events: true, complete: None });
         state.kept = None;
         if let Some(attempt) = &mut state.attempt {
             attempt.begins_to_answer(&self.plan.pool);
         }
-        drop(state);
-        if self.status >= 400 {
-            self.blotter = Some(Blotter::new(self.secrets.clone()));
-        }
         mem::take(&mut self.held)
     }
 
-    /// Ends the attempt; an error answer is kept in case that nothing better comes, and of an empty one what it cost.
+    /// Ends the attempt; an error answer is kept in case that nothing better comes.
     pub(super) fn drop_answer(&mut self, outcome: Outcome) {
+        self.measure_held();
         let held = mem::take(&mut self.held);
-        if outcome == Outcome::Empty {
-            self.measure(&held);
-        }
-        let kept = (self.status >= 400).then(|| keep(held, &self.secrets)).flatten();
+        let kept = (self.status >= 400).then(|| keep(held, self.encoding, &self.secrets)).flatten();
         let mut state = self.exchange.state();
         state.kept = kept;
         state.ended = Some(outcome);
     }
 
-    fn measure(&mut self, held: &[HttpTask]) {
+    /// What is held never reaches the client, but may have told what it cost.
+    pub(super) fn measure_held(&mut self) {
         let Some(attempt) = &mut self.exchange.state().attempt else { return };
-        for task in held {
+        if self.committed || self.status >= 400 {
+            return;
+        }
+        let mut unseen = Vec::new();
+        for task in &self.held {
             if let HttpTask::Body(Some(piece), _) = task {
-                self.reading.piece(piece.clone(), false, &mut attempt.meter, &mut Vec::new());
+                self.reading.piece(piece.clone(), &mut attempt.meter, &mut unseen);
             }
         }
-        self.reading.piece(Bytes::new(), true, &mut attempt.meter, &mut Vec::new());
+        self.reading.end(&mut attempt.meter, &mut unseen);
     }
 
     /// What of committed tasks is to be written, and the error that follows them, if one does.
@@ -273,8 +227,8 @@ impl Hold {
         for task in tasks {
             match task {
                 HttpTask::Failed(error) => {
-                    if self.lingers_until.is_some() {
-                        self.end_whole(&mut out);
+                    if self.complete {
+                        out.extend(self.end_whole());
                     }
                     return (out, Some(error));
                 }
@@ -284,27 +238,16 @@ impl Hold {
                     }
                     out.push(HttpTask::Header(header, end));
                 }
-                HttpTask::Body(piece, end) => {
-                    if self.body(piece.unwrap_or_default(), end, &mut out) {
-                        return (
-                            out,
-                            Some(Error::explain(ErrorType::ConnectionClosed, "the stream was cut").into_up()),
-                        );
+                HttpTask::Body(piece, last) => {
+                    let piece = piece.unwrap_or_default();
+                    if let Some(cut) = self.body(piece, last, last, &mut out) {
+                        return (out, Some(cut));
                     }
                 }
                 HttpTask::Done | HttpTask::Trailer(_) => {
-                    if self.body(Bytes::new(), true, &mut out) {
-                        return (
-                            out,
-                            Some(Error::explain(ErrorType::ConnectionClosed, "the stream was cut").into_up()),
-                        );
-                    }
                     // The end is the task's own to say.
-                    if let Some(HttpTask::Body(piece, end)) = out.last_mut() {
-                        *end = false;
-                        if piece.as_ref().is_none_or(Bytes::is_empty) {
-                            out.pop();
-                        }
+                    if let Some(cut) = self.body(Bytes::new(), true, false, &mut out) {
+                        return (out, Some(cut));
                     }
                     out.push(task);
                 }
@@ -314,64 +257,71 @@ impl Hold {
         (out, None)
     }
 
-    /// Adds what of a piece goes to the client. True if the answer stops here and is not whole.
-    fn body(&mut self, piece: Bytes, end: bool, out: &mut Vec<HttpTask>) -> bool {
+    /// Adds what of a piece goes to the client; `says_end` if the last of it ends the response. An error if the endpoint's body
+    /// has ended and is not whole.
+    fn body(&mut self, piece: Bytes, last: bool, says_end: bool, out: &mut Vec<HttpTask>) -> Option<Box<Error>> {
         let exchange = Arc::clone(&self.exchange);
         let mut state = exchange.state();
         let ExchangeState { attempt: Some(attempt), committed: Some(committed), ended, .. } = &mut *state else {
-            out.push(HttpTask::Body(Some(piece), end));
-            return false;
+            out.push(HttpTask::Body(Some(piece), says_end));
+            return None;
         };
         let mut pieces = Vec::new();
-        self.reading.piece(piece, end, &mut attempt.meter, &mut pieces);
-        let is_cut = end && attempt.is_cut() && matches!(self.reading, Reading::Stream(_));
-        let last = pieces.len().saturating_sub(1);
-        for (index, piece) in pieces.into_iter().enumerate() {
-            let ends = end && index == last && !is_cut;
-            let piece = match &mut self.blotter {
-                Some(blotter) => blotter.piece(&piece, ends),
-                // An error in the middle of a stream may quote the key as well.
-                None if committed.event_stream => self.secrets.blot_whole(&piece),
-                None => piece,
-            };
-            // An empty piece that ends nothing would be taken for the last chunk.
-            if ends || !piece.is_empty() {
-                attempt.first_byte_came();
-                out.push(HttpTask::Body(Some(piece), ends));
+        self.reading.piece(piece, &mut attempt.meter, &mut pieces);
+        let mut is_cut = false;
+        if last {
+            let whole = pieces.len();
+            self.reading.end(&mut attempt.meter, &mut pieces);
+            is_cut = attempt.is_cut();
+            if is_cut {
+                // Half an event, which nobody can use.
+                pieces.truncate(whole);
             }
         }
-        match &self.reading {
-            Reading::Stream(relay) => committed.between_events = !relay.is_within_event(),
-            Reading::Encoded(_, Some(_)) => {}
-            Reading::Blind | Reading::Json | Reading::Encoded(_, None) => return false,
+        // An empty piece that ends nothing would be taken for the last chunk.
+        pieces.retain(|piece| !piece.is_empty());
+        if !pieces.is_empty() {
+            attempt.first_byte_came();
         }
-        if attempt.meter.is_complete() && committed.complete.is_none() {
+        out.extend(pieces.into_iter().map(|piece| HttpTask::Body(Some(piece), false)));
+        if says_end && !is_cut {
+            match out.last_mut() {
+                Some(HttpTask::Body(_, end)) => *end = true,
+                _ => out.push(HttpTask::Body(Some(Bytes::new()), true)),
+            }
+        }
+        committed.between_events = !self.reading.is_within_event();
+        if self.reading.is_stream() && attempt.meter.is_complete() && committed.complete.is_none() {
             committed.complete = Some(Instant::now());
-            self.lingers_until = Instant::now().checked_add(LINGER_MAX);
+            self.complete = true;
         }
-        if is_cut {
-            *ended = Some(Outcome::Broken);
+        if !is_cut {
+            return None;
         }
-        is_cut
+        *ended = Some(Outcome::Broken);
+        Some(Error::explain(ErrorType::ConnectionClosed, "the answer was cut").into_up())
     }
 
     /// The endpoint has said that its stream is whole, so that is how it ends for the client, whatever it does then.
-    pub(super) fn end_whole(&mut self, out: &mut Vec<HttpTask>) {
-        let rest = match &mut self.reading {
-            Reading::Stream(relay) => self.secrets.blot_whole(&relay.rest()),
-            Reading::Blind | Reading::Json | Reading::Encoded(..) => Bytes::new(),
-        };
-        out.push(HttpTask::Body(Some(rest), true));
+    pub(super) fn end_whole(&mut self) -> Vec<HttpTask> {
+        let mut rest = Vec::new();
+        if let Some(attempt) = &mut self.exchange.state().attempt {
+            self.reading.end(&mut attempt.meter, &mut rest);
+        }
+        vec![HttpTask::Body(Some(rest.concat().into()), true)]
     }
 
     /// The client is being written to, which may take as long as it takes.
     pub(super) fn pause(&mut self) {
         self.deadline = None;
+        self.lingers_until = None;
     }
 
     /// The endpoint is waited for again.
     pub(super) fn resume(&mut self) {
-        self.deadline = Instant::now().checked_add(self.idle);
+        let now = Instant::now();
+        self.deadline = now.checked_add(self.idle);
+        self.lingers_until = now.checked_add(LINGER_MAX).filter(|_| self.complete);
     }
 
     /// When something is due if nothing comes before.
@@ -383,7 +333,7 @@ impl Hold {
     pub(super) fn due(&mut self) -> Due {
         let held_enough = self.held_until.is_some_and(|until| until <= Instant::now());
         if self.lingers_until.is_some_and(|until| until <= Instant::now()) {
-            return Due::End;
+            return Due::End(self.end_whole());
         }
         if self.committed {
             self.exchange.state().ended = Some(Outcome::TooSlow);
@@ -399,7 +349,7 @@ impl Hold {
 }
 
 /// The header and body of an error answer, framed anew, with the endpoint's secrets blotted out.
-fn keep(tasks: Vec<HttpTask>, secrets: &Secrets) -> Option<Kept> {
+fn keep(tasks: Vec<HttpTask>, encoding: Option<Encoding>, secrets: &Secrets) -> Option<Kept> {
     let mut kept: Option<Kept> = None;
     let mut body = Vec::new();
     let mut ended = false;
@@ -419,6 +369,13 @@ fn keep(tasks: Vec<HttpTask>, secrets: &Secrets) -> Option<Kept> {
         }
     }
     let mut kept = kept?;
+    if let Some(encoding) = encoding {
+        let encoded = mem::take(&mut body);
+        let mut decoder = Decoder::new(encoding);
+        decoder.feed(&encoded, |plain| body.extend_from_slice(&plain));
+        // What cannot be read cannot be searched for secrets either.
+        ended &= !decoder.is_broken();
+    }
     if ended {
         let body = Blotter::new(secrets.clone()).piece(&body, true);
         kept.header.insert_header(CONTENT_LENGTH, body.len()).ok()?;

@@ -10,6 +10,7 @@
 //! - deadlines that Pingora does not know are kept while it waits for either side: first byte, and idle.
 
 mod hold;
+mod reading;
 
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -132,10 +133,10 @@ impl Replay {
     async fn deadline_passed(&mut self) -> Result<()> {
         match self.hold.due() {
             Due::GiveUp => give_up(),
-            Due::End => {
-                let mut out = Vec::new();
-                self.hold.end_whole(&mut out);
-                self.inner.response_duplex_vec(out).await?;
+            Due::End(tasks) => {
+                self.flushing = true;
+                self.inner.response_duplex_vec(tasks).await?;
+                self.flushing = false;
                 give_up()
             }
             Due::Flush(tasks) => {
@@ -217,7 +218,12 @@ impl CustomSession for Replay {
         loop {
             let Some(due_at) = self.hold.due_at() else { return self.inner.read_body_or_idle(true).await };
             tokio::select! {
-                gone = self.inner.read_body_or_idle(true) => return gone,
+                gone = self.inner.read_body_or_idle(true) => {
+                    if gone.is_err() {
+                        self.hold.measure_held();
+                    }
+                    return gone;
+                }
                 () = tokio::time::sleep_until(due_at.into()) => {}
             }
             self.deadline_passed().await?;

@@ -67,6 +67,11 @@ impl Finder {
         }
     }
 
+    /// Whether every bracket and string that was opened is closed.
+    pub fn is_whole(&self) -> bool {
+        self.depth == 0 && !self.in_string
+    }
+
     /// What was found so far.
     pub fn usage(&self) -> Option<Usage> {
         self.usage.or(self.timings)

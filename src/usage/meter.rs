@@ -1,11 +1,13 @@
 //! Measures one answer as it passes: its tokens, when they came, and, in case that the endpoint does not tell how many they
 //! are, a sample of its text.
 
+use std::borrow::Cow;
 use std::sync::LazyLock;
 use std::time::Instant;
 
 use bytes::Bytes;
 use memchr::memmem::Finder as Needle;
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Finder, Usage};
@@ -22,9 +24,22 @@ static TIMINGS: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"tim
 static FINISH: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"finish_reason\""));
 static DELTA: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"delta\""));
 
-/// Whether an event may say what the answer cost.
+/// Whether an event may have a usage in it, or a null in its place.
 pub fn mentions_usage(data: &[u8]) -> bool {
     USAGE.find(data).is_some()
+}
+
+/// Whether it may say what the answer cost: many endpoints have a null in every chunk but one.
+fn says_usage(data: &[u8]) -> bool {
+    has_member(data, &USAGE, b"{") || TIMINGS.find(data).is_some()
+}
+
+/// Whether there is a key, at any depth, whose value begins so.
+fn has_member(data: &[u8], key: &Needle<'_>, value: &[u8]) -> bool {
+    key.find_iter(data).any(|at| {
+        let after = data.get(at + key.needle().len()..).unwrap_or_default().trim_ascii_start();
+        after.strip_prefix(b":").is_some_and(|rest| rest.trim_ascii_start().starts_with(value))
+    })
 }
 
 /// What is measured of one answer. Bounded, and can neither change nor fail it.
@@ -39,8 +54,20 @@ pub struct Meter {
     /// Whether all that was told so far is what the prompt cost, as the first event of Anthropic's messages does.
     told_prompt_only: bool,
     text: Text,
+    has_timings: bool,
     first_token: Option<Instant>,
+    fed: Fed,
     end: End,
+}
+
+/// What an answer turned out to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Fed {
+    /// Nothing that can be read, so far.
+    #[default]
+    Nothing,
+    Json,
+    Events,
 }
 
 /// What the endpoint has said of its answer's end.
@@ -73,7 +100,9 @@ pub enum Text {
         /// Its pieces.
         pieces: Vec<Bytes>,
         /// How long they are together, at most [`BODY_BYTES_MAX`].
-        bytes: usize,
+        kept: usize,
+        /// How long the answer is.
+        bytes: u64,
     },
 }
 
@@ -87,13 +116,16 @@ impl Meter {
             usage: None,
             told_prompt_only: false,
             text: Text::None,
+            has_timings: false,
             first_token: None,
+            fed: Fed::Nothing,
             end: End::Open,
         }
     }
 
     /// Takes in the data of an event.
     pub fn event(&mut self, data: &[u8]) {
+        self.fed = Fed::Events;
         if data.trim_ascii() == b"[DONE]" {
             self.end = End::Complete;
             return;
@@ -101,7 +133,7 @@ impl Meter {
         if self.call == Call::Unmetered {
             return;
         }
-        if mentions_usage(data) || TIMINGS.find(data).is_some() {
+        if says_usage(data) {
             self.read_usage(data);
         }
         match self.call {
@@ -116,7 +148,11 @@ impl Meter {
 
     /// Takes in a part of an event that is too long to be read whole.
     pub fn part(&mut self, part: &[u8], last: bool) {
+        self.fed = Fed::Events;
         self.finder.feed(part);
+        if self.estimates && self.call == Call::Completion {
+            self.add_text(part.len(), &[]);
+        }
         if last {
             if matches!(self.call, Call::Responses | Call::Messages) && self.finder.usage().is_some() {
                 self.end = End::Complete;
@@ -127,34 +163,34 @@ impl Meter {
 
     /// Takes in a piece of a JSON answer.
     pub fn json(&mut self, piece: &Bytes) {
-        if self.call == Call::Unmetered {
-            return;
-        }
+        self.fed = Fed::Json;
         self.finder.feed(piece);
         if !self.estimates {
             return;
         }
         if let Text::None = self.text {
-            self.text = Text::Json { pieces: Vec::new(), bytes: 0 };
+            self.text = Text::Json { pieces: Vec::new(), kept: 0, bytes: 0 };
         }
-        if let Text::Json { pieces, bytes } = &mut self.text {
-            pieces.push(piece.clone());
-            *bytes += piece.len();
-            if *bytes > BODY_BYTES_MAX || pieces.len() > BODY_PIECES_MAX {
-                self.text = Text::None;
-                self.estimates = false;
+        if let Text::Json { pieces, kept, bytes } = &mut self.text {
+            *bytes += to_u64(piece.len());
+            if *kept + piece.len() <= BODY_BYTES_MAX && pieces.len() < BODY_PIECES_MAX {
+                *kept += piece.len();
+                pieces.push(piece.clone());
             }
         }
     }
 
     /// A JSON answer came to its end.
     pub fn json_ended(&mut self) {
-        self.end = End::Complete;
+        if self.finder.is_whole() {
+            self.end = End::Complete;
+        }
         self.read_found();
     }
 
     fn read_found(&mut self) {
-        if let Some(found) = std::mem::take(&mut self.finder).usage() {
+        let found = std::mem::take(&mut self.finder).usage();
+        if let Some(found) = found.filter(|_| self.call != Call::Unmetered) {
             self.told_prompt_only = false;
             self.update(found);
         }
@@ -164,6 +200,7 @@ impl Meter {
         let Ok(event) = serde_json::from_slice::<Value>(data) else { return };
         if let Some(told) = Usage::of_value(&event) {
             self.told_prompt_only = event.get("type").is_some_and(|kind| kind == "message_start");
+            self.has_timings |= event.get("timings").is_some();
             self.update(told);
         }
     }
@@ -177,25 +214,29 @@ impl Meter {
 
     fn read_text(&mut self, data: &[u8]) {
         let mut has_text = false;
-        let keeps = self.estimates;
         texts(self.call, data, |raw| {
             has_text |= !raw.is_empty();
-            if !keeps {
-                return;
-            }
-            if let Text::None = self.text {
-                self.text = Text::Sample { sample: Vec::new(), bytes: 0 };
-            }
-            if let Text::Sample { sample, bytes } = &mut self.text {
-                *bytes += u64::try_from(raw.len()).unwrap_or_default();
-                // A text is kept whole or not at all, so that no escape is cut.
-                if sample.len() + raw.len() <= SAMPLE_BYTES_MAX {
-                    sample.extend_from_slice(raw);
-                }
+            if self.estimates {
+                self.add_text(raw.len(), raw);
             }
         });
         if has_text && self.first_token.is_none() {
             self.first_token = Some(Instant::now());
+        }
+    }
+
+    /// Adds so many bytes of text, and keeps of them what there is room for.
+    fn add_text(&mut self, length: usize, raw: &[u8]) {
+        if length == 0 {
+            return;
+        }
+        if let Text::None = self.text {
+            self.text = Text::Sample { sample: Vec::new(), bytes: 0 };
+        }
+        if let Text::Sample { sample, bytes } = &mut self.text {
+            *bytes += to_u64(length);
+            let room = SAMPLE_BYTES_MAX.saturating_sub(sample.len());
+            sample.extend_from_slice(beginning(raw, room));
         }
     }
 
@@ -214,14 +255,29 @@ impl Meter {
         self.first_token
     }
 
+    /// Whether any text came that can be estimated.
+    pub fn has_text(&self) -> bool {
+        !matches!(self.text, Text::None)
+    }
+
+    /// Whether the endpoint told its usage in a way that it needs not be asked for.
+    pub fn has_timings(&self) -> bool {
+        self.has_timings
+    }
+
     /// Whether the endpoint has said that its answer is whole.
     pub fn is_complete(&self) -> bool {
         self.end == End::Complete
     }
 
-    /// Whether it has at least said why the answer ends.
-    pub fn has_finished(&self) -> bool {
-        self.end >= End::Finished
+    /// Whether an answer that has ended may be whole, going by its content: JSON ends with its last bracket, a chat says why it ends,
+    /// a response or message has a last event.
+    pub fn is_whole(&self) -> bool {
+        match (self.fed, self.call) {
+            (Fed::Json, _) | (Fed::Events, Call::Responses | Call::Messages) => self.end == End::Complete,
+            (Fed::Events, Call::Completion) => self.end >= End::Finished,
+            (Fed::Nothing, _) | (Fed::Events, Call::Embeddings | Call::Other | Call::Unmetered) => true,
+        }
     }
 
     /// The text, for an estimate.
@@ -230,18 +286,47 @@ impl Meter {
     }
 }
 
+fn to_u64(length: usize) -> u64 {
+    u64::try_from(length).unwrap_or(u64::MAX)
+}
+
+/// So much of a text that no character and no escape of it is cut.
+fn beginning(raw: &[u8], room: usize) -> &[u8] {
+    /// `\u` and four digits, of a pair.
+    const ESCAPE_BYTES_MAX: usize = 12;
+    if raw.len() <= room {
+        return raw;
+    }
+    let mut end = room;
+    while end > 0 && raw.get(end).is_some_and(|byte| byte & 0xC0 == 0x80) {
+        end -= 1;
+    }
+    let near = end.saturating_sub(ESCAPE_BYTES_MAX);
+    if let Some(escape) = raw.get(near..end).and_then(|bytes| memchr::memchr(b'\\', bytes)) {
+        end = near + escape;
+    }
+    while end > 0 && raw.get(end - 1) == Some(&b'\\') {
+        end -= 1;
+    }
+    raw.get(..end).unwrap_or_default()
+}
+
 /// Whether a chunk of a chat says why it ends.
 fn finishes(data: &[u8]) -> bool {
-    FINISH.find_iter(data).any(|at| {
-        let value = data.get(at + FINISH.needle().len()..).unwrap_or_default();
-        value.trim_ascii_start().strip_prefix(b":").is_some_and(|value| value.trim_ascii_start().starts_with(b"\""))
-    })
+    has_member(data, &FINISH, b"\"") && !has_member(data, &FINISH, b"\"\"")
 }
 
 /// Whether an event is the last of a response, or of Anthropic's message.
 fn is_last(data: &[u8]) -> bool {
-    const KINDS: [&[u8]; 4] = [b"response.completed", b"response.incomplete", b"response.failed", b"message_stop"];
-    strings(data).any(|(key, value)| key == b"type" && KINDS.contains(&value))
+    #[derive(Deserialize)]
+    struct Event<'a> {
+        #[serde(borrow, rename = "type")]
+        kind: Cow<'a, str>,
+    }
+    const KINDS: [&str; 4] = ["response.completed", "response.incomplete", "response.failed", "message_stop"];
+    // Most events are none of these, and need no parser to say so.
+    KINDS.iter().any(|kind| memchr::memmem::find(data, kind.as_bytes()).is_some())
+        && serde_json::from_slice::<Event<'_>>(data).is_ok_and(|event| KINDS.contains(&&*event.kind))
 }
 
 /// Tells the texts of an event, as they stand between their quotation marks.
@@ -351,7 +436,38 @@ mod tests {
         assert_eq!(bytes, 100_000);
         let mut meter = Meter::new(Call::Completion, true);
         (0..100).for_each(|_| meter.json(&Bytes::from(vec![b' '; 10_000])));
-        assert!(matches!(meter.take_text(), Text::None), "nor is a long answer kept");
+        let Text::Json { pieces, kept, bytes } = meter.take_text() else { panic!("it has text") };
+        assert_eq!((pieces.len(), kept, bytes), (26, 260_000, 1_000_000), "nor is a long answer kept whole");
+        // A single event may be longer than the sample.
+        let mut meter = Meter::new(Call::Completion, true);
+        meter.event(format!(r#"{{"choices":[{{"text":"{}"}}]}}"#, "é\\n".repeat(10_000)).as_bytes());
+        meter.part(&[b'x'; 70_000], true);
+        let Text::Sample { sample, bytes } = meter.take_text() else { panic!("it has text") };
+        assert_eq!(bytes, 110_000);
+        let text = String::from_utf8(sample).unwrap();
+        assert!(text.len() > SAMPLE_BYTES_MAX - 20 && (text.ends_with("é") || text.ends_with("\\n")), "{}", text.len());
+    }
+
+    #[test]
+    fn a_beginning_cuts_no_escape() {
+        for room in 0..=20 {
+            let text = r"a\\b\u00e9\ud83d\ude00é";
+            let begun = std::str::from_utf8(beginning(text.as_bytes(), room)).unwrap();
+            assert!(serde_json::from_str::<String>(&format!("\"{begun}\"")).is_ok(), "{room}: {begun}");
+        }
+        assert_eq!(beginning(b"abc", 3), b"abc");
+    }
+
+    #[test]
+    fn json_is_whole_with_its_last_bracket() {
+        let is_whole = |text: &'static str| {
+            let mut meter = Meter::new(Call::Completion, false);
+            meter.json(&Bytes::from_static(text.as_bytes()));
+            meter.json_ended();
+            meter.is_whole()
+        };
+        assert!(is_whole(r#" {"a":[{"b":"}"}]} "#) && is_whole("[]") && is_whole("7"));
+        assert!(!is_whole(r#"{"a":[{"b":"}"}]"#) && !is_whole(r#""abc"#));
     }
 
     #[test]
@@ -359,13 +475,17 @@ mod tests {
         let ends = |call: Call, data: &str| {
             let mut meter = Meter::new(call, false);
             meter.event(data.as_bytes());
-            (meter.is_complete(), meter.has_finished())
+            (meter.is_complete(), meter.is_whole())
         };
         assert_eq!(ends(Call::Completion, " [DONE] "), (true, true));
         assert_eq!(ends(Call::Completion, r#"{"choices":[{"finish_reason": "stop"}]}"#), (false, true));
         assert_eq!(ends(Call::Completion, r#"{"choices":[{"finish_reason":null}]}"#), (false, false));
         assert_eq!(ends(Call::Responses, r#"{"type":"response.completed"}"#), (true, true));
+        assert_eq!(ends(Call::Completion, r#"{"choices":[{"finish_reason":""}]}"#), (false, false));
         assert_eq!(ends(Call::Responses, r#"{"delta":"response.completed"}"#), (false, false));
+        let echoed = r#"{"type":"response.created","response":{"metadata":{"type":"response.completed"}}}"#;
+        assert_eq!(ends(Call::Responses, echoed), (false, false));
+        assert_eq!(ends(Call::Other, "{}"), (false, true), "there is no telling");
         assert_eq!(ends(Call::Messages, r#"{"type":"message_stop"}"#), (true, true));
     }
 

@@ -25,6 +25,7 @@ const PATIENCE_MS: u64 = 500;
 /// Requests at once.
 const CONCURRENCY: usize = 64;
 
+const CHAT: &str = "/v1/chat/completions";
 const HOWS: [&str; 3] = ["close", "reset", "stall"];
 
 /// An endpoint that sends the beginning of a recorded answer.
@@ -94,11 +95,11 @@ struct Got {
     is_clean: bool,
 }
 
-async fn call(address: SocketAddr, body: &Value, cut: &str) -> Got {
+async fn call(address: SocketAddr, path: &str, body: &Value, cut: &str) -> Got {
     let mut wire = Wire::connect(address).await;
     let cut = format!("{CUT}: {cut}");
     let headers = ["content-type: application/json", cut.as_str()];
-    wire.send(request("POST", "/v1/chat/completions", &headers, &body.to_string())).await;
+    wire.send(request("POST", path, &headers, &body.to_string())).await;
     let head = wire.head().await.expect("there is always an answer");
     let (status, endpoint) = (head.status(), head.header("x-api-together-endpoint"));
     let (text, is_clean) = read(&mut wire, &head).await;
@@ -119,8 +120,8 @@ async fn read(wire: &mut Wire, head: &Head) -> (String, bool) {
     }
 }
 
-async fn call_h2(address: SocketAddr, body: &Value, cut: &str) -> Got {
-    let url = format!("http://{address}/v1/chat/completions");
+async fn call_h2(address: SocketAddr, path: &str, body: &Value, cut: &str) -> Got {
+    let url = format!("http://{address}{path}");
     let mut response = h2c().post(url).bearer_auth(KEY).header(CUT, cut).json(body).send().await.unwrap();
     let status = response.status().as_u16();
     let endpoint = response.headers().get("x-api-together-endpoint").map(|value| value.to_str().unwrap().to_owned());
@@ -137,36 +138,82 @@ async fn call_h2(address: SocketAddr, body: &Value, cut: &str) -> Got {
 
 /// A recorded stream: its bytes, and the events that are whole after each of them.
 struct Recorded {
+    path: &'static str,
     bytes: Vec<u8>,
-    /// Where each event ends in the bytes, and its text.
+    /// From where in the bytes on each event is whole, and its text.
     events: Vec<(usize, String)>,
     /// The first event that says something.
     first_word: usize,
+    framing: Framing,
+}
+
+/// How a stream's end is told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Framing {
+    Chunks,
+    Connection,
 }
 
 impl Recorded {
-    fn stream() -> Self {
-        let role = "data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n";
-        let finish = "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n";
-        let events = [": hello\n\n", role, &event("one"), &event("two"), &event("three"), finish, "data: [DONE]\n\n"];
-        let mut bytes = STREAM_HEAD.as_bytes().to_vec();
+    fn of(path: &'static str, framing: Framing, first_word: usize, events: &[String]) -> Self {
+        let head = match framing {
+            Framing::Chunks => STREAM_HEAD,
+            Framing::Connection => "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n",
+        };
+        let mut bytes = head.as_bytes().to_vec();
         let mut places = Vec::new();
         for event in events {
-            bytes.extend_from_slice(chunked(event).as_bytes());
+            let framed = if framing == Framing::Chunks { chunked(event) } else { event.clone() };
+            bytes.extend_from_slice(framed.as_bytes());
             // The line's end after a chunk is not the event's.
-            places.push((bytes.len() - 2, event.to_owned()));
+            let end = bytes.len() - if framing == Framing::Chunks { 2 } else { 0 };
+            // A chat is whole with the line that says so.
+            places.push((if event.contains("[DONE]") { end - 1 } else { end }, event.clone()));
         }
-        bytes.extend_from_slice(b"0\r\n\r\n");
-        Self { bytes, events: places, first_word: 2 }
+        if framing == Framing::Chunks {
+            bytes.extend_from_slice(b"0\r\n\r\n");
+        }
+        Self { path, bytes, events: places, first_word, framing }
     }
 
-    /// The whole events of its first bytes.
-    fn events_until(&self, at: usize) -> Vec<&str> {
-        self.events.iter().filter(|(end, _)| *end <= at).map(|(_, text)| text.as_str()).collect()
+    fn chat(framing: Framing) -> Self {
+        let role =
+            "data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n".to_owned();
+        let events =
+            [": hello\n\n".to_owned(), role, event("one"), event("two"), event("three"), "data: [DONE]\n\n".to_owned()];
+        Self::of(CHAT, framing, 2, &events)
     }
 
-    fn check(&self, what: &str, at: usize, got: &Got, good: &str) {
-        let whole = self.events_until(at);
+    fn responses(framing: Framing) -> Self {
+        let event = |kind: &str, more: &str| format!("event: {kind}\ndata: {{\"type\":\"{kind}\"{more}}}\n\n");
+        let delta = |text: &str| event("response.output_text.delta", &format!(",\"delta\":\"{text}\""));
+        let events = [event("response.created", ""), delta("one"), delta("two"), event("response.completed", "")];
+        Self::of("/v1/responses", framing, 1, &events)
+    }
+
+    fn messages(framing: Framing) -> Self {
+        let event = |kind: &str, more: &str| format!("event: {kind}\ndata: {{\"type\":\"{kind}\"{more}}}\n\n");
+        let delta = |text: &str| event("content_block_delta", &format!(",\"delta\":{{\"text\":\"{text}\"}}"));
+        let events = [event("message_start", ""), delta("one"), delta("two"), event("message_stop", "")];
+        Self::of("/v1/messages", framing, 1, &events)
+    }
+
+    /// The whole events of its first bytes. Where the connection's end is the stream's, the last one needs no line's end.
+    fn events_until(&self, at: usize, how: &str) -> Vec<&str> {
+        let needs_none = |text: &str| {
+            let is_last = self.events.last().is_some_and(|(_, last)| last == text);
+            if is_last && self.framing == Framing::Connection && how == "close" {
+                text.len() - text.trim_end().len() - usize::from(text.contains("[DONE]"))
+            } else {
+                0
+            }
+        };
+        let is_whole = |(end, text): &&(usize, String)| end - needs_none(text) <= at;
+        self.events.iter().filter(is_whole).map(|(_, text)| text.as_str()).collect()
+    }
+
+    fn check(&self, what: &str, (at, how): (usize, &str), got: &Got, good: &str) {
+        let whole = self.events_until(at, how);
         if whole.len() <= self.first_word {
             assert_eq!((got.status, got.endpoint.as_deref()), (200, Some("b")), "{what}: {got:?}");
             assert!(got.is_clean && got.text == good, "{what}: {got:?}");
@@ -177,12 +224,15 @@ impl Recorded {
     }
 
     fn check_committed(&self, what: &str, whole: &[&str], got: &Got) {
+        let seen = whole.concat();
         if whole.len() == self.events.len() {
-            assert!(got.is_clean && got.text == whole.concat(), "{what}: {got:?}");
+            // The empty line after `[DONE]` may be missing.
+            assert!(got.is_clean && got.text.trim_end() == seen.trim_end(), "{what}: {got:?}");
             return;
         }
         assert!(!got.is_clean, "{what}: a cut stream looks whole: {got:?}");
-        let error = got.text.strip_prefix(&whole.concat()).unwrap_or_else(|| panic!("{what}: {got:?}"));
+        let error = got.text.strip_prefix(&seen).unwrap_or_else(|| panic!("{what}: {got:?}"));
+        let error = error.strip_prefix("event: error\n").unwrap_or(error);
         let error = error.strip_prefix("data: ").and_then(|rest| rest.strip_suffix("\n\n"));
         let error: Value = serde_json::from_str(error.unwrap_or_else(|| panic!("{what}: {got:?}"))).unwrap();
         assert_eq!(error["error"]["code"], "stream_broken", "{what}: {got:?}");
@@ -224,32 +274,52 @@ fn all_cuts(length: usize, hows: &'static [&'static str]) -> Vec<(usize, &'stati
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_is_cut_at_any_byte_fails_over_unseen_or_is_told() {
+async fn a_chat_that_is_cut_at_any_byte_fails_over_unseen_or_is_told() {
+    within(fails_over(Recorded::chat(Framing::Chunks), &HOWS, false)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_does_one_over_http2_and_one_without_a_framing_of_its_own() {
     within(async {
-        let recorded = Arc::new(Recorded::stream());
-        let good = format!("{}{}data: [DONE]\n\n", event("from the other"), event("endpoint"));
-        let body = Some(good.clone());
-        let content_type = Some("text/event-stream".into());
-        let spare = behaving(Behaviour { body, content_type, ..Behaviour::default() }).await;
-        let cutter = Cutter::of(&recorded.bytes).await;
-        let apis = [settings(&cutter), endpoint_with("b", &spare.base_url(), json!({ "priority": 1 }))];
-        let proxy = Proxy::start(patient(), &apis).await;
-        let body = chat_stream("m");
-        let address = proxy.address;
-        for over_h2 in [false, true] {
-            let hows: &[&str] = if over_h2 { &["close"] } else { &HOWS };
-            every_cut(all_cuts(recorded.bytes.len(), hows), |at, how| {
-                let (recorded, body, good) = (Arc::clone(&recorded), body.clone(), good.clone());
-                async move {
-                    let cut = format!("{at} {how}");
-                    let got =
-                        if over_h2 { call_h2(address, &body, &cut).await } else { call(address, &body, &cut).await };
-                    let before = String::from_utf8_lossy(&recorded.bytes[..at]).into_owned();
-                    let what = format!("{how} after {at} bytes (…{:?}), HTTP/2 {over_h2}", tail(&before));
-                    recorded.check(&what, at, &got, &good);
-                }
-            })
-            .await;
+        fails_over(Recorded::chat(Framing::Chunks), &["close"], true).await;
+        fails_over(Recorded::chat(Framing::Connection), &HOWS, false).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_do_responses_and_messages() {
+    within(async {
+        for framing in [Framing::Chunks, Framing::Connection] {
+            fails_over(Recorded::responses(framing), &["close", "reset"], false).await;
+            fails_over(Recorded::messages(framing), &["close", "reset"], false).await;
+        }
+    })
+    .await;
+}
+
+async fn fails_over(recorded: Recorded, hows: &'static [&'static str], over_h2: bool) {
+    let recorded = Arc::new(recorded);
+    let good = format!("{}{}data: [DONE]\n\n", event("from the other"), event("endpoint"));
+    let body = Some(good.clone());
+    let content_type = Some("text/event-stream".into());
+    let spare = behaving(Behaviour { body, content_type, ..Behaviour::default() }).await;
+    let cutter = Cutter::of(&recorded.bytes).await;
+    let apis = [settings(&cutter), endpoint_with("b", &spare.base_url(), json!({ "priority": 1 }))];
+    let proxy = Proxy::start(patient(), &apis).await;
+    let (address, body) = (proxy.address, chat_stream("m"));
+    every_cut(all_cuts(recorded.bytes.len(), hows), |at, how| {
+        let (recorded, body, good) = (Arc::clone(&recorded), body.clone(), good.clone());
+        async move {
+            let (cut, path) = (format!("{at} {how}"), recorded.path);
+            let got = if over_h2 {
+                call_h2(address, path, &body, &cut).await
+            } else {
+                call(address, path, &body, &cut).await
+            };
+            let before = String::from_utf8_lossy(&recorded.bytes[..at]).into_owned();
+            let what = format!("{path}, {how} after {at} bytes (…{:?}), HTTP/2 {over_h2}", tail(&before));
+            recorded.check(&what, (at, how), &got, &good);
         }
     })
     .await;
@@ -262,15 +332,15 @@ fn tail(text: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn if_nobody_can_take_over_no_cut_stream_looks_whole() {
     within(async {
-        let recorded = Arc::new(Recorded::stream());
+        let recorded = Arc::new(Recorded::chat(Framing::Chunks));
         let cutter = Cutter::of(&recorded.bytes).await;
         let proxy = Proxy::start(patient(), &[settings(&cutter)]).await;
         let (address, body) = (proxy.address, chat_stream("m"));
         every_cut(all_cuts(recorded.bytes.len(), &HOWS), |at, how| {
             let (recorded, body) = (Arc::clone(&recorded), body.clone());
             async move {
-                let got = call(address, &body, &format!("{at} {how}")).await;
-                let (what, whole) = (format!("{how} after {at} bytes"), recorded.events_until(at));
+                let got = call(address, CHAT, &body, &format!("{at} {how}")).await;
+                let (what, whole) = (format!("{how} after {at} bytes"), recorded.events_until(at, how));
                 if got.status == 200 {
                     recorded.check_committed(&what, &whole, &got);
                 } else {
@@ -305,7 +375,7 @@ async fn json_that_is_cut_at_any_byte_fails_over_unseen() {
             every_cut(all_cuts(recorded.len(), &HOWS), |at, how| {
                 let is_whole = at == recorded.len();
                 async move {
-                    let got = call(address, &chat("m"), &format!("{at} {how}")).await;
+                    let got = call(address, CHAT, &chat("m"), &format!("{at} {how}")).await;
                     let expected = if is_whole { "a" } else { "b" };
                     assert_eq!((got.status, got.endpoint.as_deref()), (200, Some(expected)), "{how} {at}: {got:?}");
                     assert!(serde_json::from_str::<Value>(&got.text).is_ok(), "{how} {at}: {got:?}");

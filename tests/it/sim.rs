@@ -394,9 +394,11 @@ impl World {
         self.shared.borrow().seen
     }
 
+    /// Those that an attempt counts in at this moment, in all zones: near their turn both.
     fn days(&self) -> Vec<Date> {
         let wall = self.clocks.read().wall;
-        ZONES.iter().map(|zone| with_calendar(zone, |calendar| calendar.date(wall))).collect()
+        let days = |zone: &&str| with_calendar(zone, |calendar| calendar.days(wall)).each().collect::<Vec<_>>();
+        ZONES.iter().flat_map(days).collect()
     }
 
     /// The desks serve whoever asks, and the requests go on.

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    KEY, Proxy, behaving, chat, chat_stream, client, endpoint_with, h2c, in_order, merged, simulator, within,
+    KEY, Proxy, behaving, chat, chat_stream, client, endpoint_with, h2c, in_order, key_of, merged, simulator, within,
 };
 use crate::wire::{ByHand, STREAM_HEAD, Wire, chunked, event, post_chat, request};
 
@@ -26,6 +26,9 @@ struct Golden {
     tokens: Option<[u64; 6]>,
     #[serde(default)]
     estimated: bool,
+    /// Whether it tells without being asked, and is not asked again once that is known.
+    #[serde(default)]
+    tells_unasked: bool,
 }
 
 impl Golden {
@@ -134,7 +137,7 @@ async fn check(golden: &Golden, simulator: &Simulator, proxy: &Proxy) {
         let unasked = format!(r#"{{ "model":"{}", {stream}"x":1.0}}"#, golden.name);
         let reply = proxy.post_text(&golden.path, unasked.clone()).await;
         assert_eq!(reply.text(), golden.seen(), "{about}, in pieces of {drip:?}");
-        let expected = if golden.is_asked() {
+        let expected = if golden.is_asked() && !(golden.tells_unasked && calls > 0) {
             unasked.replace(r#""stream": true"#, r#""stream": true,"stream_options":{"include_usage":true}"#)
         } else {
             unasked.clone()
@@ -145,6 +148,10 @@ async fn check(golden: &Golden, simulator: &Simulator, proxy: &Proxy) {
         assert_eq!(reply.text(), golden.answer(), "{about}, in pieces of {drip:?}, asked for");
         assert_eq!(last_body(simulator), asked, "{about}");
         calls += 2;
+        if golden.tells_unasked {
+            stats_of(proxy, &golden.name, calls, 0).await;
+            assert_eq!(proxy.status_of(&golden.name).await["streamUsage"], "told");
+        }
     }
     let (exact, estimated) = (u64::from(golden.tokens.is_some()), u64::from(golden.estimated));
     if exact + estimated == 0 {
@@ -369,12 +376,12 @@ async fn what_was_seen_is_estimated_when_an_answer_breaks_off() {
             let mut wire = proxy.wire().await;
             wire.send(post_chat(&chat_stream("gpt-4o"))).await;
             let (mut endpoint, ..) = by_hand.call().await;
-            endpoint.send(format!("{STREAM_HEAD}{}{}", chunked(&event("hello")), chunked(&event(" world")))).await;
+            endpoint.send(format!("{STREAM_HEAD}{}", chunked(&event("hello")))).await;
             wire.head().await.unwrap();
-            let mut text = String::new();
-            while !text.contains("world") {
-                text += std::str::from_utf8(&wire.chunk().await.unwrap()).unwrap();
-            }
+            // One after the other, as they come from a model.
+            assert_eq!(wire.chunk().await.unwrap(), event("hello"));
+            endpoint.send(chunked(&event(" world"))).await;
+            assert_eq!(wire.chunk().await.unwrap(), event(" world"));
             if client_leaves {
                 drop(wire);
             } else {
@@ -390,6 +397,7 @@ async fn what_was_seen_is_estimated_when_an_answer_breaks_off() {
         let summary = &proxy.get("/v1/token/stats").await.json()["summary"];
         assert_eq!((&summary["totalTokens"], &summary["estimated"]["totalTokens"]), (&json!(0), &json!(24)));
         assert_eq!(proxy.status_of("a").await["usage"]["tpm"], 24, "a limit on tokens goes by them");
+        assert_eq!(proxy.get("/v1/status").await.json()["estimates"], json!({ "waiting": 0, "dropped": 0 }));
     })
     .await;
 }
@@ -464,9 +472,12 @@ async fn a_stream_that_only_its_connection_ends_is_whole_if_it_says_so() {
                 assert!(!chunk.is_empty(), "{end}: it ends cleanly: {text}");
                 text += std::str::from_utf8(&chunk).unwrap();
             }
-            let events: Vec<_> = text.split_terminator("\n\n").collect();
+            let events: Vec<Value> = text
+                .split_terminator("\n\n")
+                .map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap())
+                .collect();
             assert_eq!(events.len(), 2, "{end}: {text}");
-            assert!(events[1].contains("stream_broken"), "{end}: {text}");
+            assert_eq!(events[1]["error"]["code"], "stream_broken", "{end}: {text}");
         }
     })
     .await;
@@ -566,6 +577,122 @@ async fn a_json_answer_that_only_its_connection_ends_is_tried_elsewhere_if_it_is
         };
         let (reply, ()) = tokio::join!(proxy.chat("m"), cut);
         reply.assert_from("b", 2);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn json_that_only_its_connection_ends_does_not_look_whole_if_it_is_cut() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str()])).await;
+        let body = r#"{"choices":[{"message":{"content":"one"}}]}"#;
+        for (sent, is_whole) in [(body, true), (&body[..body.len() - 1], false)] {
+            let mut wire = proxy.wire().await;
+            wire.send(post_chat(&chat("m"))).await;
+            let (mut endpoint, ..) = by_hand.call().await;
+            endpoint
+                .send(format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n{sent}"))
+                .await;
+            drop(endpoint);
+            wire.head().await.unwrap();
+            let mut text = String::new();
+            let ends = loop {
+                match wire.chunk().await {
+                    Some(chunk) if chunk.is_empty() => break true,
+                    Some(chunk) => text += std::str::from_utf8(&chunk).unwrap(),
+                    None => break false,
+                }
+            };
+            assert_eq!((text.as_str(), ends), (sent, is_whole));
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_told_before_a_word_was_said_counts() {
+    within(async {
+        let start = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":25,\
+                     \"output_tokens\":1}}}\n\n";
+        let (by_hand, good) = (ByHand::bind().await, simulator().await);
+        let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str(), good.base_url().as_str()])).await;
+        let body = json!({ "model": "m", "stream": true, "messages": [] }).to_string();
+        for (number, client_leaves) in [(1, true), (2, false)] {
+            let mut wire = proxy.wire().await;
+            wire.send(request("POST", "/v1/messages", &["content-type: application/json"], &body)).await;
+            let (mut endpoint, ..) = by_hand.call().await;
+            endpoint.send(format!("{STREAM_HEAD}{}", chunked(start))).await;
+            // It is held, since nothing was said yet.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if client_leaves {
+                drop(wire);
+            } else {
+                drop(endpoint);
+                wire.head().await.unwrap();
+            }
+            let stats = stats_of(&proxy, "a", 0, number).await;
+            assert_eq!(estimate(&stats), [25 * number, 0], "{stats}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compressed_error_is_shown_in_plain_text_and_without_the_key() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        for ids in [1, 2] {
+            // The last error, kept or passed on.
+            let urls = [by_hand.base_url(), by_hand.base_url()];
+            let proxy = Proxy::start(json!({}), &in_order(urls[..ids].iter().map(String::as_str))).await;
+            let answer = async {
+                for id in ["a", "b"].iter().take(ids) {
+                    let (mut wire, ..) = by_hand.call().await;
+                    let text = format!(r#"{{"error":{{"message":"bad key {}"}}}}"#, key_of(id));
+                    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                    gzip.write_all(text.as_bytes()).unwrap();
+                    let gzip = gzip.finish().unwrap();
+                    let head = format!(
+                        "HTTP/1.1 401 No\r\ncontent-type: application/json\r\ncontent-encoding: gzip\r\ncontent-length: \
+                         {}\r\n\r\n",
+                        gzip.len()
+                    );
+                    wire.send(head).await;
+                    wire.send(gzip).await;
+                }
+            };
+            let (reply, ()) = tokio::join!(proxy.chat("m"), answer);
+            assert_eq!((reply.status, reply.header("content-encoding")), (401, None), "{reply:?}");
+            let stars = "*".repeat(key_of("a").len());
+            assert_eq!(reply.text(), format!(r#"{{"error":{{"message":"bad key {stars}"}}}}"#));
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_booked_for_an_answer_that_is_none() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        let raw = |body: &str| Behaviour {
+            body: Some(body.into()),
+            content_type: Some("application/json".into()),
+            ..Behaviour::default()
+        };
+        let error = r#"{"error":{"message":"no","type":"x"}}"#;
+        let moved = Behaviour { status: 307, ..raw("") }.header("location", "http://127.0.0.1:9/");
+        let script = vec![raw("{}"), raw(error), moved, Behaviour { first_event_error: true, ..Behaviour::default() }];
+        let count = script.len();
+        simulator.script("m", script);
+        for _ in 0..count {
+            proxy.open_stream("m").await.text().await.unwrap();
+        }
+        simulator.script("m", vec![Behaviour { usage: Some(false), ..Behaviour::default() }]);
+        proxy.chat("m").await;
+        // The last one's comes last.
+        stats_of(&proxy, "a", 0, 1).await;
     })
     .await;
 }
