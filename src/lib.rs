@@ -14,8 +14,9 @@
 //! | may it be asked | [`admission`], [`limit`], [`ledger`] | one → one with a permit, or another |
 //! | where it is | [`upstream`] | endpoint → peer |
 //! | what it is sent | [`rewrite`] | the client's bytes → the endpoint's |
-//! | what comes back | [`replay`], [`respond`], [`sse`], [`blot`], [`rates`] | answer → hold, commit or drop |
-//! | what it cost | [`usage`] | answer → tokens |
+//! | what comes back | [`replay`], [`respond`], [`blot`], [`rates`] | answer → hold, commit or drop |
+//! | what of a stream goes on | [`relay`], [`sse`], [`json_scan`] | pieces → whole events |
+//! | what it cost | [`usage`], [`decode`], [`billing`], [`estimate`] | answer → tokens |
 //! | what follows a failure | [`retry`] | outcome → next attempt or not |
 //! | what is told | [`error`], [`record`] | fault → error object; request → log line |
 //!
@@ -37,6 +38,7 @@ pub mod demo;
 pub mod error;
 pub mod estimate;
 pub mod health;
+pub mod json_scan;
 pub mod ledger;
 pub mod limit;
 pub mod log_output;

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::blot::{Blotter, Secrets};
+use crate::json_scan;
 use crate::sse::{self, Splitter, Step};
 use crate::usage::{Meter, mentions_usage};
 
@@ -166,6 +167,9 @@ fn without_usage(block: &[u8], data: &[u8]) -> Fate {
     fn even_null<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
         <&RawValue>::deserialize(deserializer).map(Some)
     }
+    if let Some(place) = null_near_the_end(data).and_then(|place| offset(block, data).map(|at| at + place)) {
+        return cut(block, place);
+    }
     let Ok(Chunk { choices, error, usage: Some(usage) }) = serde_json::from_slice(data) else { return Fate::Pass };
     if usage.get() != "null" {
         let is_empty = |choices: &RawValue| {
@@ -174,12 +178,26 @@ fn without_usage(block: &[u8], data: &[u8]) -> Fate {
         };
         return if error.is_none() && choices.is_none_or(is_empty) { Fate::Drop } else { Fate::Pass };
     }
-    // Data of several lines is a copy, whose places are not those of the block.
-    let start = (usage.get().as_ptr() as usize).checked_sub(block.as_ptr() as usize);
-    match start.and_then(|start| member(block, start, start + usage.get().len())) {
-        Some(range) => Fate::Cut(range),
-        None => Fate::Pass,
-    }
+    offset(block, usage.get().as_bytes()).map_or(Fate::Pass, |start| cut(block, start))
+}
+
+/// Where bytes that borrow from the block stand in it. Data of several lines is a copy, which stands nowhere.
+fn offset(block: &[u8], part: &[u8]) -> Option<usize> {
+    let start = (part.as_ptr() as usize).checked_sub(block.as_ptr() as usize)?;
+    (start + part.len() <= block.len()).then_some(start)
+}
+
+/// The place of a null usage that nothing but plain members follow. Nearly all are so, and need no parser.
+fn null_near_the_end(data: &[u8]) -> Option<usize> {
+    let after_key = memchr::memmem::rfind(data, b"\"usage\"")? + b"\"usage\"".len();
+    let value = data.get(after_key..)?.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start();
+    let after = value.strip_prefix(b"null")?;
+    (data.trim_ascii_start().starts_with(b"{") && json_scan::ends_outermost(after)).then_some(data.len() - value.len())
+}
+
+/// Takes out the null that begins there.
+fn cut(block: &[u8], start: usize) -> Fate {
+    member(block, start, start + b"null".len()).map_or(Fate::Pass, Fate::Cut)
 }
 
 /// The member of an object whose value stands there, with the comma that parts it from its neighbour.

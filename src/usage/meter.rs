@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Finder, Usage};
+use crate::json_scan::{has_member, strings};
 use crate::request::Call;
 
 /// So much of a stream's text is kept, in case that its tokens have to be estimated; the rest is taken to be like it.
@@ -32,14 +33,6 @@ pub fn mentions_usage(data: &[u8]) -> bool {
 /// Whether it may say what the answer cost: many endpoints have a null in every chunk but one.
 fn says_usage(data: &[u8]) -> bool {
     has_member(data, &USAGE, b"{") || TIMINGS.find(data).is_some()
-}
-
-/// Whether there is a key, at any depth, whose value begins so.
-fn has_member(data: &[u8], key: &Needle<'_>, value: &[u8]) -> bool {
-    key.find_iter(data).any(|at| {
-        let after = data.get(at + key.needle().len()..).unwrap_or_default().trim_ascii_start();
-        after.strip_prefix(b":").is_some_and(|rest| rest.trim_ascii_start().starts_with(value))
-    })
 }
 
 /// What is measured of one answer. Bounded, and can neither change nor fail it.
@@ -350,37 +343,6 @@ pub fn answer_texts<'a>(call: Call, json: &'a [u8], mut each: impl FnMut(&'a [u8
     }
 }
 
-/// The members of JSON, at any depth, whose values are strings, without their quotation marks.
-fn strings(json: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
-    let mut rest = json;
-    std::iter::from_fn(move || {
-        loop {
-            let (key, after) = string(rest)?;
-            rest = after;
-            let Some(value) = after.trim_ascii_start().strip_prefix(b":") else { continue };
-            let value = value.trim_ascii_start();
-            if value.first() == Some(&b'"') {
-                let (value, after) = string(value)?;
-                rest = after;
-                return Some((key, value));
-            }
-        }
-    })
-}
-
-/// The first string, and what follows it.
-fn string(json: &[u8]) -> Option<(&[u8], &[u8])> {
-    let text = json.get(memchr::memchr(b'"', json)? + 1..)?;
-    let mut at = 0;
-    loop {
-        let found = at + memchr::memchr2(b'"', b'\\', text.get(at..)?)?;
-        if text.get(found) == Some(&b'"') {
-            return Some((text.get(..found)?, text.get(found + 1..)?));
-        }
-        at = found + 2;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -441,7 +403,7 @@ mod tests {
         // A single event may be longer than the sample.
         let mut meter = Meter::new(Call::Completion, true);
         meter.event(format!(r#"{{"choices":[{{"text":"{}"}}]}}"#, "é\\n".repeat(10_000)).as_bytes());
-        meter.part(&[b'x'; 70_000], true);
+        meter.part("x".repeat(70_000).as_bytes(), true);
         let Text::Sample { sample, bytes } = meter.take_text() else { panic!("it has text") };
         assert_eq!(bytes, 110_000);
         let text = String::from_utf8(sample).unwrap();

@@ -1,0 +1,98 @@
+//! Looks into JSON without parsing it, where a stream's every event is looked at. It takes JSON for what it says it is: of what is
+//! none it may find anything, but never panics.
+
+use memchr::memmem::Finder;
+
+/// Whether there is a key (with its quotation marks), at any depth, whose value begins so.
+pub fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {
+    key.find_iter(data).any(|at| {
+        let after = data.get(at + key.needle().len()..).unwrap_or_default().trim_ascii_start();
+        after.strip_prefix(b":").is_some_and(|rest| rest.trim_ascii_start().starts_with(value))
+    })
+}
+
+/// The members of JSON, at any depth, whose values are strings, without their quotation marks.
+pub fn strings(json: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    let mut rest = json;
+    std::iter::from_fn(move || {
+        loop {
+            let (key, after) = string(rest)?;
+            rest = after;
+            let Some(value) = after.trim_ascii_start().strip_prefix(b":") else { continue };
+            if let Some((value, after)) = text(value.trim_ascii_start()) {
+                rest = after;
+                return Some((key, value));
+            }
+        }
+    })
+}
+
+/// The string that these bytes begin with, and what follows it.
+fn text(json: &[u8]) -> Option<(&[u8], &[u8])> {
+    if json.first() == Some(&b'"') { string(json) } else { None }
+}
+
+/// The first string, and what follows it.
+fn string(json: &[u8]) -> Option<(&[u8], &[u8])> {
+    let text = json.get(memchr::memchr(b'"', json)? + 1..)?;
+    let mut at = 0;
+    loop {
+        let found = at + memchr::memchr2(b'"', b'\\', text.get(at..)?)?;
+        if text.get(found) == Some(&b'"') {
+            return Some((text.get(..found)?, text.get(found + 1..)?));
+        }
+        at = found + 2;
+    }
+}
+
+/// Whether these bytes, which follow a value, end the JSON that it is a member of: nothing but members with texts for values come
+/// before the last bracket. The value is then one of the outermost object, whose bracket that is.
+pub fn ends_outermost(after: &[u8]) -> bool {
+    let mut rest = after.trim_ascii();
+    while rest != b"}" {
+        let member = || {
+            let (_, after) = text(rest.strip_prefix(b",")?.trim_ascii_start())?;
+            let (_, after) = text(after.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start())?;
+            Some(after.trim_ascii_start())
+        };
+        match member() {
+            Some(after) => rest = after,
+            None => return false,
+        }
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn members_with_texts_are_found_at_any_depth() {
+        let json = br#"{"a":"b","c":[{"d" : "e\"f"},"g"],"h":7,"i":{"j":""}}"#;
+        let found: Vec<_> = strings(json).collect();
+        assert_eq!(found, [(&b"a"[..], &b"b"[..]), (b"d", br#"e\"f"#), (b"j", b"")]);
+        assert!(has_member(json, &Finder::new(b"\"h\""), b"7"));
+        assert!(!has_member(json, &Finder::new(b"\"h\""), b"8"));
+    }
+
+    #[test]
+    fn the_end_of_the_outermost_object_is_told() {
+        for after in ["}", " } ", r#","a":"b"}"#, r#" , "a" : "b\"}" , "c":""}"#] {
+            assert!(ends_outermost(after.as_bytes()), "{after}");
+        }
+        for after in ["", "}}", "]}", r#","a":1}"#, r#","a":"b""#, r#","a":{}}"#, r#","a":"b"}]}"#, r#"},"a":"b"}"#] {
+            assert!(!ends_outermost(after.as_bytes()), "{after}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_makes_it_panic(bytes in prop::collection::vec(prop::sample::select(b"{}[]:,\"\\ua ".to_vec()), 0..60)) {
+            strings(&bytes).for_each(drop);
+            ends_outermost(&bytes);
+            has_member(&bytes, &Finder::new(b"\"a\""), b"\"");
+        }
+    }
+}
