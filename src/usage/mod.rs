@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::ledger::Tokens;
 pub use finder::Finder;
-pub use meter::{Meter, Text, answer_texts, mentions_usage};
+pub use meter::{BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, Text, answer_texts, mentions_usage};
 
 /// No answer costs more; a number beyond it is a fault of the endpoint's, and must not spoil every sum.
 const TOKENS_MAX: u64 = 1 << 32;
