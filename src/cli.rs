@@ -147,7 +147,10 @@ impl Run {
         // systemd names the folder it made for the service.
         let runtime_folder = std::env::var_os("RUNTIME_DIRECTORY")
             .map_or_else(|| self.config.parent().unwrap_or(Path::new("")).join(RUNTIME_FOLDER), PathBuf::from);
+        // The process may go into the background, where the working directory is another.
+        let config_file = std::path::absolute(&self.config).unwrap_or_else(|_| self.config.clone());
         RunOptions {
+            config_file: Some(config_file),
             // In the background the working directory is another.
             runtime_folder: std::path::absolute(&runtime_folder).unwrap_or(runtime_folder),
             upgrade: self.upgrade,

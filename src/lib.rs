@@ -18,9 +18,9 @@
 //! | what of a stream goes on | [`relay`], [`sse`], [`json_scan`] | pieces → whole events |
 //! | what it cost | [`usage`], [`decode`], [`billing`], [`estimate`] | answer → tokens |
 //! | what follows a failure | [`retry`] | outcome → next attempt or not |
-//! | what is told | [`error`], [`record`] | fault → error object; request → log line |
+//! | what is told | [`error`], [`record`], [`metrics`] | fault → error object; request → log line, metrics |
 //!
-//! Beside the way: [`config`] (file → what is meant), [`secret`], [`pool`] (the endpoints of one config, and the live state
+//! Beside the way: [`config`] (file → what is meant), [`reload`], [`certificate`], [`secret`], [`pool`] (the endpoints of one config, and the live state
 //! behind them), [`context`] (one request's state), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
 
 pub mod admin;
@@ -30,6 +30,7 @@ pub mod balance;
 pub mod banner;
 pub mod billing;
 pub mod blot;
+pub mod certificate;
 pub mod cli;
 pub mod config;
 pub mod context;
@@ -42,11 +43,13 @@ pub mod json_scan;
 pub mod ledger;
 pub mod limit;
 pub mod log_output;
+pub mod metrics;
 pub mod pool;
 pub mod proxy;
 pub mod rates;
 pub mod record;
 pub mod relay;
+pub mod reload;
 pub mod replay;
 pub mod request;
 pub mod respond;

@@ -24,6 +24,10 @@ pub struct Pool {
     pub router: Router,
     /// Where permits come from.
     pub ledger: Client,
+    /// The number of the config, counted from the start of the process.
+    pub version: u64,
+    /// When it was loaded.
+    pub loaded_at: SystemTime,
 }
 
 /// One endpoint of a pool.
@@ -45,15 +49,25 @@ impl Pool {
     /// The pool of a config. Endpoints that were known before, by their id, keep their live state.
     pub fn new(config: Config, ledger: Client, before: Option<&Self>) -> std::io::Result<Self> {
         let Config { server, endpoints } = config;
-        let known: HashMap<&str, &Arc<Live>> =
-            before.iter().flat_map(|pool| &pool.endpoints).map(|e| (e.config.id.as_ref(), &e.live)).collect();
+        let known: HashMap<&str, &Arc<Endpoint>> =
+            before.iter().flat_map(|pool| &pool.endpoints).map(|e| (e.config.id.as_ref(), e)).collect();
+        let same_days = before.is_some_and(|pool| pool.server.timezone == server.timezone);
         let router = Router::new(&endpoints);
         let endpoints: Vec<Arc<Endpoint>> = endpoints
             .into_iter()
             .map(|config| {
+                let before = known.get(config.id.as_ref());
+                // Its addresses are known as well. A CA file may have changed, whatever its name.
+                if let Some(before) = before
+                    && before.config == config
+                    && same_days
+                    && config.tls.ca_file.is_none()
+                {
+                    return Ok(Arc::clone(before));
+                }
                 let upstream = Upstream::new(&config)?;
                 let new = || Arc::new(Live::new(ledger.account(&config.id)));
-                let live = known.get(config.id.as_ref()).map_or_else(new, |live| Arc::clone(live));
+                let live = before.map_or_else(new, |before| Arc::clone(&before.live));
                 live.account.look_again();
                 let secrets = secrets_of(&config);
                 let limits = Arc::new(Limits::of(&config, &server.timezone));
@@ -61,7 +75,7 @@ impl Pool {
             })
             .collect::<std::io::Result<_>>()?;
         ledger.set_endpoints(endpoints.iter().map(|endpoint| endpoint.account()).collect());
-        Ok(Self { server, endpoints, router, ledger })
+        Ok(Self { server, endpoints, router, ledger, version: 1, loaded_at: SystemTime::now() })
     }
 
     /// The clocks that limits and health go by, as they are now.

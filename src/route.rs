@@ -112,6 +112,11 @@ impl Router {
         })
     }
 
+    /// The name itself, if it is one that stands in the config.
+    pub fn exact_name(&self, model: &str) -> Option<&str> {
+        self.exact.get_key_value(model).map(|(name, _)| name.as_ref())
+    }
+
     /// The candidates for a request that names no model: every endpoint.
     pub fn any(&self) -> &Arc<Candidates> {
         &self.any

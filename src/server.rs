@@ -17,12 +17,15 @@ use pingora::services::background::{BackgroundService, background_service};
 use pingora_proxy::ProxyServiceBuilder;
 use tokio::sync::broadcast;
 
-use crate::config::{Config, ServerTls};
+use crate::auth::Auth;
+use crate::certificate::Certificate;
+use crate::config::Config;
 use crate::context::OpenRequests;
 use crate::estimate::Estimator;
 use crate::ledger::Keeper;
 use crate::pool::Pool;
 use crate::proxy::Gateway;
+use crate::reload::{ConfigState, Reloader};
 use crate::upstream::RESOLVE_INTERVAL;
 
 /// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than
@@ -50,6 +53,8 @@ pub struct RunOptions {
     pub test: bool,
     /// Pingora's own server conf file, if there is one.
     pub server_conf: Option<PathBuf>,
+    /// The config file, if it is to be read again when it changes.
+    pub config_file: Option<PathBuf>,
     /// Where the upgrade socket and the pid file go unless the server conf file says so.
     pub runtime_folder: PathBuf,
 }
@@ -88,7 +93,9 @@ impl Prepared {
     /// Sets everything up. Nothing serves yet, but whatever can be wrong has been found.
     pub fn new(config: Config, options: &RunOptions) -> Result<Self, StartError> {
         let conf = server_conf(&config, options)?;
-        let tls = config.server.tls.as_ref().map(tls_settings).transpose()?;
+        let certificate = config.server.tls.as_ref().map(Certificate::new).transpose().map_err(StartError)?;
+        let tls = certificate.clone().map(tls_settings).transpose()?;
+        let started = config.server.clone();
         let wanted = SocketAddr::new(config.server.host, config.server.port);
         let (address, reserved) = if options.upgrade || options.test { (wanted, None) } else { free_address(wanted)? };
         let ledger = Arc::new(Keeper::new(&config.server));
@@ -103,8 +110,16 @@ impl Prepared {
         let open = OpenRequests::default();
         let draining = Draining::default();
         let estimator = Estimator::default();
-        let gateway =
-            Gateway::new(Arc::clone(&pool), open.clone(), draining.clone(), ledger.state().clone(), estimator.clone());
+        let state = ConfigState::default();
+        let gateway = Gateway {
+            pool: Arc::clone(&pool),
+            auth: Auth::default(),
+            open: open.clone(),
+            draining: draining.clone(),
+            ledger: ledger.state().clone(),
+            estimator: estimator.clone(),
+            config: state.clone(),
+        };
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
         http.h2c = tls.is_none();
@@ -123,6 +138,10 @@ impl Prepared {
         let drain = Drain { phases, open, draining, counts: counts.clone() };
         server.add_service(background_service("drain", drain));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&pool))));
+        if let Some(path) = options.config_file.clone() {
+            let reloader = Reloader { path, pool: Arc::clone(&pool), started, certificate, state };
+            server.add_service(background_service("reload", reloader));
+        }
         server.add_service(service);
         Ok(Self { server, address, pool, counts, _reserved: reserved })
     }
@@ -222,22 +241,11 @@ fn explain_bind(address: SocketAddr, error: &std::io::Error) -> String {
     format!("cannot listen on {address}: {error}: {way_out}")
 }
 
-/// The listener's certificate and key, tried out, since Pingora panics on a bad one.
-fn tls_settings(tls: &ServerTls) -> Result<TlsSettings, StartError> {
-    use rustls_pki_types::pem::PemObject;
-    let fail = |file: &Path, why: String| StartError(format!("server.tls: {}: {why}", file.display()));
-    pingora::tls::install_default_crypto_provider();
-    let chain = pingora::tls::CertificateDer::pem_file_iter(&tls.cert_file)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| fail(&tls.cert_file, error.to_string()))?;
-    let key = pingora::tls::PrivateKeyDer::from_pem_file(&tls.key_file)
-        .map_err(|error| fail(&tls.key_file, error.to_string()))?;
-    pingora::tls::ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key).map_err(|error| {
-        fail(&tls.cert_file, format!("{error} (does the key in {} belong to it?)", tls.key_file.display()))
-    })?;
-    let path = |file: &Path| file.to_string_lossy().into_owned();
-    let mut settings = TlsSettings::intermediate(&path(&tls.cert_file), &path(&tls.key_file))
-        .map_err(|error| fail(&tls.cert_file, error.to_string()))?;
+fn tls_settings(certificate: Certificate) -> Result<TlsSettings, StartError> {
+    let fail = |error: Box<pingora::Error>| StartError(format!("server.tls: {error}"));
+    // With a resolver no paths are looked at.
+    let mut settings = TlsSettings::intermediate("", "").map_err(fail)?;
+    settings.set_cert_resolver(Arc::new(certificate));
     settings.enable_h2();
     Ok(settings)
 }

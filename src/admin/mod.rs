@@ -1,5 +1,6 @@
 //! Our own answers: health, status, models, and every fault. Each is built here as a value; the proxy sends it.
 
+mod health;
 mod models;
 mod status;
 mod tokens;
@@ -14,6 +15,8 @@ use crate::error::Fault;
 use crate::estimate::Estimator;
 use crate::ledger;
 use crate::pool::Pool;
+use crate::reload::ConfigState;
+use crate::server::Draining;
 
 /// A client that is told to wait longer is told not to wait: OpenAI's Node SDK would sleep for as long as it is told, be it
 /// until tomorrow.
@@ -37,10 +40,14 @@ pub struct Sources<'a> {
     pub pool: &'a Pool,
     /// The requests that are open.
     pub open: &'a OpenRequests,
+    /// Whether the process is on its way out.
+    pub draining: &'a Draining,
     /// How the ledger is doing.
     pub ledger: &'a ledger::State,
     /// Estimates the tokens that no endpoint tells.
     pub estimator: &'a Estimator,
+    /// How the configuration came to be what it is.
+    pub config: &'a ConfigState,
 }
 
 /// One of our own resources.
@@ -48,6 +55,8 @@ pub struct Sources<'a> {
 pub enum Resource<'a> {
     /// `GET /health`.
     Health,
+    /// `GET /health/ready`.
+    Ready,
     /// `GET /v1/status`.
     Status,
     /// `GET /v1/models`.
@@ -66,6 +75,7 @@ impl<'a> Resource<'a> {
         let reads = matches!(*method, Method::GET | Method::HEAD);
         match path.strip_suffix('/').unwrap_or(path) {
             "/health" => Some(Self::Health),
+            "/health/ready" => Some(Self::Ready),
             "/v1/status" => Some(Self::Status),
             "/v1/models" => Some(Self::Models),
             "/v1/token/stats" => Some(Self::TokenStats),
@@ -86,6 +96,11 @@ impl<'a> Resource<'a> {
         if known { Ok(()) } else { Err(Fault::MethodNotAllowed { allowed }) }
     }
 
+    /// Whether no key is needed: whoever starts and stops processes has none.
+    pub fn is_open_to_all(&self) -> bool {
+        matches!(self, Self::Health | Self::Ready)
+    }
+
     /// Whether a request for it has a body that says something.
     pub fn takes_body(&self) -> bool {
         *self == Self::TokenReset
@@ -93,17 +108,16 @@ impl<'a> Resource<'a> {
 
     /// The answer to a request for it.
     pub async fn answer(&self, from: Sources<'_>, body: &[u8]) -> Result<Answer, Fault> {
-        Ok(Answer::json(
-            200,
-            match self {
-                Self::Health => status::health(),
-                Self::Status => status::status(from).await,
-                Self::Models => models::list(from.pool),
-                Self::Model(name) => models::one(from.pool, name)?,
-                Self::TokenStats => tokens::stats(from).await?,
-                Self::TokenReset => tokens::reset(from, body).await?,
-            },
-        ))
+        let (status, body) = match self {
+            Self::Health => (200, health::health()),
+            Self::Ready => health::ready(from),
+            Self::Status => (200, status::status(from).await),
+            Self::Models => (200, models::list(from.pool)),
+            Self::Model(name) => (200, models::one(from.pool, name)?),
+            Self::TokenStats => (200, tokens::stats(from).await?),
+            Self::TokenReset => (200, tokens::reset(from, body).await?),
+        };
+        Ok(Answer::json(status, body))
     }
 }
 
@@ -159,6 +173,7 @@ mod tests {
     fn which_paths_are_ours() {
         let of = |path| Resource::of(path, &Method::GET);
         assert_eq!(of("/health"), Some(Resource::Health));
+        assert_eq!(of("/health/ready"), Some(Resource::Ready));
         assert_eq!(of("/v1/models/"), Some(Resource::Models));
         assert_eq!(of("/v1/models/meta/llama"), Some(Resource::Model("meta/llama")));
         assert_eq!(of("/v1/chat/completions"), None);

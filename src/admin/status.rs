@@ -1,4 +1,4 @@
-//! `GET /health` and `GET /v1/status`.
+//! `GET /v1/status`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,15 +13,12 @@ use crate::health::Gate;
 use crate::ledger;
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::pool::{Endpoint, Pool};
+use crate::reload::{ConfigState, FileState};
 
 pub(super) const SERVICE: &str = "api-together";
 
-pub fn health() -> String {
-    json!({ "status": "ok", "timestamp": iso(SystemTime::now()), "service": SERVICE }).to_string()
-}
-
 pub async fn status(from: Sources<'_>) -> String {
-    let Sources { pool, open, ledger, estimator } = from;
+    let Sources { pool, open, draining: _, ledger, estimator, config } = from;
     // Asked of the ledger, since other processes may count for the same endpoints.
     let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
     let views = pool.ledger.look(accounts).await.unwrap_or_default();
@@ -36,11 +33,22 @@ pub async fn status(from: Sources<'_>) -> String {
         "version": env!("CARGO_PKG_VERSION"),
         "openRequests": open.count(),
         "strategy": pool.server.strategy,
+        "config": config_state(config, pool),
         "ledger": ledger_state(ledger, pool),
         "estimates": { "waiting": estimator.waiting(), "dropped": estimator.dropped() },
         "apis": apis,
     })
     .to_string()
+}
+
+fn config_state(config: &ConfigState, pool: &Pool) -> Value {
+    let FileState { error, needs_upgrade, failures: _ } = config.file();
+    json!({
+        "loadedAt": iso(pool.loaded_at),
+        "version": pool.version,
+        "error": error,
+        "needsUpgrade": needs_upgrade,
+    })
 }
 
 fn ledger_state(ledger: &ledger::State, pool: &Pool) -> Value {

@@ -30,11 +30,15 @@ impl Environment {
     pub fn from_process(config_path: &Path) -> Self {
         let process =
             std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        Self::layered(process, &Self::files(config_path))
+    }
+
+    /// The `.env` files that are read for a configuration file, whether they are there or not.
+    pub fn files(config_path: &Path) -> Vec<PathBuf> {
         let here = PathBuf::from(FILE_NAME);
         let beside = config_path.with_file_name(FILE_NAME);
         let one_file = here.canonicalize().ok() == beside.canonicalize().ok();
-        let files = if one_file { vec![here] } else { vec![here, beside] };
-        Self::layered(process, &files)
+        if one_file { vec![here] } else { vec![here, beside] }
     }
 
     /// These variables and no others.

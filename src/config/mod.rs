@@ -11,6 +11,7 @@
 mod base_url;
 mod checked;
 mod cidr;
+mod diff;
 mod endpoint;
 mod environment;
 mod file;
@@ -19,6 +20,7 @@ mod schema;
 mod server;
 mod shape;
 mod status_set;
+mod watch;
 
 #[cfg(test)]
 pub(crate) mod test_support;
@@ -31,12 +33,14 @@ use std::path::Path;
 pub use base_url::{BaseUrl, NoBaseUrl};
 pub use checked::Config;
 pub use cidr::{Cidr, NoCidr};
+pub use diff::{changes, needs_upgrade};
 pub use endpoint::{Endpoint, EndpointTls, Limit, StreamUsage, Timeouts};
 pub use environment::Environment;
 pub use problem::{Kind, Problem, Problems};
 pub use schema::{schema, schema_markdown};
 pub use server::{Breaker, Cors, LedgerOnError, LedgerSync, Queue, Retry, Server, ServerTls, Strategy};
 pub use status_set::StatusSet;
+pub use watch::Watch;
 
 use checked::Check;
 use problem::Report;

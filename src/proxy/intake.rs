@@ -10,7 +10,7 @@ use pingora::{Error, ErrorType};
 use pingora_proxy::Session;
 
 use super::{Gateway, outgoing};
-use crate::admin::{Answer, Resource, Sources};
+use crate::admin::{Answer, Resource};
 use crate::admission::{self, Choice};
 use crate::auth;
 use crate::config::Cors;
@@ -67,14 +67,13 @@ pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &
         return Ok(Next::Answer(Answer::preflight(requested)));
     }
     let resource = Resource::of(uri.path(), &method);
-    if resource != Some(Resource::Health) {
+    if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
         gateway.auth.check(&pool.server, &header.headers, context.arrival.address)?;
     }
     if let Some(resource) = resource {
         resource.check_method(&method)?;
         let body = if resource.takes_body() { read_body(session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
-        let from = Sources { pool: &pool, open: &gateway.open, ledger: &gateway.ledger, estimator: &gateway.estimator };
-        return Ok(Next::Answer(resource.answer(from, &body).await?));
+        return Ok(Next::Answer(resource.answer(gateway.sources(&pool), &body).await?));
     }
     check_target(header)?;
     let ask = ask(session, pool).await?;

@@ -29,7 +29,7 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
-use crate::admin::Answer;
+use crate::admin::{Answer, Sources};
 use crate::admission::Choice;
 use crate::auth::Auth;
 use crate::billing::{self, Measured};
@@ -42,6 +42,7 @@ use crate::health;
 use crate::ledger;
 use crate::pool::Pool;
 use crate::record::Record;
+use crate::reload::ConfigState;
 use crate::replay::{Plan, Wrapped};
 use crate::respond;
 use crate::retry::Outcome;
@@ -52,24 +53,27 @@ use intake::{Next, Stop};
 /// The proxy.
 #[derive(Debug)]
 pub struct Gateway {
-    pool: Arc<ArcSwap<Pool>>,
-    auth: Auth,
-    open: OpenRequests,
-    draining: Draining,
-    ledger: ledger::State,
-    estimator: Estimator,
+    /// The endpoints, whichever are current.
+    pub pool: Arc<ArcSwap<Pool>>,
+    /// Who may call.
+    pub auth: Auth,
+    /// The requests that are open.
+    pub open: OpenRequests,
+    /// Whether the process is on its way out.
+    pub draining: Draining,
+    /// How the ledger is doing.
+    pub ledger: ledger::State,
+    /// Estimates the tokens that no endpoint tells.
+    pub estimator: Estimator,
+    /// How the configuration came to be what it is.
+    pub config: ConfigState,
 }
 
 impl Gateway {
-    /// A proxy over whatever pool is current.
-    pub fn new(
-        pool: Arc<ArcSwap<Pool>>,
-        open: OpenRequests,
-        draining: Draining,
-        ledger: ledger::State,
-        estimator: Estimator,
-    ) -> Self {
-        Self { pool, auth: Auth::default(), open, draining, ledger, estimator }
+    /// What our own answers are made of.
+    fn sources<'a>(&'a self, pool: &'a Pool) -> Sources<'a> {
+        let Self { pool: _, auth: _, open, draining, ledger, estimator, config } = self;
+        Sources { pool, open, draining, ledger, estimator, config }
     }
 }
 

@@ -24,6 +24,7 @@ mod ledger;
 mod legacy;
 mod limits;
 mod own_answers;
+mod reload;
 mod retry;
 mod routing;
 mod sim;

@@ -64,7 +64,7 @@ impl Running {
             let read = lines.read_line(&mut line).unwrap();
             assert!(read > 0, "it does not start: {}", output.lock().unwrap());
             output.lock().unwrap().push_str(&line);
-            if let Some((_, address)) = line.split_once("listening   http://") {
+            if let Some((_, address)) = line.split_once("listening   ").and_then(|(_, url)| url.split_once("://")) {
                 break address.split(' ').next().unwrap().parse().unwrap();
             }
         };

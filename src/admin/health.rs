@@ -1,0 +1,45 @@
+//! `GET /health` and `GET /health/ready`: for whoever starts, stops and balances processes. Neither needs the key.
+
+use std::time::SystemTime;
+
+use serde_json::json;
+
+use super::Sources;
+use super::status::{SERVICE, iso};
+use crate::health::Gate;
+use crate::pool::Endpoint;
+
+/// The process is alive.
+pub fn health() -> String {
+    json!({ "status": "ok", "timestamp": iso(SystemTime::now()), "service": SERVICE }).to_string()
+}
+
+/// Whether requests should be sent here, and if not, why.
+pub fn ready(from: Sources<'_>) -> (u16, String) {
+    let reason =
+        if from.draining.is_on() { Some("it is on its way out and finishes what it has") } else { no_endpoint(from) };
+    let status = if reason.is_none() { "ready" } else { "not_ready" };
+    let body = json!({ "status": status, "reason": reason, "timestamp": iso(SystemTime::now()), "service": SERVICE });
+    (if reason.is_none() { 200 } else { 503 }, body.to_string())
+}
+
+fn no_endpoint(from: Sources<'_>) -> Option<&'static str> {
+    let pool = from.pool;
+    let clock = pool.clock();
+    let usable = || pool.endpoints.iter().filter(|endpoint| endpoint.config.usable());
+    let denies = pool.ledger.is_down();
+    let is_open = |endpoint: &Endpoint| {
+        matches!(endpoint.live.gate(clock.now), Gate::Open | Gate::TrialDue)
+            && !endpoint.seems_full(clock.boot)
+            && !(denies && endpoint.limits.in_ledger())
+    };
+    if usable().any(|endpoint| is_open(endpoint)) {
+        None
+    } else if usable().next().is_none() {
+        Some("no endpoint is enabled")
+    } else if denies {
+        Some("the ledger cannot be written, so endpoints with limits take no requests, and no other one can")
+    } else {
+        Some("every endpoint is at a limit or cooling down")
+    }
+}

@@ -1,0 +1,255 @@
+//! What differs between two configurations, in words. Keys are never among them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Debug;
+
+use super::endpoint::Endpoint;
+use super::server::Server;
+
+/// A change of a thousand endpoints is told by its first lines.
+const LINES_MAX: usize = 50;
+/// A longer list is told by what it has more and less.
+const VALUE_CHARS_MAX: usize = 120;
+
+/// What differs, each as a line of its own; at most fifty and a last one that says how many more there are.
+pub fn changes(before: (&Server, &[&Endpoint]), after: (&Server, &[&Endpoint])) -> Vec<String> {
+    let mut lines = Lines::default();
+    server(&mut lines, before.0, after.0);
+    let known: HashMap<&str, &Endpoint> = before.1.iter().map(|endpoint| (endpoint.id.as_ref(), *endpoint)).collect();
+    let wanted: HashMap<&str, &Endpoint> = after.1.iter().map(|endpoint| (endpoint.id.as_ref(), *endpoint)).collect();
+    for id in before.1.iter().map(|endpoint| &endpoint.id).filter(|id| !wanted.contains_key(id.as_ref())) {
+        lines.add(format!("endpoint {id} removed"));
+    }
+    for after in after.1 {
+        match known.get(after.id.as_ref()) {
+            None => lines.add(format!("endpoint {} added", after.id)),
+            Some(before) => endpoint(&mut lines, before, after),
+        }
+    }
+    lines.finish()
+}
+
+/// What of the server's part cannot be changed while the process serves, and was changed.
+pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
+    let mut lines = Lines::default();
+    let at = |key: &str| format!("server.{key}");
+    lines.compare(&at("host"), &running.host, &wanted.host);
+    lines.compare(&at("port"), &running.port, &wanted.port);
+    lines.compare(&at("threads"), &running.threads, &wanted.threads);
+    lines.compare(&at("ledger"), &running.ledger, &wanted.ledger);
+    lines.compare(&at("ledgerSync"), &running.ledger_sync, &wanted.ledger_sync);
+    lines.compare(&at("ledgerOnError"), &running.ledger_on_error, &wanted.ledger_on_error);
+    match (&running.tls, &wanted.tls) {
+        (None, Some(_)) => lines.add("server.tls switched on".into()),
+        (Some(_), None) => lines.add("server.tls switched off".into()),
+        _ => {}
+    }
+    lines.finish()
+}
+
+fn server(lines: &mut Lines, before: &Server, after: &Server) {
+    let at = |key: &str| format!("server.{key}");
+    if before.api_key != after.api_key {
+        lines.add("server.apiKey changed".into());
+    }
+    if before.tls.is_some() && after.tls.is_some() {
+        lines.compare(&at("tls"), &before.tls, &after.tls);
+    }
+    lines.compare(&at("cors.origins"), &before.cors.origins, &after.cors.origins);
+    lines.compare(&at("bodyBytesMax"), &before.body_bytes_max, &after.body_bytes_max);
+    lines.compare(&at("strategy"), &before.strategy, &after.strategy);
+    lines.compare(&at("retry"), &before.retry, &after.retry);
+    lines.compare(&at("breaker"), &before.breaker, &after.breaker);
+    lines.compare(&at("trustedProxies"), &before.trusted_proxies, &after.trusted_proxies);
+    lines.compare(&at("failedKeysPerMinute"), &before.failed_keys_per_minute, &after.failed_keys_per_minute);
+    lines.compare(&at("endpointHeaders"), &before.endpoint_headers, &after.endpoint_headers);
+    lines.compare(&at("queue"), &before.queue, &after.queue);
+    lines.compare(&at("estimateTokens"), &before.estimate_tokens, &after.estimate_tokens);
+    if before.timezone != after.timezone {
+        lines.add("server.timezone changed".into());
+    }
+}
+
+fn endpoint(lines: &mut Lines, before: &Endpoint, after: &Endpoint) {
+    let at = |key: &str| format!("endpoint {}: {key}", after.id);
+    let limit = |limit: super::Limit| limit.as_number();
+    if before.enabled != after.enabled {
+        lines.add(format!("endpoint {} {}", after.id, if after.enabled { "enabled" } else { "disabled" }));
+    }
+    if before.api_key != after.api_key {
+        lines.add(at("apiKey changed"));
+    }
+    // Their values may be keys as well.
+    if before.headers != after.headers {
+        lines.add(at("headers changed"));
+    }
+    lines.compare_text(&at("name"), &before.name, &after.name);
+    lines.compare_text(&at("baseUrl"), &before.base_url.to_string(), &after.base_url.to_string());
+    for (key, before, after) in [
+        ("rpm", before.rpm, after.rpm),
+        ("rpd", before.rpd, after.rpd),
+        ("tpm", before.tpm, after.tpm),
+        ("tpd", before.tpd, after.tpd),
+        ("maxConcurrent", before.max_concurrent, after.max_concurrent),
+    ] {
+        lines.compare(&at(key), &limit(before), &limit(after));
+    }
+    lines.compare_lists(&at("models"), &before.models, &after.models);
+    lines.compare_lists(&at("modelMapping"), &pairs(&before.model_mapping), &pairs(&after.model_mapping));
+    lines.compare(&at("weight"), &before.weight, &after.weight);
+    lines.compare(&at("priority"), &before.priority, &after.priority);
+    lines.compare(&at("timeouts"), &before.timeouts, &after.timeouts);
+    lines.compare(&at("streamUsage"), &before.stream_usage, &after.stream_usage);
+    lines.compare(&at("http2"), &before.http2, &after.http2);
+    lines.compare(&at("tls"), &before.tls, &after.tls);
+    if before.timezone != after.timezone {
+        lines.add(at("timezone changed"));
+    }
+}
+
+fn pairs(mapping: &BTreeMap<String, String>) -> Vec<String> {
+    mapping.iter().map(|(from, to)| format!("{from} → {to}")).collect()
+}
+
+#[derive(Default)]
+struct Lines(Vec<String>);
+
+impl Lines {
+    fn add(&mut self, line: String) {
+        self.0.push(line);
+    }
+
+    fn compare<T: PartialEq + Debug>(&mut self, what: &str, before: &T, after: &T) {
+        if before != after {
+            let shown = |value: &T| format!("{value:?}").trim_matches('"').to_owned();
+            self.compare_text(what, &shown(before), &shown(after));
+        }
+    }
+
+    fn compare_text(&mut self, what: &str, before: &str, after: &str) {
+        if before == after {
+            return;
+        }
+        if before.chars().count() + after.chars().count() > VALUE_CHARS_MAX {
+            self.add(format!("{what} changed"));
+        } else {
+            self.add(format!("{what} {before} → {after}"));
+        }
+    }
+
+    fn compare_lists(&mut self, what: &str, before: &[String], after: &[String]) {
+        if before == after {
+            return;
+        }
+        let differences = |some: &[String], others: &[String], sign: char| {
+            some.iter().filter(|name| !others.contains(name)).map(|name| format!("{sign}{name}")).collect::<Vec<_>>()
+        };
+        let mut all = differences(before, after, '-');
+        all.extend(differences(after, before, '+'));
+        let text = all.join(" ");
+        if all.is_empty() {
+            self.add(format!("{what} in another order"));
+        } else if text.chars().count() > VALUE_CHARS_MAX {
+            self.add(format!("{what} changed in {} places", all.len()));
+        } else {
+            self.add(format!("{what} {text}"));
+        }
+    }
+
+    fn finish(mut self) -> Vec<String> {
+        if self.0.len() > LINES_MAX {
+            let more = self.0.len() - LINES_MAX;
+            self.0.truncate(LINES_MAX);
+            self.0.push(format!("and {more} more"));
+        }
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Config, Environment, Format, check_str};
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn config(server: Value, apis: Value) -> Config {
+        let mut whole = json!({ "apiKey": "sk-client-0000000000" });
+        whole.as_object_mut().unwrap().extend(server.as_object().unwrap().clone());
+        let text = json!({ "server": whole, "apis": apis }).to_string();
+        let environment = Environment::fixed([("", ""); 0]);
+        check_str(&text, Format::Json, &environment, std::path::Path::new("/tmp")).unwrap().config
+    }
+
+    fn between(before: &Config, after: &Config) -> Vec<String> {
+        let endpoints = |config: &'_ Config| config.endpoints.clone();
+        let (old, new) = (endpoints(before), endpoints(after));
+        changes((&before.server, &old.iter().collect::<Vec<_>>()), (&after.server, &new.iter().collect::<Vec<_>>()))
+    }
+
+    fn api(id: &str, more: Value) -> Value {
+        let mut api =
+            json!({ "id": id, "baseUrl": "https://a.example", "apiKey": "sk-secret-1111111111", "models": ["m", "n"] });
+        api.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        api
+    }
+
+    #[test]
+    fn each_change_is_told_in_words_and_no_key_is() {
+        let before =
+            config(json!({}), json!([api("a", json!({ "rpm": 60 })), api("b", json!({})), api("c", json!({}))]));
+        assert!(between(&before, &before).is_empty());
+        let after = config(
+            json!({ "apiKey": "sk-client-2222222222", "strategy": "fastest", "port": 4000, "queue": { "maxWaitMs": 5 } }),
+            json!([
+                api(
+                    "a",
+                    json!({ "rpm": 120, "apiKey": "sk-secret-3333333333", "headers": { "x-key": "sk-secret-4444444444" },
+                    "models": ["n", "o*"], "modelMapping": { "gpt": "m" }, "enabled": false })
+                ),
+                api("d", json!({})),
+                api("c", json!({ "baseUrl": "https://b.example/v1", "priority": 2, "timeouts": { "idleMs": 5 } })),
+            ]),
+        );
+        let lines = between(&before, &after);
+        for line in [
+            "server.apiKey changed",
+            "server.strategy Random → Fastest",
+            "endpoint b removed",
+            "endpoint a disabled",
+            "endpoint a: apiKey changed",
+            "endpoint a: headers changed",
+            "endpoint a: rpm 60 → 120",
+            "endpoint a: models -m +o*",
+            "endpoint a: modelMapping +gpt → m",
+            "endpoint d added",
+            "endpoint c: baseUrl https://a.example → https://b.example/v1",
+            "endpoint c: priority 0 → 2",
+        ] {
+            assert!(lines.iter().any(|told| told == line), "{line} is not in {lines:#?}");
+        }
+        assert!(!lines.join("\n").contains("sk-"), "{lines:#?}");
+        assert_eq!(needs_upgrade(&before.server, &after.server), ["server.port 3001 → 4000"]);
+    }
+
+    #[test]
+    fn what_needs_an_upgrade_is_named() {
+        let before = config(json!({}), json!([api("a", json!({}))]));
+        let after = config(
+            json!({ "host": "127.0.0.1", "threads": 77, "ledger": "/tmp/other.db", "ledgerSync": "full", "ledgerOnError": "allow" }),
+            json!([api("a", json!({}))]),
+        );
+        let lines = needs_upgrade(&before.server, &after.server).join("\n");
+        for key in ["host", "threads", "ledger ", "ledgerSync", "ledgerOnError"] {
+            assert!(lines.contains(&format!("server.{key}")), "{key}: {lines}");
+        }
+        assert!(between(&before, &after).is_empty());
+    }
+
+    #[test]
+    fn many_changes_are_bounded() {
+        let apis: Vec<Value> = (0..200).map(|n| api(&format!("e{n}"), json!({}))).collect();
+        let (one, many) = (config(json!({}), json!([apis[0]])), config(json!({}), json!(apis)));
+        let lines = between(&one, &many);
+        assert_eq!((lines.len(), lines.last().unwrap().as_str()), (LINES_MAX + 1, "and 149 more"));
+    }
+}

@@ -1,0 +1,158 @@
+//! Tells when a configuration may have changed on the disk.
+//!
+//! Folders are watched, not files: editors write a new file and rename it over the old one, and Kubernetes swaps a symbolic link
+//! in the folder. What no watch tells of (a link's target in another folder, a network's file system, a folder that is itself
+//! replaced) is found by a look every few seconds.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+/// So long nothing may happen before a change is looked at: whoever writes twice has then written both times.
+const QUIET: Duration = Duration::from_millis(200);
+/// But it is looked at after this time even if it never becomes quiet.
+const QUIET_WAIT_MAX: Duration = Duration::from_secs(2);
+/// Between two looks without having been told of anything.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Watches the folders of some files.
+#[derive(Debug)]
+pub struct Watch {
+    files: Vec<PathBuf>,
+    watcher: Option<RecommendedWatcher>,
+    watched: BTreeSet<PathBuf>,
+    events: mpsc::Receiver<()>,
+}
+
+impl Watch {
+    /// Of these files, some of which may not be there.
+    pub fn new(files: Vec<PathBuf>) -> Self {
+        // One that waits says all that many would.
+        let (tell, events) = mpsc::channel(1);
+        let told = move |event: notify::Result<notify::Event>| {
+            // A look after a read would be followed by another, for ever.
+            if event.is_ok_and(|event| !event.kind.is_access()) {
+                tell.try_send(()).unwrap_or_default();
+            }
+        };
+        let watcher = notify::recommended_watcher(told)
+            .inspect_err(|error| log::warn!("files cannot be watched, so changes are noticed late: {error}"));
+        let mut watch = Self { files, watcher: watcher.ok(), watched: BTreeSet::new(), events };
+        watch.follow();
+        watch
+    }
+
+    /// Other files are to be watched from now on.
+    pub fn set_files(&mut self, files: Vec<PathBuf>) {
+        self.files = files;
+        self.follow();
+    }
+
+    /// Waits until something may have changed, and for it to be quiet again.
+    pub async fn changed(&mut self) {
+        if timeout(LOOK_INTERVAL, self.events.recv()).await.is_ok() {
+            let latest = Instant::now() + QUIET_WAIT_MAX;
+            while Instant::now() < latest
+                && timeout_at(latest.min(Instant::now() + QUIET), self.events.recv()).await == Ok(Some(()))
+            {
+                // Whoever writes without a pause must not keep this busy.
+                sleep(QUIET / 20).await;
+            }
+        }
+        self.follow();
+    }
+
+    /// Watches the folders in which the files are now, and those that they link to.
+    fn follow(&mut self) {
+        let Some(watcher) = &mut self.watcher else { return };
+        let folder = |path: &Path| match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        let targets = self.files.iter().filter_map(|file| file.canonicalize().ok());
+        let folders: BTreeSet<PathBuf> = self.files.iter().cloned().chain(targets).map(|file| folder(&file)).collect();
+        for gone in self.watched.difference(&folders) {
+            // It may be gone from the disk as well.
+            watcher.unwatch(gone).unwrap_or_default();
+        }
+        self.watched.retain(|known| folders.contains(known));
+        for folder in folders {
+            if !self.watched.contains(&folder) && watcher.watch(&folder, RecursiveMode::NonRecursive).is_ok() {
+                self.watched.insert(folder);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// Far below the interval of the looks that would hide a watch which does not work.
+    const SOON: Duration = Duration::from_secs(3);
+
+    async fn notices(watch: &mut Watch, what: &str, change: impl FnOnce()) {
+        // What is left of the last change.
+        while timeout(QUIET * 2, watch.events.recv()).await.is_ok() {}
+        change();
+        timeout(SOON, watch.changed()).await.unwrap_or_else(|_| panic!("{what} is not noticed"));
+    }
+
+    #[tokio::test]
+    async fn every_way_of_writing_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("apis.json");
+        fs::write(&file, "1").unwrap();
+        let mut watch = Watch::new(vec![file.clone()]);
+        notices(&mut watch, "a write", || fs::write(&file, "2").unwrap()).await;
+        notices(&mut watch, "a rename over it", || {
+            fs::write(folder.path().join("new"), "3").unwrap();
+            fs::rename(folder.path().join("new"), &file).unwrap();
+        })
+        .await;
+        notices(&mut watch, "a removal", || fs::remove_file(&file).unwrap()).await;
+        notices(&mut watch, "a new file", || fs::write(&file, "4").unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn a_link_is_followed() {
+        use std::os::unix::fs::symlink;
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        // As Kubernetes has it: apis.json → ..data/apis.json, ..data → a folder of its own for each version.
+        for version in ["..1", "..2"] {
+            fs::create_dir(at(version)).unwrap();
+            fs::write(at(version).join("apis.json"), version).unwrap();
+        }
+        symlink("..1", at("..data")).unwrap();
+        symlink("..data/apis.json", at("apis.json")).unwrap();
+        let mut watch = Watch::new(vec![at("apis.json")]);
+        notices(&mut watch, "a swap of the folder", || {
+            symlink("..2", at("..new")).unwrap();
+            fs::rename(at("..new"), at("..data")).unwrap();
+        })
+        .await;
+        notices(&mut watch, "a change of the target", || fs::write(at("..2").join("apis.json"), "x").unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn two_writes_in_a_row_are_one_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("apis.json");
+        fs::write(&file, "1").unwrap();
+        let mut watch = Watch::new(vec![file.clone()]);
+        let writes = async {
+            for text in ["2", "3", "4"] {
+                fs::write(&file, text).unwrap();
+                tokio::time::sleep(QUIET / 4).await;
+            }
+        };
+        tokio::join!(watch.changed(), writes);
+        assert!(timeout(QUIET * 2, watch.events.recv()).await.is_err(), "it was told before it was quiet");
+    }
+}

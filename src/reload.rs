@@ -1,0 +1,180 @@
+//! Takes a changed configuration in while the process serves: as a whole, or not at all. Requests in flight keep the one that they
+//! began with.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use pingora::server::ShutdownWatch;
+use pingora::services::background::BackgroundService;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::certificate::Certificate;
+use crate::config::{self, Config, Environment, Loaded, Server, Watch, changes, needs_upgrade};
+use crate::pool::Pool;
+
+/// What is known of the configuration, for the status page and the metrics. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigState(Arc<Mutex<FileState>>);
+
+/// How the file as it is now stands to the configuration that is current.
+#[derive(Clone, Debug, Default)]
+pub struct FileState {
+    /// Why it is not applied.
+    pub error: Option<String>,
+    /// What of the file takes effect only with an upgrade.
+    pub needs_upgrade: Vec<String>,
+    /// How many times a changed file could not be applied.
+    pub failures: u64,
+}
+
+impl ConfigState {
+    /// As it is now.
+    pub fn file(&self) -> FileState {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, FileState> {
+        // Nothing panics while it is held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reloads the configuration when its files change, and at SIGHUP.
+#[derive(Debug)]
+pub struct Reloader {
+    /// The config file.
+    pub path: PathBuf,
+    /// Where the pool of a good one goes.
+    pub pool: Arc<ArcSwap<Pool>>,
+    /// The server's part as the process was started with, some of which stays.
+    pub started: Server,
+    /// The certificate that clients are shown.
+    pub certificate: Option<Certificate>,
+    /// What is told of it.
+    pub state: ConfigState,
+}
+
+/// The contents of all files that a configuration depends on, as a number for each; none for a file that is not there.
+type Contents = BTreeMap<PathBuf, Option<u64>>;
+
+#[async_trait]
+impl BackgroundService for Reloader {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let mut watch = Watch::new(self.files());
+        let mut hangups =
+            signal(SignalKind::hangup()).inspect_err(|error| log::error!("SIGHUP cannot be heard: {error}")).ok();
+        // What was written since the process read the file is noticed, too.
+        let mut seen = Contents::new();
+        loop {
+            let asked = tokio::select! {
+                () = watch.changed() => false,
+                () = hangup(hangups.as_mut()) => true,
+                _ = shutdown.changed() => return,
+            };
+            let found = contents(&self.files());
+            if asked || found != seen {
+                self.take_in(asked);
+                // The new config may name other files.
+                let files = self.files();
+                seen = contents(&files);
+                watch.set_files(files);
+            }
+        }
+    }
+}
+
+async fn hangup(hangups: Option<&mut Signal>) {
+    if let Some(hangups) = hangups
+        && hangups.recv().await.is_some()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+impl Reloader {
+    fn files(&self) -> Vec<PathBuf> {
+        let pool = self.pool.load();
+        let mut files = vec![self.path.clone()];
+        files.extend(Environment::files(&self.path));
+        if let Some(tls) = &pool.server.tls {
+            files.extend([tls.cert_file.clone(), tls.key_file.clone()]);
+        }
+        files.extend(pool.endpoints.iter().filter_map(|endpoint| endpoint.config.tls.ca_file.clone()));
+        files
+    }
+
+    /// Reads everything anew. `asked`: somebody waits for an answer, be it that nothing has changed.
+    fn take_in(&self, asked: bool) {
+        let shown = self.path.display();
+        let loaded = match config::load(&self.path, &Environment::from_process(&self.path)) {
+            Ok(loaded) => loaded,
+            Err(problems) => return self.refuse(&problems.to_string()),
+        };
+        let Loaded { config, warnings } = loaded;
+        let needs_upgrade = needs_upgrade(&self.started, &config.server);
+        let before = self.pool.load_full();
+        let lines = self.changes(&before, &config);
+        let tls = config.server.tls.clone();
+        let version = before.version + u64::from(!lines.is_empty());
+        match Pool::new(config, before.ledger.clone(), Some(&before)) {
+            Ok(pool) if lines.is_empty() => {
+                // A CA file may have changed, which no line tells.
+                self.pool.store(Arc::new(Pool { version, loaded_at: before.loaded_at, ..pool }));
+            }
+            Ok(pool) => self.pool.store(Arc::new(Pool { version, ..pool })),
+            Err(error) => return self.refuse(&format!("an endpoint cannot be set up: {error}")),
+        }
+        for warning in &warnings {
+            log::warn!("{shown}: {warning}");
+        }
+        let mut file = self.state.lock();
+        let had_error = file.error.take().is_some();
+        let asks_anew = file.needs_upgrade != needs_upgrade;
+        file.needs_upgrade.clone_from(&needs_upgrade);
+        drop(file);
+        if !lines.is_empty() {
+            log::info!("config {shown}: loaded, version {version}: {}", lines.join("; "));
+        } else if asked || had_error {
+            log::info!("config {shown}: nothing has changed, version {version}");
+        }
+        if asks_anew && !needs_upgrade.is_empty() {
+            log::warn!("config {shown}: this takes effect only with an upgrade: {}", needs_upgrade.join("; "));
+        }
+        if let (Some(certificate), Some(files)) = (&self.certificate, &tls) {
+            match certificate.read_again(files) {
+                Ok(true) => log::info!("server.tls: another certificate is shown from now on"),
+                Ok(false) => {}
+                Err(why) => self.refuse(&format!("{why}; the certificate before stays")),
+            }
+        }
+    }
+
+    fn changes(&self, before: &Pool, after: &Config) -> Vec<String> {
+        let old: Vec<_> = before.endpoints.iter().map(|endpoint| &endpoint.config).collect();
+        let new: Vec<_> = after.endpoints.iter().collect();
+        changes((&before.server, &old), (&after.server, &new))
+    }
+
+    fn refuse(&self, why: &str) {
+        let mut file = self.state.lock();
+        file.failures += 1;
+        file.error = Some(why.to_owned());
+        drop(file);
+        let version = self.pool.load().version;
+        log::error!("config {}: not applied, version {version} stays: {why}", self.path.display());
+    }
+}
+
+fn contents(files: &[PathBuf]) -> Contents {
+    let number = |file: &Path| {
+        let mut hasher = DefaultHasher::new();
+        std::fs::read(file).ok()?.hash(&mut hasher);
+        Some(hasher.finish())
+    };
+    files.iter().map(|file| (file.clone(), number(file))).collect()
+}
