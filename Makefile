@@ -32,6 +32,10 @@ test: build-tools client-tools ## Run all tests: unit, integration, and the offi
 	echo "==> client tests"
 	cargo build --locked
 	tests/clients/run target/debug/api-together
+	echo "==> metrics, by Prometheus's own tool"
+	$(call install,promtool,prometheus)
+	$(call install,curl,curl)
+	tests/metrics/run target/debug/api-together
 
 .PHONY: lint
 lint: build-tools ## Formatting, lints, documentation, configs and generated files, all without a warning
@@ -78,6 +82,10 @@ fuzz: build-tools ## Feed what reads answers with random bytes, for a minute (FU
 	mkdir -p fuzz/artifacts
 	"fuzz/target/$$target/release/answer" -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=2048 -print_final_stats=1 \
 	  -artifact_prefix=fuzz/artifacts/ fuzz/corpus/answer fuzz/corpus/seeds
+
+.PHONY: soak
+soak: build-tools ## The tests that are short above, at full length
+	RELOADS=200 cargo test --locked --test it -- reload::reloads_under_load
 
 .PHONY: bench-limits
 bench-limits: build-tools ## Measure what limits cost: requests a second and latencies with them against without

@@ -7,6 +7,7 @@ use crate::context::{Arrival, Ask, Attempt};
 use crate::error::excerpt;
 use crate::estimate::{Estimator, Job};
 use crate::ledger::{Cost, Speed, Spent, Tokens};
+use crate::metrics::{metrics, model_label};
 use crate::request::Call;
 
 /// What was measured of a request's answer.
@@ -77,6 +78,7 @@ pub fn bill(attempt: &mut Attempt, ask: &Ask, arrival: &Arrival, ended: Instant,
             endpoint: attempt.endpoint.account(),
             model: model_name(attempt, ask),
             call: ask.call,
+            asked_model: ask.model.clone(),
             prompt: ask.prompt.clone(),
         });
     }
@@ -92,6 +94,9 @@ fn model_name(attempt: &Attempt, ask: &Ask) -> String {
 fn spend(attempt: &Attempt, ask: &Ask, cost: Cost) {
     let (account, limits) = attempt.endpoint.account();
     let pool = &ask.pool;
+    if let Some(metrics) = metrics() {
+        metrics.spent(account.id(), model_label(pool, ask.model.as_deref()), &cost);
+    }
     let spent = Spent::now(account.id(), &model_name(attempt, ask), cost, &pool.server.timezone, pool.clock().wall);
     pool.ledger.spend_tokens(&account, &limits, spent);
 }

@@ -18,6 +18,7 @@ use crate::error::Fault;
 use crate::estimate;
 use crate::health::Effect;
 use crate::ledger::{Client, Drawn, Permit};
+use crate::metrics::metrics;
 use crate::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::rates::Rates;
 use crate::replay::Wrapped;
@@ -92,6 +93,8 @@ pub struct Ask {
     pub body: Bytes,
     /// The same from then on, if the tokens may have to be estimated.
     pub prompt: Bytes,
+    /// When it was read to its end.
+    pub read_at: Instant,
     /// Whether the request switches protocols (WebSocket), so that no body is replayed and nothing held.
     pub switches_protocol: bool,
 }
@@ -116,6 +119,8 @@ impl Ask {
 pub struct Tries {
     /// The endpoints tried, by their place in the pool; at most `retry.attempts`, a hundred.
     pub tried: Vec<usize>,
+    /// The proxy's own share of the time so far, until the first attempt is on its way.
+    pub own: Option<Duration>,
     /// The choice that the next attempt goes to, where it is made already.
     pub next: Option<Choice>,
     /// The endpoint's addresses that the current attempt failed to connect to.
@@ -351,6 +356,9 @@ impl Attempt {
     /// Takes in how the attempt ended.
     pub fn settle(&mut self, outcome: &Outcome) {
         self.settled = true;
+        if let Some(metrics) = metrics() {
+            metrics.attempt(&self.endpoint.config.id, outcome.label());
+        }
         let endpoint = &self.endpoint;
         let id = &endpoint.config.id;
         if let Outcome::Status { status: status @ (401 | 403), .. } = outcome {

@@ -54,6 +54,14 @@ pub struct Metrics {
     permit: HistogramVec,
 }
 
+/// The label of a model: an exact name of the config, or `other`.
+pub fn model_label<'a>(pool: &'a Pool, model: Option<&str>) -> &'a str {
+    match model {
+        None => NONE,
+        Some(model) => pool.router.exact_name(model).unwrap_or(OTHER),
+    }
+}
+
 /// A request that has ended.
 #[derive(Clone, Copy, Debug)]
 pub struct Ended<'a> {
@@ -125,14 +133,6 @@ impl Metrics {
             )?,
             registry,
         })
-    }
-
-    /// The label of a model: an exact name of the config, or `other`.
-    pub fn model_label<'a>(pool: &'a Pool, model: Option<&str>) -> &'a str {
-        match model {
-            None => NONE,
-            Some(model) => pool.router.exact_name(model).unwrap_or(OTHER),
-        }
     }
 
     /// A request has ended. One look-up by its labels, under a read lock that only a new set of labels ever holds up.
@@ -384,5 +384,18 @@ mod tests {
             assert!(text.lines().any(|told| told == line), "{line} is not in\n{text}");
         }
         assert!(!text.contains("api_together_tokens_total{"), "what was estimated is not among what was told");
+    }
+
+    #[test]
+    fn the_dashboard_asks_for_what_is_told() {
+        let names = |text: &'static str| {
+            text.split(|c: char| !c.is_ascii_lowercase() && c != '_').filter(|word| word.starts_with("api_together_"))
+        };
+        let told: Vec<&str> = names(include_str!("metrics.rs")).collect();
+        let asked: Vec<&str> = names(include_str!("../packaging/grafana/api-together.json")).collect();
+        assert!(asked.len() > 15);
+        for name in asked {
+            assert!(told.contains(&name.strip_suffix("_bucket").unwrap_or(name)), "{name}");
+        }
     }
 }

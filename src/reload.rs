@@ -93,7 +93,7 @@ async fn hangup(hangups: Option<&mut Signal>) {
     {
         return;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 impl Reloader {
@@ -118,7 +118,7 @@ impl Reloader {
         let Loaded { config, warnings } = loaded;
         let needs_upgrade = needs_upgrade(&self.started, &config.server);
         let before = self.pool.load_full();
-        let lines = self.changes(&before, &config);
+        let lines = differences(&before, &config);
         let tls = config.server.tls.clone();
         let version = before.version + u64::from(!lines.is_empty());
         match Pool::new(config, before.ledger.clone(), Some(&before)) {
@@ -154,12 +154,6 @@ impl Reloader {
         }
     }
 
-    fn changes(&self, before: &Pool, after: &Config) -> Vec<String> {
-        let old: Vec<_> = before.endpoints.iter().map(|endpoint| &endpoint.config).collect();
-        let new: Vec<_> = after.endpoints.iter().collect();
-        changes((&before.server, &old), (&after.server, &new))
-    }
-
     fn refuse(&self, why: &str) {
         let mut file = self.state.lock();
         file.failures += 1;
@@ -168,6 +162,12 @@ impl Reloader {
         let version = self.pool.load().version;
         log::error!("config {}: not applied, version {version} stays: {why}", self.path.display());
     }
+}
+
+fn differences(before: &Pool, after: &Config) -> Vec<String> {
+    let old: Vec<_> = before.endpoints.iter().map(|endpoint| &endpoint.config).collect();
+    let new: Vec<_> = after.endpoints.iter().collect();
+    changes((&before.server, &old), (&after.server, &new))
 }
 
 fn contents(files: &[PathBuf]) -> Contents {

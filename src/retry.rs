@@ -54,6 +54,26 @@ impl fmt::Display for Outcome {
 }
 
 impl Outcome {
+    /// A short stable name for metrics.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Status { status: 100..=399, .. } => "ok",
+            Self::Status { status: 401 | 403, .. } => "key_refused",
+            Self::Status { status: 429, .. } => "rate_limited",
+            Self::Status { status: 400..=499, .. } => "status_4xx",
+            Self::Status { .. } => "status_5xx",
+            Self::Empty => "empty",
+            Self::ErrorEvent => "error_event",
+            Self::UsageRefused => "usage_refused",
+            Self::ConnectFailed => "connect_failed",
+            Self::Broken => "broken",
+            Self::TooSlow => "too_slow",
+            Self::LimitReached => "limit_reached",
+            Self::ClientGone => "client_gone",
+            Self::Ours => "ours",
+        }
+    }
+
     /// What the outcome says about the endpoint.
     pub fn effect(&self) -> Effect {
         match self {

@@ -8,21 +8,27 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
+use http::{HeaderValue, Response, StatusCode, header};
 use pingora::apps::HttpServerOptions;
+use pingora::apps::http_app::{HttpServer, ServeHttp};
 use pingora::listeners::tls::TlsSettings;
 use pingora::listeners::{ListenerConfig, TcpSocketOptions};
+use pingora::protocols::http::ServerSession;
 use pingora::server::configuration::{Opt, ServerConf};
 use pingora::server::{ExecutionPhase, RunArgs, Server, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
+use pingora::services::listening::Service;
 use pingora_proxy::ProxyServiceBuilder;
 use tokio::sync::broadcast;
 
+use crate::admin::{self, Process, Sources};
 use crate::auth::Auth;
 use crate::certificate::Certificate;
 use crate::config::Config;
 use crate::context::OpenRequests;
 use crate::estimate::Estimator;
 use crate::ledger::Keeper;
+use crate::metrics;
 use crate::pool::Pool;
 use crate::proxy::Gateway;
 use crate::reload::{ConfigState, Reloader};
@@ -96,6 +102,11 @@ impl Prepared {
         let certificate = config.server.tls.as_ref().map(Certificate::new).transpose().map_err(StartError)?;
         let tls = certificate.clone().map(tls_settings).transpose()?;
         let started = config.server.clone();
+        let metrics_address = started.metrics_listen;
+        if let Some(address) = metrics_address.filter(|_| !options.upgrade && !options.test) {
+            TcpListener::bind(address)
+                .map_err(|error| StartError(format!("server.metricsListen: {}", explain_bind(address, &error))))?;
+        }
         let wanted = SocketAddr::new(config.server.host, config.server.port);
         let (address, reserved) = if options.upgrade || options.test { (wanted, None) } else { free_address(wanted)? };
         let ledger = Arc::new(Keeper::new(&config.server));
@@ -111,15 +122,15 @@ impl Prepared {
         let draining = Draining::default();
         let estimator = Estimator::default();
         let state = ConfigState::default();
-        let gateway = Gateway {
+        let process = Process {
             pool: Arc::clone(&pool),
-            auth: Auth::default(),
             open: open.clone(),
             draining: draining.clone(),
             ledger: ledger.state().clone(),
             estimator: estimator.clone(),
             config: state.clone(),
         };
+        let gateway = Gateway { auth: Auth::default(), process: process.clone() };
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
         http.h2c = tls.is_none();
@@ -143,6 +154,12 @@ impl Prepared {
             server.add_service(background_service("reload", reloader));
         }
         server.add_service(service);
+        if let Some(address) = metrics_address {
+            let mut scrapes = Service::new("metrics".to_owned(), HttpServer::new_app(Scrape(process)));
+            scrapes.add_tcp(&address.to_string());
+            scrapes.threads = Some(1);
+            server.add_service(scrapes);
+        }
         Ok(Self { server, address, pool, counts, _reserved: reserved })
     }
 
@@ -331,6 +348,28 @@ impl BackgroundService for KeepLedger {
         if let Err(error) = self.0.start() {
             log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");
         }
+    }
+}
+
+/// `GET /metrics` on an address of its own, without a key.
+struct Scrape(Process);
+
+#[async_trait]
+impl ServeHttp for Scrape {
+    async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
+        let (status, body) = if session.req_header().uri.path() == "/metrics" {
+            let pool = self.0.pool.load_full();
+            (StatusCode::OK, admin::metrics::text(Sources { pool: &pool, process: &self.0 }).await)
+        } else {
+            (StatusCode::NOT_FOUND, b"there is nothing here but /metrics\n".to_vec())
+        };
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        let content_type = HeaderValue::from_static(metrics::CONTENT_TYPE);
+        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+        let length = HeaderValue::from(response.body().len());
+        response.headers_mut().insert(header::CONTENT_LENGTH, length);
+        response
     }
 }
 

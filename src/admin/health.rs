@@ -16,8 +16,11 @@ pub fn health() -> String {
 
 /// Whether requests should be sent here, and if not, why.
 pub fn ready(from: Sources<'_>) -> (u16, String) {
-    let reason =
-        if from.draining.is_on() { Some("it is on its way out and finishes what it has") } else { no_endpoint(from) };
+    let reason = if from.process.draining.is_on() {
+        Some("it is on its way out and finishes what it has")
+    } else {
+        no_endpoint(from)
+    };
     let status = if reason.is_none() { "ready" } else { "not_ready" };
     let body = json!({ "status": status, "reason": reason, "timestamp": iso(SystemTime::now()), "service": SERVICE });
     (if reason.is_none() { 200 } else { 503 }, body.to_string())

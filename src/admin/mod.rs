@@ -1,12 +1,15 @@
 //! Our own answers: health, status, models, and every fault. Each is built here as a value; the proxy sends it.
 
 mod health;
+pub mod metrics;
 mod models;
 mod status;
 mod tokens;
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, header};
 
@@ -33,21 +36,30 @@ pub struct Answer {
     pub body: Bytes,
 }
 
+/// The running process, as far as our own answers tell of it. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// The endpoints, whichever are current.
+    pub pool: Arc<ArcSwap<Pool>>,
+    /// The requests that are open.
+    pub open: OpenRequests,
+    /// Whether the process is on its way out.
+    pub draining: Draining,
+    /// How the ledger is doing.
+    pub ledger: ledger::State,
+    /// Estimates the tokens that no endpoint tells.
+    pub estimator: Estimator,
+    /// How the config file stands to what is current.
+    pub config: ConfigState,
+}
+
 /// What our own answers are made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Sources<'a> {
-    /// The endpoints.
+    /// The endpoints that the request came to.
     pub pool: &'a Pool,
-    /// The requests that are open.
-    pub open: &'a OpenRequests,
-    /// Whether the process is on its way out.
-    pub draining: &'a Draining,
-    /// How the ledger is doing.
-    pub ledger: &'a ledger::State,
-    /// Estimates the tokens that no endpoint tells.
-    pub estimator: &'a Estimator,
-    /// How the configuration came to be what it is.
-    pub config: &'a ConfigState,
+    /// The process.
+    pub process: &'a Process,
 }
 
 /// One of our own resources.
@@ -57,6 +69,8 @@ pub enum Resource<'a> {
     Health,
     /// `GET /health/ready`.
     Ready,
+    /// `GET /metrics`.
+    Metrics,
     /// `GET /v1/status`.
     Status,
     /// `GET /v1/models`.
@@ -76,6 +90,7 @@ impl<'a> Resource<'a> {
         match path.strip_suffix('/').unwrap_or(path) {
             "/health" => Some(Self::Health),
             "/health/ready" => Some(Self::Ready),
+            "/metrics" => Some(Self::Metrics),
             "/v1/status" => Some(Self::Status),
             "/v1/models" => Some(Self::Models),
             "/v1/token/stats" => Some(Self::TokenStats),
@@ -111,6 +126,7 @@ impl<'a> Resource<'a> {
         let (status, body) = match self {
             Self::Health => (200, health::health()),
             Self::Ready => health::ready(from),
+            Self::Metrics => return Ok(Answer::metrics(metrics::text(from).await)),
             Self::Status => (200, status::status(from).await),
             Self::Models => (200, models::list(from.pool)),
             Self::Model(name) => (200, models::one(from.pool, name)?),
@@ -126,6 +142,12 @@ impl Answer {
     pub fn json(status: u16, body: impl Into<Bytes>) -> Self {
         let content_type = (header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Self { status, headers: vec![content_type], body: body.into() }
+    }
+
+    /// An answer that is Prometheus's.
+    pub fn metrics(text: Vec<u8>) -> Self {
+        let content_type = (header::CONTENT_TYPE, HeaderValue::from_static(crate::metrics::CONTENT_TYPE));
+        Self { status: 200, headers: vec![content_type], body: text.into() }
     }
 
     /// The answer to a CORS preflight (Fetch standard, 3.3.2): every method and header we know may be used.

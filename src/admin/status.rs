@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::Sources;
+use super::{Process, Sources};
 use crate::config::{Limit, StreamUsage};
 use crate::health::Gate;
 use crate::ledger;
@@ -18,14 +18,13 @@ use crate::reload::{ConfigState, FileState};
 pub(super) const SERVICE: &str = "api-together";
 
 pub async fn status(from: Sources<'_>) -> String {
-    let Sources { pool, open, draining: _, ledger, estimator, config } = from;
+    let Sources { pool, process: Process { open, ledger, estimator, config, .. } } = from;
     // Asked of the ledger, since other processes may count for the same endpoints.
     let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
     let views = pool.ledger.look(accounts).await.unwrap_or_default();
     let clock = pool.clock();
     let views = views.into_iter().chain(std::iter::repeat_with(View::default));
-    let denies = pool.ledger.is_down();
-    let api = |(endpoint, view): (&Arc<Endpoint>, View)| api(endpoint, &view, denies, &clock);
+    let api = |(endpoint, view): (&Arc<Endpoint>, View)| api(pool, endpoint, &view, &clock);
     let apis: Vec<Value> = pool.endpoints.iter().zip(views).map(api).collect();
     json!({
         "service": SERVICE,
@@ -67,12 +66,22 @@ fn ledger_state(ledger: &ledger::State, pool: &Pool) -> Value {
     })
 }
 
-/// `denies`: endpoints with limits take nothing, since the ledger cannot be used.
-fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
+/// Whether a request could go there.
+pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> bool {
+    // Without the ledger endpoints with limits take nothing, unless the config says otherwise.
+    let denied = pool.ledger.is_down() && endpoint.limits.in_ledger();
+    endpoint.config.usable()
+        && view.held.is_none()
+        && !denied
+        && matches!(endpoint.live.gate(clock.now), Gate::Open | Gate::TrialDue)
+}
+
+fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
     let now = clock.now;
     let config = &endpoint.config;
     let live = &endpoint.live;
     let gate = live.gate(now);
+    let available = is_available(pool, endpoint, view, clock);
     let health = live.health();
     let limits = &endpoint.limits;
     let in_flight = u64::from(live.in_flight());
@@ -80,10 +89,7 @@ fn api(endpoint: &Endpoint, view: &View, denies: bool, clock: &Clock) -> Value {
         "id": config.id.as_ref(),
         "name": config.name.as_ref(),
         "enabled": config.enabled,
-        "available": config.usable()
-            && view.held.is_none()
-            && !(denies && limits.in_ledger())
-            && matches!(gate, Gate::Open | Gate::TrialDue),
+        "available": available,
         "temporarilyDisabled": matches!(gate, Gate::Cooling { .. } | Gate::OnTrial),
         "errorCount": health.errors_in_row(),
         "limits": {

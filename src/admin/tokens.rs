@@ -15,7 +15,7 @@ use crate::ledger::stats::{self, Begins, Cost, ModelStats, Stats, Sum};
 pub async fn stats(from: Sources<'_>) -> Result<String, Fault> {
     // What this process has counted and not yet written; if that fails, what is written is shown.
     from.pool.ledger.flush().await;
-    let path = from.ledger.path().to_owned();
+    let path = from.process.ledger.path().to_owned();
     let now = SystemTime::now();
     let read = tokio::task::spawn_blocking(move || stats::read(&path, now)).await;
     let stats = match read {

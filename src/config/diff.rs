@@ -36,6 +36,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     lines.compare(&at("host"), &running.host, &wanted.host);
     lines.compare(&at("port"), &running.port, &wanted.port);
     lines.compare(&at("threads"), &running.threads, &wanted.threads);
+    lines.compare(&at("metricsListen"), &running.metrics_listen, &wanted.metrics_listen);
     lines.compare(&at("ledger"), &running.ledger, &wanted.ledger);
     lines.compare(&at("ledgerSync"), &running.ledger_sync, &wanted.ledger_sync);
     lines.compare(&at("ledgerOnError"), &running.ledger_on_error, &wanted.ledger_on_error);
@@ -168,6 +169,8 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::needless_pass_by_value, reason = "a json! stands in the call")]
+
     use super::super::{Config, Environment, Format, check_str};
     use super::*;
     use serde_json::{Value, json};

@@ -129,6 +129,9 @@ pub struct ServerFile {
     /// Whether requests wait for a permit when every endpoint is at its limit. Absent: they are answered 429
     /// at once.
     pub queue: Option<QueueFile>,
+    /// An address and port for `GET /metrics` without the key, as `127.0.0.1:9464`. Default: only on the main port,
+    /// with the key.
+    pub metrics_listen: Option<String>,
     /// Whether tokens are estimated, apart from those that are told, where an endpoint tells none or an answer breaks off.
     #[schemars(extend("default" = ESTIMATE_TOKENS_DEFAULT))]
     pub estimate_tokens: Option<bool>,

@@ -1,6 +1,6 @@
 //! What clients see, and what holds for all endpoints.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -53,6 +53,8 @@ pub struct Server {
     pub timezone: TimeZone,
     /// Whether requests wait for a permit.
     pub queue: Option<Queue>,
+    /// Where `/metrics` is served without a key.
+    pub metrics_listen: Option<SocketAddr>,
     /// Whether tokens are estimated that no endpoint tells.
     pub estimate_tokens: bool,
 }
@@ -166,6 +168,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let trusted_proxies = trusted_proxies(typed.trusted_proxies, check);
     let ledger = ledger(typed.ledger.as_deref(), check);
     let timezone = timezone(typed.timezone.as_deref(), "server.timezone", check);
+    let metrics_listen = metrics_listen(typed.metrics_listen.as_deref(), check);
     let queue = typed.queue.and_then(|queue| queue_of(&queue, check));
     Some(Server {
         host: host?,
@@ -189,6 +192,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         ledger_sync: typed.ledger_sync.unwrap_or_default(),
         timezone: timezone?.unwrap_or_else(TimeZone::system),
         queue,
+        metrics_listen: metrics_listen?,
         estimate_tokens: typed.estimate_tokens.unwrap_or(file::ESTIMATE_TOKENS_DEFAULT),
     })
 }
@@ -299,6 +303,18 @@ pub(super) fn timezone(typed: Option<&str>, path: &str, check: &mut Check<'_>) -
         check.report.error(path, format!("{name:?} is not a time zone"), hint);
     }
     zone.map(Some)
+}
+
+/// The outer `None` is an error that was told.
+#[expect(clippy::option_option, reason = "absent, and wrong, are two things")]
+fn metrics_listen(typed: Option<&str>, check: &mut Check<'_>) -> Option<Option<SocketAddr>> {
+    let Some(typed) = typed else { return Some(None) };
+    let address = typed.trim().parse();
+    if address.is_err() {
+        let message = format!("is no address and port: {typed:?}");
+        check.report.error("server.metricsListen", &message, "such as 127.0.0.1:9464");
+    }
+    address.ok().map(Some)
 }
 
 fn queue_of(typed: &QueueFile, check: &mut Check<'_>) -> Option<Queue> {

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use super::behind::WRITE_BEHIND;
 use super::{Account, Permit, Spent};
 use crate::limit::{Clock, Counted, Hold, Limits, Stamp, View};
+use crate::metrics::metrics;
 
 /// Requests that may wait for the ledger's thread at one moment, which serves them all in one group. What follows an attempt (a
 /// permit given back, its end, its tokens) always has room: there is one at most of each for every request that is open.
@@ -254,11 +255,16 @@ impl Client {
         if pushed != Some(true) {
             return Drawn::Unavailable;
         }
-        match tokio::time::timeout(patience, answer).await {
+        let begun = Instant::now();
+        let drawn = match tokio::time::timeout(patience, answer).await {
             Ok(Ok(drawn)) => drawn,
             // What is granted later finds nobody and gives itself back.
             Ok(Err(_)) | Err(_) => Drawn::Unavailable,
+        };
+        if let (Some(metrics), false) = (metrics(), matches!(otherwise, Otherwise::WaitUntil(_))) {
+            metrics.permit(begun.elapsed());
         }
+        drawn
     }
 
     /// A permit of an endpoint that has no limits.

@@ -41,6 +41,9 @@ pub(super) async fn next_attempt(context: &mut Context, method: &Method) -> Resu
     }
     context.exchange.state().attempt = Some(attempt);
     context.fault = None;
+    if tries.tried.len() == 1 {
+        tries.own = Some(ask.read_at.elapsed());
+    }
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! A request comes in: who sends it, its body, what it asks for.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Version, header};
@@ -10,7 +10,7 @@ use pingora::{Error, ErrorType};
 use pingora_proxy::Session;
 
 use super::{Gateway, outgoing};
-use crate::admin::{Answer, Resource};
+use crate::admin::{Answer, Resource, Sources};
 use crate::admission::{self, Choice};
 use crate::auth;
 use crate::config::Cors;
@@ -58,7 +58,7 @@ impl From<Fault> for Stop {
 
 /// Takes a request in, as far as the choice of its first endpoint.
 pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context) -> Result<Next, Stop> {
-    let pool = gateway.pool.load_full();
+    let pool = gateway.process.pool.load_full();
     arrive(session, context, &pool);
     let header = session.req_header();
     let (uri, method) = (header.uri.clone(), header.method.clone());
@@ -73,7 +73,7 @@ pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &
     if let Some(resource) = resource {
         resource.check_method(&method)?;
         let body = if resource.takes_body() { read_body(session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
-        return Ok(Next::Answer(resource.answer(gateway.sources(&pool), &body).await?));
+        return Ok(Next::Answer(resource.answer(Sources { pool: &pool, process: &gateway.process }, &body).await?));
     }
     check_target(header)?;
     let ask = ask(session, pool).await?;
@@ -162,6 +162,7 @@ fn opens_websocket(session: &Session) -> bool {
 async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
     let switches_protocol = opens_websocket(session);
     let body = if switches_protocol { Bytes::new() } else { read_body(session, pool.server.body_bytes_max).await? };
+    let read_at = Instant::now();
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let is_json = !body.is_empty() && request::is_json(content_type);
@@ -184,6 +185,7 @@ async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
         stream: fields.stream,
         ask_usage: fields.ask_usage,
         prompt: Bytes::new(),
+        read_at,
         model,
         model_range,
         body,

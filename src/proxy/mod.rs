@@ -19,7 +19,6 @@ mod outgoing;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{StatusCode, Version, header};
@@ -29,52 +28,30 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
-use crate::admin::{Answer, Sources};
+use crate::admin::{Answer, Process};
 use crate::admission::Choice;
 use crate::auth::Auth;
 use crate::billing::{self, Measured};
 use crate::blot::Blotter;
-use crate::context::{Ask, Context, Kept, OpenRequests};
+use crate::context::{Ask, Context, Kept};
 use crate::decode::Encoding;
 use crate::error::Fault;
-use crate::estimate::Estimator;
 use crate::health;
-use crate::ledger;
-use crate::pool::Pool;
+use crate::metrics::{Ended, metrics, model_label};
 use crate::record::Record;
-use crate::reload::ConfigState;
 use crate::replay::{Plan, Wrapped};
 use crate::respond;
 use crate::retry::Outcome;
-use crate::server::Draining;
 use attempts::{Stale, address, attempt_over, begin_anew, may_begin_anew, next_attempt};
 use intake::{Next, Stop};
 
 /// The proxy.
 #[derive(Debug)]
 pub struct Gateway {
-    /// The endpoints, whichever are current.
-    pub pool: Arc<ArcSwap<Pool>>,
     /// Who may call.
     pub auth: Auth,
-    /// The requests that are open.
-    pub open: OpenRequests,
-    /// Whether the process is on its way out.
-    pub draining: Draining,
-    /// How the ledger is doing.
-    pub ledger: ledger::State,
-    /// Estimates the tokens that no endpoint tells.
-    pub estimator: Estimator,
-    /// How the configuration came to be what it is.
-    pub config: ConfigState,
-}
-
-impl Gateway {
-    /// What our own answers are made of.
-    fn sources<'a>(&'a self, pool: &'a Pool) -> Sources<'a> {
-        let Self { pool: _, auth: _, open, draining, ledger, estimator, config } = self;
-        Sources { pool, open, draining, ledger, estimator, config }
-    }
+    /// What our own answers tell of.
+    pub process: Process,
 }
 
 #[async_trait]
@@ -82,14 +59,14 @@ impl ProxyHttp for Gateway {
     type CTX = Context;
 
     fn new_ctx(&self) -> Context {
-        Context::new(&self.open)
+        Context::new(&self.process.open)
     }
 
     // Compression is the endpoint's matter; a module of ours would see answers that are dropped.
     fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
     async fn request_filter(&self, session: &mut Session, context: &mut Context) -> Result<bool> {
-        if self.draining.is_on() {
+        if self.process.draining.is_on() {
             session.set_keepalive(None);
         }
         let answer = match intake::take_in(self, session, context).await {
@@ -142,10 +119,15 @@ impl ProxyHttp for Gateway {
         request: &mut RequestHeader,
         context: &mut Context,
     ) -> Result<()> {
+        let begun = Instant::now();
         outgoing::rewrite_header(session, request, context)?;
         if !context.ask.as_ref().is_some_and(|ask| ask.switches_protocol) {
             context.tries.body = outgoing::rewrite_body(context);
             outgoing::set_length(request, &session.req_header().method, &context.tries.body)?;
+        }
+        // Of the first attempt only; what follows is waited for others.
+        if let (Some(own), Some(metrics)) = (context.tries.own.take(), metrics()) {
+            metrics.own(own + begun.elapsed());
         }
         if attempts::send(context).await {
             return Ok(());
@@ -359,20 +341,20 @@ impl ProxyHttp for Gateway {
             if let Some(ask) = &mut context.ask {
                 ask.keep_for_estimate();
                 let ended = complete.unwrap_or_else(Instant::now);
-                measured = billing::bill(attempt, ask, &context.arrival, ended, &self.estimator);
+                measured = billing::bill(attempt, ask, &context.arrival, ended, &self.process.estimator);
             }
         }
         let gone = context.fault.is_none()
             && complete.is_none()
             && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
         let level = if gone { log::Level::Debug } else { log::Level::Info };
-        if log::log_enabled!(level) {
-            let state = context.exchange.state();
-            let attempt = state.attempt.as_ref();
-            let endpoint = attempt.map(|attempt| &attempt.endpoint).or(context.tries.last.as_ref());
+        let state = context.exchange.state();
+        let attempt = state.attempt.as_ref();
+        let endpoint = attempt.map(|attempt| &attempt.endpoint).or(context.tries.last.as_ref());
+        let ask = context.ask.as_ref();
+        let record = {
             let header = session.req_header();
-            let ask = context.ask.as_ref();
-            let record = Record {
+            Record {
                 id: context.arrival.id_text(),
                 caller: context.arrival.address,
                 method: header.method.as_str(),
@@ -387,9 +369,19 @@ impl ProxyHttp for Gateway {
                 total: context.arrival.at.elapsed(),
                 measured,
                 fault: if gone { Some("client_gone") } else { context.fault.as_ref().map(Fault::label) },
-            };
-            log::log!(level, "{record}");
+            }
+        };
+        if let Some(metrics) = metrics() {
+            metrics.request(&Ended {
+                endpoint: record.endpoint,
+                model: ask.map_or("none", |ask| model_label(&ask.pool, ask.model.as_deref())),
+                status: record.status,
+                outcome: record.fault.unwrap_or("ok"),
+                first_byte: record.first_byte,
+                total: record.total,
+            });
         }
+        log::log!(level, "{record}");
     }
 
     // The record and the notes of each attempt say all that Pingora would, without its request headers.

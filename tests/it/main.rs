@@ -23,6 +23,7 @@ mod last_error;
 mod ledger;
 mod legacy;
 mod limits;
+mod metrics;
 mod own_answers;
 mod reload;
 mod retry;

@@ -1,0 +1,76 @@
+//! `GET /metrics`: what [`crate::metrics`] has counted, and what is the case.
+
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use super::Sources;
+use super::status::is_available;
+use crate::config::Limit;
+use crate::health::Gate;
+use crate::limit::View;
+use crate::metrics::{EndpointMoment, Moment, ProcessMoment, metrics};
+use crate::pool::Endpoint;
+
+/// In Prometheus's text format.
+pub async fn text(from: Sources<'_>) -> Vec<u8> {
+    let pool = from.pool;
+    let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
+    let views = pool.ledger.look(accounts).await.unwrap_or_default();
+    let views = views.into_iter().chain(std::iter::repeat_with(View::default));
+    let endpoints: Vec<_> = pool.endpoints.iter().zip(views).map(|(e, view)| endpoint(from, e, &view)).collect();
+    let Some(metrics) = metrics() else { return Vec::new() };
+    match Moment::new(&process(from), &endpoints) {
+        Ok(moment) => metrics.text(&moment),
+        Err(error) => {
+            log::error!("metrics of this moment cannot be made: {error}");
+            Vec::new()
+        }
+    }
+}
+
+fn endpoint(from: Sources<'_>, endpoint: &Endpoint, view: &View) -> EndpointMoment {
+    let clock = from.pool.clock();
+    let in_flight = u64::from(endpoint.live.in_flight());
+    let limits = &endpoint.limits;
+    let all = [
+        ("rpm", limits.rpm, view.minute.attempts),
+        ("rpd", limits.rpd, view.day.attempts),
+        ("tpm", limits.tpm, view.minute.tokens),
+        ("tpd", limits.tpd, view.day.tokens),
+        ("max_concurrent", limits.max_concurrent, in_flight),
+    ];
+    let set = |(name, limit, used)| match limit {
+        Limit::AtMost(most) => Some((name, most, used)),
+        Limit::Unlimited | Limit::Off => None,
+    };
+    EndpointMoment {
+        id: endpoint.config.id.to_string(),
+        available: is_available(from.pool, endpoint, view, &clock),
+        cooling: matches!(endpoint.live.gate(clock.now), Gate::Cooling { .. } | Gate::OnTrial),
+        in_flight,
+        limits: all.into_iter().filter_map(set).collect(),
+    }
+}
+
+fn process(from: Sources<'_>) -> ProcessMoment {
+    let process = from.process;
+    let tally = process.ledger.tally();
+    let file = process.config.file();
+    let loaded = from.pool.loaded_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+    ProcessMoment {
+        open: count(process.open.count()),
+        queued: count(from.pool.ledger.queued()),
+        draining: process.draining.is_on(),
+        ledger_up: process.ledger.fault().is_none(),
+        ledger_denied: tally.denied.load(Ordering::Relaxed),
+        ledger_uncounted: tally.uncounted.load(Ordering::Relaxed),
+        ledger_lost: tally.lost.load(Ordering::Relaxed),
+        estimates_waiting: count(process.estimator.waiting()),
+        estimates_dropped: process.estimator.dropped(),
+        config_version: from.pool.version,
+        config_failures: file.failures,
+        config_ok: file.error.is_none(),
+        config_loaded: loaded.as_secs_f64(),
+    }
+}

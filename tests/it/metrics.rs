@@ -1,0 +1,89 @@
+//! What Prometheus is told.
+
+use std::net::TcpListener;
+
+use api_together::simulator::Behaviour;
+use http::Method;
+use serde_json::json;
+
+use crate::harness::{KEY, Reply, behaving, chat, chat_stream, client, config_text, endpoint_with, within};
+use crate::program::Running;
+
+/// The value of a metric, by its name and labels as they stand in the text.
+fn value(text: &str, name: &str) -> f64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("{name} is not in\n{text}")).parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_attempts_tokens_and_limits_are_told() {
+    within(async {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (fails, good) = (behaving(Behaviour::status(503)).await, behaving(Behaviour::default()).await);
+        let apis = [
+            endpoint_with("fails", &fails.base_url(), json!({ "models": ["m"] })),
+            endpoint_with("good", &good.base_url(), json!({ "models": ["m", "any-*"], "priority": 1, "rpm": 60 })),
+        ];
+        let settings = json!({ "metricsListen": free.to_string(), "breaker": { "failures": 2 } });
+        let program = Running::start(&config_text(settings, &apis), "info");
+        program.ready().await;
+        let client = client(reqwest::ClientBuilder::http1_only);
+        let ask = |body| client.post(program.url("/v1/chat/completions")).bearer_auth(KEY).json(&body).send();
+        for body in [chat("m"), chat_stream("m"), chat("m"), chat("any-thing"), chat("nobody-has-it")] {
+            ask(body).await.unwrap().bytes().await.unwrap();
+        }
+        let unknown = client.request(Method::GET, program.url("/metrics")).send().await.unwrap();
+        assert_eq!(unknown.status(), 401, "the main port wants the key");
+        let reply = Reply::of(client.get(program.url("/metrics")).bearer_auth(KEY)).await;
+        assert_eq!(reply.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+        let text = reply.text();
+        let told = |name: &str| value(text, name);
+        let requests = |endpoint: &str, model: &str, outcome: &str, status: &str| {
+            told(&format!(
+                "api_together_requests_total{{endpoint=\"{endpoint}\",model=\"{model}\",outcome=\"{outcome}\",status=\"{status}\"}}"
+            ))
+        };
+        assert!((requests("good", "m", "ok", "2xx") - 3.0).abs() < 0.1);
+        assert!((requests("good", "other", "ok", "2xx") - 1.0).abs() < 0.1, "a pattern's names are not told apart");
+        assert!((requests("none", "none", "model_unknown", "4xx") - 1.0).abs() < 0.1);
+        // It cools down after two.
+        assert!((told(r#"api_together_attempts_total{endpoint="fails",outcome="status_5xx"}"#) - 2.0).abs() < 0.1);
+        assert!((told(r#"api_together_attempts_total{endpoint="good",outcome="ok"}"#) - 4.0).abs() < 0.1);
+        assert!((told(r#"api_together_endpoint_cooling_down{endpoint="fails"}"#) - 1.0).abs() < 0.1);
+        assert!((told(r#"api_together_endpoint_available{endpoint="good"}"#) - 1.0).abs() < 0.1);
+        assert!((told(r#"api_together_limit_used{endpoint="good",limit="rpm"}"#) - 4.0).abs() < 0.1);
+        assert!((told(r#"api_together_limit_left{endpoint="good",limit="rpm"}"#) - 56.0).abs() < 0.1);
+        assert!(told(r#"api_together_tokens_total{endpoint="good",kind="completion",model="m"}"#) > 10.0);
+        assert!((told(r#"api_together_request_duration_seconds_count{endpoint="good"}"#) - 4.0).abs() < 0.1);
+        assert!((told("api_together_own_seconds_count") - 4.0).abs() < 0.1);
+        assert!((told("api_together_permit_seconds_count") - 4.0).abs() < 0.1);
+        assert!((told("api_together_config_ok") - 1.0).abs() < 0.1);
+        assert!((told(r#"api_together_build_info{version="0.1.0"}"#) - 1.0).abs() < 0.1);
+
+        let scraped = Reply::of(client.get(format!("http://{free}/metrics"))).await;
+        assert_eq!(scraped.status, 200);
+        assert!((value(scraped.text(), "api_together_ledger_up") - 1.0).abs() < 0.1);
+        assert_eq!(Reply::of(client.get(format!("http://{free}/v1/status"))).await.status, 404);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readiness_tells_why_not() {
+    within(async {
+        let fails = behaving(Behaviour::status(503)).await;
+        let api = endpoint_with("a", &fails.base_url(), json!({ "models": ["m"] }));
+        let program = Running::start(&config_text(json!({ "breaker": { "failures": 1 } }), &[api]), "info");
+        program.ready().await;
+        let client = client(reqwest::ClientBuilder::http1_only);
+        let ready = async || Reply::of(client.get(program.url("/health/ready"))).await;
+        let reply = ready().await;
+        assert_eq!((reply.status, &reply.json()["status"]), (200, &json!("ready")));
+        client.post(program.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat("m")).send().await.unwrap();
+        let reply = ready().await;
+        assert_eq!((reply.status, &reply.json()["status"]), (503, &json!("not_ready")));
+        assert_eq!(reply.json()["reason"], "every endpoint is at a limit or cooling down");
+        assert_eq!(Reply::of(client.get(program.url("/health"))).await.status, 200);
+    })
+    .await;
+}
