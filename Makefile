@@ -85,7 +85,7 @@ fuzz: build-tools ## Feed what reads answers with random bytes, for a minute (FU
 
 .PHONY: soak
 soak: build-tools ## The tests that are short above, at full length
-	RELOADS=200 cargo test --locked --test it -- reload::reloads_under_load
+	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load
 
 .PHONY: bench-limits
 bench-limits: build-tools ## Measure what limits cost: requests a second and latencies with them against without

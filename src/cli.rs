@@ -1,5 +1,6 @@
 //! The command line: flags, subcommands, exit codes.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -10,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::banner::Banner;
 use crate::config::{self, Environment, Kind, Loaded, Problem};
 use crate::server::{Prepared, RunOptions};
-use crate::{demo, log_output};
+use crate::{demo, log_output, upgrade};
 
 /// Where the config file is looked for unless the command line names one.
 const CONFIG_DEFAULT: &str = "conf/apis.json";
@@ -43,6 +44,12 @@ enum Command {
         /// What to print.
         #[arg(long, value_enum, default_value_t = SchemaFormat::Json)]
         format: SchemaFormat,
+    },
+    /// Replace the running process by this program, without losing a request. Whatever fails leaves it serving; exit code 1.
+    Upgrade {
+        /// The config file that it runs with.
+        #[arg(long, value_name = "FILE", default_value = CONFIG_DEFAULT)]
+        config: PathBuf,
     },
     /// Serve three simulated endpoints, one healthy, one slow, one that fails often, and print commands to try.
     Demo,
@@ -91,6 +98,13 @@ impl Cli {
                 print!("{}", config::schema_markdown());
                 ExitCode::SUCCESS
             }
+            Command::Upgrade { config } => match upgrade::ask(&runtime_folder(&config)) {
+                Ok(told) => {
+                    println!("{told}");
+                    ExitCode::SUCCESS
+                }
+                Err(why) => fail(&why),
+            },
             Command::Demo => demo::run(),
         }
     }
@@ -123,6 +137,7 @@ impl Run {
             Ok(loaded) => loaded,
             Err(problems) => return fail(&format!("{problems}")),
         };
+        log_output::set_format(config.server.log_format);
         for warning in &warnings {
             log::warn!("{}: {warning}", self.config.display());
         }
@@ -134,6 +149,7 @@ impl Run {
         };
         if self.test {
             println!("{}: ok", self.config.display());
+            println!("{}{}", upgrade::LISTENS, prepared.address);
         } else {
             prepared.announce(banner.text(prepared.address));
         }
@@ -144,21 +160,31 @@ impl Run {
 
     fn options(&self) -> RunOptions {
         let found = || Some(PathBuf::from(SERVER_CONF_DEFAULT)).filter(|path| path.exists());
-        // systemd names the folder it made for the service.
-        let runtime_folder = std::env::var_os("RUNTIME_DIRECTORY")
-            .map_or_else(|| self.config.parent().unwrap_or(Path::new("")).join(RUNTIME_FOLDER), PathBuf::from);
         // The process may go into the background, where the working directory is another.
         let config_file = std::path::absolute(&self.config).unwrap_or_else(|_| self.config.clone());
         RunOptions {
             config_file: Some(config_file),
-            // In the background the working directory is another.
-            runtime_folder: std::path::absolute(&runtime_folder).unwrap_or(runtime_folder),
+            arguments: Some(successors_arguments(std::env::args_os().skip(1))),
+            runtime_folder: runtime_folder(&self.config),
             upgrade: self.upgrade,
             daemon: self.daemon,
             test: self.test,
             server_conf: self.conf.clone().or_else(found),
         }
     }
+}
+
+/// What a successor is started with: the same, but for how this process came to be.
+fn successors_arguments(own: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    own.filter(|argument| !["-u", "--upgrade", "-d", "--daemon"].iter().any(|known| argument == known)).collect()
+}
+
+/// Where the process tells of itself: beside the config file, or where systemd has made a folder for it.
+fn runtime_folder(config: &Path) -> PathBuf {
+    let beside = || config.parent().unwrap_or(Path::new("")).join(RUNTIME_FOLDER);
+    let folder = std::env::var_os("RUNTIME_DIRECTORY").map_or_else(beside, PathBuf::from);
+    // In the background the working directory is another.
+    std::path::absolute(&folder).unwrap_or(folder)
 }
 
 /// Says on standard error why nothing runs.

@@ -20,7 +20,7 @@
 //! | what follows a failure | [`retry`] | outcome → next attempt or not |
 //! | what is told | [`error`], [`record`], [`metrics`] | fault → error object; request → log line, metrics |
 //!
-//! Beside the way: [`config`] (file → what is meant), [`reload`], [`certificate`], [`secret`], [`pool`] (the endpoints of one config, and the live state
+//! Beside the way: [`config`] (file → what is meant), [`reload`], [`certificate`], [`upgrade`], [`notify`], [`secret`], [`pool`] (the endpoints of one config, and the live state
 //! behind them), [`context`] (one request's state), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
 
 pub mod admin;
@@ -44,6 +44,7 @@ pub mod ledger;
 pub mod limit;
 pub mod log_output;
 pub mod metrics;
+pub mod notify;
 pub mod pool;
 pub mod proxy;
 pub mod rates;
@@ -60,5 +61,6 @@ pub mod secret;
 pub mod server;
 pub mod simulator;
 pub mod sse;
+pub mod upgrade;
 pub mod upstream;
 pub mod usage;

@@ -3,6 +3,8 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
+use serde_json::json;
+
 use crate::billing::Measured;
 use crate::ledger::Tokens;
 
@@ -37,6 +39,45 @@ pub struct Record<'a> {
     pub measured: Measured,
     /// What was wrong, if something was.
     pub fault: Option<&'static str>,
+}
+
+impl Record<'_> {
+    /// The members of a JSON object, by the names that the text has. What is not known is left out.
+    pub fn json_members(&self) -> String {
+        let ms = |time: Duration| json!((time.as_secs_f64() * 1e4).round() / 10.0);
+        let tokens = |of: fn(&Tokens) -> u64| self.measured.tokens.map(|tokens| json!(of(&tokens)));
+        let members = [
+            ("id", Some(json!(self.id))),
+            ("caller", self.caller.map(|caller| json!(caller.to_string()))),
+            ("method", Some(json!(self.method))),
+            ("path", Some(json!(cut(self.path)))),
+            ("model", self.model.map(|model| json!(cut(model)))),
+            ("endpoint_model", self.endpoint_model.map(|model| json!(cut(model)))),
+            ("endpoint", self.endpoint.map(|endpoint| json!(endpoint))),
+            ("attempts", Some(json!(self.attempts))),
+            ("status", self.status.map(|status| json!(status))),
+            ("bytes", Some(json!(self.bytes))),
+            ("first_byte_ms", self.first_byte.map(ms)),
+            ("total_ms", Some(ms(self.total))),
+            ("first_token_ms", self.measured.first_token.map(ms)),
+            ("prompt_tokens", tokens(|tokens| tokens.prompt)),
+            ("completion_tokens", tokens(|tokens| tokens.completion)),
+            ("total_tokens", tokens(|tokens| tokens.total)),
+            ("cached_tokens", tokens(|tokens| tokens.cached)),
+            ("reasoning_tokens", tokens(|tokens| tokens.reasoning)),
+            ("tokens_per_second", self.measured.tokens_per_second().map(|rate| json!((rate * 10.0).round() / 10.0))),
+            ("fault", self.fault.map(|fault| json!(fault))),
+        ];
+        let known: Vec<String> =
+            members.into_iter().filter_map(|(name, value)| Some(format!("\"{name}\":{}", value?))).collect();
+        known.join(",")
+    }
+}
+
+/// A value from outside, cut to a sane length.
+fn cut(text: &str) -> &str {
+    const CHARS_MAX: usize = 200;
+    text.char_indices().nth(CHARS_MAX).and_then(|(end, _)| text.get(..end)).unwrap_or(text)
 }
 
 impl fmt::Display for Record<'_> {
@@ -87,9 +128,8 @@ struct Word<'a>(&'a str);
 
 impl fmt::Display for Word<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const CHARS_MAX: usize = 200;
         let plain = |c: char| c.is_alphanumeric() || "-_./:@*+,~%".contains(c);
-        let text = self.0.char_indices().nth(CHARS_MAX).and_then(|(end, _)| self.0.get(..end)).unwrap_or(self.0);
+        let text = cut(self.0);
         if !text.is_empty() && text.chars().all(plain) {
             f.write_str(text)?;
         } else {
@@ -126,6 +166,12 @@ mod tests {
             "request id=req_1 caller=127.0.0.1 method=POST path=/v1/chat/completions model=\"gpt-4\\nfake line\" \
              endpoint=api1 attempts=2 status=200 bytes=10 first_byte_ms=1.5 total_ms=20.0"
         );
+        let members: serde_json::Value = serde_json::from_str(&format!("{{{}}}", record.json_members())).unwrap();
+        assert_eq!(
+            (&members["model"], &members["status"], &members["total_ms"]),
+            (&json!("gpt-4\nfake line"), &json!(200), &json!(20.0))
+        );
+        assert!(members.get("fault").is_none() && members.get("prompt_tokens").is_none());
         let tokens = Tokens { prompt: 5, completion: 9, total: 14, cached: 2, reasoning: 3, audio: 0 };
         let seconds = |seconds| Some(Duration::from_secs(seconds));
         let measured = Measured { tokens: Some(tokens), first_token: seconds(1), generation: seconds(2) };

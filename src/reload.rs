@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -14,6 +15,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::certificate::Certificate;
 use crate::config::{self, Config, Environment, Loaded, Server, Watch, changes, needs_upgrade};
+use crate::log_output;
 use crate::pool::Pool;
 
 /// What is known of the configuration, for the status page and the metrics. Cheap to clone.
@@ -56,6 +58,17 @@ pub struct Reloader {
     pub certificate: Option<Certificate>,
     /// What is told of it.
     pub state: ConfigState,
+    /// Set by a SIGHUP.
+    pub hung_up: Arc<AtomicBool>,
+}
+
+/// Keeps a SIGHUP from ending the process before the reloader hears it.
+pub fn hear_hangups() -> Arc<AtomicBool> {
+    let hung_up = Arc::default();
+    if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGHUP, Arc::clone(&hung_up)) {
+        log::error!("SIGHUP would end the process: {error}");
+    }
+    hung_up
 }
 
 /// The contents of all files that a configuration depends on, as a number for each; none for a file that is not there.
@@ -67,6 +80,10 @@ impl BackgroundService for Reloader {
         let mut watch = Watch::new(self.files());
         let mut hangups =
             signal(SignalKind::hangup()).inspect_err(|error| log::error!("SIGHUP cannot be heard: {error}")).ok();
+        // One that came before this could be heard.
+        if self.hung_up.load(Ordering::Relaxed) {
+            self.take_in(true);
+        }
         // What was written since the process read the file is noticed, too.
         let mut seen = Contents::new();
         loop {
@@ -75,13 +92,13 @@ impl BackgroundService for Reloader {
                 () = hangup(hangups.as_mut()) => true,
                 _ = shutdown.changed() => return,
             };
+            // Before they are read, so that what is written meanwhile is found the next time.
             let found = contents(&self.files());
             if asked || found != seen {
                 self.take_in(asked);
+                seen = found;
                 // The new config may name other files.
-                let files = self.files();
-                seen = contents(&files);
-                watch.set_files(files);
+                watch.set_files(self.files());
             }
         }
     }
@@ -129,6 +146,7 @@ impl Reloader {
             Ok(pool) => self.pool.store(Arc::new(Pool { version, ..pool })),
             Err(error) => return self.refuse(&format!("an endpoint cannot be set up: {error}")),
         }
+        log_output::set_format(self.pool.load().server.log_format);
         for warning in &warnings {
             log::warn!("{shown}: {warning}");
         }

@@ -1,5 +1,6 @@
 //! From a checked config to a serving process: Pingora's server, its listeners, and the services beside the proxy.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use pingora::server::{ExecutionPhase, RunArgs, Server, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
 use pingora::services::listening::Service;
 use pingora_proxy::ProxyServiceBuilder;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::broadcast;
 
 use crate::admin::{self, Process, Sources};
@@ -29,9 +31,11 @@ use crate::context::OpenRequests;
 use crate::estimate::Estimator;
 use crate::ledger::Keeper;
 use crate::metrics;
+use crate::notify;
 use crate::pool::Pool;
 use crate::proxy::Gateway;
-use crate::reload::{ConfigState, Reloader};
+use crate::reload::{ConfigState, Reloader, hear_hangups};
+use crate::upgrade::{Running, Successor, make_private};
 use crate::upstream::RESOLVE_INTERVAL;
 
 /// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than
@@ -61,6 +65,8 @@ pub struct RunOptions {
     pub server_conf: Option<PathBuf>,
     /// The config file, if it is to be read again when it changes.
     pub config_file: Option<PathBuf>,
+    /// What a successor of this process is started with, if one may be.
+    pub arguments: Option<Vec<OsString>>,
     /// Where the upgrade socket and the pid file go unless the server conf file says so.
     pub runtime_folder: PathBuf,
 }
@@ -84,6 +90,10 @@ pub struct Prepared {
     pub address: SocketAddr,
     /// The pool it serves; a new one may be stored at any time.
     pub pool: Arc<ArcSwap<Pool>>,
+    /// Whether it will listen with TLS.
+    tls: bool,
+    /// Where it tells of itself, if it may be replaced.
+    runtime_folder: Option<PathBuf>,
     counts: Counts,
     /// Keeps a free port ours until Pingora has bound it.
     _reserved: Option<socket2::Socket>,
@@ -101,6 +111,7 @@ impl Prepared {
         let conf = server_conf(&config, options)?;
         let certificate = config.server.tls.as_ref().map(Certificate::new).transpose().map_err(StartError)?;
         let tls = certificate.clone().map(tls_settings).transpose()?;
+        let has_tls = tls.is_some();
         let started = config.server.clone();
         let metrics_address = started.metrics_listen;
         if let Some(address) = metrics_address.filter(|_| !options.upgrade && !options.test) {
@@ -149,8 +160,19 @@ impl Prepared {
         let drain = Drain { phases, open, draining, counts: counts.clone() };
         server.add_service(background_service("drain", drain));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&pool))));
+        if let Some(arguments) = options.arguments.clone() {
+            let successor = Successor {
+                program: std::env::current_exe().map_err(|error| StartError(format!("this program: {error}")))?,
+                arguments,
+                upgrade_sock: PathBuf::from(&server.configuration.upgrade_sock),
+                runtime_folder: options.runtime_folder.clone(),
+                address,
+            };
+            server.add_service(background_service("upgrade", successor));
+        }
         if let Some(path) = options.config_file.clone() {
-            let reloader = Reloader { path, pool: Arc::clone(&pool), started, certificate, state };
+            let hung_up = hear_hangups();
+            let reloader = Reloader { path, pool: Arc::clone(&pool), started, certificate, state, hung_up };
             server.add_service(background_service("reload", reloader));
         }
         server.add_service(service);
@@ -160,12 +182,16 @@ impl Prepared {
             scrapes.threads = Some(1);
             server.add_service(scrapes);
         }
-        Ok(Self { server, address, pool, counts, _reserved: reserved })
+        let runtime_folder = options.arguments.is_some().then(|| options.runtime_folder.clone());
+        Ok(Self { server, address, pool, tls: has_tls, runtime_folder, counts, _reserved: reserved })
     }
 
     /// Prints a text once the server listens.
     pub fn announce(&mut self, text: String) {
-        self.server.add_service(background_service("announce", Announce { address: self.address, text }));
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let running = Running { pid: std::process::id(), address: self.address, version, tls: self.tls };
+        let announce = Announce { running, runtime_folder: self.runtime_folder.clone(), text };
+        self.server.add_service(background_service("announce", announce));
     }
 
     /// Takes the sockets of a running process over if asked to, and leaves here if only a test was wanted.
@@ -202,8 +228,15 @@ fn server_conf(config: &Config, options: &RunOptions) -> Result<ServerConf, Star
     if conf.pid_file == defaults.pid_file {
         conf.pid_file = private("api-together.pid");
     }
-    if options.upgrade || options.daemon {
-        make_private(folder)?;
+    let is_needed = options.upgrade || options.daemon;
+    if (is_needed || options.arguments.is_some())
+        && let Err(error) = make_private(folder)
+    {
+        let problem = format!("{}: {error}; upgrades need a folder of their own", folder.display());
+        if is_needed {
+            return Err(StartError(problem));
+        }
+        log::warn!("{problem}");
     }
     conf.grace_period_seconds.get_or_insert(GRACE_PERIOD_SECONDS);
     conf.threads = config.server.threads;
@@ -216,15 +249,6 @@ fn read_server_conf(path: &Path) -> Result<ServerConf, StartError> {
     let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
     let conf: ServerConf = serde_yaml::from_str(&text).map_err(|error| fail(error.to_string()))?;
     conf.validate().map_err(|error| fail(error.to_string()))
-}
-
-fn make_private(folder: &Path) -> Result<(), StartError> {
-    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-    let fail = |error: std::io::Error| {
-        StartError(format!("{}: {error}; upgrades need a folder of their own", folder.display()))
-    };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(fail)?;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).map_err(fail)
 }
 
 /// Finds out whether the address can be listened on before Pingora tries, which would go on without it. Port 0 becomes a
@@ -323,9 +347,20 @@ impl BackgroundService for Drain {
 impl Drain {
     async fn wait_and_leave(&self) {
         self.draining.begin();
+        notify::stopping();
         log::info!("stopping: {} requests are open", self.open.count());
+        // Whoever asks a second time does not want to wait.
+        let mut asked_again = [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| signal(kind).ok());
+        let [terminated, interrupted] = &mut asked_again;
         while self.open.count() > 0 {
-            tokio::time::sleep(DRAIN_POLL).await;
+            tokio::select! {
+                () = tokio::time::sleep(DRAIN_POLL) => {}
+                () = heard(terminated.as_mut()) => break,
+                () = heard(interrupted.as_mut()) => break,
+            }
+        }
+        if self.open.count() > 0 {
+            log::warn!("stopping at once, as asked: {} requests are cut", self.open.count());
         }
         // The last bytes of an HTTP/2 answer may still be on their way out.
         tokio::time::sleep(LAST_FLUSH).await;
@@ -333,9 +368,18 @@ impl Drain {
         if tokio::task::spawn_blocking(move || counts.close()).await.is_err() {
             log::error!("the ledger could not be closed");
         }
-        log::info!("stopped: the last request has ended");
+        log::info!("stopped");
         std::process::exit(0);
     }
+}
+
+async fn heard(signals: Option<&mut Signal>) {
+    if let Some(signals) = signals
+        && signals.recv().await.is_some()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
 }
 
 /// Starts the ledger's thread, which would be lost if it were started before the process goes into the background.
@@ -373,25 +417,32 @@ impl ServeHttp for Scrape {
     }
 }
 
-/// Says that the server listens when it does, so that whoever reads it may call at once.
+/// Says that the server listens when it does, so that whoever waits for it may call at once.
 struct Announce {
-    address: SocketAddr,
+    running: Running,
+    runtime_folder: Option<PathBuf>,
     text: String,
 }
 
 #[async_trait]
 impl BackgroundService for Announce {
     async fn start(&self, _shutdown: ShutdownWatch) {
-        let address = crate::banner::local(self.address);
+        let address = crate::banner::local(self.running.address);
         for _ in 0..LISTEN_POLLS_MAX {
             if tokio::net::TcpStream::connect(address).await.is_ok() {
                 break;
             }
             tokio::time::sleep(LISTEN_POLL).await;
         }
+        if let Some(folder) = &self.runtime_folder
+            && let Err(error) = self.running.write(folder)
+        {
+            log::warn!("{}: {error}; `api-together upgrade` will not find this process", folder.display());
+        }
         anstream::print!("{}", self.text);
         // To a pipe the text would wait for more; whoever waits for it would wait as well.
         std::io::Write::flush(&mut std::io::stdout()).unwrap_or_default();
+        notify::ready();
     }
 }
 

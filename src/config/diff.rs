@@ -65,6 +65,7 @@ fn server(lines: &mut Lines, before: &Server, after: &Server) {
     lines.compare(&at("failedKeysPerMinute"), &before.failed_keys_per_minute, &after.failed_keys_per_minute);
     lines.compare(&at("endpointHeaders"), &before.endpoint_headers, &after.endpoint_headers);
     lines.compare(&at("queue"), &before.queue, &after.queue);
+    lines.compare(&at("logFormat"), &before.log_format, &after.log_format);
     lines.compare(&at("estimateTokens"), &before.estimate_tokens, &after.estimate_tokens);
     if before.timezone != after.timezone {
         lines.add("server.timezone changed".into());

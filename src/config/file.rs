@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::endpoint::StreamUsage;
-use super::server::{LedgerOnError, LedgerSync, Strategy};
+use super::server::{LedgerOnError, LedgerSync, LogFormat, Strategy};
 use crate::secret::Secret;
 
 pub const HOST_DEFAULT: &str = "0.0.0.0";
@@ -129,6 +129,9 @@ pub struct ServerFile {
     /// Whether requests wait for a permit when every endpoint is at its limit. Absent: they are answered 429
     /// at once.
     pub queue: Option<QueueFile>,
+    /// How log lines look: text, or one JSON object a line.
+    #[schemars(extend("default" = LogFormat::Text))]
+    pub log_format: Option<LogFormat>,
     /// An address and port for `GET /metrics` without the key, as `127.0.0.1:9464`. Default: only on the main port,
     /// with the key.
     pub metrics_listen: Option<String>,

@@ -38,7 +38,7 @@ pub use endpoint::{Endpoint, EndpointTls, Limit, StreamUsage, Timeouts};
 pub use environment::Environment;
 pub use problem::{Kind, Problem, Problems};
 pub use schema::{schema, schema_markdown};
-pub use server::{Breaker, Cors, LedgerOnError, LedgerSync, Queue, Retry, Server, ServerTls, Strategy};
+pub use server::{Breaker, Cors, LedgerOnError, LedgerSync, LogFormat, Queue, Retry, Server, ServerTls, Strategy};
 pub use status_set::StatusSet;
 pub use watch::Watch;
 

@@ -53,6 +53,8 @@ pub struct Server {
     pub timezone: TimeZone,
     /// Whether requests wait for a permit.
     pub queue: Option<Queue>,
+    /// How log lines look.
+    pub log_format: LogFormat,
     /// Where `/metrics` is served without a key.
     pub metrics_listen: Option<SocketAddr>,
     /// Whether tokens are estimated that no endpoint tells.
@@ -79,6 +81,17 @@ pub enum LedgerSync {
     Normal,
     /// Before the request is sent.
     Full,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// Time, level, message.
+    #[default]
+    Text,
+    /// One object a line.
+    Json,
 }
 
 /// Requests that wait for a permit.
@@ -192,6 +205,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         ledger_sync: typed.ledger_sync.unwrap_or_default(),
         timezone: timezone?.unwrap_or_else(TimeZone::system),
         queue,
+        log_format: typed.log_format.unwrap_or_default(),
         metrics_listen: metrics_listen?,
         estimate_tokens: typed.estimate_tokens.unwrap_or(file::ESTIMATE_TOKENS_DEFAULT),
     })

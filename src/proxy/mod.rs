@@ -37,6 +37,7 @@ use crate::context::{Ask, Context, Kept};
 use crate::decode::Encoding;
 use crate::error::Fault;
 use crate::health;
+use crate::log_output::{self, REQUEST_TARGET};
 use crate::metrics::{Ended, metrics, model_label};
 use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
@@ -381,7 +382,14 @@ impl ProxyHttp for Gateway {
                 total: record.total,
             });
         }
-        log::log!(level, "{record}");
+        if !log::log_enabled!(target: REQUEST_TARGET, level) {
+            return;
+        }
+        if log_output::is_json() {
+            log::log!(target: REQUEST_TARGET, level, "{}", record.json_members());
+        } else {
+            log::log!(target: REQUEST_TARGET, level, "{record}");
+        }
     }
 
     // The record and the notes of each attempt say all that Pingora would, without its request headers.

@@ -21,9 +21,11 @@ const CUT: &str = "x-test-cut";
 /// What is sent before a reset must have been read by then, or it may be lost with the connection.
 const BEFORE_RESET: Duration = Duration::from_millis(50);
 /// Far above what a good answer takes here, and all that a test of a silence has to wait.
-const PATIENCE_MS: u64 = 500;
+const SILENCE_MS: u64 = 1000;
+/// For those that do not wait for it.
+const PATIENCE_MS: u64 = 20_000;
 /// Requests at once.
-const CONCURRENCY: usize = 64;
+const CONCURRENCY: usize = 100;
 
 const CHAT: &str = "/v1/chat/completions";
 const HOWS: [&str; 3] = ["close", "reset", "stall"];
@@ -239,8 +241,9 @@ impl Recorded {
     }
 }
 
-fn settings(cutter: &Cutter) -> Value {
-    let timeouts = json!({ "firstByteMs": PATIENCE_MS, "idleMs": PATIENCE_MS });
+fn settings(cutter: &Cutter, how: &str) -> Value {
+    let patience_ms = if how == "stall" { SILENCE_MS } else { PATIENCE_MS };
+    let timeouts = json!({ "firstByteMs": patience_ms, "idleMs": patience_ms });
     endpoint_with("a", &cutter.base_url(), json!({ "timeouts": timeouts }))
 }
 
@@ -269,8 +272,8 @@ where
     }
 }
 
-fn all_cuts(length: usize, hows: &'static [&'static str]) -> Vec<(usize, &'static str)> {
-    (0..=length).flat_map(|at| hows.iter().map(move |how| (at, *how))).collect()
+fn all_cuts(length: usize, how: &'static str) -> Vec<(usize, &'static str)> {
+    (0..=length).map(|at| (at, how)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -298,18 +301,24 @@ async fn so_do_responses_and_messages() {
     .await;
 }
 
-async fn fails_over(recorded: Recorded, hows: &'static [&'static str], over_h2: bool) {
+async fn fails_over(recorded: Recorded, hows: &[&'static str], over_h2: bool) {
     let recorded = Arc::new(recorded);
+    for how in hows {
+        fails_over_however(&recorded, how, over_h2).await;
+    }
+}
+
+async fn fails_over_however(recorded: &Arc<Recorded>, how: &'static str, over_h2: bool) {
     let good = format!("{}{}data: [DONE]\n\n", event("from the other"), event("endpoint"));
     let body = Some(good.clone());
     let content_type = Some("text/event-stream".into());
     let spare = behaving(Behaviour { body, content_type, ..Behaviour::default() }).await;
     let cutter = Cutter::of(&recorded.bytes).await;
-    let apis = [settings(&cutter), endpoint_with("b", &spare.base_url(), json!({ "priority": 1 }))];
+    let apis = [settings(&cutter, how), endpoint_with("b", &spare.base_url(), json!({ "priority": 1 }))];
     let proxy = Proxy::start(patient(), &apis).await;
     let (address, body) = (proxy.address, chat_stream("m"));
-    every_cut(all_cuts(recorded.bytes.len(), hows), |at, how| {
-        let (recorded, body, good) = (Arc::clone(&recorded), body.clone(), good.clone());
+    every_cut(all_cuts(recorded.bytes.len(), how), |at, how| {
+        let (recorded, body, good) = (Arc::clone(recorded), body.clone(), good.clone());
         async move {
             let (cut, path) = (format!("{at} {how}"), recorded.path);
             let got = if over_h2 {
@@ -334,23 +343,25 @@ async fn if_nobody_can_take_over_no_cut_stream_looks_whole() {
     within(async {
         let recorded = Arc::new(Recorded::chat(Framing::Chunks));
         let cutter = Cutter::of(&recorded.bytes).await;
-        let proxy = Proxy::start(patient(), &[settings(&cutter)]).await;
-        let (address, body) = (proxy.address, chat_stream("m"));
-        every_cut(all_cuts(recorded.bytes.len(), &HOWS), |at, how| {
-            let (recorded, body) = (Arc::clone(&recorded), body.clone());
-            async move {
-                let got = call(address, CHAT, &body, &format!("{at} {how}")).await;
-                let (what, whole) = (format!("{how} after {at} bytes"), recorded.events_until(at, how));
-                if got.status == 200 {
-                    recorded.check_committed(&what, &whole, &got);
-                } else {
-                    assert!(whole.len() <= recorded.first_word && got.is_clean, "{what}: {got:?}");
-                    let error: Value = serde_json::from_str(&got.text).unwrap();
-                    assert_eq!(error["error"]["type"], "server_error", "{what}: {got:?}");
+        for how in HOWS {
+            let proxy = Proxy::start(patient(), &[settings(&cutter, how)]).await;
+            let (address, body) = (proxy.address, chat_stream("m"));
+            every_cut(all_cuts(recorded.bytes.len(), how), |at, how| {
+                let (recorded, body) = (Arc::clone(&recorded), body.clone());
+                async move {
+                    let got = call(address, CHAT, &body, &format!("{at} {how}")).await;
+                    let (what, whole) = (format!("{how} after {at} bytes"), recorded.events_until(at, how));
+                    if got.status == 200 {
+                        recorded.check_committed(&what, &whole, &got);
+                    } else {
+                        assert!(whole.len() <= recorded.first_word && got.is_clean, "{what}: {got:?}");
+                        let error: Value = serde_json::from_str(&got.text).unwrap();
+                        assert_eq!(error["error"]["type"], "server_error", "{what}: {got:?}");
+                    }
                 }
-            }
-        })
-        .await;
+            })
+            .await;
+        }
     })
     .await;
 }
@@ -369,19 +380,21 @@ async fn json_that_is_cut_at_any_byte_fails_over_unseen() {
         let spare = simulator().await;
         for recorded in [with_length, in_chunks] {
             let cutter = Cutter::of(recorded.as_bytes()).await;
-            let apis = [settings(&cutter), endpoint_with("b", &spare.base_url(), json!({ "priority": 1 }))];
-            let proxy = Proxy::start(patient(), &apis).await;
-            let address = proxy.address;
-            every_cut(all_cuts(recorded.len(), &HOWS), |at, how| {
-                let is_whole = at == recorded.len();
-                async move {
-                    let got = call(address, CHAT, &chat("m"), &format!("{at} {how}")).await;
-                    let expected = if is_whole { "a" } else { "b" };
-                    assert_eq!((got.status, got.endpoint.as_deref()), (200, Some(expected)), "{how} {at}: {got:?}");
-                    assert!(serde_json::from_str::<Value>(&got.text).is_ok(), "{how} {at}: {got:?}");
-                }
-            })
-            .await;
+            for how in HOWS {
+                let apis = [settings(&cutter, how), endpoint_with("b", &spare.base_url(), json!({ "priority": 1 }))];
+                let proxy = Proxy::start(patient(), &apis).await;
+                let address = proxy.address;
+                every_cut(all_cuts(recorded.len(), how), |at, how| {
+                    let is_whole = at == recorded.len();
+                    async move {
+                        let got = call(address, CHAT, &chat("m"), &format!("{at} {how}")).await;
+                        let expected = if is_whole { "a" } else { "b" };
+                        assert_eq!((got.status, got.endpoint.as_deref()), (200, Some(expected)), "{how} {at}: {got:?}");
+                        assert!(serde_json::from_str::<Value>(&got.text).is_ok(), "{how} {at}: {got:?}");
+                    }
+                })
+                .await;
+            }
         }
     })
     .await;

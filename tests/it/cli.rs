@@ -48,7 +48,7 @@ fn a_misspelt_key_is_an_error_for_check_and_a_warning_for_run() {
     assert_eq!(code, 1);
     assert!(errors.contains("apis[0].wieght") && errors.contains("weight"), "{errors}");
     let (code, out, errors) = run(folder.path(), &["-t", "--config", "apis.json"]);
-    assert_eq!((code, out.as_str()), (0, "apis.json: ok\n"));
+    assert_eq!((code, out.as_str()), (0, "apis.json: ok\nwould listen on 127.0.0.1:0\n"));
     assert!(errors.contains("WARN") && errors.contains("apis[0].wieght"), "{errors}");
 }
 
@@ -158,7 +158,7 @@ fn bad_certificate_files_are_told_before_the_start() {
 fn t_checks_all_that_a_start_needs_and_leaves() {
     let folder = folder_with("apis.json", &config_text(json!({}), &[endpoint("a", "https://x.example")]));
     let (code, out, errors) = run(folder.path(), &["-t", "--config", "apis.json"]);
-    assert_eq!((code, out.as_str()), (0, "apis.json: ok\n"), "{errors}");
+    assert_eq!((code, out.as_str()), (0, "apis.json: ok\nwould listen on 127.0.0.1:0\n"), "{errors}");
     let bad = folder_with("apis.json", "{}");
     assert_eq!(run(bad.path(), &["-t", "--config", "apis.json"]).0, 1);
 }

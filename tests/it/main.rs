@@ -32,3 +32,4 @@ mod sim;
 mod streams;
 mod tls;
 mod tokens;
+mod upgrade;

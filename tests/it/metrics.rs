@@ -87,3 +87,26 @@ async fn readiness_tells_why_not() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_are_json_if_the_config_says_so_and_text_again_after_a_reload() {
+    within(async {
+        let good = behaving(Behaviour::default()).await;
+        let api = endpoint_with("a", &good.base_url(), json!({ "models": ["m"] }));
+        let text = |format: &str| config_text(json!({ "logFormat": format }), std::slice::from_ref(&api));
+        let program = Running::start(&text("json"), "info");
+        program.ready().await;
+        let client = client(reqwest::ClientBuilder::http1_only);
+        let ask = client.post(program.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat("m"));
+        ask.header("x-request-id", "mine-1").send().await.unwrap().bytes().await.unwrap();
+        let line: serde_json::Value = serde_json::from_str(&program.logs("mine-1").await).unwrap();
+        assert_eq!((&line["event"], &line["endpoint"], &line["status"]), (&json!("request"), &json!("a"), &json!(200)));
+        assert!(line["prompt_tokens"].is_u64() && line["time"].is_string(), "{line}");
+        std::fs::write(program.folder.path().join("apis.json"), text("text")).unwrap();
+        program.logs("server.logFormat Json → Text").await;
+        let ask = client.post(program.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat("m"));
+        ask.header("x-request-id", "mine-2").send().await.unwrap().bytes().await.unwrap();
+        assert!(program.logs("id=mine-2").await.contains(" INFO "));
+    })
+    .await;
+}
