@@ -12,7 +12,7 @@
 //! | who serves it | [`route`] | model → candidates |
 //! | which of them | [`balance`], [`health`] | candidates → one |
 //! | may it be asked | [`admission`], [`limit`], [`ledger`] | one → one with a permit, or another |
-//! | where it is | [`upstream`] | endpoint → peer |
+//! | where it is | [`upstream`], [`tunnel`] | endpoint → peer |
 //! | what it is sent | [`rewrite`] | the client's bytes → the endpoint's |
 //! | what comes back | [`replay`], [`respond`], [`blot`], [`rates`] | answer → hold, commit or drop |
 //! | what of a stream goes on | [`relay`], [`sse`], [`json_scan`] | pieces → whole events |
@@ -61,6 +61,7 @@ pub mod secret;
 pub mod server;
 pub mod simulator;
 pub mod sse;
+pub mod tunnel;
 pub mod upgrade;
 pub mod upstream;
 pub mod usage;

@@ -2,6 +2,7 @@
 //!
 //! Names are resolved here and never by Pingora, whose own look-up blocks the worker and panics when it fails.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -19,6 +20,7 @@ use rustls_pki_types::pem::PemObject;
 
 use crate::config;
 use crate::rewrite;
+use crate::tunnel::Tunnel;
 
 /// How often the names of endpoints are looked up anew.
 pub const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -49,6 +51,9 @@ pub struct Upstream {
     pub authority: HeaderValue,
     /// The endpoint's key, as its requests carry it.
     pub authorization: HeaderValue,
+    /// For messages.
+    name: String,
+    /// What is connected to: the endpoint, or the proxy before it.
     host: String,
     port: u16,
     template: HttpPeer,
@@ -59,15 +64,24 @@ impl Upstream {
     /// The upstream of an endpoint. Fails if its CA file cannot be used.
     pub fn new(endpoint: &config::Endpoint) -> io::Result<Self> {
         let base = &endpoint.base_url;
-        let resolved = base.host.parse::<IpAddr>().ok().map(|ip| Arc::new(vec![SocketAddr::new(ip, base.port)]));
+        // A proxy resolves the endpoint's name itself.
+        let (host, port) = match &endpoint.proxy {
+            Some(proxy) => (&proxy.host, proxy.port),
+            None => (&base.host, base.port),
+        };
+        let resolved = host.parse::<IpAddr>().ok().map(|ip| Arc::new(vec![SocketAddr::new(ip, port)]));
         let authority = HeaderValue::from_str(&base.authority()).map_err(io::Error::other)?;
         let authorization = rewrite::bearer(endpoint.api_key.expose())
             .ok_or_else(|| io::Error::other("its apiKey has characters that no HTTP header can carry"))?;
         Ok(Self {
             authority,
             authorization,
-            host: base.host.clone(),
-            port: base.port,
+            name: match &endpoint.proxy {
+                Some(proxy) => format!("{} through the proxy {proxy}", base.host),
+                None => base.host.clone(),
+            },
+            host: host.clone(),
+            port,
             template: template(endpoint)?,
             resolved: ArcSwapOption::new(resolved),
         })
@@ -99,9 +113,9 @@ impl Upstream {
         Ok(addresses)
     }
 
-    /// The host's name, for messages.
+    /// The endpoint's host, and the proxy on the way to it, for messages.
     pub fn host(&self) -> &str {
-        &self.host
+        &self.name
     }
 
     /// How many addresses are known.
@@ -161,10 +175,17 @@ fn template(endpoint: &config::Endpoint) -> io::Result<HttpPeer> {
     };
     options.verify_cert = !endpoint.tls.insecure;
     options.verify_hostname = !endpoint.tls.insecure;
+    if let Some(proxy) = &endpoint.proxy {
+        options.custom_l4 = Some(Arc::new(Tunnel::new(proxy.clone(), base.host.clone(), base.port)?));
+    }
     if let Some(file) = &endpoint.tls.ca_file {
         options.ca = Some(load_ca(file)?);
-        // Pingora does not look at the CA when it shares connections.
-        peer.group_key = group_key(file);
+    }
+    // Pingora looks at neither when it shares connections.
+    if endpoint.tls.ca_file.is_some() || endpoint.proxy.is_some() {
+        let proxy =
+            endpoint.proxy.as_ref().map(|proxy| (proxy.to_string(), proxy.login.as_ref().map(|login| &login.0)));
+        peer.group_key = group_key(&(&endpoint.tls.ca_file, proxy, &base.host, base.port));
     }
     Ok(peer)
 }
@@ -184,10 +205,9 @@ fn load_ca(file: &Path) -> io::Result<Arc<CaType>> {
     Ok(certificates.into_iter().map(|der| WrappedX509::new(der.to_vec(), parse_x509)).collect())
 }
 
-fn group_key(file: &Path) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
+fn group_key(parts: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
-    file.hash(&mut hasher);
+    parts.hash(&mut hasher);
     hasher.finish()
 }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 
 use super::endpoint::Endpoint;
+use super::proxy::Proxy;
 use super::server::Server;
 
 /// A change of a thousand endpoints is told by its first lines.
@@ -102,6 +103,12 @@ fn endpoint(lines: &mut Lines, before: &Endpoint, after: &Endpoint) {
     lines.compare(&at("priority"), &before.priority, &after.priority);
     lines.compare(&at("timeouts"), &before.timeouts, &after.timeouts);
     lines.compare(&at("streamUsage"), &before.stream_usage, &after.stream_usage);
+    if before.proxy != after.proxy {
+        let shown = |proxy: &Option<Proxy>| proxy.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
+        let (before, after) = (shown(&before.proxy), shown(&after.proxy));
+        // Only the password may be another.
+        lines.add(if before == after { at("proxy changed") } else { at(&format!("proxy {before} → {after}")) });
+    }
     lines.compare(&at("http2"), &before.http2, &after.http2);
     lines.compare(&at("tls"), &before.tls, &after.tls);
     if before.timezone != after.timezone {

@@ -14,6 +14,7 @@ use super::base_url::BaseUrl;
 use super::checked::Check;
 use super::file::{self, EndpointFile, EndpointTlsFile, TimeoutsFile};
 use super::problem::join;
+use super::proxy::Proxy;
 use crate::secret::Secret;
 
 /// Ids are headers' and metrics' labels, so they are short.
@@ -60,6 +61,8 @@ pub struct Endpoint {
     pub timeouts: Timeouts,
     /// Whether its streams ask for their usage where the client does not.
     pub stream_usage: StreamUsage,
+    /// On the way to it.
+    pub proxy: Option<Proxy>,
     /// Only HTTP/2, only HTTP/1.1, or what the endpoint offers.
     pub http2: Option<bool>,
     /// How its certificate is checked.
@@ -157,6 +160,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     }
     let headers = headers(typed.headers, &at("headers"), check);
     let tls = endpoint_tls(typed.tls.unwrap_or_default(), &at("tls"), check);
+    let proxy = proxy(typed.proxy.as_ref(), base_url.as_ref(), &at("proxy"), check);
     let timezone = super::server::timezone(typed.timezone.as_deref(), &at("timezone"), check);
     let limit = |typed: Option<i64>| Limit::from_number(typed.unwrap_or(file::LIMIT_DEFAULT));
     let id: Arc<str> = id?.into();
@@ -179,6 +183,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         headers,
         timeouts: timeouts(&typed.timeouts.unwrap_or_default()),
         stream_usage: typed.stream_usage.unwrap_or_default(),
+        proxy: proxy?,
         http2: typed.http2,
         tls,
     })
@@ -222,6 +227,27 @@ fn base_url(typed: Option<&str>, path: &str, check: &mut Check<'_>) -> Option<Ba
         );
     }
     Some(base_url)
+}
+
+/// The endpoint's own, or the environment's. The outer `None` is an error that was told.
+#[expect(clippy::option_option, reason = "absent, and wrong, are two things")]
+fn proxy(typed: Option<&Secret>, to: Option<&BaseUrl>, path: &str, check: &mut Check<'_>) -> Option<Option<Proxy>> {
+    let (named_by, text) = match typed.map(Secret::expose) {
+        Some("none" | "") => return Some(None),
+        Some(text) => (None, text),
+        None => match to.and_then(|to| Proxy::of_environment(check.environment, to)) {
+            Some((name, text)) => (Some(name), text),
+            None => return Some(None),
+        },
+    };
+    match Proxy::parse(text) {
+        Ok(proxy) => Some(Some(proxy)),
+        Err(no) => {
+            let whose = named_by.map_or_else(String::new, |name| format!("comes from {name}, which "));
+            check.report.error(path, format!("{whose}{}", no.message), no.hint);
+            None
+        }
+    }
 }
 
 fn endpoint_key(typed: Option<Secret>, path: &str, check: &mut Check<'_>) -> Option<Secret> {

@@ -280,6 +280,9 @@ pub struct EndpointFile {
     /// refuses that; the client sees nothing of it. `never`: it does not.
     #[schemars(extend("default" = StreamUsage::Auto))]
     pub stream_usage: Option<StreamUsage>,
+    /// A proxy on the way to the endpoint: `http://`, `https://` or `socks5://`, with `user:password@` if it wants
+    /// one; `none` for no proxy. Default: what `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY` say.
+    pub proxy: Option<Secret>,
     /// `true`: HTTP/2 only. `false`: HTTP/1.1 only. Absent: HTTP/2 if the endpoint offers it.
     pub http2: Option<bool>,
     /// How the endpoint's certificate is checked.

@@ -24,6 +24,7 @@ mod ledger;
 mod legacy;
 mod limits;
 mod metrics;
+mod outbound;
 mod own_answers;
 mod reload;
 mod retry;

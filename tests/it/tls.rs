@@ -16,28 +16,28 @@ use tokio_rustls::server::TlsStream;
 use crate::harness::{KEY, Proxy, Reply, chat, chat_stream, client, endpoint_with, simulator, within};
 
 /// An authority of the tests' own.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
-    fn pem(&self) -> String {
+    pub fn pem(&self) -> String {
         self.0.pem()
     }
 
     /// A certificate for a name, and its key.
-    fn issue(&self, name: &str) -> (rcgen::Certificate, KeyPair) {
+    pub fn issue(&self, name: &str) -> (rcgen::Certificate, KeyPair) {
         let key = KeyPair::generate().unwrap();
         let params = CertificateParams::new([name.to_owned()]).unwrap();
         (params.signed_by(&key, &self.0).unwrap(), key)
     }
 }
 
-fn acceptor(certificate: &rcgen::Certificate, key: &KeyPair, protocols: &[&[u8]]) -> TlsAcceptor {
+pub fn acceptor(certificate: &rcgen::Certificate, key: &KeyPair, protocols: &[&[u8]]) -> TlsAcceptor {
     pingora::tls::install_default_crypto_provider();
     let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
     let mut config =
@@ -65,14 +65,14 @@ async fn serve_tls(handle: Handle, acceptor: TlsAcceptor) -> u16 {
 }
 
 /// A simulated endpoint with a certificate for this name.
-async fn secure(authority: &Authority, name: &str, protocols: &[&[u8]]) -> (Simulator, u16) {
+pub async fn secure(authority: &Authority, name: &str, protocols: &[&[u8]]) -> (Simulator, u16) {
     let simulator = simulator().await;
     let (certificate, key) = authority.issue(name);
     let port = serve_tls(simulator.handle(), acceptor(&certificate, &key, protocols)).await;
     (simulator, port)
 }
 
-fn write(folder: &Path, name: &str, text: &str) -> String {
+pub fn write(folder: &Path, name: &str, text: &str) -> String {
     let file = folder.join(name);
     std::fs::write(&file, text).unwrap();
     file.to_str().unwrap().to_owned()
