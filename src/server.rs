@@ -470,7 +470,7 @@ impl Resolve {
         for endpoint in pool.endpoints.iter().filter(|endpoint| endpoint.config.usable()).map(Arc::clone) {
             lookups.spawn(async move {
                 if let Err(error) = endpoint.upstream.resolve().await {
-                    let (id, host) = (&endpoint.config.id, endpoint.upstream.host());
+                    let (id, host) = (&endpoint.config.id, endpoint.upstream.name());
                     log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
                 }
             });

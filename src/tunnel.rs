@@ -81,7 +81,9 @@ impl Tunnel {
         let mut request = format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n", port = self.port);
         if let Some((user, password)) = &self.proxy.login {
             let login = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{}", password.expose()));
-            request += &format!("Proxy-Authorization: Basic {login}\r\n");
+            request.push_str("Proxy-Authorization: Basic ");
+            request.push_str(&login);
+            request.push_str("\r\n");
         }
         stream.write_all((request + "\r\n").as_bytes()).await?;
         let mut answer = Vec::new();

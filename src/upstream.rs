@@ -114,7 +114,7 @@ impl Upstream {
     }
 
     /// The endpoint's host, and the proxy on the way to it, for messages.
-    pub fn host(&self) -> &str {
+    pub fn name(&self) -> &str {
         &self.name
     }
 

@@ -154,7 +154,7 @@ pub(super) async fn address(context: &Context) -> Option<(Arc<Endpoint>, SocketA
             Some((endpoint, address))
         }
         Err(error) => {
-            let (id, host) = (&endpoint.config.id, endpoint.upstream.host());
+            let (id, host) = (&endpoint.config.id, endpoint.upstream.name());
             log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
             None
         }

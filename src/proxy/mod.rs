@@ -289,7 +289,7 @@ impl ProxyHttp for Gateway {
         context.tries.addresses_failed += 1;
         context.tries.again = context.tries.addresses_failed < endpoint.upstream.addresses_known();
         let (id, address) = (&endpoint.config.id, &peer._address);
-        log::warn!("endpoint {id}: no connection to {} ({address}): {error}", endpoint.upstream.host());
+        log::warn!("endpoint {id}: no connection to {} ({address}): {error}", endpoint.upstream.name());
         let again = context.tries.again || attempt_over(context, &Outcome::ConnectFailed);
         error.set_retry(again);
         error
