@@ -83,6 +83,23 @@ fuzz: build-tools ## Feed what reads answers with random bytes, for a minute (FU
 	"fuzz/target/$$target/release/answer" -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=2048 -print_final_stats=1 \
 	  -artifact_prefix=fuzz/artifacts/ fuzz/corpus/answer fuzz/corpus/seeds
 
+.PHONY: deb
+deb: build-tools ## Build the Debian package, into target/debian/
+	command -v cargo-deb >/dev/null || { echo "==> cargo-deb is missing: installing it with cargo"; cargo install --locked cargo-deb; }
+	echo "==> building the release"
+	cargo build --release --locked --bin api-together
+	mkdir -p target/package
+	$(BINARY) man > target/package/api-together.1
+	$(BINARY) completions bash > target/package/api-together.bash
+	$(BINARY) completions zsh > target/package/_api-together
+	$(BINARY) completions fish > target/package/api-together.fish
+	cargo deb --no-build --locked
+
+.PHONY: test-deb
+test-deb: deb ## Install the package, start it, upgrade it, remove it: as root, on a machine that may be changed
+	$(call install,curl,curl)
+	packaging/debian/test "$$(ls -t target/debian/*.deb | head -n 1)"
+
 .PHONY: soak
 soak: build-tools ## The tests that are short above, at full length
 	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load

@@ -6,13 +6,14 @@ use std::process::ExitCode;
 
 use anstream::{eprintln, print, println};
 use anstyle::{AnsiColor, Style};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::banner::Banner;
 use crate::config::{self, Environment, Kind, Loaded, Problem};
 use crate::server::{Prepared, RunOptions};
 use crate::{demo, log_output, upgrade};
 
+const NAME: &str = "api-together";
 /// Where the config file is looked for unless the command line names one.
 const CONFIG_DEFAULT: &str = "conf/apis.json";
 /// Pingora's own settings, used if the file is there.
@@ -22,7 +23,7 @@ const RUNTIME_FOLDER: &str = "run";
 
 /// One process in front of many OpenAI-format endpoints.
 #[derive(Debug, Parser)]
-#[command(name = "api-together", version, about, args_conflicts_with_subcommands = true)]
+#[command(name = NAME, version, about, args_conflicts_with_subcommands = true)]
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -51,6 +52,13 @@ enum Command {
         #[arg(long, value_name = "FILE", default_value = CONFIG_DEFAULT)]
         config: PathBuf,
     },
+    /// Print what completes this command in a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
     /// Serve three simulated endpoints, one healthy, one slow, one that fails often, and print commands to try.
     Demo,
 }
@@ -105,8 +113,26 @@ impl Cli {
                 }
                 Err(why) => fail(&why),
             },
+            Command::Completions { shell } => {
+                let mut text = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), NAME, &mut text);
+                print!("{}", String::from_utf8_lossy(&text));
+                ExitCode::SUCCESS
+            }
+            Command::Man => manual(),
             Command::Demo => demo::run(),
         }
+    }
+}
+
+fn manual() -> ExitCode {
+    let mut text = Vec::new();
+    match clap_mangen::Man::new(Cli::command()).render(&mut text) {
+        Ok(()) => {
+            print!("{}", String::from_utf8_lossy(&text));
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(&error.to_string()),
     }
 }
 
