@@ -1,0 +1,112 @@
+//! The end of a process: it takes no more, finishes what it has, and writes every count.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora::server::{ExecutionPhase, ShutdownWatch};
+use pingora::services::background::BackgroundService;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::broadcast;
+
+use crate::context::OpenRequests;
+use crate::estimate::Estimator;
+use crate::ledger::Keeper;
+use crate::notify;
+
+/// How often a stopping process looks whether its last request has ended.
+const DRAIN_POLL: Duration = Duration::from_millis(50);
+/// After the last request has ended, time for its last bytes to leave.
+const LAST_FLUSH: Duration = Duration::from_millis(200);
+
+/// Set once the process is on its way out, so that busy connections are told to close.
+#[derive(Clone, Debug, Default)]
+pub struct Draining(Arc<AtomicBool>);
+
+impl Draining {
+    /// Whether the process is on its way out.
+    pub fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn begin(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Ends the process as soon as its last request has ended; Pingora would sleep the whole grace period.
+pub(super) struct Drain {
+    pub(super) phases: broadcast::Receiver<ExecutionPhase>,
+    pub(super) open: OpenRequests,
+    pub(super) draining: Draining,
+    pub(super) counts: Counts,
+}
+
+/// Where counts wait to be written; every way out of the process waits for them.
+#[derive(Clone)]
+pub(super) struct Counts {
+    pub(super) estimator: Estimator,
+    pub(super) ledger: Arc<Keeper>,
+}
+
+impl Counts {
+    pub(super) fn close(&self) {
+        self.estimator.close();
+        self.ledger.close();
+    }
+}
+
+#[async_trait]
+impl BackgroundService for Drain {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        let mut phases = self.phases.resubscribe();
+        while let Ok(phase) = phases.recv().await {
+            match phase {
+                ExecutionPhase::GracefulUpgradeTransferringFds | ExecutionPhase::GracefulTerminate => {
+                    self.draining.begin();
+                }
+                ExecutionPhase::ShutdownGracePeriod => self.wait_and_leave().await,
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Drain {
+    async fn wait_and_leave(&self) {
+        self.draining.begin();
+        notify::stopping();
+        log::info!("stopping: {} requests are open", self.open.count());
+        // Whoever asks a second time does not want to wait.
+        let mut asked_again = [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| signal(kind).ok());
+        let [terminated, interrupted] = &mut asked_again;
+        while self.open.count() > 0 {
+            tokio::select! {
+                () = tokio::time::sleep(DRAIN_POLL) => {}
+                () = heard(terminated.as_mut()) => break,
+                () = heard(interrupted.as_mut()) => break,
+            }
+        }
+        if self.open.count() > 0 {
+            log::warn!("stopping at once, as asked: {} requests are cut", self.open.count());
+        }
+        // The last bytes of an HTTP/2 answer may still be on their way out.
+        tokio::time::sleep(LAST_FLUSH).await;
+        let counts = self.counts.clone();
+        if tokio::task::spawn_blocking(move || counts.close()).await.is_err() {
+            log::error!("the ledger could not be closed");
+        }
+        log::info!("stopped");
+        std::process::exit(0);
+    }
+}
+
+async fn heard(signals: Option<&mut Signal>) {
+    if let Some(signals) = signals
+        && signals.recv().await.is_some()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
+}

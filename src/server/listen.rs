@@ -1,0 +1,85 @@
+//! Where the process listens, and how.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+
+use pingora::listeners::tls::TlsSettings;
+use pingora::listeners::{ListenerConfig, TcpSocketOptions};
+
+use super::{RunOptions, StartError};
+use crate::certificate::Certificate;
+use crate::config::Server;
+
+/// Where clients are listened for.
+pub(super) struct Listening {
+    pub(super) address: SocketAddr,
+    pub(super) certificate: Option<Certificate>,
+    /// Keeps a free port ours until Pingora has bound it.
+    pub(super) reserved: Option<Arc<socket2::Socket>>,
+}
+
+impl Listening {
+    /// As the config says; whatever can be wrong with it is found.
+    pub(super) fn new(server: &Server, options: &RunOptions) -> Result<Self, StartError> {
+        let certificate = server.tls.as_ref().map(Certificate::new).transpose().map_err(StartError)?;
+        let takes_over = options.upgrade || options.test;
+        if let Some(address) = server.metrics_listen.filter(|_| !takes_over) {
+            TcpListener::bind(address)
+                .map_err(|error| StartError(format!("server.metricsListen: {}", explain_bind(address, &error))))?;
+        }
+        let wanted = SocketAddr::new(server.host, server.port);
+        let (address, reserved) = if takes_over { (wanted, None) } else { free_address(wanted)? };
+        Ok(Self { address, certificate, reserved: reserved.map(Arc::new) })
+    }
+
+    /// For Pingora.
+    pub(super) fn config(&self) -> Result<ListenerConfig, StartError> {
+        let mut socket = TcpSocketOptions::default();
+        socket.so_reuseport = self.reserved.as_ref().map(|_| true);
+        let listener = ListenerConfig::tcp(self.address.to_string()).tcp_socket_options(socket);
+        Ok(match &self.certificate {
+            Some(certificate) => listener.tls(tls_settings(certificate.clone())?),
+            None => listener,
+        })
+    }
+}
+
+/// Finds out whether the address can be listened on before Pingora tries, which would go on without it. Port 0 becomes a
+/// free one, kept until Pingora has it.
+fn free_address(wanted: SocketAddr) -> Result<(SocketAddr, Option<socket2::Socket>), StartError> {
+    let fail = |error: std::io::Error| StartError(explain_bind(wanted, &error));
+    if wanted.port() != 0 {
+        TcpListener::bind(wanted).map_err(fail)?;
+        return Ok((wanted, None));
+    }
+    let socket =
+        socket2::Socket::new(socket2::Domain::for_address(wanted), socket2::Type::STREAM, None).map_err(fail)?;
+    socket.set_reuse_address(true).map_err(fail)?;
+    socket.set_reuse_port(true).map_err(fail)?;
+    socket.bind(&wanted.into()).map_err(fail)?;
+    let bound = socket.local_addr().map_err(fail)?.as_socket().unwrap_or(wanted);
+    Ok((bound, Some(socket)))
+}
+
+fn explain_bind(address: SocketAddr, error: &std::io::Error) -> String {
+    let way_out = match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            "another program listens there; stop it, or choose another server.port (or PORT)"
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            "ports below 1024 need privileges; choose another server.port (or PORT)"
+        }
+        std::io::ErrorKind::AddrNotAvailable => "this machine has no such address; see server.host",
+        _ => "see server.host and server.port",
+    };
+    format!("cannot listen on {address}: {error}: {way_out}")
+}
+
+fn tls_settings(certificate: Certificate) -> Result<TlsSettings, StartError> {
+    let fail = |error: Box<pingora::Error>| StartError(format!("server.tls: {error}"));
+    // With a resolver no paths are looked at.
+    let mut settings = TlsSettings::intermediate("", "").map_err(fail)?;
+    settings.set_cert_resolver(Arc::new(certificate));
+    settings.enable_h2();
+    Ok(settings)
+}

@@ -1,0 +1,242 @@
+//! From a checked config to a serving process: Pingora's server, its listeners, and the services beside the proxy.
+
+mod drain;
+mod listen;
+mod services;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use pingora::apps::HttpServerOptions;
+use pingora::apps::http_app::HttpServer;
+use pingora::server::configuration::{Opt, ServerConf};
+use pingora::server::{RunArgs, Server};
+use pingora::services::background::background_service;
+use pingora::services::listening::Service;
+use pingora_proxy::ProxyServiceBuilder;
+
+use crate::admin::Process;
+use crate::auth::Auth;
+use crate::config::{self, Config};
+use crate::context::OpenRequests;
+use crate::estimate::Estimator;
+use crate::ledger::Keeper;
+use crate::pool::Pool;
+use crate::proxy::Gateway;
+use crate::reload::{ConfigState, Reloader, hear_hangups};
+use crate::upgrade::{Successor, make_private};
+pub use drain::Draining;
+use drain::{Counts, Drain};
+use listen::Listening;
+use services::{Announce, KeepLedger, Resolve, Scrape};
+
+/// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than
+/// any of those: a hundred attempts, each at sixteen addresses, begun anew twice, and once more without `stream_options`.
+const PINGORA_TRIES_MAX: usize = 100 * (16 + 2 + 1);
+/// A stopping process waits this long for its open requests, unless the server conf says otherwise.
+const GRACE_PERIOD_SECONDS: u64 = 600;
+
+/// How the process is to run, beside its config.
+#[derive(Clone, Debug, Default)]
+pub struct RunOptions {
+    /// `-u`: take the sockets over from a running process.
+    pub upgrade: bool,
+    /// `-d`: run in the background.
+    pub daemon: bool,
+    /// `-t`: leave after everything was checked.
+    pub test: bool,
+    /// Pingora's own server conf file, if there is one.
+    pub server_conf: Option<PathBuf>,
+    /// The config file, if it is to be read again when it changes.
+    pub config_file: Option<PathBuf>,
+    /// What a successor of this process is started with, if one may be.
+    pub arguments: Option<Vec<OsString>>,
+    /// Where the upgrade socket and the pid file go unless the server conf file says so.
+    pub runtime_folder: PathBuf,
+}
+
+/// Why the server could not start. Each says what to do about it.
+#[derive(Debug)]
+pub struct StartError(String);
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// A server that is ready to run.
+pub struct Prepared {
+    server: Server,
+    /// Where it will listen.
+    pub address: SocketAddr,
+    /// The pool it serves; a new one may be stored at any time.
+    pub pool: Arc<ArcSwap<Pool>>,
+    /// Whether it will listen with TLS.
+    tls: bool,
+    /// Where it tells of itself, if it may be replaced.
+    runtime_folder: Option<PathBuf>,
+    counts: Counts,
+    /// Keeps a free port ours until Pingora has bound it.
+    _reserved: Option<Arc<socket2::Socket>>,
+}
+
+impl fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Prepared({})", self.address)
+    }
+}
+
+impl Prepared {
+    /// Sets everything up. Nothing serves yet, but whatever can be wrong has been found.
+    pub fn new(config: Config, options: &RunOptions) -> Result<Self, StartError> {
+        let conf = server_conf(&config, options)?;
+        let listening = Listening::new(&config.server, options)?;
+        let ledger = Arc::new(Keeper::new(&config.server));
+        if options.test {
+            ledger.try_out().map_err(|error| StartError(error.to_string()))?;
+        }
+        let started = config.server.clone();
+        let pool = Pool::new(config, ledger.client().clone(), None)
+            .map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
+        let process = Process {
+            pool: Arc::new(ArcSwap::from_pointee(pool)),
+            open: OpenRequests::default(),
+            draining: Draining::default(),
+            ledger: ledger.state().clone(),
+            estimator: Estimator::default(),
+            config: ConfigState::default(),
+        };
+        let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
+        let prepared = Self {
+            server: Server::new_with_opt_and_conf(opt, conf),
+            address: listening.address,
+            pool: Arc::clone(&process.pool),
+            tls: listening.certificate.is_some(),
+            runtime_folder: options.arguments.is_some().then(|| options.runtime_folder.clone()),
+            counts: Counts { estimator: process.estimator.clone(), ledger },
+            _reserved: listening.reserved.clone(),
+        };
+        prepared.with_services(started, &listening, options, process)
+    }
+
+    fn with_services(
+        mut self,
+        started: config::Server,
+        listening: &Listening,
+        options: &RunOptions,
+        process: Process,
+    ) -> Result<Self, StartError> {
+        let server = &mut self.server;
+        let gateway = Gateway { auth: Auth::default(), process: process.clone() };
+        let mut http = HttpServerOptions::default();
+        // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
+        http.h2c = listening.certificate.is_none();
+        let mut service =
+            ProxyServiceBuilder::new(&server.configuration, gateway).name("api-together").server_options(http).build();
+        service.add_listener(listening.config()?);
+        server.add_service(background_service("ledger", KeepLedger(Arc::clone(&self.counts.ledger))));
+        let drain = Drain {
+            phases: server.watch_execution_phase(),
+            open: process.open.clone(),
+            draining: process.draining.clone(),
+            counts: self.counts.clone(),
+        };
+        server.add_service(background_service("drain", drain));
+        server.add_service(background_service("resolve", Resolve(Arc::clone(&process.pool))));
+        if let Some(arguments) = options.arguments.clone() {
+            let successor = Successor {
+                program: std::env::current_exe().map_err(|error| StartError(format!("this program: {error}")))?,
+                arguments,
+                upgrade_sock: PathBuf::from(&server.configuration.upgrade_sock),
+                runtime_folder: options.runtime_folder.clone(),
+                address: listening.address,
+            };
+            server.add_service(background_service("upgrade", successor));
+        }
+        let metrics_listen = started.metrics_listen;
+        if let Some(path) = options.config_file.clone() {
+            let (pool, state) = (Arc::clone(&process.pool), process.config.clone());
+            let certificate = listening.certificate.clone();
+            let reloader = Reloader { path, pool, started, certificate, state, hung_up: hear_hangups() };
+            server.add_service(background_service("reload", reloader));
+        }
+        server.add_service(service);
+        if let Some(address) = metrics_listen {
+            let mut scrapes = Service::new("metrics".to_owned(), HttpServer::new_app(Scrape(process)));
+            scrapes.add_tcp(&address.to_string());
+            scrapes.threads = Some(1);
+            server.add_service(scrapes);
+        }
+        Ok(self)
+    }
+
+    /// Prints a text once the server listens.
+    pub fn announce(&mut self, text: String) {
+        let (address, tls, runtime_folder) = (self.address, self.tls, self.runtime_folder.clone());
+        let announce = Announce { address, tls, runtime_folder, text };
+        self.server.add_service(background_service("announce", announce));
+    }
+
+    /// Takes the sockets of a running process over if asked to, and leaves here if only a test was wanted.
+    pub fn bootstrap(&mut self) {
+        self.server.bootstrap();
+    }
+
+    /// Serves until a signal ends it.
+    pub fn serve(self) {
+        self.run(RunArgs::default());
+    }
+
+    /// Serves until told to stop in another way.
+    pub fn run(self, args: RunArgs) {
+        let Self { server, counts, .. } = self;
+        server.run(args);
+        counts.close();
+    }
+}
+
+/// Pingora's own settings: its conf file, with what we need of it.
+fn server_conf(config: &Config, options: &RunOptions) -> Result<ServerConf, StartError> {
+    let mut conf = match &options.server_conf {
+        Some(path) => read_server_conf(path)?,
+        None => ServerConf::default(),
+    };
+    let defaults = ServerConf::default();
+    let folder = &options.runtime_folder;
+    let private = |name: &str| folder.join(name).to_string_lossy().into_owned();
+    // Pingora's defaults lie in the folder for temporary files, where anybody could put something in their place.
+    if conf.upgrade_sock == defaults.upgrade_sock {
+        conf.upgrade_sock = private("upgrade.sock");
+    }
+    if conf.pid_file == defaults.pid_file {
+        conf.pid_file = private("api-together.pid");
+    }
+    let is_needed = options.upgrade || options.daemon;
+    if (is_needed || options.arguments.is_some())
+        && let Err(error) = make_private(folder)
+    {
+        let problem = format!("{}: {error}; upgrades need a folder of their own", folder.display());
+        if is_needed {
+            return Err(StartError(problem));
+        }
+        log::warn!("{problem}");
+    }
+    conf.grace_period_seconds.get_or_insert(GRACE_PERIOD_SECONDS);
+    conf.threads = config.server.threads;
+    conf.max_retries = PINGORA_TRIES_MAX;
+    Ok(conf)
+}
+
+fn read_server_conf(path: &Path) -> Result<ServerConf, StartError> {
+    let fail = |why: String| StartError(format!("{}: {why}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
+    let conf: ServerConf = serde_yaml::from_str(&text).map_err(|error| fail(error.to_string()))?;
+    conf.validate().map_err(|error| fail(error.to_string()))
+}

@@ -1,0 +1,128 @@
+//! What runs beside the proxy.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use http::{HeaderValue, Response, StatusCode, header};
+use pingora::apps::http_app::ServeHttp;
+use pingora::protocols::http::ServerSession;
+use pingora::server::ShutdownWatch;
+use pingora::services::background::BackgroundService;
+
+use crate::admin::{self, Process, Sources};
+use crate::ledger::Keeper;
+use crate::metrics;
+use crate::notify;
+use crate::pool::Pool;
+use crate::upgrade::Running;
+use crate::upstream::RESOLVE_INTERVAL;
+
+/// How often, and how often at most, a starting process looks whether it listens yet.
+const LISTEN_POLL: Duration = Duration::from_millis(5);
+const LISTEN_POLLS_MAX: u32 = 2000;
+
+/// Starts the ledger's thread, which would be lost if it were started before the process goes into the background.
+pub(super) struct KeepLedger(pub(super) Arc<Keeper>);
+
+#[async_trait]
+impl BackgroundService for KeepLedger {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        // Whoever has asked already is told, too, if it cannot be.
+        if let Err(error) = self.0.start() {
+            log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");
+        }
+    }
+}
+
+/// `GET /metrics` on an address of its own, without a key.
+pub(super) struct Scrape(pub(super) Process);
+
+#[async_trait]
+impl ServeHttp for Scrape {
+    async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
+        let (status, body) = if session.req_header().uri.path() == "/metrics" {
+            let pool = self.0.pool.load_full();
+            (StatusCode::OK, admin::metrics::text(Sources { pool: &pool, process: &self.0 }).await)
+        } else {
+            (StatusCode::NOT_FOUND, b"there is nothing here but /metrics\n".to_vec())
+        };
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        let content_type = HeaderValue::from_static(metrics::CONTENT_TYPE);
+        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+        let length = HeaderValue::from(response.body().len());
+        response.headers_mut().insert(header::CONTENT_LENGTH, length);
+        response
+    }
+}
+
+/// Says that the server listens when it does, so that whoever waits for it may call at once.
+pub(super) struct Announce {
+    pub(super) address: SocketAddr,
+    pub(super) tls: bool,
+    /// Where the process tells of itself, if it may be replaced.
+    pub(super) runtime_folder: Option<PathBuf>,
+    pub(super) text: String,
+}
+
+#[async_trait]
+impl BackgroundService for Announce {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        let address = crate::banner::local(self.address);
+        for _ in 0..LISTEN_POLLS_MAX {
+            if tokio::net::TcpStream::connect(address).await.is_ok() {
+                break;
+            }
+            tokio::time::sleep(LISTEN_POLL).await;
+        }
+        // Only now: a process that goes into the background becomes another one on its way.
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let running = Running { pid: std::process::id(), address: self.address, version, tls: self.tls };
+        if let Some(folder) = &self.runtime_folder
+            && let Err(error) = running.write(folder)
+        {
+            log::warn!("{}: {error}; `api-together upgrade` will not find this process", folder.display());
+        }
+        anstream::print!("{}", self.text);
+        // To a pipe the text would wait for more; whoever waits for it would wait as well.
+        std::io::Write::flush(&mut std::io::stdout()).unwrap_or_default();
+        notify::ready();
+    }
+}
+
+/// Looks the endpoints' names up again and again, so that no request has to wait for it.
+pub(super) struct Resolve(pub(super) Arc<ArcSwap<Pool>>);
+
+#[async_trait]
+impl BackgroundService for Resolve {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let mut ticks = tokio::time::interval(RESOLVE_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => self.round().await,
+                _ = shutdown.changed() => return,
+            }
+        }
+    }
+}
+
+impl Resolve {
+    async fn round(&self) {
+        let pool = self.0.load_full();
+        let mut lookups = tokio::task::JoinSet::new();
+        for endpoint in pool.endpoints.iter().filter(|endpoint| endpoint.config.usable()).map(Arc::clone) {
+            lookups.spawn(async move {
+                if let Err(error) = endpoint.upstream.resolve().await {
+                    let (id, host) = (&endpoint.config.id, endpoint.upstream.name());
+                    log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
+                }
+            });
+        }
+        lookups.join_all().await;
+    }
+}
