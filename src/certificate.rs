@@ -20,12 +20,16 @@ impl Certificate {
         Ok(Self(Arc::new(ArcSwap::from_pointee(read(files)?))))
     }
 
-    /// Reads the files anew. Whether it is another certificate now; if they cannot be used, the one before stays.
-    pub fn read_again(&self, files: &ServerTls) -> Result<bool, String> {
-        let read = read(files)?;
+    /// Reads files anew, for [`Certificate::show`].
+    pub fn read(files: &ServerTls) -> Result<CertifiedKey, String> {
+        read(files)
+    }
+
+    /// Shows this from now on. Whether it is another certificate.
+    pub fn show(&self, read: CertifiedKey) -> bool {
         let is_another = self.0.load().cert != read.cert;
         self.0.store(Arc::new(read));
-        Ok(is_another)
+        is_another
     }
 }
 

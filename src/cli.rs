@@ -20,6 +20,8 @@ const CONFIG_DEFAULT: &str = "conf/apis.json";
 const SERVER_CONF_DEFAULT: &str = "conf/pingora.yaml";
 /// The folder for the upgrade socket and the pid file, beside the config file.
 const RUNTIME_FOLDER: &str = "run";
+/// Where the packaged service has it.
+const PACKAGED_RUNTIME_FOLDER: &str = "/run/api-together";
 
 /// One process in front of many OpenAI-format endpoints.
 #[derive(Debug, Parser)]
@@ -106,13 +108,15 @@ impl Cli {
                 print!("{}", config::schema_markdown());
                 ExitCode::SUCCESS
             }
-            Command::Upgrade { config } => match upgrade::ask(&runtime_folder(&config)) {
-                Ok(told) => {
-                    println!("{told}");
-                    ExitCode::SUCCESS
+            Command::Upgrade { config } => {
+                match upgrade::ask(&[runtime_folder(&config), PACKAGED_RUNTIME_FOLDER.into()]) {
+                    Ok(told) => {
+                        println!("{told}");
+                        ExitCode::SUCCESS
+                    }
+                    Err(why) => fail(&why),
                 }
-                Err(why) => fail(&why),
-            },
+            }
             Command::Completions { shell } => {
                 let mut text = Vec::new();
                 clap_complete::generate(shell, &mut Self::command(), NAME, &mut text);
@@ -176,6 +180,9 @@ impl Run {
         if self.test {
             println!("{}: ok", self.config.display());
             println!("{}{}", upgrade::LISTENS, prepared.address);
+            if let Some(address) = prepared.pool.load().server.metrics_listen {
+                println!("{}{address}", upgrade::TELLS_METRICS);
+            }
         } else {
             prepared.announce(banner.text(prepared.address));
         }
@@ -184,13 +191,27 @@ impl Run {
         ExitCode::SUCCESS
     }
 
+    /// What a successor is started with: the same, but for how this process came to be.
+    fn successors_arguments(&self) -> Vec<OsString> {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).into_os_string();
+        let mut arguments = vec!["--config".into(), absolute(&self.config)];
+        if let Some(conf) = &self.conf {
+            arguments.extend(["--conf".into(), absolute(conf)]);
+        }
+        if self.log_framework_headers {
+            arguments.push("--log-framework-headers".into());
+        }
+        arguments
+    }
+
     fn options(&self) -> RunOptions {
         let found = || Some(PathBuf::from(SERVER_CONF_DEFAULT)).filter(|path| path.exists());
         // The process may go into the background, where the working directory is another.
         let config_file = std::path::absolute(&self.config).unwrap_or_else(|_| self.config.clone());
         RunOptions {
             config_file: Some(config_file),
-            arguments: Some(successors_arguments(std::env::args_os().skip(1))),
+            start_folder: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
+            arguments: Some(self.successors_arguments()),
             runtime_folder: runtime_folder(&self.config),
             upgrade: self.upgrade,
             daemon: self.daemon,
@@ -198,11 +219,6 @@ impl Run {
             server_conf: self.conf.clone().or_else(found),
         }
     }
-}
-
-/// What a successor is started with: the same, but for how this process came to be.
-fn successors_arguments(own: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    own.filter(|argument| !["-u", "--upgrade", "-d", "--daemon"].iter().any(|known| argument == known)).collect()
 }
 
 /// Where the process tells of itself: beside the config file, or where systemd has made a folder for it.

@@ -71,10 +71,12 @@ fn filter(variable: impl Fn(&str) -> Option<String>) -> String {
 
 fn json_line(time: &str, record: &Record<'_>) -> String {
     let level = record.level().as_str();
-    if record.target() == REQUEST_TARGET {
-        return format!(r#"{{"time":"{time}","level":"{level}","event":"request",{}}}"#, record.args());
+    let message = record.args().to_string();
+    // One that was made while lines were still text is a message like any other.
+    if record.target() == REQUEST_TARGET && message.starts_with('"') {
+        return format!(r#"{{"time":"{time}","level":"{level}","event":"request",{message}}}"#);
     }
-    json!({ "time": time, "level": level, "event": "message", "target": record.target(), "message": record.args().to_string() })
+    json!({ "time": time, "level": level, "event": "message", "target": record.target(), "message": message })
         .to_string()
 }
 

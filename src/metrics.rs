@@ -19,7 +19,7 @@ use crate::pool::Pool;
 const NONE: &str = "none";
 /// A model that no exact name of the config is.
 const OTHER: &str = "other";
-/// Endpoints that have come and gone by reloads are told apart up to this number.
+/// Endpoints that are told of at a scrape. What was counted of those that have gone by a reload stays until the process ends.
 const ENDPOINTS_MAX: usize = 2000;
 
 /// Times of endpoints, in seconds: a fast cache to a long thought.
@@ -263,8 +263,10 @@ impl Moment {
         let by_limit =
             |name: &str, help: &str| keep(&registry, GaugeVec::new(Opts::new(name, help), &["endpoint", "limit"]));
         let limits = by_limit("api_together_limit", "An endpoint's limits, as the config has them.")?;
-        let used =
-            by_limit("api_together_limit_used", "What is used of them, by all processes that share the ledger.")?;
+        let used = by_limit(
+            "api_together_limit_used",
+            "What is used of them, by all processes that share the ledger; max_concurrent by this one.",
+        )?;
         let left = by_limit("api_together_limit_left", "What is left of them.")?;
         for endpoint in endpoints.iter().take(ENDPOINTS_MAX) {
             let id = endpoint.id.as_str();

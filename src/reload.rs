@@ -94,7 +94,8 @@ impl BackgroundService for Reloader {
             };
             // Before they are read, so that what is written meanwhile is found the next time.
             let found = contents(&self.files());
-            if asked || found != seen {
+            // What was wrong may have been mended in a file that only the refused config names.
+            if asked || found != seen || self.state.file().error.is_some() {
                 self.take_in(asked);
                 seen = found;
                 // The new config may name other files.
@@ -136,7 +137,12 @@ impl Reloader {
         let needs_upgrade = needs_upgrade(&self.started, &config.server);
         let before = self.pool.load_full();
         let lines = differences(&before, &config);
-        let tls = config.server.tls.clone();
+        // Whatever can be wrong is found before anything is changed.
+        let files = config.server.tls.as_ref().filter(|_| self.certificate.is_some());
+        let certificate = match files.map(Certificate::read).transpose() {
+            Ok(certificate) => certificate,
+            Err(why) => return self.refuse(&why),
+        };
         let version = before.version + u64::from(!lines.is_empty());
         match Pool::new(config, before.ledger.clone(), Some(&before)) {
             Ok(pool) if lines.is_empty() => {
@@ -163,17 +169,19 @@ impl Reloader {
         if asks_anew && !needs_upgrade.is_empty() {
             log::warn!("config {shown}: this takes effect only with an upgrade: {}", needs_upgrade.join("; "));
         }
-        if let (Some(certificate), Some(files)) = (&self.certificate, &tls) {
-            match certificate.read_again(files) {
-                Ok(true) => log::info!("server.tls: another certificate is shown from now on"),
-                Ok(false) => {}
-                Err(why) => self.refuse(&format!("{why}; the certificate before stays")),
-            }
+        if let (Some(shown), Some(read)) = (&self.certificate, certificate)
+            && shown.show(read)
+        {
+            log::info!("server.tls: another certificate is shown from now on");
         }
     }
 
     fn refuse(&self, why: &str) {
         let mut file = self.state.lock();
+        // The same is told once, however often it is looked at again.
+        if file.error.as_deref() == Some(why) {
+            return;
+        }
         file.failures += 1;
         file.error = Some(why.to_owned());
         drop(file);

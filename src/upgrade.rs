@@ -45,6 +45,8 @@ const TOLD_BYTES_MAX: usize = 4000;
 pub struct Running {
     /// The process.
     pub pid: u32,
+    /// When it began, in the kernel's ticks since the machine's start, since a pid is given again to others.
+    began: u64,
     /// Where it listens.
     pub address: SocketAddr,
     /// Its version.
@@ -69,6 +71,13 @@ pub fn make_private(folder: &Path) -> std::io::Result<()> {
 }
 
 impl Running {
+    /// This process.
+    pub fn this(address: SocketAddr, tls: bool) -> Self {
+        let pid = std::process::id();
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Self { pid, began: began(pid).unwrap_or_default(), address, version, tls }
+    }
+
     /// Writes it into the runtime folder, for whoever wants to upgrade or signal the process.
     pub fn write(&self, folder: &Path) -> std::io::Result<()> {
         write(&folder.join(RUNNING_FILE), self)
@@ -77,12 +86,18 @@ impl Running {
     /// The process that runs from this runtime folder, if one does.
     pub fn read(folder: &Path) -> Option<Self> {
         let running: Self = read(&folder.join(RUNNING_FILE))?;
-        is_alive(running.pid).then_some(running)
+        running.is_alive().then_some(running)
+    }
+
+    fn is_alive(&self) -> bool {
+        began(self.pid) == Some(self.began) && pid_of(self.pid).is_some_and(|pid| test_kill_process(pid).is_ok())
     }
 }
 
-fn is_alive(pid: u32) -> bool {
-    pid_of(pid).is_some_and(|pid| test_kill_process(pid).is_ok())
+/// The 22nd field of `/proc/PID/stat`; the second, a name in brackets, may have anything in it.
+fn began(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 fn pid_of(pid: u32) -> Option<Pid> {
@@ -108,12 +123,16 @@ pub struct Successor {
     pub program: PathBuf,
     /// Its arguments, without those that say how to take over.
     pub arguments: Vec<OsString>,
+    /// Where this process was started, whatever folder it is in now.
+    pub start_folder: PathBuf,
     /// Where the successor waits for the sockets.
     pub upgrade_sock: PathBuf,
     /// Where both tell of themselves.
     pub runtime_folder: PathBuf,
     /// Where this process listens.
     pub address: SocketAddr,
+    /// And where for metrics.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 #[async_trait]
@@ -163,6 +182,7 @@ impl Successor {
         let mut child = Command::new(&self.program)
             .args(&self.arguments)
             .arg("--upgrade")
+            .current_dir(&self.start_folder)
             .stdin(Stdio::null())
             .spawn()
             .map_err(|error| format!("{} cannot be started: {error}", self.program.display()))?;
@@ -177,7 +197,12 @@ impl Successor {
             }
             std::thread::sleep(POLL);
         }
-        Ok(child.id())
+        // It may end just after: the last look before the sockets go.
+        std::thread::sleep(POLL);
+        match child.try_wait() {
+            Ok(None) => Ok(child.id()),
+            _ => Err("the new process ended just after its start; what it said is in the log".into()),
+        }
     }
 
     /// Has the new program check the config, and itself.
@@ -185,6 +210,7 @@ impl Successor {
         let mut child = Command::new(&self.program)
             .args(&self.arguments)
             .arg("--test")
+            .current_dir(&self.start_folder)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -208,6 +234,12 @@ impl Successor {
         }
         let listens: Option<SocketAddr> =
             told.lines().find_map(|line| line.strip_prefix(LISTENS)).and_then(|text| text.trim().parse().ok());
+        let metrics: Option<SocketAddr> =
+            told.lines().find_map(|line| line.strip_prefix(TELLS_METRICS)).and_then(|text| text.trim().parse().ok());
+        if let Some(address) = metrics.filter(|_| metrics != self.metrics_listen) {
+            std::net::TcpListener::bind(address)
+                .map_err(|error| format!("server.metricsListen: {address} cannot be listened on: {error}"))?;
+        }
         match listens {
             Some(address) if address == self.address => Ok(()),
             Some(address) => Err(format!(
@@ -222,6 +254,8 @@ impl Successor {
 
 /// What `--test` says before the address that would be listened on.
 pub const LISTENS: &str = "would listen on ";
+/// Likewise for metrics.
+pub const TELLS_METRICS: &str = "would tell metrics on ";
 
 fn end(child: &mut Child) {
     // It may have ended by itself.
@@ -237,10 +271,13 @@ fn all(from: Option<impl Read>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Asks the process that runs from this folder to be replaced, and waits until its successor serves. Returns what to say.
-pub fn ask(folder: &Path) -> Result<String, String> {
-    let nobody = || format!("no process runs from {}; start one, or name its config with --config", folder.display());
-    let old = Running::read(folder).ok_or_else(nobody)?;
+/// Asks the process that runs from the first of these folders from which one does to be replaced, and waits until its successor
+/// serves. Returns what to say.
+pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
+    let shown = || folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(" or ");
+    let nobody = || format!("no process runs from {}; start one, or name its config with --config", shown());
+    let found = folders.iter().find_map(|folder| Some((folder, Running::read(folder)?)));
+    let (folder, old) = found.ok_or_else(nobody)?;
     let pid = pid_of(old.pid).ok_or_else(nobody)?;
     let outcome_file = folder.join(OUTCOME_FILE);
     std::fs::remove_file(&outcome_file).unwrap_or_default();
@@ -254,7 +291,7 @@ pub fn ask(folder: &Path) -> Result<String, String> {
         if let Some(outcome) = read(&outcome_file) {
             break outcome;
         }
-        if !is_alive(old.pid) {
+        if !old.is_alive() {
             return Err(format!("process {} has ended meanwhile", old.pid));
         }
         wait("it does not answer")?;

@@ -61,12 +61,18 @@ impl Counts {
 impl BackgroundService for Drain {
     async fn start(&self, _shutdown: ShutdownWatch) {
         let mut phases = self.phases.resubscribe();
+        let mut hands_over = false;
         while let Ok(phase) = phases.recv().await {
             match phase {
-                ExecutionPhase::GracefulUpgradeTransferringFds | ExecutionPhase::GracefulTerminate => {
+                ExecutionPhase::GracefulUpgradeTransferringFds => {
+                    hands_over = true;
                     self.draining.begin();
                 }
-                ExecutionPhase::ShutdownGracePeriod => self.wait_and_leave().await,
+                ExecutionPhase::GracefulTerminate => {
+                    self.draining.begin();
+                    notify::stopping();
+                }
+                ExecutionPhase::ShutdownGracePeriod => self.wait_and_leave(hands_over).await,
                 _ => {}
             }
         }
@@ -74,17 +80,22 @@ impl BackgroundService for Drain {
 }
 
 impl Drain {
-    async fn wait_and_leave(&self) {
+    /// `hands_over`: a successor serves, and is the service from now on.
+    async fn wait_and_leave(&self, hands_over: bool) {
         self.draining.begin();
-        notify::stopping();
         log::info!("stopping: {} requests are open", self.open.count());
-        // Whoever asks a second time does not want to wait.
+        // Whoever asks a second time does not want to wait. One that hands over has not been asked yet: a service that is stopped
+        // asks all its processes at once.
+        let mut patience = u32::from(hands_over);
         let mut asked_again = [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| signal(kind).ok());
         let [terminated, interrupted] = &mut asked_again;
         while self.open.count() > 0 {
             tokio::select! {
                 () = tokio::time::sleep(DRAIN_POLL) => {}
-                () = heard(terminated.as_mut()) => break,
+                () = heard(terminated.as_mut()) => match patience.checked_sub(1) {
+                    Some(left) => patience = left,
+                    None => break,
+                },
                 () = heard(interrupted.as_mut()) => break,
             }
         }

@@ -53,6 +53,8 @@ pub struct RunOptions {
     pub server_conf: Option<PathBuf>,
     /// The config file, if it is to be read again when it changes.
     pub config_file: Option<PathBuf>,
+    /// Where the process was started: it may go into the background, where it would be in another folder.
+    pub start_folder: PathBuf,
     /// What a successor of this process is started with, if one may be.
     pub arguments: Option<Vec<OsString>>,
     /// Where the upgrade socket and the pid file go unless the server conf file says so.
@@ -157,6 +159,8 @@ impl Prepared {
                 upgrade_sock: PathBuf::from(&server.configuration.upgrade_sock),
                 runtime_folder: options.runtime_folder.clone(),
                 address: listening.address,
+                start_folder: options.start_folder.clone(),
+                metrics_listen: started.metrics_listen,
             };
             server.add_service(background_service("upgrade", successor));
         }
@@ -229,6 +233,10 @@ fn server_conf(config: &Config, options: &RunOptions) -> Result<ServerConf, Star
         log::warn!("{problem}");
     }
     conf.grace_period_seconds.get_or_insert(GRACE_PERIOD_SECONDS);
+    if options.daemon && conf.working_directory.is_none() {
+        // A relative path, as that of `.env`, means the same in the background.
+        conf.working_directory = Some(options.start_folder.clone());
+    }
     conf.threads = config.server.threads;
     conf.max_retries = PINGORA_TRIES_MAX;
     Ok(conf)

@@ -80,8 +80,7 @@ impl BackgroundService for Announce {
             tokio::time::sleep(LISTEN_POLL).await;
         }
         // Only now: a process that goes into the background becomes another one on its way.
-        let version = env!("CARGO_PKG_VERSION").to_owned();
-        let running = Running { pid: std::process::id(), address: self.address, version, tls: self.tls };
+        let running = Running::this(self.address, self.tls);
         if let Some(folder) = &self.runtime_folder
             && let Err(error) = running.write(folder)
         {

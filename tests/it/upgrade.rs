@@ -45,14 +45,17 @@ impl Served {
         let folder = folder_with("apis.json", config);
         let binary = folder.path().join("api-together");
         std::fs::copy(env!("CARGO_BIN_EXE_api-together"), &binary).unwrap();
-        Self::of(folder, binary).await
+        Self::of(folder, binary, None).await
     }
 
-    async fn of(folder: TempDir, binary: PathBuf) -> Self {
+    async fn of(folder: TempDir, binary: PathBuf, notify: Option<&Path>) -> Self {
         let mut command = Command::new(&binary);
         command.current_dir(folder.path()).args(["--config", "apis.json"]).env("RUST_LOG", "info");
         for name in ["PORT", "RUNTIME_DIRECTORY", "NOTIFY_SOCKET"] {
             command.env_remove(name);
+        }
+        if let Some(notify) = notify {
+            command.env("NOTIFY_SOCKET", notify);
         }
         let path = folder.path().to_owned();
         let first = Running::of(command, folder);
@@ -235,6 +238,51 @@ async fn systemd_is_told_who_the_main_process_is() {
         running.exit().await;
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_hands_over_does_not_tell_systemd_that_the_service_stops() {
+    within(async {
+        let config =
+            config_text(json!({ "port": free_port() }), &[endpoint_with("a", "http://127.0.0.1:9", json!({}))]);
+        let folder = folder_with("apis.json", &config);
+        let path = folder.path().join("notify");
+        let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let binary = folder.path().join("api-together");
+        std::fs::copy(env!("CARGO_BIN_EXE_api-together"), &binary).unwrap();
+        let served = Served::of(folder, binary, Some(&path)).await;
+        let told = || {
+            let mut bytes = [0; 200];
+            socket.recv(&mut bytes).ok().map(|count| String::from_utf8(bytes[..count].to_vec()).unwrap())
+        };
+        let ready = |pid: u32| Some(format!("READY=1\nMAINPID={pid}\n"));
+        let old = served.running().pid;
+        assert_eq!(told(), ready(old));
+        let (code, said) = served.upgrade().await;
+        assert_eq!(code, 0, "{said}");
+        assert_eq!(told(), ready(served.running().pid));
+        until("the old process leaves", || is_gone(old)).await;
+        socket.set_nonblocking(true).unwrap();
+        assert_eq!(told(), None);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_names_somebody_elses_process_is_not_believed() {
+    let folder = folder_with("apis.json", "{}");
+    let running = folder.path().join("run");
+    upgrade::make_private(&running).unwrap();
+    // A process that would not survive the signal, and is none of ours.
+    let mut other = Command::new("sleep").arg("30").spawn().unwrap();
+    let stale = json!({ "pid": other.id(), "began": 1, "address": "127.0.0.1:1", "version": "0", "tls": false });
+    std::fs::write(running.join("running.json"), stale.to_string()).unwrap();
+    let (code, _, said) = crate::program::run(folder.path(), &["upgrade", "--config", "apis.json"]);
+    assert!(code == 1 && said.contains("no process runs from"), "{said}");
+    assert!(other.try_wait().unwrap().is_none(), "it was signalled");
+    other.kill().unwrap();
+    other.wait().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
