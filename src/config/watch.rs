@@ -5,10 +5,13 @@
 //! replaced) is found by a look every few seconds.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use notify::event::ModifyKind;
+use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -19,10 +22,30 @@ const QUIET_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Between two looks without having been told of anything.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
+/// The names of files whose contents matter.
+type Names = Arc<Mutex<BTreeSet<OsString>>>;
+
+/// Whether an event may be about one of the files. What is written to others, as to a log beside the config, is not; what comes,
+/// goes or is renamed may be a link on the way to one.
+fn matters(event: &Event, names: &Names) -> bool {
+    match event.kind {
+        // A look after a read would be followed by another, for ever.
+        EventKind::Access(_) => false,
+        EventKind::Modify(ModifyKind::Name(_)) => true,
+        EventKind::Modify(_) => {
+            let names = names.lock().unwrap_or_else(PoisonError::into_inner);
+            event.paths.iter().filter_map(|path| path.file_name()).any(|name| names.contains(name))
+        }
+        _ => true,
+    }
+}
+
 /// Watches the folders of some files.
 #[derive(Debug)]
 pub struct Watch {
     files: Vec<PathBuf>,
+    /// What they are called, and what they link to.
+    names: Names,
     watcher: Option<RecommendedWatcher>,
     watched: BTreeSet<PathBuf>,
     events: mpsc::Receiver<()>,
@@ -33,15 +56,16 @@ impl Watch {
     pub fn new(files: Vec<PathBuf>) -> Self {
         // One that waits says all that many would.
         let (tell, events) = mpsc::channel(1);
-        let told = move |event: notify::Result<notify::Event>| {
-            // A look after a read would be followed by another, for ever.
-            if event.is_ok_and(|event| !event.kind.is_access()) {
+        let names = Names::default();
+        let known = Arc::clone(&names);
+        let told = move |event: notify::Result<Event>| {
+            if event.is_ok_and(|event| matters(&event, &known)) {
                 tell.try_send(()).unwrap_or_default();
             }
         };
         let watcher = notify::recommended_watcher(told)
             .inspect_err(|error| log::warn!("files cannot be watched, so changes are noticed late: {error}"));
-        let mut watch = Self { files, watcher: watcher.ok(), watched: BTreeSet::new(), events };
+        let mut watch = Self { files, names, watcher: watcher.ok(), watched: BTreeSet::new(), events };
         watch.follow();
         watch
     }
@@ -74,7 +98,10 @@ impl Watch {
             _ => PathBuf::from("."),
         };
         let targets = self.files.iter().filter_map(|file| file.canonicalize().ok());
-        let folders: BTreeSet<PathBuf> = self.files.iter().cloned().chain(targets).map(|file| folder(&file)).collect();
+        let files: Vec<PathBuf> = self.files.iter().cloned().chain(targets).collect();
+        *self.names.lock().unwrap_or_else(PoisonError::into_inner) =
+            files.iter().filter_map(|file| file.file_name()).map(ToOwned::to_owned).collect();
+        let folders: BTreeSet<PathBuf> = files.iter().map(|file| folder(file)).collect();
         for gone in self.watched.difference(&folders) {
             // It may be gone from the disk as well.
             watcher.unwatch(gone).unwrap_or_default();
@@ -92,6 +119,7 @@ impl Watch {
 mod tests {
     use super::*;
     use std::fs;
+    use std::io::Write as _;
 
     /// Far below the interval of the looks that would hide a watch which does not work.
     const SOON: Duration = Duration::from_secs(3);
@@ -138,6 +166,28 @@ mod tests {
         })
         .await;
         notices(&mut watch, "a change of the target", || fs::write(at("..2").join("apis.json"), "x").unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn a_log_beside_it_holds_nothing_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, log) = (folder.path().join("apis.json"), folder.path().join("log"));
+        fs::write(&file, "1").unwrap();
+        fs::write(&log, "").unwrap();
+        let mut watch = Watch::new(vec![file.clone()]);
+        let busy = async {
+            loop {
+                fs::OpenOptions::new().append(true).open(&log).and_then(|mut log| log.write_all(b"line\n")).unwrap();
+                tokio::time::sleep(QUIET / 20).await;
+            }
+        };
+        let begun = Instant::now();
+        fs::write(&file, "2").unwrap();
+        tokio::select! {
+            () = watch.changed() => {}
+            () = busy => {}
+        }
+        assert!(begun.elapsed() < QUIET_WAIT_MAX / 2, "{:?}", begun.elapsed());
     }
 
     #[tokio::test]
