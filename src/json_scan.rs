@@ -2,6 +2,13 @@
 //! none it may find anything, but never panics.
 
 use memchr::memmem::Finder;
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+
+/// For a member of which an absent value and a null are told apart.
+pub fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
 
 /// Whether there is a key (with its quotation marks), at any depth, whose value begins so.
 pub fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {

@@ -160,12 +160,8 @@ fn without_usage(block: &[u8], data: &[u8]) -> Fate {
         choices: Option<&'a RawValue>,
         #[serde(borrow)]
         error: Option<&'a RawValue>,
-        #[serde(borrow, default, deserialize_with = "even_null")]
+        #[serde(borrow, default, deserialize_with = "json_scan::even_null")]
         usage: Option<&'a RawValue>,
-    }
-    /// An absent value and a null are told apart.
-    fn even_null<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
-        <&RawValue>::deserialize(deserializer).map(Some)
     }
     if let Some(place) = null_near_the_end(data).and_then(|place| offset(block, data).map(|at| at + place)) {
         return cut(block, place);

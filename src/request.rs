@@ -15,6 +15,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::error::Fault;
+use crate::json_scan;
 
 /// A client that sends nothing for this long while its body is due has gone or stalls on purpose.
 pub const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -206,11 +207,8 @@ impl Found<'_> {
 fn within_options(body: &[u8], options: &RawValue) -> Option<AskUsage> {
     #[derive(Deserialize)]
     struct Options<'a> {
-        #[serde(borrow, default, deserialize_with = "even_null")]
+        #[serde(borrow, default, deserialize_with = "json_scan::even_null")]
         include_usage: Option<&'a RawValue>,
-    }
-    fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
-        <&RawValue>::deserialize(deserializer).map(Some)
     }
     let range = range_in(body, options);
     if options.get() == "null" {
