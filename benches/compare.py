@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""What api-together costs against Pingora with nothing in it, nginx, and other gateways: throughput, latency, CPU.
+
+Every contender stands between the same load generator (oha) and the same endpoint (benches/endpoint.rs), on processor cores of its
+own; they take turns in rounds, and what is compared are medians of one run. Prints tables, and writes them into BENCHMARKS.md with
+--write. `make bench` builds and installs what is needed.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import shutil
+import statistics
+import sys
+import time
+
+from harness import Bench, cell, first_line, json_body, table, write
+
+BARE = "bare Pingora"
+
+
+@dataclasses.dataclass
+class Scenario:
+    """One kind of load."""
+
+    name: str
+    title: str
+    body_bytes: int
+    stream: bool = False
+    connections: int = 32
+    headers: dict = dataclasses.field(default_factory=dict)
+    # Requests a second; none for as many as go through.
+    rate: int = None
+    # What a request counts for.
+    events: int = None
+
+
+SATURATED = [
+    Scenario("json-1k", "JSON, 1 KB request", 1024),
+    Scenario("json-64k", "JSON, 64 KB request", 64 * 1024),
+    Scenario("json-5m", "JSON, 5 MB request", 5 * 1024 * 1024, connections=8),
+    Scenario("sse-burst", "SSE, 200 events at once", 1024, stream=True, events=200),
+    # 25,000 events a second, whoever is in between.
+    Scenario("sse-paced", "SSE, 200 events 20 ms apart", 1024, True, 500, {"x-pace-ms": "20"}, events=200),
+]
+
+
+@dataclasses.dataclass
+class Run:
+    """What one run of the load generator has shown."""
+
+    rate: float
+    p50: float
+    p99: float
+    cpu_per_1000: float
+    cores_used: float
+    failed: int
+
+
+def measure(bench, options, contender, scenario, seconds):
+    body = bench.folder / f"{scenario.name}.json"
+    body.write_bytes(json_body(scenario.body_bytes, scenario.stream))
+    command = [options.oha, "--no-tui", "--output-format", "json", "-z", f"{seconds}s", "-w", "-m", "POST", "-D", body]
+    command += ["-c", scenario.connections]
+    for name, value in (contender.all_headers() | scenario.headers).items():
+        command += ["-H", f"{name}: {value}"]
+    if scenario.rate:
+        command += ["-q", scenario.rate, "--latency-correction"]
+    cpu, begun = contender.cpu_seconds(), time.monotonic()
+    told = bench.on_load_cores([*command, contender.url], seconds * 3 + 120)
+    cpu, wall = contender.cpu_seconds() - cpu, time.monotonic() - begun
+    statuses = told["statusCodeDistribution"]
+    answered = statuses.get("200", 0)
+    return Run(
+        rate=answered / told["summary"]["total"],
+        p50=(told["latencyPercentiles"]["p50"] or 0) * 1e6,
+        p99=(told["latencyPercentiles"]["p99"] or 0) * 1e6,
+        cpu_per_1000=cpu / max(answered, 1) * 1000,
+        cores_used=cpu / wall,
+        failed=sum(statuses.values()) - answered + sum(told["errorDistribution"].values()),
+    )
+
+
+class Results:
+    """Runs by scenario and contender."""
+
+    def __init__(self):
+        self.runs = {}
+
+    def add(self, scenario, contender, run):
+        self.runs.setdefault(scenario.name, {}).setdefault(contender.name, []).append(run)
+
+    def of(self, scenario, name):
+        return self.runs.get(scenario.name, {}).get(name, [])
+
+    def median(self, scenario, name, field):
+        runs = self.of(scenario, name)
+        return statistics.median(getattr(run, field) for run in runs) if runs else None
+
+    def against(self, scenario, name, base, field, compare):
+        """The median over the rounds, in each of which both met the same machine."""
+        pairs = zip(self.of(scenario, name), self.of(scenario, base))
+        compared = [compare(getattr(ours, field), getattr(theirs, field)) for ours, theirs in pairs if getattr(theirs, field)]
+        return statistics.median(compared) if compared else None
+
+    def ratio(self, scenario, name, base, field):
+        return self.against(scenario, name, base, field, lambda ours, theirs: ours / theirs)
+
+    def added(self, scenario, name, base, field):
+        return self.against(scenario, name, base, field, lambda ours, theirs: ours - theirs)
+
+    def failed(self):
+        for scenario, by_name in self.runs.items():
+            for name, runs in by_name.items():
+                if failed := sum(run.failed for run in runs):
+                    yield f"{name} in {scenario}: {failed}"
+
+
+def run_rounds(bench, options):
+    """Everything that was asked for: its results, and the scenarios at saturation and at fixed rates."""
+    results = Results()
+    gateways = [one for one in bench.contenders if one.is_gateway]
+    quick = [one for one in bench.contenders if not one.is_gateway]
+
+    def rounds(scenario_list, contender_list):
+        for number in range(options.rounds):
+            # Whoever goes second finds a warmer machine, so they take turns at that too.
+            turn = number % len(contender_list)
+            for scenario in scenario_list:
+                print(f"round {number + 1} of {options.rounds}: {scenario.title}", file=sys.stderr)
+                for contender in contender_list[turn:] + contender_list[:turn]:
+                    results.add(scenario, contender, measure(bench, options, contender, scenario, options.seconds))
+
+    for contender in bench.contenders:
+        # Whoever is warm only from the second run on would lose the first round.
+        measure(bench, options, contender, SATURATED[0], 2)
+    saturated = [one for one in SATURATED if not options.only or one.name in options.only]
+    rounds(saturated, quick)
+    if gateways and SATURATED[0] in saturated:
+        rounds(SATURATED[:1], gateways)
+    rates = []
+    bare = results.median(SATURATED[0], BARE, "rate")
+    if bare and not options.no_rates:
+        half = int(bare / 2) // 100 * 100
+        rates = [
+            Scenario("rate-1000", "1 KB requests at 1,000 a second", 1024, rate=1000),
+            Scenario("rate-half", f"1 KB requests at {half:,} a second, half of what bare Pingora takes", 1024, rate=half),
+        ]
+        rounds(rates, quick)
+    return results, saturated, rates
+
+
+def saturation_table(results, scenario, contenders):
+    unit, per = ("events/s", scenario.events) if scenario.events else ("requests/s", 1)
+    rows = []
+    for name in (one.name for one in contenders):
+        rate = results.median(scenario, name, "rate")
+        if rate is None:
+            continue
+        row = [name, f"{rate * per:,.0f}"]
+        row += [cell(results.ratio(scenario, name, base, "rate"), "{:.2f}") for base in (BARE, "nginx")]
+        if name == "direct":
+            row += ["", "", ""]
+        else:
+            row += [
+                cell(results.median(scenario, name, "cpu_per_1000"), "{:.3f}"),
+                cell(results.ratio(scenario, name, BARE, "cpu_per_1000"), "{:.2f}"),
+                cell(results.median(scenario, name, "cores_used"), "{:.2f}"),
+            ]
+        rows.append(row + [f"{results.median(scenario, name, field):,.0f}" for field in ("p50", "p99")])
+    head = ["", unit, "of bare", "of nginx", "CPU s per 1,000 requests", "of bare", "cores used", "p50 µs", "p99 µs"]
+    return f"**{scenario.title}**, {scenario.connections} connections\n\n{table(head, rows)}"
+
+
+def rate_table(results, scenario, contenders):
+    rows = []
+    for name in (one.name for one in contenders):
+        if results.median(scenario, name, "rate") is None:
+            continue
+        row = [name] + [f"{results.median(scenario, name, field):,.0f}" for field in ("rate", "p50", "p99")]
+        for base in ("direct", BARE):
+            row += [cell(results.added(scenario, name, base, field), "{:+,.0f}") for field in ("p50", "p99")]
+        rows.append(row + ["" if name == "direct" else f"{results.median(scenario, name, 'cpu_per_1000'):.3f}"])
+    head = ["", "requests/s", "p50 µs", "p99 µs", "p50 over direct", "p99 over direct", "p50 over bare", "p99 over bare"]
+    return f"**{scenario.title}**\n\n{table([*head, 'CPU s per 1,000 requests'], rows)}"
+
+
+def report(bench, options, results, saturated, rates):
+    versions = f"{first_line([options.oha, '--version'])}, {first_line(['nginx', '-v']).removeprefix('nginx version: ')}"
+    preface = f"{bench.preface('make bench')} {options.rounds} rounds of {options.seconds} s each, medians; {versions}."
+    parts = [preface]
+    parts += [saturation_table(results, scenario, bench.contenders) for scenario in saturated]
+    parts += [rate_table(results, scenario, bench.contenders) for scenario in rates]
+    failed = "; ".join(results.failed())
+    parts.append(f"Requests that did not answer 200: {failed}." if failed else "Every request of every run was answered with 200.")
+    return "\n\n".join(parts) + "\n"
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--seconds", type=int, default=4, help="of each run")
+    arguments.add_argument("--only", nargs="*", metavar="SCENARIO", help=", ".join(one.name for one in SATURATED))
+    arguments.add_argument("--contenders", nargs="*", metavar="NAME")
+    arguments.add_argument("--no-rates", action="store_true", help="leave the runs at fixed rates out")
+    arguments.add_argument("--write", action="store_true", help="write the figures into BENCHMARKS.md")
+    arguments.add_argument("--oha", default=shutil.which("oha") or pathlib.Path.home() / ".cargo/bin/oha")
+    options = arguments.parse_args()
+    with Bench(options.contenders) as bench:
+        text = report(bench, options, *run_rounds(bench, options))
+    print(text)
+    if options.write:
+        write("make bench", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""What the benchmarks have in common: the programs that are compared, the machine, and where figures are written."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RELEASE = ROOT / "target/release"
+TOOLS = ROOT / "target/bench"
+ENDPOINT_PORT = 9100
+KEY = "sk-bench-client-key"
+MODEL = "bench"
+START_SECONDS = 60
+TICKS = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# As many as may be: each stream takes two in a proxy.
+DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def json_body(size, stream=False):
+    """A chat request of about this size, the model where SDKs put it: behind the messages."""
+    begin = '{"stream":true,' if stream else "{"
+    frame = f'{begin}"messages":[{{"role":"user","content":""}}],"temperature":0.7,"model":"{MODEL}"}}'
+    content = "All work and no play makes Jack a dull boy. "
+    content = (content * (size // len(content) + 1))[: max(0, size - len(frame))]
+    return frame.replace('"content":""', f'"content":"{content}"').encode()
+
+
+@dataclasses.dataclass
+class Contender:
+    """A program between the load and the endpoint; without a command, the endpoint itself."""
+
+    name: str
+    port: int
+    command: list = dataclasses.field(default_factory=list)
+    headers: dict = dataclasses.field(default_factory=dict)
+    environment: dict = dataclasses.field(default_factory=dict)
+    # Others are so much slower that only their throughput is asked for.
+    is_gateway: bool = False
+    # What has to be there, or it is left out.
+    needs: pathlib.Path = None
+    process: subprocess.Popen = None
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}/v1/chat/completions"
+
+    def all_headers(self):
+        return {"authorization": f"Bearer {KEY}", "content-type": "application/json"} | self.headers
+
+    def start(self, cores, folder):
+        """Starts it on these cores, and waits until a chat request goes through it."""
+        if not self.command:
+            return
+        path = folder / f"{self.name}.log"
+        environment = os.environ | {"PATH": f"{TOOLS}/litellm/bin:{os.environ['PATH']}"} | self.environment
+        with path.open("wb") as log:
+            command = ["taskset", "-c", cores, *map(str, self.command)]
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                last_words = "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+                raise SystemExit(f"{self.name} does not start; its last words:\n{last_words}")
+            time.sleep(0.1)
+
+    def answers(self):
+        request = urllib.request.Request(self.url, data=json_body(1024), headers=self.all_headers())
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return b"All work and no play" in answer.read()
+        except OSError:
+            return False
+
+    def stop(self):
+        if not self.process:
+            return
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal_number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+        self.process = None
+
+    def processes(self):
+        """Its process and all of its children: the fields of their `stat` files behind the name."""
+        for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text().rpartition(")")[2].split()
+                if self.process and int(fields[3]) == self.process.pid:
+                    yield fields
+
+    def cpu_seconds(self):
+        """User and system time."""
+        return sum(int(fields[11]) + int(fields[12]) for fields in self.processes()) / TICKS
+
+    def memory_bytes(self):
+        """Resident memory."""
+        return sum(int(fields[21]) for fields in self.processes()) * PAGE_BYTES
+
+
+class Bench:
+    """The endpoint and the contenders, running, each on the cores that are its own."""
+
+    def __init__(self, names=None):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+        cores = sorted(os.sched_getaffinity(0))
+        half = len(cores) // 2
+        if not half:
+            raise SystemExit("two processor cores are needed at least: one for the proxies, one for the load")
+        self.proxy_cores = ",".join(map(str, cores[:half]))
+        self.load_cores = ",".join(map(str, cores[half:]))
+        self.names = names
+        self.contenders = []
+
+    def __enter__(self):
+        self.folder_guard = tempfile.TemporaryDirectory(prefix="api-together-bench-")
+        self.folder = pathlib.Path(self.folder_guard.name)
+        command = ["taskset", "-c", self.load_cores, str(RELEASE / "examples/endpoint"), str(ENDPOINT_PORT)]
+        self.endpoint = subprocess.Popen(command)
+        try:
+            wait_for_port(ENDPOINT_PORT)
+            for contender in all_contenders(self.folder):
+                if self.names and contender.name not in self.names:
+                    continue
+                if contender.needs and not contender.needs.exists():
+                    print(f"{contender.name} is not installed and is left out", file=sys.stderr)
+                    continue
+                self.contenders.append(contender)
+                contender.start(self.proxy_cores, self.folder)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for contender in self.contenders:
+            contender.stop()
+        self.endpoint.terminate()
+        self.endpoint.wait()
+        self.folder_guard.cleanup()
+
+    def on_load_cores(self, command, seconds_max):
+        """Runs a load generator that prints JSON."""
+        command = ["taskset", "-c", self.load_cores, *map(str, command)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds_max, check=False)
+        if done.returncode:
+            raise SystemExit(f"{command[3]}: {done.stderr}")
+        return json.loads(done.stdout)
+
+    def preface(self, command):
+        """When, what, where."""
+        commit = first_line(["git", "-C", ROOT, "rev-parse", "--short=10", "HEAD"])
+        changed = first_line(["git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no", "src", "benches", "Cargo.toml"])
+        model = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+        gib = PAGE_BYTES * os.sysconf("SC_PHYS_PAGES") / 2**30
+        return (
+            f"{datetime.date.today()}, commit {commit}{' and changes on top of it' if changed else ''}; {model}, "
+            f"{os.cpu_count()} cores, {gib:.0f} GiB, Linux {platform.release()}. The proxies had core {self.proxy_cores}, the load and "
+            f"the endpoint core {self.load_cores}. Command: `{command}`."
+        )
+
+
+def wait_for_port(port):
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise SystemExit(f"nothing listens on port {port}")
+
+
+def first_line(command):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def all_contenders(folder):
+    """Everybody, with their configs written into a folder."""
+    (folder / "apis.json").write_text(json.dumps(api_together_config()))
+    (folder / "nginx.conf").write_text(nginx_config(folder))
+    (folder / "litellm.yaml").write_text(LITELLM_CONFIG)
+    portkey = TOOLS / "portkey/node_modules/@portkey-ai/gateway/build/start-server.js"
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "/usr/sbin/nginx"
+    litellm = TOOLS / "litellm/bin/litellm"
+    return [
+        Contender("direct", ENDPOINT_PORT),
+        Contender("nginx", 9101, [nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr"], needs=pathlib.Path(nginx)),
+        Contender("bare Pingora", 9102, [RELEASE / "examples/bare", 9102, ENDPOINT_PORT]),
+        Contender("api-together", 9103, [RELEASE / "api-together", "--config", folder / "apis.json"]),
+        Contender(
+            "LiteLLM",
+            9104,
+            [litellm, "--config", folder / "litellm.yaml", "--host", "127.0.0.1", "--port", 9104, "--num_workers", 1],
+            environment={"LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+            is_gateway=True,
+            needs=litellm,
+        ),
+        Contender(
+            "Portkey",
+            9105,
+            ["node", portkey, "--port=9105", "--headless"],
+            headers={"x-portkey-provider": "openai", "x-portkey-custom-host": f"http://127.0.0.1:{ENDPOINT_PORT}/v1"},
+            environment={"NODE_ENV": "production", "TRUSTED_CUSTOM_HOSTS": "127.0.0.1"},
+            is_gateway=True,
+            needs=portkey,
+        ),
+    ]
+
+
+def api_together_config(port=9103):
+    """Everything on that is on by default, and limits on every endpoint, which no request reaches."""
+    endpoint = {
+        "baseUrl": f"http://127.0.0.1:{ENDPOINT_PORT}/v1",
+        "apiKey": "sk-bench-endpoint-key",
+        "models": ["bench-*"],
+        "modelMapping": {MODEL: "bench-large"},
+        "rpm": 100_000_000,
+        "rpd": 1_000_000_000,
+    }
+    return {
+        "server": {"host": "127.0.0.1", "port": port, "apiKey": KEY},
+        "apis": [endpoint | {"id": f"endpoint-{number}"} for number in range(1, 6)],
+    }
+
+
+def nginx_config(folder):
+    """As its users put it before an endpoint: connections kept, nothing buffered, requests logged."""
+    temporary = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    return f"""
+worker_processes {len(os.sched_getaffinity(0)) // 2};
+daemon off;
+pid {folder}/nginx.pid;
+worker_rlimit_nofile {DESCRIPTORS};
+events {{ worker_connections 30000; }}
+http {{
+  {temporary}
+  access_log {folder}/nginx-access.log;
+  client_max_body_size 64m; client_body_buffer_size 128k; keepalive_requests 1000000000;
+  upstream endpoint {{ server 127.0.0.1:{ENDPOINT_PORT}; keepalive 256; keepalive_requests 1000000000; }}
+  server {{
+    listen 127.0.0.1:9101 backlog=16384;
+    location / {{
+      proxy_pass http://endpoint; proxy_http_version 1.1; proxy_set_header Connection "";
+      proxy_buffering off; proxy_request_buffering off;
+    }}
+  }}
+}}
+"""
+
+
+LITELLM_CONFIG = f"""
+model_list:
+  - model_name: {MODEL}
+    litellm_params: {{model: openai/bench-large, api_base: "http://127.0.0.1:{ENDPOINT_PORT}/v1", api_key: sk-bench-endpoint-key}}
+general_settings: {{master_key: {KEY}}}
+"""
+
+
+def cell(value, form):
+    return "" if value is None else form.format(value)
+
+
+def table(head, rows):
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+
+    def line(row):
+        return "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |"
+
+    return "\n".join([line(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+def write(command, text):
+    """Puts figures into BENCHMARKS.md, at the place that this command has there."""
+    path = ROOT / "BENCHMARKS.md"
+    begin, end = f"<!-- written by {command} -->", f"<!-- end of {command} -->"
+    before, _, rest = path.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{path} has no place for the figures: {begin} … {end}")
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
