@@ -77,8 +77,8 @@ async fn main() {
     let mut delays: Vec<u32> = tasks.join_all().await.concat();
     delays.sort_unstable();
     let at = |per_mille: usize| {
-        let place = (delays.len() * per_mille / 1000).min(delays.len().saturating_sub(1));
-        delays.get(place).copied().unwrap_or_default()
+        let rank = (delays.len() * per_mille / 1000).min(delays.len().saturating_sub(1));
+        delays.get(rank).copied().unwrap_or_default()
     };
     println!(
         r#"{{"events":{},"cut":{},"p50_us":{},"p99_us":{},"p999_us":{},"max_us":{}}}"#,

@@ -1,7 +1,7 @@
 //! Candidates → one, with a permit: the choice and the permit are one step, since an endpoint that turns out to have none is
 //! no choice.
 //!
-//! 1. The strategy's choice ([`balance::pick`]) draws a permit. That is all, nearly always.
+//! 1. The strategy's choice ([`balance::pick`]) draws a permit, or takes one that was drawn ahead. That is all, nearly always.
 //! 2. If it has none, every endpoint that is open is drawn from in one step of the ledger: a request is refused only if all of
 //!    them were full at one moment.
 //! 3. Then those that are cooling down are tried out, one request at a time.
@@ -53,12 +53,16 @@ pub struct Request<'a> {
 /// Gives a request an endpoint and a permit of it.
 pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
     let Request { pool, candidates, tried, .. } = request;
-    let Some(Pick { candidate, trial }) = balance::pick(pool, candidates, tried, &pool.clock()) else {
+    let clock = pool.clock();
+    let Some(Pick { candidate, trial }) = balance::pick(pool, candidates, tried, &clock) else {
         return spill(request).await;
     };
     let endpoint = balance::endpoint_of(pool, candidates, candidate).ok_or(Fault::Internal)?;
     if !endpoint.limits.any() {
         return Ok(Choice { candidate, trial, permit: pool.unlimited(endpoint) });
+    }
+    if let Some(permit) = pool.ledger.draw_at_once(&endpoint.live.account, &endpoint.limits, &clock) {
+        return Ok(Choice { candidate, trial, permit });
     }
     let wanted = vec![endpoint.wanted(Stamp::default())];
     match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {

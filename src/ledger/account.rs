@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Change;
+use super::stock::{Demand, Stock};
 use crate::limit::{Counted, Days, Slot, Stamp, Usage, View};
 
 /// Changes that wait to be written while the ledger cannot be; beyond that they are written as if they were as old as the
@@ -26,6 +27,8 @@ pub struct Account {
     /// A hint: the desk said last that nothing frees before this moment. It puts the endpoint behind others.
     full_until: AtomicU64,
     view: Mutex<View>,
+    /// Permits drawn ahead.
+    pub(super) stock: Stock,
     /// The desk's own.
     mirror: Mutex<Mirror>,
 }
@@ -40,6 +43,7 @@ pub(super) struct Mirror {
     pub(super) unwritten: Vec<Entry>,
     /// Drawn in the group under way.
     pub(super) drawn: Vec<Entry>,
+    pub(super) demand: Demand,
 }
 
 /// What is added to the ledger in one step.
@@ -83,6 +87,7 @@ impl Account {
             unwritten: AtomicU64::default(),
             full_until: AtomicU64::default(),
             view: Mutex::default(),
+            stock: Stock::default(),
             mirror: Mutex::default(),
         }
     }

@@ -267,6 +267,12 @@ impl Client {
         drawn
     }
 
+    /// A permit that was drawn ahead, if there is one: nobody waits for it.
+    pub fn draw_at_once(&self, account: &Arc<Account>, limits: &Arc<Limits>, clock: &Clock) -> Option<Permit> {
+        let counted = account.stock.take(limits, clock)?;
+        Some(Permit::new(self, account, limits, Some(counted)))
+    }
+
     /// A permit of an endpoint that has no limits.
     pub fn unlimited(&self, account: &Arc<Account>, limits: &Arc<Limits>) -> Permit {
         Permit::new(self, account, limits, None)

@@ -12,8 +12,9 @@ use std::time::Duration;
 use super::account::Entry;
 use super::behind::Behind;
 use super::client::{Bill, Draw, Messages, Otherwise, Return};
-use super::group::{Group, Outcome, Served, decide_here, enter, needs_ledger, promise};
+use super::group::{Group, Outcome, Served, decide_here, enter, is_first_choice, needs_ledger, promise};
 use super::stats::{self, DAYS_KEPT, HOURS_KEPT};
+use super::stock::{self, Ahead};
 use super::{Account, Change, Client, Drawn, FaultKind, Ledger, LedgerError, Permit, Refusal, Wanted};
 use crate::config::LedgerOnError;
 use crate::limit::{Clock, Counted, Counts, Held, Limits, Slot, Stamp, View};
@@ -50,6 +51,8 @@ pub struct Desk {
     waiting: BTreeMap<u64, Draw>,
     scan_at: Stamp,
     behind: Behind,
+    /// Accounts with permits drawn ahead, and when those are given back.
+    stocked: Vec<(Arc<Account>, Stamp)>,
     renew_at: Stamp,
     clean_at: Stamp,
     clean_stats_at: Stamp,
@@ -82,6 +85,7 @@ impl Desk {
             waiting: BTreeMap::new(),
             scan_at: Stamp::NEVER,
             behind: Behind::default(),
+            stocked: Vec::new(),
             renew_at: Stamp::NEVER,
             clean_at: Stamp::default(),
             clean_stats_at: Stamp::default(),
@@ -90,12 +94,13 @@ impl Desk {
 
     /// When there is something to do even if nobody asks.
     pub fn next_due(&self) -> Stamp {
-        self.scan_at.min(self.behind.due_at).min(self.renew_at)
+        let stale_at = self.stocked.iter().map(|(_, until)| *until).min().unwrap_or(Stamp::NEVER);
+        self.scan_at.min(self.behind.due_at).min(self.renew_at).min(stale_at)
     }
 
     /// Whether everything that was counted is in the ledger.
     pub fn is_all_written(&self) -> bool {
-        self.behind.is_empty()
+        self.behind.is_empty() && self.stocked.is_empty()
     }
 
     /// Serves whatever has come and whatever is due, with the ledger or, if it cannot be used, without. The error says that
@@ -111,6 +116,7 @@ impl Desk {
         mut messages: Messages,
     ) -> Result<Used, LedgerError> {
         let clock = self.client.clock();
+        self.clear_stocks(&messages, &clock);
         self.take_in(&mut messages, &clock);
         let due = Due { writes: clock.boot >= self.behind.due_at, renews: clock.boot >= self.renew_at };
         if due.writes {
@@ -147,6 +153,34 @@ impl Desk {
         }
     }
 
+    /// Gives back what was drawn ahead: once it is old, and before anybody is told what is left.
+    fn clear_stocks(&mut self, messages: &Messages, clock: &Clock) {
+        if self.stocked.is_empty() {
+            return;
+        }
+        let clears_all = messages.closing || messages.endpoints.is_some() || !messages.flushes.is_empty();
+        let looked_at = messages.looks.iter().flat_map(|look| &look.accounts).map(|(account, _)| account);
+        let drawn_from = messages.draws.iter().filter(|draw| !is_first_choice(draw)).flat_map(|draw| &draw.wanted);
+        let asked: Vec<&Arc<Account>> = looked_at.chain(drawn_from.map(|wanted| &wanted.account)).collect();
+        let is_due = |(account, until): &mut (Arc<Account>, Stamp)| {
+            clears_all || *until <= clock.boot || asked.iter().any(|asked| Arc::ptr_eq(asked, account))
+        };
+        let cleared: Vec<Arc<Account>> = self.stocked.extract_if(.., is_due).map(|(account, _)| account).collect();
+        for account in &cleared {
+            self.clear_stock(account, clock);
+        }
+    }
+
+    fn clear_stock(&mut self, account: &Arc<Account>, clock: &Clock) {
+        let Some(Ahead { counted, permits, .. }) = account.stock.take_all() else { return };
+        let attempts = i64::try_from(permits).unwrap_or(i64::MAX);
+        let entry = Entry::new(counted, Change { attempts: -attempts, tokens: 0 });
+        account.mirror().usage.change(entry.slot, entry.days, -attempts, 0);
+        account.look_again();
+        self.behind.add(account, entry);
+        self.behind.due_at = clock.boot;
+    }
+
     /// Takes in what asks for no answer.
     fn take_in(&mut self, messages: &mut Messages, clock: &Clock) {
         if let Some(endpoints) = messages.endpoints.take() {
@@ -165,8 +199,18 @@ impl Desk {
         for returned in messages.returns.drain(..) {
             self.take_back(returned, clock);
         }
+        let mut billed: Vec<(Arc<Account>, Arc<Limits>)> = Vec::new();
         for bill in messages.bills.drain(..) {
+            if !billed
+                .iter()
+                .any(|(account, limits)| Arc::ptr_eq(account, &bill.account) && Arc::ptr_eq(limits, &bill.limits))
+            {
+                billed.push((Arc::clone(&bill.account), Arc::clone(&bill.limits)));
+            }
             self.take_bill(bill, clock);
+        }
+        for (account, limits) in billed {
+            account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
         }
     }
 
@@ -199,7 +243,6 @@ impl Desk {
         account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.cost.tokens() });
         let tokens = i64::try_from(spent.cost.tokens()).unwrap_or(i64::MAX);
         self.behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
-        account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
         self.behind.add_spent(spent, &self.tally);
         self.behind.due_soon(clock);
         self.renew_at = self.renew_at.min(clock.boot + RENEW);
@@ -256,7 +299,8 @@ impl Desk {
         };
         // Read now, since another process's group may have been waited for.
         let clock = self.client.clock();
-        let mut group = Group { ledger, generation, clock, drawn: Vec::new() };
+        let may_draw_ahead = self.waiting.is_empty() && !messages.closing;
+        let mut group = Group { ledger, generation, clock, drawn: Vec::new(), may_draw_ahead };
         let mut served = Vec::with_capacity(draws.len());
         let mut draws = draws.into_iter();
         let done = loop {
@@ -351,10 +395,24 @@ impl Desk {
         }
         for Served { draw, outcome } in served {
             match outcome {
-                Outcome::Granted(at, counted) => self.grant(draw, at, Some(counted)),
+                Outcome::Granted(at, counted, ahead) => {
+                    if ahead > 0 {
+                        self.stock(&draw, at, counted, ahead, clock);
+                    }
+                    self.grant(draw, at, Some(counted));
+                }
                 Outcome::Held(held) => self.refuse(draw, &held, clock),
             }
         }
+    }
+
+    /// What was drawn ahead is there for whoever comes next.
+    fn stock(&mut self, draw: &Draw, at: usize, counted: Counted, permits: u64, clock: &Clock) {
+        let Some(Wanted { account, limits, .. }) = draw.wanted.get(at) else { return };
+        // What is there holds no more, be it for another config's limits.
+        self.clear_stock(account, clock);
+        account.stock.put(counted, limits, permits);
+        self.stocked.push((Arc::clone(account), counted.at + stock::USABLE));
     }
 
     fn grant(&self, draw: Draw, at: usize, counted: Option<Counted>) {

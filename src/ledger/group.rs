@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::account::{Entry, Mirror};
-use super::client::Draw;
+use super::client::{Draw, Otherwise};
 use super::{Account, Change, Ledger, LedgerError, Wanted};
-use crate::limit::{Clock, Counted, Held, Hold, Limits, Minute, Slot, Stamp};
+use crate::limit::{Clock, Counted, Counts, Held, Hold, Limits, Minute, Slot, Stamp};
 
 /// One draw, and what came of it.
 pub(super) struct Served {
@@ -14,7 +14,8 @@ pub(super) struct Served {
 }
 
 pub(super) enum Outcome {
-    Granted(usize, Counted),
+    /// By the endpoint at this place, as this, with so many more drawn ahead.
+    Granted(usize, Counted, u64),
     Held(Vec<(usize, Held)>),
 }
 
@@ -25,6 +26,8 @@ pub(super) struct Group<'a> {
     pub(super) clock: Clock,
     /// Accounts that something was drawn from.
     pub(super) drawn: Vec<Arc<Account>>,
+    /// Whether permits may be drawn ahead: nobody waits for his turn.
+    pub(super) may_draw_ahead: bool,
 }
 
 impl Group<'_> {
@@ -50,13 +53,19 @@ impl Group<'_> {
             match take(wanted, &mut mirror, &self.clock) {
                 Err(by) => held.push((at, by)),
                 Ok(counted) => {
+                    let ahead = if self.may_draw_ahead && is_first_choice(draw) {
+                        draw_ahead(wanted, &mut mirror, counted, &self.clock)
+                    } else {
+                        0
+                    };
                     if in_ledger {
                         if mirror.drawn.is_empty() {
                             self.drawn.push(Arc::clone(&wanted.account));
                         }
-                        Entry::new(counted, Change { attempts: 1, tokens: 0 }).merge_into(&mut mirror.drawn);
+                        let attempts = 1 + i64::try_from(ahead).unwrap_or_default();
+                        Entry::new(counted, Change { attempts, tokens: 0 }).merge_into(&mut mirror.drawn);
                     }
-                    return Ok(Outcome::Granted(at, counted));
+                    return Ok(Outcome::Granted(at, counted, ahead));
                 }
             }
         }
@@ -96,7 +105,7 @@ impl Group<'_> {
             mirror.read_at = None;
         }
         for Served { draw, outcome } in served {
-            if let Outcome::Granted(at, _) = outcome
+            if let Outcome::Granted(at, ..) = outcome
                 && let Some(wanted) = draw.wanted.get(*at)
                 && wanted.limits.is_concurrency_limited()
             {
@@ -117,11 +126,30 @@ pub(super) fn decide_here(draw: Draw, clock: &Clock) -> Served {
     for (at, wanted) in draw.wanted.iter().enumerate() {
         let taken = take(wanted, &mut wanted.account.mirror(), clock);
         match taken {
-            Ok(counted) => return Served { draw, outcome: Outcome::Granted(at, counted) },
+            Ok(counted) => return Served { draw, outcome: Outcome::Granted(at, counted, 0) },
             Err(by) => held.push((at, by)),
         }
     }
     Served { draw, outcome: Outcome::Held(held) }
+}
+
+/// Whether a draw is for the strategy's choice, which is nearly always granted. All others want to know what is left.
+pub(super) fn is_first_choice(draw: &Draw) -> bool {
+    draw.wanted.len() == 1 && draw.otherwise == Otherwise::LookElsewhere
+}
+
+/// Counts as many permits more as the endpoint is about to be asked for. Of requests at once each has to be counted when it begins.
+fn draw_ahead(wanted: &Wanted, mirror: &mut Mirror, counted: Counted, clock: &Clock) -> u64 {
+    let Wanted { account, limits, .. } = wanted;
+    if !limits.in_ledger() || limits.is_concurrency_limited() {
+        return 0;
+    }
+    let Mirror { usage, demand, .. } = mirror;
+    let ahead = demand.drawn(&account.stock, || usage.view(limits, clock), clock.boot);
+    if ahead > 0 {
+        usage.add(counted, Counts { attempts: ahead, tokens: 0 });
+    }
+    ahead
 }
 
 fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, Held> {

@@ -16,6 +16,7 @@
 //! | `account` | what a process knows of one endpoint's counts |
 //! | `client` | the way to the ledger's thread |
 //! | `permit` | the right to one attempt, which gives itself back |
+//! | `stock` | permits drawn ahead |
 //! | `desk` | who is served when, in which order, and what is told; pure but for the ledger it is given |
 //! | `group` | who of a group gets a permit |
 //! | `behind` | what is written a little later |
@@ -31,6 +32,7 @@ mod group;
 mod permit;
 pub mod sqlite;
 pub mod stats;
+mod stock;
 mod thread;
 
 use std::fmt;

@@ -109,6 +109,7 @@ impl Drain {
             log::error!("the ledger could not be closed");
         }
         log::info!("stopped");
+        log::logger().flush();
         std::process::exit(0);
     }
 }

@@ -32,7 +32,7 @@ use crate::upgrade::{Successor, make_private};
 pub use drain::Draining;
 use drain::{Counts, Drain};
 use listen::Listening;
-use services::{Announce, KeepLedger, Resolve, Scrape};
+use services::{Announce, Resolve, Scrape, StartThreads};
 
 /// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than
 /// any of those: a hundred attempts, each at sixteen addresses, begun anew twice, and once more without `stream_options`.
@@ -143,7 +143,7 @@ impl Prepared {
         let mut service =
             ProxyServiceBuilder::new(&server.configuration, gateway).name("api-together").server_options(http).build();
         service.add_listener(listening.config()?);
-        server.add_service(background_service("ledger", KeepLedger(Arc::clone(&self.counts.ledger))));
+        server.add_service(background_service("threads", StartThreads(Arc::clone(&self.counts.ledger))));
         let drain = Drain {
             phases: server.watch_execution_phase(),
             open: process.open.clone(),
@@ -203,6 +203,7 @@ impl Prepared {
         let Self { server, counts, .. } = self;
         server.run(args);
         counts.close();
+        log::logger().flush();
     }
 }
 

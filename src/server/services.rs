@@ -15,6 +15,7 @@ use pingora::services::background::BackgroundService;
 
 use crate::admin::{self, Process, Sources};
 use crate::ledger::Keeper;
+use crate::log_output;
 use crate::metrics;
 use crate::notify;
 use crate::pool::Pool;
@@ -25,12 +26,14 @@ use crate::upstream::RESOLVE_INTERVAL;
 const LISTEN_POLL: Duration = Duration::from_millis(5);
 const LISTEN_POLLS_MAX: u32 = 2000;
 
-/// Starts the ledger's thread, which would be lost if it were started before the process goes into the background.
-pub(super) struct KeepLedger(pub(super) Arc<Keeper>);
+/// Starts the threads of the ledger and the log, which would be lost if they were started before the process goes into the
+/// background.
+pub(super) struct StartThreads(pub(super) Arc<Keeper>);
 
 #[async_trait]
-impl BackgroundService for KeepLedger {
+impl BackgroundService for StartThreads {
     async fn start(&self, _shutdown: ShutdownWatch) {
+        log_output::behind::start();
         // Whoever has asked already is told, too, if it cannot be.
         if let Err(error) = self.0.start() {
             log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");

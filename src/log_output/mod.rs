@@ -1,4 +1,9 @@
 //! Where log lines go and what they look like: on standard error, as text (time, level, message) or as one JSON object a line.
+//!
+//! While the process serves, the lines of requests are written a few milliseconds later by a thread of its own ([`behind`]);
+//! every other line is written at once, after those that came before it.
+
+pub mod behind;
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -8,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anstyle::{AnsiColor, Style};
+use env_logger::Target;
 use jiff::Timestamp;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use serde_json::json;
@@ -44,6 +50,7 @@ pub fn start(framework_debug: bool) {
     let coloured = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let logger = env_logger::Builder::new()
         .parse_filters(&filter)
+        .target(Target::Pipe(Box::new(behind::Lines)))
         .format(move |out, record| {
             let (time, level) = (Timestamp::now(), record.level());
             if is_json() {
@@ -178,10 +185,13 @@ impl Log for Capped {
         } else {
             self.logger.log(record);
         }
+        if record.target() != REQUEST_TARGET {
+            self.flush();
+        }
     }
 
     fn flush(&self) {
-        self.logger.flush();
+        behind::flush();
     }
 }
 

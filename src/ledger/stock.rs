@@ -1,0 +1,184 @@
+//! Permits that were drawn ahead, so that of many requests in a short time only the first one waits for the ledger.
+//!
+//! They are drawn as any other, in the same step as a request's own, and are as old as that one: whoever takes one out of the stock
+//! holds a permit of that moment, and the rules of a permit's age hold for it. There is a stock only of an endpoint that is asked
+//! all the time and has plenty left. What nobody has taken is given back after [`USABLE`]; a process that is killed wastes it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::limit::{Clock, Counted, Gauge, Limits, PERMIT_AGE_MAX, Stamp, View};
+
+/// A permit is taken out of the stock for no longer than this; what is left of [`PERMIT_AGE_MAX`] is for its way to the endpoint.
+pub(super) const USABLE: Duration = Duration::from_millis(60);
+/// How fast an endpoint's permits go is told from no shorter time than this.
+const WATCHED: Duration = Duration::from_millis(10);
+/// A smaller stock is not worth it.
+const PERMITS_MIN: u64 = 8;
+/// A larger one is not needed: so many in [`USABLE`] are more than 60,000 a second.
+const PERMITS_MAX: u64 = 4096;
+/// No more than this part of what is left is drawn ahead, so that little is kept from other processes, and near its limit an
+/// endpoint's permits are drawn one by one.
+const PART_OF_LEFT: u64 = 8;
+
+/// The stock of one endpoint.
+#[derive(Debug, Default)]
+pub(super) struct Stock(Mutex<Content>);
+
+#[derive(Debug, Default)]
+struct Content {
+    /// What is there; none if it is empty.
+    ahead: Option<Ahead>,
+    /// Permits taken since they were counted last.
+    taken: u64,
+}
+
+/// Permits of one moment.
+#[derive(Clone, Debug)]
+pub(super) struct Ahead {
+    /// What each of them was counted as.
+    pub(super) counted: Counted,
+    /// The limits that they were drawn by.
+    limits: Arc<Limits>,
+    /// How many there are.
+    pub(super) permits: u64,
+}
+
+impl Stock {
+    /// Takes one permit out, if there is one that holds at this moment and for these limits.
+    pub(super) fn take(&self, limits: &Arc<Limits>, clock: &Clock) -> Option<Counted> {
+        let mut content = self.lock();
+        let ahead = content.ahead.as_mut()?;
+        if !Arc::ptr_eq(&ahead.limits, limits) || !ahead.is_usable(clock) {
+            return None;
+        }
+        let counted = ahead.counted;
+        ahead.permits -= 1;
+        if ahead.permits == 0 {
+            content.ahead = None;
+        }
+        content.taken += 1;
+        Some(counted)
+    }
+
+    /// Puts permits in, where there are none.
+    pub(super) fn put(&self, counted: Counted, limits: &Arc<Limits>, permits: u64) {
+        self.lock().ahead = Some(Ahead { counted, limits: Arc::clone(limits), permits });
+    }
+
+    /// Takes everything out.
+    pub(super) fn take_all(&self) -> Option<Ahead> {
+        self.lock().ahead.take()
+    }
+
+    /// How many were taken since this was asked last.
+    fn count_taken(&self) -> u64 {
+        std::mem::take(&mut self.lock().taken)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Content> {
+        // Nothing panics while it is held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ahead {
+    fn is_usable(&self, clock: &Clock) -> bool {
+        clock.boot - self.counted.at < USABLE && self.counted.days.cover(&self.limits.calendar.days(clock.wall))
+    }
+}
+
+/// How fast an endpoint's permits go.
+#[derive(Debug, Default)]
+pub(super) struct Demand {
+    since: Stamp,
+    draws: u64,
+}
+
+impl Demand {
+    /// A permit was drawn. Tells how many more are to be drawn with it, of an endpoint of which this is left.
+    pub(super) fn drawn(&mut self, stock: &Stock, view: impl FnOnce() -> View, now: Stamp) -> u64 {
+        self.draws += 1;
+        let watched = now - self.since;
+        if watched < WATCHED {
+            return 0;
+        }
+        let gone = self.draws + stock.count_taken();
+        *self = Self { since: now, draws: 0 };
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let expected = gone.saturating_mul(millis(USABLE)) / millis(watched).max(1);
+        if expected < PERMITS_MIN {
+            return 0;
+        }
+        let permits = expected.min(PERMITS_MAX).min(spare(&view()));
+        if permits < PERMITS_MIN { 0 } else { permits }
+    }
+}
+
+/// How many permits may be drawn ahead of an endpoint of which this is left.
+fn spare(view: &View) -> u64 {
+    // What a request costs in tokens is known only afterwards, so near these limits each is looked at.
+    let is_near = |gauge: Option<Gauge>| gauge.is_some_and(|gauge| gauge.left() < gauge.limit / PART_OF_LEFT);
+    if is_near(view.tpm) || is_near(view.tpd) {
+        return 0;
+    }
+    let left = [view.rpm, view.rpd].into_iter().flatten().map(|gauge| gauge.left()).min();
+    left.unwrap_or_default() / PART_OF_LEFT
+}
+
+const _: () =
+    assert!(USABLE.as_millis() < PERMIT_AGE_MAX.as_millis(), "what is taken out must still reach the endpoint");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::test_support::config;
+    use jiff::tz::TimeZone;
+
+    fn limits() -> Arc<Limits> {
+        let endpoint = config(r#"[{"id":"a","rpm":1000}]"#).endpoints.remove(0);
+        Arc::new(Limits::of(&endpoint, &TimeZone::UTC))
+    }
+
+    fn left(rpm: u64, tpm: Option<u64>) -> View {
+        let gauge = |left: u64| Gauge { limit: 10_000, used: 10_000 - left, resets: None };
+        View { rpm: Some(gauge(rpm)), tpm: tpm.map(gauge), ..View::default() }
+    }
+
+    #[test]
+    fn permits_are_taken_while_they_are_young() {
+        let (stock, limits, clock) = (Stock::default(), limits(), Clock::read());
+        assert!(stock.take(&limits, &clock).is_none());
+        let counted = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
+        stock.put(counted, &limits, 3);
+        assert_eq!(stock.take(&limits, &clock), Some(counted));
+        assert!(stock.take(&self::limits(), &clock).is_none(), "the config is another one");
+        let later = |millis| Clock { boot: clock.boot + Duration::from_millis(millis), ..clock };
+        assert_eq!(stock.take(&limits, &later(59)), Some(counted));
+        assert!(stock.take(&limits, &later(60)).is_none());
+        let tomorrow = Clock { wall: clock.wall + Duration::from_hours(24), ..clock };
+        assert!(stock.take(&limits, &tomorrow).is_none(), "the day has turned");
+        assert_eq!(stock.take_all().map(|ahead| ahead.permits), Some(1));
+        assert!(stock.take_all().is_none());
+    }
+
+    #[test]
+    fn as_many_are_drawn_ahead_as_will_be_wanted() {
+        let ahead = |draws: u64, taken: u64, millis: u64, view: View| {
+            let (stock, limits, clock) = (Stock::default(), limits(), Clock::read());
+            let mut demand = Demand { since: clock.boot, draws: draws - 1 };
+            stock.put(Counted { at: clock.boot, days: limits.calendar.days(clock.wall) }, &limits, 5000);
+            assert!((0..taken).all(|_| stock.take(&limits, &clock).is_some()));
+            demand.drawn(&stock, || view, clock.boot + Duration::from_millis(millis))
+        };
+        let plenty = left(9000, None);
+        assert_eq!(ahead(10, 0, 10, plenty), 60);
+        assert_eq!(ahead(1, 99, 60, plenty), 100, "those taken out of the last stock count as well");
+        assert_eq!(ahead(10, 0, 9, plenty), 0, "too short a time tells nothing");
+        assert_eq!(ahead(10, 0, 100, plenty), 0, "who comes now and then is served one by one");
+        assert_eq!(ahead(100, 0, 10, left(800, None)), 100, "an eighth of what is left");
+        assert_eq!(ahead(100, 0, 10, left(60, None)), 0);
+        assert_eq!(ahead(100, 0, 10, left(9000, Some(1000))), 0, "few tokens are left");
+        assert_eq!(ahead(100, 0, 10, left(9000, Some(2000))), 600);
+    }
+}

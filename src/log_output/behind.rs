@@ -1,0 +1,105 @@
+//! Lines that are written a little later, many at once, so that no request waits for whoever reads the log.
+
+use std::io::{self, Write};
+use std::mem;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// A line is written this long after it was made; a process that is killed loses no more than that.
+const WRITE_BEHIND: Duration = Duration::from_millis(10);
+/// Beyond so many bytes that wait, whoever has a line writes them all: a log that is read too slowly slows the requests
+/// down, and loses nothing.
+const WAITING_BYTES_MAX: usize = 1024 * 1024;
+
+static WAITING: Waiting = Waiting { lines: Mutex::new(State::new()), came: Condvar::new(), writing: Mutex::new(()) };
+
+struct Waiting {
+    lines: Mutex<State>,
+    came: Condvar,
+    /// Held while lines are written, so that none overtakes another.
+    writing: Mutex<()>,
+}
+
+struct State {
+    bytes: Vec<u8>,
+    /// Whether a thread is there to write them.
+    behind: bool,
+}
+
+impl State {
+    const fn new() -> Self {
+        Self { bytes: Vec::new(), behind: false }
+    }
+}
+
+/// From here on lines may wait. To be called once the process is the one that serves: a thread does not outlive going into the
+/// background.
+pub fn start() {
+    let mut state = lock(&WAITING.lines);
+    if state.behind {
+        return;
+    }
+    match std::thread::Builder::new().name("log".into()).spawn(write_behind) {
+        Ok(_) => state.behind = true,
+        Err(error) => {
+            drop(state);
+            log::warn!("the log's thread cannot be started, so every request writes its own line: {error}");
+        }
+    }
+}
+
+/// Writes what waits.
+pub fn flush() {
+    let _writing = lock(&WAITING.writing);
+    let bytes = mem::take(&mut lock(&WAITING.lines).bytes);
+    write(&bytes);
+}
+
+fn write_behind() {
+    // What was written is room for what comes next.
+    let mut bytes = Vec::new();
+    loop {
+        let state = lock(&WAITING.lines);
+        drop(WAITING.came.wait_while(state, |state| state.bytes.is_empty()).unwrap_or_else(PoisonError::into_inner));
+        std::thread::sleep(WRITE_BEHIND);
+        let _writing = lock(&WAITING.writing);
+        mem::swap(&mut bytes, &mut lock(&WAITING.lines).bytes);
+        write(&bytes);
+        bytes.clear();
+    }
+}
+
+/// A log that cannot be written has nowhere to say so.
+fn write(bytes: &[u8]) {
+    if !bytes.is_empty() {
+        io::stderr().write_all(bytes).unwrap_or_default();
+    }
+}
+
+/// Takes whole lines in.
+#[derive(Debug)]
+pub struct Lines;
+
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut state = lock(&WAITING.lines);
+        let was_empty = state.bytes.is_empty();
+        state.bytes.extend_from_slice(line);
+        let waits = state.behind && state.bytes.len() <= WAITING_BYTES_MAX;
+        drop(state);
+        if !waits {
+            flush();
+        } else if was_empty {
+            WAITING.came.notify_one();
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
