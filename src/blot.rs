@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use memchr::memmem::Finder;
 
 /// Shorter secrets are none worth the name, and would blot out ordinary words.
 const SECRET_BYTES_MIN: usize = 8;
@@ -14,7 +15,7 @@ const CARRY_BYTES: usize = 512;
 /// The secrets of one endpoint: its key, and the values of the headers that its config adds. Shared, as every attempt holds
 /// them.
 #[derive(Clone, Default)]
-pub struct Secrets(Arc<[Box<[u8]>]>);
+pub struct Secrets(Arc<[Finder<'static>]>);
 
 impl std::fmt::Debug for Secrets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -24,14 +25,15 @@ impl std::fmt::Debug for Secrets {
 
 impl<'a> FromIterator<&'a [u8]> for Secrets {
     fn from_iter<I: IntoIterator<Item = &'a [u8]>>(secrets: I) -> Self {
-        Self(secrets.into_iter().filter(|secret| secret.len() >= SECRET_BYTES_MIN).map(Into::into).collect())
+        let secrets = secrets.into_iter().filter(|secret| secret.len() >= SECRET_BYTES_MIN);
+        Self(secrets.map(|secret| Finder::new(secret).into_owned()).collect())
     }
 }
 
 impl Secrets {
     /// Whether a text quotes one of them whole.
     pub fn are_in(&self, text: &[u8]) -> bool {
-        self.0.iter().any(|secret| memchr::memmem::find(text, secret).is_some())
+        self.0.iter().any(|secret| secret.find(text).is_some())
     }
 
     /// The piece with every secret that it quotes whole blotted out; the piece itself if there is none.
@@ -49,7 +51,7 @@ impl Secrets {
         self.hide_whole(text);
         for word in key_like_words(text) {
             let Some(part) = text.get_mut(word) else { continue };
-            if self.0.iter().any(|secret| is_masked_form(part, secret)) {
+            if self.0.iter().any(|secret| is_masked_form(part, secret.needle())) {
                 part.fill(b'*');
             }
         }
@@ -57,9 +59,9 @@ impl Secrets {
 
     fn hide_whole(&self, text: &mut [u8]) {
         for secret in self.0.iter() {
-            let found: Vec<usize> = memchr::memmem::find_iter(text, secret).collect();
+            let found: Vec<usize> = secret.find_iter(text).collect();
             for start in found {
-                if let Some(part) = text.get_mut(start..start + secret.len()) {
+                if let Some(part) = text.get_mut(start..start + secret.needle().len()) {
                     part.fill(b'*');
                 }
             }
@@ -87,7 +89,7 @@ impl Blotter {
         text.extend_from_slice(piece);
         self.secrets.hide(&mut text);
         if !end {
-            let longest = self.secrets.0.iter().map(|secret| secret.len()).max().unwrap_or_default();
+            let longest = self.secrets.0.iter().map(|secret| secret.needle().len()).max().unwrap_or_default();
             self.carry = text.split_off(text.len().saturating_sub(CARRY_BYTES.max(longest)));
         }
         text.into()

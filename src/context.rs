@@ -248,19 +248,27 @@ impl Attempt {
         }
     }
 
-    /// The request's header goes out now. If that took so long that the permit is worth nothing any more and no other is to be
-    /// had, says what came of the draw.
+    /// The request's header goes out now, so late that the permit is worth nothing any more. If no other is to be had, says what
+    /// came of the draw.
     pub async fn send(&mut self, ledger: &Client) -> Result<(), Drawn> {
         // On a machine that is much too busy a fresh one may be old again when it comes.
         const SWAPS_MAX: usize = 3;
-        for _ in 0..=SWAPS_MAX {
-            if !self.permit.is_stale(&ledger.clock()) {
-                self.permit.spend();
+        for _ in 0..SWAPS_MAX {
+            self.swap_permit(ledger).await?;
+            if self.send_now(ledger) {
                 return Ok(());
             }
-            self.swap_permit(ledger).await?;
         }
         Err(Drawn::Unavailable)
+    }
+
+    /// Likewise, if its permit is still worth something.
+    pub fn send_now(&mut self, ledger: &Client) -> bool {
+        let holds = !self.permit.is_stale(&ledger.clock());
+        if holds {
+            self.permit.spend();
+        }
+        holds
     }
 
     /// The endpoint is known never to have had the request.

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use http::HeaderValue;
+
 use crate::blot::Secrets;
 use crate::config::{self, Breaker, Config};
 use crate::health::{Effect, Gate, Health};
@@ -35,6 +37,8 @@ pub struct Pool {
 pub struct Endpoint {
     /// As the config has it.
     pub config: config::Endpoint,
+    /// Its id as a header's value: outside ASCII in escapes.
+    pub id_header: HeaderValue,
     /// Where it is and how it is reached.
     pub upstream: Upstream,
     /// What its answers must not show.
@@ -71,7 +75,8 @@ impl Pool {
                 live.account.look_again();
                 let secrets = secrets_of(&config);
                 let limits = Arc::new(Limits::of(&config, &server.timezone));
-                Ok(Arc::new(Endpoint { config, upstream, secrets, limits, live }))
+                let id_header = id_header(&config.id);
+                Ok(Arc::new(Endpoint { config, id_header, upstream, secrets, limits, live }))
             })
             .collect::<std::io::Result<_>>()?;
         ledger.set_endpoints(endpoints.iter().map(|endpoint| endpoint.account()).collect());
@@ -87,6 +92,13 @@ impl Pool {
     pub fn unlimited(&self, endpoint: &Endpoint) -> Permit {
         self.ledger.unlimited(&endpoint.live.account, &endpoint.limits)
     }
+}
+
+fn id_header(id: &str) -> HeaderValue {
+    let escaped = || HeaderValue::from_str(&id.escape_unicode().to_string());
+    let plain = if id.is_ascii() { HeaderValue::from_str(id) } else { escaped() };
+    // An id with control characters in it.
+    plain.or_else(|_| escaped()).unwrap_or_else(|_| HeaderValue::from_static("-"))
 }
 
 fn secrets_of(config: &config::Endpoint) -> Secrets {

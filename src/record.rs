@@ -77,6 +77,9 @@ impl Record<'_> {
 /// A value from outside, cut to a sane length.
 fn cut(text: &str) -> &str {
     const CHARS_MAX: usize = 200;
+    if text.len() <= CHARS_MAX {
+        return text;
+    }
     text.char_indices().nth(CHARS_MAX).and_then(|(end, _)| text.get(..end)).unwrap_or(text)
 }
 
@@ -101,11 +104,11 @@ impl fmt::Display for Record<'_> {
         }
         write!(f, " bytes={}", self.bytes)?;
         if let Some(first_byte) = self.first_byte {
-            write!(f, " first_byte_ms={:.1}", first_byte.as_secs_f64() * 1e3)?;
+            write!(f, " first_byte_ms={}", Millis(first_byte))?;
         }
-        write!(f, " total_ms={:.1}", self.total.as_secs_f64() * 1e3)?;
+        write!(f, " total_ms={}", Millis(self.total))?;
         if let Some(first_token) = self.measured.first_token {
-            write!(f, " first_token_ms={:.1}", first_token.as_secs_f64() * 1e3)?;
+            write!(f, " first_token_ms={}", Millis(first_token))?;
         }
         if let Some(tokens) = self.measured.tokens {
             let Tokens { prompt, completion, total, cached, reasoning, audio: _ } = tokens;
@@ -122,13 +125,26 @@ impl fmt::Display for Record<'_> {
     }
 }
 
+/// Milliseconds with one decimal, without a way through floating point.
+struct Millis(Duration);
+
+impl fmt::Display for Millis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tenths = (self.0.as_micros() + 50) / 100;
+        write!(f, "{}.{}", tenths / 10, tenths % 10)
+    }
+}
+
 /// A value from outside: cut, and quoted wherever it could be taken for more than one word, so that no client can write
 /// log lines of its own.
 struct Word<'a>(&'a str);
 
 impl fmt::Display for Word<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let plain = |c: char| c.is_alphanumeric() || "-_./:@*+,~%".contains(c);
+        let plain = |c: char| match c {
+            '-' | '_' | '.' | '/' | ':' | '@' | '*' | '+' | ',' | '~' | '%' => true,
+            _ => c.is_alphanumeric(),
+        };
         let text = cut(self.0);
         if !text.is_empty() && text.chars().all(plain) {
             f.write_str(text)?;
@@ -179,6 +195,10 @@ mod tests {
             " total_ms=20.0 first_token_ms=1000.0 prompt_tokens=5 completion_tokens=9 total_tokens=14 \
                  cached_tokens=2 reasoning_tokens=3 tokens_per_second=4.5"
         ),);
+        assert_eq!(
+            [49, 50, 1950, 9_999_949, 9_999_950].map(|micros| Millis(Duration::from_micros(micros)).to_string()),
+            ["0.0", "0.1", "2.0", "9999.9", "10000.0"]
+        );
         assert_eq!(Word(&"x".repeat(300)).to_string().chars().count(), 201);
     }
 }

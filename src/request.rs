@@ -3,7 +3,6 @@
 //! The body is validated as JSON but no tree is built: `model`, `stream` and `stream_options` are found in one pass,
 //! and everything else is skipped over. Their places in the bytes are kept, so that a rewrite can splice them.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
@@ -11,11 +10,11 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::Method;
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::error::Fault;
-use crate::json_scan;
+use crate::json_scan::{self, Key};
 
 /// A client that sends nothing for this long while its body is due has gone or stalls on purpose.
 pub const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -272,28 +271,6 @@ impl<'de> Visitor<'de> for FieldsVisitor {
             }
         }
         Ok(found)
-    }
-}
-
-/// A key, borrowed from the body unless it is spelt with escapes.
-struct Key<'a>(Cow<'a, str>);
-
-impl<'de> serde::Deserialize<'de> for Key<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct KeyVisitor;
-        impl<'de> Visitor<'de> for KeyVisitor {
-            type Value = Key<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a key")
-            }
-            fn visit_borrowed_str<E>(self, key: &'de str) -> Result<Self::Value, E> {
-                Ok(Key(Cow::Borrowed(key)))
-            }
-            fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
-                Ok(Key(Cow::Owned(key.to_owned())))
-            }
-        }
-        deserializer.deserialize_str(KeyVisitor)
     }
 }
 

@@ -5,16 +5,19 @@
 //! that they are not empty. Sound, files and the rest are never held.
 
 use std::borrow::Cow;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use bytes::Bytes;
+use memchr::memmem::Finder as Needle;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use crate::json_scan::has_member;
 use crate::request::Call;
 use crate::retry::Outcome;
 use crate::sse::Splitter;
-use crate::usage::Usage;
+use crate::usage::Told;
 
 /// The most of an answer that is held back (64 KiB), the last chunk on top.
 pub const HOLD_BYTES_MAX: usize = 64 * 1024;
@@ -22,6 +25,8 @@ pub const HOLD_BYTES_MAX: usize = 64 * 1024;
 const ERROR_BODY_WAIT_MAX: Duration = Duration::from_secs(5);
 /// A stream that has begun with data is held this long at most, waiting for an event that says something.
 pub const HOLD_TIME_MAX: Duration = Duration::from_secs(5);
+
+static COMPLETION: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"completion_tokens\""));
 
 /// What an answer's header says, as far as it matters here.
 #[derive(Clone, Copy, Debug)]
@@ -217,7 +222,7 @@ impl Judge {
 
     /// Sound and files are passed on as they come; whatever says it is JSON, or says nothing, may turn out empty.
     fn may_be_empty(&self, content_type: Option<&str>) -> bool {
-        content_type.is_none_or(|value| essence(value).ends_with("json")) || self.terms.call == Call::Completion
+        content_type.is_none_or(|value| is_json(Some(value))) || self.terms.call == Call::Completion
     }
 
     fn joined(&self) -> Cow<'_, [u8]> {
@@ -229,18 +234,21 @@ impl Judge {
     }
 }
 
-fn essence(content_type: &str) -> String {
-    content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+fn essence(content_type: &str) -> &str {
+    content_type.split(';').next().unwrap_or_default().trim()
 }
 
 /// Whether a content type is that of server-sent events.
 pub fn is_event_stream(content_type: Option<&str>) -> bool {
-    content_type.is_some_and(|value| essence(value) == "text/event-stream")
+    content_type.is_some_and(|value| essence(value).eq_ignore_ascii_case("text/event-stream"))
 }
 
 /// Whether a content type is JSON's.
 pub fn is_json(content_type: Option<&str>) -> bool {
-    content_type.is_some_and(|value| essence(value).ends_with("json"))
+    content_type.is_some_and(|value| {
+        let essence = essence(value).as_bytes();
+        essence.last_chunk::<4>().is_some_and(|end| end.eq_ignore_ascii_case(b"json"))
+    })
 }
 
 /// What an event of a stream amounts to.
@@ -330,7 +338,10 @@ fn is_empty_answer(body: &[u8], call: Call) -> bool {
     if body.is_empty() || inside.is_some_and(|inside| inside.trim_ascii().is_empty()) {
         return true;
     }
-    call == Call::Completion && Usage::of(body).is_some_and(|usage| usage.is_of_empty_answer())
+    // Nearly all say so of themselves, and need no parser.
+    call == Call::Completion
+        && has_member(body, &COMPLETION, b"0")
+        && Told::of(body).is_some_and(|told| told.usage.is_of_empty_answer())
 }
 
 #[cfg(test)]

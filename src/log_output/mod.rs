@@ -5,12 +5,14 @@
 
 pub mod behind;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
+use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{IsTerminal as _, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anstyle::{AnsiColor, Style};
 use env_logger::Target;
@@ -52,12 +54,12 @@ pub fn start(framework_debug: bool) {
         .parse_filters(&filter)
         .target(Target::Pipe(Box::new(behind::Lines)))
         .format(move |out, record| {
-            let (time, level) = (Timestamp::now(), record.level());
+            let (time, level) = (Now(SystemTime::now()), record.level());
             if is_json() {
-                return writeln!(out, "{}", json_line(&format!("{time:.3}"), record));
+                return writeln!(out, "{}", json_line(&time.to_string(), record));
             }
             let style = if coloured { colour(level) } else { Style::new() };
-            writeln!(out, "{time:.3} {style}{level:<5}{style:#} {}", record.args())
+            writeln!(out, "{time} {style}{level:<5}{style:#} {}", record.args())
         })
         .build();
     let level = logger.filter();
@@ -65,6 +67,29 @@ pub fn start(framework_debug: bool) {
     // A second start in one process, as tests do, changes nothing.
     if log::set_boxed_logger(Box::new(logger)).is_ok() {
         log::set_max_level(level);
+    }
+}
+
+/// A moment with its milliseconds (RFC 3339, UTC). All but those are written once a second.
+struct Now(SystemTime);
+
+thread_local! {
+    /// A second of Unix time, and how it is written.
+    static SECOND: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
+}
+
+impl fmt::Display for Now {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let since_1970 = self.0.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        SECOND.with_borrow_mut(|(second, text)| {
+            if *second != since_1970.as_secs() {
+                *second = since_1970.as_secs();
+                let moment =
+                    Timestamp::try_from(SystemTime::UNIX_EPOCH + Duration::from_secs(*second)).unwrap_or_default();
+                *text = moment.strftime("%Y-%m-%dT%H:%M:%S").to_string();
+            }
+            write!(f, "{text}.{:03}Z", since_1970.subsec_millis())
+        })
     }
 }
 
@@ -198,6 +223,14 @@ impl Log for Capped {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn moments_are_written_as_rfc_3339_says() {
+        let now = |millis| Now(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)).to_string();
+        assert_eq!(now(1_795_608_000_007), "2026-11-25T12:00:00.007Z");
+        assert_eq!(now(1_795_608_000_999), "2026-11-25T12:00:00.999Z");
+        assert_eq!(now(1_795_607_999_999), "2026-11-25T11:59:59.999Z", "a clock that is set back");
+    }
 
     #[test]
     fn the_framework_is_capped_at_info_however_it_is_named() {

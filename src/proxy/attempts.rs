@@ -121,6 +121,9 @@ pub(super) async fn begin_anew(context: &mut Context) -> Result<bool, Fault> {
 /// The request's header goes out now. False if its permit is worth nothing any more and no other is to be had.
 pub(super) async fn send(context: &mut Context) -> bool {
     let Some(ask) = &context.ask else { return false };
+    if context.exchange.state().attempt.as_mut().is_some_and(|attempt| attempt.send_now(&ask.pool.ledger)) {
+        return true;
+    }
     let Some(mut attempt) = context.exchange.state().attempt.take() else { return false };
     let sent = attempt.send(&ask.pool.ledger).await;
     let endpoint = Arc::clone(&attempt.endpoint);

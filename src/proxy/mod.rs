@@ -415,6 +415,7 @@ fn begin(session: &mut Session, context: &mut Context, ask: Ask, choice: Choice)
             pool: Arc::clone(&ask.pool),
             budget_ends: context.arrival.at + ask.pool.server.retry.budget,
             http_10: session.req_header().version <= Version::HTTP_10,
+            header: outgoing::forwarded(session.req_header(), context.arrival.id.as_ref()),
         };
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
     }

@@ -1,9 +1,11 @@
 //! What goes out: the request as the endpoint gets it, and answers as the client gets them.
 
+use std::mem;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header, response};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::HttpTask;
 use pingora::{Error, ErrorType, Result};
@@ -23,43 +25,59 @@ const ATTEMPTS: HeaderName = HeaderName::from_static("x-api-together-attempts");
 /// On HTTP/2 a stream that is dropped takes its last unsent bytes with it; this is long enough for them to leave.
 const H2_FLUSH: Duration = Duration::from_millis(10);
 
+/// What of a request's header goes to any endpoint. Kept without the case of its names, which makes it cheap to copy for each
+/// attempt.
+pub(super) fn forwarded(header: &RequestHeader, id: Option<&HeaderValue>) -> RequestHeader {
+    let mut parts = Request::new(()).into_parts().0;
+    parts.method = header.method.clone();
+    parts.uri = header.uri.clone();
+    parts.version = header.version;
+    parts.headers = forwarded_headers(&header.headers, false);
+    // Empty answers and usage can be read in plain text only.
+    parts.headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    if let Some(id) = id {
+        parts.headers.insert(REQUEST_ID, id.clone());
+    }
+    parts.into()
+}
+
+fn forwarded_headers(headers: &HeaderMap, switches_protocol: bool) -> HeaderMap {
+    let named = rewrite::named_in_connection(headers);
+    let keeps = |name: &HeaderName| switches_protocol && matches!(*name, header::CONNECTION | header::UPGRADE);
+    let stays = |name: &HeaderName| (rewrite::stays_behind(name) || named.contains(name)) && !keeps(name);
+    // Room for those that are put in.
+    let mut forwarded = HeaderMap::with_capacity(headers.len() + 6);
+    for (name, value) in headers.iter().filter(|(name, _)| !stays(name)) {
+        forwarded.append(name.clone(), value.clone());
+    }
+    forwarded
+}
+
 /// The request's header as the endpoint gets it.
 pub(super) fn rewrite_header(session: &Session, request: &mut RequestHeader, context: &Context) -> Result<()> {
     let Some(ask) = &context.ask else { return Error::err_in(ErrorType::InternalError) };
     let state = context.exchange.state();
     let Some(attempt) = &state.attempt else { return Error::err_in(ErrorType::InternalError) };
     let endpoint = &attempt.endpoint;
-    remove_what_stays_behind(session, request, ask.switches_protocol);
+    let taken = mem::replace(request, RequestHeader::build_no_case(Method::GET, b"/", Some(0))?);
+    let mut parts: Parts = taken.into();
+    if ask.switches_protocol {
+        // Its session is not wrapped, so nothing has been left out yet.
+        parts.headers = forwarded_headers(&parts.headers, true);
+        if let Some(id) = &context.arrival.id {
+            parts.headers.insert(REQUEST_ID, id.clone());
+        }
+    }
     let target = session.req_header().uri.path_and_query().map_or("/", |target| target.as_str());
     let path = rewrite::path_and_query(&endpoint.config.base_url.path, target);
-    request.set_uri(path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?);
-    request.insert_header(header::HOST, &endpoint.upstream.authority)?;
-    request.insert_header(header::AUTHORIZATION, &endpoint.upstream.authorization)?;
-    if let Some(id) = &context.arrival.id {
-        request.insert_header(REQUEST_ID, id)?;
-    }
-    if !ask.switches_protocol {
-        // Empty answers and usage can be read in plain text only.
-        request.insert_header(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"))?;
-    }
+    parts.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
+    parts.headers.insert(header::HOST, endpoint.upstream.authority.clone());
+    parts.headers.insert(header::AUTHORIZATION, endpoint.upstream.authorization.clone());
     for (name, value) in &endpoint.config.headers {
-        request.insert_header(name, value)?;
+        parts.headers.insert(name.clone(), value.clone());
     }
+    *request = parts.into();
     Ok(())
-}
-
-fn remove_what_stays_behind(session: &Session, request: &mut RequestHeader, switches_protocol: bool) {
-    let named = rewrite::named_in_connection(&session.req_header().headers);
-    let keeps = |name: &HeaderName| switches_protocol && matches!(*name, header::CONNECTION | header::UPGRADE);
-    let leaving: Vec<HeaderName> = request
-        .headers
-        .keys()
-        .filter(|name| (rewrite::stays_behind(name) || named.contains(name)) && !keeps(name))
-        .cloned()
-        .collect();
-    for name in &leaving {
-        request.remove_header(name);
-    }
 }
 
 /// The body as the endpoint gets it: one copy if the model's name changes or the usage is asked for, none otherwise.
@@ -90,84 +108,90 @@ pub(super) fn set_length(request: &mut RequestHeader, method: &Method, body: &By
 
 /// Takes out of an endpoint's answer what is not for our clients, and puts in what every answer carries.
 pub(super) fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> Result<()> {
-    let secrets = context.exchange.state().attempt.as_ref().map(|attempt| attempt.endpoint.secrets.clone());
-    let quotes_key = |value: &HeaderValue| secrets.as_ref().is_some_and(|secrets| secrets.are_in(value.as_bytes()));
-    let switches_protocol = header.status == StatusCode::SWITCHING_PROTOCOLS;
-    let is_hop_by_hop = rewrite::hop_by_hop(&header.headers);
-    let leaving: Vec<HeaderName> = header
-        .headers
-        .iter()
-        .filter(|(name, value)| {
-            rewrite::is_kept_from_client(name)
-                || name.as_str().starts_with(rates::PREFIX)
-                || quotes_key(value)
-                || !switches_protocol && is_hop_by_hop(name)
-        })
-        .map(|(name, _)| name.clone())
-        .collect();
+    let own_words = header.get_reason_phrase().filter(|words| Some(*words) != header.status.canonical_reason());
+    let own_words = own_words.map(ToOwned::to_owned);
+    // Names lose their case, which nobody may go by, and changes are much cheaper.
+    let mut parts: response::Parts = mem::replace(header, ResponseHeader::build_no_case(200_u16, Some(0))?).into();
+    let leaving = leaving(&parts, context);
     for name in &leaving {
-        header.remove_header(name);
+        parts.headers.remove(name);
     }
-    add_our_headers(header, context)
+    add_our_headers(&mut parts.headers, context);
+    *header = parts.into();
+    header.set_reason_phrase(own_words.as_deref())
+}
+
+fn leaving(answer: &response::Parts, context: &Context) -> Vec<HeaderName> {
+    let state = context.exchange.state();
+    let secrets = state.attempt.as_ref().map(|attempt| &attempt.endpoint.secrets);
+    let quotes_key = |value: &HeaderValue| secrets.is_some_and(|secrets| secrets.are_in(value.as_bytes()));
+    let switches_protocol = answer.status == StatusCode::SWITCHING_PROTOCOLS;
+    let is_hop_by_hop = rewrite::hop_by_hop(&answer.headers);
+    let leaves = |name: &HeaderName, value: &HeaderValue| {
+        rewrite::is_kept_from_client(name)
+            || name.as_str().starts_with(rates::PREFIX)
+            || quotes_key(value)
+            || !switches_protocol && is_hop_by_hop(name)
+    };
+    answer.headers.iter().filter(|(name, value)| leaves(name, value)).map(|(name, _)| name.clone()).collect()
 }
 
 /// What every answer carries, ours and the endpoints'.
-fn add_our_headers(header: &mut ResponseHeader, context: &Context) -> Result<()> {
+fn add_our_headers(headers: &mut HeaderMap, context: &Context) {
     let arrival = &context.arrival;
     if let Some(id) = &arrival.id {
-        header.insert_header(REQUEST_ID, id)?;
+        headers.insert(REQUEST_ID, id.clone());
     }
     if let Some(origin) = &arrival.origin {
-        header.insert_header(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin)?;
-        header.insert_header(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("*"))?;
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("*"));
         if origin != "*" {
-            header.append_header(header::VARY, "origin")?;
+            headers.append(header::VARY, HeaderValue::from_static("origin"));
         }
     }
     for (name, value) in arrival.rates.headers() {
-        header.insert_header(name, value)?;
+        headers.insert(name, value);
     }
     if arrival.endpoint_headers
         && let Some(attempt) = &context.exchange.state().attempt
     {
-        let id = attempt.endpoint.config.id.as_ref();
-        // An id outside ASCII cannot stand in a header as it is.
-        let id = if id.is_ascii() { id.to_owned() } else { id.escape_unicode().to_string() };
-        header.insert_header(ENDPOINT, id)?;
+        headers.insert(ENDPOINT, attempt.endpoint.id_header.clone());
     }
-    add_attempts(header, context)
+    add_attempts(headers, context);
 }
 
-fn add_attempts(header: &mut ResponseHeader, context: &Context) -> Result<()> {
+fn add_attempts(headers: &mut HeaderMap, context: &Context) {
     let attempts = context.tries.tried.len();
     if context.arrival.endpoint_headers && attempts > 0 {
-        header.insert_header(ATTEMPTS, attempts)?;
+        headers.insert(ATTEMPTS, attempts.into());
     }
-    Ok(())
 }
 
 /// Sends an answer of our own.
 pub(super) async fn send(session: &mut Session, context: &Context, answer: Answer) -> Result<()> {
-    let mut header = ResponseHeader::build(answer.status, Some(answer.headers.len() + 6))?;
+    let mut parts = Response::new(()).into_parts().0;
+    parts.status = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     for (name, value) in answer.headers {
-        header.insert_header(name, value)?;
+        parts.headers.insert(name, value);
     }
     if answer.status != 204 {
-        header.insert_header(header::CONTENT_LENGTH, answer.body.len())?;
+        parts.headers.insert(header::CONTENT_LENGTH, answer.body.len().into());
     }
-    add_our_headers(&mut header, context)?;
+    add_our_headers(&mut parts.headers, context);
     let no_body = session.req_header().method == Method::HEAD || answer.body.is_empty();
-    write(session, Box::new(header), answer.body, no_body).await
+    write(session, Box::new(parts.into()), answer.body, no_body).await
 }
 
 /// Shows the client an endpoint's own error that was kept.
 pub(super) async fn send_kept(
     session: &mut Session,
     context: &Context,
-    mut header: Box<ResponseHeader>,
+    header: Box<ResponseHeader>,
     body: Bytes,
 ) -> Result<()> {
-    add_attempts(&mut header, context)?;
+    let mut parts: response::Parts = (*header).into();
+    add_attempts(&mut parts.headers, context);
+    let header = Box::new(parts.into());
     let no_body = body.is_empty();
     write(session, header, body, no_body).await
 }

@@ -27,7 +27,7 @@ const LINGER_MAX: Duration = Duration::from_millis(80);
 /// The response of the attempt under way.
 pub(super) struct Hold {
     exchange: Arc<Exchange>,
-    plan: Plan,
+    pub(super) plan: Plan,
     judge: Judge,
     /// What is held back; bounded by the judge.
     held: Vec<HttpTask>,
@@ -46,6 +46,8 @@ pub(super) struct Hold {
     secrets: Secrets,
     /// How the body is read that goes to the client.
     reading: Reading,
+    /// Room for what goes on of one piece.
+    pieces: Vec<Bytes>,
     encoding: Option<Encoding>,
     /// For the judge, what is compressed is read apart.
     decoder: Option<Decoder>,
@@ -77,6 +79,7 @@ impl Hold {
             idle: Duration::MAX,
             secrets: Secrets::default(),
             reading: Reading::Blind,
+            pieces: Vec::new(),
             encoding: None,
             decoder: None,
         }
@@ -260,18 +263,17 @@ impl Hold {
     /// Adds what of a piece goes to the client; `says_end` if the last of it ends the response. An error if the endpoint's body
     /// has ended and is not whole.
     fn body(&mut self, piece: Bytes, last: bool, says_end: bool, out: &mut Vec<HttpTask>) -> Option<Box<Error>> {
-        let exchange = Arc::clone(&self.exchange);
+        let Self { exchange, reading, pieces, complete, .. } = self;
         let mut state = exchange.state();
         let ExchangeState { attempt: Some(attempt), committed: Some(committed), ended, .. } = &mut *state else {
             out.push(HttpTask::Body(Some(piece), says_end));
             return None;
         };
-        let mut pieces = Vec::new();
-        self.reading.piece(piece, &mut attempt.meter, &mut pieces);
+        reading.piece(piece, &mut attempt.meter, pieces);
         let mut is_cut = false;
         if last {
             let whole = pieces.len();
-            self.reading.end(&mut attempt.meter, &mut pieces);
+            reading.end(&mut attempt.meter, pieces);
             is_cut = attempt.is_cut();
             if is_cut {
                 // Half an event, which nobody can use.
@@ -283,17 +285,17 @@ impl Hold {
         if !pieces.is_empty() {
             attempt.first_byte_came();
         }
-        out.extend(pieces.into_iter().map(|piece| HttpTask::Body(Some(piece), false)));
+        out.extend(pieces.drain(..).map(|piece| HttpTask::Body(Some(piece), false)));
         if says_end && !is_cut {
             match out.last_mut() {
                 Some(HttpTask::Body(_, end)) => *end = true,
                 _ => out.push(HttpTask::Body(Some(Bytes::new()), true)),
             }
         }
-        committed.between_events = !self.reading.is_within_event();
-        if self.reading.is_stream() && attempt.meter.is_complete() && committed.complete.is_none() {
+        committed.between_events = !reading.is_within_event();
+        if reading.is_stream() && attempt.meter.is_complete() && committed.complete.is_none() {
             committed.complete = Some(Instant::now());
-            self.complete = true;
+            *complete = true;
         }
         if !is_cut {
             return None;

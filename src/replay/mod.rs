@@ -13,6 +13,7 @@ mod hold;
 mod reading;
 
 use std::mem;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,7 @@ use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, Result};
 use pingora_proxy::Session;
+use tokio::time::{Sleep, sleep_until};
 
 use crate::context::Exchange;
 use crate::pool::Pool;
@@ -52,6 +54,8 @@ pub struct Plan {
     pub budget_ends: Instant,
     /// Whether the client speaks HTTP/1.0, which knows no chunks.
     pub http_10: bool,
+    /// What of its header goes to any endpoint: Pingora makes each attempt's out of it.
+    pub header: RequestHeader,
 }
 
 /// Where the real session comes back to when the wrapped one is dropped.
@@ -74,7 +78,15 @@ impl Wrapped {
         let inner = mem::replace(&mut session.downstream_session, placeholder());
         let has_body = plan.has_body;
         let hold = Hold::new(plan, exchange);
-        let replay = Replay { inner, slot: Arc::clone(&slot), has_body, body_is_due: has_body, hold, flushing: false };
+        let replay = Replay {
+            inner,
+            slot: Arc::clone(&slot),
+            has_body,
+            body_is_due: has_body,
+            hold,
+            flushing: false,
+            alarm: None,
+        };
         *session.downstream_session = ServerSession::Custom(Box::new(replay));
         Self(Some(slot))
     }
@@ -103,6 +115,9 @@ struct Replay {
     hold: Hold,
     /// Set while held tasks are written out because their time is up; still set afterwards, the write was cut.
     flushing: bool,
+    /// Rings when something is due, or before: what is due moves with every piece of an answer, and it is moved along only once it
+    /// has rung.
+    alarm: Option<Pin<Box<Sleep>>>,
 }
 
 impl Drop for Replay {
@@ -217,6 +232,11 @@ impl CustomSession for Replay {
         }
         loop {
             let Some(due_at) = self.hold.due_at() else { return self.inner.read_body_or_idle(true).await };
+            let due_at = due_at.into();
+            let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due_at)));
+            if alarm.deadline() > due_at {
+                alarm.as_mut().reset(due_at);
+            }
             tokio::select! {
                 gone = self.inner.read_body_or_idle(true) => {
                     if gone.is_err() {
@@ -224,20 +244,22 @@ impl CustomSession for Replay {
                     }
                     return gone;
                 }
-                () = tokio::time::sleep_until(due_at.into()) => {}
+                () = alarm => self.alarm = None,
             }
-            self.deadline_passed().await?;
+            if due_at <= tokio::time::Instant::now() {
+                self.deadline_passed().await?;
+            }
         }
     }
 
     // Everything else is the real session's.
 
     fn req_header(&self) -> &RequestHeader {
-        self.inner.req_header()
+        &self.hold.plan.header
     }
 
     fn req_header_mut(&mut self) -> &mut RequestHeader {
-        self.inner.req_header_mut()
+        &mut self.hold.plan.header
     }
 
     async fn read_body_bytes(&mut self) -> Result<Option<Bytes>> {

@@ -1,8 +1,6 @@
 //! Finds what JSON of any length says of its tokens, however it is cut into pieces, without keeping it.
 
-use serde_json::Value;
-
-use super::Usage;
+use super::{Usage, told};
 
 /// A usage is some hundred bytes; a longer one is none.
 const VALUE_BYTES_MAX: usize = 16 * 1024;
@@ -180,10 +178,9 @@ impl Finder {
 
     fn end_capture(&mut self) {
         let Some(Capture { key, bytes, .. }) = self.capture.take() else { return };
-        let Ok(value) = serde_json::from_slice::<Value>(&bytes) else { return };
         match key {
-            Key::Usage => self.usage = Usage::of_usage(&value).or(self.usage),
-            Key::Timings => self.timings = Usage::of_timings(&value).or(self.timings),
+            Key::Usage => self.usage = told::usage(&bytes).or(self.usage),
+            Key::Timings => self.timings = told::timings(&bytes).or(self.timings),
             Key::Other | Key::Holder => {}
         }
     }
@@ -192,7 +189,9 @@ impl Finder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::usage::Told;
     use proptest::prelude::*;
+    use serde_json::Value;
 
     fn find(json: &[u8], piece_bytes: usize) -> Option<Usage> {
         let mut finder = Finder::default();
@@ -203,7 +202,7 @@ mod tests {
     #[test]
     fn only_the_answers_own_usage_is_found() {
         let usage = r#"{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}"#;
-        let expected = Usage::of(format!(r#"{{"usage":{usage}}}"#).as_bytes());
+        let expected = Told::of(format!(r#"{{"usage":{usage}}}"#).as_bytes()).map(|told| told.usage);
         assert!(expected.is_some());
         let other = r#"{"prompt_tokens":9,"completion_tokens":9,"total_tokens":99}"#;
         for (json, is_found) in [
@@ -257,7 +256,7 @@ mod tests {
         #[test]
         fn as_a_full_parse_finds_it(json in json(), piece_bytes in 1usize..20) {
             let text = json.to_string();
-            let of = |holder: Option<&Value>| holder.and_then(|value| value.get("usage")).and_then(Usage::of_usage);
+            let of = |holder: Option<&Value>| holder.and_then(|value| told::usage(value.get("usage")?.to_string().as_bytes()));
             let own = of(Some(&json));
             // Of several holders the last counts; which that is, is the order of the keys.
             let held: Vec<_> = ["response", "message"].iter().filter_map(|key| of(json.get(key))).collect();

@@ -8,9 +8,8 @@ use std::time::Instant;
 use bytes::Bytes;
 use memchr::memmem::Finder as Needle;
 use serde::Deserialize;
-use serde_json::Value;
 
-use super::{Finder, Usage};
+use super::{Finder, Told, Usage};
 use crate::json_scan::{has_member, strings};
 use crate::request::Call;
 
@@ -190,11 +189,10 @@ impl Meter {
     }
 
     fn read_usage(&mut self, data: &[u8]) {
-        let Ok(event) = serde_json::from_slice::<Value>(data) else { return };
-        if let Some(told) = Usage::of_value(&event) {
-            self.told_prompt_only = event.get("type").is_some_and(|kind| kind == "message_start");
-            self.has_timings |= event.get("timings").is_some();
-            self.update(told);
+        if let Some(Told { usage, begins_message, has_timings }) = Told::of(data) {
+            self.told_prompt_only = begins_message;
+            self.has_timings |= has_timings;
+            self.update(usage);
         }
     }
 

@@ -13,12 +13,12 @@
 
 mod finder;
 mod meter;
-
-use serde_json::Value;
+mod told;
 
 use crate::ledger::Tokens;
 pub use finder::Finder;
 pub use meter::{BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, Text, answer_texts, mentions_usage};
+pub use told::Told;
 
 /// No answer costs more; a number beyond it is a fault of the endpoint's, and must not spoil every sum.
 const TOKENS_MAX: u64 = 1 << 32;
@@ -46,68 +46,7 @@ pub struct Usage {
     audio_out: Option<u64>,
 }
 
-/// A count of tokens. Some endpoints write whole numbers as `12.0`.
-fn count(value: Option<&Value>) -> Option<u64> {
-    let value = value?;
-    let whole = |number: f64| {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is in range and whole")]
-        ((0.0..=9e15).contains(&number) && number.fract() == 0.0).then_some(number as u64)
-    };
-    value.as_u64().or_else(|| value.as_f64().and_then(whole)).map(|count| count.min(TOKENS_MAX))
-}
-
 impl Usage {
-    /// Of a JSON answer or event.
-    pub fn of(json: &[u8]) -> Option<Self> {
-        Self::of_value(&serde_json::from_slice(json).ok()?)
-    }
-
-    /// Likewise, once it is parsed.
-    pub fn of_value(json: &Value) -> Option<Self> {
-        const PLACES: [&str; 5] = ["/usage", "/response/usage", "/message/usage", "/x_groq/usage", "/choices/0/usage"];
-        let usage = PLACES.iter().find_map(|place| Self::of_usage(json.pointer(place)?));
-        usage.or_else(|| Self::of_timings(json.get("timings")?))
-    }
-
-    /// Of a `usage`.
-    pub fn of_usage(usage: &Value) -> Option<Self> {
-        let usage = usage.as_object()?;
-        let field = |name: &str| count(usage.get(name));
-        // `input_tokens_details` of responses, `input_token_details` of transcriptions.
-        let detail = |holders: [&str; 3], name: &str| {
-            holders.iter().find_map(|holder| count(usage.get(*holder).and_then(|details| details.get(name))))
-        };
-        let of_prompt = ["prompt_tokens_details", "input_tokens_details", "input_token_details"];
-        let of_answer = ["completion_tokens_details", "output_tokens_details", "output_token_details"];
-        let cached = detail(of_prompt, "cached_tokens");
-        let usage = Self {
-            prompt: field("prompt_tokens"),
-            completion: field("completion_tokens"),
-            input: field("input_tokens"),
-            output: field("output_tokens"),
-            total: field("total_tokens"),
-            cached: cached.or_else(|| field("cached_tokens")).or_else(|| field("prompt_cache_hit_tokens")),
-            cache_read: field("cache_read_input_tokens"),
-            cache_written: field("cache_creation_input_tokens"),
-            reasoning: detail(of_answer, "reasoning_tokens").or_else(|| field("reasoning_tokens")),
-            audio_in: detail(of_prompt, "audio_tokens"),
-            audio_out: detail(of_answer, "audio_tokens"),
-        };
-        let counts = [usage.prompt, usage.completion, usage.input, usage.output, usage.total];
-        counts.iter().any(Option::is_some).then_some(usage)
-    }
-
-    /// Of llama.cpp's `timings`. What came from its cache is not in `prompt_n`.
-    fn of_timings(timings: &Value) -> Option<Self> {
-        let (prompt, cached) = (count(timings.get("prompt_n"))?, count(timings.get("cache_n")));
-        Some(Self {
-            prompt: Some(prompt + cached.unwrap_or(0)),
-            completion: Some(count(timings.get("predicted_n"))?),
-            cached,
-            ..Self::default()
-        })
-    }
-
     /// Takes in what a later event of the same answer says; what it does not say stays.
     pub fn update(&mut self, later: Self) {
         let of = |later: Option<u64>, mine: Option<u64>| later.or(mine);
@@ -155,10 +94,10 @@ impl Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     fn tokens(json: &Value) -> Option<Tokens> {
-        Usage::of(json.to_string().as_bytes()).map(|usage| usage.tokens())
+        Told::of(json.to_string().as_bytes()).map(|told| told.usage.tokens())
     }
 
     fn plain(prompt: u64, completion: u64, total: u64) -> Tokens {
@@ -217,13 +156,13 @@ mod tests {
             assert_eq!(of(none.clone()), None, "{none}");
         }
         for text in ["[]", "{", "", "3"] {
-            assert_eq!(Usage::of(text.as_bytes()), None, "{text}");
+            assert_eq!(Told::of(text.as_bytes()), None, "{text}");
         }
     }
 
     #[test]
     fn later_events_add_to_earlier_ones() {
-        let of = |usage: Value| Usage::of_usage(&usage).unwrap();
+        let of = |usage: Value| told::usage(usage.to_string().as_bytes()).unwrap();
         let mut usage = of(json!({ "input_tokens": 25, "cache_read_input_tokens": 5, "output_tokens": 1 }));
         usage.update(of(json!({ "output_tokens": 15 })));
         assert_eq!(usage.tokens(), Tokens { cached: 5, ..plain(30, 15, 45) });

@@ -1,0 +1,375 @@
+//! Reads what JSON says of its tokens into counts, without building a tree of it. Whatever is not as it should be counts as not
+//! said, and spoils nothing else.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use super::{TOKENS_MAX, Usage};
+use crate::json_scan::Key;
+
+/// What an event of a stream, or a whole JSON answer, says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// The counts.
+    pub usage: Usage,
+    /// Whether it is the first event of Anthropic's messages, which tells the prompt's alone.
+    pub begins_message: bool,
+    /// Whether there are `timings`, as llama.cpp has them.
+    pub has_timings: bool,
+}
+
+impl Told {
+    /// What JSON says, if it says anything of tokens.
+    pub fn of(json: &[u8]) -> Option<Self> {
+        let Lenient(outer) = serde_json::from_slice::<Lenient<Outer>>(json).ok()?;
+        let usage = outer.usage.usage();
+        let held = [&outer.response, &outer.message, &outer.x_groq, &outer.choice];
+        let usage = usage.or_else(|| held.into_iter().find_map(|holder| holder.usage.usage()));
+        let has_timings = outer.timings.is_some();
+        let usage = usage.or_else(|| outer.timings?.usage())?;
+        Some(Self { usage, begins_message: outer.begins_message, has_timings })
+    }
+}
+
+/// Of the value of a `usage`.
+pub(super) fn usage(json: &[u8]) -> Option<Usage> {
+    serde_json::from_slice::<Lenient<Counts>>(json).ok()?.0.usage()
+}
+
+/// Of the value of llama.cpp's `timings`.
+pub(super) fn timings(json: &[u8]) -> Option<Usage> {
+    serde_json::from_slice::<Lenient<Timings>>(json).ok()?.0.usage()
+}
+
+/// The members of an object that matter.
+trait Members<'de>: Default {
+    /// Takes the value of this key out of the map, whether it matters or not. Of a key that is there twice, the last one counts.
+    fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error>;
+}
+
+/// Read from any JSON: from whatever is no object as one without members.
+struct Lenient<T>(T);
+
+impl<'de, T: Members<'de>> Deserialize<'de> for Lenient<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Any::<T>(PhantomData)).map(Lenient)
+    }
+}
+
+/// What is made of any JSON value.
+trait Reads<'de> {
+    type Value: Default;
+
+    fn number(_: f64) -> Self::Value {
+        Self::Value::default()
+    }
+
+    fn whole(_: u64) -> Self::Value {
+        Self::Value::default()
+    }
+
+    fn text(_: &str) -> Self::Value {
+        Self::Value::default()
+    }
+
+    fn seq<A: SeqAccess<'de>>(mut seq: A) -> Result<Self::Value, A::Error> {
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Self::Value::default())
+    }
+
+    fn map<A: MapAccess<'de>>(mut map: A) -> Result<Self::Value, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Self::Value::default())
+    }
+}
+
+struct Any<R>(PhantomData<R>);
+
+impl<'de, R: Reads<'de>> Visitor<'de> for Any<R> {
+    type Value = R::Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Self::Value, E> {
+        Ok(Self::Value::default())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
+        // Only what is below zero comes here.
+        Ok(Self::Value::default())
+    }
+
+    fn visit_u64<E>(self, number: u64) -> Result<Self::Value, E> {
+        Ok(R::whole(number))
+    }
+
+    fn visit_f64<E>(self, number: f64) -> Result<Self::Value, E> {
+        Ok(R::number(number))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(R::text(text))
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(Self::Value::default())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
+        R::seq(seq)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+        R::map(map)
+    }
+}
+
+impl<'de, T: Members<'de>> Reads<'de> for T {
+    type Value = T;
+
+    fn map<A: MapAccess<'de>>(mut map: A) -> Result<T, A::Error> {
+        let mut read = T::default();
+        while let Some(Key(key)) = map.next_key()? {
+            read.member(&key, &mut map)?;
+        }
+        Ok(read)
+    }
+}
+
+/// A count of tokens. Some endpoints write whole numbers as `12.0`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Count(Option<u64>);
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AsCount;
+        impl Reads<'_> for AsCount {
+            type Value = Count;
+
+            fn whole(number: u64) -> Count {
+                Count(Some(number.min(TOKENS_MAX)))
+            }
+
+            fn number(number: f64) -> Count {
+                let is_count = (0.0..=9e15).contains(&number) && number.fract() == 0.0;
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is in range and whole")]
+                Count(is_count.then_some((number as u64).min(TOKENS_MAX)))
+            }
+        }
+        deserializer.deserialize_any(Any::<AsCount>(PhantomData))
+    }
+}
+
+/// The first of a list.
+struct First<T>(T);
+
+impl<'de, T: Members<'de>> Deserialize<'de> for First<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AsFirst<T>(PhantomData<T>);
+        impl<'de, T: Members<'de>> Reads<'de> for AsFirst<T> {
+            type Value = T;
+
+            fn seq<A: SeqAccess<'de>>(mut seq: A) -> Result<T, A::Error> {
+                let first = seq.next_element::<Lenient<T>>()?.map(|Lenient(first)| first);
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(first.unwrap_or_default())
+            }
+        }
+        deserializer.deserialize_any(Any::<AsFirst<T>>(PhantomData)).map(First)
+    }
+}
+
+/// Whether a text is `message_start`.
+struct BeginsMessage(bool);
+
+impl<'de> Deserialize<'de> for BeginsMessage {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AsKind;
+        impl Reads<'_> for AsKind {
+            type Value = bool;
+
+            fn text(text: &str) -> bool {
+                text == "message_start"
+            }
+        }
+        deserializer.deserialize_any(Any::<AsKind>(PhantomData)).map(BeginsMessage)
+    }
+}
+
+/// The outermost object.
+#[derive(Default)]
+struct Outer {
+    usage: Counts,
+    response: Holder,
+    message: Holder,
+    x_groq: Holder,
+    /// The first of `choices`.
+    choice: Holder,
+    timings: Option<Timings>,
+    begins_message: bool,
+}
+
+impl<'de> Members<'de> for Outer {
+    fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        match key {
+            "usage" => self.usage = map.next_value::<Lenient<_>>()?.0,
+            "response" => self.response = map.next_value::<Lenient<_>>()?.0,
+            "message" => self.message = map.next_value::<Lenient<_>>()?.0,
+            "x_groq" => self.x_groq = map.next_value::<Lenient<_>>()?.0,
+            "choices" => self.choice = map.next_value::<First<_>>()?.0,
+            "timings" => self.timings = Some(map.next_value::<Lenient<_>>()?.0),
+            "type" => self.begins_message = map.next_value::<BeginsMessage>()?.0,
+            _ => drop(map.next_value::<IgnoredAny>()?),
+        }
+        Ok(())
+    }
+}
+
+/// An object with a `usage` within.
+#[derive(Default)]
+struct Holder {
+    usage: Counts,
+}
+
+impl<'de> Members<'de> for Holder {
+    fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        match key {
+            "usage" => self.usage = map.next_value::<Lenient<_>>()?.0,
+            _ => drop(map.next_value::<IgnoredAny>()?),
+        }
+        Ok(())
+    }
+}
+
+/// A `usage`, in whatever dialect.
+#[derive(Default)]
+struct Counts {
+    prompt: Count,
+    completion: Count,
+    input: Count,
+    output: Count,
+    total: Count,
+    cached: Count,
+    cache_hit: Count,
+    cache_read: Count,
+    cache_written: Count,
+    reasoning: Count,
+    /// `prompt_tokens_details`, `input_tokens_details` of responses, `input_token_details` of transcriptions.
+    of_prompt: [Details; 3],
+    /// Likewise.
+    of_answer: [Details; 3],
+}
+
+impl<'de> Members<'de> for Counts {
+    fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        let [of_prompt, of_input, of_inputs] = &mut self.of_prompt;
+        let [of_completion, of_output, of_outputs] = &mut self.of_answer;
+        let details = match key {
+            "prompt_tokens_details" => of_prompt,
+            "input_tokens_details" => of_input,
+            "input_token_details" => of_inputs,
+            "completion_tokens_details" => of_completion,
+            "output_tokens_details" => of_output,
+            "output_token_details" => of_outputs,
+            _ => return self.count(key, map),
+        };
+        *details = map.next_value::<Lenient<_>>()?.0;
+        Ok(())
+    }
+}
+
+impl Counts {
+    fn count<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        let count = match key {
+            "prompt_tokens" => &mut self.prompt,
+            "completion_tokens" => &mut self.completion,
+            "input_tokens" => &mut self.input,
+            "output_tokens" => &mut self.output,
+            "total_tokens" => &mut self.total,
+            "cached_tokens" => &mut self.cached,
+            "prompt_cache_hit_tokens" => &mut self.cache_hit,
+            "cache_read_input_tokens" => &mut self.cache_read,
+            "cache_creation_input_tokens" => &mut self.cache_written,
+            "reasoning_tokens" => &mut self.reasoning,
+            _ => return map.next_value::<IgnoredAny>().map(drop),
+        };
+        *count = map.next_value()?;
+        Ok(())
+    }
+
+    fn usage(&self) -> Option<Usage> {
+        let detail = |details: &[Details], count: fn(&Details) -> Count| details.iter().find_map(|of| count(of).0);
+        let cached = detail(&self.of_prompt, |details| details.cached);
+        let usage = Usage {
+            prompt: self.prompt.0,
+            completion: self.completion.0,
+            input: self.input.0,
+            output: self.output.0,
+            total: self.total.0,
+            cached: cached.or(self.cached.0).or(self.cache_hit.0),
+            cache_read: self.cache_read.0,
+            cache_written: self.cache_written.0,
+            reasoning: detail(&self.of_answer, |details| details.reasoning).or(self.reasoning.0),
+            audio_in: detail(&self.of_prompt, |details| details.audio),
+            audio_out: detail(&self.of_answer, |details| details.audio),
+        };
+        let counts = [usage.prompt, usage.completion, usage.input, usage.output, usage.total];
+        counts.iter().any(Option::is_some).then_some(usage)
+    }
+}
+
+/// What a prompt or an answer is made up of.
+#[derive(Clone, Copy, Default)]
+struct Details {
+    cached: Count,
+    reasoning: Count,
+    audio: Count,
+}
+
+impl<'de> Members<'de> for Details {
+    fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        match key {
+            "cached_tokens" => self.cached = map.next_value()?,
+            "reasoning_tokens" => self.reasoning = map.next_value()?,
+            "audio_tokens" => self.audio = map.next_value()?,
+            _ => drop(map.next_value::<IgnoredAny>()?),
+        }
+        Ok(())
+    }
+}
+
+/// llama.cpp's `timings`. What came from its cache is not in `prompt_n`.
+#[derive(Default)]
+struct Timings {
+    prompt: Count,
+    cached: Count,
+    predicted: Count,
+}
+
+impl<'de> Members<'de> for Timings {
+    fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        match key {
+            "prompt_n" => self.prompt = map.next_value()?,
+            "cache_n" => self.cached = map.next_value()?,
+            "predicted_n" => self.predicted = map.next_value()?,
+            _ => drop(map.next_value::<IgnoredAny>()?),
+        }
+        Ok(())
+    }
+}
+
+impl Timings {
+    fn usage(&self) -> Option<Usage> {
+        Some(Usage {
+            prompt: Some(self.prompt.0? + self.cached.0.unwrap_or(0)),
+            completion: Some(self.predicted.0?),
+            cached: self.cached.0,
+            ..Usage::default()
+        })
+    }
+}
