@@ -15,7 +15,7 @@ use crate::config::Queue;
 use crate::error::{Fault, HeldBy};
 use crate::health::Gate;
 use crate::ledger::{Drawn, Otherwise, Permit, QueuePlace, Refusal};
-use crate::limit::Stamp;
+use crate::limit::{Clock, Stamp};
 use crate::pool::{Pool, Trial};
 use crate::route::Candidates;
 
@@ -35,6 +35,8 @@ pub struct Choice {
     pub trial: Option<Trial>,
     /// The right to one attempt.
     pub permit: Permit,
+    /// When it was looked for.
+    pub at: Clock,
 }
 
 /// A request that wants to go to one of its candidates.
@@ -59,14 +61,14 @@ pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
     };
     let endpoint = balance::endpoint_of(pool, candidates, candidate).ok_or(Fault::Internal)?;
     if !endpoint.limits.any() {
-        return Ok(Choice { candidate, trial, permit: pool.unlimited(endpoint) });
+        return Ok(Choice { candidate, trial, permit: pool.unlimited(endpoint), at: clock });
     }
     if let Some(permit) = pool.ledger.draw_at_once(&endpoint.live.account, &endpoint.limits, &clock) {
-        return Ok(Choice { candidate, trial, permit });
+        return Ok(Choice { candidate, trial, permit, at: clock });
     }
     let wanted = vec![endpoint.wanted(Stamp::default())];
     match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
-        Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit }),
+        Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
         Drawn::Refused(_) | Drawn::Unavailable => {
             drop(trial);
             spill(request).await
@@ -85,11 +87,11 @@ async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
     }
     let open = balance::open(pool, request.candidates, request.tried, &clock);
     if let Ok(Drawn::Granted(at, permit)) = draw(request, &open, turn.ticket, Otherwise::LookElsewhere).await {
-        return choice(&open, at, permit);
+        return choice(&open, at, permit, clock);
     }
     let mut limited = None;
     for candidate in resorts.into_iter().take(RESORTS_MAX) {
-        match try_out(request, candidate, turn.ticket).await {
+        match try_out(request, candidate, turn.ticket, clock).await {
             Some(Ok(choice)) => return Ok(choice),
             Some(Err(fault)) => limited = Some(fault),
             None => {}
@@ -125,7 +127,7 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
             if waits { Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE)) } else { Otherwise::Refuse };
         match draw(request, &open, turn.ticket, otherwise).await? {
             Drawn::Granted(at, permit) => {
-                let choice = choice(&open, at, permit)?;
+                let choice = choice(&open, at, permit, clock)?;
                 // It may have failed others while this one waited for it; then the permit is given back.
                 let endpoint = balance::endpoint_of(pool, request.candidates, choice.candidate);
                 grants += 1;
@@ -160,21 +162,21 @@ async fn draw(
     Ok(request.pool.ledger.draw(ticket, wanted, otherwise).await)
 }
 
-fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit) -> Result<Choice, Fault> {
+fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit, clock: Clock) -> Result<Choice, Fault> {
     let (candidate, _) = *open.get(at).ok_or(Fault::Internal)?;
-    Ok(Choice { candidate, trial: None, permit })
+    Ok(Choice { candidate, trial: None, permit, at: clock })
 }
 
 /// Tries an endpoint out that is cooling down, if nobody else does. A fault is its limit.
-async fn try_out(request: Request<'_>, candidate: usize, ticket: u64) -> Option<Result<Choice, Fault>> {
+async fn try_out(request: Request<'_>, candidate: usize, ticket: u64, clock: Clock) -> Option<Result<Choice, Fault>> {
     let endpoint = balance::endpoint_of(request.pool, request.candidates, candidate)?;
     let trial = Some(endpoint.live.begin_trial()?);
     if !endpoint.limits.any() {
-        return Some(Ok(Choice { candidate, trial, permit: request.pool.unlimited(endpoint) }));
+        return Some(Ok(Choice { candidate, trial, permit: request.pool.unlimited(endpoint), at: clock }));
     }
     let open = [(candidate, Stamp::default())];
     match draw(request, &open, ticket, Otherwise::LookElsewhere).await.ok()? {
-        Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit })),
+        Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit, at: clock })),
         Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, refusal))),
         Drawn::Unavailable => Some(Err(Fault::LedgerUnavailable)),
     }

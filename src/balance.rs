@@ -238,7 +238,7 @@ mod tests {
 
     fn learn(pool: &Pool, index: usize, effect: Effect, times: usize) {
         for _ in 0..times {
-            pool.endpoints[index].live.learn(effect, false, Instant::now(), &pool.server.breaker);
+            pool.endpoints[index].live.learn(effect, false, Instant::now, &pool.server.breaker);
         }
     }
 

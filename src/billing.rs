@@ -97,6 +97,7 @@ fn spend(attempt: &Attempt, ask: &Ask, cost: Cost) {
     if let Some(metrics) = metrics() {
         metrics.spent(account.id(), model_label(pool, ask.model.as_deref()), &cost);
     }
-    let spent = Spent::now(account.id(), &model_name(attempt, ask), cost, &pool.server.timezone, pool.clock().wall);
-    pool.ledger.spend_tokens(&account, &limits, spent);
+    let clock = pool.clock();
+    let spent = Spent::now(account.id(), &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall);
+    pool.ledger.spend_tokens(&account, &limits, spent, clock.boot);
 }

@@ -13,6 +13,7 @@ use pingora::http::ResponseHeader;
 use crate::admission::Choice;
 use crate::blot::Blotter;
 use crate::config::{Breaker, Server, StreamUsage};
+use crate::cork::Cork;
 use crate::decode::Encoding;
 use crate::error::Fault;
 use crate::estimate;
@@ -384,7 +385,7 @@ impl Attempt {
     fn learn(&mut self, effect: Effect) {
         let trial = self.trial.take();
         let live = &self.endpoint.live;
-        if live.learn(effect, trial.is_some(), Instant::now(), &self.breaker) {
+        if live.learn(effect, trial.is_some(), Instant::now, &self.breaker) {
             let seconds = self.breaker.cool_down.as_secs();
             let (id, errors) = (&self.endpoint.config.id, live.health().errors_in_row());
             log::warn!("endpoint {id}: {errors} errors in a row; cooling down for {seconds} s");
@@ -401,7 +402,7 @@ impl Attempt {
     /// The time to the first byte counts once the answer is known to be good.
     fn tell_first_byte(&mut self) {
         let took = *self.first_byte.get_or_insert_with(|| self.started.elapsed());
-        self.endpoint.live.observe_first_byte(took, Instant::now());
+        self.endpoint.live.observe_first_byte(took, self.started + took);
     }
 }
 
@@ -429,6 +430,8 @@ pub struct ExchangeState {
     pub committed: Option<Committed>,
     /// The last error answer that was dropped.
     pub kept: Option<Kept>,
+    /// What keeps the request's header back until its body is written.
+    pub cork: Option<Cork>,
 }
 
 /// What the client has been sent the beginning of.

@@ -204,8 +204,9 @@ fn settle(job: Job) -> Estimated {
     if let Some(metrics) = metrics() {
         metrics.spent(account.id(), model_label(&pool, asked_model.as_deref()), &cost);
     }
-    let spent = Spent::now(account.id(), &model, cost, &pool.server.timezone, pool.clock().wall);
-    pool.ledger.spend_tokens(&account, &limits, spent);
+    let clock = pool.clock();
+    let spent = Spent::now(account.id(), &model, cost, &pool.server.timezone, clock.wall);
+    pool.ledger.spend_tokens(&account, &limits, spent, clock.boot);
     if is_known { Estimated::Whole } else { Estimated::Partly }
 }
 

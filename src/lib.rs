@@ -13,7 +13,7 @@
 //! | which of them | [`balance`], [`health`] | candidates → one |
 //! | may it be asked | [`admission`], [`limit`], [`ledger`] | one → one with a permit, or another |
 //! | where it is | [`upstream`], [`tunnel`] | endpoint → peer |
-//! | what it is sent | [`rewrite`] | the client's bytes → the endpoint's |
+//! | what it is sent | [`rewrite`], [`cork`] | the client's bytes → the endpoint's |
 //! | what comes back | [`replay`], [`respond`], [`blot`], [`rates`] | answer → hold, commit or drop |
 //! | what of a stream goes on | [`relay`], [`sse`], [`json_scan`] | pieces → whole events |
 //! | what it cost | [`usage`], [`decode`], [`billing`], [`estimate`] | answer → tokens |
@@ -34,6 +34,7 @@ pub mod certificate;
 pub mod cli;
 pub mod config;
 pub mod context;
+pub mod cork;
 pub mod decode;
 pub mod demo;
 pub mod error;

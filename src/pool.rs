@@ -187,14 +187,14 @@ impl Live {
     }
 
     /// Takes in what an attempt showed. Returns true if the endpoint begins to cool down by it.
-    pub fn learn(&self, effect: Effect, trial: bool, now: Instant, breaker: &Breaker) -> bool {
+    pub fn learn(&self, effect: Effect, trial: bool, now: impl FnOnce() -> Instant, breaker: &Breaker) -> bool {
         let idle = !trial && matches!(effect, Effect::Answers | Effect::Success | Effect::Neutral);
         if idle && !self.troubled.load(Ordering::Acquire) {
             return false;
         }
         let mut health = lock(&self.health);
         let before = health.cooling_until();
-        health.learn(effect, trial, now, breaker);
+        health.learn(effect, trial, now(), breaker);
         self.troubled.store(!health.is_spotless(), Ordering::Release);
         health.cooling_until() > before
     }
@@ -323,7 +323,7 @@ mod tests {
     #[test]
     fn live_state_outlives_a_reload_by_id() {
         let before = Pool::new(config(r#"[{"id":"a","models":["m"]},{"id":"b"}]"#), client(), None).unwrap();
-        before.endpoints[0].live.learn(Effect::Failure, false, Instant::now(), &BREAKER);
+        before.endpoints[0].live.learn(Effect::Failure, false, Instant::now, &BREAKER);
         let after = Pool::new(config(r#"[{"id":"new"},{"id":"a","models":["n"]}]"#), client(), Some(&before)).unwrap();
         assert!(Arc::ptr_eq(&before.endpoints[0].live, &after.endpoints[1].live));
         assert!(!matches!(after.endpoints[1].live.gate(Instant::now()), Gate::Open));
@@ -334,11 +334,11 @@ mod tests {
     fn a_success_closes_the_matter() {
         let live = Arc::new(Live::new(client().account(&"a".into())));
         let now = Instant::now();
-        assert!(live.learn(Effect::Failure, false, now, &BREAKER), "it begins to cool down");
+        assert!(live.learn(Effect::Failure, false, || now, &BREAKER), "it begins to cool down");
         drop(live.begin_trial());
         let trial = live.begin_trial().expect("the last one ended");
         assert!(live.begin_trial().is_none(), "one at a time");
-        assert!(!live.learn(Effect::Success, true, now, &BREAKER));
+        assert!(!live.learn(Effect::Success, true, || now, &BREAKER));
         drop(trial);
         assert_eq!(live.gate(now), Gate::Open);
         assert!(!live.troubled.load(Ordering::Relaxed));

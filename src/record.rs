@@ -83,75 +83,103 @@ fn cut(text: &str) -> &str {
     text.char_indices().nth(CHARS_MAX).and_then(|(end, _)| text.get(..end)).unwrap_or(text)
 }
 
-impl fmt::Display for Record<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "request id={}", self.id)?;
+impl Record<'_> {
+    /// As text: words and numbers by their names. It is made for every request, so it is pushed together by hand.
+    pub fn text(&self) -> String {
+        /// Most lines are no longer.
+        const BYTES_USUAL: usize = 448;
+        let mut line = Line(String::with_capacity(BYTES_USUAL));
+        line.0.push_str("request id=");
+        line.0.push_str(self.id);
         if let Some(caller) = self.caller {
-            write!(f, " caller={caller}")?;
+            line.shown("caller", caller);
         }
-        write!(f, " method={} path={}", self.method, Word(self.path))?;
+        line.plain("method", self.method);
+        line.word("path", self.path);
         for (name, value) in
             [("model", self.model), ("endpoint_model", self.endpoint_model), ("endpoint", self.endpoint)]
         {
             if let Some(value) = value {
-                write!(f, " {name}={}", Word(value))?;
+                line.word(name, value);
             }
         }
-        write!(f, " attempts={}", self.attempts)?;
+        line.number("attempts", self.attempts);
         match self.status {
-            Some(status) => write!(f, " status={status}")?,
-            None => f.write_str(" status=-")?,
+            Some(status) => line.number("status", status),
+            None => line.plain("status", "-"),
         }
-        write!(f, " bytes={}", self.bytes)?;
+        line.number("bytes", self.bytes);
         if let Some(first_byte) = self.first_byte {
-            write!(f, " first_byte_ms={}", Millis(first_byte))?;
+            line.millis("first_byte_ms", first_byte);
         }
-        write!(f, " total_ms={}", Millis(self.total))?;
+        line.millis("total_ms", self.total);
         if let Some(first_token) = self.measured.first_token {
-            write!(f, " first_token_ms={}", Millis(first_token))?;
+            line.millis("first_token_ms", first_token);
         }
-        if let Some(tokens) = self.measured.tokens {
-            let Tokens { prompt, completion, total, cached, reasoning, audio: _ } = tokens;
-            write!(f, " prompt_tokens={prompt} completion_tokens={completion} total_tokens={total}")?;
-            write!(f, " cached_tokens={cached} reasoning_tokens={reasoning}")?;
+        if let Some(Tokens { prompt, completion, total, cached, reasoning, audio: _ }) = self.measured.tokens {
+            line.number("prompt_tokens", prompt);
+            line.number("completion_tokens", completion);
+            line.number("total_tokens", total);
+            line.number("cached_tokens", cached);
+            line.number("reasoning_tokens", reasoning);
         }
         if let Some(rate) = self.measured.tokens_per_second() {
-            write!(f, " tokens_per_second={rate:.1}")?;
+            line.shown("tokens_per_second", format_args!("{rate:.1}"));
         }
-        match self.fault {
-            Some(fault) => write!(f, " fault={fault}"),
-            None => Ok(()),
+        if let Some(fault) = self.fault {
+            line.plain("fault", fault);
         }
+        line.0
     }
 }
 
-/// Milliseconds with one decimal, without a way through floating point.
-struct Millis(Duration);
+struct Line(String);
 
-impl fmt::Display for Millis {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tenths = (self.0.as_micros() + 50) / 100;
-        write!(f, "{}.{}", tenths / 10, tenths % 10)
+impl Line {
+    fn name(&mut self, name: &str) {
+        self.0.push(' ');
+        self.0.push_str(name);
+        self.0.push('=');
     }
-}
 
-/// A value from outside: cut, and quoted wherever it could be taken for more than one word, so that no client can write
-/// log lines of its own.
-struct Word<'a>(&'a str);
+    /// A value of our own.
+    fn plain(&mut self, name: &str, value: &str) {
+        self.name(name);
+        self.0.push_str(value);
+    }
 
-impl fmt::Display for Word<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let plain = |c: char| match c {
-            '-' | '_' | '.' | '/' | ':' | '@' | '*' | '+' | ',' | '~' | '%' => true,
-            _ => c.is_alphanumeric(),
-        };
-        let text = cut(self.0);
-        if !text.is_empty() && text.chars().all(plain) {
-            f.write_str(text)?;
+    fn shown(&mut self, name: &str, value: impl fmt::Display) {
+        self.name(name);
+        // A string takes everything.
+        write!(self.0, "{value}").unwrap_or_default();
+    }
+
+    fn number(&mut self, name: &str, value: impl itoa::Integer) {
+        self.plain(name, itoa::Buffer::new().format(value));
+    }
+
+    /// Milliseconds with one decimal.
+    fn millis(&mut self, name: &str, time: Duration) {
+        let tenths = u64::try_from((time.as_micros() + 50) / 100).unwrap_or(u64::MAX);
+        self.number(name, tenths / 10);
+        self.0.push('.');
+        self.0.push_str(itoa::Buffer::new().format(tenths % 10));
+    }
+
+    /// A value from outside: cut, and quoted wherever it could be taken for more than one word, so that no client can write
+    /// log lines of its own.
+    fn word(&mut self, name: &str, value: &str) {
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:@*+,~%".contains(byte);
+        let text = cut(value);
+        let is_word = |c: char| c.is_alphanumeric() || "-_./:@*+,~%".contains(c);
+        if !text.is_empty() && (text.as_bytes().iter().all(is_plain) || text.chars().all(is_word)) {
+            self.plain(name, text);
         } else {
-            write!(f, "{text:?}")?;
+            self.shown(name, format_args!("{text:?}"));
         }
-        if text.len() < self.0.len() { f.write_char('…') } else { Ok(()) }
+        if text.len() < value.len() {
+            self.0.push('…');
+        }
     }
 }
 
@@ -178,7 +206,7 @@ mod tests {
             fault: None,
         };
         assert_eq!(
-            record.to_string(),
+            record.text(),
             "request id=req_1 caller=127.0.0.1 method=POST path=/v1/chat/completions model=\"gpt-4\\nfake line\" \
              endpoint=api1 attempts=2 status=200 bytes=10 first_byte_ms=1.5 total_ms=20.0"
         );
@@ -191,14 +219,21 @@ mod tests {
         let tokens = Tokens { prompt: 5, completion: 9, total: 14, cached: 2, reasoning: 3, audio: 0 };
         let seconds = |seconds| Some(Duration::from_secs(seconds));
         let measured = Measured { tokens: Some(tokens), first_token: seconds(1), generation: seconds(2) };
-        assert!(Record { measured, ..record }.to_string().ends_with(
+        assert!(Record { measured, ..record }.text().ends_with(
             " total_ms=20.0 first_token_ms=1000.0 prompt_tokens=5 completion_tokens=9 total_tokens=14 \
                  cached_tokens=2 reasoning_tokens=3 tokens_per_second=4.5"
         ),);
-        assert_eq!(
-            [49, 50, 1950, 9_999_949, 9_999_950].map(|micros| Millis(Duration::from_micros(micros)).to_string()),
-            ["0.0", "0.1", "2.0", "9999.9", "10000.0"]
-        );
-        assert_eq!(Word(&"x".repeat(300)).to_string().chars().count(), 201);
+        let line = |fill: &dyn Fn(&mut Line)| {
+            let mut line = Line(String::new());
+            fill(&mut line);
+            line.0
+        };
+        for (micros, text) in [(49, "0.0"), (50, "0.1"), (1950, "2.0"), (9_999_949, "9999.9"), (9_999_950, "10000.0")] {
+            assert_eq!(line(&|line| line.millis("t", Duration::from_micros(micros))), format!(" t={text}"));
+        }
+        assert_eq!(line(&|line| line.word("w", &"x".repeat(300))).chars().count(), 204);
+        for (word, text) in [("gpt-4ö", "gpt-4ö"), ("", "\"\""), ("a b", "\"a b\""), ("a=b", "\"a=b\"")] {
+            assert_eq!(line(&|line| line.word("w", word)), format!(" w={text}"));
+        }
     }
 }

@@ -278,10 +278,10 @@ impl Client {
         Permit::new(self, account, limits, None)
     }
 
-    /// Counts the tokens of an answer.
-    pub fn spend_tokens(&self, account: &Arc<Account>, limits: &Arc<Limits>, spent: Spent) {
+    /// Counts the tokens of an answer that has ended now.
+    pub fn spend_tokens(&self, account: &Arc<Account>, limits: &Arc<Limits>, spent: Spent, now: Stamp) {
         let bill = Bill { account: Arc::clone(account), limits: Arc::clone(limits), spent };
-        if self.push_behind(|messages| messages.bills.push(bill)).is_none() {
+        if self.push_until(now + WRITE_BEHIND, |messages| messages.bills.push(bill)).is_none() {
             log::error!("endpoint {}: an answer's tokens are not counted: the ledger is closed", account.id());
         }
     }

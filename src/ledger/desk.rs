@@ -784,7 +784,8 @@ mod tests {
         let wall = process.client.clock().wall;
         for cost in [Cost::exact(tokens, speed), Cost::exact(tokens, speed), Cost::estimated(100, 200)] {
             let spent = Spent::now(wanted.account.id(), "m", cost, &TimeZone::UTC, wall);
-            process.client.spend_tokens(&wanted.account, &wanted.limits, spent);
+            let now = process.client.clock().boot;
+            process.client.spend_tokens(&wanted.account, &wanted.limits, spent, now);
         }
         process.serve();
         assert!(!process.desk.is_all_written());
@@ -811,7 +812,8 @@ mod tests {
         for number in 0..MODELS_MAX + 10 {
             let cost = Cost::exact(Tokens::default(), Speed::default());
             let spent = Spent::now(wanted.account.id(), &format!("m{number}"), cost, &TimeZone::UTC, wall);
-            process.client.spend_tokens(&wanted.account, &wanted.limits, spent);
+            let now = process.client.clock().boot;
+            process.client.spend_tokens(&wanted.account, &wanted.limits, spent, now);
         }
         process.serve();
         process.pass(WRITE_BEHIND);

@@ -13,6 +13,7 @@ use crate::billing;
 use crate::context::{Ask, Attempt, Context};
 use crate::error::{Fault, HeldBy};
 use crate::ledger::Drawn;
+use crate::limit::Clock;
 use crate::pool::Endpoint;
 use crate::respond::Terms;
 use crate::retry::{self, Outcome};
@@ -30,10 +31,11 @@ pub(super) async fn next_attempt(context: &mut Context, method: &Method) -> Resu
     };
     let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
+    let chosen_at = choice.at;
     tries.tried.push(candidate.endpoint);
     tries.addresses_failed = 0;
     tries.stale = 0;
-    let more = has_more(ask, &tries.tried, context.arrival.at);
+    let more = has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
     let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more, asks_usage: false };
     let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, &ask.pool.server);
     if ask.stream {
@@ -142,10 +144,10 @@ fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault 
 }
 
 /// Whether another attempt may begin and any endpoint is left for it.
-fn has_more(ask: &Ask, tried: &[usize], at: Instant) -> bool {
+fn has_more(ask: &Ask, tried: &[usize], came_at: Instant, clock: &Clock) -> bool {
     let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
-    retry::may_begin(&ask.pool.server.retry, attempts, at.elapsed())
-        && balance::any_left(&ask.pool, &ask.candidates, tried, &ask.pool.clock())
+    retry::may_begin(&ask.pool.server.retry, attempts, clock.now.saturating_duration_since(came_at))
+        && balance::any_left(&ask.pool, &ask.candidates, tried, clock)
 }
 
 /// The address that the attempt under way goes to: the endpoint's first one that has not failed it yet.
@@ -184,7 +186,8 @@ pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
         state.kept = None;
     }
     let retry = &ask.pool.server.retry;
-    let more = outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at);
+    let more =
+        outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
     if let (Some(endpoint), false) = (&context.tries.last, matches!(outcome, Outcome::ClientGone | Outcome::Ours)) {
         let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
         let next = if more { "another one is tried" } else { "no other one is left" };

@@ -1,6 +1,9 @@
 //! A request comes in: who sends it, its body, what it asks for.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -79,7 +82,8 @@ pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &
     let ask = ask(session, pool).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;
-    context.arrival.rates = Rates::of(&ask.pool, &ask.candidates, &ask.pool.clock());
+    let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
+    context.arrival.rates = Rates::of(&ask.pool, &ask.candidates, &clock);
     let choice = choice?;
     Ok(Next::Proxy(Box::new(ask), choice))
 }
@@ -229,12 +233,21 @@ async fn read_body(session: &mut Session, bytes_max: usize) -> Result<Bytes, Sto
         }
         Ok(collector.finish())
     };
-    tokio::time::timeout(request::BODY_TOTAL_TIMEOUT, whole).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
+    within(request::BODY_TOTAL_TIMEOUT, whole).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
+}
+
+/// What a future comes to, if that takes no longer than this. Most bodies have come with their header, and need no timer.
+async fn within<F: Future>(time: Duration, future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    match poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await {
+        Poll::Ready(output) => Some(output),
+        Poll::Pending => tokio::time::timeout(time, future).await.ok(),
+    }
 }
 
 async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
     let read = session.downstream_session.read_request_body();
-    let Ok(chunk) = tokio::time::timeout(request::BODY_IDLE_TIMEOUT, read).await else {
+    let Some(chunk) = within(request::BODY_IDLE_TIMEOUT, read).await else {
         return Err(Stop::Unframed(Fault::BodyTimeout));
     };
     chunk.map_err(|error| {

@@ -3,6 +3,7 @@
 //! ```text
 //! request_filter            arrival → auth → own answers → body → route → first pick       (intake)
 //! ┌ upstream_peer           pick → attempt → address                                        (attempts)
+//! │ connected_to_upstream   the header waits for the body                                   (cork)
 //! │ upstream_request_filter path, headers, key, body                                       (outgoing)
 //! │ request_body_filter     the body, in the marker's place
 //! │                         the endpoint answers; the wrapped session holds or commits     (replay)
@@ -16,6 +17,7 @@ mod attempts;
 mod intake;
 mod outgoing;
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -24,7 +26,8 @@ use bytes::Bytes;
 use http::{StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
-use pingora::upstreams::peer::HttpPeer;
+use pingora::protocols::{ALPN, Digest};
+use pingora::upstreams::peer::{HttpPeer, Peer as _};
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
@@ -34,6 +37,7 @@ use crate::auth::Auth;
 use crate::billing::{self, Measured};
 use crate::blot::Blotter;
 use crate::context::{Ask, Context, Kept};
+use crate::cork::Cork;
 use crate::decode::Encoding;
 use crate::error::Fault;
 use crate::health;
@@ -112,6 +116,23 @@ impl ProxyHttp for Gateway {
         let first_byte = context.exchange.state().attempt.as_ref().map(|attempt| attempt.first_byte_timeout);
         let fresh = context.tries.stale > 0;
         Ok(endpoint.upstream.peer(address, switches_protocol, fresh, first_byte.unwrap_or(Duration::MAX)))
+    }
+
+    async fn connected_to_upstream(
+        &self,
+        session: &mut Session,
+        _reused: bool,
+        peer: &HttpPeer,
+        socket: RawFd,
+        _digest: Option<&Digest>,
+        context: &mut Context,
+    ) -> Result<()> {
+        // An HTTP/2 connection is shared, and one in TLS may be one.
+        if !peer.is_tls() && peer.options.alpn == ALPN::H1 && session.downstream_session.is_custom() {
+            let has_body = context.ask.as_ref().is_some_and(|ask| !ask.body.is_empty());
+            context.exchange.state().cork = Cork::put_in(socket, has_body);
+        }
+        Ok(())
     }
 
     async fn upstream_request_filter(
@@ -388,7 +409,7 @@ impl ProxyHttp for Gateway {
         if log_output::is_json() {
             log::log!(target: REQUEST_TARGET, level, "{}", record.json_members());
         } else {
-            log::log!(target: REQUEST_TARGET, level, "{record}");
+            log::log!(target: REQUEST_TARGET, level, "{}", record.text());
         }
     }
 

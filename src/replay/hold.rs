@@ -14,6 +14,7 @@ use super::Plan;
 use super::reading::{Kind, Reading};
 use crate::blot::{Blotter, Secrets};
 use crate::context::{Committed, Exchange, ExchangeState, Kept};
+use crate::cork::Cork;
 use crate::decode::{Decoder, Encoding};
 use crate::health;
 use crate::request::Call;
@@ -97,6 +98,11 @@ impl Hold {
             self.idle = attempt.endpoint.config.timeouts.idle;
             self.secrets = attempt.endpoint.secrets.clone();
         }
+    }
+
+    /// What keeps the request's header back, for whoever lets go of it.
+    pub(super) fn take_cork(&self) -> Option<Cork> {
+        self.exchange.state().cork.take()
     }
 
     pub(super) fn is_committed(&self) -> bool {

@@ -230,6 +230,11 @@ impl CustomSession for Replay {
         if mem::take(&mut self.body_is_due) {
             return Ok(Some(BODY_MARKER));
         }
+        if let Some(cork) = self.hold.take_cork() {
+            // The body is on its way to the other half of this task, which writes it as soon as this one waits.
+            tokio::task::yield_now().await;
+            cork.pull();
+        }
         loop {
             let Some(due_at) = self.hold.due_at() else { return self.inner.read_body_or_idle(true).await };
             let due_at = due_at.into();

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use memchr::memmem::Finder as Needle;
 use serde::Deserialize;
 
-use super::{Finder, Told, Usage};
+use super::{Finder, Told, Usage, told};
 use crate::json_scan::{has_member, strings};
 use crate::request::Call;
 
@@ -42,6 +42,8 @@ pub struct Meter {
     estimates: bool,
     /// Reads JSON, and events that are too long to be read whole.
     finder: Finder,
+    /// The first piece of JSON, which is read when there is another one, or no more.
+    first: Bytes,
     usage: Option<Usage>,
     /// Whether all that was told so far is what the prompt cost, as the first event of Anthropic's messages does.
     told_prompt_only: bool,
@@ -105,6 +107,7 @@ impl Meter {
             call,
             estimates: estimates && call.is_text(),
             finder: Finder::default(),
+            first: Bytes::new(),
             usage: None,
             told_prompt_only: false,
             text: Text::None,
@@ -155,8 +158,13 @@ impl Meter {
 
     /// Takes in a piece of a JSON answer.
     pub fn json(&mut self, piece: &Bytes) {
-        self.fed = Fed::Json;
-        self.finder.feed(piece);
+        if self.fed == Fed::Json {
+            self.finder.feed(&std::mem::take(&mut self.first));
+            self.finder.feed(piece);
+        } else {
+            self.fed = Fed::Json;
+            self.first = piece.clone();
+        }
         if !self.estimates {
             return;
         }
@@ -174,6 +182,15 @@ impl Meter {
 
     /// A JSON answer came to its end.
     pub fn json_ended(&mut self) {
+        let only = std::mem::take(&mut self.first);
+        if let Some(usage) = told::near_the_end(&only) {
+            self.end = End::Complete;
+            if self.call != Call::Unmetered {
+                self.update(usage);
+            }
+            return;
+        }
+        self.finder.feed(&only);
         if self.finder.is_whole() {
             self.end = End::Complete;
         }

@@ -8,7 +8,7 @@ use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::{TOKENS_MAX, Usage};
-use crate::json_scan::Key;
+use crate::json_scan::{Key, ends_outermost};
 
 /// What an event of a stream, or a whole JSON answer, says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,18 @@ impl Told {
         let usage = usage.or_else(|| outer.timings?.usage())?;
         Some(Self { usage, begins_message: outer.begins_message, has_timings })
     }
+}
+
+/// Of a whole answer whose `usage` stands near its end, as nearly all do: only that part of it is read. None says nothing.
+pub(super) fn near_the_end(json: &[u8]) -> Option<Usage> {
+    let after_key = memchr::memmem::rfind(json, b"\"usage\"")? + b"\"usage\"".len();
+    let value = json.get(after_key..)?.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start();
+    if !value.starts_with(b"{") || !json.trim_ascii_start().starts_with(b"{") {
+        return None;
+    }
+    let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Lenient<Counts>>();
+    let Lenient(counts) = values.next()?.ok()?;
+    ends_outermost(value.get(values.byte_offset()..)?).then(|| counts.usage())?
 }
 
 /// Of the value of a `usage`.

@@ -660,7 +660,7 @@ async fn attempt(
         }
     };
     shared.borrow_mut().seen.failed += u64::from(outcome.is_retryable(&pool.server.retry));
-    endpoint.live.learn(outcome.effect(), trial, clocks.read().now, &pool.server.breaker);
+    endpoint.live.learn(outcome.effect(), trial, || clocks.read().now, &pool.server.breaker);
     outcome
 }
 
