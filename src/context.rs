@@ -1,5 +1,6 @@
 //! One request's state, grouped by stage. Guards release what they hold when they are dropped, however the request ends.
 
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -134,8 +135,6 @@ pub struct Tries {
     pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.
     pub last: Option<Arc<Endpoint>>,
-    /// The body of the current attempt, until it is on its way.
-    pub body: Bytes,
 }
 
 /// All the requests that are open, for the drain and the status page.
@@ -430,6 +429,8 @@ pub struct ExchangeState {
     pub committed: Option<Committed>,
     /// The last error answer that was dropped.
     pub kept: Option<Kept>,
+    /// What is left to be sent of the request's body, by the attempt under way.
+    pub body: VecDeque<Bytes>,
     /// What keeps the request's header back until its body is written.
     pub cork: Option<Cork>,
 }

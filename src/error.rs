@@ -55,6 +55,8 @@ pub enum Fault {
     },
     /// The body did not arrive in time.
     BodyTimeout,
+    /// There was no room for the body in time.
+    NoRoom,
     /// No enabled endpoint serves the model.
     ModelUnknown {
         /// The model as the client named it, cut to a sane length.
@@ -121,6 +123,7 @@ impl Fault {
             Self::PathTooLong { .. }       => (414, INVALID, Some("uri_too_long"), "path_too_long"),
             Self::BodyTooLarge { .. }      => (413, INVALID, Some("request_too_large"), "body_too_large"),
             Self::BodyTimeout              => (408, INVALID, Some("request_timeout"), "body_timeout"),
+            Self::NoRoom                   => (503, SERVER, Some("overloaded"), "no_room"),
             Self::ModelUnknown { .. }      => (404, INVALID, Some("model_not_found"), "model_unknown"),
             Self::EndpointUnknown { .. }   => (404, INVALID, Some("api_not_found"), "endpoint_unknown"),
             Self::StatsUnavailable         => (503, SERVER, Some("ledger_unavailable"), "stats_unavailable"),
@@ -153,6 +156,7 @@ impl Fault {
         match self {
             Self::LimitsReached { wait, .. } => Some(*wait),
             Self::KeysFailedTooOften => Some(Duration::from_mins(1)),
+            Self::NoRoom => Some(Duration::from_secs(1)),
             // A trial takes seconds; it either reopens the endpoint or closes it for its whole cool-down. The ledger is tried
             // again several times a second.
             Self::NoneAvailable | Self::LedgerUnavailable => Some(Duration::from_secs(5)),
@@ -197,6 +201,9 @@ impl Fault {
             }
             Self::PathTooLong { bytes_max } => format!("The path and query are longer than {bytes_max} bytes."),
             Self::BodyTimeout => "The request body did not arrive in time.".into(),
+            Self::NoRoom => "This proxy holds as many bytes of request bodies as it may (server.memoryBytesMax); try \
+                again in a moment."
+                .into(),
             Self::ModelUnknown { model } => format!(
                 "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
                  lists what does."

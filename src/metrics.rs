@@ -241,6 +241,12 @@ pub struct ProcessMoment {
     pub estimates_waiting: u64,
     /// Those that got none.
     pub estimates_dropped: u64,
+    /// What the bodies of requests take up, in bytes, as far as they are large.
+    pub body_bytes: u64,
+    /// What they may take up.
+    pub body_bytes_max: u64,
+    /// How many wait for room.
+    pub bodies_waiting: u64,
     /// How many configs were loaded.
     pub config_version: u64,
     /// How many could not be.
@@ -309,6 +315,9 @@ impl ProcessMoment {
             "Answers that got none, or not a whole one.",
             self.estimates_dropped,
         )?;
+        gauge("api_together_body_bytes", "What request bodies above 64 KiB take up.", self.body_bytes)?;
+        gauge("api_together_body_bytes_max", "What they may take up: server.memoryBytesMax.", self.body_bytes_max)?;
+        gauge("api_together_bodies_waiting", "Request bodies that wait for room.", self.bodies_waiting)?;
         gauge("api_together_config_version", "How many configs were loaded since the start.", self.config_version)?;
         counter(
             "api_together_config_failures_total",

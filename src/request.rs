@@ -20,9 +20,6 @@ use crate::json_scan::{self, Key};
 pub const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// No body takes longer than this, however steadily it trickles.
 pub const BODY_TOTAL_TIMEOUT: Duration = Duration::from_mins(10);
-/// A declared length is only a promise: more than this is not set aside before the bytes are there.
-const RESERVE_BYTES_MAX: usize = 1024 * 1024;
-
 /// Collects a body from its chunks, up to a limit. A body of one chunk is kept as it came, without a copy.
 #[derive(Debug)]
 pub struct Collector {
@@ -43,9 +40,19 @@ impl Collector {
         Ok(Self { bytes_max, declared, first: Bytes::new(), joined: BytesMut::new() })
     }
 
+    /// How long the body is so far.
+    pub fn bytes(&self) -> usize {
+        self.first.len() + self.joined.len()
+    }
+
+    /// The length that its client has said it has, or none.
+    pub fn declared(&self) -> usize {
+        self.declared
+    }
+
     /// Takes the next chunk.
     pub fn push(&mut self, chunk: Bytes) -> Result<(), Fault> {
-        let length = self.first.len() + self.joined.len() + chunk.len();
+        let length = self.bytes() + chunk.len();
         if length > self.bytes_max {
             return Err(Fault::BodyTooLarge { bytes_max: self.bytes_max });
         }
@@ -54,7 +61,8 @@ impl Collector {
             return Ok(());
         }
         if self.joined.is_empty() {
-            self.joined.reserve(self.declared.min(RESERVE_BYTES_MAX).max(length));
+            // There is room for all of it, and what is not written to takes none up.
+            self.joined.reserve(self.declared.max(length));
             self.joined.extend_from_slice(&std::mem::take(&mut self.first));
         }
         self.joined.extend_from_slice(&chunk);

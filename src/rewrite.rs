@@ -116,24 +116,33 @@ pub fn model_edit(range: &Range<usize>, model: &str) -> Edit<'static> {
     Edit { range: range.clone(), with: serde_json::Value::from(model).to_string().into() }
 }
 
-/// The body with these replacements, which do not overlap. One copy; none if there is nothing to replace.
-pub fn spliced(body: &Bytes, edits: &mut [Edit<'_>]) -> Bytes {
-    if edits.is_empty() {
-        return body.clone();
-    }
+/// A body up to this size is copied into one piece, which is cheaper to send than several.
+const JOINED_BYTES_MAX: usize = 64 * 1024;
+
+/// The body with these replacements, which do not overlap, in the pieces that it is sent in; none is empty. A place that is not
+/// there is left alone.
+pub fn spliced(body: &Bytes, edits: &mut [Edit<'_>]) -> Vec<Bytes> {
     edits.sort_by_key(|edit| edit.range.start);
-    let more: usize = edits.iter().map(|edit| edit.with.len()).sum();
-    let mut spliced = BytesMut::with_capacity(body.len() + more);
+    let mut pieces = Vec::with_capacity(2 * edits.len() + 1);
     let mut from = 0;
     for Edit { range, with } in edits {
-        let Some(before) = body.get(from..range.start) else { return body.clone() };
-        spliced.put_slice(before);
-        spliced.put_slice(with.as_bytes());
+        if range.start < from || range.end < range.start || range.end > body.len() {
+            return vec![body.clone()];
+        }
+        pieces.push(body.slice(from..range.start));
+        pieces.push(Bytes::copy_from_slice(with.as_bytes()));
         from = range.end;
     }
-    let Some(after) = body.get(from..) else { return body.clone() };
-    spliced.put_slice(after);
-    spliced.freeze()
+    pieces.push(body.slice(from..));
+    pieces.retain(|piece| !piece.is_empty());
+    if pieces.len() > 1 && body.len() <= JOINED_BYTES_MAX {
+        let mut joined = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
+        for piece in &pieces {
+            joined.put_slice(piece);
+        }
+        return vec![joined.freeze()];
+    }
+    pieces
 }
 
 #[cfg(test)]
@@ -163,20 +172,36 @@ mod tests {
         );
         let range = crate::request::scan(&body).unwrap().model.unwrap().range;
         let spliced = spliced(&body, &mut [model_edit(&range, "new \"name\"")]);
+        assert_eq!(spliced.len(), 1);
         assert_eq!(
-            &spliced[..],
+            &spliced[0][..],
             b"{ \"z\":1.0,\"model\" :\"new \\\"name\\\"\", \"n\":1 ,\"x\":1e5,\"unknown\":{\"model\":\"a\"},\"t\":\"\\u00e9\\/\" }\n"
         );
     }
 
     #[test]
-    fn several_places_are_replaced_in_one_copy() {
+    fn several_places_are_replaced() {
         let body = Bytes::from_static(br#"{"stream":true,"model":"a"}"#);
         let asks = Edit { range: 14..14, with: ",1".into() };
         let mut edits = [model_edit(&(23..26), "b"), asks];
-        assert_eq!(&spliced(&body, &mut edits)[..], br#"{"stream":true,1,"model":"b"}"#);
-        assert_eq!(spliced(&body, &mut []).as_ptr(), body.as_ptr(), "nothing is copied for nothing");
-        assert_eq!(spliced(&body, &mut [model_edit(&(90..99), "b")]), body, "a place that is not there is left alone");
+        assert_eq!(spliced(&body, &mut edits), [&br#"{"stream":true,1,"model":"b"}"#[..]]);
+        assert_eq!(spliced(&body, &mut [])[0].as_ptr(), body.as_ptr(), "nothing is copied for nothing");
+        assert_eq!(
+            spliced(&body, &mut [model_edit(&(90..99), "b")]),
+            [&body],
+            "a place that is not there is left alone"
+        );
+        assert!(spliced(&Bytes::new(), &mut []).is_empty());
+    }
+
+    #[test]
+    fn a_large_body_is_not_copied() {
+        let body = Bytes::from(vec![b'x'; JOINED_BYTES_MAX + 1]);
+        let edit = |range, with: &'static str| Edit { range, with: with.into() };
+        let pieces = spliced(&body, &mut [edit(5..7, "ab"), edit(0..0, "first")]);
+        assert_eq!(pieces.iter().map(Bytes::len).collect::<Vec<_>>(), [5, 5, 2, JOINED_BYTES_MAX - 6]);
+        assert_eq!((&pieces[0][..], &pieces[2][..]), (&b"first"[..], &b"ab"[..]));
+        assert_eq!((pieces[1].as_ptr(), pieces[3].as_ptr()), (body.as_ptr(), body[7..].as_ptr()));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::context::OpenRequests;
 use crate::error::Fault;
 use crate::estimate::Estimator;
 use crate::ledger;
+use crate::memory::Memory;
 use crate::pool::Pool;
 use crate::reload::ConfigState;
 use crate::server::Draining;
@@ -51,6 +52,8 @@ pub struct Process {
     pub estimator: Estimator,
     /// How the config file stands to what is current.
     pub config: ConfigState,
+    /// Room for the bodies of requests.
+    pub memory: Memory,
 }
 
 /// What our own answers are made of.

@@ -37,6 +37,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     lines.compare(&at("host"), &running.host, &wanted.host);
     lines.compare(&at("port"), &running.port, &wanted.port);
     lines.compare(&at("threads"), &running.threads, &wanted.threads);
+    lines.compare(&at("memoryBytesMax"), &running.memory_bytes_max, &wanted.memory_bytes_max);
     lines.compare(&at("metricsListen"), &running.metrics_listen, &wanted.metrics_listen);
     lines.compare(&at("ledger"), &running.ledger, &wanted.ledger);
     lines.compare(&at("ledgerSync"), &running.ledger_sync, &wanted.ledger_sync);

@@ -34,6 +34,8 @@ pub const FAILURES_DEFAULT: u32 = 3;
 pub const COOL_DOWN_SECONDS_DEFAULT: u32 = 600;
 pub const COOL_DOWN_SECONDS_MAX: u32 = 7 * 86_400;
 pub const THREADS_MAX: u16 = 1024;
+pub const MEMORY_BYTES_MIN: u64 = 1024 * 1024;
+pub const MEMORY_BYTES_DEFAULT_MAX: u64 = 1024 * 1024 * 1024;
 
 /// The largest integer that a JavaScript number, and so the old program, holds exactly.
 pub const LIMIT_MAX: i64 = 9_007_199_254_740_991;
@@ -92,6 +94,10 @@ pub struct ServerFile {
     /// The longest request body taken, in bytes; a longer one is answered 413. Default: 64 MiB.
     #[schemars(range(min = BODY_BYTES_MIN, max = BODY_BYTES_MAX), extend("default" = BODY_BYTES_DEFAULT))]
     pub body_bytes_max: Option<u32>,
+    /// How many bytes the request bodies above 64 KiB may take up together; beyond it they wait for 10 s at most, and are then
+    /// answered 503. Default: half of the memory that the machine or its container has, at most 1 GiB.
+    #[schemars(range(min = MEMORY_BYTES_MIN))]
+    pub memory_bytes_max: Option<u64>,
     /// How one of several usable endpoints is chosen: at random by weight, in turns, the one with the
     /// fewest requests in flight, or the one that has answered fastest of late.
     #[schemars(extend("default" = Strategy::Random))]

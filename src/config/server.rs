@@ -29,6 +29,8 @@ pub struct Server {
     pub cors: Cors,
     /// The longest request body taken.
     pub body_bytes_max: usize,
+    /// How much the bodies of all requests may take up together, as far as each is larger than 64 KiB.
+    pub memory_bytes_max: usize,
     /// How one of several usable endpoints is chosen.
     pub strategy: Strategy,
     /// When a request is tried again.
@@ -183,6 +185,8 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let timezone = timezone(typed.timezone.as_deref(), "server.timezone", check);
     let metrics_listen = metrics_listen(typed.metrics_listen.as_deref(), check);
     let queue = typed.queue.and_then(|queue| queue_of(&queue, check));
+    let body_bytes_max = typed.body_bytes_max.unwrap_or(file::BODY_BYTES_DEFAULT);
+    let memory_bytes_max = memory_bytes_max(typed.memory_bytes_max, body_bytes_max, check);
     Some(Server {
         host: host?,
         port: port?,
@@ -192,7 +196,8 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
             None => None,
         },
         cors,
-        body_bytes_max: usize::try_from(typed.body_bytes_max.unwrap_or(file::BODY_BYTES_DEFAULT)).ok()?,
+        body_bytes_max: usize::try_from(body_bytes_max).ok()?,
+        memory_bytes_max: usize::try_from(memory_bytes_max?).unwrap_or(usize::MAX),
         strategy: typed.strategy.unwrap_or_default(),
         retry: retry(typed.retry.unwrap_or_default()),
         breaker: breaker(&typed.breaker.unwrap_or_default()),
@@ -209,6 +214,35 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         metrics_listen: metrics_listen?,
         estimate_tokens: typed.estimate_tokens.unwrap_or(file::ESTIMATE_TOKENS_DEFAULT),
     })
+}
+
+/// A body that is allowed has to fit.
+fn memory_bytes_max(typed: Option<u64>, body_bytes_max: u32, check: &mut Check<'_>) -> Option<u64> {
+    let least = u64::from(body_bytes_max);
+    match typed {
+        None => Some((memory_bytes() / 2).min(file::MEMORY_BYTES_DEFAULT_MAX).max(least)),
+        Some(bytes) if bytes >= least => Some(bytes),
+        Some(bytes) => {
+            check.report.error(
+                "server.memoryBytesMax",
+                format!("{bytes} bytes are less than one body may have ({least}, server.bodyBytesMax)"),
+                "raise it, or lower server.bodyBytesMax",
+            );
+            None
+        }
+    }
+}
+
+/// What the machine has, or its container, in bytes; where neither says, a little.
+fn memory_bytes() -> u64 {
+    const UNKNOWN: u64 = 512 * 1024 * 1024;
+    let of_container =
+        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    let of_machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.saturating_mul(1024))
+    });
+    of_container.into_iter().chain(of_machine).min().unwrap_or(UNKNOWN)
 }
 
 fn host(typed: Option<&str>, check: &mut Check<'_>) -> Option<IpAddr> {

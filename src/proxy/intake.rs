@@ -75,11 +75,12 @@ pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &
     }
     if let Some(resource) = resource {
         resource.check_method(&method)?;
-        let body = if resource.takes_body() { read_body(session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
+        let takes_body = resource.takes_body();
+        let body = if takes_body { read_body(gateway, session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
         return Ok(Next::Answer(resource.answer(Sources { pool: &pool, process: &gateway.process }, &body).await?));
     }
     check_target(header)?;
-    let ask = ask(session, pool).await?;
+    let ask = ask(gateway, session, pool).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
@@ -167,9 +168,10 @@ fn opens_websocket(session: &Session) -> bool {
 }
 
 /// Reads the request to its end and finds what it asks for.
-async fn ask(session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
+async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
     let switches_protocol = opens_websocket(session);
-    let body = if switches_protocol { Bytes::new() } else { read_body(session, pool.server.body_bytes_max).await? };
+    let bytes_max = pool.server.body_bytes_max;
+    let body = if switches_protocol { Bytes::new() } else { read_body(gateway, session, bytes_max).await? };
     let read_at = Instant::now();
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
@@ -220,18 +222,23 @@ async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> 
     }
 }
 
-async fn read_body(session: &mut Session, bytes_max: usize) -> Result<Bytes, Stop> {
+async fn read_body(gateway: &Gateway, session: &mut Session, bytes_max: usize) -> Result<Bytes, Stop> {
     let headers = &session.req_header().headers;
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
     let mut collector = Collector::new(declared, bytes_max)?;
+    // Before it is asked for.
+    let mut room = gateway.process.memory.room(collector.declared()).await.ok_or(Fault::NoRoom)?;
     if expects_continue(session) {
         session.downstream_session.write_continue_response().await.map_err(Stop::Gone)?;
     }
     let whole = async {
         while let Some(chunk) = next_chunk(session).await? {
+            if !room.reach((collector.bytes() + chunk.len()).min(bytes_max)).await {
+                return Err(Fault::NoRoom.into());
+            }
             collector.push(chunk)?;
         }
-        Ok(collector.finish())
+        Ok(room.hold(collector.finish()))
     };
     within(request::BODY_TOTAL_TIMEOUT, whole).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
 }

@@ -5,8 +5,8 @@
 //! ┌ upstream_peer           pick → attempt → address                                        (attempts)
 //! │ connected_to_upstream   the header waits for the body                                   (cork)
 //! │ upstream_request_filter path, headers, key, body                                       (outgoing)
-//! │ request_body_filter     the body, in the marker's place
-//! │                         the endpoint answers; the wrapped session holds or commits     (replay)
+//! │                         the wrapped session hands out the body; the endpoint answers;
+//! │                         the wrapped session holds or commits                            (replay)
 //! │ response_filter         headers for the client                                         (outgoing)
 //! └ error_while_proxy, fail_to_connect      outcome → next attempt, or                     (attempts)
 //! fail_to_proxy             the last error, for the client                                 (outgoing)
@@ -27,7 +27,7 @@ use http::{StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::protocols::{ALPN, Digest};
-use pingora::upstreams::peer::{HttpPeer, Peer as _};
+use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
@@ -144,8 +144,9 @@ impl ProxyHttp for Gateway {
         let begun = Instant::now();
         outgoing::rewrite_header(session, request, context)?;
         if !context.ask.as_ref().is_some_and(|ask| ask.switches_protocol) {
-            context.tries.body = outgoing::rewrite_body(context);
-            outgoing::set_length(request, &session.req_header().method, &context.tries.body)?;
+            let body = outgoing::rewrite_body(context);
+            outgoing::set_length(request, &session.req_header().method, body.iter().map(Bytes::len).sum())?;
+            context.exchange.state().body = body.into();
         }
         // Of the first attempt only; what follows is waited for others.
         if let (Some(own), Some(metrics)) = (context.tries.own.take(), metrics()) {
@@ -156,19 +157,6 @@ impl ProxyHttp for Gateway {
         }
         context.exchange.state().ended = Some(Outcome::LimitReached);
         Error::err_in(ErrorType::Custom("the limit was reached meanwhile"))
-    }
-
-    async fn request_body_filter(
-        &self,
-        _session: &mut Session,
-        body: &mut Option<Bytes>,
-        _end: bool,
-        context: &mut Context,
-    ) -> Result<()> {
-        if body.is_some() && !context.ask.as_ref().is_some_and(|ask| ask.switches_protocol) {
-            *body = Some(std::mem::take(&mut context.tries.body));
-        }
-        Ok(())
     }
 
     async fn upstream_response_filter(

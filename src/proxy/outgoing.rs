@@ -80,11 +80,11 @@ pub(super) fn rewrite_header(session: &Session, request: &mut RequestHeader, con
     Ok(())
 }
 
-/// The body as the endpoint gets it: one copy if the model's name changes or the usage is asked for, none otherwise.
-pub(super) fn rewrite_body(context: &Context) -> Bytes {
-    let Some(ask) = &context.ask else { return Bytes::new() };
+/// The body as the endpoint gets it: in one piece if it is small, else in the pieces that it came in, without a copy.
+pub(super) fn rewrite_body(context: &Context) -> Vec<Bytes> {
+    let Some(ask) = &context.ask else { return Vec::new() };
     let mut state = context.exchange.state();
-    let Some(attempt) = &mut state.attempt else { return ask.body.clone() };
+    let Some(attempt) = &mut state.attempt else { return Vec::new() };
     let asks = attempt.asks_usage(ask);
     let model = attempt.model.as_ref().zip(ask.model_range.as_ref());
     let model = model.map(|(model, range)| rewrite::model_edit(range, model));
@@ -93,15 +93,15 @@ pub(super) fn rewrite_body(context: &Context) -> Bytes {
     match (model, usage) {
         (Some(model), Some(usage)) => rewrite::spliced(&ask.body, &mut [model, usage]),
         (Some(edit), None) | (None, Some(edit)) => rewrite::spliced(&ask.body, &mut [edit]),
-        (None, None) => ask.body.clone(),
+        (None, None) => rewrite::spliced(&ask.body, &mut []),
     }
 }
 
 /// Says how long the request's body is, where it has one or its method usually does.
-pub(super) fn set_length(request: &mut RequestHeader, method: &Method, body: &Bytes) -> Result<()> {
+pub(super) fn set_length(request: &mut RequestHeader, method: &Method, bytes: usize) -> Result<()> {
     let is_usually_bare = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::DELETE);
-    if !body.is_empty() || !is_usually_bare {
-        request.insert_header(header::CONTENT_LENGTH, body.len())?;
+    if bytes > 0 || !is_usually_bare {
+        request.insert_header(header::CONTENT_LENGTH, bytes)?;
     }
     Ok(())
 }

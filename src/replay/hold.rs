@@ -100,6 +100,16 @@ impl Hold {
         }
     }
 
+    /// Whether the attempt has taken all of the request's body.
+    pub(super) fn is_body_sent(&self) -> bool {
+        self.exchange.state().body.is_empty()
+    }
+
+    /// What comes next of the request's body.
+    pub(super) fn next_body_piece(&self) -> Option<Bytes> {
+        self.exchange.state().body.pop_front()
+    }
+
     /// What keeps the request's header back, for whoever lets go of it.
     pub(super) fn take_cork(&self) -> Option<Cork> {
         self.exchange.state().cork.take()

@@ -4,7 +4,7 @@
 //! Pingora replays at most 64 KiB of a body and hangs on more, and writes a response through as it comes. Both are
 //! decided by the downstream session, and Pingora lets a session of one's own stand in (`HttpSession::Custom`). So this
 //! one passes everything on to the real session, except that
-//! - a body seems to come in one piece whenever an attempt begins; the request body filter puts the real one in its place;
+//! - the body, as it is sent to the endpoint, seems to come from the client whenever an attempt begins;
 //! - responses go through a `Hold` first; an answer that is dropped ends the attempt with an error, which the retry
 //!   hooks take up;
 //! - deadlines that Pingora does not know are kept while it waits for either side: first byte, and idle.
@@ -34,9 +34,6 @@ use crate::context::Exchange;
 use crate::pool::Pool;
 use crate::respond::Verdict;
 use hold::{Due, Hold};
-
-/// Stands for the body until the request body filter puts the real one in its place.
-const BODY_MARKER: Bytes = Bytes::from_static(b"?");
 
 /// The error that ends an attempt whose answer is dropped. Why it is, is in the exchange.
 fn give_up<T>() -> Result<T> {
@@ -78,15 +75,7 @@ impl Wrapped {
         let inner = mem::replace(&mut session.downstream_session, placeholder());
         let has_body = plan.has_body;
         let hold = Hold::new(plan, exchange);
-        let replay = Replay {
-            inner,
-            slot: Arc::clone(&slot),
-            has_body,
-            body_is_due: has_body,
-            hold,
-            flushing: false,
-            alarm: None,
-        };
+        let replay = Replay { inner, slot: Arc::clone(&slot), has_body, hold, flushing: false, alarm: None };
         *session.downstream_session = ServerSession::Custom(Box::new(replay));
         Self(Some(slot))
     }
@@ -110,8 +99,6 @@ struct Replay {
     inner: Box<ServerSession>,
     slot: Slot,
     has_body: bool,
-    /// Whether the attempt under way has yet to take the body.
-    body_is_due: bool,
     hold: Hold,
     /// Set while held tasks are written out because their time is up; still set afterwards, the write was cut.
     flushing: bool,
@@ -172,7 +159,6 @@ impl CustomSession for Replay {
 
     fn enable_retry_buffering(&mut self) {
         // Pingora calls this once for each attempt, when its request header is on its way.
-        self.body_is_due = self.has_body;
         self.hold.begin_attempt();
     }
 
@@ -187,7 +173,7 @@ impl CustomSession for Replay {
     }
 
     fn is_body_done(&mut self) -> bool {
-        !self.body_is_due
+        self.hold.is_body_sent()
     }
 
     fn is_body_empty(&mut self) -> bool {
@@ -227,8 +213,8 @@ impl CustomSession for Replay {
     }
 
     async fn read_body_or_idle(&mut self, _no_body_expected: bool) -> Result<Option<Bytes>> {
-        if mem::take(&mut self.body_is_due) {
-            return Ok(Some(BODY_MARKER));
+        if let Some(piece) = self.hold.next_body_piece() {
+            return Ok(Some(piece));
         }
         if let Some(cork) = self.hold.take_cork() {
             // The body is on its way to the other half of this task, which writes it as soon as this one waits.

@@ -25,6 +25,7 @@ use crate::config::{self, Config};
 use crate::context::OpenRequests;
 use crate::estimate::Estimator;
 use crate::ledger::Keeper;
+use crate::memory::Memory;
 use crate::pool::Pool;
 use crate::proxy::Gateway;
 use crate::reload::{ConfigState, Reloader, hear_hangups};
@@ -114,6 +115,7 @@ impl Prepared {
             ledger: ledger.state().clone(),
             estimator: Estimator::default(),
             config: ConfigState::default(),
+            memory: Memory::new(started.memory_bytes_max),
         };
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let prepared = Self {

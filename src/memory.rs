@@ -1,0 +1,179 @@
+//! How much the bodies of all requests may take up together, so that no crowd of large ones can have the process killed.
+//!
+//! Small bodies are let in as they come: there is at most one for each connection. A larger one is let in when there is room for all of
+//! it; until then it is not read, which its client notices as a slow connection.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bodies up to this size need no room.
+pub const FREE_BYTES: usize = 64 * 1024;
+/// A body of unknown length is given room for so much at first, and then for twice as much again and again.
+const FIRST_STEP_BYTES: usize = 1024 * 1024;
+/// A body waits no longer than this for room.
+pub const WAIT_MAX: Duration = Duration::from_secs(10);
+/// What room is counted in.
+const UNIT_BYTES: usize = 1024;
+
+/// The room for the bodies of a process. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Memory(Arc<Room>);
+
+#[derive(Debug)]
+struct Room {
+    free: Arc<Semaphore>,
+    units: usize,
+    waiting: AtomicUsize,
+}
+
+impl Memory {
+    /// Room for so many bytes.
+    pub fn new(bytes_max: usize) -> Self {
+        let units = (bytes_max / UNIT_BYTES).min(Semaphore::MAX_PERMITS);
+        Self(Arc::new(Room { free: Arc::new(Semaphore::new(units)), units, waiting: AtomicUsize::new(0) }))
+    }
+
+    /// All of it, in bytes.
+    pub fn bytes_max(&self) -> usize {
+        self.0.units * UNIT_BYTES
+    }
+
+    /// What bodies take up now.
+    pub fn bytes_used(&self) -> usize {
+        (self.0.units - self.0.free.available_permits().min(self.0.units)) * UNIT_BYTES
+    }
+
+    /// Bodies that wait for room.
+    pub fn waiting(&self) -> usize {
+        self.0.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Room for one body of the length that its client says, which may be none.
+    pub async fn room(&self, declared: usize) -> Option<Reserved> {
+        let mut reserved = Reserved { memory: self.clone(), permit: None };
+        let has_room = declared <= FREE_BYTES || reserved.add(declared).await;
+        has_room.then_some(reserved)
+    }
+}
+
+/// Room for one body.
+#[derive(Debug)]
+pub struct Reserved {
+    memory: Memory,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Reserved {
+    /// Sees to it that there is room for so many bytes. False if there is none in time.
+    pub async fn reach(&mut self, bytes: usize) -> bool {
+        let has = self.bytes();
+        if bytes <= has.max(FREE_BYTES) {
+            return true;
+        }
+        self.add(bytes.max(2 * has).max(FIRST_STEP_BYTES) - has).await
+    }
+
+    async fn add(&mut self, bytes: usize) -> bool {
+        let room = &self.memory.0;
+        let Ok(units) = u32::try_from(bytes.div_ceil(UNIT_BYTES)) else { return false };
+        let permit = if let Ok(permit) = Arc::clone(&room.free).try_acquire_many_owned(units) {
+            permit
+        } else {
+            room.waiting.fetch_add(1, Ordering::Relaxed);
+            let _waiting = Waiting(room);
+            // It is never closed.
+            let waited = tokio::time::timeout(WAIT_MAX, Arc::clone(&room.free).acquire_many_owned(units)).await;
+            let Ok(Ok(permit)) = waited else { return false };
+            permit
+        };
+        match &mut self.permit {
+            Some(held) => held.merge(permit),
+            none => *none = Some(permit),
+        }
+        true
+    }
+
+    fn bytes(&self) -> usize {
+        self.permit.as_ref().map_or(0, |permit| permit.num_permits() * UNIT_BYTES)
+    }
+
+    /// The body, which keeps its room until the last of its bytes is dropped.
+    pub fn hold(mut self, body: Bytes) -> Bytes {
+        let Some(permit) = &mut self.permit else { return body };
+        // What was more than enough is for others.
+        drop(permit.split(permit.num_permits().saturating_sub(body.len().div_ceil(UNIT_BYTES))));
+        Bytes::from_owner(Held { body, _reserved: self })
+    }
+}
+
+struct Held {
+    body: Bytes,
+    _reserved: Reserved,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.body
+    }
+}
+
+struct Waiting<'a>(&'a Room);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1024 * 1024;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_has_no_room_waits_and_gives_up() {
+        let memory = Memory::new(10 * MIB);
+        let first = memory.room(6 * MIB).await.unwrap();
+        assert_eq!((memory.bytes_used(), memory.bytes_max()), (6 * MIB, 10 * MIB));
+        let second = tokio::spawn({
+            let memory = memory.clone();
+            async move { memory.room(6 * MIB).await.is_some() }
+        });
+        tokio::task::yield_now().await;
+        assert_eq!(memory.waiting(), 1);
+        assert!(memory.room(FREE_BYTES).await.is_some(), "a small one does not wait behind it");
+        drop(first);
+        assert!(second.await.unwrap());
+        assert_eq!((memory.bytes_used(), memory.waiting()), (0, 0));
+        let _all = memory.room(10 * MIB).await.unwrap();
+        let begun = tokio::time::Instant::now();
+        assert!(memory.room(MIB).await.is_none());
+        assert_eq!(begun.elapsed(), WAIT_MAX);
+        assert!(memory.room(usize::MAX).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_body_of_unknown_length_grows_into_its_room_and_keeps_what_it_needs() {
+        let memory = Memory::new(10 * MIB);
+        let mut reserved = memory.room(0).await.unwrap();
+        assert!(reserved.reach(FREE_BYTES).await);
+        assert_eq!(memory.bytes_used(), 0);
+        assert!(reserved.reach(FREE_BYTES + 1).await);
+        assert_eq!(memory.bytes_used(), MIB);
+        assert!(reserved.reach(MIB + 1).await);
+        assert_eq!(memory.bytes_used(), 2 * MIB);
+        let body = reserved.hold(Bytes::from(vec![7; MIB + 1]));
+        assert_eq!(memory.bytes_used(), MIB + 1024);
+        let last = body.slice(MIB..);
+        drop(body);
+        assert_eq!(memory.bytes_used(), MIB + 1024, "a part of it is still there");
+        assert_eq!(last, [7_u8][..]);
+        drop(last);
+        assert_eq!(memory.bytes_used(), 0);
+    }
+}
