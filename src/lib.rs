@@ -15,7 +15,7 @@
 //! | where it is | [`upstream`], [`tunnel`] | endpoint → peer |
 //! | what it is sent | [`rewrite`], [`cork`] | the client's bytes → the endpoint's |
 //! | what comes back | [`replay`], [`respond`], [`blot`], [`rates`] | answer → hold, commit or drop |
-//! | what of a stream goes on | [`relay`], [`sse`], [`json_scan`] | pieces → whole events |
+//! | what of a stream goes on | [`relay`], [`sse`], [`shape`], [`json_scan`] | pieces → whole events |
 //! | what it cost | [`usage`], [`decode`], [`billing`], [`estimate`] | answer → tokens |
 //! | what follows a failure | [`retry`] | outcome → next attempt or not |
 //! | what is told | [`error`], [`record`], [`metrics`] | fault → error object; request → log line, metrics |
@@ -61,6 +61,7 @@ pub mod rewrite;
 pub mod route;
 pub mod secret;
 pub mod server;
+pub mod shape;
 pub mod simulator;
 pub mod sse;
 pub mod tunnel;

@@ -4,14 +4,18 @@
 //! Half an event is kept until it is whole, since no parser of events can use it; so a stream that breaks leaves no half of one
 //! behind, unless it is longer than is kept.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::blot::{Blotter, Secrets};
 use crate::json_scan;
+use crate::request::Call;
+use crate::shape::Shape;
 use crate::sse::{self, Splitter, Step};
-use crate::usage::{Meter, mentions_usage};
+use crate::usage::{Meter, event_texts, mentions_usage};
 
 /// The state between two pieces of one stream.
 #[derive(Debug)]
@@ -24,7 +28,14 @@ pub struct Relay {
     dropped: bool,
     /// What an event goes through that is too long to be kept whole.
     long: Option<Blotter>,
+    /// The last event that said nothing but text, since the next one is likely to be like it.
+    shape: Option<Shape>,
+    /// How many were kept since one was like the last.
+    unlike: u8,
 }
+
+/// A stream whose events are so often not like each other is read event by event.
+const UNLIKE_MAX: u8 = 16;
 
 /// What becomes of a block.
 #[derive(Debug, PartialEq, Eq)]
@@ -32,13 +43,13 @@ enum Fate {
     Pass,
     Drop,
     /// These bytes of it are taken out.
-    Cut(std::ops::Range<usize>),
+    Cut(Range<usize>),
 }
 
 impl Relay {
     /// For a stream of an endpoint that has these secrets; `strips` if we asked for a usage that the client must not see.
     pub fn new(strips: bool, secrets: Secrets) -> Self {
-        Self { splitter: Splitter::default(), strips, secrets, dropped: false, long: None }
+        Self { splitter: Splitter::default(), strips, secrets, dropped: false, long: None, shape: None, unlike: 0 }
     }
 
     /// Takes the next piece: measures it, and adds to `out` what goes on. Nothing is copied but events that are cut across
@@ -131,16 +142,37 @@ impl Relay {
     }
 
     fn fate(&mut self, block: &[u8], meter: &mut Meter) -> Fate {
+        if let Some(like) = self.shape.as_ref().and_then(|shape| shape.matches(block)) {
+            meter.like_event(like.texts());
+            (self.dropped, self.unlike) = (false, 0);
+            return like.cut.map_or(Fate::Pass, Fate::Cut);
+        }
         let mut fate = Fate::Pass;
         if let Some(data) = sse::data(block) {
-            meter.event(&data);
+            let says_text_only = meter.event(&data);
             if self.strips && mentions_usage(&data) {
                 fate = without_usage(block, &data);
+            }
+            if says_text_only && self.unlike < UNLIKE_MAX {
+                self.unlike += 1;
+                self.shape = shape_of(block, &data, meter.call(), &fate);
             }
         }
         self.dropped = fate == Fate::Drop;
         fate
     }
+}
+
+fn shape_of(block: &[u8], data: &[u8], call: Call, fate: &Fate) -> Option<Shape> {
+    let cut = match fate {
+        Fate::Pass => None,
+        Fate::Cut(cut) => Some(cut.clone()),
+        Fate::Drop => return None,
+    };
+    let mut texts = Vec::new();
+    event_texts(call, data, |text| texts.push(offset(block, text).map(|start| start..start + text.len())));
+    let texts: Vec<Range<usize>> = texts.into_iter().collect::<Option<_>>()?;
+    Shape::of(block, texts.into_iter(), cut)
 }
 
 /// Whether it is the line that ends a chat's stream, and its event is not yet ended.
@@ -197,7 +229,7 @@ fn cut(block: &[u8], start: usize) -> Fate {
 }
 
 /// The member of an object whose value stands there, with the comma that parts it from its neighbour.
-fn member(block: &[u8], start: usize, end: usize) -> Option<std::ops::Range<usize>> {
+fn member(block: &[u8], start: usize, end: usize) -> Option<Range<usize>> {
     block.get(start..end)?;
     let before =
         block.get(..start)?.trim_ascii_end().strip_suffix(b":")?.trim_ascii_end().strip_suffix(b"\"usage\"")?;
@@ -352,6 +384,39 @@ mod tests {
             }
             relay.end(&mut meter, &mut out);
             prop_assert_eq!(out.concat(), pieces.concat());
+        }
+
+        #[test]
+        fn what_is_recognised_is_what_would_have_been_read(
+            events in prop::collection::vec(
+                (
+                    prop::sample::select(vec!["", "Hi", "\\\"", "\\\\", "\\n", "usage", "a\"", "\"usage\":{}", "\n"]),
+                    prop::sample::select(vec!["null", "{\"prompt_tokens\":1}", "1"]),
+                    prop::sample::select(vec!["null", "\"stop\""]),
+                    prop::sample::select(vec!["", ",\"obfuscation\":\"x\"", ",\"obfuscation\":\"xyz\"", ",\"n\":1"]),
+                    prop::sample::select(vec!["\n\n", "\r\n\r\n", "\n", ""]),
+                ),
+                0..12,
+            ),
+            strips in any::<bool>(),
+        ) {
+            let events: Vec<String> = events
+                .into_iter()
+                .map(|(text, usage, reason, padding, end)| format!(
+                    "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{text}\"}},\"finish_reason\":{reason}}}],\"usage\":{usage}{padding}}}{end}"
+                ))
+                .collect();
+            let stream = Bytes::from(events.concat());
+            let run = |unlike| {
+                let mut relay = Relay { unlike, ..Relay::new(strips, Secrets::default()) };
+                let mut meter = Meter::new(Call::Completion, true);
+                let mut out = Vec::new();
+                relay.piece(&stream, &mut meter, &mut out);
+                relay.end(&mut meter, &mut out);
+                let (told, whole, first) = (meter.told(), meter.is_whole(), meter.first_token().is_some());
+                (out.concat(), told, whole, first, format!("{:?}", meter.take_text()))
+            };
+            prop_assert_eq!(run(0), run(UNLIKE_MAX));
         }
 
         #[test]

@@ -35,6 +35,7 @@ pub const COOL_DOWN_SECONDS_DEFAULT: u32 = 600;
 pub const COOL_DOWN_SECONDS_MAX: u32 = 7 * 86_400;
 pub const THREADS_MAX: u16 = 1024;
 pub const MEMORY_BYTES_MIN: u64 = 1024 * 1024;
+pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
 pub const MEMORY_BYTES_DEFAULT_MAX: u64 = 1024 * 1024 * 1024;
 
 /// The largest integer that a JavaScript number, and so the old program, holds exactly.
@@ -96,7 +97,7 @@ pub struct ServerFile {
     pub body_bytes_max: Option<u32>,
     /// How many bytes the request bodies above 64 KiB may take up together; beyond it they wait for 10 s at most, and are then
     /// answered 503. Default: half of the memory that the machine or its container has, at most 1 GiB.
-    #[schemars(range(min = MEMORY_BYTES_MIN))]
+    #[schemars(range(min = MEMORY_BYTES_MIN, max = MEMORY_BYTES_MAX))]
     pub memory_bytes_max: Option<u64>,
     /// How one of several usable endpoints is chosen: at random by weight, in turns, the one with the
     /// fewest requests in flight, or the one that has answered fastest of late.

@@ -4,7 +4,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
@@ -24,6 +24,9 @@ use crate::retry::Outcome;
 /// A stream whose endpoint has said that it is whole, and holds it open all the same, is ended after this time: clients that
 /// read to the end should not wait for it. Ended by us, the endpoint's connection is lost for the next request.
 const LINGER_MAX: Duration = Duration::from_millis(80);
+
+/// Pieces that are sent together are copied into one up to this size.
+const JOINED_BYTES_MAX: usize = 16 * 1024;
 
 /// The response of the attempt under way.
 pub(super) struct Hold {
@@ -47,7 +50,7 @@ pub(super) struct Hold {
     secrets: Secrets,
     /// How the body is read that goes to the client.
     reading: Reading,
-    /// Room for what goes on of one piece.
+    /// What goes on of the tasks under way.
     pieces: Vec<Bytes>,
     encoding: Option<Encoding>,
     /// For the judge, what is compressed is read apart.
@@ -246,6 +249,7 @@ impl Hold {
         for task in tasks {
             match task {
                 HttpTask::Failed(error) => {
+                    self.push_pieces(&mut out, false);
                     if self.complete {
                         out.extend(self.end_whole());
                     }
@@ -258,33 +262,61 @@ impl Hold {
                     out.push(HttpTask::Header(header, end));
                 }
                 HttpTask::Body(piece, last) => {
-                    let piece = piece.unwrap_or_default();
-                    if let Some(cut) = self.body(piece, last, last, &mut out) {
-                        return (out, Some(cut));
+                    let cut = self.body(piece.unwrap_or_default(), last);
+                    if last || cut.is_some() {
+                        self.push_pieces(&mut out, cut.is_none());
+                    }
+                    if cut.is_some() {
+                        return (out, cut);
                     }
                 }
                 HttpTask::Done | HttpTask::Trailer(_) => {
+                    let cut = self.body(Bytes::new(), true);
                     // The end is the task's own to say.
-                    if let Some(cut) = self.body(Bytes::new(), true, false, &mut out) {
-                        return (out, Some(cut));
+                    self.push_pieces(&mut out, false);
+                    if cut.is_some() {
+                        return (out, cut);
                     }
                     out.push(task);
                 }
                 task @ HttpTask::UpgradedBody(..) => out.push(task),
             }
         }
+        self.push_pieces(&mut out, false);
         (out, None)
     }
 
-    /// Adds what of a piece goes to the client; `says_end` if the last of it ends the response. An error if the endpoint's body
-    /// has ended and is not whole.
-    fn body(&mut self, piece: Bytes, last: bool, says_end: bool, out: &mut Vec<HttpTask>) -> Option<Box<Error>> {
+    /// Adds the pieces that go on, those that came together as one if they are small: each is a chunk, or a frame, of its own.
+    fn push_pieces(&mut self, out: &mut Vec<HttpTask>, end: bool) {
+        // An empty piece that ends nothing would be taken for the last chunk.
+        self.pieces.retain(|piece| !piece.is_empty());
+        let bytes = self.pieces.iter().map(Bytes::len).sum();
+        if self.pieces.len() > 1 && bytes <= JOINED_BYTES_MAX {
+            let mut joined = BytesMut::with_capacity(bytes);
+            for piece in self.pieces.drain(..) {
+                joined.extend_from_slice(&piece);
+            }
+            self.pieces.push(joined.freeze());
+        }
+        let before = out.len();
+        out.extend(self.pieces.drain(..).map(|piece| HttpTask::Body(Some(piece), false)));
+        if end {
+            match out.get_mut(before..).and_then(<[HttpTask]>::last_mut) {
+                Some(HttpTask::Body(_, last)) => *last = true,
+                _ => out.push(HttpTask::Body(Some(Bytes::new()), true)),
+            }
+        }
+    }
+
+    /// Takes in a piece, and keeps what of it goes to the client. An error if the endpoint's body has ended and is not whole.
+    fn body(&mut self, piece: Bytes, last: bool) -> Option<Box<Error>> {
         let Self { exchange, reading, pieces, complete, .. } = self;
         let mut state = exchange.state();
         let ExchangeState { attempt: Some(attempt), committed: Some(committed), ended, .. } = &mut *state else {
-            out.push(HttpTask::Body(Some(piece), says_end));
+            pieces.push(piece);
             return None;
         };
+        let before = pieces.len();
         reading.piece(piece, &mut attempt.meter, pieces);
         let mut is_cut = false;
         if last {
@@ -296,17 +328,8 @@ impl Hold {
                 pieces.truncate(whole);
             }
         }
-        // An empty piece that ends nothing would be taken for the last chunk.
-        pieces.retain(|piece| !piece.is_empty());
-        if !pieces.is_empty() {
+        if pieces.len() > before {
             attempt.first_byte_came();
-        }
-        out.extend(pieces.drain(..).map(|piece| HttpTask::Body(Some(piece), false)));
-        if says_end && !is_cut {
-            match out.last_mut() {
-                Some(HttpTask::Body(_, end)) => *end = true,
-                _ => out.push(HttpTask::Body(Some(Bytes::new()), true)),
-            }
         }
         committed.between_events = !reading.is_within_event();
         if reading.is_stream() && attempt.meter.is_complete() && committed.complete.is_none() {

@@ -63,7 +63,11 @@ impl Reading {
             Self::Stream(relay) => return relay.piece(&piece, meter, out),
             Self::EncodedJson(decoder) => decoder.feed(&piece, |plain| meter.json(&plain)),
             Self::EncodedStream(decoder, splitter) => decoder.feed(&piece, |plain| {
-                splitter.feed(&plain, |data| data.into_iter().for_each(|data| meter.event(data)));
+                splitter.feed(&plain, |data| {
+                    if let Some(data) = data {
+                        meter.event(data);
+                    }
+                });
             }),
         }
         out.push(piece);

@@ -118,17 +118,18 @@ impl Meter {
         }
     }
 
-    /// Takes in the data of an event.
-    pub fn event(&mut self, data: &[u8]) {
+    /// Takes in the data of an event. Tells whether it said nothing but text.
+    pub fn event(&mut self, data: &[u8]) -> bool {
         self.fed = Fed::Events;
         if data.trim_ascii() == b"[DONE]" {
             self.end = End::Complete;
-            return;
+            return false;
         }
         if self.call == Call::Unmetered {
-            return;
+            return false;
         }
-        if says_usage(data) {
+        let tells = says_usage(data);
+        if tells {
             self.read_usage(data);
         }
         match self.call {
@@ -137,8 +138,21 @@ impl Meter {
             _ => {}
         }
         if self.call.is_text() && (self.estimates || self.first_token.is_none()) {
-            self.read_text(data);
+            event_texts(self.call, data, |raw| self.text(raw));
         }
+        self.call.is_text() && self.end == End::Open && !tells
+    }
+
+    /// Takes in an event that is like one that said nothing but text.
+    pub fn like_event<'a>(&mut self, texts: impl Iterator<Item = &'a [u8]>) {
+        if self.estimates || self.first_token.is_none() {
+            texts.for_each(|raw| self.text(raw));
+        }
+    }
+
+    /// What the answer is to.
+    pub fn call(&self) -> Call {
+        self.call
     }
 
     /// Takes in a part of an event that is too long to be read whole.
@@ -220,17 +234,14 @@ impl Meter {
         }
     }
 
-    fn read_text(&mut self, data: &[u8]) {
-        let mut has_text = false;
-        texts(self.call, data, |raw| {
-            has_text |= !raw.is_empty();
-            if self.estimates {
-                self.add_text(raw.len(), raw);
-            }
-        });
-        if has_text && self.first_token.is_none() {
-            self.first_token = Some(Instant::now());
+    fn text(&mut self, raw: &[u8]) {
+        if raw.is_empty() {
+            return;
         }
+        if self.estimates {
+            self.add_text(raw.len(), raw);
+        }
+        self.first_token.get_or_insert_with(Instant::now);
     }
 
     /// Adds so many bytes of text, and keeps of them what there is room for.
@@ -338,7 +349,7 @@ fn is_last(data: &[u8]) -> bool {
 }
 
 /// Tells the texts of an event, as they stand between their quotation marks.
-fn texts<'a>(call: Call, data: &'a [u8], mut each: impl FnMut(&'a [u8])) {
+pub fn event_texts<'a>(call: Call, data: &'a [u8], mut each: impl FnMut(&'a [u8])) {
     let keys: &[&[u8]] = match call {
         Call::Completion => &[b"content", b"reasoning_content", b"reasoning", b"text", b"arguments", b"refusal"],
         // Other events repeat the text whole.
@@ -407,7 +418,7 @@ mod tests {
     fn a_sample_is_bounded_and_counts_the_rest() {
         let mut meter = Meter::new(Call::Completion, true);
         let event = format!(r#"{{"choices":[{{"text":"{}"}}]}}"#, "x".repeat(1000));
-        (0..100).for_each(|_| meter.event(event.as_bytes()));
+        assert!((0..100).all(|_| meter.event(event.as_bytes())));
         let Text::Sample { sample, bytes } = meter.take_text() else { panic!("it has text") };
         assert!(sample.len() <= SAMPLE_BYTES_MAX && sample.len() > SAMPLE_BYTES_MAX - 1000, "{}", sample.len());
         assert_eq!(bytes, 100_000);

@@ -17,7 +17,7 @@ mod told;
 
 use crate::ledger::Tokens;
 pub use finder::Finder;
-pub use meter::{BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, Text, answer_texts, mentions_usage};
+pub use meter::{BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, Text, answer_texts, event_texts, mentions_usage};
 pub use told::Told;
 
 /// No answer costs more; a number beyond it is a fault of the endpoint's, and must not spoil every sum.

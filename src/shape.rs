@@ -1,0 +1,223 @@
+//! Recognises an event of a stream that is like an earlier one but for its texts, as nearly all are: whatever was found out about
+//! that one by reading it holds for this one, too. Pure.
+
+use std::ops::Range;
+
+use memchr::memmem;
+
+/// Places of one event that may differ.
+const SLOTS_MAX: usize = 4;
+/// A longer event is not kept.
+const BLOCK_BYTES_MAX: usize = 4096;
+/// What differs beside the texts: padding, and a number.
+const PADDING: &[u8] = b"\"obfuscation\":\"";
+const NUMBER: &[u8] = b"\"sequence_number\":";
+
+/// An event that was read, by what of it may differ in the next ones.
+#[derive(Debug)]
+pub struct Shape {
+    block: Box<[u8]>,
+    /// In order, and apart from each other.
+    slots: Vec<Slot>,
+    cut: Option<Cut>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    range: Range<usize>,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A string that is measured.
+    Text,
+    /// Any other string.
+    Word,
+    /// Digits.
+    Number,
+}
+
+/// What is taken out of the event.
+#[derive(Debug)]
+struct Cut {
+    range: Range<usize>,
+    /// How many slots come before it.
+    after: usize,
+}
+
+/// An event that is like the one that was read.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Like<'a> {
+    texts: [&'a [u8]; SLOTS_MAX],
+    /// What is taken out of it.
+    pub cut: Option<Range<usize>>,
+}
+
+impl<'a> Like<'a> {
+    /// Its texts; those that it does not have are empty.
+    pub fn texts(&self) -> impl Iterator<Item = &'a [u8]> {
+        self.texts.into_iter()
+    }
+}
+
+impl Shape {
+    /// Of a block that was read: the places of its texts, without their quotation marks, and what was taken out of it. None if it is
+    /// not a kind of event that can be recognised.
+    pub fn of(block: &[u8], texts: impl Iterator<Item = Range<usize>>, cut: Option<Range<usize>>) -> Option<Self> {
+        if block.len() > BLOCK_BYTES_MAX {
+            return None;
+        }
+        let mut slots: Vec<Slot> = texts.map(|range| Slot { range, kind: Kind::Text }).collect();
+        if let Some(at) = memmem::find(block, PADDING) {
+            let start = at + PADDING.len();
+            slots.push(Slot { range: start..start + string(block.get(start..)?)?, kind: Kind::Word });
+        }
+        if let Some(at) = memmem::find(block, NUMBER) {
+            let start = at + NUMBER.len();
+            slots.push(Slot { range: start..start + digits(block.get(start..)?), kind: Kind::Number });
+        }
+        slots.sort_by_key(|slot| slot.range.start);
+        let is_apart = slots.is_sorted_by(|one, next| one.range.end <= next.range.start);
+        let is_whole = |slot: &Slot| {
+            slot.kind == Kind::Number
+                || block.get(slot.range.clone()).is_some_and(|text| memchr::memchr2(b'\n', b'\r', text).is_none())
+                    && slot.range.start.checked_sub(1).and_then(|before| block.get(before)) == Some(&b'"')
+                    && block.get(slot.range.end) == Some(&b'"')
+        };
+        if slots.len() > SLOTS_MAX || !is_apart || !slots.iter().all(is_whole) {
+            return None;
+        }
+        let cut = match cut {
+            None => None,
+            Some(range) => {
+                let after = slots.iter().take_while(|slot| slot.range.end <= range.start).count();
+                // It lies between two slots, or behind the last.
+                if slots.get(after).is_some_and(|next| next.range.start < range.end) {
+                    return None;
+                }
+                Some(Cut { range, after })
+            }
+        };
+        Some(Self { block: block.into(), slots, cut })
+    }
+
+    /// Whether a block is like this one, and what differs.
+    pub fn matches<'a>(&self, block: &'a [u8]) -> Option<Like<'a>> {
+        let mut like = Like { texts: [&[]; SLOTS_MAX], cut: None };
+        // Where the same bytes go on, in this block and in the one that is matched.
+        let (mut own, mut at) = (0, 0);
+        for (nth, slot) in self.slots.iter().enumerate() {
+            self.place_cut(nth, own, at, &mut like);
+            let fixed = self.block.get(own..slot.range.start)?;
+            let rest = block.get(at..)?.strip_prefix(fixed)?;
+            let length = match slot.kind {
+                Kind::Number => digits(rest),
+                Kind::Text | Kind::Word => string(rest)?,
+            };
+            let differs = rest.get(..length)?;
+            // A line that ends within a text is no text's.
+            if memchr::memchr2(b'\n', b'\r', differs).is_some() {
+                return None;
+            }
+            if let (Kind::Text, Some(text)) = (slot.kind, like.texts.get_mut(nth)) {
+                *text = differs;
+            }
+            at += fixed.len() + length;
+            own = slot.range.end;
+        }
+        self.place_cut(self.slots.len(), own, at, &mut like);
+        (block.get(at..)? == self.block.get(own..)?).then_some(like)
+    }
+
+    fn place_cut(&self, nth: usize, own: usize, at: usize, like: &mut Like<'_>) {
+        if let Some(Cut { range, after }) = &self.cut
+            && *after == nth
+        {
+            like.cut = Some(range.start - own + at..range.end - own + at);
+        }
+    }
+}
+
+/// How long the string is that goes on here, as far as its quotation mark.
+fn string(rest: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    loop {
+        let found = at + memchr::memchr2(b'"', b'\\', rest.get(at..)?)?;
+        if rest.get(found) == Some(&b'"') {
+            return Some(found);
+        }
+        at = found + 2;
+    }
+}
+
+fn digits(rest: &[u8]) -> usize {
+    rest.iter().take_while(|byte| byte.is_ascii_digit()).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: &str = "data: {\"sequence_number\":7,\"content\":\"Hi\",\"usage\":null,\"obfuscation\":\"ab\"}\n\n";
+
+    fn place(block: &str, part: &str) -> Range<usize> {
+        let start = block.find(part).unwrap();
+        start..start + part.len()
+    }
+
+    fn shape() -> Shape {
+        let cut = place(BLOCK, ",\"usage\":null");
+        Shape::of(BLOCK.as_bytes(), std::iter::once(place(BLOCK, "Hi")), Some(cut)).unwrap()
+    }
+
+    #[test]
+    fn what_differs_in_its_texts_only_is_recognised() {
+        for (number, text, padding) in
+            [("7", "Hi", "ab"), ("12345", "", ""), ("8", "a \\\"word\\\" \\\\", "x"), ("", "é", "\\u0041")]
+        {
+            let block = BLOCK.replace('7', number).replace("Hi", text).replace("ab", padding);
+            let like = shape().matches(block.as_bytes()).unwrap_or_else(|| panic!("{block}"));
+            assert_eq!(like.texts().collect::<Vec<_>>().concat(), text.as_bytes());
+            assert_eq!(like.cut, Some(place(&block, ",\"usage\":null")), "{block}");
+        }
+    }
+
+    #[test]
+    fn whatever_else_differs_is_not() {
+        for (from, to) in [
+            ("7", "x"),
+            ("Hi", "a\"b"),
+            ("Hi", "a\nb"),
+            ("Hi", "a\\"),
+            ("null", "{}"),
+            ("null", "nulL"),
+            ("content", "Content"),
+            ("data", "date"),
+            ("\n\n", "\n"),
+            ("\n\n", "\n\n\n"),
+            ("\"obfuscation\":\"ab\"", "\"a\":1"),
+            (":\"Hi\"", ":null"),
+        ] {
+            let block = BLOCK.replace(from, to);
+            assert_eq!(shape().matches(block.as_bytes()), None, "{block}");
+        }
+        assert_eq!(shape().matches(b""), None);
+        assert_eq!(shape().matches(&BLOCK.as_bytes()[..40]), None);
+    }
+
+    #[test]
+    fn not_every_event_has_a_shape() {
+        let of = |block: &str, texts: &[Range<usize>], cut| {
+            Shape::of(block.as_bytes(), texts.iter().cloned(), cut).is_some()
+        };
+        assert!(of(BLOCK, &[], None));
+        assert!(!of(BLOCK, &[place(BLOCK, "content")], Some(place(BLOCK, "tent"))), "what is cut differs");
+        assert!(!of(BLOCK, &[place(BLOCK, "onten")], None), "it is no string");
+        assert!(!of(BLOCK, &[place(BLOCK, "Hi"), place(BLOCK, "Hi\",\"usage")], None), "they overlap");
+        assert!(!of(BLOCK, &[0..0, 900..901], None));
+        assert!(!of(&"x".repeat(BLOCK_BYTES_MAX + 1), &[], None));
+        let many: Vec<_> = (0..5).map(|nth| 1 + 3 * nth..2 + 3 * nth).collect();
+        assert!(!of("\"a\"\"a\"\"a\"\"a\"\"a\"", &many, None));
+    }
+}
