@@ -76,8 +76,7 @@ impl Behind {
         }
         let key = (Arc::clone(&spent.endpoint), Arc::clone(&spent.model), spent.hour, spent.day);
         if let Some(kept) = self.spent.get_mut(&key) {
-            kept.cost.merge(&spent.cost);
-            kept.at_ms = kept.at_ms.max(spent.at_ms);
+            kept.merge(&spent);
         } else if self.spent.len() < SPENT_MAX {
             self.spent.insert(key, spent);
         } else {

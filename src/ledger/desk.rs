@@ -199,18 +199,8 @@ impl Desk {
         for returned in messages.returns.drain(..) {
             self.take_back(returned, clock);
         }
-        let mut billed: Vec<(Arc<Account>, Arc<Limits>)> = Vec::new();
-        for bill in messages.bills.drain(..) {
-            if !billed
-                .iter()
-                .any(|(account, limits)| Arc::ptr_eq(account, &bill.account) && Arc::ptr_eq(limits, &bill.limits))
-            {
-                billed.push((Arc::clone(&bill.account), Arc::clone(&bill.limits)));
-            }
+        for bill in merged(messages.bills.drain(..)) {
             self.take_bill(bill, clock);
-        }
-        for (account, limits) in billed {
-            account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
         }
     }
 
@@ -243,6 +233,7 @@ impl Desk {
         account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.cost.tokens() });
         let tokens = i64::try_from(spent.cost.tokens()).unwrap_or(i64::MAX);
         self.behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
+        account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
         self.behind.add_spent(spent, &self.tally);
         self.behind.due_soon(clock);
         self.renew_at = self.renew_at.min(clock.boot + RENEW);
@@ -474,6 +465,25 @@ impl Desk {
             }
         }
     }
+}
+
+/// Bills of the same kind as one: when many come together, most are.
+fn merged(bills: impl Iterator<Item = Bill>) -> Vec<Bill> {
+    /// Kinds that are looked through for each bill.
+    const KINDS_MAX: usize = 32;
+    let mut merged: Vec<Bill> = Vec::new();
+    for bill in bills {
+        let same = |known: &&mut Bill| {
+            Arc::ptr_eq(&known.account, &bill.account)
+                && Arc::ptr_eq(&known.limits, &bill.limits)
+                && known.spent.is_kind_of(&bill.spent)
+        };
+        match merged.iter_mut().rev().take(KINDS_MAX).find(same) {
+            Some(known) => known.spent.merge(&bill.spent),
+            None => merged.push(bill),
+        }
+    }
+    merged
 }
 
 /// Whoever does not want a permit.

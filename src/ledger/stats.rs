@@ -174,6 +174,19 @@ impl Spent {
     }
 }
 
+impl Spent {
+    /// Whether it is of the same model, hour and day.
+    pub(super) fn is_kind_of(&self, other: &Self) -> bool {
+        (self.hour, self.day) == (other.hour, other.day) && self.model == other.model && self.endpoint == other.endpoint
+    }
+
+    /// Adds another of the same kind.
+    pub(super) fn merge(&mut self, other: &Self) {
+        self.cost.merge(&other.cost);
+        self.at_ms = self.at_ms.max(other.at_ms);
+    }
+}
+
 /// When the hour and the day of a moment begin, in seconds of Unix time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Begins {

@@ -27,6 +27,8 @@ const LINGER_MAX: Duration = Duration::from_millis(80);
 
 /// Pieces that are sent together are copied into one up to this size.
 const JOINED_BYTES_MAX: usize = 16 * 1024;
+/// So many tasks at once say that the endpoint sends faster than they are taken over.
+const TASKS_OF_BURST: usize = 4;
 
 /// The response of the attempt under way.
 pub(super) struct Hold {
@@ -244,7 +246,11 @@ impl Hold {
     }
 
     /// What of committed tasks is to be written, and the error that follows them, if one does.
-    pub(super) fn outgoing(&mut self, tasks: Vec<HttpTask>) -> (Vec<HttpTask>, Option<Box<Error>>) {
+    ///
+    /// Of a burst of events nothing may be written yet, if `gathers`: the next tasks are there already, and a write costs more than
+    /// a hundred events.
+    pub(super) fn outgoing(&mut self, tasks: Vec<HttpTask>, gathers: bool) -> (Vec<HttpTask>, Option<Box<Error>>) {
+        let gathers = gathers && tasks.len() >= TASKS_OF_BURST && self.reading.is_stream();
         let mut out = Vec::with_capacity(tasks.len());
         for task in tasks {
             match task {
@@ -282,8 +288,23 @@ impl Hold {
                 task @ HttpTask::UpgradedBody(..) => out.push(task),
             }
         }
-        self.push_pieces(&mut out, false);
+        let gathered: usize = self.pieces.iter().map(Bytes::len).sum();
+        if !(gathers && out.is_empty() && gathered < JOINED_BYTES_MAX) {
+            self.push_pieces(&mut out, false);
+        }
         (out, None)
+    }
+
+    /// Whether pieces were gathered that have to be written when nothing follows them.
+    pub(super) fn has_gathered(&self) -> bool {
+        !self.pieces.is_empty()
+    }
+
+    /// What was gathered.
+    pub(super) fn take_gathered(&mut self) -> Vec<HttpTask> {
+        let mut out = Vec::new();
+        self.push_pieces(&mut out, false);
+        out
     }
 
     /// Adds the pieces that go on, those that came together as one if they are small: each is a chunk, or a frame, of its own.

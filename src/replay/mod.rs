@@ -117,7 +117,10 @@ impl Drop for Replay {
 impl Replay {
     /// Writes committed tasks through.
     async fn forward(&mut self, tasks: Vec<HttpTask>) -> Result<bool> {
-        let (out, failed) = self.hold.outgoing(tasks);
+        // A write that was cut is finished first.
+        self.inner_writes().await?;
+        let gathers = self.inner.as_http1().is_some() && self.hold.is_body_sent();
+        let (out, failed) = self.hold.outgoing(tasks, gathers);
         // Writing nothing at all would end the response.
         let mut ended = false;
         if !out.is_empty() {
@@ -129,6 +132,29 @@ impl Replay {
             Some(error) => Err(error),
             None => Ok(ended),
         }
+    }
+
+    /// Writes what was gathered of a burst, unless the endpoint's next tasks come first. May be dropped at any moment: Pingora's
+    /// session keeps what is being written.
+    async fn write_gathered(&mut self) -> Result<()> {
+        /// The half of this task that reads from the endpoint runs between two looks, and which of the two is looked at first is
+        /// left to chance; after two the other one has had its turn.
+        const LOOKS: usize = 2;
+        for _ in 0..LOOKS {
+            tokio::task::yield_now().await;
+        }
+        for task in self.hold.take_gathered() {
+            self.inner.send_downstream_proxy_task(task);
+        }
+        self.inner_writes().await
+    }
+
+    /// Writes what the real session was given to write and was kept from.
+    async fn inner_writes(&mut self) -> Result<()> {
+        if self.inner.has_pending_downstream_proxy_tasks() {
+            self.inner.write_downstream_proxy_tasks().await?;
+        }
+        Ok(())
     }
 
     /// A deadline has passed: either what is held goes out, or the attempt is over.
@@ -220,6 +246,10 @@ impl CustomSession for Replay {
             // The body is on its way to the other half of this task, which writes it as soon as this one waits.
             tokio::task::yield_now().await;
             cork.pull();
+        }
+        self.inner_writes().await?;
+        if self.hold.has_gathered() {
+            self.write_gathered().await?;
         }
         loop {
             let Some(due_at) = self.hold.due_at() else { return self.inner.read_body_or_idle(true).await };
