@@ -137,9 +137,9 @@ impl Replay {
     /// Writes what was gathered of a burst, unless the endpoint's next tasks come first. May be dropped at any moment: Pingora's
     /// session keeps what is being written.
     async fn write_gathered(&mut self) -> Result<()> {
-        /// The half of this task that reads from the endpoint runs between two looks, and which of the two is looked at first is
-        /// left to chance; after two the other one has had its turn.
-        const LOOKS: usize = 2;
+        /// After the first look the half of this task that reads from the endpoint has room again, after the second one it has
+        /// filled it, and since it is left to chance whether that is seen before this, there is a third one.
+        const LOOKS: usize = 3;
         for _ in 0..LOOKS {
             tokio::task::yield_now().await;
         }
