@@ -28,6 +28,9 @@ struct Eligible {
 
 /// Picks one of the candidates that were not tried yet and do not seem to be at a limit.
 pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Option<Pick> {
+    if let Some(candidate) = at_once(pool, candidates, tried, clock) {
+        return Some(Pick { candidate, trial: None });
+    }
     let mut eligible = Vec::with_capacity(candidates.list().len());
     let mut tier = 0;
     for (index, candidate) in candidates.list().iter().enumerate() {
@@ -48,6 +51,30 @@ pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock
         }
     }
     choose(pool, candidates, &mut eligible, clock)
+}
+
+/// The choice of a strategy that draws, if all that it draws could take the request: then it is the same as if every candidate had
+/// been looked at, and costs as much for a thousand of them as for one.
+fn at_once(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Option<usize> {
+    let draw = || {
+        let drawn = candidates.draw()?;
+        let endpoint = untried(pool, candidates.list().get(drawn)?, tried)?;
+        (!seems_full(pool, endpoint, clock) && endpoint.live.gate(clock.now) == Gate::Open).then_some(drawn)
+    };
+    let better = |score: &dyn Fn(usize) -> f64| {
+        let (first, second) = (draw()?, draw()?);
+        // Twice the same one is no choice, unless there is no other.
+        if first == second && candidates.list().len() > 1 {
+            return None;
+        }
+        Some(if score(second) < score(first) { second } else { first })
+    };
+    match pool.server.strategy {
+        Strategy::Random => draw(),
+        Strategy::RoundRobin => None,
+        Strategy::LeastBusy => better(&|index| busyness(pool, candidates, index)),
+        Strategy::Fastest => better(&|index| slowness(pool, candidates, index, clock.now)),
+    }
 }
 
 /// Every candidate that was not tried yet and could take the request if its limits allow it, each with the moment from which

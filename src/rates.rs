@@ -1,5 +1,6 @@
 //! What this proxy can still take for a model, in the headers that OpenAI has for it.
 
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
@@ -36,6 +37,24 @@ pub struct Rates {
 impl Rates {
     /// Those of a model, as its endpoints were seen last, at most about a second ago.
     pub fn of(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Self {
+        /// So many are added up for every request, more only now and then.
+        const ADDED_UP_MAX: usize = 16;
+        const NOW_AND_THEN: Duration = Duration::from_millis(100);
+        if candidates.list().len() <= ADDED_UP_MAX {
+            return Self::add_up(pool, candidates, clock);
+        }
+        let mut told = candidates.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, rates)) = *told
+            && clock.boot - at < NOW_AND_THEN
+        {
+            return rates;
+        }
+        let rates = Self::add_up(pool, candidates, clock);
+        *told = Some((clock.boot, rates));
+        rates
+    }
+
+    fn add_up(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Self {
         let nothing = Rate { limit: 0, remaining: 0, reset: Duration::ZERO };
         let mut rates = Self { requests: Some(nothing), tokens: Some(nothing) };
         for candidate in candidates.list() {

@@ -7,6 +7,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use crate::config;
+use crate::limit::Stamp;
+use crate::rates::Rates;
 
 /// One endpoint that can take a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +27,10 @@ pub struct Candidate {
 #[derive(Debug, Default)]
 pub struct Candidates {
     list: Vec<Candidate>,
+    /// For each candidate of the first tier the sum of the weights as far as it.
+    first_tier: Vec<u64>,
+    /// What was told last of the rates of many candidates.
+    pub(crate) rates: Mutex<Option<(Stamp, Rates)>>,
     /// The running weights of smooth weighted round robin, one for each candidate.
     pub(crate) turns: Mutex<Vec<i64>>,
 }
@@ -45,7 +51,25 @@ impl Candidates {
             list.push(Candidate { endpoint: m.endpoint, model: m.model, tier, weight: m.weight });
         }
         let turns = Mutex::new(vec![0; list.len()]);
-        Self { list, turns }
+        let first_tier = list
+            .iter()
+            .take_while(|candidate| candidate.tier == 0)
+            .scan(0_u64, |sum, candidate| {
+                *sum += u64::from(candidate.weight);
+                Some(*sum)
+            })
+            .collect();
+        Self { list, first_tier, turns, rates: Mutex::default() }
+    }
+
+    /// One of the first tier, drawn by weight; none if there is none. However many there are, it costs a few looks.
+    pub fn draw(&self) -> Option<usize> {
+        let drawn = match self.first_tier.as_slice() {
+            [] => return None,
+            [_] => return Some(0),
+            [.., total] => fastrand::u64(..(*total).max(1)),
+        };
+        Some(self.first_tier.partition_point(|sum| *sum <= drawn))
     }
 
     /// The candidates, the first tier first.

@@ -38,6 +38,9 @@ use services::{Announce, Resolve, Scrape, StartThreads};
 /// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than
 /// any of those: a hundred attempts, each at sixteen addresses, begun anew twice, and once more without `stream_options`.
 const PINGORA_TRIES_MAX: usize = 100 * (16 + 2 + 1);
+/// Idle connections to endpoints that each thread keeps, unless the server conf says otherwise: after a crowd of streams the next
+/// one should not have to connect anew.
+const IDLE_CONNECTIONS_MAX: usize = 1024;
 /// A stopping process waits this long for its open requests, unless the server conf says otherwise.
 const GRACE_PERIOD_SECONDS: u64 = 600;
 
@@ -239,6 +242,9 @@ fn server_conf(config: &Config, options: &RunOptions) -> Result<ServerConf, Star
     if options.daemon && conf.working_directory.is_none() {
         // A relative path, as that of `.env`, means the same in the background.
         conf.working_directory = Some(options.start_folder.clone());
+    }
+    if conf.upstream_keepalive_pool_size == defaults.upstream_keepalive_pool_size {
+        conf.upstream_keepalive_pool_size = IDLE_CONNECTIONS_MAX;
     }
     conf.threads = config.server.threads;
     conf.max_retries = PINGORA_TRIES_MAX;

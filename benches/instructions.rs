@@ -1,0 +1,275 @@
+//! The stages of a request in instructions, which are the same however busy the machine is.
+//!
+//! Each stage runs under valgrind, once and a thousand times more often, and what one run of it takes is the difference. The counts are
+//! compared with those that are stored beside this file, with a tolerance for another compiler or processor; `--write` stores them
+//! anew. Needs valgrind: `make bench-instructions` sees to it.
+
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a bench that cannot be set up must stop, and its figures go to standard output"
+)]
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::hint::black_box;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use api_together::auth::Auth;
+use api_together::balance;
+use api_together::billing::Measured;
+use api_together::blot::Secrets;
+use api_together::config::{Config, Environment, Format, check_str};
+use api_together::ledger::Client;
+use api_together::limit::Clock;
+use api_together::pool::Pool;
+use api_together::record::Record;
+use api_together::relay::Relay;
+use api_together::request::{self, Call};
+use api_together::rewrite;
+use api_together::usage::Meter;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, header};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Per cent that a count may be off what is stored.
+const TOLERANCE: f64 = 5.0;
+/// Per cent by which a choice among a thousand endpoints may cost more than among one.
+const GROWTH_MAX: f64 = 5.0;
+const RUNS: u64 = 1000;
+const STORED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/instructions.txt");
+const EVENTS: usize = 200;
+
+/// One stage: its set-up makes what a run of it does.
+type Stage = (&'static str, fn() -> Box<dyn FnMut()>);
+
+const STAGES: &[Stage] = &[
+    ("check the key", check_key),
+    ("find the model in 1 KB", || scan(1024)),
+    ("find the model in 64 KB", || scan(64 * 1024)),
+    ("splice 1 KB", splice),
+    ("route an exact name, 1 endpoint", || route(1, "model-0")),
+    ("route an exact name, 1,000 endpoints", || route(1000, "model-0")),
+    ("route a pattern, 1 endpoint", || route(1, "family-0-large")),
+    ("route a pattern, 1,000 endpoints", || route(1000, "family-0-large")),
+    ("pick, 1 endpoint", || pick(1, "model-0")),
+    ("pick, 1,000 endpoints", || pick(1000, "model-0")),
+    ("pick, 2 endpoints of one model", || pick(2, "shared")),
+    ("pick, 1,000 endpoints of one model", || pick(1000, "shared")),
+    ("permit without limits", permit),
+    ("tokens of a 1 KB answer", answer),
+    ("200 events: relay and measure", || events(false)),
+    ("200 events: and strip the usage", || events(true)),
+    ("log line", line),
+];
+
+/// Choices that must not cost more among many endpoints.
+const FLAT: [(&str, &str); 4] = [
+    ("route an exact name, 1 endpoint", "route an exact name, 1,000 endpoints"),
+    ("route a pattern, 1 endpoint", "route a pattern, 1,000 endpoints"),
+    ("pick, 1 endpoint", "pick, 1,000 endpoints"),
+    ("pick, 2 endpoints of one model", "pick, 1,000 endpoints of one model"),
+];
+
+fn chat(bytes: usize) -> Bytes {
+    let content = "All work and no play makes Jack a dull boy. ".repeat(bytes / 44);
+    format!(r#"{{"messages":[{{"role":"user","content":"{content}"}}],"temperature":0.7,"model":"model-7"}}"#).into()
+}
+
+fn config(endpoints: usize) -> Config {
+    let apis: Vec<_> = (0..endpoints)
+        .map(|index| {
+            serde_json::json!({
+                "id": format!("api{index}"), "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-endpoint-key",
+                "models": [format!("model-{index}"), format!("family-{index}-*"), "shared"],
+            })
+        })
+        .collect();
+    let text = serde_json::json!({ "server": { "apiKey": "sk-client-key" }, "apis": apis }).to_string();
+    check_str(&text, Format::Json, &Environment::default(), Path::new("")).expect("the config is good").config
+}
+
+fn pool(endpoints: usize) -> Pool {
+    Pool::new(config(endpoints), Client::new(Clock::read), None).expect("the pool is good")
+}
+
+fn check_key() -> Box<dyn FnMut()> {
+    let (auth, server) = (Auth::default(), config(1).server);
+    let mut headers = HeaderMap::new();
+    headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer sk-client-key"));
+    Box::new(move || auth.check(&server, black_box(&headers), None).expect("it is the key"))
+}
+
+fn scan(bytes: usize) -> Box<dyn FnMut()> {
+    let body = chat(bytes);
+    Box::new(move || drop(black_box(request::scan(black_box(&body)))))
+}
+
+fn splice() -> Box<dyn FnMut()> {
+    let body = chat(1024);
+    let range = request::scan(&body).expect("it is JSON").model.expect("it names a model").range;
+    Box::new(move || drop(black_box(rewrite::spliced(&body, &mut [rewrite::model_edit(&range, "another-model")]))))
+}
+
+fn route(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
+    let pool = pool(endpoints);
+    Box::new(move || {
+        black_box(pool.router.find(black_box(model)));
+    })
+}
+
+fn pick(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
+    let pool = pool(endpoints);
+    let clock = pool.clock();
+    Box::new(move || {
+        let candidates = pool.router.find(model).expect("it is served");
+        black_box(balance::pick(&pool, candidates, &[], &clock));
+    })
+}
+
+fn permit() -> Box<dyn FnMut()> {
+    let pool = pool(1);
+    Box::new(move || {
+        let endpoint = pool.endpoints.first().expect("there is one");
+        pool.unlimited(endpoint).spend();
+    })
+}
+
+fn answer() -> Box<dyn FnMut()> {
+    let content = "All work and no play makes Jack a dull boy. ".repeat(20);
+    let answer = Bytes::from(format!(
+        r#"{{"id":"chatcmpl-9","object":"chat.completion","created":1795608000,"model":"gpt-4o","choices":[{{"index":0,"message":{{"role":"assistant","content":"{content}"}},"finish_reason":"stop"}}],"usage":{{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21,"prompt_tokens_details":{{"cached_tokens":0}}}},"system_fingerprint":"fp_1"}}"#
+    ));
+    Box::new(move || {
+        let mut meter = Meter::new(Call::Completion, true);
+        meter.json(black_box(&answer));
+        meter.json_ended();
+        black_box(meter.told().expect("it tells"));
+    })
+}
+
+fn events(strips: bool) -> Box<dyn FnMut()> {
+    let event = |nth: usize| {
+        format!(
+            "data: {{\"id\":\"chatcmpl-9\",\"object\":\"chat.completion.chunk\",\"created\":1795608000,\"model\":\"gpt-4o-mini\",\"choices\":[{{\"index\":0,\
+             \"delta\":{{\"content\":\" word{nth}\"}},\"logprobs\":null,\"finish_reason\":null}}],\"usage\":null,\"obfuscation\":\"{}\"}}\n\n",
+            "x".repeat(nth % 9)
+        )
+    };
+    let stream = Bytes::from((0..EVENTS).map(event).collect::<String>());
+    Box::new(move || {
+        let (mut relay, mut meter) =
+            (Relay::new(strips, Secrets::from_iter([&b"sk-endpoint-key"[..]])), Meter::new(Call::Completion, true));
+        let mut out = Vec::new();
+        relay.piece(black_box(&stream), &mut meter, &mut out);
+        black_box(out.len());
+    })
+}
+
+fn line() -> Box<dyn FnMut()> {
+    Box::new(|| {
+        let record = Record {
+            id: "01234567-89ab-4def-8123-456789abcdef",
+            caller: None,
+            method: "POST",
+            path: "/v1/chat/completions",
+            model: Some(black_box("gpt-4o")),
+            endpoint_model: None,
+            endpoint: Some("endpoint-1"),
+            attempts: 1,
+            status: Some(200),
+            bytes: 1234,
+            first_byte: None,
+            total: std::time::Duration::from_millis(1234),
+            measured: Measured::default(),
+            fault: None,
+        };
+        black_box(record.text().len());
+    })
+}
+
+/// What one run of a stage takes.
+fn count(stage: &str) -> u64 {
+    let total = |runs: u64| {
+        let program = std::env::current_exe().expect("this program has a path");
+        let done = Command::new("valgrind")
+            .args(["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"])
+            .arg(program)
+            .args(["--stage", stage, &runs.to_string()])
+            // What is random draws the same everywhere it can.
+            .output()
+            .expect("valgrind is missing: install it, or run `make bench-instructions`");
+        let text = String::from_utf8_lossy(&done.stderr).into_owned();
+        let line = text.lines().find_map(|line| line.split_once("refs:")).map(|(_, count)| count.replace(',', ""));
+        line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or_else(|| {
+            eprintln!("{stage}: valgrind says no count:\n{text}");
+            std::process::exit(1);
+        })
+    };
+    // The first run warms what is made once.
+    total(RUNS + 1).saturating_sub(total(1)) / RUNS
+}
+
+fn stored() -> BTreeMap<String, u64> {
+    let text = std::fs::read_to_string(STORED).unwrap_or_default();
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines
+        .filter_map(|line| line.rsplit_once('\t'))
+        .filter_map(|(stage, count)| Some((stage.to_owned(), count.parse().ok()?)))
+        .collect()
+}
+
+fn run(stage: &str, runs: u64) {
+    let (_, set_up) = STAGES.iter().find(|(name, _)| *name == stage).expect("the stage is known");
+    let mut run = set_up();
+    (0..runs).for_each(|_| run());
+}
+
+#[expect(clippy::cast_precision_loss, reason = "no stage has that many")]
+fn change(count: u64, than: u64) -> f64 {
+    (count as f64 / than.max(1) as f64 - 1.0) * 100.0
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [flag, stage, runs] = arguments.as_slice()
+        && flag == "--stage"
+    {
+        run(stage, runs.parse().expect("a number of runs"));
+        return ExitCode::SUCCESS;
+    }
+    let stored = stored();
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut text = "# Instructions of one run of each stage, counted by `make bench-instructions`; `make bench-instructions-write` writes them.\n".to_owned();
+    let mut failed = false;
+    for (stage, _) in STAGES {
+        let counted = count(stage);
+        counts.insert(stage, counted);
+        writeln!(text, "{stage}\t{counted}").expect("a String takes everything");
+        let off = stored.get(*stage).map(|before| change(counted, *before));
+        let is_off = off.is_none_or(|off| off.abs() > TOLERANCE);
+        failed |= is_off;
+        let told = off.map_or("not stored".to_owned(), |off| format!("{off:+.1} %"));
+        println!("{stage:<38} {counted:>9} {told:>11}{}", if is_off { "  <-- not what is stored" } else { "" });
+    }
+    let mut grows = false;
+    for (few, many) in FLAT {
+        let growth = change(*counts.get(many).unwrap_or(&0), *counts.get(few).unwrap_or(&0));
+        if growth > GROWTH_MAX {
+            grows = true;
+            println!("{many}: {growth:+.1} % against {few}; at most {GROWTH_MAX} % are allowed");
+        }
+    }
+    if arguments.iter().any(|argument| argument == "--write") {
+        std::fs::write(STORED, text).expect("the counts can be written");
+    } else if failed {
+        println!(
+            "Faster or slower than stored by more than {TOLERANCE} %: if that is meant, run `make bench-instructions-write`."
+        );
+        return ExitCode::FAILURE;
+    }
+    if grows { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
