@@ -264,7 +264,7 @@ impl Attempt {
 
     /// Likewise, if its permit is still worth something.
     pub fn send_now(&mut self, ledger: &Client) -> bool {
-        let holds = !self.permit.is_stale(&ledger.clock());
+        let holds = !self.permit.is_counted() || !self.permit.is_stale(&ledger.clock());
         if holds {
             self.permit.spend();
         }

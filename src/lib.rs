@@ -8,7 +8,7 @@
 //! | order of the stages | [`proxy`] | Pingora's hooks → calls of the stages below |
 //! | who may call | [`auth`] | key → caller |
 //! | our own answers | [`admin`] | path → health, status, models |
-//! | what is asked for | [`request`], [`memory`] | body → model, stream |
+//! | what is asked for | [`request`], [`json_walk`], [`memory`] | body → model, stream |
 //! | who serves it | [`route`] | model → candidates |
 //! | which of them | [`balance`], [`health`] | candidates → one |
 //! | may it be asked | [`admission`], [`limit`], [`ledger`] | one → one with a permit, or another |
@@ -41,6 +41,7 @@ pub mod error;
 pub mod estimate;
 pub mod health;
 pub mod json_scan;
+pub mod json_walk;
 pub mod ledger;
 pub mod limit;
 pub mod log_output;

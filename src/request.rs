@@ -15,6 +15,7 @@ use serde_json::value::RawValue;
 
 use crate::error::Fault;
 use crate::json_scan::{self, Key};
+use crate::json_walk;
 
 /// A client that sends nothing for this long while its body is due has gone or stalls on purpose.
 pub const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -158,12 +159,26 @@ pub fn is_json(content_type: Option<&str>) -> bool {
 
 /// Finds the fields of a JSON body, and refuses one that no endpoint could understand.
 pub fn scan(body: &[u8]) -> Result<Fields, Fault> {
+    match walk(body) {
+        Some(found) => found.locate(body),
+        None => parse(body)?.locate(body),
+    }
+}
+
+/// Finds them fast; none if that cannot be done, or if the body is not valid.
+fn walk(body: &[u8]) -> Option<Found> {
+    let mut found = Found::default();
+    json_walk::members(body, |key, range| found.take(key, || range))?;
+    Some(found)
+}
+
+/// Finds them slowly, and says what is wrong with the body.
+fn parse(body: &[u8]) -> Result<Found, Fault> {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let found = deserializer
-        .deserialize_any(FieldsVisitor)
+    deserializer
+        .deserialize_any(FieldsVisitor { body })
         .and_then(|found| deserializer.end().map(|()| found))
-        .map_err(|error| Fault::RequestInvalid { problem: explain(&error) })?;
-    found.locate(body)
+        .map_err(|error| Fault::RequestInvalid { problem: explain(&error) })
 }
 
 fn explain(error: &serde_json::Error) -> String {
@@ -174,36 +189,54 @@ fn explain(error: &serde_json::Error) -> String {
     }
 }
 
-/// The fields as they stand in the body, before their values are looked at.
-#[derive(Default)]
-struct Found<'a> {
-    model: Option<&'a RawValue>,
-    model_again: Option<&'a RawValue>,
-    stream: Option<&'a RawValue>,
-    stream_options: Option<&'a RawValue>,
+/// Where the fields stand in the body, before their values are looked at.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Found {
+    model: Option<Range<usize>>,
+    model_again: Option<Range<usize>>,
+    stream: Option<Range<usize>>,
+    stream_options: Option<Range<usize>>,
     /// Whether one of the two is there twice, so that nobody can say which one counts.
     stream_again: bool,
 }
 
-impl Found<'_> {
+impl Found {
+    /// Takes a member in, if it is one of them.
+    fn take(&mut self, key: &[u8], range: impl FnOnce() -> Range<usize>) {
+        match key {
+            b"model" if self.model.is_some() => self.model_again = Some(range()),
+            b"model" => self.model = Some(range()),
+            b"stream" => {
+                self.stream_again |= self.stream.is_some();
+                self.stream = Some(range());
+            }
+            b"stream_options" => {
+                self.stream_again |= self.stream_options.is_some();
+                self.stream_options = Some(range());
+            }
+            _ => {}
+        }
+    }
+
     fn locate(self, body: &[u8]) -> Result<Fields, Fault> {
+        let text = |range: &Range<usize>| body.get(range.clone()).unwrap_or_default();
         if let Some(again) = self.model_again {
-            let at = position(body, range_in(body, again).start);
+            let at = position(body, again.start);
             let problem = format!("The request body has two `model` keys; the second value is at {at}.");
             return Err(Fault::RequestInvalid { problem });
         }
-        let model = self.model.map(|raw| (raw, range_in(body, raw))).map(|(raw, range)| {
-            let value = serde_json::from_str(raw.get()).map_err(|_| Fault::RequestInvalid {
+        let model = self.model.map(|range| {
+            let value = serde_json::from_slice(text(&range)).map_err(|_| Fault::RequestInvalid {
                 problem: format!("`model` must be a string, at {} of the request body.", position(body, range.start)),
             })?;
             Ok(Field { value, range })
         });
-        let stream = self.stream.filter(|raw| raw.get() == "true");
-        let ask_usage = stream.filter(|_| !self.stream_again).and_then(|stream| {
-            if let Some(options) = self.stream_options {
+        let stream = self.stream.filter(|range| text(range) == b"true");
+        let ask_usage = stream.as_ref().filter(|_| !self.stream_again).and_then(|stream| {
+            if let Some(options) = &self.stream_options {
                 return within_options(body, options);
             }
-            let end = range_in(body, stream).end;
+            let end = stream.end;
             Some(AskUsage { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
         });
         Ok(Fields { model: model.transpose()?, stream: stream.is_some(), ask_usage })
@@ -211,19 +244,19 @@ impl Found<'_> {
 }
 
 /// How to ask for the usage where there are options already.
-fn within_options(body: &[u8], options: &RawValue) -> Option<AskUsage> {
+fn within_options(body: &[u8], range: &Range<usize>) -> Option<AskUsage> {
     #[derive(Deserialize)]
     struct Options<'a> {
         #[serde(borrow, default, deserialize_with = "json_scan::even_null")]
         include_usage: Option<&'a RawValue>,
     }
-    let range = range_in(body, options);
-    if options.get() == "null" {
-        return Some(AskUsage { range, with: r#"{"include_usage":true}"# });
+    let options = std::str::from_utf8(body.get(range.clone())?).ok()?;
+    if options == "null" {
+        return Some(AskUsage { range: range.clone(), with: r#"{"include_usage":true}"# });
     }
     // Anything but an object is for the endpoint to refuse.
-    let inside = options.get().strip_prefix('{')?.strip_suffix('}')?;
-    let Options { include_usage } = serde_json::from_str(options.get()).ok()?;
+    let inside = options.strip_prefix('{')?.strip_suffix('}')?;
+    let Options { include_usage } = serde_json::from_str(options).ok()?;
     match include_usage {
         Some(wish) if matches!(wish.get(), "false" | "null") => {
             Some(AskUsage { range: range_in(body, wish), with: "true" })
@@ -250,10 +283,12 @@ fn position(body: &[u8], offset: usize) -> String {
     format!("line {line} column {column}")
 }
 
-struct FieldsVisitor;
+struct FieldsVisitor<'a> {
+    body: &'a [u8],
+}
 
-impl<'de> Visitor<'de> for FieldsVisitor {
-    type Value = Found<'de>;
+impl<'de> Visitor<'de> for FieldsVisitor<'_> {
+    type Value = Found;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object such as {\"model\": …}")
@@ -262,20 +297,11 @@ impl<'de> Visitor<'de> for FieldsVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut found = Found::default();
         while let Some(Key(key)) = map.next_key()? {
-            match key.as_ref() {
-                "model" if found.model.is_some() => found.model_again = Some(map.next_value()?),
-                "model" => found.model = Some(map.next_value()?),
-                "stream" => {
-                    found.stream_again |= found.stream.is_some();
-                    found.stream = Some(map.next_value()?);
-                }
-                "stream_options" => {
-                    found.stream_again |= found.stream_options.is_some();
-                    found.stream_options = Some(map.next_value()?);
-                }
-                _ => {
-                    map.next_value::<IgnoredAny>()?;
-                }
+            if matches!(&*key, "model" | "stream" | "stream_options") {
+                let value: &RawValue = map.next_value()?;
+                found.take(key.as_bytes(), || range_in(self.body, value));
+            } else {
+                map.next_value::<IgnoredAny>()?;
             }
         }
         Ok(found)
@@ -310,6 +336,7 @@ fn hex(digit: u8) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn problem(body: &str) -> String {
         match scan(body.as_bytes()) {
@@ -446,5 +473,26 @@ mod tests {
         assert_eq!(query_model("a=1&model=meta%2Fllama-3").as_deref(), Some("meta/llama-3"));
         assert_eq!(query_model("model="), None);
         assert_eq!(percent_decode("100%zz%2"), "100%zz%2");
+    }
+
+    proptest! {
+        #[test]
+        fn fast_or_slow_the_same_is_found(
+            members in prop::collection::vec(
+                prop::sample::select(vec![
+                    r#""model":"a""#, r#" "model" : "b\u0020" "#, r#""stream":true"#, r#""stream":false"#,
+                    r#""stream_options":{"include_usage":false}"#, r#""stream_options":null"#, r#""x":{"model":[1,"]"]}"#,
+                    r#""m\u006fdel":"c""#, r#""messages":[{"content":"\n\"model\":\"d\""}]"#, "\"y\":\"\n\"", "\"z\":01",
+                ]),
+                0..6,
+            ),
+        ) {
+            let body = format!("{{{}}}", members.join(","));
+            let slow = parse(body.as_bytes());
+            match walk(body.as_bytes()) {
+                Some(found) => prop_assert_eq!(Ok(found), slow),
+                None => prop_assert!(slow.is_err() || body.contains("m\\u006f"), "{}", body),
+            }
+        }
     }
 }

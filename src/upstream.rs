@@ -137,10 +137,11 @@ impl Upstream {
         let options = &mut peer.options;
         // While a body is written to an HTTP/2 endpoint no other deadline is looked at.
         options.write_timeout = options.write_timeout.min(Some(first_byte)).or(options.write_timeout);
-        // Per read. The deadlines that count are kept with the response; this one only ends what those miss.
-        options.read_timeout = options.read_timeout.max(Some(first_byte));
         if switches_protocol {
             peer.options.alpn = ALPN::H1;
+        } else {
+            // The wrapped session keeps the deadlines of a response, with one timer for all of its reads.
+            options.read_timeout = None;
         }
         if fresh {
             // Pingora shares connections by this key, so no other request's fits; nor will this one's fit any later, so it need

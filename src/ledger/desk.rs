@@ -719,6 +719,77 @@ mod tests {
         assert_eq!(refusal.wait, Duration::from_millis(20_500));
     }
 
+    /// Draws one permit a millisecond, as many as make a stock.
+    fn busy(process: &mut Process, wanted: &Wanted) -> usize {
+        let mut sent = 0;
+        while process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock()).is_none() {
+            let mut first_choice = process.ask(std::slice::from_ref(wanted), Otherwise::LookElsewhere);
+            process.serve();
+            spent(ready(&mut first_choice));
+            process.now_ms.fetch_add(1, Ordering::Relaxed);
+            sent += 1;
+            assert!(sent < 100, "nothing is drawn ahead");
+        }
+        // The last look has taken one, and dropped it.
+        process.serve();
+        sent
+    }
+
+    #[test]
+    fn what_is_drawn_ahead_counts_until_it_is_given_back() {
+        let (folder, mut process) = Process::alone();
+        let wanted = process.wanted("a", r#""rpm":1000000,"rpd":1000000"#);
+        let sent = busy(&mut process, &wanted);
+        let at_once =
+            |process: &Process| process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock());
+        for _ in 0..20 {
+            at_once(&process).expect("there are more").spend();
+        }
+        let sent = u64::try_from(sent + 20).unwrap();
+        let in_ledger = || {
+            let ledger = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+            let sum = |table: &str| {
+                let sql = format!("SELECT sum(attempts) FROM {table}");
+                ledger.query_row(&sql, [], |row| row.get::<_, u64>(0)).unwrap()
+            };
+            assert_eq!(sum("minute"), sum("day"));
+            sum("day")
+        };
+        let before = in_ledger();
+        assert!(before > sent + 8, "a kill now would waste the rest: {before} of {sent}");
+        // Whoever wants to know what is left is told the truth, and the rest is given back.
+        assert_eq!(process.used(&wanted), (sent, sent));
+        assert!(at_once(&process).is_none());
+        assert_eq!(in_ledger(), sent);
+        // By itself it is given back when it is old.
+        let sent = sent + u64::try_from(busy(&mut process, &wanted)).unwrap();
+        assert!(in_ledger() > sent + 8);
+        assert!(process.desk.next_due() <= process.client.clock().boot + stock::USABLE);
+        process.pass(stock::USABLE);
+        assert!(at_once(&process).is_none());
+        assert_eq!((in_ledger(), process.used(&wanted)), (sent, (sent, sent)));
+        // And before the thread ends.
+        let sent = sent + u64::try_from(busy(&mut process, &wanted)).unwrap();
+        process.client.close();
+        process.serve();
+        assert_eq!(in_ledger(), sent);
+        assert!(process.desk.is_all_written());
+    }
+
+    #[test]
+    fn nobody_is_refused_for_what_was_drawn_ahead() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = process.wanted("a", r#""rpm":100000"#);
+        busy(&mut process, &wanted);
+        // Others use up all that is left of the minute.
+        let clock = process.client.clock();
+        let used = wanted.account.mirror().usage.view(&wanted.limits, &clock).minute.attempts;
+        let now = Counted { at: clock.boot, days: wanted.limits.calendar.days(clock.wall) };
+        wanted.account.mirror().usage.add(now, Counts { attempts: 100_000 - used, tokens: 0 });
+        // Whoever asks to be told when to come back gets one of those that were drawn ahead, which are given back first.
+        assert!(matches!(process.draw(std::slice::from_ref(&wanted)), Drawn::Granted(0, _)));
+    }
+
     #[test]
     fn a_permit_is_swapped_without_anybody_coming_between() {
         let (_folder, mut process) = Process::alone();

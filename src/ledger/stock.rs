@@ -17,9 +17,12 @@ const WATCHED: Duration = Duration::from_millis(10);
 const PERMITS_MIN: u64 = 8;
 /// A larger one is not needed: so many in [`USABLE`] are more than 60,000 a second.
 const PERMITS_MAX: u64 = 4096;
-/// No more than this part of what is left is drawn ahead, so that little is kept from other processes, and near its limit an
-/// endpoint's permits are drawn one by one.
-const PART_OF_LEFT: u64 = 8;
+/// No more than this part of what is left is drawn ahead: so much at most is kept from other processes, or wasted by a kill, and of
+/// small limits, and near any, permits are drawn one by one. At the rate that uses up a limit by the minute a stock is a thousandth
+/// of it, so this holds back nobody who has a quarter of his minute left.
+const PART_OF_LEFT: u64 = 256;
+/// Token limits are near when less than this part is left.
+const PART_OF_TOKENS: u64 = 8;
 
 /// The stock of one endpoint.
 #[derive(Debug, Default)]
@@ -118,7 +121,7 @@ impl Demand {
 /// How many permits may be drawn ahead of an endpoint of which this is left.
 fn spare(view: &View) -> u64 {
     // What a request costs in tokens is known only afterwards, so near these limits each is looked at.
-    let is_near = |gauge: Option<Gauge>| gauge.is_some_and(|gauge| gauge.left() < gauge.limit / PART_OF_LEFT);
+    let is_near = |gauge: Option<Gauge>| gauge.is_some_and(|gauge| gauge.left() < gauge.limit / PART_OF_TOKENS);
     if is_near(view.tpm) || is_near(view.tpd) {
         return 0;
     }
@@ -141,7 +144,7 @@ mod tests {
     }
 
     fn left(rpm: u64, tpm: Option<u64>) -> View {
-        let gauge = |left: u64| Gauge { limit: 10_000, used: 10_000 - left, resets: None };
+        let gauge = |left: u64| Gauge { limit: 1_000_000, used: 1_000_000 - left, resets: None };
         View { rpm: Some(gauge(rpm)), tpm: tpm.map(gauge), ..View::default() }
     }
 
@@ -171,14 +174,14 @@ mod tests {
             assert!((0..taken).all(|_| stock.take(&limits, &clock).is_some()));
             demand.drawn(&stock, || view, clock.boot + Duration::from_millis(millis))
         };
-        let plenty = left(9000, None);
+        let plenty = left(900_000, None);
         assert_eq!(ahead(10, 0, 10, plenty), 60);
         assert_eq!(ahead(1, 99, 60, plenty), 100, "those taken out of the last stock count as well");
         assert_eq!(ahead(10, 0, 9, plenty), 0, "too short a time tells nothing");
         assert_eq!(ahead(10, 0, 100, plenty), 0, "who comes now and then is served one by one");
-        assert_eq!(ahead(100, 0, 10, left(800, None)), 100, "an eighth of what is left");
-        assert_eq!(ahead(100, 0, 10, left(60, None)), 0);
-        assert_eq!(ahead(100, 0, 10, left(9000, Some(1000))), 0, "few tokens are left");
-        assert_eq!(ahead(100, 0, 10, left(9000, Some(2000))), 600);
+        assert_eq!(ahead(100, 0, 10, left(25_600, None)), 100, "a part of what is left");
+        assert_eq!(ahead(100, 0, 10, left(2000, None)), 0);
+        assert_eq!(ahead(100, 0, 10, left(900_000, Some(100_000))), 0, "few tokens are left");
+        assert_eq!(ahead(100, 0, 10, left(900_000, Some(200_000))), 600);
     }
 }

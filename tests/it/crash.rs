@@ -133,3 +133,56 @@ async fn twenty_kills_pass_no_limit_and_lose_no_count() {
 async fn two_processes_on_one_ledger_pass_no_limit_while_either_is_killed() {
     crash(2).await;
 }
+
+/// Of an endpoint that is asked all the time and has plenty left permits are drawn ahead. A process that ends gives them back; one
+/// that is killed wastes what it has used up within a moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_drawn_ahead_is_given_back_or_wasted_but_never_sent_uncounted() {
+    let folder = TempDir::new().unwrap();
+    let endpoint = simulator().await;
+    let port = port();
+    let apis = [endpoint_with("a", &endpoint.base_url(), json!({ "rpm": 10_000_000, "rpd": 10_000_000 }))];
+    let text = config_text(json!({ "port": port, "ledger": folder.path().join("ledger.db") }), &apis);
+    let received = || endpoint.requests().len() as u64;
+    let mut wasted = 0;
+    for kills in [false, true, false] {
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let mut running = start(folder.path(), "a.json", &text);
+        let url = format!("http://127.0.0.1:{port}/v1/chat/completions");
+        let load: Vec<JoinHandle<()>> = (0..TASKS)
+            .map(|_| {
+                let (url, stop, answered) = (url.clone(), Arc::clone(&stop), Arc::clone(&answered));
+                let client = client(|builder| builder.timeout(Duration::from_secs(5)));
+                tokio::spawn(async move {
+                    while !stop.load(Ordering::Relaxed) {
+                        let call = client.post(&url).bearer_auth(KEY).json(&chat("m")).send().await;
+                        answered.fetch_add(
+                            usize::from(call.is_ok_and(|response| response.status() == 200)),
+                            Ordering::Relaxed,
+                        );
+                    }
+                })
+            })
+            .collect();
+        until("much was asked", || answered.load(Ordering::Relaxed) > 1000).await;
+        if kills {
+            drop(running);
+        } else {
+            running.signal("TERM");
+            running.exit().await;
+        }
+        stop.store(true, Ordering::Relaxed);
+        for task in load {
+            task.await.unwrap();
+        }
+        let [(_, counted), _] = counted(folder.path());
+        let sent = received();
+        assert!(counted >= sent + wasted, "{counted} counted of {sent} sent and {wasted} wasted before");
+        if kills {
+            wasted = counted - sent;
+            assert!(wasted <= 4096 + TASKS as u64, "{wasted} were wasted");
+        } else {
+            assert_eq!(counted, sent + wasted, "nothing is wasted by an end in order");
+        }
+    }
+}
