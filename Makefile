@@ -104,6 +104,52 @@ test-deb: deb ## Install the package, start it, upgrade it, remove it: as root, 
 soak: build-tools ## The tests that are short above, at full length
 	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load
 
+# What the benchmarks need: the load generator, nginx, valgrind, and other gateways where their registries can be reached
+LITELLM_VERSION := 1.100.5
+PORTKEY_VERSION := 1.15.2
+
+.PHONY: bench-programs
+bench-programs: build-tools
+	command -v oha >/dev/null || { echo "==> oha is missing: installing it with cargo"; cargo install --locked oha; }
+	PATH="$$PATH:/usr/sbin"
+	$(call install,nginx,nginx-light)
+	$(call install,taskset,util-linux)
+	$(call install,python3,python3 python3-venv)
+	echo "==> building the release and what it is measured with"
+	cargo build --release --locked --bin api-together --example endpoint --example bare --example streams
+
+.PHONY: bench-gateways
+bench-gateways: # LiteLLM and Portkey, into target/bench/; one that cannot be installed is left out of the comparison
+	mkdir -p target/bench/portkey
+	if [ ! -x target/bench/litellm/bin/litellm ]; then
+	  echo "==> installing LiteLLM $(LITELLM_VERSION)"
+	  { python3 -m venv target/bench/litellm && target/bench/litellm/bin/pip install -q 'litellm[proxy]==$(LITELLM_VERSION)'; } \
+	    || echo "LiteLLM cannot be installed here"
+	fi
+	if [ ! -d target/bench/portkey/node_modules ]; then
+	  echo "==> installing Portkey $(PORTKEY_VERSION)"
+	  (cd target/bench/portkey && npm install --no-fund --no-audit --silent @portkey-ai/gateway@$(PORTKEY_VERSION)) \
+	    || echo "Portkey cannot be installed here"
+	fi
+
+.PHONY: bench
+bench: bench-programs bench-gateways ## Compare with bare Pingora, nginx and other gateways (15 minutes); the figures go into BENCHMARKS.md
+	python3 benches/compare.py --write
+
+.PHONY: bench-scale
+bench-scale: bench-programs ## Ten thousand streams, two hundred endpoints, five hundred large bodies; into BENCHMARKS.md too
+	python3 benches/scale.py --write
+
+.PHONY: bench-instructions
+bench-instructions: build-tools ## Count the instructions of each stage and compare them with those that are stored
+	$(call install,valgrind,valgrind)
+	cargo bench --locked --bench instructions
+
+.PHONY: bench-instructions-write
+bench-instructions-write: build-tools ## Store the instructions of each stage anew
+	$(call install,valgrind,valgrind)
+	cargo bench --locked --bench instructions -- --write
+
 .PHONY: bench-limits
 bench-limits: build-tools ## Measure what limits cost: requests a second and latencies with them against without
 	command -v oha >/dev/null || { echo "==> oha is missing: installing it with cargo"; cargo install --locked oha; }

@@ -30,10 +30,10 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
-def json_body(size, stream=False):
+def json_body(size, stream=False, model=MODEL):
     """A chat request of about this size, the model where SDKs put it: behind the messages."""
     begin = '{"stream":true,' if stream else "{"
-    frame = f'{begin}"messages":[{{"role":"user","content":""}}],"temperature":0.7,"model":"{MODEL}"}}'
+    frame = f'{begin}"messages":[{{"role":"user","content":""}}],"temperature":0.7,"model":"{model}"}}'
     content = "All work and no play makes Jack a dull boy. "
     content = (content * (size // len(content) + 1))[: max(0, size - len(frame))]
     return frame.replace('"content":""', f'"content":"{content}"').encode()
@@ -52,6 +52,7 @@ class Contender:
     is_gateway: bool = False
     # What has to be there, or it is left out.
     needs: pathlib.Path = None
+    model: str = MODEL
     process: subprocess.Popen = None
 
     @property
@@ -80,7 +81,8 @@ class Contender:
             time.sleep(0.1)
 
     def answers(self):
-        request = urllib.request.Request(self.url, data=json_body(1024), headers=self.all_headers())
+        body = json_body(1024, model=self.model)
+        request = urllib.request.Request(self.url, data=body, headers=self.all_headers())
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 return b"All work and no play" in answer.read()

@@ -95,8 +95,10 @@ impl Rates {
             HeaderName::from_static("x-ratelimit-reset-tokens"),
         ];
         let each = |names: [HeaderName; 3], rate: Rate| {
-            let reset = HeaderValue::from_str(&duration(rate.reset)).unwrap_or_else(|_| HeaderValue::from_static("0s"));
-            names.into_iter().zip([rate.limit.into(), rate.remaining.into(), reset])
+            let text = |text: &str| HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static("0"));
+            let number = |number: u64| text(itoa::Buffer::new().format(number));
+            let reset = if rate.reset.is_zero() { HeaderValue::from_static("0s") } else { text(&duration(rate.reset)) };
+            names.into_iter().zip([number(rate.limit), number(rate.remaining), reset])
         };
         let requests = self.requests.map(|rate| each(REQUESTS, rate));
         let tokens = self.tokens.map(|rate| each(TOKENS, rate));

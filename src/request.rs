@@ -153,8 +153,10 @@ pub struct Field<T> {
 /// the API but the uploads is.
 pub fn is_json(content_type: Option<&str>) -> bool {
     let Some(value) = content_type else { return true };
-    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+    let essence = value.split(';').next().unwrap_or_default().trim().as_bytes();
+    let begins = |start: &[u8]| essence.get(..start.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(start));
+    let is_suffixed = || essence.last_chunk::<5>().is_some_and(|end| end.eq_ignore_ascii_case(b"+json"));
+    essence.eq_ignore_ascii_case(b"application/json") || begins(b"application/") && is_suffixed()
 }
 
 /// Finds the fields of a JSON body, and refuses one that no endpoint could understand.

@@ -113,7 +113,10 @@ pub struct Edit<'a> {
 
 /// The replacement of the model's name.
 pub fn model_edit(range: &Range<usize>, model: &str) -> Edit<'static> {
-    Edit { range: range.clone(), with: serde_json::Value::from(model).to_string().into() }
+    // Nearly all names are written as they are.
+    let is_plain = model.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\'));
+    let with = if is_plain { format!("\"{model}\"") } else { serde_json::Value::from(model).to_string() };
+    Edit { range: range.clone(), with: with.into() }
 }
 
 /// A body up to this size is copied into one piece, which is cheaper to send than several.
@@ -123,6 +126,9 @@ const JOINED_BYTES_MAX: usize = 64 * 1024;
 /// there is left alone.
 pub fn spliced(body: &Bytes, edits: &mut [Edit<'_>]) -> Vec<Bytes> {
     edits.sort_by_key(|edit| edit.range.start);
+    if body.len() <= JOINED_BYTES_MAX && !edits.is_empty() {
+        return vec![joined(body, edits)];
+    }
     let mut pieces = Vec::with_capacity(2 * edits.len() + 1);
     let mut from = 0;
     for Edit { range, with } in edits {
@@ -135,14 +141,24 @@ pub fn spliced(body: &Bytes, edits: &mut [Edit<'_>]) -> Vec<Bytes> {
     }
     pieces.push(body.slice(from..));
     pieces.retain(|piece| !piece.is_empty());
-    if pieces.len() > 1 && body.len() <= JOINED_BYTES_MAX {
-        let mut joined = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
-        for piece in &pieces {
-            joined.put_slice(piece);
-        }
-        return vec![joined.freeze()];
-    }
     pieces
+}
+
+fn joined(body: &Bytes, edits: &[Edit<'_>]) -> Bytes {
+    let more: usize = edits.iter().map(|edit| edit.with.len()).sum();
+    let mut joined = BytesMut::with_capacity(body.len() + more);
+    let mut from = 0;
+    for Edit { range, with } in edits {
+        let Some(before) = body.get(from..range.start).filter(|_| range.start <= range.end) else {
+            return body.clone();
+        };
+        joined.put_slice(before);
+        joined.put_slice(with.as_bytes());
+        from = range.end;
+    }
+    let Some(after) = body.get(from..) else { return body.clone() };
+    joined.put_slice(after);
+    joined.freeze()
 }
 
 #[cfg(test)]

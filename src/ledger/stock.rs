@@ -10,12 +10,12 @@ use std::time::Duration;
 use crate::limit::{Clock, Counted, Gauge, Limits, PERMIT_AGE_MAX, Stamp, View};
 
 /// A permit is taken out of the stock for no longer than this; what is left of [`PERMIT_AGE_MAX`] is for its way to the endpoint.
-pub(super) const USABLE: Duration = Duration::from_millis(60);
+pub(super) const USABLE: Duration = Duration::from_millis(100);
 /// How fast an endpoint's permits go is told from no shorter time than this.
 const WATCHED: Duration = Duration::from_millis(10);
 /// A smaller stock is not worth it.
 const PERMITS_MIN: u64 = 8;
-/// A larger one is not needed: so many in [`USABLE`] are more than 60,000 a second.
+/// A larger one is not needed: so many in [`USABLE`] are 40,000 a second.
 const PERMITS_MAX: u64 = 4096;
 /// No more than this part of what is left is drawn ahead: so much at most is kept from other processes, or wasted by a kill, and of
 /// small limits, and near any, permits are drawn one by one. At the rate that uses up a limit by the minute a stock is a thousandth
@@ -157,8 +157,8 @@ mod tests {
         assert_eq!(stock.take(&limits, &clock), Some(counted));
         assert!(stock.take(&self::limits(), &clock).is_none(), "the config is another one");
         let later = |millis| Clock { boot: clock.boot + Duration::from_millis(millis), ..clock };
-        assert_eq!(stock.take(&limits, &later(59)), Some(counted));
-        assert!(stock.take(&limits, &later(60)).is_none());
+        assert_eq!(stock.take(&limits, &later(99)), Some(counted));
+        assert!(stock.take(&limits, &later(100)).is_none());
         let tomorrow = Clock { wall: clock.wall + Duration::from_hours(24), ..clock };
         assert!(stock.take(&limits, &tomorrow).is_none(), "the day has turned");
         assert_eq!(stock.take_all().map(|ahead| ahead.permits), Some(1));
@@ -175,13 +175,13 @@ mod tests {
             demand.drawn(&stock, || view, clock.boot + Duration::from_millis(millis))
         };
         let plenty = left(900_000, None);
-        assert_eq!(ahead(10, 0, 10, plenty), 60);
-        assert_eq!(ahead(1, 99, 60, plenty), 100, "those taken out of the last stock count as well");
+        assert_eq!(ahead(10, 0, 10, plenty), 100);
+        assert_eq!(ahead(1, 99, 100, plenty), 100, "those taken out of the last stock count as well");
         assert_eq!(ahead(10, 0, 9, plenty), 0, "too short a time tells nothing");
-        assert_eq!(ahead(10, 0, 100, plenty), 0, "who comes now and then is served one by one");
+        assert_eq!(ahead(7, 0, 100, plenty), 0, "who comes now and then is served one by one");
         assert_eq!(ahead(100, 0, 10, left(25_600, None)), 100, "a part of what is left");
         assert_eq!(ahead(100, 0, 10, left(2000, None)), 0);
         assert_eq!(ahead(100, 0, 10, left(900_000, Some(100_000))), 0, "few tokens are left");
-        assert_eq!(ahead(100, 0, 10, left(900_000, Some(200_000))), 600);
+        assert_eq!(ahead(100, 0, 10, left(900_000, Some(200_000))), 1000);
     }
 }

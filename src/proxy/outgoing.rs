@@ -163,7 +163,7 @@ fn add_our_headers(headers: &mut HeaderMap, context: &Context) {
 fn add_attempts(headers: &mut HeaderMap, context: &Context) {
     let attempts = context.tries.tried.len();
     if context.arrival.endpoint_headers && attempts > 0 {
-        headers.insert(ATTEMPTS, attempts.into());
+        headers.insert(ATTEMPTS, if attempts == 1 { HeaderValue::from_static("1") } else { attempts.into() });
     }
 }
 
