@@ -114,7 +114,7 @@ impl Walk<'_> {
             let rest = self.json.get(self.at..)?;
             let found = memchr::memchr2(b'"', b'\\', rest)?;
             // No control character is allowed. The least of all is found many at a time.
-            if rest.get(..found)?.iter().min().is_some_and(|least| *least < b' ') {
+            if rest.get(..found)?.iter().fold(u8::MAX, |least, byte| least.min(*byte)) < b' ' {
                 return None;
             }
             self.at += found + 1;

@@ -4,6 +4,7 @@
 //! distinct pattern length otherwise, however many endpoints there are.
 
 use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::{Arc, Mutex};
 
 use crate::config;
@@ -29,6 +30,8 @@ pub struct Candidates {
     list: Vec<Candidate>,
     /// For each candidate of the first tier the sum of the weights as far as it.
     first_tier: Vec<u64>,
+    /// Whether those are all the same, so that none has to be looked for.
+    is_even: bool,
     /// What was told last of the rates of many candidates.
     pub(crate) rates: Mutex<Option<(Stamp, Rates)>>,
     /// The running weights of smooth weighted round robin, one for each candidate.
@@ -51,15 +54,15 @@ impl Candidates {
             list.push(Candidate { endpoint: m.endpoint, model: m.model, tier, weight: m.weight });
         }
         let turns = Mutex::new(vec![0; list.len()]);
-        let first_tier = list
-            .iter()
-            .take_while(|candidate| candidate.tier == 0)
+        let first = || list.iter().take_while(|candidate| candidate.tier == 0);
+        let is_even = first().all(|candidate| list.first().is_some_and(|one| one.weight == candidate.weight));
+        let first_tier = first()
             .scan(0_u64, |sum, candidate| {
                 *sum += u64::from(candidate.weight);
                 Some(*sum)
             })
             .collect();
-        Self { list, first_tier, turns, rates: Mutex::default() }
+        Self { list, first_tier, is_even, turns, rates: Mutex::default() }
     }
 
     /// One of the first tier, drawn by weight; none if there is none. However many there are, it costs a few looks.
@@ -67,6 +70,7 @@ impl Candidates {
         let drawn = match self.first_tier.as_slice() {
             [] => return None,
             [_] => return Some(0),
+            several if self.is_even => return Some(fastrand::usize(..several.len())),
             [.., total] => fastrand::u64(..(*total).max(1)),
         };
         Some(self.first_tier.partition_point(|sum| *sum <= drawn))
@@ -90,12 +94,15 @@ struct Match {
     weight: u32,
 }
 
+/// Names stand in the config, so nobody can choose them to collide, and a look-up costs the same in every process.
+type Index = HashMap<Box<str>, Arc<Candidates>, BuildHasherDefault<DefaultHasher>>;
+
 /// The index from model names to candidates.
 #[derive(Debug, Default)]
 pub struct Router {
-    exact: HashMap<Box<str>, Arc<Candidates>>,
+    exact: Index,
     /// What stands before the `*` of each pattern.
-    prefixes: HashMap<Box<str>, Arc<Candidates>>,
+    prefixes: Index,
     /// The distinct lengths of those, the longest first.
     prefix_lengths: Vec<usize>,
     any: Arc<Candidates>,
