@@ -33,7 +33,8 @@ struct Room {
 impl Memory {
     /// Room for so many bytes.
     pub fn new(bytes_max: usize) -> Self {
-        let units = (bytes_max / UNIT_BYTES).min(Semaphore::MAX_PERMITS);
+        // What is allowed has to fit, to its last byte.
+        let units = bytes_max.div_ceil(UNIT_BYTES).min(Semaphore::MAX_PERMITS);
         Self(Arc::new(Room { free: Arc::new(Semaphore::new(units)), units, waiting: AtomicUsize::new(0) }))
     }
 
@@ -74,7 +75,9 @@ impl Reserved {
         if bytes <= has.max(FREE_BYTES) {
             return true;
         }
-        self.add(bytes.max(2 * has).max(FIRST_STEP_BYTES) - has).await
+        // More than there is at all is waited for in vain.
+        let step = (2 * has).max(FIRST_STEP_BYTES).min(self.memory.bytes_max());
+        self.add(bytes.max(step) - has).await
     }
 
     async fn add(&mut self, bytes: usize) -> bool {
@@ -155,6 +158,16 @@ mod tests {
         assert!(memory.room(MIB).await.is_none());
         assert_eq!(begun.elapsed(), WAIT_MAX);
         assert!(memory.room(usize::MAX).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_may_fill_all_of_it() {
+        let memory = Memory::new(3 * MIB + 1);
+        assert!(memory.room(3 * MIB + 1).await.is_some());
+        let mut reserved = memory.room(0).await.unwrap();
+        for bytes in [MIB, 2 * MIB, 2 * MIB + 1, 3 * MIB + 1] {
+            assert!(reserved.reach(bytes).await, "{bytes}");
+        }
     }
 
     #[tokio::test]

@@ -403,6 +403,8 @@ impl Desk {
         // What is there holds no more, be it for another config's limits.
         self.clear_stock(account, clock);
         account.stock.put(counted, limits, permits);
+        // When the last one would have been too old, this one is not.
+        self.stocked.retain(|(known, _)| !Arc::ptr_eq(known, account));
         self.stocked.push((Arc::clone(account), counted.at + stock::USABLE));
     }
 
@@ -774,6 +776,25 @@ mod tests {
         process.serve();
         assert_eq!(in_ledger(), sent);
         assert!(process.desk.is_all_written());
+    }
+
+    #[test]
+    fn a_stock_that_follows_another_lasts_as_long() {
+        let (_folder, mut process) = Process::alone();
+        let wanted = process.wanted("a", r#""rpm":1000000"#);
+        let at_once =
+            |process: &Process| process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock());
+        busy(&mut process, &wanted);
+        let first_ends = process.desk.next_due();
+        // It is used up early, and another one follows.
+        while let Some(mut permit) = at_once(&process) {
+            permit.spend();
+        }
+        busy(&mut process, &wanted);
+        assert!(process.client.clock().boot < first_ends);
+        let left = first_ends.0 - process.client.clock().boot.0;
+        process.pass(Duration::from_millis(left));
+        assert!(at_once(&process).is_some(), "it was given back with the first one");
     }
 
     #[test]
