@@ -57,7 +57,7 @@ pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
     let Request { pool, candidates, tried, .. } = request;
     let clock = pool.clock();
     let Some(Pick { candidate, trial }) = balance::pick(pool, candidates, tried, &clock) else {
-        return spill(request).await;
+        return Box::pin(spill(request)).await;
     };
     let endpoint = balance::endpoint_of(pool, candidates, candidate).ok_or(Fault::Internal)?;
     if !endpoint.limits.any() {
@@ -71,12 +71,12 @@ pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
         Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
         Drawn::Refused(_) | Drawn::Unavailable => {
             drop(trial);
-            spill(request).await
+            Box::pin(spill(request)).await
         }
     }
 }
 
-/// The first choice has no permit: whoever else has.
+/// The first choice has no permit: whoever else has. Boxed, since it is rare and would make every request's future larger.
 async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
     let pool = request.pool;
     let turn = Turn { ticket: pool.ledger.ticket(), place: None, until: Stamp::default() };

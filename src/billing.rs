@@ -7,7 +7,7 @@ use crate::context::{Arrival, Ask, Attempt};
 use crate::error::excerpt;
 use crate::estimate::{Estimator, Job};
 use crate::ledger::{Cost, Speed, Spent, Tokens};
-use crate::metrics::{metrics, model_label};
+use crate::metrics::metrics;
 use crate::request::Call;
 
 /// What was measured of a request's answer.
@@ -44,8 +44,8 @@ impl Measured {
 pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
     let meter = &attempt.meter;
     match (meter.told(), meter.prompt_told()) {
-        (Some(usage), _) => spend(attempt, ask, Cost::exact(usage.tokens(), Speed::default())),
-        (None, Some(prompt)) => spend(attempt, ask, Cost::estimated(prompt, 0)),
+        (Some(usage), _) => spend(attempt, ask, Cost::exact(usage.tokens(), Speed::default()), Instant::now()),
+        (None, Some(prompt)) => spend(attempt, ask, Cost::estimated(prompt, 0), Instant::now()),
         (None, None) => {}
     }
 }
@@ -66,7 +66,7 @@ pub fn bill(attempt: &mut Attempt, ask: &Ask, arrival: &Arrival, ended: Instant,
     if let Some(usage) = meter.told() {
         let tokens = usage.tokens();
         measured.tokens = Some(tokens);
-        spend(attempt, ask, Cost::exact(tokens, measured.speed(tokens)));
+        spend(attempt, ask, Cost::exact(tokens, measured.speed(tokens)), ended);
     } else if ask.is_estimated()
         && (meter.has_text() || meter.prompt_told().is_some() || ask.call == Call::Embeddings && attempt.answers)
     {
@@ -78,7 +78,7 @@ pub fn bill(attempt: &mut Attempt, ask: &Ask, arrival: &Arrival, ended: Instant,
             endpoint: attempt.endpoint.account(),
             model: model_name(attempt, ask),
             call: ask.call,
-            asked_model: ask.model.clone(),
+            candidates: Arc::clone(&ask.candidates),
             prompt: ask.prompt.clone(),
         });
     }
@@ -91,13 +91,13 @@ fn model_name(attempt: &Attempt, ask: &Ask) -> String {
 }
 
 /// In the hours and days of the server's time zone.
-fn spend(attempt: &Attempt, ask: &Ask, cost: Cost) {
+fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, ended: Instant) {
     let (account, limits) = attempt.endpoint.account();
     let pool = &ask.pool;
     if let Some(metrics) = metrics() {
-        metrics.spent(account.id(), model_label(pool, ask.model.as_deref()), &cost);
+        metrics.spent(account.id(), ask.candidates.label(), &cost, attempt.counters.as_deref());
     }
-    let clock = pool.clock();
+    let clock = attempt.clock_at(ended);
     let spent = Spent::now(account.id(), &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall);
     pool.ledger.spend_tokens(&account, &limits, spent, clock.boot);
 }

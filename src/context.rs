@@ -20,7 +20,8 @@ use crate::error::Fault;
 use crate::estimate;
 use crate::health::Effect;
 use crate::ledger::{Client, Drawn, Permit};
-use crate::metrics::metrics;
+use crate::limit::Clock;
+use crate::metrics::{Counters, metrics};
 use crate::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::rates::Rates;
 use crate::replay::Wrapped;
@@ -207,8 +208,14 @@ pub struct Attempt {
     pub encoding: Option<Encoding>,
     /// What is measured of the answer.
     pub meter: Meter,
+    /// What its endpoint and model count up.
+    pub counters: Option<Arc<Counters>>,
     permit: Permit,
+    /// When it was chosen.
+    chosen_at: Clock,
     started: Instant,
+    /// When its header went out.
+    pub sent_at: Instant,
     trial: Option<Trial>,
     breaker: Breaker,
     settled: bool,
@@ -226,6 +233,7 @@ impl Attempt {
         terms: Terms,
         choice: Choice,
         server: &Server,
+        now: Instant,
     ) -> Self {
         Self {
             _in_flight: endpoint.live.enter(),
@@ -238,8 +246,11 @@ impl Attempt {
             ends_with_connection: false,
             encoding: None,
             meter: Meter::new(terms.call, server.estimate_tokens),
+            counters: None,
             permit: choice.permit,
-            started: Instant::now(),
+            chosen_at: choice.at,
+            started: now,
+            sent_at: now,
             trial: choice.trial,
             breaker: server.breaker.clone(),
             settled: false,
@@ -255,7 +266,7 @@ impl Attempt {
         const SWAPS_MAX: usize = 3;
         for _ in 0..SWAPS_MAX {
             self.swap_permit(ledger).await?;
-            if self.send_now(ledger) {
+            if self.send_now(&ledger.clock()) {
                 return Ok(());
             }
         }
@@ -263,10 +274,11 @@ impl Attempt {
     }
 
     /// Likewise, if its permit is still worth something.
-    pub fn send_now(&mut self, ledger: &Client) -> bool {
-        let holds = !self.permit.is_counted() || !self.permit.is_stale(&ledger.clock());
+    pub fn send_now(&mut self, clock: &Clock) -> bool {
+        let holds = !self.permit.is_stale(clock);
         if holds {
             self.permit.spend();
+            self.sent_at = clock.now;
         }
         holds
     }
@@ -303,7 +315,7 @@ impl Attempt {
     }
 
     /// The answer is let through. A good one may still break off, so it is settled at its end.
-    pub fn begins_to_answer(&mut self, pool: &Pool) {
+    pub fn begins_to_answer(&mut self, pool: &Pool, now: Instant) {
         match &self.answer {
             Some(Outcome::Status { status: status @ 100..=399, .. }) => {
                 self.answers = matches!(status, 200..=299);
@@ -313,7 +325,7 @@ impl Attempt {
                 if trial {
                     log::info!("endpoint {}: answers again", self.endpoint.config.id);
                 }
-                self.tell_first_byte();
+                self.tell_first_byte(now);
             }
             Some(outcome) => self.settle(&outcome.clone()),
             None => {}
@@ -365,7 +377,7 @@ impl Attempt {
     pub fn settle(&mut self, outcome: &Outcome) {
         self.settled = true;
         if let Some(metrics) = metrics() {
-            metrics.attempt(&self.endpoint.config.id, outcome.label());
+            metrics.attempt(&self.endpoint.config.id, outcome.label(), self.counters.as_deref());
         }
         let endpoint = &self.endpoint;
         let id = &endpoint.config.id;
@@ -392,16 +404,21 @@ impl Attempt {
     }
 
     /// Notes that the first byte of the answer's body has come.
-    pub fn first_byte_came(&mut self) {
-        if self.first_byte.is_none() {
-            self.first_byte = Some(self.started.elapsed());
-        }
+    pub fn first_byte_came(&mut self, now: Instant) {
+        self.first_byte.get_or_insert_with(|| now.saturating_duration_since(self.started));
     }
 
     /// The time to the first byte counts once the answer is known to be good.
-    fn tell_first_byte(&mut self) {
-        let took = *self.first_byte.get_or_insert_with(|| self.started.elapsed());
-        self.endpoint.live.observe_first_byte(took, self.started + took);
+    fn tell_first_byte(&mut self, now: Instant) {
+        self.first_byte_came(now);
+        if let Some(took) = self.first_byte {
+            self.endpoint.live.observe_first_byte(took, self.started + took);
+        }
+    }
+
+    /// The clocks at a moment of this attempt, for statistics.
+    pub fn clock_at(&self, now: Instant) -> Clock {
+        self.chosen_at.at(now)
     }
 }
 

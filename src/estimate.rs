@@ -17,9 +17,10 @@ use tiktoken_rs::CoreBPE;
 
 use crate::ledger::{Account, Cost, Spent};
 use crate::limit::Limits;
-use crate::metrics::{metrics, model_label};
+use crate::metrics::metrics;
 use crate::pool::Pool;
 use crate::request::Call;
+use crate::route::Candidates;
 use crate::usage::{Text, answer_texts};
 
 /// Longer prompts are not estimated.
@@ -43,8 +44,8 @@ pub struct Job {
     pub endpoint: (Arc<Account>, Arc<Limits>),
     /// The model that answered, cut to a sane length.
     pub model: String,
-    /// The model that the client asked for.
-    pub asked_model: Option<String>,
+    /// Where the client's request could go.
+    pub candidates: Arc<Candidates>,
     /// What was called.
     pub call: Call,
     /// The request's body; empty if it is longer than [`PROMPT_BYTES_MAX`].
@@ -186,7 +187,7 @@ enum Estimated {
 
 /// Estimates an answer and counts it.
 fn settle(job: Job) -> Estimated {
-    let Job { id, pool, endpoint: (account, limits), model, asked_model, call, prompt, prompt_told, answer } = job;
+    let Job { id, pool, endpoint: (account, limits), model, candidates, call, prompt, prompt_told, answer } = job;
     let tokenizer = tokenizer(&model);
     let completion = completion_tokens(tokenizer, call, &answer);
     // Nothing came of it: an error that calls itself a success, or a response that is made in the background later.
@@ -202,7 +203,7 @@ fn settle(job: Job) -> Estimated {
     );
     let cost = Cost::estimated(prompt, completion);
     if let Some(metrics) = metrics() {
-        metrics.spent(account.id(), model_label(&pool, asked_model.as_deref()), &cost);
+        metrics.spent(account.id(), candidates.label(), &cost, None);
     }
     let clock = pool.clock();
     let spent = Spent::now(account.id(), &model, cost, &pool.server.timezone, clock.wall);

@@ -3,22 +3,21 @@
 //! Cardinality is bounded by construction: endpoints are those of the config, a model is an exact name of the config or `other`,
 //! everything else is one of a fixed set.
 
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 
 use crate::ledger::Cost;
-use crate::pool::Pool;
 
 /// A request without a model, or an answer that came from no endpoint.
-const NONE: &str = "none";
+pub const NONE: &str = "none";
 /// A model that no exact name of the config is.
-const OTHER: &str = "other";
+pub const OTHER: &str = "other";
 /// Endpoints that are told of at a scrape. What was counted of those that have gone by a reload stays until the process ends.
 const ENDPOINTS_MAX: usize = 2000;
 
@@ -54,12 +53,19 @@ pub struct Metrics {
     permit: HistogramVec,
 }
 
-/// The label of a model: an exact name of the config, or `other`.
-pub fn model_label<'a>(pool: &'a Pool, model: Option<&str>) -> &'a str {
-    match model {
-        None => NONE,
-        Some(model) => pool.router.exact_name(model).unwrap_or(OTHER),
-    }
+/// What came of a request or an attempt that went well.
+pub const OK: &str = "ok";
+
+/// What nearly every request to one endpoint for one model counts up, so that it is looked up by its labels once. What was never
+/// counted is not told of.
+#[derive(Debug, Default)]
+pub struct Counters {
+    requests: OnceLock<IntCounter>,
+    attempts: OnceLock<IntCounter>,
+    prompt: OnceLock<IntCounter>,
+    completion: OnceLock<IntCounter>,
+    first_byte: OnceLock<Histogram>,
+    duration: OnceLock<Histogram>,
 }
 
 /// A request that has ended.
@@ -71,12 +77,14 @@ pub struct Ended<'a> {
     pub model: &'a str,
     /// The status that the client got, if it got any.
     pub status: Option<u16>,
-    /// `ok`, a fault's label, or `client_gone`.
+    /// [`OK`], a fault's label, or `client_gone`.
     pub outcome: &'a str,
     /// From the request's header to the first of the answer.
     pub first_byte: Option<Duration>,
     /// To the last.
     pub total: Duration,
+    /// Those of the endpoint and the model.
+    pub counters: Option<&'a Counters>,
 }
 
 impl Metrics {
@@ -135,7 +143,7 @@ impl Metrics {
         })
     }
 
-    /// A request has ended. One look-up by its labels, under a read lock that only a new set of labels ever holds up.
+    /// A request has ended.
     pub fn request(&self, ended: &Ended<'_>) {
         let status = match ended.status {
             None => NONE,
@@ -146,28 +154,40 @@ impl Metrics {
             Some(500..) => "5xx",
         };
         let endpoint = ended.endpoint.unwrap_or(NONE);
-        self.requests.with_label_values(&[endpoint, ended.model, status, ended.outcome]).inc();
-        self.duration.with_label_values(&[endpoint]).observe(ended.total.as_secs_f64());
+        let counters = ended.counters;
+        let is_usual = (200..300).contains(&ended.status.unwrap_or_default()) && ended.outcome == OK;
+        once(counters.filter(|_| is_usual).map(|counters| &counters.requests), IntCounter::inc, || {
+            self.requests.with_label_values(&[endpoint, ended.model, status, ended.outcome])
+        });
+        let observe = |time: Duration| move |histogram: &Histogram| histogram.observe(time.as_secs_f64());
+        once(counters.map(|counters| &counters.duration), observe(ended.total), || {
+            self.duration.with_label_values(&[endpoint])
+        });
         if let Some(first_byte) = ended.first_byte {
-            self.first_byte.with_label_values(&[endpoint]).observe(first_byte.as_secs_f64());
+            once(counters.map(|counters| &counters.first_byte), observe(first_byte), || {
+                self.first_byte.with_label_values(&[endpoint])
+            });
         }
     }
 
     /// An attempt has ended so.
-    pub fn attempt(&self, endpoint: &str, outcome: &str) {
-        self.attempts.with_label_values(&[endpoint, outcome]).inc();
+    pub fn attempt(&self, endpoint: &str, outcome: &str, counters: Option<&Counters>) {
+        let counter = counters.filter(|_| outcome == OK).map(|counters| &counters.attempts);
+        once(counter, IntCounter::inc, || self.attempts.with_label_values(&[endpoint, outcome]));
     }
 
     /// An answer has cost so much.
-    pub fn spent(&self, endpoint: &str, model: &str, cost: &Cost) {
+    pub fn spent(&self, endpoint: &str, model: &str, cost: &Cost, counters: Option<&Counters>) {
         let exact = cost.exact.tokens;
-        let kinds = [
-            ("prompt", exact.prompt),
-            ("completion", exact.completion),
-            ("cached", exact.cached),
-            ("reasoning", exact.reasoning),
-            ("audio", exact.audio),
+        let told = [
+            ("prompt", exact.prompt, counters.map(|counters| &counters.prompt)),
+            ("completion", exact.completion, counters.map(|counters| &counters.completion)),
         ];
+        for (kind, tokens, counter) in told.into_iter().filter(|(_, tokens, _)| *tokens > 0) {
+            let add = |counter: &IntCounter| counter.inc_by(tokens);
+            once(counter, add, || self.tokens.with_label_values(&[endpoint, model, kind]));
+        }
+        let kinds = [("cached", exact.cached), ("reasoning", exact.reasoning), ("audio", exact.audio)];
         let estimated = [("prompt", cost.estimated.tokens.prompt), ("completion", cost.estimated.tokens.completion)];
         for (counter, kinds) in [(&self.tokens, kinds.as_slice()), (&self.estimated, estimated.as_slice())] {
             for (kind, tokens) in kinds.iter().filter(|(_, tokens)| *tokens > 0) {
@@ -337,6 +357,14 @@ impl ProcessMoment {
     }
 }
 
+/// Does something to a metric that is looked up the first time, or every time if there is nowhere to keep it.
+fn once<T>(kept: Option<&OnceLock<T>>, use_it: impl FnOnce(&T), look_up: impl FnOnce() -> T) {
+    match kept {
+        Some(kept) => use_it(kept.get_or_init(look_up)),
+        None => use_it(&look_up()),
+    }
+}
+
 /// Registers a metric. It fails only for a name that is none or is used twice.
 fn keep<T: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<T>) -> prometheus::Result<T> {
     let metric = made?;
@@ -358,6 +386,7 @@ fn to_f64(value: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::{Speed, Tokens};
 
     #[test]
     fn every_metric_has_a_name_of_its_own() {
@@ -369,9 +398,10 @@ mod tests {
             outcome: "ok",
             first_byte: Some(Duration::from_millis(5)),
             total: Duration::from_millis(9),
+            counters: None,
         });
-        metrics.attempt("a", "ok");
-        metrics.spent("a", "m", &Cost::estimated(3, 4));
+        metrics.attempt("a", "ok", None);
+        metrics.spent("a", "m", &Cost::estimated(3, 4), None);
         metrics.own(Duration::from_micros(30));
         metrics.permit(Duration::from_micros(30));
         let endpoint = EndpointMoment {
@@ -395,6 +425,45 @@ mod tests {
             assert!(text.lines().any(|told| told == line), "{line} is not in\n{text}");
         }
         assert!(!text.contains("api_together_tokens_total{"), "what was estimated is not among what was told");
+    }
+
+    #[test]
+    fn what_is_looked_up_once_counts_the_same() {
+        let metrics = Metrics::new().unwrap();
+        let counters = Counters::default();
+        let tokens = Tokens { prompt: 5, completion: 2, cached: 1, ..Tokens::default() };
+        let mut ended = Ended {
+            endpoint: Some("a"),
+            model: "m",
+            status: Some(200),
+            outcome: OK,
+            first_byte: Some(Duration::from_millis(5)),
+            total: Duration::from_millis(9),
+            counters: None,
+        };
+        for kept in [None, Some(&counters), Some(&counters)] {
+            ended.counters = kept;
+            metrics.request(&ended);
+            metrics.attempt("a", OK, kept);
+            metrics.spent("a", "m", &Cost::exact(tokens, Speed::default()), kept);
+        }
+        metrics.request(&Ended { status: Some(404), ..ended });
+        metrics.request(&Ended { outcome: "client_gone", ..ended });
+        metrics.attempt("a", "broken", Some(&counters));
+        let text = String::from_utf8(metrics.text(&Moment(Registry::new()))).unwrap();
+        for line in [
+            r#"api_together_requests_total{endpoint="a",model="m",outcome="ok",status="2xx"} 3"#,
+            r#"api_together_requests_total{endpoint="a",model="m",outcome="ok",status="4xx"} 1"#,
+            r#"api_together_requests_total{endpoint="a",model="m",outcome="client_gone",status="2xx"} 1"#,
+            r#"api_together_attempts_total{endpoint="a",outcome="ok"} 3"#,
+            r#"api_together_attempts_total{endpoint="a",outcome="broken"} 1"#,
+            r#"api_together_tokens_total{endpoint="a",kind="prompt",model="m"} 15"#,
+            r#"api_together_tokens_total{endpoint="a",kind="cached",model="m"} 3"#,
+            r#"api_together_request_duration_seconds_count{endpoint="a"} 5"#,
+            r#"api_together_time_to_first_byte_seconds_count{endpoint="a"} 5"#,
+        ] {
+            assert!(text.lines().any(|told| told == line), "{line} is not in\n{text}");
+        }
     }
 
     #[test]

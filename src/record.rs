@@ -1,6 +1,7 @@
 //! One log line a request.
 
 use std::fmt::{self, Write as _};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde_json::json;
@@ -14,7 +15,7 @@ pub struct Record<'a> {
     /// The request's id.
     pub id: &'a str,
     /// The client's address.
-    pub caller: Option<std::net::IpAddr>,
+    pub caller: Option<IpAddr>,
     /// The method.
     pub method: &'a str,
     /// The path, without its query, which may hold secrets.
@@ -92,7 +93,7 @@ impl Record<'_> {
         line.0.push_str("request id=");
         line.0.push_str(self.id);
         if let Some(caller) = self.caller {
-            line.shown("caller", caller);
+            line.address("caller", caller);
         }
         line.plain("method", self.method);
         line.word("path", self.path);
@@ -133,6 +134,11 @@ impl Record<'_> {
     }
 }
 
+/// Whether a byte may stand in an unquoted word.
+const fn is_plain(byte: u8) -> bool {
+    matches!(byte, b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'/' | b':' | b'@' | b'*' | b'+' | b',' | b'~' | b'%')
+}
+
 struct Line(String);
 
 impl Line {
@@ -158,9 +164,20 @@ impl Line {
         self.plain(name, itoa::Buffer::new().format(value));
     }
 
+    fn address(&mut self, name: &str, address: IpAddr) {
+        let IpAddr::V4(address) = address else { return self.shown(name, address) };
+        self.name(name);
+        for (nth, part) in address.octets().into_iter().enumerate() {
+            if nth > 0 {
+                self.0.push('.');
+            }
+            self.0.push_str(itoa::Buffer::new().format(part));
+        }
+    }
+
     /// Milliseconds with one decimal.
     fn millis(&mut self, name: &str, time: Duration) {
-        let tenths = u64::try_from((time.as_micros() + 50) / 100).unwrap_or(u64::MAX);
+        let tenths = time.as_secs().saturating_mul(10_000) + u64::from((time.subsec_micros() + 50) / 100);
         self.number(name, tenths / 10);
         self.0.push('.');
         self.0.push_str(itoa::Buffer::new().format(tenths % 10));
@@ -169,10 +186,9 @@ impl Line {
     /// A value from outside: cut, and quoted wherever it could be taken for more than one word, so that no client can write
     /// log lines of its own.
     fn word(&mut self, name: &str, value: &str) {
-        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:@*+,~%".contains(byte);
         let text = cut(value);
-        let is_word = |c: char| c.is_alphanumeric() || "-_./:@*+,~%".contains(c);
-        if !text.is_empty() && (text.as_bytes().iter().all(is_plain) || text.chars().all(is_word)) {
+        let is_word = |c: char| c.is_alphanumeric() || u8::try_from(c).is_ok_and(is_plain);
+        if !text.is_empty() && (text.bytes().all(is_plain) || text.chars().all(is_word)) {
             self.plain(name, text);
         } else {
             self.shown(name, format_args!("{text:?}"));

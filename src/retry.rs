@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::config::Retry;
 use crate::health::Effect;
+use crate::metrics;
 
 /// How an attempt ended, or what it is about to answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +58,7 @@ impl Outcome {
     /// A short stable name for metrics.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::Status { status: 100..=399, .. } => "ok",
+            Self::Status { status: 100..=399, .. } => metrics::OK,
             Self::Status { status: 401 | 403, .. } => "key_refused",
             Self::Status { status: 429, .. } => "rate_limited",
             Self::Status { status: 400..=499, .. } => "status_4xx",

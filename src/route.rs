@@ -5,10 +5,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, DefaultHasher};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::config;
 use crate::limit::Stamp;
+use crate::metrics::{self, Counters};
 use crate::rates::Rates;
 
 /// One endpoint that can take a request.
@@ -28,6 +29,10 @@ pub struct Candidate {
 #[derive(Debug, Default)]
 pub struct Candidates {
     list: Vec<Candidate>,
+    /// The label that metrics have for the name.
+    label: Box<str>,
+    /// What requests to each candidate count up, once there was one.
+    counters: Vec<OnceLock<Arc<Counters>>>,
     /// For each candidate of the first tier the sum of the weights as far as it.
     first_tier: Vec<u64>,
     /// Whether those are all the same, so that none has to be looked for.
@@ -39,7 +44,7 @@ pub struct Candidates {
 }
 
 impl Candidates {
-    fn new(mut matches: Vec<Match>) -> Self {
+    fn new(label: &str, mut matches: Vec<Match>) -> Self {
         // A closer match wins over a wider one; among equals the lower priority number goes first.
         matches.sort_by_key(|m| (std::cmp::Reverse(m.closeness), m.priority, m.endpoint));
         let mut tier = 0;
@@ -62,7 +67,18 @@ impl Candidates {
                 Some(*sum)
             })
             .collect();
-        Self { list, first_tier, is_even, turns, rates: Mutex::default() }
+        let counters = list.iter().map(|_| OnceLock::new()).collect();
+        Self { list, label: label.into(), counters, first_tier, is_even, turns, rates: Mutex::default() }
+    }
+
+    /// The label that metrics have for the name: itself if it is an exact one of the config.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// What requests to this candidate count up.
+    pub fn counters(&self, candidate: usize) -> Option<&Arc<Counters>> {
+        self.counters.get(candidate).map(|counters| counters.get_or_init(Arc::default))
     }
 
     /// One of the first tier, drawn by weight; none if there is none. However many there are, it costs a few looks.
@@ -117,17 +133,18 @@ impl Router {
         let mut prefix_lengths: Vec<usize> = patterns.iter().map(|pattern| pattern.len() - 1).collect();
         prefix_lengths.sort_unstable_by(|a, b| b.cmp(a));
         prefix_lengths.dedup();
-        let candidates = |name: &str| {
+        let candidates = |name: &str, label: &str| {
             let matches = usable(endpoints).filter_map(|(index, endpoint)| match_of(index, endpoint, name));
-            Arc::new(Candidates::new(matches.collect()))
+            Arc::new(Candidates::new(label, matches.collect()))
         };
+        let any = usable(endpoints).map(|(index, endpoint)| any_match(index, endpoint)).collect();
         // Whatever model has a pattern for its longest match is matched by just those patterns that match the pattern
         // itself, so its candidates are known beforehand.
         let prefix = |pattern: &str| pattern.trim_end_matches('*').into();
         Self {
-            prefixes: patterns.iter().map(|pattern| (prefix(pattern), candidates(pattern))).collect(),
-            exact: exact.iter().map(|name| ((*name).into(), candidates(name))).collect(),
-            any: Arc::new(Candidates::new(usable(endpoints).map(|(index, e)| any_match(index, e)).collect())),
+            prefixes: patterns.iter().map(|pattern| (prefix(pattern), candidates(pattern, metrics::OTHER))).collect(),
+            exact: exact.iter().map(|name| ((*name).into(), candidates(name, name))).collect(),
+            any: Arc::new(Candidates::new(metrics::NONE, any)),
             names: exact.into_iter().map(Into::into).collect(),
             prefix_lengths,
         }
@@ -141,11 +158,6 @@ impl Router {
                 .filter_map(|length| model.get(..*length))
                 .find_map(|prefix| self.prefixes.get(prefix))
         })
-    }
-
-    /// The name itself, if it is one that stands in the config.
-    pub fn exact_name(&self, model: &str) -> Option<&str> {
-        self.exact.get_key_value(model).map(|(name, _)| name.as_ref())
     }
 
     /// The candidates for a request that names no model: every endpoint.

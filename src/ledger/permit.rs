@@ -57,11 +57,6 @@ impl Permit {
         }
     }
 
-    /// Whether the ledger has counted it, so that it grows stale.
-    pub fn is_counted(&self) -> bool {
-        self.counted.is_some()
-    }
-
     /// Whether it was counted for a moment that is not this one any more: the limits are about when a request is sent.
     pub fn is_stale(&self, clock: &Clock) -> bool {
         let Some(counted) = self.counted.filter(|_| self.stage == Stage::Held) else { return false };

@@ -52,6 +52,14 @@ impl Clock {
     pub fn read() -> Self {
         Self { now: Instant::now(), boot: since_boot(), wall: SystemTime::now() }
     }
+
+    /// The clocks at a later moment, unless they were set meanwhile or the machine slept: for what need not be exact, since it costs
+    /// less than to read them.
+    #[must_use]
+    pub fn at(&self, now: Instant) -> Self {
+        let since = now.saturating_duration_since(self.now);
+        Self { now, boot: self.boot + since, wall: self.wall.checked_add(since).unwrap_or(self.wall) }
+    }
 }
 
 #[cfg(target_os = "linux")]

@@ -5,9 +5,8 @@
 
 pub mod behind;
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{IsTerminal as _, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,12 +53,20 @@ pub fn start(framework_debug: bool) {
         .parse_filters(&filter)
         .target(Target::Pipe(Box::new(behind::Lines)))
         .format(move |out, record| {
-            let (time, level) = (Now(SystemTime::now()), record.level());
+            let level = record.level();
+            let moment = Moment::of(SystemTime::now());
             if is_json() {
-                return writeln!(out, "{}", json_line(&time.to_string(), record));
+                return writeln!(out, "{}", json_line(moment.as_str(), record));
             }
-            let style = if coloured { colour(level) } else { Style::new() };
-            writeln!(out, "{time} {style}{level:<5}{style:#} {}", record.args())
+            out.write_all(&moment.0)?;
+            if coloured {
+                let style = colour(level);
+                write!(out, " {style}{level:<5}{style:#} ")?;
+            } else {
+                out.write_all(padded(level).as_bytes())?;
+            }
+            out.write_fmt(*record.args())?;
+            out.write_all(b"\n")
         })
         .build();
     let level = logger.filter();
@@ -70,26 +77,41 @@ pub fn start(framework_debug: bool) {
     }
 }
 
-/// A moment with its milliseconds (RFC 3339, UTC). All but those are written once a second.
-struct Now(SystemTime);
+/// A moment as lines show it, with its milliseconds (RFC 3339, UTC).
+#[derive(Clone, Copy)]
+struct Moment([u8; 24]);
+
+/// What of it changes once a second.
+const SECOND_BYTES: usize = "1970-01-01T00:00:00".len();
 
 thread_local! {
-    /// A second of Unix time, and how it is written.
-    static SECOND: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
+    /// A second of Unix time, and how its moments are written.
+    static SECOND: Cell<(u64, Moment)> = const { Cell::new((u64::MAX, Moment(*b"1970-01-01T00:00:00.000Z"))) };
 }
 
-impl fmt::Display for Now {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let since_1970 = self.0.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        SECOND.with_borrow_mut(|(second, text)| {
-            if *second != since_1970.as_secs() {
-                *second = since_1970.as_secs();
-                let moment =
-                    Timestamp::try_from(SystemTime::UNIX_EPOCH + Duration::from_secs(*second)).unwrap_or_default();
-                *text = moment.strftime("%Y-%m-%dT%H:%M:%S").to_string();
+impl Moment {
+    fn of(time: SystemTime) -> Self {
+        let since_1970 = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let (known, mut moment) = SECOND.get();
+        if known != since_1970.as_secs() {
+            let begins = Timestamp::try_from(SystemTime::UNIX_EPOCH + Duration::from_secs(since_1970.as_secs()));
+            let text = begins.unwrap_or_default().strftime("%Y-%m-%dT%H:%M:%S").to_string();
+            if let (Some(second), Some(text)) =
+                (moment.0.first_chunk_mut::<SECOND_BYTES>(), text.as_bytes().first_chunk::<SECOND_BYTES>())
+            {
+                *second = *text;
             }
-            write!(f, "{text}.{:03}Z", since_1970.subsec_millis())
-        })
+            SECOND.set((since_1970.as_secs(), moment));
+        }
+        let millis = since_1970.subsec_millis();
+        let digit = |value: u32| b'0' + u8::try_from(value % 10).unwrap_or_default();
+        let [.., hundreds, tens, ones, _] = &mut moment.0;
+        (*hundreds, *tens, *ones) = (digit(millis / 100), digit(millis / 10), digit(millis));
+        moment
+    }
+
+    fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
     }
 }
 
@@ -110,6 +132,17 @@ fn json_line(time: &str, record: &Record<'_>) -> String {
     }
     json!({ "time": time, "level": level, "event": "message", "target": record.target(), "message": message })
         .to_string()
+}
+
+/// A level between its spaces, all of one width.
+fn padded(level: Level) -> &'static str {
+    match level {
+        Level::Error => " ERROR ",
+        Level::Warn => " WARN  ",
+        Level::Info => " INFO  ",
+        Level::Debug => " DEBUG ",
+        Level::Trace => " TRACE ",
+    }
 }
 
 fn colour(level: Level) -> Style {
@@ -226,7 +259,7 @@ mod tests {
 
     #[test]
     fn moments_are_written_as_rfc_3339_says() {
-        let now = |millis| Now(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)).to_string();
+        let now = |millis| Moment::of(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)).as_str().to_owned();
         assert_eq!(now(1_795_608_000_007), "2026-11-25T12:00:00.007Z");
         assert_eq!(now(1_795_608_000_999), "2026-11-25T12:00:00.999Z");
         assert_eq!(now(1_795_607_999_999), "2026-11-25T11:59:59.999Z", "a clock that is set back");

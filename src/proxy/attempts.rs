@@ -31,20 +31,23 @@ pub(super) async fn next_attempt(context: &mut Context, method: &Method) -> Resu
     };
     let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
+    let counters = ask.candidates.counters(choice.candidate).cloned();
     let chosen_at = choice.at;
     tries.tried.push(candidate.endpoint);
     tries.addresses_failed = 0;
     tries.stale = 0;
     let more = has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
     let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more, asks_usage: false };
-    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, &ask.pool.server);
+    let now = Instant::now();
+    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, &ask.pool.server, now);
+    attempt.counters = counters;
     if ask.stream {
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
     }
     context.exchange.state().attempt = Some(attempt);
     context.fault = None;
     if tries.tried.len() == 1 {
-        tries.own = Some(ask.read_at.elapsed());
+        tries.own = Some(now.saturating_duration_since(ask.read_at));
     }
     Ok(())
 }
@@ -121,11 +124,16 @@ pub(super) async fn begin_anew(context: &mut Context) -> Result<bool, Fault> {
 }
 
 /// The request's header goes out now. False if its permit is worth nothing any more and no other is to be had.
-pub(super) async fn send(context: &mut Context) -> bool {
-    let Some(ask) = &context.ask else { return false };
-    if context.exchange.state().attempt.as_mut().is_some_and(|attempt| attempt.send_now(&ask.pool.ledger)) {
+pub(super) async fn send(context: &mut Context, clock: &Clock) -> bool {
+    if context.exchange.state().attempt.as_mut().is_some_and(|attempt| attempt.send_now(clock)) {
         return true;
     }
+    // Boxed, since it is rare and would make every attempt's future larger.
+    Box::pin(send_with_another_permit(context)).await
+}
+
+async fn send_with_another_permit(context: &mut Context) -> bool {
+    let Some(ask) = &context.ask else { return false };
     let Some(mut attempt) = context.exchange.state().attempt.take() else { return false };
     let sent = attempt.send(&ask.pool.ledger).await;
     let endpoint = Arc::clone(&attempt.endpoint);

@@ -1,7 +1,7 @@
 //! A request comes in: who sends it, its body, what it asks for.
 
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -240,12 +240,11 @@ async fn read_body(gateway: &Gateway, session: &mut Session, bytes_max: usize) -
         }
         Ok(room.hold(collector.finish()))
     };
-    within(request::BODY_TOTAL_TIMEOUT, whole).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
+    within(request::BODY_TOTAL_TIMEOUT, pin!(whole)).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
 }
 
 /// What a future comes to, if that takes no longer than this. Most bodies have come with their header, and need no timer.
-async fn within<F: Future>(time: Duration, future: F) -> Option<F::Output> {
-    let mut future = pin!(future);
+async fn within<F: Future>(time: Duration, mut future: Pin<&mut F>) -> Option<F::Output> {
     match poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await {
         Poll::Ready(output) => Some(output),
         Poll::Pending => tokio::time::timeout(time, future).await.ok(),
@@ -254,7 +253,7 @@ async fn within<F: Future>(time: Duration, future: F) -> Option<F::Output> {
 
 async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
     let read = session.downstream_session.read_request_body();
-    let Some(chunk) = within(request::BODY_IDLE_TIMEOUT, read).await else {
+    let Some(chunk) = within(request::BODY_IDLE_TIMEOUT, pin!(read)).await else {
         return Err(Stop::Unframed(Fault::BodyTimeout));
     };
     chunk.map_err(|error| {

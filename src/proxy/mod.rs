@@ -42,7 +42,7 @@ use crate::decode::Encoding;
 use crate::error::Fault;
 use crate::health;
 use crate::log_output::{self, REQUEST_TARGET};
-use crate::metrics::{Ended, metrics, model_label};
+use crate::metrics::{self, Ended, metrics};
 use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
 use crate::respond;
@@ -97,7 +97,7 @@ impl ProxyHttp for Gateway {
     async fn upstream_peer(&self, session: &mut Session, context: &mut Context) -> Result<Box<HttpPeer>> {
         // The attempt under way, at its next address or on a fresh connection?
         let again = std::mem::take(&mut context.tries.again);
-        let begun = match if again { begin_anew(context).await } else { Ok(false) } {
+        let begun = match if again { Box::pin(begin_anew(context)).await } else { Ok(false) } {
             Ok(false) => next_attempt(context, &session.req_header().method).await,
             Ok(true) => Ok(()),
             Err(fault) => Err(fault),
@@ -148,11 +148,14 @@ impl ProxyHttp for Gateway {
             outgoing::set_length(request, &session.req_header().method, body.iter().map(Bytes::len).sum())?;
             context.exchange.state().body = body.into();
         }
+        let Some(clock) = context.ask.as_ref().map(|ask| ask.pool.clock()) else {
+            return Error::err_in(ErrorType::InternalError);
+        };
         // Of the first attempt only; what follows is waited for others.
         if let (Some(own), Some(metrics)) = (context.tries.own.take(), metrics()) {
-            metrics.own(own + begun.elapsed());
+            metrics.own(own + clock.now.saturating_duration_since(begun));
         }
-        if attempts::send(context).await {
+        if attempts::send(context, &clock).await {
             return Ok(());
         }
         context.exchange.state().ended = Some(Outcome::LimitReached);
@@ -200,7 +203,7 @@ impl ProxyHttp for Gateway {
             let rest = health::rest_asked(&header.headers, SystemTime::now());
             attempt.answer = Some(Outcome::Status { status: header.status.as_u16(), rest });
             if let Some(ask) = &context.ask {
-                attempt.begins_to_answer(&ask.pool);
+                attempt.begins_to_answer(&ask.pool, Instant::now());
             }
         }
         outgoing::rewrite_answer(header, context)
@@ -384,11 +387,12 @@ impl ProxyHttp for Gateway {
         if let Some(metrics) = metrics() {
             metrics.request(&Ended {
                 endpoint: record.endpoint,
-                model: ask.map_or("none", |ask| model_label(&ask.pool, ask.model.as_deref())),
+                model: ask.map_or(metrics::NONE, |ask| ask.candidates.label()),
                 status: record.status,
-                outcome: record.fault.unwrap_or("ok"),
+                outcome: record.fault.unwrap_or(metrics::OK),
                 first_byte: record.first_byte,
                 total: record.total,
+                counters: attempt.and_then(|attempt| attempt.counters.as_deref()),
             });
         }
         if !log::log_enabled!(target: REQUEST_TARGET, level) {

@@ -99,7 +99,7 @@ impl Hold {
         let state = self.exchange.state();
         if let Some(attempt) = &state.attempt {
             self.judge = Judge::new(attempt.terms);
-            self.deadline = Instant::now().checked_add(attempt.first_byte_timeout);
+            self.deadline = attempt.sent_at.checked_add(attempt.first_byte_timeout);
             self.idle = attempt.endpoint.config.timeouts.idle;
             self.secrets = attempt.endpoint.secrets.clone();
         }
@@ -125,8 +125,8 @@ impl Hold {
     }
 
     /// Takes a task of the response in while it is held back.
-    pub(super) fn take_in(&mut self, task: HttpTask) -> Result<Verdict> {
-        if Instant::now() > self.plan.budget_ends {
+    pub(super) fn take_in(&mut self, task: HttpTask, now: Instant) -> Result<Verdict> {
+        if now > self.plan.budget_ends {
             self.judge.no_more();
         }
         let verdict = match task {
@@ -143,7 +143,7 @@ impl Hold {
             HttpTask::Body(Some(ref piece), end) | HttpTask::UpgradedBody(Some(ref piece), end)
                 if !piece.is_empty() =>
             {
-                self.note_byte();
+                self.note_byte(now);
                 self.judge_body(piece, end)
             }
             HttpTask::Body(_, false) | HttpTask::UpgradedBody(_, false) => return Ok(Verdict::Hold),
@@ -152,7 +152,7 @@ impl Hold {
             }
         };
         self.held.push(task);
-        self.move_deadline();
+        self.move_deadline(now);
         Ok(verdict)
     }
 
@@ -190,32 +190,32 @@ impl Hold {
         self.judge.body(&plain.into(), end)
     }
 
-    fn note_byte(&self) {
+    fn note_byte(&self, now: Instant) {
         if let Some(attempt) = &mut self.exchange.state().attempt {
-            attempt.first_byte_came();
+            attempt.first_byte_came(now);
         }
     }
 
-    fn move_deadline(&mut self) {
+    fn move_deadline(&mut self, now: Instant) {
         if self.judge.waits_for_word() {
-            self.held_until = self.held_until.or_else(|| Instant::now().checked_add(HOLD_TIME_MAX));
+            self.held_until = self.held_until.or_else(|| now.checked_add(HOLD_TIME_MAX));
         } else if let Some(wait) = self.judge.patience(self.idle) {
-            self.deadline = Instant::now().checked_add(wait);
+            self.deadline = now.checked_add(wait);
         }
     }
 
     /// What was held, now that the answer is the client's.
-    pub(super) fn commit(&mut self) -> Vec<HttpTask> {
+    pub(super) fn commit(&mut self, now: Instant) -> Vec<HttpTask> {
         self.committed = true;
         self.held_until = None;
         self.decoder = None;
         self.judge.commit();
         let event_stream = self.reading.takes_events();
         let mut state = self.exchange.state();
-        state.committed = Some(Committed { at: Instant::now(), event_stream, between_events: true, complete: None });
+        state.committed = Some(Committed { at: now, event_stream, between_events: true, complete: None });
         state.kept = None;
         if let Some(attempt) = &mut state.attempt {
-            attempt.begins_to_answer(&self.plan.pool);
+            attempt.begins_to_answer(&self.plan.pool, now);
         }
         mem::take(&mut self.held)
     }
@@ -337,7 +337,6 @@ impl Hold {
             pieces.push(piece);
             return None;
         };
-        let before = pieces.len();
         reading.piece(piece, &mut attempt.meter, pieces);
         let mut is_cut = false;
         if last {
@@ -348,9 +347,6 @@ impl Hold {
                 // Half an event, which nobody can use.
                 pieces.truncate(whole);
             }
-        }
-        if pieces.len() > before {
-            attempt.first_byte_came();
         }
         committed.between_events = !reading.is_within_event();
         if reading.is_stream() && attempt.meter.is_complete() && committed.complete.is_none() {
@@ -402,7 +398,7 @@ impl Hold {
             return Due::GiveUp;
         }
         if self.judge.waits_for_word() && (held_enough || !self.judge.may_drop()) {
-            return Due::Flush(self.commit());
+            return Due::Flush(self.commit(Instant::now()));
         }
         let outcome = self.judge.outcome_if_cut().unwrap_or(Outcome::TooSlow);
         self.drop_answer(outcome);

@@ -142,7 +142,9 @@ impl Replay {
             self.hold.pause();
             ended = self.inner.response_duplex_vec(out).await?;
         }
-        self.hold.resume();
+        if !ended {
+            self.hold.resume();
+        }
         match failed {
             Some(error) => Err(error),
             None => Ok(ended),
@@ -230,16 +232,17 @@ impl CustomSession for Replay {
         if self.hold.is_committed() {
             return self.forward(tasks).await;
         }
+        let now = Instant::now();
         let mut tasks = tasks.into_iter();
         while let Some(task) = tasks.next() {
-            match self.hold.take_in(task)? {
+            match self.hold.take_in(task, now)? {
                 Verdict::Hold => {}
                 Verdict::Drop(outcome) => {
                     self.hold.drop_answer(outcome);
                     return give_up();
                 }
                 Verdict::Commit => {
-                    let mut out = self.hold.commit();
+                    let mut out = self.hold.commit(now);
                     out.extend(tasks);
                     return self.forward(out).await;
                 }
@@ -283,7 +286,8 @@ impl CustomSession for Replay {
                 () = alarm => self.alarm = None,
             }
             if due_at <= tokio::time::Instant::now() {
-                self.deadline_passed().await?;
+                // Boxed, since it is rare and would make every wait's future larger.
+                Box::pin(self.deadline_passed()).await?;
             }
         }
     }
