@@ -52,31 +52,54 @@ pub struct Request<'a> {
     pub queue: Option<Queue>,
 }
 
+/// What is known when no endpoint could be given at once: the strategy's choice, if it made one.
+#[derive(Debug)]
+pub struct Undecided(Option<(Pick, Clock)>);
+
 /// Gives a request an endpoint and a permit of it.
 pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
+    match at_once(request) {
+        Ok(choice) => Ok(choice),
+        // Boxed, since it is rare and would make every request's future larger.
+        Err(undecided) => Box::pin(decide(request, undecided)).await,
+    }
+}
+
+/// The same if nobody has to be waited for: the strategy's choice has no limits, or permits that were drawn ahead.
+pub fn at_once(request: Request<'_>) -> Result<Choice, Undecided> {
     let Request { pool, candidates, tried, .. } = request;
     let clock = pool.clock();
-    let Some(Pick { candidate, trial }) = balance::pick(pool, candidates, tried, &clock) else {
-        return Box::pin(spill(request)).await;
+    let pick = balance::pick(pool, candidates, tried, &clock);
+    let Some(endpoint) = pick.as_ref().and_then(|pick| balance::endpoint_of(pool, candidates, pick.candidate)) else {
+        return Err(Undecided(None));
     };
+    let permit = if endpoint.limits.any() {
+        pool.ledger.draw_at_once(&endpoint.live.account, &endpoint.limits, &clock)
+    } else {
+        Some(pool.unlimited(endpoint))
+    };
+    match (pick, permit) {
+        (Some(Pick { candidate, trial }), Some(permit)) => Ok(Choice { candidate, trial, permit, at: clock }),
+        (pick, _) => Err(Undecided(pick.map(|pick| (pick, clock)))),
+    }
+}
+
+/// Gives an endpoint and a permit to a request that [`at_once`] had none for.
+pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice, Fault> {
+    let Request { pool, candidates, .. } = request;
+    let Some((Pick { candidate, trial }, clock)) = undecided.0 else { return spill(request).await };
     let endpoint = balance::endpoint_of(pool, candidates, candidate).ok_or(Fault::Internal)?;
-    if !endpoint.limits.any() {
-        return Ok(Choice { candidate, trial, permit: pool.unlimited(endpoint), at: clock });
-    }
-    if let Some(permit) = pool.ledger.draw_at_once(&endpoint.live.account, &endpoint.limits, &clock) {
-        return Ok(Choice { candidate, trial, permit, at: clock });
-    }
     let wanted = vec![endpoint.wanted(Stamp::default())];
     match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
         Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
         Drawn::Refused(_) | Drawn::Unavailable => {
             drop(trial);
-            Box::pin(spill(request)).await
+            spill(request).await
         }
     }
 }
 
-/// The first choice has no permit: whoever else has. Boxed, since it is rare and would make every request's future larger.
+/// The first choice has no permit: whoever else has.
 async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
     let pool = request.pool;
     let turn = Turn { ticket: pool.ledger.ticket(), place: None, until: Stamp::default() };

@@ -37,7 +37,7 @@ pub struct Context {
     /// How it came.
     pub arrival: Arrival,
     /// What it asks for; none for what we answer ourselves.
-    pub ask: Option<Ask>,
+    pub ask: Option<Box<Ask>>,
     /// Where it has been.
     pub tries: Tries,
     /// What the hooks share with the session that holds the response back.

@@ -65,11 +65,12 @@ impl Rates {
             let view = endpoint.live.account.view();
             let is_open = endpoint.live.gate(clock.now) == Gate::Open;
             let add = |rate: Option<Rate>, gauges: [(Limit, Option<Gauge>); 2]| {
+                let rate = rate?;
                 // The tighter one is what a client will run into.
                 let gauge = gauges.into_iter().filter_map(known).min_by_key(Gauge::left)?;
                 let reset = gauge.resets.map_or(Duration::ZERO, |resets| clock.boot.until(resets));
                 let left = if is_open { gauge.left() } else { 0 };
-                rate.map(|rate| Rate {
+                Some(Rate {
                     limit: rate.limit.saturating_add(gauge.limit),
                     remaining: rate.remaining.saturating_add(left),
                     reset: rate.reset.max(reset),
@@ -95,10 +96,8 @@ impl Rates {
             HeaderName::from_static("x-ratelimit-reset-tokens"),
         ];
         let each = |names: [HeaderName; 3], rate: Rate| {
-            let text = |text: &str| HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static("0"));
-            let number = |number: u64| text(itoa::Buffer::new().format(number));
-            let reset = if rate.reset.is_zero() { HeaderValue::from_static("0s") } else { text(&duration(rate.reset)) };
-            names.into_iter().zip([number(rate.limit), number(rate.remaining), reset])
+            let reset = HeaderValue::try_from(duration(rate.reset)).unwrap_or_else(|_| HeaderValue::from_static("0s"));
+            names.into_iter().zip([rate.limit.into(), rate.remaining.into(), reset])
         };
         let requests = self.requests.map(|rate| each(REQUESTS, rate));
         let tokens = self.tokens.map(|rate| each(TOKENS, rate));
@@ -112,22 +111,35 @@ fn known((limit, gauge): (Limit, Option<Gauge>)) -> Option<Gauge> {
     Some(gauge.map_or(Gauge { limit, used: 0, resets: None }, |gauge| Gauge { limit, ..gauge }))
 }
 
-/// As OpenAI writes it: `12ms`, `8.64s`, `6m0s`, `23h59m30s`.
+/// As OpenAI writes it: `12ms`, `8.64s`, `6m0s`, `23h59m30s`. Pushed together by hand, since it is written for every answer.
 fn duration(duration: Duration) -> String {
-    let millis = duration.as_millis();
-    if millis < 1000 {
-        return if millis == 0 { "0s".into() } else { format!("{millis}ms") };
-    }
-    let (hours, minutes, seconds) = (millis / 3_600_000, millis / 60_000 % 60, millis % 60_000);
-    let seconds = match seconds % 1000 {
-        0 => (seconds / 1000).to_string(),
-        part => format!("{}.{part:03}", seconds / 1000).trim_end_matches('0').to_owned(),
+    let (seconds, millis) = (duration.as_secs(), duration.subsec_millis());
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    let mut text = String::with_capacity(16);
+    let mut push = |number: u64, unit: &str| {
+        text.push_str(itoa::Buffer::new().format(number));
+        text.push_str(unit);
     };
-    match (hours, minutes) {
-        (0, 0) => format!("{seconds}s"),
-        (0, _) => format!("{minutes}m{seconds}s"),
-        _ => format!("{hours}h{minutes}m{seconds}s"),
+    if seconds == 0 && millis > 0 {
+        push(millis.into(), "ms");
+        return text;
     }
+    if hours > 0 {
+        push(hours, "h");
+    }
+    if hours > 0 || minutes > 0 {
+        push(minutes, "m");
+    }
+    push(seconds % 60, "");
+    if millis > 0 {
+        // With a thousand on top it has all of its digits, and one more.
+        let mut digits = itoa::Buffer::new();
+        let digits = digits.format(1000 + millis).trim_end_matches('0');
+        text.push('.');
+        text.push_str(digits.get(1..).unwrap_or_default());
+    }
+    text.push('s');
+    text
 }
 
 #[cfg(test)]
@@ -141,6 +153,9 @@ mod tests {
             (12, "12ms"),
             (1000, "1s"),
             (8640, "8.64s"),
+            (8007, "8.007s"),
+            (9100, "9.1s"),
+            (3_600_050, "1h0m0.05s"),
             (60_000, "1m0s"),
             (360_000, "6m0s"),
             (86_370_000, "23h59m30s"),

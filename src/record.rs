@@ -134,9 +134,29 @@ impl Record<'_> {
     }
 }
 
+/// What an unquoted word is made of beside letters and digits.
+const PLAIN_SIGNS: &[u8] = b"-_./:@*+,~%";
+
 /// Whether a byte may stand in an unquoted word.
 const fn is_plain(byte: u8) -> bool {
-    matches!(byte, b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'/' | b':' | b'@' | b'*' | b'+' | b',' | b'~' | b'%')
+    /// A bit for each byte of ASCII.
+    const PLAIN: u128 = {
+        let mut plain = 0;
+        let mut byte = 0_u8;
+        while byte < 128 {
+            if byte.is_ascii_alphanumeric() {
+                plain |= 1 << byte;
+            }
+            byte += 1;
+        }
+        let mut signs = PLAIN_SIGNS;
+        while let [sign, rest @ ..] = signs {
+            plain |= 1 << *sign;
+            signs = rest;
+        }
+        plain
+    };
+    byte < 128 && PLAIN >> byte & 1 == 1
 }
 
 struct Line(String);

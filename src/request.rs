@@ -98,10 +98,12 @@ impl Call {
     pub fn of(method: &Method, path: &str) -> Self {
         let path = path.trim_end_matches('/');
         match path {
-            _ if method != Method::POST || changes_what_is_stored(path) => Self::Unmetered,
+            _ if method != Method::POST => Self::Unmetered,
+            "/v1/chat/completions" => Self::Completion,
             "/v1/responses" => Self::Responses,
             "/v1/messages" => Self::Messages,
             "/v1/embeddings" => Self::Embeddings,
+            _ if changes_what_is_stored(path) => Self::Unmetered,
             _ if path.ends_with("/completions") => Self::Completion,
             _ => Self::Other,
         }
@@ -149,11 +151,18 @@ pub struct Field<T> {
     pub range: Range<usize>,
 }
 
+/// A content type without its parameters.
+pub fn essence(content_type: &str) -> &[u8] {
+    let bytes = content_type.as_bytes();
+    let end = bytes.iter().position(|byte| *byte == b';').unwrap_or(bytes.len());
+    bytes.get(..end).unwrap_or_default().trim_ascii()
+}
+
 /// Whether a body of this content type is JSON for us. Without a content type it is taken for JSON, as every call of
 /// the API but the uploads is.
 pub fn is_json(content_type: Option<&str>) -> bool {
     let Some(value) = content_type else { return true };
-    let essence = value.split(';').next().unwrap_or_default().trim().as_bytes();
+    let essence = essence(value);
     let begins = |start: &[u8]| essence.get(..start.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(start));
     let is_suffixed = || essence.last_chunk::<5>().is_some_and(|end| end.eq_ignore_ascii_case(b"+json"));
     essence.eq_ignore_ascii_case(b"application/json") || begins(b"application/") && is_suffixed()

@@ -14,7 +14,7 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::json_scan::has_member;
-use crate::request::Call;
+use crate::request::{Call, essence};
 use crate::retry::Outcome;
 use crate::sse::Splitter;
 use crate::usage::Told;
@@ -234,21 +234,15 @@ impl Judge {
     }
 }
 
-fn essence(content_type: &str) -> &str {
-    content_type.split(';').next().unwrap_or_default().trim()
-}
-
 /// Whether a content type is that of server-sent events.
 pub fn is_event_stream(content_type: Option<&str>) -> bool {
-    content_type.is_some_and(|value| essence(value).eq_ignore_ascii_case("text/event-stream"))
+    content_type.is_some_and(|value| essence(value).eq_ignore_ascii_case(b"text/event-stream"))
 }
 
 /// Whether a content type is JSON's.
 pub fn is_json(content_type: Option<&str>) -> bool {
-    content_type.is_some_and(|value| {
-        let essence = essence(value).as_bytes();
-        essence.last_chunk::<4>().is_some_and(|end| end.eq_ignore_ascii_case(b"json"))
-    })
+    content_type
+        .is_some_and(|value| essence(value).last_chunk::<4>().is_some_and(|end| end.eq_ignore_ascii_case(b"json")))
 }
 
 /// What an event of a stream amounts to.

@@ -69,15 +69,13 @@ pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&HeaderName) -> bool + use<> {
 
 /// The path an endpoint is asked for. A base URL without a path leaves the client's own; one with a path puts it in place
 /// of the client's `/v1`.
-pub fn path_and_query(base_path: &str, client: &str) -> String {
-    if base_path.is_empty() {
-        return client.to_owned();
+pub fn path_and_query<'a>(base_path: &str, client: &'a str) -> Cow<'a, str> {
+    const OURS: &str = "/v1";
+    let rest = client.strip_prefix(OURS);
+    if base_path.is_empty() || base_path == OURS && rest.is_some() {
+        return client.into();
     }
-    let rest = client.strip_prefix("/v1").unwrap_or(client);
-    let mut joined = String::with_capacity(base_path.len() + rest.len());
-    joined.push_str(base_path);
-    joined.push_str(rest);
-    joined
+    [base_path, rest.unwrap_or(client)].concat().into()
 }
 
 /// Whether a path would step out of the part of the endpoint that it is meant for, however an endpoint's server may read
@@ -111,12 +109,14 @@ pub struct Edit<'a> {
     pub with: Cow<'a, str>,
 }
 
-/// The replacement of the model's name.
-pub fn model_edit(range: &Range<usize>, model: &str) -> Edit<'static> {
+/// The replacement of the model's name, which stands at this place in its quotes.
+pub fn model_edit<'a>(quoted: &Range<usize>, model: &'a str) -> Edit<'a> {
     // Nearly all names are written as they are.
     let is_plain = model.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\'));
-    let with = if is_plain { format!("\"{model}\"") } else { serde_json::Value::from(model).to_string() };
-    Edit { range: range.clone(), with: with.into() }
+    if is_plain && quoted.len() >= 2 {
+        return Edit { range: quoted.start + 1..quoted.end - 1, with: model.into() };
+    }
+    Edit { range: quoted.clone(), with: serde_json::Value::from(model).to_string().into() }
 }
 
 /// A body up to this size is copied into one piece, which is cheaper to send than several.

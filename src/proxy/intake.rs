@@ -14,7 +14,7 @@ use pingora_proxy::Session;
 
 use super::{Gateway, outgoing};
 use crate::admin::{Answer, Resource, Sources};
-use crate::admission::{self, Choice};
+use crate::admission::{self, Choice, Undecided};
 use crate::auth;
 use crate::config::Cors;
 use crate::context::{Ask, Context};
@@ -86,7 +86,7 @@ pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
     context.arrival.rates = Rates::of(&ask.pool, &ask.candidates, &clock);
     let choice = choice?;
-    Ok(Next::Proxy(Box::new(ask), choice))
+    Ok(Next::Proxy(ask, choice))
 }
 
 /// Notes who calls, and what every answer to them has to carry.
@@ -168,7 +168,7 @@ fn opens_websocket(session: &Session) -> bool {
 }
 
 /// Reads the request to its end and finds what it asks for.
-async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Result<Ask, Stop> {
+async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Result<Box<Ask>, Stop> {
     let switches_protocol = opens_websocket(session);
     let bytes_max = pool.server.body_bytes_max;
     let body = if switches_protocol { Bytes::new() } else { read_body(gateway, session, bytes_max).await? };
@@ -189,7 +189,7 @@ async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Resul
     if candidates.list().is_empty() {
         return Err(Fault::NoEndpoint.into());
     }
-    Ok(Ask {
+    Ok(Box::new(Ask {
         candidates: Arc::clone(candidates),
         call: Call::of(&header.method, header.uri.path()),
         stream: fields.stream,
@@ -201,15 +201,28 @@ async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Resul
         body,
         switches_protocol,
         pool,
-    })
+    }))
 }
 
-/// The first endpoint. A client that goes away while it waits for its turn gives its place to the next.
+/// The first endpoint.
 async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> {
     let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
-    let admission =
-        admission::admit(admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried: &[], queue });
-    if queue.is_none() {
+    let request = admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried: &[], queue };
+    match admission::at_once(request) {
+        Ok(choice) => Ok(choice),
+        // Boxed, since it is rare and would make every request's future larger.
+        Err(undecided) => Box::pin(wait_for_choice(session, request, undecided)).await,
+    }
+}
+
+/// A client that goes away while it waits for its turn gives its place to the next.
+async fn wait_for_choice(
+    session: &mut Session,
+    request: admission::Request<'_>,
+    undecided: Undecided,
+) -> Result<Choice, Stop> {
+    let admission = admission::decide(request, undecided);
+    if request.queue.is_none() {
         return Ok(admission.await?);
     }
     tokio::select! {
@@ -247,7 +260,7 @@ async fn read_body(gateway: &Gateway, session: &mut Session, bytes_max: usize) -
 async fn within<F: Future>(time: Duration, mut future: Pin<&mut F>) -> Option<F::Output> {
     match poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await {
         Poll::Ready(output) => Some(output),
-        Poll::Pending => tokio::time::timeout(time, future).await.ok(),
+        Poll::Pending => Box::pin(tokio::time::timeout(time, future)).await.ok(),
     }
 }
 

@@ -61,40 +61,33 @@ pub struct Gateway {
 
 #[async_trait]
 impl ProxyHttp for Gateway {
-    type CTX = Context;
+    /// Boxed, since Pingora moves it from future to future.
+    type CTX = Box<Context>;
 
-    fn new_ctx(&self) -> Context {
-        Context::new(&self.process.open)
+    fn new_ctx(&self) -> Box<Context> {
+        Box::new(Context::new(&self.process.open))
     }
 
     // Compression is the endpoint's matter; a module of ours would see answers that are dropped.
     fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
-    async fn request_filter(&self, session: &mut Session, context: &mut Context) -> Result<bool> {
+    async fn request_filter(&self, session: &mut Session, context: &mut Self::CTX) -> Result<bool> {
         if self.process.draining.is_on() {
             session.set_keepalive(None);
         }
-        let answer = match intake::take_in(self, session, context).await {
+        let own = match intake::take_in(self, session, context).await {
             Ok(Next::Proxy(ask, choice)) => {
-                begin(session, context, *ask, choice);
+                begin(session, context, ask, choice);
                 return Ok(false);
             }
-            Ok(Next::Answer(answer)) => answer,
-            Err(Stop::Fault(fault)) => Answer::from(&*context.fault.insert(fault)),
-            Err(Stop::Unframed(fault)) => {
-                session.set_keepalive(None);
-                let answer = Answer::from(&*context.fault.insert(fault));
-                outgoing::send(session, context, answer).await?;
-                return Ok(true);
-            }
-            Err(Stop::Gone(error)) => return Err(error),
+            Ok(Next::Answer(answer)) => Ok(answer),
+            Err(stop) => Err(stop),
         };
-        intake::drain(session).await;
-        outgoing::send(session, context, answer).await?;
-        Ok(true)
+        // Boxed, since it would make every request's future larger.
+        Box::pin(answer(session, context, own)).await.map(|()| true)
     }
 
-    async fn upstream_peer(&self, session: &mut Session, context: &mut Context) -> Result<Box<HttpPeer>> {
+    async fn upstream_peer(&self, session: &mut Session, context: &mut Self::CTX) -> Result<Box<HttpPeer>> {
         // The attempt under way, at its next address or on a fresh connection?
         let again = std::mem::take(&mut context.tries.again);
         let begun = match if again { Box::pin(begin_anew(context)).await } else { Ok(false) } {
@@ -125,7 +118,7 @@ impl ProxyHttp for Gateway {
         peer: &HttpPeer,
         socket: RawFd,
         _digest: Option<&Digest>,
-        context: &mut Context,
+        context: &mut Self::CTX,
     ) -> Result<()> {
         // An HTTP/2 connection is shared, and one in TLS may be one.
         if !peer.is_tls() && peer.options.alpn == ALPN::H1 && session.downstream_session.is_custom() {
@@ -139,7 +132,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         request: &mut RequestHeader,
-        context: &mut Context,
+        context: &mut Self::CTX,
     ) -> Result<()> {
         let begun = Instant::now();
         outgoing::rewrite_header(session, request, context)?;
@@ -166,7 +159,7 @@ impl ProxyHttp for Gateway {
         &self,
         _session: &mut Session,
         header: &mut ResponseHeader,
-        context: &mut Context,
+        context: &mut Self::CTX,
     ) -> Result<()> {
         // Before Pingora frames the answer for the client.
         if let Some(attempt) = &mut context.exchange.state().attempt {
@@ -192,7 +185,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         header: &mut ResponseHeader,
-        context: &mut Context,
+        context: &mut Self::CTX,
     ) -> Result<()> {
         if !is_final(header) {
             return Ok(());
@@ -214,7 +207,7 @@ impl ProxyHttp for Gateway {
         session: &mut Session,
         body: &mut Option<Bytes>,
         end: bool,
-        context: &mut Context,
+        context: &mut Self::CTX,
     ) -> Result<Option<Duration>> {
         // A refusal to switch protocols passes here and nowhere else.
         if !session.was_upgraded()
@@ -240,7 +233,7 @@ impl ProxyHttp for Gateway {
         _peer: &HttpPeer,
         session: &mut Session,
         mut error: Box<Error>,
-        context: &mut Context,
+        context: &mut Self::CTX,
         reused: bool,
     ) -> Box<Error> {
         let pooled = Stale::of(&error, reused);
@@ -292,7 +285,7 @@ impl ProxyHttp for Gateway {
         &self,
         _session: &mut Session,
         peer: &HttpPeer,
-        context: &mut Context,
+        context: &mut Self::CTX,
         mut error: Box<Error>,
     ) -> Box<Error> {
         let Some(endpoint) = context.exchange.state().attempt.as_ref().map(|attempt| attempt.endpoint.clone()) else {
@@ -307,7 +300,7 @@ impl ProxyHttp for Gateway {
         error
     }
 
-    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Context) -> FailToProxy {
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Self::CTX) -> FailToProxy {
         context.wrapped.unwrap_session(session);
         let (committed, kept) = {
             let mut state = context.exchange.state();
@@ -343,7 +336,7 @@ impl ProxyHttp for Gateway {
         sent.map_or(closed(0), closed)
     }
 
-    async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Context) {
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Self::CTX) {
         context.wrapped.unwrap_session(session);
         let complete = context.exchange.state().committed.and_then(|committed| committed.complete);
         let mut measured = Measured::default();
@@ -406,11 +399,11 @@ impl ProxyHttp for Gateway {
     }
 
     // The record and the notes of each attempt say all that Pingora would, without its request headers.
-    fn suppress_error_log(&self, _session: &Session, _context: &Context, _error: &Error) -> bool {
+    fn suppress_error_log(&self, _session: &Session, _context: &Self::CTX, _error: &Error) -> bool {
         true
     }
 
-    fn suppress_proxy_warn_log(&self, _s: &Session, _c: &Context, _e: &Error, _w: ProxyWarnLogContext) -> bool {
+    fn suppress_proxy_warn_log(&self, _s: &Session, _c: &Self::CTX, _e: &Error, _w: ProxyWarnLogContext) -> bool {
         true
     }
 }
@@ -419,8 +412,24 @@ fn is_event_stream(header: &ResponseHeader) -> bool {
     respond::is_event_stream(header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()))
 }
 
+/// Answers a request that goes to no endpoint.
+async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer, Stop>) -> Result<()> {
+    let answer = match own {
+        Ok(answer) => answer,
+        Err(Stop::Fault(fault)) => Answer::from(&*context.fault.insert(fault)),
+        Err(Stop::Unframed(fault)) => {
+            session.set_keepalive(None);
+            let answer = Answer::from(&*context.fault.insert(fault));
+            return outgoing::send(session, context, answer).await;
+        }
+        Err(Stop::Gone(error)) => return Err(error),
+    };
+    intake::drain(session).await;
+    outgoing::send(session, context, answer).await
+}
+
 /// Sets a request on its way to an endpoint.
-fn begin(session: &mut Session, context: &mut Context, ask: Ask, choice: Choice) {
+fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Choice) {
     context.tries.next = Some(choice);
     if !ask.switches_protocol {
         let plan = Plan {

@@ -70,7 +70,9 @@ pub(super) fn rewrite_header(session: &Session, request: &mut RequestHeader, con
     }
     let target = session.req_header().uri.path_and_query().map_or("/", |target| target.as_str());
     let path = rewrite::path_and_query(&endpoint.config.base_url.path, target);
-    parts.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
+    if parts.uri != *path {
+        parts.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
+    }
     parts.headers.insert(header::HOST, endpoint.upstream.authority.clone());
     parts.headers.insert(header::AUTHORIZATION, endpoint.upstream.authorization.clone());
     for (name, value) in &endpoint.config.headers {
@@ -138,7 +140,10 @@ fn leaving(answer: &response::Parts, context: &Context) -> Vec<HeaderName> {
 
 /// What every answer carries, ours and the endpoints'.
 fn add_our_headers(headers: &mut HeaderMap, context: &Context) {
+    /// So many there are as a rule, so that the map grows once at most.
+    const COUNT: usize = 8;
     let arrival = &context.arrival;
+    headers.reserve(COUNT);
     if let Some(id) = &arrival.id {
         headers.insert(REQUEST_ID, id.clone());
     }

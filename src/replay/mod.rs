@@ -98,7 +98,8 @@ impl Wrapped {
     /// Gives the session its real self back.
     pub fn unwrap_session(&mut self, session: &mut Session) {
         let Some(slot) = self.0.take() else { return };
-        drop(mem::replace(&mut session.downstream_session, placeholder()));
+        // The wrapping one is dropped where it is, and hands the real one over.
+        *session.downstream_session = ServerSession::Custom(Box::new(()));
         if let Some(inner) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() {
             session.downstream_session = inner;
         }
@@ -140,7 +141,11 @@ impl Replay {
         let mut ended = false;
         if !out.is_empty() {
             self.hold.pause();
-            ended = self.inner.response_duplex_vec(out).await?;
+            ended = match &mut *self.inner {
+                ServerSession::H1(session) => session.response_duplex_vec(out).await?,
+                // Boxed, since it would make every write's future larger.
+                other => Box::pin(other.response_duplex_vec(out)).await?,
+            };
         }
         if !ended {
             self.hold.resume();

@@ -40,8 +40,8 @@ pub struct Meter {
     call: Call,
     /// Whether text is kept for an estimate.
     estimates: bool,
-    /// Reads JSON, and events that are too long to be read whole.
-    finder: Finder,
+    /// Reads JSON that comes in pieces, and events that are too long to be read whole; none until there is one.
+    finder: Option<Box<Finder>>,
     /// The first piece of JSON, which is read when there is another one, or no more.
     first: Bytes,
     usage: Option<Usage>,
@@ -106,7 +106,7 @@ impl Meter {
         Self {
             call,
             estimates: estimates && call.is_text(),
-            finder: Finder::default(),
+            finder: None,
             first: Bytes::new(),
             usage: None,
             told_prompt_only: false,
@@ -158,12 +158,12 @@ impl Meter {
     /// Takes in a part of an event that is too long to be read whole.
     pub fn part(&mut self, part: &[u8], last: bool) {
         self.fed = Fed::Events;
-        self.finder.feed(part);
+        self.finder().feed(part);
         if self.estimates && self.call == Call::Completion {
             self.add_text(part.len(), &[]);
         }
         if last {
-            if matches!(self.call, Call::Responses | Call::Messages) && self.finder.usage().is_some() {
+            if matches!(self.call, Call::Responses | Call::Messages) && self.finder().usage().is_some() {
                 self.end = End::Complete;
             }
             self.read_found();
@@ -173,8 +173,10 @@ impl Meter {
     /// Takes in a piece of a JSON answer.
     pub fn json(&mut self, piece: &Bytes) {
         if self.fed == Fed::Json {
-            self.finder.feed(&std::mem::take(&mut self.first));
-            self.finder.feed(piece);
+            let first = std::mem::take(&mut self.first);
+            let finder = self.finder();
+            finder.feed(&first);
+            finder.feed(piece);
         } else {
             self.fed = Fed::Json;
             self.first = piece.clone();
@@ -204,15 +206,20 @@ impl Meter {
             }
             return;
         }
-        self.finder.feed(&only);
-        if self.finder.is_whole() {
+        let finder = self.finder();
+        finder.feed(&only);
+        if finder.is_whole() {
             self.end = End::Complete;
         }
         self.read_found();
     }
 
+    fn finder(&mut self) -> &mut Finder {
+        self.finder.get_or_insert_default()
+    }
+
     fn read_found(&mut self) {
-        let found = std::mem::take(&mut self.finder).usage();
+        let found = self.finder.take().and_then(|finder| finder.usage());
         if let Some(found) = found.filter(|_| self.call != Call::Unmetered) {
             self.told_prompt_only = false;
             self.update(found);

@@ -13,6 +13,7 @@
 
 mod finder;
 mod meter;
+mod plain;
 mod told;
 
 use crate::ledger::Tokens;

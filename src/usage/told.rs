@@ -3,10 +3,13 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::LazyLock;
 
+use memchr::memmem::{Finder, FinderRev};
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use super::plain::Plain;
 use super::{TOKENS_MAX, Usage};
 use crate::json_scan::{Key, ends_outermost};
 
@@ -36,14 +39,30 @@ impl Told {
 
 /// Of a whole answer whose `usage` stands near its end, as nearly all do: only that part of it is read. None says nothing.
 pub(super) fn near_the_end(json: &[u8]) -> Option<Usage> {
-    let after_key = memchr::memmem::rfind(json, b"\"usage\"")? + b"\"usage\"".len();
+    let after_key = last_usage(json)? + KEY.len();
     let value = json.get(after_key..)?.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start();
     if !value.starts_with(b"{") || !json.trim_ascii_start().starts_with(b"{") {
         return None;
     }
-    let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Lenient<Counts>>();
-    let Lenient(counts) = values.next()?.ok()?;
-    ends_outermost(value.get(values.byte_offset()..)?).then(|| counts.usage())?
+    let (counts, rest) = Counts::plain(value).or_else(|| {
+        let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Lenient<Counts>>();
+        let Lenient(counts) = values.next()?.ok()?;
+        Some((counts, value.get(values.byte_offset()..)?))
+    })?;
+    ends_outermost(rest).then(|| counts.usage())?
+}
+
+const KEY: &[u8] = b"\"usage\"";
+static FROM_BEGIN: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
+static FROM_END: LazyLock<FinderRev<'static>> = LazyLock::new(|| FinderRev::new(KEY));
+
+/// Where the last `usage` is mentioned.
+fn last_usage(json: &[u8]) -> Option<usize> {
+    /// It is nearly always there, and looking forwards is so much faster that it pays to do that first.
+    const END_BYTES: usize = 1024;
+    let end = json.len().saturating_sub(END_BYTES);
+    let in_end = FROM_BEGIN.find_iter(json.get(end..)?).last();
+    in_end.map(|at| end + at).or_else(|| FROM_END.rfind(json))
 }
 
 /// Of the value of a `usage`.
@@ -154,8 +173,14 @@ impl<'de, T: Members<'de>> Reads<'de> for T {
 }
 
 /// A count of tokens. Some endpoints write whole numbers as `12.0`.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Count(Option<u64>);
+
+impl Count {
+    fn of(number: Option<u64>) -> Self {
+        Self(number.map(|number| number.min(TOKENS_MAX)))
+    }
+}
 
 impl<'de> Deserialize<'de> for Count {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -164,13 +189,13 @@ impl<'de> Deserialize<'de> for Count {
             type Value = Count;
 
             fn whole(number: u64) -> Count {
-                Count(Some(number.min(TOKENS_MAX)))
+                Count::of(Some(number))
             }
 
             fn number(number: f64) -> Count {
                 let is_count = (0.0..=9e15).contains(&number) && number.fract() == 0.0;
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is in range and whole")]
-                Count(is_count.then_some((number as u64).min(TOKENS_MAX)))
+                Count::of(is_count.then_some(number as u64))
             }
         }
         deserializer.deserialize_any(Any::<AsCount>(PhantomData))
@@ -259,7 +284,7 @@ impl<'de> Members<'de> for Holder {
 }
 
 /// A `usage`, in whatever dialect.
-#[derive(Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
     prompt: Count,
     completion: Count,
@@ -279,39 +304,72 @@ struct Counts {
 
 impl<'de> Members<'de> for Counts {
     fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
-        let [of_prompt, of_input, of_inputs] = &mut self.of_prompt;
-        let [of_completion, of_output, of_outputs] = &mut self.of_answer;
-        let details = match key {
-            "prompt_tokens_details" => of_prompt,
-            "input_tokens_details" => of_input,
-            "input_token_details" => of_inputs,
-            "completion_tokens_details" => of_completion,
-            "output_tokens_details" => of_output,
-            "output_token_details" => of_outputs,
-            _ => return self.count(key, map),
-        };
-        *details = map.next_value::<Lenient<_>>()?.0;
+        if let Some(details) = self.details(key.as_bytes()) {
+            *details = map.next_value::<Lenient<_>>()?.0;
+        } else if let Some(count) = self.count(key.as_bytes()) {
+            *count = map.next_value()?;
+        } else {
+            map.next_value::<IgnoredAny>()?;
+        }
         Ok(())
     }
 }
 
 impl Counts {
-    fn count<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
-        let count = match key {
-            "prompt_tokens" => &mut self.prompt,
-            "completion_tokens" => &mut self.completion,
-            "input_tokens" => &mut self.input,
-            "output_tokens" => &mut self.output,
-            "total_tokens" => &mut self.total,
-            "cached_tokens" => &mut self.cached,
-            "prompt_cache_hit_tokens" => &mut self.cache_hit,
-            "cache_read_input_tokens" => &mut self.cache_read,
-            "cache_creation_input_tokens" => &mut self.cache_written,
-            "reasoning_tokens" => &mut self.reasoning,
-            _ => return map.next_value::<IgnoredAny>().map(drop),
-        };
-        *count = map.next_value()?;
-        Ok(())
+    /// Those of an object without surprises, and what follows it.
+    fn plain(json: &[u8]) -> Option<(Self, &[u8])> {
+        let mut counts = Self::default();
+        let mut plain = Plain::new(json);
+        plain.object(|plain, key| {
+            if let Some(details) = counts.details(key) {
+                *details = Details::default();
+                if plain.is_at_object() {
+                    return plain.object(|plain, key| {
+                        let number = Count::of(plain.number()?);
+                        if let Some(count) = details.count(key) {
+                            *count = number;
+                        }
+                        Some(())
+                    });
+                }
+            }
+            let number = Count::of(plain.number()?);
+            if let Some(count) = counts.count(key) {
+                *count = number;
+            }
+            Some(())
+        })?;
+        Some((counts, plain.rest()))
+    }
+
+    fn details(&mut self, key: &[u8]) -> Option<&mut Details> {
+        let [of_prompt, of_input, of_inputs] = &mut self.of_prompt;
+        let [of_completion, of_output, of_outputs] = &mut self.of_answer;
+        Some(match key {
+            b"prompt_tokens_details" => of_prompt,
+            b"input_tokens_details" => of_input,
+            b"input_token_details" => of_inputs,
+            b"completion_tokens_details" => of_completion,
+            b"output_tokens_details" => of_output,
+            b"output_token_details" => of_outputs,
+            _ => return None,
+        })
+    }
+
+    fn count(&mut self, key: &[u8]) -> Option<&mut Count> {
+        Some(match key {
+            b"prompt_tokens" => &mut self.prompt,
+            b"completion_tokens" => &mut self.completion,
+            b"input_tokens" => &mut self.input,
+            b"output_tokens" => &mut self.output,
+            b"total_tokens" => &mut self.total,
+            b"cached_tokens" => &mut self.cached,
+            b"prompt_cache_hit_tokens" => &mut self.cache_hit,
+            b"cache_read_input_tokens" => &mut self.cache_read,
+            b"cache_creation_input_tokens" => &mut self.cache_written,
+            b"reasoning_tokens" => &mut self.reasoning,
+            _ => return None,
+        })
     }
 
     fn usage(&self) -> Option<Usage> {
@@ -336,7 +394,7 @@ impl Counts {
 }
 
 /// What a prompt or an answer is made up of.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Details {
     cached: Count,
     reasoning: Count,
@@ -345,13 +403,22 @@ struct Details {
 
 impl<'de> Members<'de> for Details {
     fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
-        match key {
-            "cached_tokens" => self.cached = map.next_value()?,
-            "reasoning_tokens" => self.reasoning = map.next_value()?,
-            "audio_tokens" => self.audio = map.next_value()?,
-            _ => drop(map.next_value::<IgnoredAny>()?),
+        match self.count(key.as_bytes()) {
+            Some(count) => *count = map.next_value()?,
+            None => drop(map.next_value::<IgnoredAny>()?),
         }
         Ok(())
+    }
+}
+
+impl Details {
+    fn count(&mut self, key: &[u8]) -> Option<&mut Count> {
+        Some(match key {
+            b"cached_tokens" => &mut self.cached,
+            b"reasoning_tokens" => &mut self.reasoning,
+            b"audio_tokens" => &mut self.audio,
+            _ => return None,
+        })
     }
 }
 
@@ -383,5 +450,79 @@ impl Timings {
             cached: self.cached.0,
             ..Usage::default()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_last_usage_is_found_wherever_it_is() {
+        let padding = "x".repeat(3000);
+        for (before, after) in
+            [("", ""), (&*padding, ""), ("", &*padding), (&padding, &padding), (&padding, &padding[..1020])]
+        {
+            let json = format!("{before}\"usage\"{before}\"usage\"{after}");
+            assert_eq!(last_usage(json.as_bytes()), json.rfind("\"usage\""), "{} {}", before.len(), after.len());
+        }
+        assert_eq!(last_usage(padding.as_bytes()), None);
+    }
+
+    fn plain(json: &str) -> Option<Counts> {
+        let (counts, rest) = Counts::plain(json.as_bytes())?;
+        rest.is_empty().then_some(counts)
+    }
+
+    fn parsed(json: &str) -> Option<Counts> {
+        serde_json::from_str::<Lenient<Counts>>(json).ok().map(|Lenient(counts)| counts)
+    }
+
+    #[test]
+    fn what_endpoints_write_is_plain() {
+        for json in [
+            r#"{"prompt_tokens":12,"completion_tokens":0,"total_tokens":12}"#,
+            r#"{ "prompt_tokens" : 1 ,"prompt_tokens_details":{"cached_tokens":7,"audio_tokens":0}, "other": null }"#,
+            r#"{"completion_tokens_details":null,"output_tokens":5,"output_tokens":6}"#,
+            r#"{"prompt_tokens_details":{"cached_tokens":1},"prompt_tokens_details":{},"total_tokens":999999999999999999}"#,
+            "{}",
+        ] {
+            assert_eq!(plain(json), parsed(json), "{json}");
+            assert!(plain(json).is_some(), "{json}");
+        }
+    }
+
+    #[test]
+    fn whatever_else_is_left_to_the_parser() {
+        for json in [
+            r#"{"prompt_tokens":12.0}"#,
+            r#"{"prompt_tokens":1e2}"#,
+            r#"{"prompt_tokens":-1}"#,
+            r#"{"prompt_tokens":01}"#,
+            r#"{"prompt_tokens":9999999999999999999}"#,
+            r#"{"prompt_tokens":"12"}"#,
+            r#"{"prompt_tokens":}"#,
+            r#"{"cost_details":{"a":1}}"#,
+            r#"{"prompt\u005ftokens":12}"#,
+            r#"{"prompt_tokens":1,}"#,
+            r#"{"prompt_tokens":1"#,
+            r#"{"prompt_tokens":nul}"#,
+            "[]",
+            "",
+        ] {
+            assert_eq!(plain(json), None, "{json}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_plain_is_as_the_parser_reads_it(
+            json in r#"\{("(prompt_tokens|output_tokens_details|x)" ?:(0|12|1\.0|1e1|null|\{\}|\{"(cached_tokens|y)":[0-9n]{1,2}\}),?){0,4} ?\}?"#
+        ) {
+            if let Some(counts) = plain(&json) {
+                prop_assert_eq!(Some(counts), parsed(&json));
+            }
+        }
     }
 }
