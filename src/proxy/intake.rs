@@ -116,12 +116,17 @@ fn request_id(given: Option<&HeaderValue>) -> HeaderValue {
 /// A random UUID (RFC 9562, 5.4), since some servers refuse any other request id.
 fn uuid(random: u128) -> [u8; 36] {
     let bits = random & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    let mut text = [b'-'; 36];
-    let digits = text.iter_mut().enumerate().filter(|(at, _)| !matches!(at, 8 | 13 | 18 | 23)).map(|(_, digit)| digit);
-    for (nth, digit) in digits.enumerate() {
-        let value = u8::try_from(bits >> (124 - 4 * nth) & 0xf).unwrap_or_default();
-        *digit = if value < 10 { b'0' + value } else { b'a' + value - 10 };
+    let digit = |value: u8| if value < 10 { b'0' + value } else { b'a' - 10 + value };
+    let mut digits = [0; 32];
+    for (two, byte) in digits.as_chunks_mut().0.iter_mut().zip(bits.to_be_bytes()) {
+        *two = [digit(byte >> 4), digit(byte & 0xf)];
     }
+    let mut text = [b'-'; 36];
+    text[..8].copy_from_slice(&digits[..8]);
+    text[9..13].copy_from_slice(&digits[8..12]);
+    text[14..18].copy_from_slice(&digits[12..16]);
+    text[19..23].copy_from_slice(&digits[16..20]);
+    text[24..].copy_from_slice(&digits[20..]);
     text
 }
 

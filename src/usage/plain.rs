@@ -1,8 +1,12 @@
 //! Reads an object of counts as nearly all endpoints write it: whole numbers, nulls and objects of such, under keys without
-//! escapes. Whatever else there is in it, nothing is read, and a JSON parser has to.
+//! escapes. Whatever else there is in it is a surprise, and has to be read by a JSON parser.
 
-/// Longer numbers are left to a parser: this many digits are no more than a `u64` holds.
+/// Longer numbers are left to a parser: a `u64` holds any of so many digits.
 const DIGITS_MAX: usize = 18;
+
+/// Something else came than was hoped for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Surprise;
 
 /// What is left to be read.
 pub(super) struct Plain<'a>(&'a [u8]);
@@ -18,16 +22,19 @@ impl<'a> Plain<'a> {
     }
 
     /// Reads an object. Each of its values is to be read by `value`, which is told the key.
-    pub(super) fn object(&mut self, mut value: impl FnMut(&mut Self, &[u8]) -> Option<()>) -> Option<()> {
+    pub(super) fn object(
+        &mut self,
+        mut value: impl FnMut(&mut Self, &[u8]) -> Result<(), Surprise>,
+    ) -> Result<(), Surprise> {
         self.sign(b'{')?;
-        if self.sign(b'}').is_some() {
-            return Some(());
+        if self.sign(b'}').is_ok() {
+            return Ok(());
         }
         loop {
             let key = self.key()?;
             self.sign(b':')?;
             value(self, key)?;
-            if self.sign(b',').is_none() {
+            if self.sign(b',').is_err() {
                 return self.sign(b'}');
             }
         }
@@ -39,32 +46,33 @@ impl<'a> Plain<'a> {
     }
 
     /// Reads a number, or a null as none.
-    pub(super) fn number(&mut self) -> Option<Option<u64>> {
+    pub(super) fn number(&mut self) -> Result<Option<u64>, Surprise> {
         let text = self.0.trim_ascii_start();
         if let Some(rest) = text.strip_prefix(b"null") {
             self.0 = rest;
-            return Some(None);
+            return Ok(None);
         }
         let digits = text.iter().take_while(|byte| byte.is_ascii_digit()).count();
-        let (number, rest) = text.split_at_checked(digits)?;
+        let (number, rest) = text.split_at_checked(digits).ok_or(Surprise)?;
         let is_whole = matches!(number, [b'0'] | [b'1'..=b'9', ..]) && !matches!(rest, [b'.' | b'e' | b'E', ..]);
         if !is_whole || digits > DIGITS_MAX {
-            return None;
+            return Err(Surprise);
         }
         self.0 = rest;
-        Some(Some(number.iter().fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0'))))
+        Ok(Some(number.iter().fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0'))))
     }
 
-    fn key(&mut self) -> Option<&'a [u8]> {
+    fn key(&mut self) -> Result<&'a [u8], Surprise> {
         self.sign(b'"')?;
-        let (key, rest) = self.0.split_at_checked(memchr::memchr2(b'"', b'\\', self.0)?)?;
-        self.0 = rest.strip_prefix(b"\"")?;
-        Some(key)
+        let end = memchr::memchr2(b'"', b'\\', self.0).ok_or(Surprise)?;
+        let (key, rest) = self.0.split_at_checked(end).ok_or(Surprise)?;
+        self.0 = rest.strip_prefix(b"\"").ok_or(Surprise)?;
+        Ok(key)
     }
 
-    /// Reads this sign, if it comes next.
-    fn sign(&mut self, sign: u8) -> Option<()> {
-        self.0 = self.0.trim_ascii_start().strip_prefix(&[sign])?;
-        Some(())
+    /// Reads this sign.
+    fn sign(&mut self, sign: u8) -> Result<(), Surprise> {
+        self.0 = self.0.trim_ascii_start().strip_prefix(&[sign]).ok_or(Surprise)?;
+        Ok(())
     }
 }

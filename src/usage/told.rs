@@ -9,7 +9,7 @@ use memchr::memmem::{Finder, FinderRev};
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::plain::Plain;
+use super::plain::{Plain, Surprise};
 use super::{TOKENS_MAX, Usage};
 use crate::json_scan::{Key, ends_outermost};
 
@@ -44,7 +44,7 @@ pub(super) fn near_the_end(json: &[u8]) -> Option<Usage> {
     if !value.starts_with(b"{") || !json.trim_ascii_start().starts_with(b"{") {
         return None;
     }
-    let (counts, rest) = Counts::plain(value).or_else(|| {
+    let (counts, rest) = Counts::plain(value).ok().or_else(|| {
         let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Lenient<Counts>>();
         let Lenient(counts) = values.next()?.ok()?;
         Some((counts, value.get(values.byte_offset()..)?))
@@ -316,30 +316,20 @@ impl<'de> Members<'de> for Counts {
 }
 
 impl Counts {
-    /// Those of an object without surprises, and what follows it.
-    fn plain(json: &[u8]) -> Option<(Self, &[u8])> {
+    /// Those of an object, and what follows it.
+    fn plain(json: &[u8]) -> Result<(Self, &[u8]), Surprise> {
         let mut counts = Self::default();
         let mut plain = Plain::new(json);
         plain.object(|plain, key| {
             if let Some(details) = counts.details(key) {
                 *details = Details::default();
                 if plain.is_at_object() {
-                    return plain.object(|plain, key| {
-                        let number = Count::of(plain.number()?);
-                        if let Some(count) = details.count(key) {
-                            *count = number;
-                        }
-                        Some(())
-                    });
+                    return plain.object(|plain, key| read_count(plain, details.count(key)));
                 }
             }
-            let number = Count::of(plain.number()?);
-            if let Some(count) = counts.count(key) {
-                *count = number;
-            }
-            Some(())
+            read_count(plain, counts.count(key))
         })?;
-        Some((counts, plain.rest()))
+        Ok((counts, plain.rest()))
     }
 
     fn details(&mut self, key: &[u8]) -> Option<&mut Details> {
@@ -391,6 +381,15 @@ impl Counts {
         let counts = [usage.prompt, usage.completion, usage.input, usage.output, usage.total];
         counts.iter().any(Option::is_some).then_some(usage)
     }
+}
+
+/// Reads a number, whether it matters or not.
+fn read_count(plain: &mut Plain<'_>, count: Option<&mut Count>) -> Result<(), Surprise> {
+    let number = Count::of(plain.number()?);
+    if let Some(count) = count {
+        *count = number;
+    }
+    Ok(())
 }
 
 /// What a prompt or an answer is made up of.
@@ -471,7 +470,7 @@ mod tests {
     }
 
     fn plain(json: &str) -> Option<Counts> {
-        let (counts, rest) = Counts::plain(json.as_bytes())?;
+        let (counts, rest) = Counts::plain(json.as_bytes()).ok()?;
         rest.is_empty().then_some(counts)
     }
 
