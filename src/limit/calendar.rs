@@ -25,6 +25,8 @@ struct Today {
     date: Date,
     begins: SystemTime,
     ends: SystemTime,
+    /// From when until when an attempt counts in no other day.
+    only: (SystemTime, SystemTime),
 }
 
 /// The days that an attempt counts in: one, or two at the turn.
@@ -56,7 +58,10 @@ impl Calendar {
 
     /// The days that an attempt at this moment counts in.
     pub fn days(&self, wall: SystemTime) -> Days {
-        let Today { date, begins, ends } = self.today(wall);
+        let Today { date, begins, ends, only } = self.today(wall);
+        if only.0 <= wall && wall < only.1 {
+            return Days { first: date, last: date };
+        }
         let is_near = |moment: SystemTime| {
             let apart = wall.duration_since(moment).unwrap_or_else(|before| before.duration());
             apart < TURN_MARGIN
@@ -114,7 +119,8 @@ impl Calendar {
     fn work_out(&self, wall: SystemTime) -> Today {
         let date = Timestamp::try_from(wall).unwrap_or_default().to_zoned_datetime(self.zone.clone()).date();
         let next = date.tomorrow().ok().and_then(|next| self.begin_of(next));
-        Today { date, begins: self.begin_of(date).unwrap_or(wall), ends: next.unwrap_or(wall + NO_TOMORROW) }
+        let (begins, ends) = (self.begin_of(date).unwrap_or(wall), next.unwrap_or(wall + NO_TOMORROW));
+        Today { date, begins, ends, only: (begins + TURN_MARGIN, ends - TURN_MARGIN) }
     }
 }
 
