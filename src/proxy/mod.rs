@@ -13,6 +13,7 @@
 //! logging                   record
 //! ```
 
+mod app;
 mod attempts;
 mod intake;
 mod outgoing;
@@ -30,6 +31,8 @@ use pingora::protocols::{ALPN, Digest};
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
+
+pub use app::App;
 
 use crate::admin::{Answer, Process};
 use crate::admission::Choice;

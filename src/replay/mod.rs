@@ -267,8 +267,7 @@ impl CustomSession for Replay {
         }
         if let Some(cork) = self.hold.take_cork() {
             // The body is on its way to the other half of this task, which writes it as soon as this one waits.
-            step_aside().await;
-            cork.pull();
+            cork.loosen();
         }
         self.inner_writes().await?;
         if self.hold.has_gathered() {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use api_together::simulator::Behaviour;
 use bytes::Bytes;
@@ -12,8 +13,8 @@ use futures_core::Stream;
 use http::{Method, Version};
 use serde_json::json;
 
-use crate::harness::{Proxy, Reply, behaving, client, endpoint_with, h2c, simulator, within};
-use crate::wire::request;
+use crate::harness::{Proxy, Reply, behaving, chat, client, endpoint, endpoint_with, h2c, simulator, within};
+use crate::wire::{ByHand, post_chat, request};
 
 /// A body whose length nobody knows beforehand.
 struct Pieces(VecDeque<Bytes>);
@@ -32,6 +33,39 @@ impl Stream for Pieces {
     fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         Poll::Ready(self.0.pop_front().map(Ok))
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_request_reaches_its_endpoint_in_one_piece_and_at_once() {
+    within(async {
+        // The system itself lets go of what is kept back after 200 ms.
+        const AT_ONCE: Duration = Duration::from_millis(150);
+        let by_hand = ByHand::bind().await;
+        let proxy = Proxy::start(json!({}), &[endpoint("a", &by_hand.base_url())]).await;
+        let mut wire = proxy.wire().await;
+        let sent = post_chat(&chat("m"));
+        let mut endpoint = None;
+        let mut waits = Vec::new();
+        // The first one on a fresh connection, the others on the same one.
+        for _ in 0..6 {
+            let begun = Instant::now();
+            wire.send(&sent).await;
+            if endpoint.is_none() {
+                endpoint = Some(by_hand.accept().await);
+            }
+            let endpoint = endpoint.as_mut().unwrap();
+            let arrived = String::from_utf8(endpoint.one_read().await).unwrap();
+            waits.push(begun.elapsed());
+            let body = sent.split("\r\n\r\n").last().unwrap();
+            assert!(arrived.starts_with("POST ") && arrived.ends_with(body), "{arrived}");
+            endpoint
+                .send("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{\"id\":\"\"}")
+                .await;
+            assert_eq!(wire.message().await.0.status(), 200);
+        }
+        assert!(waits.iter().any(|wait| *wait < AT_ONCE), "{waits:?}");
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

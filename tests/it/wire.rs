@@ -56,6 +56,13 @@ impl Wire {
         Self(BufStream::new(stream))
     }
 
+    /// What one read of the system gives: all of a packet.
+    pub async fn one_read(&mut self) -> Vec<u8> {
+        let bytes = self.0.fill_buf().await.unwrap().to_vec();
+        self.0.consume(bytes.len());
+        bytes
+    }
+
     pub async fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.try_send(bytes).await.unwrap();
     }
