@@ -5,23 +5,9 @@
 
 #![expect(unsafe_code, reason = "Pingora hands out the number of an upstream connection's socket, and no more")]
 
-use std::cell::Cell;
 use std::os::fd::{BorrowedFd, RawFd};
 
 use socket2::SockRef;
-
-thread_local! {
-    /// What is to be pulled once the task at hand has gone as far as it can.
-    static LOOSE: Cell<Option<Cork>> = const { Cell::new(None) };
-}
-
-/// Pulls what [`Cork::loosen`] has left. Of a task that has come back from a poll, both halves have run: the one that handed the
-/// body over, and the one that wrote it.
-pub fn pull_loose() {
-    if let Some(cork) = LOOSE.take() {
-        cork.pull();
-    }
-}
 
 /// The socket of a connection to an endpoint, as Pingora names it for the time of one exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,15 +21,8 @@ impl Cork {
         (cork.set(waits) && waits).then_some(cork)
     }
 
-    /// Sends what was kept back as soon as the task at hand waits, and keeps nothing back any more.
-    pub fn loosen(self) {
-        if let Some(other) = LOOSE.replace(Some(self)) {
-            other.pull();
-        }
-    }
-
     /// Sends what was kept back, and keeps nothing back any more.
-    fn pull(self) {
+    pub fn pull(self) {
         self.set(false);
     }
 
@@ -85,10 +64,8 @@ mod tests {
         ours.write_all(b"header").unwrap();
         theirs.set_nonblocking(true).unwrap();
         assert!(theirs.read(&mut read).is_err(), "it is kept back");
-        cork.loosen();
         ours.write_all(b"body").unwrap();
-        assert!(theirs.read(&mut read).is_err(), "it is kept back until the task waits");
-        pull_loose();
+        cork.pull();
         theirs.set_nonblocking(false).unwrap();
         assert_eq!(theirs.read(&mut read).unwrap(), 10);
         assert_eq!(Cork::put_in(ours.as_raw_fd(), false), None);

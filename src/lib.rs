@@ -21,7 +21,7 @@
 //! | what is told | [`error`], [`record`], [`metrics`] | fault → error object; request → log line, metrics |
 //!
 //! Beside the way: [`config`] (file → what is meant), [`reload`], [`certificate`], [`upgrade`], [`notify`], [`secret`], [`pool`] (the endpoints of one config, and the live state
-//! behind them), [`context`] (one request's state), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
+//! behind them), [`context`] (one request's state), [`scheduling`] (who goes first), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
 
 pub mod admin;
 pub mod admission;
@@ -60,6 +60,7 @@ pub mod respond;
 pub mod retry;
 pub mod rewrite;
 pub mod route;
+pub mod scheduling;
 pub mod secret;
 pub mod server;
 pub mod shape;

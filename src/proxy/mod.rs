@@ -13,7 +13,6 @@
 //! logging                   record
 //! ```
 
-mod app;
 mod attempts;
 mod intake;
 mod outgoing;
@@ -32,8 +31,6 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
-pub use app::App;
-
 use crate::admin::{Answer, Process};
 use crate::admission::Choice;
 use crate::auth::Auth;
@@ -50,6 +47,7 @@ use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
 use crate::respond;
 use crate::retry::Outcome;
+use crate::scheduling::step_aside;
 use attempts::{Stale, address, attempt_over, begin_anew, may_begin_anew, next_attempt};
 use intake::{Next, Stop};
 
@@ -340,6 +338,9 @@ impl ProxyHttp for Gateway {
     }
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Self::CTX) {
+        // The client has its answer; those of others come before the bookkeeping. Until that is done the request counts as open, so
+        // a process that ends waits for it.
+        step_aside().await;
         context.wrapped.unwrap_session(session);
         let complete = context.exchange.state().committed.and_then(|committed| committed.complete);
         let mut measured = Measured::default();

@@ -12,11 +12,9 @@
 mod hold;
 mod reading;
 
-use std::future::poll_fn;
 use std::mem;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -35,24 +33,12 @@ use tokio::time::{Sleep, sleep_until};
 use crate::context::Exchange;
 use crate::pool::Pool;
 use crate::respond::Verdict;
+use crate::scheduling::step_aside;
 use hold::{Due, Hold};
 
 /// The error that ends an attempt whose answer is dropped. Why it is, is in the exchange.
 fn give_up<T>() -> Result<T> {
     Error::err_up(ErrorType::Custom("the answer is not good enough"))
-}
-
-/// Lets the other half of this task run once. Unlike the runtime's own way to yield it does not look for events of the system.
-async fn step_aside() {
-    let mut is_back = false;
-    poll_fn(|context| {
-        if mem::replace(&mut is_back, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 /// How a request is to be replayed and its response held.
@@ -267,7 +253,8 @@ impl CustomSession for Replay {
         }
         if let Some(cork) = self.hold.take_cork() {
             // The body is on its way to the other half of this task, which writes it as soon as this one waits.
-            cork.loosen();
+            step_aside().await;
+            cork.pull();
         }
         self.inner_writes().await?;
         if self.hold.has_gathered() {

@@ -17,6 +17,7 @@ use pingora::server::configuration::{Opt, ServerConf};
 use pingora::server::{RunArgs, Server};
 use pingora::services::background::background_service;
 use pingora::services::listening::Service;
+use pingora_proxy::ProxyServiceBuilder;
 
 use crate::admin::Process;
 use crate::auth::Auth;
@@ -26,7 +27,7 @@ use crate::estimate::Estimator;
 use crate::ledger::Keeper;
 use crate::memory::Memory;
 use crate::pool::Pool;
-use crate::proxy::{App, Gateway};
+use crate::proxy::Gateway;
 use crate::reload::{ConfigState, Reloader, hear_hangups};
 use crate::upgrade::{Successor, make_private};
 pub use drain::Draining;
@@ -144,8 +145,8 @@ impl Prepared {
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
         http.h2c = listening.certificate.is_none();
-        let app = App::new(&server.configuration, gateway, http);
-        let mut service = Service::new("api-together".to_owned(), app);
+        let mut service =
+            ProxyServiceBuilder::new(&server.configuration, gateway).name("api-together").server_options(http).build();
         service.add_listener(listening.config()?);
         server.add_service(background_service("threads", StartThreads(Arc::clone(&self.counts.ledger))));
         let drain = Drain {
