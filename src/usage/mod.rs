@@ -12,6 +12,7 @@
 //! | llama.cpp | `timings` | `prompt_n`, `cache_n`, `predicted_n` |
 
 mod finder;
+mod lenient;
 mod meter;
 mod plain;
 mod told;
