@@ -66,7 +66,8 @@ def streams_table(bench, count, seconds, rounds):
         ])
     head = ["", "KiB a stream", "over bare", "cores used", "an event's p50 µs", "p99 µs", "p99 over direct", "streams cut"]
     note = "" if count == 10_000 else f" (of the 10,000 asked for: a process may have {DESCRIPTORS:,} descriptors here, and a stream takes two)"
-    title = f"**{count:,} streams{note}**, an event a second each, {seconds} s, {rounds} rounds, medians"
+    measured = "one round" if rounds == 1 else f"{rounds} rounds, medians"
+    title = f"**{count:,} streams{note}**, an event a second each, {seconds} s, {measured}"
     return f"{title}\n\n{table(head, rows)}"
 
 
