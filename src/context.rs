@@ -1,6 +1,7 @@
 //! One request's state, grouped by stage. Guards release what they hold when they are dropped, however the request ends.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -222,7 +223,7 @@ pub struct Attempt {
     /// Whether an answer with a status of success has been let through.
     pub answers: bool,
     first_byte: Option<Duration>,
-    _in_flight: InFlight,
+    in_flight: Option<InFlight>,
 }
 
 impl Attempt {
@@ -236,7 +237,7 @@ impl Attempt {
         now: Instant,
     ) -> Self {
         Self {
-            _in_flight: endpoint.live.enter(),
+            in_flight: Some(endpoint.live.enter()),
             endpoint: Arc::clone(endpoint),
             model,
             terms,
@@ -355,9 +356,17 @@ impl Attempt {
         self.ends_with_connection && !self.meter.is_whole()
     }
 
+    /// The endpoint's answer has ended and is good: it has room for another request before the client sees this one's last byte,
+    /// so that whoever asks for one thing after the other finds it so.
+    pub fn answer_ended(&mut self) {
+        self.finish();
+        self.in_flight = None;
+        self.permit.end();
+    }
+
     /// The answer came to its end.
     pub fn finish(&mut self) {
-        if let (Some(outcome), false) = (self.answer.take(), self.settled) {
+        if let Some(outcome) = self.answer.take() {
             self.settle(&outcome);
         }
     }
@@ -373,9 +382,11 @@ impl Attempt {
         self.terms.asks_usage
     }
 
-    /// Takes in how the attempt ended.
+    /// Takes in how the attempt ended; what comes after that is no news of it.
     pub fn settle(&mut self, outcome: &Outcome) {
-        self.settled = true;
+        if mem::replace(&mut self.settled, true) {
+            return;
+        }
         if let Some(metrics) = metrics() {
             metrics.attempt(&self.endpoint.config.id, outcome.label(), self.counters.as_deref());
         }

@@ -76,6 +76,14 @@ impl Permit {
         }
     }
 
+    /// The attempt is over, or never was one.
+    pub fn end(&mut self) {
+        if let Some(returned) = self.take_return() {
+            // A thread that has ended leaves it counted: too much, never too little.
+            self.client.push(|messages| messages.returns.push(returned));
+        }
+    }
+
     /// What another one of the same endpoint is drawn with.
     pub(super) fn wanted(&self) -> Wanted {
         let (account, limits) = (Arc::clone(&self.account), Arc::clone(&self.limits));
@@ -94,9 +102,6 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        if let Some(returned) = self.take_return() {
-            // A thread that has ended leaves it counted: too much, never too little.
-            self.client.push(|messages| messages.returns.push(returned));
-        }
+        self.end();
     }
 }

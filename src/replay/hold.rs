@@ -354,6 +354,9 @@ impl Hold {
             *complete = true;
         }
         if !is_cut {
+            if last {
+                attempt.answer_ended();
+            }
             return None;
         }
         *ended = Some(Outcome::Broken);

@@ -1,5 +1,6 @@
 //! How often an endpoint is asked.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use api_together::simulator::Behaviour;
@@ -325,6 +326,39 @@ async fn requests_at_once_are_limited_until_the_last_byte() {
             }
         }
         assert_eq!(from, "a");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_one_by_one_finds_the_place_free() {
+    within(async {
+        let (a, b) = (simulator().await, simulator().await);
+        let apis = [
+            endpoint_with("a", &a.base_url(), json!({ "maxConcurrent": 1, "models": ["one-by-one"] })),
+            endpoint_with("b", &b.base_url(), json!({ "models": ["busy"] })),
+        ];
+        let proxy = Arc::new(Proxy::start(json!({}), &apis).await);
+        // Others keep the proxy's threads so busy that its bookkeeping comes late.
+        let others: Vec<_> = (0..32)
+            .map(|_| {
+                let proxy = Arc::clone(&proxy);
+                tokio::spawn(async move {
+                    loop {
+                        proxy.chat("busy").await.assert_from("b", 1);
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..300 {
+            // Each on a connection of its own, as one waits for what follows its last answer.
+            let request = proxy.request(Method::POST, "/v1/chat/completions").header("connection", "close");
+            Reply::of(request.json(&chat("one-by-one"))).await.assert_from("a", 1);
+        }
+        for other in others {
+            assert!(!other.is_finished());
+            other.abort();
+        }
     })
     .await;
 }
