@@ -265,6 +265,9 @@ impl Hold {
                     if self.plan.http_10 {
                         header.remove_header(&TRANSFER_ENCODING);
                     }
+                    if end && let Some(attempt) = &mut self.exchange.state().attempt {
+                        attempt.answer_ended();
+                    }
                     out.push(HttpTask::Header(header, end));
                 }
                 HttpTask::Body(piece, last) => {
