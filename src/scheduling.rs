@@ -1,12 +1,17 @@
-//! Giving way to other tasks of the same thread.
+//! Giving way to other tasks of the same thread, and letting the thread sleep in peace.
 //!
 //! A thread that takes all the requests at hand through one stage, and then all of them through the next, finds each stage's code in
 //! its caches, and whoever it writes to awake. So a request steps aside where a stage ends that others can do without: its
 //! neighbours' answers leave before its own is counted and logged.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::mem;
 use std::task::Poll;
+use std::time::Duration;
+
+/// How far off a timer has to be to be set without waking anybody.
+const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Lets every other task that can run do so once. Unlike the runtime's own way to yield it does not look for events of the system.
 pub async fn step_aside() {
@@ -21,10 +26,40 @@ pub async fn step_aside() {
     .await;
 }
 
+/// Sees to it that a timer of this thread's runtime is always due soon.
+///
+/// A runtime wakes itself, by a write and a vain wait of the system, whenever a timer is set that is due before all others. Between
+/// two requests there is no other, so the timer of each request would cost both. Those are all further off than this one.
+///
+/// Has to be called inside of a runtime. Every worker thread may have one of its own, and none works for two: so each thread spawns one
+/// task, once.
+pub fn keep_heartbeat() {
+    thread_local! {
+        static BEATS: Cell<bool> = const { Cell::new(false) };
+    }
+    if BEATS.replace(true) {
+        return;
+    }
+    tokio::spawn(async {
+        loop {
+            tokio::time::sleep(HEARTBEAT).await;
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::cell::RefCell;
+
+    #[tokio::test]
+    async fn a_thread_has_one_heartbeat() {
+        let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        assert_eq!(tasks(), 0);
+        keep_heartbeat();
+        keep_heartbeat();
+        assert_eq!(tasks(), 1);
+    }
 
     #[tokio::test]
     async fn whoever_steps_aside_lets_the_others_go_first() {

@@ -47,7 +47,7 @@ use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
 use crate::respond;
 use crate::retry::Outcome;
-use crate::scheduling::step_aside;
+use crate::scheduling::{keep_heartbeat, step_aside};
 use attempts::{Stale, address, attempt_over, begin_anew, may_begin_anew, next_attempt};
 use intake::{Next, Stop};
 
@@ -66,6 +66,7 @@ impl ProxyHttp for Gateway {
     type CTX = Box<Context>;
 
     fn new_ctx(&self) -> Box<Context> {
+        keep_heartbeat();
         Box::new(Context::new(&self.process.open))
     }
 
