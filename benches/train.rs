@@ -1,0 +1,288 @@
+//! Sends a program what it will meet, so that a compiler that has counted its steps knows which of them matter:
+//! `train api-together PROGRAM` or `train bare PROGRAM`. `make release` has the program built for that.
+//!
+//! What is never run here is later compiled as if it were never run at all. So there is a little of everything: both versions of
+//! HTTP, with TLS and without, on either side; streams, long bodies, endpoints that fail and limits that are reached.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a training that cannot be done must stop, and what was done goes to standard output"
+)]
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api_together::simulator::{Behaviour, Options, Protocol, Simulator, serve_stream};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use reqwest::ClientBuilder;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+
+const KEY: &str = "sk-training-client";
+/// Longest wait for the program to listen, for one answer, and for it to end.
+const PATIENCE: Duration = Duration::from_mins(1);
+const POLL: Duration = Duration::from_millis(20);
+/// Lines of its log that are shown if the training fails.
+const LAST_WORDS: usize = 15;
+/// Requests at once. The order in which they are served is of no account here, only how often each step is done.
+const AT_ONCE: usize = 16;
+
+#[tokio::main]
+async fn main() {
+    pingora::tls::install_default_crypto_provider();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["api-together", program] => train_api_together(program).await,
+        ["bare", program] => train_bare(program).await,
+        _ => {
+            eprintln!("usage: train api-together|bare PROGRAM");
+            std::process::exit(2);
+        }
+    }
+}
+
+/// What `make bench` measures, and nothing else: the yardstick is to be as good as it can be.
+async fn train_bare(program: &str) {
+    let endpoint = endpoint(0).await;
+    let port = free_port().await;
+    let folder = tempfile::tempdir().unwrap();
+    let ports = [port.to_string(), endpoint.addr().port().to_string()];
+    let running = Running::start(Command::new(program).args(ports), port, folder.path()).await;
+    let clients = Clients::new(&format!("http://localhost:{port}"), ClientBuilder::http1_only);
+    clients.send("JSON", 10_000, &chat("bench", 1024, false)).await;
+    clients.send("streams", 1_000, &chat("bench", 1024, true)).await;
+    clients.send("JSON of 64 KB", 200, &chat("bench", 64 * 1024, false)).await;
+    running.end();
+}
+
+async fn train_api_together(program: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new(folder.path());
+    let (steady, flaky) = (endpoint(0).await, endpoint(10).await);
+    let old_tls = authority.secure(&steady, &[b"http/1.1"]).await;
+    let new_tls = authority.secure(&steady, &[b"h2", b"http/1.1"]).await;
+    let api = |id: &str, url: &str, model: &str, more: Value| {
+        let mut api = json!({ "id": id, "baseUrl": url, "apiKey": "sk-training-endpoint", "models": [model] });
+        api.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        api
+    };
+    let limits = json!({ "rpm": 1_000_000, "rpd": 100_000_000, "tpm": 1_000_000_000, "modelMapping": { "bench": "bench-large" } });
+    let mut apis: Vec<_> =
+        (1..=5).map(|number| api(&format!("plain-{number}"), &steady.base_url(), "bench-*", limits.clone())).collect();
+    let tls = json!({ "tls": { "caFile": authority.file } });
+    let after = json!({ "priority": 1 });
+    apis.extend([
+        api("old-tls", &old_tls, "old-tls", tls.clone()),
+        api("new-tls", &new_tls, "new-tls", tls),
+        api("flaky", &flaky.base_url(), "flaky", json!({})),
+        api("instead", &steady.base_url(), "flaky", after.clone()),
+        api("narrow", &steady.base_url(), "narrow", json!({ "rpm": 100 })),
+        api("beside", &steady.base_url(), "narrow", after),
+    ]);
+
+    for secure in [false, true] {
+        let port = free_port().await;
+        let mut server = json!({ "host": "127.0.0.1", "port": port, "apiKey": KEY });
+        if secure {
+            server["tls"] = authority.own(folder.path());
+        }
+        let config = folder.path().join("apis.json");
+        std::fs::write(&config, json!({ "server": server, "apis": apis }).to_string()).unwrap();
+        let running = Running::start(Command::new(program).arg("--config").arg(config), port, folder.path()).await;
+        let root = authority.root();
+        if secure {
+            let url = format!("https://localhost:{port}");
+            for http1 in [true, false] {
+                let clients = Clients::new(&url, |builder| {
+                    let builder = builder.tls_certs_only([root.clone()]);
+                    if http1 { builder.http1_only() } else { builder }
+                });
+                clients.send("JSON over TLS", 300, &chat("bench", 1024, false)).await;
+                clients.send("streams over TLS", 50, &chat("bench", 1024, true)).await;
+            }
+        } else {
+            let url = format!("http://localhost:{port}");
+            let http1 = Clients::new(&url, ClientBuilder::http1_only);
+            http1.send("JSON", 10_000, &chat("bench", 1024, false)).await;
+            http1.send("streams", 1_000, &chat("bench", 1024, true)).await;
+            http1.send("JSON of 64 KB", 200, &chat("bench", 64 * 1024, false)).await;
+            http1.send("JSON of 2 MB", 8, &chat("bench", 2 << 20, false)).await;
+            for model in ["old-tls", "new-tls", "flaky", "narrow"] {
+                http1.send(model, 500, &chat(model, 1024, false)).await;
+                http1.send(&format!("{model}, streams"), 50, &chat(model, 1024, true)).await;
+            }
+            let http2 = Clients::new(&url, ClientBuilder::http2_prior_knowledge);
+            http2.send("JSON over HTTP/2", 500, &chat("bench", 1024, false)).await;
+            http2.send("streams over HTTP/2", 100, &chat("bench", 1024, true)).await;
+        }
+        running.end();
+    }
+}
+
+/// A chat request of about this size. Streams are asked for their usage, as SDKs do.
+fn chat(model: &str, size: usize, stream: bool) -> Value {
+    let content = "All work and no play makes Jack a dull boy. ".repeat(size / 44);
+    let mut body = json!({ "messages": [{ "role": "user", "content": content }], "temperature": 0.7, "model": model });
+    if stream {
+        body["stream"] = json!(true);
+        body["stream_options"] = json!({ "include_usage": true });
+    }
+    body
+}
+
+/// An endpoint of which so many per cent of the answers are 503.
+async fn endpoint(failure_rate_percent: u8) -> Simulator {
+    let default = Behaviour { events: 100, ..Behaviour::default() };
+    Simulator::bind_local(Options { default, failure_rate_percent, record: false, ..Options::default() }).await.unwrap()
+}
+
+async fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
+}
+
+/// A program that is looked on.
+struct Running {
+    process: Child,
+    log: PathBuf,
+}
+
+impl Running {
+    async fn start(command: &mut Command, port: u16, folder: &Path) -> Self {
+        let log = folder.join("log");
+        let file = File::create(&log).unwrap();
+        let command = command.stdout(file.try_clone().unwrap()).stderr(file);
+        let mut running = Self { process: command.spawn().expect("the program"), log };
+        let begun = Instant::now();
+        while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+            let ended = running.process.try_wait().unwrap();
+            assert!(ended.is_none() && begun.elapsed() < PATIENCE, "the program does not listen: {ended:?}");
+            tokio::time::sleep(POLL).await;
+        }
+        running
+    }
+
+    /// Lets it end in order, since what was counted is written then.
+    fn end(mut self) {
+        kill_process(Pid::from_child(&self.process), Signal::INT).unwrap();
+        let begun = Instant::now();
+        while self.process.try_wait().unwrap().is_none() {
+            assert!(begun.elapsed() < PATIENCE, "the program does not end");
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+impl Drop for Running {
+    /// If the training failed: says why, and leaves nothing behind.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+            let lines: Vec<_> = log.lines().collect();
+            eprintln!("the program's last words:\n{}", lines[lines.len().saturating_sub(LAST_WORDS)..].join("\n"));
+        }
+        self.process.kill().unwrap_or_default();
+    }
+}
+
+struct Clients {
+    url: String,
+    client: reqwest::Client,
+}
+
+impl Clients {
+    fn new(base: &str, settings: impl FnOnce(ClientBuilder) -> ClientBuilder) -> Self {
+        let client = settings(reqwest::Client::builder().no_proxy().timeout(PATIENCE)).build().unwrap();
+        Self { url: format!("{base}/v1/chat/completions"), client }
+    }
+
+    /// Sends a body so many times and reads every answer, which has to be a good one.
+    async fn send(&self, what: &str, times: usize, body: &Value) {
+        let begun = Instant::now();
+        let body = Arc::<str>::from(body.to_string());
+        let mut tasks = JoinSet::new();
+        for task in 0..AT_ONCE {
+            let (client, url, body) = (self.client.clone(), self.url.clone(), Arc::clone(&body));
+            let share = times / AT_ONCE + usize::from(task < times % AT_ONCE);
+            tasks.spawn(async move {
+                for _ in 0..share {
+                    let request = client.post(&url).bearer_auth(KEY).header("content-type", "application/json");
+                    let answer = request.body(body.to_string()).send().await.expect("an answer");
+                    assert!(answer.status().is_success(), "{answer:?}");
+                    let text = answer.bytes().await.expect("a whole answer");
+                    assert!(text.ends_with(b"}") || text.ends_with(b"data: [DONE]\n\n"), "{text:?}");
+                }
+            });
+        }
+        tasks.join_all().await;
+        println!("{times:>6} × {what} in {:.1} s", begun.elapsed().as_secs_f64());
+    }
+}
+
+/// Issues certificates for this machine.
+struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+    /// Its certificate, for whoever is to trust it.
+    file: PathBuf,
+}
+
+impl Authority {
+    fn new(folder: &Path) -> Self {
+        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let file = folder.join("ca.pem");
+        std::fs::write(&file, issuer.pem()).unwrap();
+        Self { issuer, file }
+    }
+
+    fn root(&self) -> reqwest::Certificate {
+        reqwest::Certificate::from_pem(self.issuer.pem().as_bytes()).unwrap()
+    }
+
+    fn issue(&self) -> (rcgen::Certificate, KeyPair) {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        (params.signed_by(&key, &self.issuer).unwrap(), key)
+    }
+
+    /// The `server.tls` of the program.
+    fn own(&self, folder: &Path) -> Value {
+        let (certificate, key) = self.issue();
+        let (cert_file, key_file) = (folder.join("cert.pem"), folder.join("key.pem"));
+        std::fs::write(&cert_file, certificate.pem()).unwrap();
+        std::fs::write(&key_file, key.serialize_pem()).unwrap();
+        json!({ "certFile": cert_file, "keyFile": key_file })
+    }
+
+    /// Puts TLS before an endpoint. Returns its base URL.
+    async fn secure(&self, endpoint: &Simulator, protocols: &[&[u8]]) -> String {
+        let (certificate, key) = self.issue();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let chain = vec![certificate.der().clone()];
+        let mut config = ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key).unwrap();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        let (acceptor, handle) = (TlsAcceptor::from(Arc::new(config)), endpoint.handle());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                tcp.set_nodelay(true).unwrap_or_default();
+                if let Ok(stream) = acceptor.accept(tcp).await {
+                    serve_stream(&handle, stream, Protocol::Auto);
+                }
+            }
+        });
+        format!("https://localhost:{port}")
+    }
+}
