@@ -3,6 +3,7 @@
 use api_together::simulator::Behaviour;
 use http::{Method, Version};
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 
 use crate::harness::{
     KEY, Proxy, Reply, behaving, chat, chat_stream, client, closed_port, endpoint, endpoint_with, h2c, in_order,
@@ -173,6 +174,30 @@ async fn the_plain_port_speaks_http1_and_http2() {
         ] {
             let reply = Reply::of(client.request(method, proxy.url(path)).bearer_auth(KEY)).await;
             assert_eq!((reply.status, reply.version), (status, Version::HTTP_2), "{path}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_over_http2_may_be_sent_without_waiting_for_each_piece_to_be_read() {
+    const BYTES: usize = 1024 * 1024;
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        let stream = TcpStream::connect(proxy.address).await.unwrap();
+        let mut settings = h2::client::Builder::new();
+        settings.max_send_buffer_size(BYTES);
+        let (sender, connection) = settings.handshake::<_, &[u8]>(stream).await.unwrap();
+        tokio::spawn(connection);
+        let mut sender = sender.ready().await.unwrap();
+        let request =
+            http::Request::post(proxy.url("/v1/chat/completions")).header("authorization", format!("Bearer {KEY}"));
+        let request = request.body(()).unwrap();
+        let (_answer, mut body) = sender.send_request(request, false).unwrap();
+        body.reserve_capacity(BYTES);
+        while body.capacity() < BYTES {
+            std::future::poll_fn(|context| body.poll_capacity(context)).await.expect("room").unwrap();
         }
     })
     .await;
