@@ -106,15 +106,19 @@ release-api-together release-bare: release-%: $(GUIDED)/%.profdata
 	RUSTFLAGS="$${RUSTFLAGS-} -Cprofile-use=$(CURDIR)/$<" \
 	  cargo build --release --locked --target $(TRIPLE) --target-dir $(GUIDED)/$* $(call cargo-target,$*)
 	install -D -p $(GUIDED)/$*/$(TRIPLE)/$(call built,$*) target/$(call built,$*)
-else
+else ifeq ($(PROFILE_GUIDED),no)
 release-api-together release-bare: release-%: build-tools
 	echo "==> building $*"
 	cargo build --release --locked $(call cargo-target,$*)
+else
+$(error PROFILE_GUIDED is "$(PROFILE_GUIDED)"; say yes or no)
 endif
 
 $(GUIDED)/api-together.profdata: $(shell find src -name '*.rs')
 $(GUIDED)/bare.profdata: benches/bare.rs
-$(GUIDED)/%.profdata: benches/train.rs Cargo.toml Cargo.lock | build-tools
+$(GUIDED)/%.profdata: benches/train.rs Cargo.toml Cargo.lock $(GUIDED)/compiler | build-tools
+	command -v $(PROFDATA) >/dev/null || \
+	  echo "==> a profile is merged by $(PROFDATA), or by: rustup component add llvm-tools; PROFILE_GUIDED=no builds without"
 	$(call install,$(PROFDATA),llvm-$(LLVM))
 	echo "==> building $* so that it counts its steps"
 	RUSTFLAGS="$${RUSTFLAGS-} -Cprofile-generate" \
@@ -126,6 +130,14 @@ $(GUIDED)/%.profdata: benches/train.rs Cargo.toml Cargo.lock | build-tools
 	LLVM_PROFILE_FILE="$(CURDIR)/$(GUIDED)/$*.counts/%p.profraw" \
 	  target/debug/examples/train $* $(GUIDED)/counting/$(TRIPLE)/$(call built,$*)
 	$(PROFDATA) merge -o $@ $(GUIDED)/$*.counts
+
+# What was counted fits one version of the compiler.
+$(GUIDED)/compiler: FORCE | build-tools
+	mkdir -p $(GUIDED)
+	rustc -vV | cmp -s - $@ || rustc -vV > $@
+
+.PHONY: FORCE
+FORCE:
 
 .PHONY: deb
 deb: release ## Build the Debian package, into target/debian/
@@ -175,7 +187,7 @@ bench-gateways: # LiteLLM and Portkey, into target/bench/; one that cannot be in
 	fi
 
 .PHONY: bench
-bench: bench-programs bench-gateways ## Compare with bare Pingora, nginx and other gateways (15 minutes); the figures go into BENCHMARKS.md
+bench: bench-programs bench-gateways ## Compare with bare Pingora, nginx and other gateways (15 minutes, and 25 to build); the figures go into BENCHMARKS.md
 	python3 benches/compare.py --write
 
 .PHONY: bench-scale

@@ -7,6 +7,7 @@
 #![allow(
     clippy::expect_used,
     clippy::indexing_slicing,
+    clippy::panic,
     clippy::print_stdout,
     clippy::unwrap_used,
     reason = "a training that cannot be done must stop, and what was done goes to standard output"
@@ -14,7 +15,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -52,13 +53,13 @@ async fn main() {
     }
 }
 
-/// What `make bench` measures, and nothing else: the yardstick is to be as good as it can be.
+/// Like what `make bench` measures, and nothing else: the yardstick is to be as good as it can be.
 async fn train_bare(program: &str) {
     let endpoint = endpoint(0).await;
     let port = free_port().await;
-    let folder = tempfile::tempdir().unwrap();
+    let (program, folder) = (found(program), tempfile::tempdir().unwrap());
     let ports = [port.to_string(), endpoint.addr().port().to_string()];
-    let running = Running::start(Command::new(program).args(ports), port, folder.path()).await;
+    let running = Running::start(Command::new(&program).args(ports), port, folder.path()).await;
     let clients = Clients::new(&format!("http://localhost:{port}"), ClientBuilder::http1_only);
     clients.send("JSON", 10_000, &chat("bench", 1024, false)).await;
     clients.send("streams", 1_000, &chat("bench", 1024, true)).await;
@@ -67,7 +68,7 @@ async fn train_bare(program: &str) {
 }
 
 async fn train_api_together(program: &str) {
-    let folder = tempfile::tempdir().unwrap();
+    let (program, folder) = (found(program), tempfile::tempdir().unwrap());
     let authority = Authority::new(folder.path());
     let (steady, flaky) = (endpoint(0).await, endpoint(10).await);
     let old_tls = authority.secure(&steady, &[b"http/1.1"]).await;
@@ -99,7 +100,7 @@ async fn train_api_together(program: &str) {
         }
         let config = folder.path().join("apis.json");
         std::fs::write(&config, json!({ "server": server, "apis": apis }).to_string()).unwrap();
-        let running = Running::start(Command::new(program).arg("--config").arg(config), port, folder.path()).await;
+        let running = Running::start(Command::new(&program).arg("--config").arg(config), port, folder.path()).await;
         let root = authority.root();
         if secure {
             let url = format!("https://localhost:{port}");
@@ -128,6 +129,11 @@ async fn train_api_together(program: &str) {
         }
         running.end();
     }
+}
+
+/// The program's path from anywhere.
+fn found(program: &str) -> PathBuf {
+    std::fs::canonicalize(program).unwrap_or_else(|error| panic!("{program}: {error}"))
 }
 
 /// A chat request of about this size. Streams are asked for their usage, as SDKs do.
@@ -161,7 +167,11 @@ impl Running {
     async fn start(command: &mut Command, port: u16, folder: &Path) -> Self {
         let log = folder.join("log");
         let file = File::create(&log).unwrap();
-        let command = command.stdout(file.try_clone().unwrap()).stderr(file);
+        // Nothing of where this is started, and of who starts it, is to change what is counted.
+        for name in ["PORT", "RUST_LOG", "LOG_LEVEL", "RUNTIME_DIRECTORY"] {
+            command.env_remove(name);
+        }
+        let command = command.current_dir(folder).stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file);
         let mut running = Self { process: command.spawn().expect("the program"), log };
         let begun = Instant::now();
         while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
@@ -176,10 +186,14 @@ impl Running {
     fn end(mut self) {
         kill_process(Pid::from_child(&self.process), Signal::INT).unwrap();
         let begun = Instant::now();
-        while self.process.try_wait().unwrap().is_none() {
+        let status = loop {
+            if let Some(status) = self.process.try_wait().unwrap() {
+                break status;
+            }
             assert!(begun.elapsed() < PATIENCE, "the program does not end");
             std::thread::sleep(POLL);
-        }
+        };
+        assert!(status.success(), "the program ended with {status}");
     }
 }
 

@@ -29,10 +29,10 @@ pub async fn step_aside() {
 /// Sees to it that a timer of this thread's runtime is always due soon.
 ///
 /// A runtime wakes itself, by a write and a vain wait of the system, whenever a timer is set that is due before all others. Between
-/// two requests there is no other, so the timer of each request would cost both. Those are all further off than this one.
+/// two requests there is no other, so the timer of each request would cost both, unless its deadline is nearer than this one.
 ///
-/// Has to be called inside of a runtime. Every worker thread may have one of its own, and none works for two: so each thread spawns one
-/// task, once.
+/// Has to be called inside of a runtime. Each thread spawns one task, once, since each may have a runtime of its own; where threads
+/// share one, a single task would do, and a second runtime on a thread has none. Neither does harm.
 pub fn keep_heartbeat() {
     thread_local! {
         static BEATS: Cell<bool> = const { Cell::new(false) };
