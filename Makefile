@@ -116,7 +116,7 @@ endif
 
 $(GUIDED)/api-together.profdata: $(shell find src -name '*.rs')
 $(GUIDED)/bare.profdata: benches/bare.rs
-$(GUIDED)/%.profdata: benches/train.rs Cargo.toml Cargo.lock $(GUIDED)/compiler | build-tools
+$(GUIDED)/%.profdata: benches/train.rs tests/it/authority.rs Cargo.toml Cargo.lock $(GUIDED)/compiler | build-tools
 	command -v $(PROFDATA) >/dev/null || \
 	  echo "==> a profile is merged by $(PROFDATA), or by: rustup component add llvm-tools; PROFILE_GUIDED=no builds without"
 	$(call install,$(PROFDATA),llvm-$(LLVM))

@@ -19,16 +19,17 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api_together::simulator::{Behaviour, Options, Protocol, Simulator, serve_stream};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use api_together::simulator::{Behaviour, Options, Simulator};
 use reqwest::ClientBuilder;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
-use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+
+use authority::{Authority, acceptor, serve_tls};
+
+#[path = "../tests/it/authority.rs"]
+mod authority;
 
 const KEY: &str = "sk-training-client";
 /// Longest wait for the program to listen, for one answer, and for it to end.
@@ -69,10 +70,16 @@ async fn train_bare(program: &str) {
 
 async fn train_api_together(program: &str) {
     let (program, folder) = (found(program), tempfile::tempdir().unwrap());
-    let authority = Authority::new(folder.path());
+    let authority = Authority::new();
+    let file = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let ca_file = file("ca.pem", authority.pem());
     let (steady, flaky) = (endpoint(0).await, endpoint(10).await);
-    let old_tls = authority.secure(&steady, &[b"http/1.1"]).await;
-    let new_tls = authority.secure(&steady, &[b"h2", b"http/1.1"]).await;
+    let old_tls = secure(&authority, &steady, &[b"http/1.1"]).await;
+    let new_tls = secure(&authority, &steady, &[b"h2", b"http/1.1"]).await;
     let api = |id: &str, url: &str, model: &str, more: Value| {
         let mut api = json!({ "id": id, "baseUrl": url, "apiKey": "sk-training-endpoint", "models": [model] });
         api.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -81,7 +88,7 @@ async fn train_api_together(program: &str) {
     let limits = json!({ "rpm": 1_000_000, "rpd": 100_000_000, "tpm": 1_000_000_000, "modelMapping": { "bench": "bench-large" } });
     let mut apis: Vec<_> =
         (1..=5).map(|number| api(&format!("plain-{number}"), &steady.base_url(), "bench-*", limits.clone())).collect();
-    let tls = json!({ "tls": { "caFile": authority.file } });
+    let tls = json!({ "tls": { "caFile": ca_file } });
     let after = json!({ "priority": 1 });
     apis.extend([
         api("old-tls", &old_tls, "old-tls", tls.clone()),
@@ -96,12 +103,13 @@ async fn train_api_together(program: &str) {
         let port = free_port().await;
         let mut server = json!({ "host": "127.0.0.1", "port": port, "apiKey": KEY });
         if secure {
-            server["tls"] = authority.own(folder.path());
+            let (certificate, key) = authority.issue("localhost");
+            let cert_file = file("cert.pem", certificate.pem());
+            server["tls"] = json!({ "certFile": cert_file, "keyFile": file("key.pem", key.serialize_pem()) });
         }
-        let config = folder.path().join("apis.json");
-        std::fs::write(&config, json!({ "server": server, "apis": apis }).to_string()).unwrap();
+        let config = file("apis.json", json!({ "server": server, "apis": apis }).to_string());
         let running = Running::start(Command::new(&program).arg("--config").arg(config), port, folder.path()).await;
-        let root = authority.root();
+        let root = reqwest::Certificate::from_pem(authority.pem().as_bytes()).unwrap();
         if secure {
             let url = format!("https://localhost:{port}");
             for http1 in [true, false] {
@@ -243,60 +251,9 @@ impl Clients {
     }
 }
 
-/// Issues certificates for this machine.
-struct Authority {
-    issuer: CertifiedIssuer<'static, KeyPair>,
-    /// Its certificate, for whoever is to trust it.
-    file: PathBuf,
-}
-
-impl Authority {
-    fn new(folder: &Path) -> Self {
-        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        let file = folder.join("ca.pem");
-        std::fs::write(&file, issuer.pem()).unwrap();
-        Self { issuer, file }
-    }
-
-    fn root(&self) -> reqwest::Certificate {
-        reqwest::Certificate::from_pem(self.issuer.pem().as_bytes()).unwrap()
-    }
-
-    fn issue(&self) -> (rcgen::Certificate, KeyPair) {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(["localhost".to_owned()]).unwrap();
-        (params.signed_by(&key, &self.issuer).unwrap(), key)
-    }
-
-    /// The `server.tls` of the program.
-    fn own(&self, folder: &Path) -> Value {
-        let (certificate, key) = self.issue();
-        let (cert_file, key_file) = (folder.join("cert.pem"), folder.join("key.pem"));
-        std::fs::write(&cert_file, certificate.pem()).unwrap();
-        std::fs::write(&key_file, key.serialize_pem()).unwrap();
-        json!({ "certFile": cert_file, "keyFile": key_file })
-    }
-
-    /// Puts TLS before an endpoint. Returns its base URL.
-    async fn secure(&self, endpoint: &Simulator, protocols: &[&[u8]]) -> String {
-        let (certificate, key) = self.issue();
-        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        let chain = vec![certificate.der().clone()];
-        let mut config = ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key).unwrap();
-        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
-        let (acceptor, handle) = (TlsAcceptor::from(Arc::new(config)), endpoint.handle());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        tokio::spawn(async move {
-            while let Ok((tcp, _)) = listener.accept().await {
-                tcp.set_nodelay(true).unwrap_or_default();
-                if let Ok(stream) = acceptor.accept(tcp).await {
-                    serve_stream(&handle, stream, Protocol::Auto);
-                }
-            }
-        });
-        format!("https://localhost:{port}")
-    }
+/// Puts TLS before an endpoint. Returns its base URL.
+async fn secure(authority: &Authority, endpoint: &Simulator, protocols: &[&[u8]]) -> String {
+    let (certificate, key) = authority.issue("localhost");
+    let port = serve_tls(endpoint.handle(), acceptor(&certificate, &key, protocols)).await;
+    format!("https://localhost:{port}")
 }

@@ -8,9 +8,10 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, copy_bi
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
+use crate::authority::{Authority, acceptor};
 use crate::harness::{Proxy, config_text, endpoint_with, simulator, within};
 use crate::program::{Running, folder_with, program};
-use crate::tls::{Authority, acceptor, secure, write};
+use crate::tls::{secure, write};
 
 /// `me:pa@ss`, as Basic has it.
 const BASIC: &str = "Proxy-Authorization: Basic bWU6cGFAc3M=";

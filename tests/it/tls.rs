@@ -1,68 +1,13 @@
 //! Certificates of endpoints and of our own, and the protocols spoken over them.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use api_together::simulator::{Behaviour, Handle, Protocol, Simulator, serve_with_abort};
+use api_together::simulator::{Behaviour, Simulator};
 use http::Version;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::{Value, json};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
-use tokio_rustls::rustls::pki_types::PrivateKeyDer;
-use tokio_rustls::server::TlsStream;
 
+use crate::authority::{Authority, acceptor, serve_tls};
 use crate::harness::{KEY, Proxy, Reply, chat, chat_stream, client, endpoint_with, simulator, within};
-
-/// An authority of the tests' own.
-pub struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-impl Authority {
-    pub fn new() -> Self {
-        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
-    }
-
-    pub fn pem(&self) -> String {
-        self.0.pem()
-    }
-
-    /// A certificate for a name, and its key.
-    pub fn issue(&self, name: &str) -> (rcgen::Certificate, KeyPair) {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new([name.to_owned()]).unwrap();
-        (params.signed_by(&key, &self.0).unwrap(), key)
-    }
-}
-
-pub fn acceptor(certificate: &rcgen::Certificate, key: &KeyPair, protocols: &[&[u8]]) -> TlsAcceptor {
-    pingora::tls::install_default_crypto_provider();
-    let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-    let mut config =
-        ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key).unwrap();
-    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
-    TlsAcceptor::from(Arc::new(config))
-}
-
-/// Puts TLS before a simulator. Returns the port.
-async fn serve_tls(handle: Handle, acceptor: TlsAcceptor) -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    tokio::spawn(async move {
-        while let Ok((tcp, _)) = listener.accept().await {
-            let (handle, acceptor) = (handle.clone(), acceptor.clone());
-            tokio::spawn(async move {
-                let abort = |stream: &TlsStream<TcpStream>| stream.get_ref().0.set_zero_linger().unwrap();
-                if let Ok(stream) = acceptor.accept(tcp).await {
-                    serve_with_abort(&handle, stream, Protocol::Auto, abort);
-                }
-            });
-        }
-    });
-    port
-}
 
 /// A simulated endpoint with a certificate for this name.
 pub async fn secure(authority: &Authority, name: &str, protocols: &[&[u8]]) -> (Simulator, u16) {
