@@ -43,6 +43,8 @@ SATURATED = [
     # 25,000 events a second, whoever is in between.
     Scenario("sse-paced", "SSE, 200 events 20 ms apart", 1024, True, 500, {"x-pace-ms": "20"}, events=200),
 ]
+# Requests a second: hardly anything, and what others publish latencies for.
+FIXED_RATES = [1_000, 3_000]
 
 
 @dataclasses.dataclass
@@ -54,6 +56,8 @@ class Run:
     p99: float
     cpu_per_1000: float
     cores_used: float
+    # The mean of its own share of a request, in µs; None of one that does not tell.
+    own: float
     failed: int
 
 
@@ -66,9 +70,13 @@ def measure(bench, options, contender, scenario, seconds):
         command += ["-H", f"{name}: {value}"]
     if scenario.rate:
         command += ["-q", scenario.rate, "--latency-correction"]
+    own = contender.own_seconds() if contender.tells_own else None
     cpu, begun = contender.cpu_seconds(), time.monotonic()
     told = bench.on_load_cores([*command, contender.url], seconds * 3 + 120)
     cpu, wall = contender.cpu_seconds() - cpu, time.monotonic() - begun
+    if own:
+        own_seconds, own_requests = (after - before for before, after in zip(own, contender.own_seconds()))
+        own = own_seconds / own_requests * 1e6
     statuses = told["statusCodeDistribution"]
     answered = statuses.get("200", 0)
     return Run(
@@ -77,6 +85,7 @@ def measure(bench, options, contender, scenario, seconds):
         p99=(told["latencyPercentiles"]["p99"] or 0) * 1e6,
         cpu_per_1000=cpu / max(answered, 1) * 1000,
         cores_used=cpu / wall,
+        own=own,
         failed=sum(statuses.values()) - answered + sum(told["errorDistribution"].values()),
     )
 
@@ -94,8 +103,8 @@ class Results:
         return self.runs.get(scenario.name, {}).get(name, [])
 
     def median(self, scenario, name, field):
-        runs = self.of(scenario, name)
-        return statistics.median(getattr(run, field) for run in runs) if runs else None
+        told = [value for run in self.of(scenario, name) if (value := getattr(run, field)) is not None]
+        return statistics.median(told) if told else None
 
     def against(self, scenario, name, base, field, compare):
         """The median over the rounds, in each of which both met the same machine."""
@@ -142,9 +151,9 @@ def run_rounds(bench, options):
     bare = results.median(SATURATED[0], BARE, "rate")
     if bare and not options.no_rates:
         half = int(bare / 2) // 100 * 100
-        rates = [
-            Scenario("rate-1000", "1 KB requests at 1,000 a second", 1024, rate=1000),
-            Scenario("rate-half", f"1 KB requests at {half:,} a second, half of what bare Pingora takes", 1024, rate=half),
+        rates = [Scenario(f"rate-{rate}", f"1 KB requests at {rate:,} a second", 1024, rate=rate) for rate in FIXED_RATES]
+        rates += [
+            Scenario("rate-half", f"1 KB requests at {half:,} a second, half of what bare Pingora takes", 1024, rate=half)
         ]
         rounds(rates, quick)
     return results, saturated, rates
@@ -180,9 +189,11 @@ def rate_table(results, scenario, contenders):
         row = [name] + [f"{results.median(scenario, name, field):,.0f}" for field in ("rate", "p50", "p99")]
         for base in ("direct", BARE):
             row += [cell(results.added(scenario, name, base, field), "{:+,.0f}") for field in ("p50", "p99")]
-        rows.append(row + ["" if name == "direct" else f"{results.median(scenario, name, 'cpu_per_1000'):.3f}"])
+        row.append("" if name == "direct" else f"{results.median(scenario, name, 'cpu_per_1000'):.3f}")
+        rows.append(row + [cell(results.median(scenario, name, "own"), "{:.1f}")])
     head = ["", "requests/s", "p50 µs", "p99 µs", "p50 over direct", "p99 over direct", "p50 over bare", "p99 over bare"]
-    return f"**{scenario.title}**\n\n{table([*head, 'CPU s per 1,000 requests'], rows)}"
+    head += ["CPU s per 1,000 requests", "own share, mean µs"]
+    return f"**{scenario.title}**\n\n{table(head, rows)}"
 
 
 def report(bench, options, results, saturated, rates):

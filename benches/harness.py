@@ -52,6 +52,8 @@ class Contender:
     is_gateway: bool = False
     # What has to be there, or it is left out.
     needs: pathlib.Path = None
+    # Whether it measures its own share of a request's time.
+    tells_own: bool = False
     model: str = MODEL
     process: subprocess.Popen = None
 
@@ -110,6 +112,14 @@ class Contender:
     def cpu_seconds(self):
         """User and system time."""
         return sum(int(fields[11]) + int(fields[12]) for fields in self.processes()) / TICKS
+
+    def own_seconds(self):
+        """Its own share of all requests so far, as it says itself, and how many they are."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/metrics", headers=self.all_headers())
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        told = dict(line.rsplit(" ", 1) for line in lines if line.startswith("api_together_own_seconds_"))
+        return float(told["api_together_own_seconds_sum"]), int(told["api_together_own_seconds_count"])
 
     def memory_bytes(self):
         """Resident memory."""
@@ -205,7 +215,7 @@ def all_contenders(folder):
         Contender("direct", ENDPOINT_PORT),
         Contender("nginx", 9101, [nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr"], needs=pathlib.Path(nginx)),
         Contender("bare Pingora", 9102, [RELEASE / "examples/bare", 9102, ENDPOINT_PORT]),
-        Contender("api-together", 9103, [RELEASE / "api-together", "--config", folder / "apis.json"]),
+        Contender("api-together", 9103, [RELEASE / "api-together", "--config", folder / "apis.json"], tells_own=True),
         Contender(
             "LiteLLM",
             9104,
