@@ -7,6 +7,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
+# What is built is looked for in target/.
+unexport CARGO_TARGET_DIR
 BINARY := target/release/api-together
 
 .PHONY: help
@@ -95,6 +97,9 @@ PROFDATA = $(or $(wildcard $(shell rustc --print sysroot)/lib/rustlib/$(TRIPLE)/
 # Of api-together or bare: what cargo builds, and where that lies
 cargo-target = $(if $(filter api-together,$(1)),--bin,--example) $(1)
 built = release/$(if $(filter api-together,$(1)),,examples/)$(1)
+# Adds a flag for the compiler to RUSTFLAGS, in the form that allows for a path with spaces. Like RUSTFLAGS itself it stands in for
+# the flags of cargo's own config.
+with-flag = CARGO_ENCODED_RUSTFLAGS="$$(flags=($${RUSTFLAGS-} "$(1)"); IFS=$$'\x1f'; printf '%s' "$${flags[*]}")"
 
 .PHONY: release
 release: release-api-together ## Build target/release/api-together as fast as it can be (15 minutes on two cores)
@@ -103,7 +108,7 @@ release: release-api-together ## Build target/release/api-together as fast as it
 ifeq ($(PROFILE_GUIDED),yes)
 release-api-together release-bare: release-%: $(GUIDED)/%.profdata
 	echo "==> building $* by its profile"
-	RUSTFLAGS="$${RUSTFLAGS-} -Cprofile-use=$(CURDIR)/$<" \
+	$(call with-flag,-Cprofile-use=$(CURDIR)/$<) \
 	  cargo build --release --locked --target $(TRIPLE) --target-dir $(GUIDED)/$* $(call cargo-target,$*)
 	install -D -p $(GUIDED)/$*/$(TRIPLE)/$(call built,$*) target/$(call built,$*)
 else ifeq ($(PROFILE_GUIDED),no)
@@ -121,7 +126,7 @@ $(GUIDED)/%.profdata: benches/train.rs tests/it/authority.rs Cargo.toml Cargo.lo
 	  echo "==> a profile is merged by $(PROFDATA), or by: rustup component add llvm-tools; PROFILE_GUIDED=no builds without"
 	$(call install,$(PROFDATA),llvm-$(LLVM))
 	echo "==> building $* so that it counts its steps"
-	RUSTFLAGS="$${RUSTFLAGS-} -Cprofile-generate" \
+	$(call with-flag,-Cprofile-generate) \
 	  cargo build --release --locked --target $(TRIPLE) --target-dir $(GUIDED)/counting $(call cargo-target,$*)
 	echo "==> training $*"
 	cargo build --locked --example train

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api_together::simulator::{Behaviour, Options, Simulator};
-use reqwest::ClientBuilder;
+use reqwest::{ClientBuilder, Version};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
@@ -61,7 +61,7 @@ async fn train_bare(program: &str) {
     let (program, folder) = (found(program), tempfile::tempdir().unwrap());
     let ports = [port.to_string(), endpoint.addr().port().to_string()];
     let running = Running::start(Command::new(&program).args(ports), port, folder.path()).await;
-    let clients = Clients::new(&format!("http://localhost:{port}"), ClientBuilder::http1_only);
+    let clients = Clients::new(&format!("http://localhost:{port}"), Version::HTTP_11, ClientBuilder::http1_only);
     clients.send("JSON", 10_000, &chat("bench", 1024, false)).await;
     clients.send("streams", 1_000, &chat("bench", 1024, true)).await;
     clients.send("JSON of 64 KB", 200, &chat("bench", 64 * 1024, false)).await;
@@ -112,17 +112,17 @@ async fn train_api_together(program: &str) {
         let root = reqwest::Certificate::from_pem(authority.pem().as_bytes()).unwrap();
         if secure {
             let url = format!("https://localhost:{port}");
-            for http1 in [true, false] {
-                let clients = Clients::new(&url, |builder| {
+            for version in [Version::HTTP_11, Version::HTTP_2] {
+                let clients = Clients::new(&url, version, |builder| {
                     let builder = builder.tls_certs_only([root.clone()]);
-                    if http1 { builder.http1_only() } else { builder }
+                    if version == Version::HTTP_11 { builder.http1_only() } else { builder }
                 });
                 clients.send("JSON over TLS", 300, &chat("bench", 1024, false)).await;
                 clients.send("streams over TLS", 50, &chat("bench", 1024, true)).await;
             }
         } else {
             let url = format!("http://localhost:{port}");
-            let http1 = Clients::new(&url, ClientBuilder::http1_only);
+            let http1 = Clients::new(&url, Version::HTTP_11, ClientBuilder::http1_only);
             http1.send("JSON", 10_000, &chat("bench", 1024, false)).await;
             http1.send("streams", 1_000, &chat("bench", 1024, true)).await;
             http1.send("JSON of 64 KB", 200, &chat("bench", 64 * 1024, false)).await;
@@ -131,7 +131,7 @@ async fn train_api_together(program: &str) {
                 http1.send(model, 500, &chat(model, 1024, false)).await;
                 http1.send(&format!("{model}, streams"), 50, &chat(model, 1024, true)).await;
             }
-            let http2 = Clients::new(&url, ClientBuilder::http2_prior_knowledge);
+            let http2 = Clients::new(&url, Version::HTTP_2, ClientBuilder::http2_prior_knowledge);
             http2.send("JSON over HTTP/2", 500, &chat("bench", 1024, false)).await;
             http2.send("streams over HTTP/2", 100, &chat("bench", 1024, true)).await;
         }
@@ -219,13 +219,15 @@ impl Drop for Running {
 
 struct Clients {
     url: String,
+    /// What they have to speak: a client may settle on another one in TLS, and nobody would see what was not trained.
+    version: Version,
     client: reqwest::Client,
 }
 
 impl Clients {
-    fn new(base: &str, settings: impl FnOnce(ClientBuilder) -> ClientBuilder) -> Self {
+    fn new(base: &str, version: Version, settings: impl FnOnce(ClientBuilder) -> ClientBuilder) -> Self {
         let client = settings(reqwest::Client::builder().no_proxy().timeout(PATIENCE)).build().unwrap();
-        Self { url: format!("{base}/v1/chat/completions"), client }
+        Self { url: format!("{base}/v1/chat/completions"), version, client }
     }
 
     /// Sends a body so many times and reads every answer, which has to be a good one.
@@ -234,13 +236,13 @@ impl Clients {
         let body = Arc::<str>::from(body.to_string());
         let mut tasks = JoinSet::new();
         for task in 0..AT_ONCE {
-            let (client, url, body) = (self.client.clone(), self.url.clone(), Arc::clone(&body));
+            let (client, url, version, body) = (self.client.clone(), self.url.clone(), self.version, Arc::clone(&body));
             let share = times / AT_ONCE + usize::from(task < times % AT_ONCE);
             tasks.spawn(async move {
                 for _ in 0..share {
                     let request = client.post(&url).bearer_auth(KEY).header("content-type", "application/json");
                     let answer = request.body(body.to_string()).send().await.expect("an answer");
-                    assert!(answer.status().is_success(), "{answer:?}");
+                    assert!(answer.status().is_success() && answer.version() == version, "{answer:?}");
                     let text = answer.bytes().await.expect("a whole answer");
                     assert!(text.ends_with(b"}") || text.ends_with(b"data: [DONE]\n\n"), "{text:?}");
                 }
