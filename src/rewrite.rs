@@ -119,46 +119,40 @@ pub fn model_edit<'a>(quoted: &Range<usize>, model: &'a str) -> Edit<'a> {
     Edit { range: quoted.clone(), with: serde_json::Value::from(model).to_string().into() }
 }
 
-/// A body up to this size is copied into one piece, which is cheaper to send than several.
-const JOINED_BYTES_MAX: usize = 64 * 1024;
+/// A stretch of a body up to this size is copied to what stands beside it, which is cheaper than to send it as a piece of its own.
+const JOINED_BYTES_MAX: usize = 16 * 1024;
 
 /// The body with these replacements, which do not overlap, in the pieces that it is sent in; none is empty. A place that is not
 /// there is left alone.
 pub fn spliced(body: &Bytes, edits: &mut [Edit<'_>]) -> Vec<Bytes> {
+    if edits.is_empty() {
+        return Some(body.clone()).filter(|body| !body.is_empty()).into_iter().collect();
+    }
     edits.sort_by_key(|edit| edit.range.start);
-    if body.len() <= JOINED_BYTES_MAX && !edits.is_empty() {
-        return vec![joined(body, edits)];
-    }
-    let mut pieces = Vec::with_capacity(2 * edits.len() + 1);
-    let mut from = 0;
-    for Edit { range, with } in edits {
-        if range.start < from || range.end < range.start || range.end > body.len() {
-            return vec![body.clone()];
-        }
-        pieces.push(body.slice(from..range.start));
-        pieces.push(Bytes::copy_from_slice(with.as_bytes()));
-        from = range.end;
-    }
-    pieces.push(body.slice(from..));
-    pieces.retain(|piece| !piece.is_empty());
-    pieces
-}
-
-fn joined(body: &Bytes, edits: &[Edit<'_>]) -> Bytes {
     let more: usize = edits.iter().map(|edit| edit.with.len()).sum();
-    let mut joined = BytesMut::with_capacity(body.len() + more);
+    let rest = Edit { range: body.len()..body.len(), with: "".into() };
+    let mut pieces = Vec::with_capacity(2 * edits.len() + 1);
+    let mut joined = BytesMut::new();
     let mut from = 0;
-    for Edit { range, with } in edits {
-        let Some(before) = body.get(from..range.start).filter(|_| range.start <= range.end) else {
-            return body.clone();
+    for Edit { range, with } in edits.iter().chain([&rest]) {
+        let Some(stretch) = body.get(from..range.start).filter(|_| range.start <= range.end) else {
+            return vec![body.clone()];
         };
-        joined.put_slice(before);
+        if stretch.len() > JOINED_BYTES_MAX {
+            pieces.push(joined.split().freeze());
+            pieces.push(body.slice(from..range.start));
+        } else {
+            if joined.is_empty() {
+                joined.reserve((body.len() - from).min(JOINED_BYTES_MAX) + more);
+            }
+            joined.put_slice(stretch);
+        }
         joined.put_slice(with.as_bytes());
         from = range.end;
     }
-    let Some(after) = body.get(from..) else { return body.clone() };
-    joined.put_slice(after);
-    joined.freeze()
+    pieces.push(joined.freeze());
+    pieces.retain(|piece| !piece.is_empty());
+    pieces
 }
 
 #[cfg(test)]
@@ -211,13 +205,34 @@ mod tests {
     }
 
     #[test]
-    fn a_large_body_is_not_copied() {
-        let body = Bytes::from(vec![b'x'; JOINED_BYTES_MAX + 1]);
+    fn long_stretches_are_not_copied() {
+        let body = Bytes::from((0..=u8::MAX).cycle().take(3 * JOINED_BYTES_MAX).collect::<Vec<_>>());
         let edit = |range, with: &'static str| Edit { range, with: with.into() };
-        let pieces = spliced(&body, &mut [edit(5..7, "ab"), edit(0..0, "first")]);
-        assert_eq!(pieces.iter().map(Bytes::len).collect::<Vec<_>>(), [5, 5, 2, JOINED_BYTES_MAX - 6]);
-        assert_eq!((&pieces[0][..], &pieces[2][..]), (&b"first"[..], &b"ab"[..]));
-        assert_eq!((pieces[1].as_ptr(), pieces[3].as_ptr()), (body.as_ptr(), body[7..].as_ptr()));
+        let sent = |edits: &mut [Edit<'_>]| {
+            let pieces = spliced(&body, edits);
+            let mut expected = body.to_vec();
+            for Edit { range, with } in edits.iter().rev() {
+                expected.splice(range.clone(), with.bytes());
+            }
+            assert_eq!(pieces.concat(), expected);
+            // Where those stand in the body that were not copied.
+            let lies = |piece: &Bytes| {
+                Some(piece.as_ptr().addr().wrapping_sub(body.as_ptr().addr())).filter(|at| *at < body.len())
+            };
+            pieces.iter().map(|piece| (lies(piece), piece.len())).collect::<Vec<_>>()
+        };
+        let (long, all) = (2 * JOINED_BYTES_MAX, body.len());
+        assert_eq!(sent(&mut [edit(5..7, "ab"), edit(0..0, "first")]), [(None, 12), (Some(7), all - 7)]);
+        assert_eq!(sent(&mut [edit(long..long + 2, "abc")]), [(Some(0), long), (None, JOINED_BYTES_MAX + 1)]);
+        assert_eq!(sent(&mut [edit(all - 2..all - 1, "abc")]), [(Some(0), all - 2), (None, 4)]);
+        assert_eq!(sent(&mut [edit(0..2, ""), edit(all - 2..all, "")]), [(Some(2), all - 4)]);
+        assert_eq!(
+            sent(&mut [edit(0..1, "a"), edit(long - 1..long, "b"), edit(long + 9..long + 9, "c")]),
+            [(None, 1), (Some(1), long - 2), (None, JOINED_BYTES_MAX + 2)]
+        );
+        let longest = JOINED_BYTES_MAX + 1;
+        assert_eq!(spliced(&body.slice(..longest), &mut [edit(longest..longest, "a")]).len(), 2);
+        assert_eq!(spliced(&body.slice(..longest - 1), &mut [edit(0..0, "a")]).len(), 1);
     }
 
     #[test]
