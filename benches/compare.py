@@ -76,7 +76,7 @@ def measure(bench, options, contender, scenario, seconds):
     cpu, wall = contender.cpu_seconds() - cpu, time.monotonic() - begun
     if own:
         own_seconds, own_requests = (after - before for before, after in zip(own, contender.own_seconds()))
-        own = own_seconds / own_requests * 1e6
+        own = own_seconds / max(own_requests, 1) * 1e6
     statuses = told["statusCodeDistribution"]
     answered = statuses.get("200", 0)
     return Run(
