@@ -192,7 +192,7 @@ bench-gateways: # LiteLLM and Portkey, into target/bench/; one that cannot be in
 	fi
 
 .PHONY: bench
-bench: bench-programs bench-gateways ## Compare with bare Pingora, nginx and other gateways (15 minutes, and 25 to build); the figures go into BENCHMARKS.md
+bench: bench-programs bench-gateways ## Compare with bare Pingora, nginx and other gateways (25 minutes, and 25 to build); the figures go into BENCHMARKS.md
 	python3 benches/compare.py --write
 
 .PHONY: bench-scale

@@ -107,12 +107,11 @@ class Results:
         return statistics.median(told) if told else None
 
     def against(self, scenario, name, base, field, compare):
-        """The median over the rounds, in each of which both met the same machine."""
+        """A value for each round, in which both met the same machine."""
         pairs = zip(self.of(scenario, name), self.of(scenario, base))
-        compared = [compare(getattr(ours, field), getattr(theirs, field)) for ours, theirs in pairs if getattr(theirs, field)]
-        return statistics.median(compared) if compared else None
+        return [compare(getattr(ours, field), getattr(theirs, field)) for ours, theirs in pairs if getattr(theirs, field)]
 
-    def ratio(self, scenario, name, base, field):
+    def ratios(self, scenario, name, base, field):
         return self.against(scenario, name, base, field, lambda ours, theirs: ours / theirs)
 
     def added(self, scenario, name, base, field):
@@ -125,11 +124,28 @@ class Results:
                     yield f"{name} in {scenario}: {failed}"
 
 
+def middle(values, form):
+    """Their median."""
+    return form.format(statistics.median(values)) if values else ""
+
+
+def spread(values, form):
+    """Their median, and between what the middle half of them is."""
+    if len(values) < 4:
+        return middle(values, form)
+    low, _, high = (form.format(quartile) for quartile in statistics.quantiles(values, n=4))
+    return middle(values, form) + (f" ({low} to {high})" if low != high else "")
+
+
 def run_rounds(bench, options):
     """Everything that was asked for: its results, and the scenarios at saturation and at fixed rates."""
     results = Results()
-    gateways = [one for one in bench.contenders if one.is_gateway]
     quick = [one for one in bench.contenders if not one.is_gateway]
+
+    def warm_up(contender_list):
+        """Whoever is warm only from the second run on would lose the first round."""
+        for contender in contender_list:
+            measure(bench, options, contender, SATURATED[0], 2)
 
     def rounds(scenario_list, contender_list):
         for number in range(options.rounds):
@@ -140,13 +156,9 @@ def run_rounds(bench, options):
                 for contender in contender_list[turn:] + contender_list[:turn]:
                     results.add(scenario, contender, measure(bench, options, contender, scenario, options.seconds))
 
-    for contender in bench.contenders:
-        # Whoever is warm only from the second run on would lose the first round.
-        measure(bench, options, contender, SATURATED[0], 2)
+    warm_up(quick)
     saturated = [one for one in SATURATED if not options.only or one.name in options.only]
     rounds(saturated, quick)
-    if gateways and SATURATED[0] in saturated:
-        rounds(SATURATED[:1], gateways)
     rates = []
     bare = results.median(SATURATED[0], BARE, "rate")
     if bare and not options.no_rates:
@@ -156,6 +168,9 @@ def run_rounds(bench, options):
             Scenario("rate-half", f"1 KB requests at {half:,} a second, half of what bare Pingora takes", 1024, rate=half)
         ]
         rounds(rates, quick)
+    if SATURATED[0] in saturated and (gateways := bench.start_gateways()):
+        warm_up(gateways)
+        rounds(SATURATED[:1], gateways)
     return results, saturated, rates
 
 
@@ -167,13 +182,14 @@ def saturation_table(results, scenario, contenders):
         if rate is None:
             continue
         row = [name, f"{rate * per:,.0f}"]
-        row += [cell(results.ratio(scenario, name, base, "rate"), "{:.2f}") for base in (BARE, "nginx")]
+        row.append(spread(results.ratios(scenario, name, BARE, "rate"), "{:.2f}"))
+        row.append(middle(results.ratios(scenario, name, "nginx", "rate"), "{:.2f}"))
         if name == "direct":
             row += ["", "", ""]
         else:
             row += [
                 cell(results.median(scenario, name, "cpu_per_1000"), "{:.3f}"),
-                cell(results.ratio(scenario, name, BARE, "cpu_per_1000"), "{:.2f}"),
+                spread(results.ratios(scenario, name, BARE, "cpu_per_1000"), "{:.2f}"),
                 cell(results.median(scenario, name, "cores_used"), "{:.2f}"),
             ]
         rows.append(row + [f"{results.median(scenario, name, field):,.0f}" for field in ("p50", "p99")])
@@ -187,8 +203,9 @@ def rate_table(results, scenario, contenders):
         if results.median(scenario, name, "rate") is None:
             continue
         row = [name] + [f"{results.median(scenario, name, field):,.0f}" for field in ("rate", "p50", "p99")]
-        for base in ("direct", BARE):
-            row += [cell(results.added(scenario, name, base, field), "{:+,.0f}") for field in ("p50", "p99")]
+        row += [middle(results.added(scenario, name, "direct", field), "{:+,.0f}") for field in ("p50", "p99")]
+        row.append(spread(results.added(scenario, name, BARE, "p50"), "{:+,.0f}"))
+        row.append(middle(results.added(scenario, name, BARE, "p99"), "{:+,.0f}"))
         row.append("" if name == "direct" else f"{results.median(scenario, name, 'cpu_per_1000'):.3f}")
         rows.append(row + [cell(results.median(scenario, name, "own"), "{:.1f}")])
     head = ["", "requests/s", "p50 µs", "p99 µs", "p50 over direct", "p99 over direct", "p50 over bare", "p99 over bare"]
@@ -198,7 +215,8 @@ def rate_table(results, scenario, contenders):
 
 def report(bench, options, results, saturated, rates):
     versions = f"{first_line([options.oha, '--version'])}, {first_line(['nginx', '-v']).removeprefix('nginx version: ')}"
-    preface = f"{bench.preface('make bench')} {options.rounds} rounds of {options.seconds} s each, medians; {versions}."
+    preface = f"{bench.preface('make bench')} {options.rounds} rounds of {options.seconds} s each, medians, and in "
+    preface += f"brackets the middle half of the rounds; {versions}."
     parts = [preface]
     parts += [saturation_table(results, scenario, bench.contenders) for scenario in saturated]
     parts += [rate_table(results, scenario, bench.contenders) for scenario in rates]
@@ -209,8 +227,8 @@ def report(bench, options, results, saturated, rates):
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--seconds", type=int, default=4, help="of each run")
+    arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--seconds", type=int, default=2, help="of each run: the machine changes within seconds, so many short ones")
     arguments.add_argument("--only", nargs="*", metavar="SCENARIO", help=", ".join(one.name for one in SATURATED))
     arguments.add_argument("--contenders", nargs="*", metavar="NAME")
     arguments.add_argument("--no-rates", action="store_true", help="leave the runs at fixed rates out")

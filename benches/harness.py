@@ -154,7 +154,8 @@ class Bench:
                     print(f"{contender.name} is not installed and is left out", file=sys.stderr)
                     continue
                 self.contenders.append(contender)
-                contender.start(self.proxy_cores, self.folder)
+                if not contender.is_gateway:
+                    contender.start(self.proxy_cores, self.folder)
         except BaseException:
             self.__exit__()
             raise
@@ -166,6 +167,13 @@ class Bench:
         self.endpoint.terminate()
         self.endpoint.wait()
         self.folder_guard.cleanup()
+
+    def start_gateways(self):
+        """Starts the other gateways, and returns them. They come last, since they use the proxies' cores even when nobody asks them."""
+        gateways = [one for one in self.contenders if one.is_gateway]
+        for gateway in gateways:
+            gateway.start(self.proxy_cores, self.folder)
+        return gateways
 
     def on_load_cores(self, command, seconds_max):
         """Runs a load generator that prints JSON."""
