@@ -169,7 +169,7 @@ class Bench:
         self.folder_guard.cleanup()
 
     def start_gateways(self):
-        """Starts the other gateways, and returns them. They come last, since they use the proxies' cores even when nobody asks them."""
+        """Starts the other gateways, and returns them. They come last: what they do while nobody asks them is not to meet the others."""
         gateways = [one for one in self.contenders if one.is_gateway]
         for gateway in gateways:
             gateway.start(self.proxy_cores, self.folder)
