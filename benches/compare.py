@@ -107,7 +107,7 @@ class Results:
         return statistics.median(told) if told else None
 
     def against(self, scenario, name, base, field, compare):
-        """A value for each round, in which both met the same machine."""
+        """A value for each round, in which both met the same machine; but gateways, which come last."""
         pairs = zip(self.of(scenario, name), self.of(scenario, base))
         return [compare(getattr(ours, field), getattr(theirs, field)) for ours, theirs in pairs if getattr(theirs, field)]
 

@@ -169,11 +169,17 @@ class Bench:
         self.folder_guard.cleanup()
 
     def start_gateways(self):
-        """Starts the other gateways, and returns them. They come last: what they do while nobody asks them is not to meet the others."""
-        gateways = [one for one in self.contenders if one.is_gateway]
-        for gateway in gateways:
-            gateway.start(self.proxy_cores, self.folder)
-        return gateways
+        """Starts the other gateways, and returns those that run. They come last, so that nobody else meets what they do unasked."""
+        running = []
+        for gateway in (one for one in self.contenders if one.is_gateway):
+            try:
+                gateway.start(self.proxy_cores, self.folder)
+                running.append(gateway)
+            except SystemExit as error:
+                # What was measured until here is not to be lost by it.
+                gateway.stop()
+                print(f"{error}\n{gateway.name} is left out", file=sys.stderr)
+        return running
 
     def on_load_cores(self, command, seconds_max):
         """Runs a load generator that prints JSON."""
