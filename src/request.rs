@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::Method;
+use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -319,29 +320,10 @@ impl<'de> Visitor<'de> for FieldsVisitor<'_> {
     }
 }
 
-/// The value of a query parameter, percent-decoding left out: model names have no need of it but for `/`.
+/// The `model` of a query string.
 pub fn query_model(query: &str) -> Option<String> {
     let value = query.split('&').find_map(|pair| pair.strip_prefix("model="))?;
-    (!value.is_empty()).then(|| percent_decode(value))
-}
-
-/// Decodes `%XX`; whatever is no such triple stays as it is.
-pub fn percent_decode(text: &str) -> String {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [first, after @ ..] = rest {
-        let value = match after {
-            [high, low, ..] if *first == b'%' => hex(*high).zip(hex(*low)).map(|(high, low)| high << 4 | low),
-            _ => None,
-        };
-        decoded.push(value.unwrap_or(*first));
-        rest = if value.is_some() { after.get(2..).unwrap_or_default() } else { after };
-    }
-    String::from_utf8_lossy(&decoded).into_owned()
-}
-
-fn hex(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
+    (!value.is_empty()).then(|| percent_decode_str(value).decode_utf8_lossy().into_owned())
 }
 
 #[cfg(test)]
@@ -483,7 +465,7 @@ mod tests {
     fn model_in_the_query() {
         assert_eq!(query_model("a=1&model=meta%2Fllama-3").as_deref(), Some("meta/llama-3"));
         assert_eq!(query_model("model="), None);
-        assert_eq!(percent_decode("100%zz%2"), "100%zz%2");
+        assert_eq!(query_model("model=100%zz%2").as_deref(), Some("100%zz%2"), "not an escape");
     }
 
     proptest! {

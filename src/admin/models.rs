@@ -1,11 +1,11 @@
 //! `GET /v1/models`: every name that an enabled endpoint serves or maps, whatever its limits and cool-downs just now, so
 //! that the list does not flap.
 
+use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
 use crate::error::{Fault, excerpt};
 use crate::pool::Pool;
-use crate::request::percent_decode;
 
 /// When the models were made is not known here; the field must be a number.
 const CREATED: u64 = 0;
@@ -16,7 +16,7 @@ pub fn list(pool: &Pool) -> String {
 }
 
 pub fn one(pool: &Pool, name: &str) -> Result<String, Fault> {
-    let name = percent_decode(name);
+    let name = percent_decode_str(name).decode_utf8_lossy();
     match pool.router.find(&name) {
         Some(_) => Ok(model(pool, &name).to_string()),
         None => Err(Fault::ModelUnknown { model: excerpt(&name) }),

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use percent_encoding::percent_decode_str;
+
 use super::base_url::{BaseUrl, NoBaseUrl};
 use super::cidr::Cidr;
 use super::environment::Environment;
-use crate::request::percent_decode;
 use crate::secret::Secret;
 
 /// How a proxy is spoken to.
@@ -60,7 +61,8 @@ impl Proxy {
         let has_port = address.rsplit_once(':').is_some_and(|(_, port)| !port.contains(']'));
         let login = login.map(|login| {
             let (user, password) = login.split_once(':').unwrap_or((login, ""));
-            (percent_decode(user), Secret::new(percent_decode(password)))
+            let decoded = |part| percent_decode_str(part).decode_utf8_lossy().into_owned();
+            (decoded(user), Secret::new(decoded(password)))
         });
         Ok(Self { scheme, host: base.host, port: if has_port { base.port } else { port }, login })
     }
