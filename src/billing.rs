@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use crate::context::{Arrival, Ask, Attempt};
 use crate::error::excerpt;
 use crate::estimate::{Estimator, Job};
-use crate::ledger::{Cost, Speed, Spent, Tokens};
+use crate::ledger::Spent;
 use crate::metrics::metrics;
 use crate::request::Call;
+use crate::usage::{Cost, Speed, Tokens};
 
 /// What was measured of a request's answer.
 #[derive(Clone, Copy, Debug, Default)]

@@ -15,13 +15,13 @@ use bytes::Bytes;
 use serde_json::Value;
 use tiktoken_rs::CoreBPE;
 
-use crate::ledger::{Account, Cost, Spent};
+use crate::ledger::{Account, Spent};
 use crate::limit::Limits;
 use crate::metrics::metrics;
 use crate::pool::Pool;
 use crate::request::Call;
 use crate::route::Candidates;
-use crate::usage::{Text, answer_texts};
+use crate::usage::{Cost, Text, answer_texts};
 
 /// Longer prompts are not estimated.
 pub const PROMPT_BYTES_MAX: usize = 256 * 1024;

@@ -12,7 +12,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
-use crate::ledger::Cost;
+use crate::usage::Cost;
 
 /// A request without a model, or an answer that came from no endpoint.
 pub const NONE: &str = "none";
@@ -386,7 +386,7 @@ fn to_f64(value: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{Speed, Tokens};
+    use crate::usage::{Speed, Tokens};
 
     #[test]
     fn every_metric_has_a_name_of_its_own() {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::billing::Measured;
-use crate::ledger::Tokens;
+use crate::usage::Tokens;
 
 /// What a finished request left behind.
 #[derive(Debug)]

@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 use super::Sources;
 use super::status::{SERVICE, iso};
 use crate::error::{Fault, excerpt};
-use crate::ledger::stats::{self, Begins, Cost, ModelStats, Stats, Sum};
+use crate::ledger::stats::{self, Begins, ModelStats, Stats};
+use crate::usage::{Cost, Sum};
 
 /// Whatever was counted, of every endpoint that ever answered, in any process that shares the ledger.
 pub async fn stats(from: Sources<'_>) -> Result<String, Fault> {

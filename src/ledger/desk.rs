@@ -511,11 +511,12 @@ mod tests {
     use super::super::Spent;
     use super::super::behind::WRITE_BEHIND;
     use super::super::sqlite::{Opening, SqliteLedger};
-    use super::super::stats::{self, Cost, MODELS_MAX, OTHER_MODELS, Speed, Tokens};
+    use super::super::stats::{self, MODELS_MAX, OTHER_MODELS};
     use super::*;
     use crate::config::LedgerSync;
     use crate::config::test_support::config;
     use crate::limit::Hold;
+    use crate::usage::{Cost, Speed, Tokens};
     use jiff::tz::TimeZone;
 
     /// 2026-11-25, noon, in UTC.

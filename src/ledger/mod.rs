@@ -45,7 +45,7 @@ pub use account::Account;
 pub use client::{Client, Drawn, Otherwise, QueuePlace, Refusal, Wanted};
 pub use desk::{Desk, Tally, Used};
 pub use permit::Permit;
-pub use stats::{Cost, Speed, Spent, Tokens};
+pub use stats::Spent;
 pub use thread::{Keeper, State};
 
 /// What the desk needs of a ledger. A group is one step: between `begin` and `commit` nobody else's comes.

@@ -14,10 +14,11 @@ use jiff::civil::Date;
 use rusqlite::types::{ToSql, Value};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
 
-use super::stats::{COST_COLUMNS, Spent};
+use super::stats::Spent;
 use super::{Change, FaultKind, Ledger, LedgerError};
 use crate::config::LedgerSync;
 use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
+use crate::usage::Cost;
 
 /// Marks the file as ours: "aptg" in ASCII.
 const APPLICATION_ID: i64 = 0x6170_7467;
@@ -295,10 +296,10 @@ impl Ledger for SqliteLedger {
 
     fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
         let cost = spent.cost.to_columns();
-        let names = COST_COLUMNS.join(", ");
+        let names = Cost::COLUMNS.join(", ");
         let places: Vec<String> = (4..4 + cost.len()).map(|place| format!("?{place}")).collect();
         let sums: Vec<String> =
-            COST_COLUMNS.iter().zip(&places).map(|(name, place)| format!("{name} = {name} + {place}")).collect();
+            Cost::COLUMNS.iter().zip(&places).map(|(name, place)| format!("{name} = {name} + {place}")).collect();
         let (places, sums) = (places.join(", "), sums.join(", "));
         for (table, key, when) in [
             ("token_hour", "hour", spent.hour),
@@ -462,7 +463,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::ledger::stats::{self, Cost, Speed, Tokens};
+    use crate::ledger::stats;
+    use crate::usage::{Speed, Tokens};
     use jiff::civil::date;
 
     const BOOT: Opening<'_> = Opening { boot_id: Some("boot"), now: Stamp(1_000_000), minute_unknown: false };

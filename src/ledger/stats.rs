@@ -11,6 +11,7 @@ use rusqlite::Connection;
 
 use super::LedgerError;
 use super::sqlite::SqliteLedger;
+use crate::usage::Cost;
 
 /// Hours are kept so long.
 pub const HOURS_KEPT: Duration = Duration::from_hours(48);
@@ -20,133 +21,6 @@ pub const DAYS_KEPT: Duration = Duration::from_hours(400 * 24);
 pub const MODELS_MAX: usize = 256;
 /// The name of all others.
 pub const OTHER_MODELS: &str = "other";
-
-/// Tokens of one answer, or of many.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tokens {
-    /// Of the prompt.
-    pub prompt: u64,
-    /// Of the answer.
-    pub completion: u64,
-    /// Of both, as the endpoint says.
-    pub total: u64,
-    /// Of the prompt, from a cache.
-    pub cached: u64,
-    /// Of the answer, thought and never shown.
-    pub reasoning: u64,
-    /// Of both, sound.
-    pub audio: u64,
-}
-
-/// Answers and their tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sum {
-    /// Answers.
-    pub requests: u64,
-    /// Their tokens.
-    pub tokens: Tokens,
-}
-
-/// How fast streams were, summed up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Speed {
-    /// Streams whose tokens were told.
-    pub streams: u64,
-    /// The tokens of their answers.
-    pub tokens: u64,
-    /// From each request to the first token of its answer, in milliseconds.
-    pub first_token_ms: u64,
-    /// From there to the end, likewise.
-    pub ms: u64,
-}
-
-/// What an answer cost, or many.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Cost {
-    /// What endpoints told.
-    pub exact: Sum,
-    /// What was estimated where they told nothing.
-    pub estimated: Sum,
-    /// How fast they were.
-    pub speed: Speed,
-}
-
-/// The columns that a cost has in the ledger.
-pub(super) const COST_COLUMNS: [&str; 14] = [
-    "requests",
-    "prompt",
-    "completion",
-    "total",
-    "cached",
-    "reasoning",
-    "audio",
-    "estimated_requests",
-    "estimated_prompt",
-    "estimated_completion",
-    "streams",
-    "stream_tokens",
-    "first_token_ms",
-    "stream_ms",
-];
-
-impl Cost {
-    /// Of one answer that told its tokens.
-    pub fn exact(tokens: Tokens, speed: Speed) -> Self {
-        Self { exact: Sum { requests: 1, tokens }, speed, ..Self::default() }
-    }
-
-    /// Of one answer whose tokens were estimated.
-    pub fn estimated(prompt: u64, completion: u64) -> Self {
-        let tokens = Tokens { prompt, completion, total: prompt + completion, ..Tokens::default() };
-        Self { estimated: Sum { requests: 1, tokens }, ..Self::default() }
-    }
-
-    /// All tokens, which token limits go by: an estimate is better than to take what is not told for nothing.
-    pub fn tokens(&self) -> u64 {
-        self.exact.tokens.total.saturating_add(self.estimated.tokens.total)
-    }
-
-    /// Adds another.
-    pub fn merge(&mut self, other: &Self) {
-        let mut columns = self.to_columns();
-        columns.iter_mut().zip(other.to_columns()).for_each(|(mine, other)| *mine = mine.saturating_add(other));
-        *self = Self::from_columns(columns);
-    }
-
-    /// In the order of [`COST_COLUMNS`].
-    pub(super) fn to_columns(self) -> [u64; COST_COLUMNS.len()] {
-        let Self { exact, estimated, speed } = self;
-        let Tokens { prompt, completion, total, cached, reasoning, audio } = exact.tokens;
-        let guessed = estimated.tokens;
-        [
-            exact.requests,
-            prompt,
-            completion,
-            total,
-            cached,
-            reasoning,
-            audio,
-            estimated.requests,
-            guessed.prompt,
-            guessed.completion,
-            speed.streams,
-            speed.tokens,
-            speed.first_token_ms,
-            speed.ms,
-        ]
-    }
-
-    fn from_columns(columns: [u64; COST_COLUMNS.len()]) -> Self {
-        let [requests, prompt, completion, total, cached, reasoning, audio, rest @ ..] = columns;
-        let [guessed, guessed_prompt, guessed_completion, streams, stream_tokens, first_token_ms, ms] = rest;
-        let guess = Self::estimated(guessed_prompt, guessed_completion).estimated.tokens;
-        Self {
-            exact: Sum { requests, tokens: Tokens { prompt, completion, total, cached, reasoning, audio } },
-            estimated: Sum { requests: guessed, tokens: guess },
-            speed: Speed { streams, tokens: stream_tokens, first_token_ms, ms },
-        }
-    }
-}
 
 /// What was spent, and when.
 #[derive(Clone, Debug)]
@@ -234,13 +108,13 @@ fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
     let mut stats = Stats::new();
     // One moment's, whatever is written meanwhile.
     let connection = connection.unchecked_transaction()?;
-    let columns = COST_COLUMNS.join(", ");
+    let columns = Cost::COLUMNS.join(", ");
     let mut totals = connection.prepare(&format!("SELECT endpoint, model, last_used, {columns} FROM token_total"))?;
     let mut rows = totals.query([])?;
     while let Some(row) = rows.next()? {
         let entry = stats.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
         entry.last_used_ms = row.get(2)?;
-        let mut columns = [0; COST_COLUMNS.len()];
+        let mut columns = [0; Cost::COLUMNS.len()];
         for (column, index) in columns.iter_mut().zip(3_usize..) {
             *column = row.get(index)?;
         }

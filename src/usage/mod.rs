@@ -11,13 +11,14 @@
 //! | `DeepSeek` | `usage` | as chat, `prompt_cache_hit_tokens` |
 //! | llama.cpp | `timings` | `prompt_n`, `cache_n`, `predicted_n` |
 
+mod cost;
 mod finder;
 mod lenient;
 mod meter;
 mod plain;
 mod told;
 
-use crate::ledger::Tokens;
+pub use cost::{Cost, Speed, Sum, Tokens};
 pub use finder::Finder;
 pub use meter::{BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, Text, answer_texts, event_texts, mentions_usage};
 pub use told::Told;
