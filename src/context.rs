@@ -24,7 +24,7 @@ use crate::ledger::{Client, Drawn, Permit};
 use crate::limit::Clock;
 use crate::metrics::{Counters, metrics};
 use crate::pool::{Endpoint, InFlight, Pool, Trial};
-use crate::rates::Rates;
+use crate::rate_headers::Rates;
 use crate::replay::Wrapped;
 use crate::request::{AskUsage, Call};
 use crate::respond::Terms;

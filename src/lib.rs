@@ -14,7 +14,7 @@
 //! | may it be asked | [`admission`], [`limit`], [`ledger`] | one → one with a permit, or another |
 //! | where it is | [`upstream`], [`tunnel`] | endpoint → peer |
 //! | what it is sent | [`rewrite`], [`cork`] | the client's bytes → the endpoint's |
-//! | what comes back | [`replay`], [`respond`], [`blot`], [`rates`] | answer → hold, commit or drop |
+//! | what comes back | [`replay`], [`respond`], [`blot`], [`rates`], [`rate_headers`] | answer → hold, commit or drop |
 //! | what of a stream goes on | [`relay`], [`sse`], [`shape`], [`json_scan`] | pieces → whole events |
 //! | what it cost | [`usage`], [`decode`], [`billing`], [`estimate`] | answer → tokens |
 //! | what follows a failure | [`retry`] | outcome → next attempt or not |
@@ -50,6 +50,7 @@ pub mod metrics;
 pub mod notify;
 pub mod pool;
 pub mod proxy;
+pub mod rate_headers;
 pub mod rates;
 pub mod record;
 pub mod relay;

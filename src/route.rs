@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use crate::config;
 use crate::limit::Stamp;
 use crate::metrics::{self, Counters};
-use crate::rates::Rates;
+use crate::rate_headers::Rates;
 
 /// One endpoint that can take a request.
 #[derive(Clone, Debug, PartialEq, Eq)]

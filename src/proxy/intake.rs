@@ -20,7 +20,7 @@ use crate::config::Cors;
 use crate::context::{Ask, Context};
 use crate::error::{Fault, excerpt};
 use crate::pool::Pool;
-use crate::rates::Rates;
+use crate::rates;
 use crate::request::{self, Call, Collector};
 use crate::rewrite;
 
@@ -84,7 +84,7 @@ pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
-    context.arrival.rates = Rates::of(&ask.pool, &ask.candidates, &clock);
+    context.arrival.rates = rates::of_model(&ask.pool, &ask.candidates, &clock);
     let choice = choice?;
     Ok(Next::Proxy(ask, choice))
 }

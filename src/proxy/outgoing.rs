@@ -14,7 +14,7 @@ use pingora_proxy::Session;
 use crate::admin::Answer;
 use crate::context::Context;
 use crate::error::Fault;
-use crate::rates;
+use crate::rate_headers;
 use crate::request::Call;
 use crate::rewrite::{self, Edit};
 
@@ -131,7 +131,7 @@ fn leaving(answer: &response::Parts, context: &Context) -> Vec<HeaderName> {
     let is_hop_by_hop = rewrite::hop_by_hop(&answer.headers);
     let leaves = |name: &HeaderName, value: &HeaderValue| {
         rewrite::is_kept_from_client(name)
-            || name.as_str().starts_with(rates::PREFIX)
+            || name.as_str().starts_with(rate_headers::PREFIX)
             || quotes_key(value)
             || !switches_protocol && is_hop_by_hop(name)
     };

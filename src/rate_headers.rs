@@ -1,0 +1,105 @@
+//! What this proxy can still take for a model, in the headers that OpenAI has for it.
+
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue};
+
+/// How they all begin; an endpoint's own are not for the client, whom they tell nothing about the others.
+pub const PREFIX: &str = "x-ratelimit-";
+
+/// Requests or tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// What all endpoints of the model take together.
+    pub limit: u64,
+    /// What they still take now.
+    pub remaining: u64,
+    /// Until they take all of it again.
+    pub reset: Duration,
+}
+
+/// Both, as far as every endpoint of the model has such a limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Requests.
+    pub requests: Option<Rate>,
+    /// Tokens.
+    pub tokens: Option<Rate>,
+}
+
+impl Rates {
+    /// As headers.
+    pub fn headers(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+        const REQUESTS: [HeaderName; 3] = [
+            HeaderName::from_static("x-ratelimit-limit-requests"),
+            HeaderName::from_static("x-ratelimit-remaining-requests"),
+            HeaderName::from_static("x-ratelimit-reset-requests"),
+        ];
+        const TOKENS: [HeaderName; 3] = [
+            HeaderName::from_static("x-ratelimit-limit-tokens"),
+            HeaderName::from_static("x-ratelimit-remaining-tokens"),
+            HeaderName::from_static("x-ratelimit-reset-tokens"),
+        ];
+        let each = |names: [HeaderName; 3], rate: Rate| {
+            let reset = HeaderValue::try_from(duration(rate.reset)).unwrap_or_else(|_| HeaderValue::from_static("0s"));
+            names.into_iter().zip([rate.limit.into(), rate.remaining.into(), reset])
+        };
+        let requests = self.requests.map(|rate| each(REQUESTS, rate));
+        let tokens = self.tokens.map(|rate| each(TOKENS, rate));
+        requests.into_iter().chain(tokens).flatten()
+    }
+}
+
+/// As OpenAI writes it: `12ms`, `8.64s`, `6m0s`, `23h59m30s`. Pushed together by hand, since it is written for every answer.
+fn duration(duration: Duration) -> String {
+    let (seconds, millis) = (duration.as_secs(), duration.subsec_millis());
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    let mut text = String::with_capacity(16);
+    let mut push = |number: u64, unit: &str| {
+        text.push_str(itoa::Buffer::new().format(number));
+        text.push_str(unit);
+    };
+    if seconds == 0 && millis > 0 {
+        push(millis.into(), "ms");
+        return text;
+    }
+    if hours > 0 {
+        push(hours, "h");
+    }
+    if hours > 0 || minutes > 0 {
+        push(minutes, "m");
+    }
+    push(seconds % 60, "");
+    if millis > 0 {
+        // With a thousand on top it has all of its digits, and one more.
+        let mut digits = itoa::Buffer::new();
+        let digits = digits.format(1000 + millis).trim_end_matches('0');
+        text.push('.');
+        text.push_str(digits.get(1..).unwrap_or_default());
+    }
+    text.push('s');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_written_as_openai_does() {
+        for (millis, text) in [
+            (0, "0s"),
+            (12, "12ms"),
+            (1000, "1s"),
+            (8640, "8.64s"),
+            (8007, "8.007s"),
+            (9100, "9.1s"),
+            (3_600_050, "1h0m0.05s"),
+            (60_000, "1m0s"),
+            (360_000, "6m0s"),
+            (86_370_000, "23h59m30s"),
+        ] {
+            assert_eq!(duration(Duration::from_millis(millis)), text);
+        }
+    }
+}
