@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::mem;
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +23,7 @@ use crate::ledger::{Client, Drawn, Permit};
 use crate::limit::Clock;
 use crate::metrics::{Counters, metrics};
 use crate::pool::{Endpoint, InFlight, Pool, Trial};
+use crate::process::{OpenRequest, OpenRequests};
 use crate::rate_headers::Rates;
 use crate::replay::Wrapped;
 use crate::request::{AskUsage, Call};
@@ -137,31 +137,6 @@ pub struct Tries {
     pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.
     pub last: Option<Arc<Endpoint>>,
-}
-
-/// All the requests that are open, for the drain and the status page.
-#[derive(Clone, Debug, Default)]
-pub struct OpenRequests(Arc<AtomicUsize>);
-
-impl OpenRequests {
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn enter(&self) -> OpenRequest {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        OpenRequest(self.clone())
-    }
-}
-
-#[derive(Debug)]
-struct OpenRequest(OpenRequests);
-
-impl Drop for OpenRequest {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl Context {

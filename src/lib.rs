@@ -21,7 +21,7 @@
 //! | what is told | [`error`], [`record`], [`metrics`] | fault → error object; request → log line, metrics |
 //!
 //! Beside the way: [`config`] (file → what is meant), [`reload`], [`certificate`], [`upgrade`], [`notify`], [`secret`], [`pool`] (the endpoints of one config, and the live state
-//! behind them), [`context`] (one request's state), [`scheduling`] (who goes first), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
+//! behind them), [`process`] (what may be asked of the process), [`context`] (one request's state), [`scheduling`] (who goes first), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
 
 pub mod admin;
 pub mod admission;
@@ -49,6 +49,7 @@ pub mod memory;
 pub mod metrics;
 pub mod notify;
 pub mod pool;
+pub mod process;
 pub mod proxy;
 pub mod rate_headers;
 pub mod rates;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -17,33 +17,7 @@ use crate::certificate::Certificate;
 use crate::config::{self, Config, Environment, Loaded, Server, Watch, changes, needs_upgrade};
 use crate::log_output;
 use crate::pool::Pool;
-
-/// What is known of the configuration, for the status page and the metrics. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub struct ConfigState(Arc<Mutex<FileState>>);
-
-/// How the file as it is now stands to the configuration that is current.
-#[derive(Clone, Debug, Default)]
-pub struct FileState {
-    /// Why it is not applied.
-    pub error: Option<String>,
-    /// What of the file takes effect only with an upgrade.
-    pub needs_upgrade: Vec<String>,
-    /// How many times a changed file could not be applied.
-    pub failures: u64,
-}
-
-impl ConfigState {
-    /// As it is now.
-    pub fn file(&self) -> FileState {
-        self.lock().clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, FileState> {
-        // Nothing panics while it is held.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+use crate::process::{Applied, ConfigState};
 
 /// Reloads the configuration when its files change, and at SIGHUP.
 #[derive(Debug)]
@@ -156,17 +130,13 @@ impl Reloader {
         for warning in &warnings {
             log::warn!("{shown}: {warning}");
         }
-        let mut file = self.state.lock();
-        let had_error = file.error.take().is_some();
-        let asks_anew = file.needs_upgrade != needs_upgrade;
-        file.needs_upgrade.clone_from(&needs_upgrade);
-        drop(file);
+        let Applied { had_error, needs_other_upgrade } = self.state.applied(&needs_upgrade);
         if !lines.is_empty() {
             log::info!("config {shown}: loaded, version {version}: {}", lines.join("; "));
         } else if asked || had_error {
             log::info!("config {shown}: nothing has changed, version {version}");
         }
-        if asks_anew && !needs_upgrade.is_empty() {
+        if needs_other_upgrade && !needs_upgrade.is_empty() {
             log::warn!("config {shown}: this takes effect only with an upgrade: {}", needs_upgrade.join("; "));
         }
         if let (Some(shown), Some(read)) = (&self.certificate, certificate)
@@ -177,14 +147,10 @@ impl Reloader {
     }
 
     fn refuse(&self, why: &str) {
-        let mut file = self.state.lock();
         // The same is told once, however often it is looked at again.
-        if file.error.as_deref() == Some(why) {
+        if !self.state.refused(why) {
             return;
         }
-        file.failures += 1;
-        file.error = Some(why.to_owned());
-        drop(file);
         let version = self.pool.load().version;
         log::error!("config {}: not applied, version {version} stays: {why}", self.path.display());
     }

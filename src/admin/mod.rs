@@ -6,21 +6,14 @@ mod models;
 mod status;
 mod tokens;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, header};
 
-use crate::context::OpenRequests;
 use crate::error::Fault;
-use crate::estimate::Estimator;
-use crate::ledger;
-use crate::memory::Memory;
 use crate::pool::Pool;
-use crate::reload::ConfigState;
-use crate::server::Draining;
+use crate::process::Process;
 
 /// A client that is told to wait longer is told not to wait: OpenAI's Node SDK would sleep for as long as it is told, be it
 /// until tomorrow.
@@ -35,25 +28,6 @@ pub struct Answer {
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// Its body.
     pub body: Bytes,
-}
-
-/// The running process, as far as our own answers tell of it. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Process {
-    /// The endpoints, whichever are current.
-    pub pool: Arc<ArcSwap<Pool>>,
-    /// The requests that are open.
-    pub open: OpenRequests,
-    /// Whether the process is on its way out.
-    pub draining: Draining,
-    /// How the ledger is doing.
-    pub ledger: ledger::State,
-    /// Estimates the tokens that no endpoint tells.
-    pub estimator: Estimator,
-    /// How the config file stands to what is current.
-    pub config: ConfigState,
-    /// Room for the bodies of requests.
-    pub memory: Memory,
 }
 
 /// What our own answers are made of.

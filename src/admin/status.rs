@@ -7,13 +7,13 @@ use std::time::{Duration, Instant, SystemTime};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{Process, Sources};
+use super::Sources;
 use crate::config::{Limit, StreamUsage};
 use crate::health::Gate;
 use crate::ledger;
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::pool::{Endpoint, Pool};
-use crate::reload::{ConfigState, FileState};
+use crate::process::{ConfigState, FileState, Process};
 
 pub(super) const SERVICE: &str = "api-together";
 

@@ -31,7 +31,7 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
-use crate::admin::{Answer, Process};
+use crate::admin::Answer;
 use crate::admission::Choice;
 use crate::auth::Auth;
 use crate::billing::{self, Measured};
@@ -43,6 +43,7 @@ use crate::error::Fault;
 use crate::health;
 use crate::log_output::{self, REQUEST_TARGET};
 use crate::metrics::{self, Ended, metrics};
+use crate::process::Process;
 use crate::record::Record;
 use crate::replay::{Plan, Wrapped};
 use crate::respond;

@@ -1,7 +1,6 @@
 //! The end of a process: it takes no more, finishes what it has, and writes every count.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,30 +9,15 @@ use pingora::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::broadcast;
 
-use crate::context::OpenRequests;
 use crate::estimate::Estimator;
 use crate::ledger::Keeper;
 use crate::notify;
+use crate::process::{Draining, OpenRequests};
 
 /// How often a stopping process looks whether its last request has ended.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
 /// After the last request has ended, time for its last bytes to leave.
 const LAST_FLUSH: Duration = Duration::from_millis(200);
-
-/// Set once the process is on its way out, so that busy connections are told to close.
-#[derive(Clone, Debug, Default)]
-pub struct Draining(Arc<AtomicBool>);
-
-impl Draining {
-    /// Whether the process is on its way out.
-    pub fn is_on(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn begin(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 /// Ends the process as soon as its last request has ended; Pingora would sleep the whole grace period.
 pub(super) struct Drain {

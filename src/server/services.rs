@@ -13,12 +13,13 @@ use pingora::protocols::http::ServerSession;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 
-use crate::admin::{self, Process, Sources};
+use crate::admin::{self, Sources};
 use crate::ledger::Keeper;
 use crate::log_output;
 use crate::metrics;
 use crate::notify;
 use crate::pool::Pool;
+use crate::process::Process;
 use crate::upgrade::Running;
 use crate::upstream::RESOLVE_INTERVAL;
 

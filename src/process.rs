@@ -1,0 +1,128 @@
+//! What everybody may ask of the running process: its endpoints, its open requests, how its config and its ledger are doing.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
+
+use crate::estimate::Estimator;
+use crate::ledger;
+use crate::memory::Memory;
+use crate::pool::Pool;
+
+/// The running process. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// The endpoints, whichever are current.
+    pub pool: Arc<ArcSwap<Pool>>,
+    /// The requests that are open.
+    pub open: OpenRequests,
+    /// Set once the process is on its way out.
+    pub draining: Draining,
+    /// State of the ledger.
+    pub ledger: ledger::State,
+    /// Estimates the tokens that no endpoint reports.
+    pub estimator: Estimator,
+    /// State of the config file.
+    pub config: ConfigState,
+    /// Room for the bodies of requests.
+    pub memory: Memory,
+}
+
+/// All the requests that are open, for the drain and the status page.
+#[derive(Clone, Debug, Default)]
+pub struct OpenRequests(Arc<AtomicUsize>);
+
+impl OpenRequests {
+    /// Number of requests that are open.
+    pub fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Counts a request as open until the guard is dropped.
+    pub(crate) fn enter(&self) -> OpenRequest {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        OpenRequest(self.clone())
+    }
+}
+
+/// One open request.
+#[derive(Debug)]
+pub(crate) struct OpenRequest(OpenRequests);
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Set once the process is on its way out, so that busy connections are told to close.
+#[derive(Clone, Debug, Default)]
+pub struct Draining(Arc<AtomicBool>);
+
+impl Draining {
+    /// True once the process is on its way out.
+    pub fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn begin(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// State of the config file, for the status page and the metrics. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigState(Arc<Mutex<FileState>>);
+
+/// How the file on disk differs from the config in use.
+#[derive(Clone, Debug, Default)]
+pub struct FileState {
+    /// Why it is not applied.
+    pub error: Option<String>,
+    /// Changes in it that take effect only with an upgrade.
+    pub needs_upgrade: Vec<String>,
+    /// Number of times that a changed file could not be applied.
+    pub failures: u64,
+}
+
+/// What was different before a file was applied.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Applied {
+    /// The file before it was refused.
+    pub(crate) had_error: bool,
+    /// Other changes than before take effect only with an upgrade.
+    pub(crate) needs_other_upgrade: bool,
+}
+
+impl ConfigState {
+    /// A copy of the state as it is now.
+    pub fn file(&self) -> FileState {
+        self.lock().clone()
+    }
+
+    /// Notes that the file is in use, but for these changes.
+    pub(crate) fn applied(&self, needs_upgrade: &[String]) -> Applied {
+        let mut file = self.lock();
+        let had_error = file.error.take().is_some();
+        let needs_other_upgrade = file.needs_upgrade != needs_upgrade;
+        file.needs_upgrade = needs_upgrade.to_vec();
+        Applied { had_error, needs_other_upgrade }
+    }
+
+    /// Notes why the file is not in use. False if that is known already.
+    pub(crate) fn refused(&self, why: &str) -> bool {
+        let mut file = self.lock();
+        let is_news = file.error.as_deref() != Some(why);
+        if is_news {
+            file.failures += 1;
+            file.error = Some(why.to_owned());
+        }
+        is_news
+    }
+
+    fn lock(&self) -> MutexGuard<'_, FileState> {
+        // Nothing panics while it is held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
