@@ -124,7 +124,7 @@ impl Cli {
                 ExitCode::SUCCESS
             }
             Command::Man => manual(),
-            Command::Demo => demo::run(),
+            Command::Demo => demo::run().map_or_else(|why| fail(&why), |()| ExitCode::SUCCESS),
         }
     }
 }
@@ -230,7 +230,7 @@ fn runtime_folder(config: &Path) -> PathBuf {
 }
 
 /// Says on standard error why nothing runs.
-pub(crate) fn fail(why: &str) -> ExitCode {
+fn fail(why: &str) -> ExitCode {
     const ERROR: Style = AnsiColor::Red.on_default().bold();
     eprintln!("{ERROR}error{ERROR:#}: {why}");
     ExitCode::FAILURE

@@ -1,13 +1,11 @@
 //! `api-together demo`: three simulated endpoints on loopback and the proxy before them.
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::mpsc;
 
 use serde_json::json;
 
 use crate::banner::Banner;
-use crate::cli::fail;
 use crate::config::{self, Environment, Format, Loaded};
 use crate::log_output;
 use crate::server::{Prepared, RunOptions};
@@ -17,28 +15,21 @@ use crate::simulator::{Behaviour, Options, Simulator};
 const CLIENT_KEY: &str = "sk-demo";
 const PORT: u16 = 3001;
 
-/// Serves the demo until it is told to stop.
-pub fn run() -> ExitCode {
+/// Serves the demo until it is told to stop. The error says why it cannot start.
+pub fn run() -> Result<(), String> {
     log_output::start(false);
-    let bases = match start_endpoints() {
-        Ok(bases) => bases,
-        Err(error) => return fail(&format!("the simulated endpoints cannot start: {error}")),
-    };
-    match prepare(&bases, PORT).or_else(|busy| {
+    let bases = start_endpoints().map_err(|error| format!("the simulated endpoints cannot start: {error}"))?;
+    let (banner, mut prepared) = prepare(&bases, PORT).or_else(|busy| {
         log::warn!("{busy}; a free port is taken instead");
         prepare(&bases, 0)
-    }) {
-        Ok((banner, mut prepared)) => {
-            let address = prepared.address;
-            prepared.announce(format!("{}{}", banner.text(address), samples(address.port())));
-            prepared.bootstrap();
-            prepared.serve();
-            // Left behind if another signal than Ctrl-C ends it; it is a temporary file.
-            std::fs::remove_dir_all(ledger_folder()).unwrap_or_default();
-            ExitCode::SUCCESS
-        }
-        Err(why) => fail(&why),
-    }
+    })?;
+    let address = prepared.address;
+    prepared.announce(format!("{}{}", banner.text(address), samples(address.port())));
+    prepared.bootstrap();
+    prepared.serve();
+    // Left behind if another signal than Ctrl-C ends it; it is a temporary file.
+    std::fs::remove_dir_all(ledger_folder()).unwrap_or_default();
+    Ok(())
 }
 
 /// The base URLs of three endpoints, which live as long as the process.
