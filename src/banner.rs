@@ -1,11 +1,12 @@
 //! What the program prints when it starts.
 
 use std::fmt::Write as _;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use anstyle::{AnsiColor, Style};
 
 use crate::config::{Config, Endpoint};
+use crate::server::callable;
 
 const TITLE: Style = AnsiColor::Green.on_default().bold();
 const NAME: Style = AnsiColor::Cyan.on_default();
@@ -34,7 +35,7 @@ impl Banner {
     /// The whole text. Colours are left out by whoever prints it to something that is no terminal.
     pub fn text(&self, address: SocketAddr) -> String {
         let Self { scheme, key, endpoints } = self;
-        let local = local(address);
+        let local = callable(address);
         let version = env!("CARGO_PKG_VERSION");
         format!(
             "{TITLE}api-together {version}{TITLE:#}\n\
@@ -46,16 +47,6 @@ impl Banner {
              {NAME}endpoints{NAME:#}   {endpoints}"
         )
     }
-}
-
-/// An address that can be called from this machine.
-pub fn local(address: SocketAddr) -> SocketAddr {
-    let ip = match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    SocketAddr::new(ip, address.port())
 }
 
 fn line(text: &mut String, endpoint: &Endpoint) {

@@ -314,7 +314,7 @@ pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
 
 /// Whether it answers. With TLS a connection has to do.
 fn is_healthy(running: &Running) -> bool {
-    let address = crate::banner::local(running.address);
+    let address = crate::server::callable(running.address);
     let Ok(mut stream) = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2)) else { return false };
     if running.tls {
         return true;

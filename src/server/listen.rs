@@ -1,6 +1,6 @@
 //! Where the process listens, and how.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use pingora::listeners::tls::TlsSettings;
@@ -82,4 +82,14 @@ fn tls_settings(certificate: Certificate) -> Result<TlsSettings, StartError> {
     settings.set_cert_resolver(Arc::new(certificate));
     settings.enable_h2();
     Ok(settings)
+}
+
+/// The address by which this machine can call a listener: loopback for one that listens on every address.
+pub fn callable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
 }

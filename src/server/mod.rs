@@ -32,6 +32,7 @@ use crate::reload::{Reloader, hear_hangups};
 use crate::upgrade::{Successor, make_private};
 use drain::{Counts, Drain};
 use listen::Listening;
+pub use listen::callable;
 use services::{Announce, Resolve, Scrape, StartThreads};
 
 /// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than

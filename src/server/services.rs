@@ -13,6 +13,7 @@ use pingora::protocols::http::ServerSession;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 
+use super::callable;
 use crate::admin::{self, Sources};
 use crate::ledger::Keeper;
 use crate::log_output;
@@ -76,7 +77,7 @@ pub(super) struct Announce {
 #[async_trait]
 impl BackgroundService for Announce {
     async fn start(&self, _shutdown: ShutdownWatch) {
-        let address = crate::banner::local(self.address);
+        let address = callable(self.address);
         for _ in 0..LISTEN_POLLS_MAX {
             if tokio::net::TcpStream::connect(address).await.is_ok() {
                 break;
