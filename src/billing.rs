@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::context::{Arrival, Ask, Attempt};
 use crate::error::excerpt;
 use crate::estimate::{Estimator, Job};
+use crate::exchange::{Ask, Attempt};
 use crate::ledger::Spent;
 use crate::metrics::metrics;
 use crate::request::Call;
@@ -52,11 +52,19 @@ pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
 }
 
 /// Counts what the last answer cost. What the endpoint did not tell is estimated later, if anything came of the answer.
-pub fn bill(attempt: &mut Attempt, ask: &Ask, arrival: &Arrival, ended: Instant, estimator: &Estimator) -> Measured {
+///
+/// `id` and `arrived` are the request's, which may have been at other endpoints before; `ended` is when its answer was whole.
+pub fn bill(
+    attempt: &mut Attempt,
+    ask: &Ask,
+    id: &str,
+    (arrived, ended): (Instant, Instant),
+    estimator: &Estimator,
+) -> Measured {
     let first_token = attempt.meter.first_token();
     let mut measured = Measured {
         tokens: None,
-        first_token: first_token.map(|first| first.saturating_duration_since(arrival.at)),
+        first_token: first_token.map(|first| first.saturating_duration_since(arrived)),
         generation: first_token.map(|first| ended.saturating_duration_since(first)),
     };
     if attempt.terms.asks_usage && attempt.meter.has_timings() {
@@ -72,7 +80,7 @@ pub fn bill(attempt: &mut Attempt, ask: &Ask, arrival: &Arrival, ended: Instant,
         && (meter.has_text() || meter.prompt_told().is_some() || ask.call == Call::Embeddings && attempt.answers)
     {
         estimator.submit(Job {
-            id: arrival.id_text().to_owned(),
+            id: id.to_owned(),
             pool: Arc::clone(&ask.pool),
             prompt_told: meter.prompt_told(),
             answer: meter.take_text(),

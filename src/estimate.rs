@@ -23,8 +23,6 @@ use crate::request::Call;
 use crate::route::Candidates;
 use crate::usage::{Cost, Text, answer_texts};
 
-/// Longer prompts are not estimated.
-pub const PROMPT_BYTES_MAX: usize = 256 * 1024;
 /// Answers that may wait for their estimate, and the bytes that they may hold. More are dropped, and told.
 const JOBS_MAX: usize = 1000;
 const BYTES_MAX: usize = 64 * 1024 * 1024;
@@ -48,7 +46,7 @@ pub struct Job {
     pub candidates: Arc<Candidates>,
     /// What was called.
     pub call: Call,
-    /// The request's body; empty if it is longer than [`PROMPT_BYTES_MAX`].
+    /// The request's body; empty if it is too long to be estimated.
     pub prompt: Bytes,
     /// The prompt's tokens, if at least those were told.
     pub prompt_told: Option<u64>,
@@ -309,6 +307,7 @@ fn unescaped(raw: &[u8]) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exchange::PROMPT_BYTES_MAX;
     use serde_json::json;
 
     fn tokens(text: &str) -> u64 {

@@ -21,7 +21,7 @@
 //! | what is told | [`error`], [`record`], [`metrics`] | fault → error object; request → log line, metrics |
 //!
 //! Beside the way: [`config`] (file → what is meant), [`reload`], [`certificate`], [`upgrade`], [`notify`], [`secret`], [`pool`] (the endpoints of one config, and the live state
-//! behind them), [`process`] (what may be asked of the process), [`context`] (one request's state), [`scheduling`] (who goes first), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
+//! behind them), [`process`] (what may be asked of the process), [`context`] (one request's state), [`exchange`] (one request at one endpoint), [`scheduling`] (who goes first), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
 
 pub mod admin;
 pub mod admission;
@@ -39,6 +39,7 @@ pub mod decode;
 pub mod demo;
 pub mod error;
 pub mod estimate;
+pub mod exchange;
 pub mod health;
 pub mod json_scan;
 pub mod json_walk;

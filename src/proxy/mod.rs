@@ -36,10 +36,11 @@ use crate::admission::Choice;
 use crate::auth::Auth;
 use crate::billing::{self, Measured};
 use crate::blot::Blotter;
-use crate::context::{Ask, Context, Kept};
+use crate::context::Context;
 use crate::cork::Cork;
 use crate::decode::Encoding;
 use crate::error::Fault;
+use crate::exchange::{Ask, Kept};
 use crate::health;
 use crate::log_output::{self, REQUEST_TARGET};
 use crate::metrics::{self, Ended, metrics};
@@ -353,7 +354,8 @@ impl ProxyHttp for Gateway {
             if let Some(ask) = &mut context.ask {
                 ask.keep_for_estimate();
                 let ended = complete.unwrap_or_else(Instant::now);
-                measured = billing::bill(attempt, ask, &context.arrival, ended, &self.process.estimator);
+                let (id, times) = (context.arrival.id_text(), (context.arrival.at, ended));
+                measured = billing::bill(attempt, ask, id, times, &self.process.estimator);
             }
         }
         let gone = context.fault.is_none()

@@ -30,7 +30,7 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::Session;
 use tokio::time::{Sleep, sleep_until};
 
-use crate::context::Exchange;
+use crate::exchange::Exchange;
 use crate::pool::Pool;
 use crate::respond::Verdict;
 use crate::scheduling::step_aside;

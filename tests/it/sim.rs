@@ -18,8 +18,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use api_together::admission::{self, Choice};
 use api_together::config::{self, Config, Environment, Format, LedgerOnError, LedgerSync, Limit, Queue, Strategy};
-use api_together::context::Attempt;
 use api_together::error::Fault;
+use api_together::exchange::Attempt;
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Change, Client, Desk, FaultKind, Ledger, LedgerError, Spent, Tally};
 use api_together::limit::{Calendar, Clock, Counts, Days, Hold, SPAN, Slot, Stamp};

@@ -1,0 +1,57 @@
+//! What a request asks for.
+
+use std::mem;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use crate::pool::Pool;
+use crate::request::{AskUsage, Call};
+use crate::route::Candidates;
+
+/// Prompts of more than 256 KiB are not kept, and not estimated.
+pub(crate) const PROMPT_BYTES_MAX: usize = 256 * 1024;
+
+/// What a request asks for.
+#[derive(Debug)]
+pub struct Ask {
+    /// The config it runs under, whatever is loaded meanwhile.
+    pub pool: Arc<Pool>,
+    /// The endpoints that can take it.
+    pub candidates: Arc<Candidates>,
+    /// What was called.
+    pub call: Call,
+    /// The model's name as the client sent it.
+    pub model: Option<String>,
+    /// Where that name stands in the body.
+    pub model_range: Option<Range<usize>>,
+    /// Whether the answer is to be streamed.
+    pub stream: bool,
+    /// How a stream can be made to tell its usage, where the client did not ask for it.
+    pub ask_usage: Option<AskUsage>,
+    /// The body as it came, until the answer is committed.
+    pub body: Bytes,
+    /// The same from then on, if the tokens may have to be estimated.
+    pub prompt: Bytes,
+    /// When it was read to its end.
+    pub read_at: Instant,
+    /// Whether the request switches protocols (WebSocket), so that no body is replayed and nothing held.
+    pub switches_protocol: bool,
+}
+
+impl Ask {
+    /// Whether its tokens are estimated if no endpoint tells them.
+    pub fn is_estimated(&self) -> bool {
+        self.pool.server.estimate_tokens && (self.call.is_text() || self.call == Call::Embeddings)
+    }
+
+    /// No other attempt follows: the body is needed for an estimate, or not at all.
+    pub fn keep_for_estimate(&mut self) {
+        let body = mem::take(&mut self.body);
+        if !body.is_empty() && self.is_estimated() && body.len() <= PROMPT_BYTES_MAX {
+            self.prompt = body;
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! One attempt at one endpoint: what it holds, and what it shows of the endpoint.
+
+use std::mem;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::Ask;
+use crate::admission::Choice;
+use crate::config::{Breaker, Server, StreamUsage};
+use crate::decode::Encoding;
+use crate::health::Effect;
+use crate::ledger::{Client, Drawn, Permit};
+use crate::limit::Clock;
+use crate::metrics::{Counters, metrics};
+use crate::pool::{Endpoint, InFlight, Pool, Trial};
+use crate::request::Call;
+use crate::respond::Terms;
+use crate::retry::Outcome;
+use crate::usage::Meter;
+
+/// One attempt at one endpoint. What it shows of the endpoint is taken in once; dropped before that, nothing is.
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
+pub struct Attempt {
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// The model it is asked for, where that is not the client's own name.
+    pub model: Option<Arc<str>>,
+    /// How its answer is judged.
+    pub terms: Terms,
+    /// How long the first byte may take.
+    pub first_byte_timeout: Duration,
+    /// What the endpoint's response header says, once it has come.
+    pub answer: Option<Outcome>,
+    /// Whether the endpoint refused to be asked for its usage by this attempt.
+    pub refuses_usage: bool,
+    /// Whether the endpoint's answer ends when the connection does.
+    pub ends_with_connection: bool,
+    /// How its body is compressed.
+    pub encoding: Option<Encoding>,
+    /// What is measured of the answer.
+    pub meter: Meter,
+    /// What its endpoint and model count up.
+    pub counters: Option<Arc<Counters>>,
+    permit: Permit,
+    /// When it was chosen.
+    chosen_at: Clock,
+    started: Instant,
+    /// When its header went out.
+    pub sent_at: Instant,
+    trial: Option<Trial>,
+    breaker: Breaker,
+    settled: bool,
+    /// Whether an answer with a status of success has been let through.
+    pub answers: bool,
+    first_byte: Option<Duration>,
+    in_flight: Option<InFlight>,
+}
+
+impl Attempt {
+    /// An attempt that begins now.
+    pub fn new(
+        endpoint: &Arc<Endpoint>,
+        model: Option<Arc<str>>,
+        terms: Terms,
+        choice: Choice,
+        server: &Server,
+        now: Instant,
+    ) -> Self {
+        Self {
+            in_flight: Some(endpoint.live.enter()),
+            endpoint: Arc::clone(endpoint),
+            model,
+            terms,
+            first_byte_timeout: endpoint.config.timeouts.first_byte,
+            answer: None,
+            refuses_usage: false,
+            ends_with_connection: false,
+            encoding: None,
+            meter: Meter::new(terms.call, server.estimate_tokens),
+            counters: None,
+            permit: choice.permit,
+            chosen_at: choice.at,
+            started: now,
+            sent_at: now,
+            trial: choice.trial,
+            breaker: server.breaker.clone(),
+            settled: false,
+            answers: false,
+            first_byte: None,
+        }
+    }
+
+    /// The request's header goes out now, so late that the permit is worth nothing any more. If no other is to be had, says what
+    /// came of the draw.
+    pub async fn send(&mut self, ledger: &Client) -> Result<(), Drawn> {
+        // On a machine that is much too busy a fresh one may be old again when it comes.
+        const SWAPS_MAX: usize = 3;
+        for _ in 0..SWAPS_MAX {
+            self.swap_permit(ledger).await?;
+            if self.send_now(&ledger.clock()) {
+                return Ok(());
+            }
+        }
+        Err(Drawn::Unavailable)
+    }
+
+    /// Likewise, if its permit is still worth something.
+    pub fn send_now(&mut self, clock: &Clock) -> bool {
+        let holds = !self.permit.is_stale(clock);
+        if holds {
+            self.permit.spend();
+            self.sent_at = clock.now;
+        }
+        holds
+    }
+
+    /// The endpoint is known never to have had the request.
+    pub fn never_sent(&mut self) {
+        self.permit.never_sent();
+    }
+
+    /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit.
+    pub async fn begin_anew(&mut self, ledger: &Client) -> Result<(), Drawn> {
+        self.answer = None;
+        self.first_byte = None;
+        self.started = Instant::now();
+        if !self.permit.is_spent() {
+            return Ok(());
+        }
+        if self.endpoint.limits.any() {
+            return self.swap_permit(ledger).await;
+        }
+        let (account, limits) = self.endpoint.account();
+        self.permit = ledger.unlimited(&account, &limits);
+        Ok(())
+    }
+
+    async fn swap_permit(&mut self, ledger: &Client) -> Result<(), Drawn> {
+        match ledger.swap(&mut self.permit).await {
+            Drawn::Granted(_, permit) => {
+                self.permit = permit;
+                Ok(())
+            }
+            none => Err(none),
+        }
+    }
+
+    /// The answer is let through. A good one may still break off, so it is settled at its end.
+    pub fn begins_to_answer(&mut self, pool: &Pool, now: Instant) {
+        match &self.answer {
+            Some(Outcome::Status { status: status @ 100..=399, .. }) => {
+                self.answers = matches!(status, 200..=299);
+                self.remember_refusal(pool);
+                let trial = self.trial.is_some();
+                self.learn(Effect::Answers);
+                if trial {
+                    log::info!("endpoint {}: answers again", self.endpoint.config.id);
+                }
+                self.tell_first_byte(now);
+            }
+            Some(outcome) => self.settle(&outcome.clone()),
+            None => {}
+        }
+    }
+
+    /// An endpoint that refused to be asked for its usage, and has answered now that it is not, is not asked next time; nor is one
+    /// that compresses its streams, from which nothing can be taken out.
+    fn remember_refusal(&self, pool: &Pool) {
+        let endpoint = &self.endpoint;
+        if self.terms.asks_usage && self.encoding.is_some() {
+            endpoint.live.refuse_usage(pool.clock().boot);
+        }
+        if self.refuses_usage {
+            endpoint.live.refuse_usage(pool.clock().boot);
+            log::info!(
+                "endpoint {}: it does not know stream_options, so its streams are not asked for their usage for an hour; set \
+                 \"streamUsage\": \"never\" for it to leave it at that",
+                endpoint.config.id
+            );
+        }
+    }
+
+    /// Whether an answer that has ended now was cut: its end is only that of the connection, and its content does not say that
+    /// it is whole.
+    pub fn is_cut(&self) -> bool {
+        self.ends_with_connection && !self.meter.is_whole()
+    }
+
+    /// The endpoint's answer has ended and is good: it has room for another request before the client sees this one's last byte,
+    /// so that whoever asks for one thing after the other finds it so.
+    pub fn answer_ended(&mut self) {
+        self.finish();
+        self.in_flight = None;
+        self.permit.end();
+    }
+
+    /// The answer came to its end.
+    pub fn finish(&mut self) {
+        if let Some(outcome) = self.answer.take() {
+            self.settle(&outcome);
+        }
+    }
+
+    /// Whether it asks for its usage although the client's request does not.
+    pub fn asks_usage(&mut self, ask: &Ask) -> bool {
+        let endpoint = &self.endpoint;
+        self.terms.asks_usage = ask.call == Call::Completion
+            && ask.ask_usage.is_some()
+            && endpoint.config.stream_usage == StreamUsage::Auto
+            && !self.refuses_usage
+            && endpoint.live.is_asked_for_usage(ask.pool.clock().boot);
+        self.terms.asks_usage
+    }
+
+    /// Takes in how the attempt ended; what comes after that is no news of it.
+    pub fn settle(&mut self, outcome: &Outcome) {
+        if mem::replace(&mut self.settled, true) {
+            return;
+        }
+        if let Some(metrics) = metrics() {
+            metrics.attempt(&self.endpoint.config.id, outcome.label(), self.counters.as_deref());
+        }
+        let endpoint = &self.endpoint;
+        let id = &endpoint.config.id;
+        if let Outcome::Status { status: status @ (401 | 403), .. } = outcome {
+            log::warn!("endpoint {id}: its key is refused (status {status}); check its apiKey");
+        }
+        let effect = outcome.effect();
+        match effect {
+            Effect::Failure => endpoint.live.note_error(outcome.to_string()),
+            Effect::Rest(wait) => log::info!("endpoint {id}: rests for {:.1} s, as it asked", wait.as_secs_f64()),
+            Effect::Answers | Effect::Success | Effect::Neutral => {}
+        }
+        self.learn(effect);
+    }
+
+    fn learn(&mut self, effect: Effect) {
+        let trial = self.trial.take();
+        let live = &self.endpoint.live;
+        if live.learn(effect, trial.is_some(), Instant::now, &self.breaker) {
+            let seconds = self.breaker.cool_down.as_secs();
+            let (id, errors) = (&self.endpoint.config.id, live.health().errors_in_row());
+            log::warn!("endpoint {id}: {errors} errors in a row; cooling down for {seconds} s");
+        }
+    }
+
+    /// Notes that the first byte of the answer's body has come.
+    pub fn first_byte_came(&mut self, now: Instant) {
+        self.first_byte.get_or_insert_with(|| now.saturating_duration_since(self.started));
+    }
+
+    /// The time to the first byte counts once the answer is known to be good.
+    fn tell_first_byte(&mut self, now: Instant) {
+        self.first_byte_came(now);
+        if let Some(took) = self.first_byte {
+            self.endpoint.live.observe_first_byte(took, self.started + took);
+        }
+    }
+
+    /// The clocks at a moment of this attempt, for statistics.
+    pub fn clock_at(&self, now: Instant) -> Clock {
+        self.chosen_at.at(now)
+    }
+}
