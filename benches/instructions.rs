@@ -17,18 +17,18 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
-use api_together::auth::Auth;
-use api_together::balance;
 use api_together::billing::Measured;
-use api_together::blot::Secrets;
 use api_together::config::{Config, Environment, Format, check_str};
 use api_together::ledger::Client;
 use api_together::limit::Clock;
-use api_together::pool::Pool;
-use api_together::record::Record;
-use api_together::relay::Relay;
-use api_together::request::{self, Call};
-use api_together::rewrite;
+use api_together::proxy::access_log::Record;
+use api_together::request::auth::Auth;
+use api_together::request::fields::{self, Call};
+use api_together::request::rewrite;
+use api_together::response::redact::Secrets;
+use api_together::response::relay::Relay;
+use api_together::routing::balance;
+use api_together::routing::pool::Pool;
 use api_together::usage::Meter;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, header};
@@ -109,12 +109,12 @@ fn check_key() -> Box<dyn FnMut()> {
 
 fn scan(bytes: usize) -> Box<dyn FnMut()> {
     let body = chat(bytes);
-    Box::new(move || drop(black_box(request::scan(black_box(&body)))))
+    Box::new(move || drop(black_box(fields::scan(black_box(&body)))))
 }
 
 fn splice() -> Box<dyn FnMut()> {
     let body = chat(1024);
-    let range = request::scan(&body).expect("it is JSON").model.expect("it names a model").range;
+    let range = fields::scan(&body).expect("it is JSON").model.expect("it names a model").range;
     Box::new(move || drop(black_box(rewrite::spliced(&body, &mut [rewrite::model_edit(&range, "another-model")]))))
 }
 

@@ -12,18 +12,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use api_together::balance;
-use api_together::blot::Secrets;
 use api_together::config::{Config, Environment, Format, LedgerOnError, LedgerSync, Limit, check_str};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Client, Desk, Drawn, Otherwise};
 use api_together::limit::{Clock, Stamp};
-use api_together::pool::Pool;
-use api_together::relay::Relay;
-use api_together::request::Call;
-use api_together::sse::Splitter;
+use api_together::request::fields::Call;
+use api_together::request::{fields, rewrite};
+use api_together::response::redact::Secrets;
+use api_together::response::relay::Relay;
+use api_together::response::sse::Splitter;
+use api_together::routing::balance;
+use api_together::routing::pool::Pool;
 use api_together::usage::Meter;
-use api_together::{request, rewrite};
 use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -50,9 +50,9 @@ fn body(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("body");
     for bytes in [1024, 64 * 1024, 5 * 1024 * 1024] {
         let body = chat(bytes);
-        let range = request::scan(&body).expect("it is JSON").model.expect("it names a model").range;
+        let range = fields::scan(&body).expect("it is JSON").model.expect("it names a model").range;
         group.throughput(Throughput::Bytes(body.len() as u64));
-        group.bench_function(BenchmarkId::new("scan", bytes), |b| b.iter(|| request::scan(black_box(&body))));
+        group.bench_function(BenchmarkId::new("scan", bytes), |b| b.iter(|| fields::scan(black_box(&body))));
         group.bench_function(BenchmarkId::new("splice", bytes), |b| {
             b.iter(|| rewrite::spliced(black_box(&body), &mut [rewrite::model_edit(&range, "another-model")]));
         });

@@ -1,75 +1,46 @@
-//! One self-hosted process in front of many OpenAI-format endpoints.
+//! A self-hosted, OpenAI-compatible LLM gateway: load balancing, failover, exact rate limits and token accounting over many
+//! endpoints, in one process.
 //!
-//! The modules in the order in which a request passes through them:
+//! The rooms of the house, from the top down. Each imports only rooms below it.
 //!
-//! | stage | module | takes → gives |
-//! |---|---|---|
-//! | listen | [`server`] | config → a serving process |
-//! | order of the stages | [`proxy`] | Pingora's hooks → calls of the stages below |
-//! | who may call | [`auth`] | key → caller |
-//! | our own answers | [`admin`] | path → health, status, models |
-//! | what is asked for | [`request`], [`json_walk`], [`memory`] | body → model, stream |
-//! | who serves it | [`route`] | model → candidates |
-//! | which of them | [`balance`], [`health`] | candidates → one |
-//! | may it be asked | [`admission`], [`limit`], [`ledger`] | one → one with a permit, or another |
-//! | where it is | [`upstream`], [`tunnel`] | endpoint → peer |
-//! | what it is sent | [`rewrite`], [`cork`] | the client's bytes → the endpoint's |
-//! | what comes back | [`replay`], [`respond`], [`blot`], [`rates`], [`rate_headers`] | answer → hold, commit or drop |
-//! | what of a stream goes on | [`relay`], [`sse`], [`shape`], [`json_scan`] | pieces → whole events |
-//! | what it cost | [`usage`], [`decode`], [`billing`], [`estimate`] | answer → tokens |
-//! | what follows a failure | [`retry`] | outcome → next attempt or not |
-//! | what is told | [`error`], [`record`], [`metrics`] | fault → error object; request → log line, metrics |
-//!
-//! Beside the way: [`config`] (file → what is meant), [`reload`], [`certificate`], [`upgrade`], [`notify`], [`secret`], [`pool`] (the endpoints of one config, and the live state
-//! behind them), [`process`] (what may be asked of the process), [`context`] (one request's state), [`exchange`] (one request at one endpoint), [`scheduling`] (who goes first), [`cli`], [`banner`], [`log_output`], [`demo`], [`simulator`].
+//! | room | owns |
+//! |---|---|
+//! | [`cli`] | what a person types and sees |
+//! | [`server`] | the process: listeners, services, drain, reload, handover to a successor |
+//! | [`proxy`] | Pingora's hooks, and the order of a request's stages |
+//! | [`admin`] | our own answers: health, status, models, tokens, metrics |
+//! | [`process`] | what everybody may ask of the running process |
+//! | [`billing`] | what an answer is charged as, reported or estimated |
+//! | [`exchange`] | one request at one endpoint: hold, commit or drop its answer |
+//! | [`routing`] | who takes a request: candidates, strategies, health, retries |
+//! | [`ledger`] | every count on disk: permits and tokens |
+//! | [`telemetry`] | metrics and the log |
+//! | [`response`] | readers of answers, pure |
+//! | [`usage`] | tokens of an answer, pure |
+//! | [`upstream`] | the way to an endpoint |
+//! | [`request`] | what is asked: key, body, fields, rewriting |
+//! | [`fault`] | what clients are told when something goes wrong |
+//! | [`limit`] | rate limits and quotas, pure |
+//! | [`json`] | readers of JSON that build no tree, pure |
+//! | [`config`] | from the file's text to checked values |
+//! | [`simulator`] | endpoints that behave as a test or a demo wants |
 
 pub mod admin;
-pub mod admission;
-pub mod auth;
-pub mod balance;
-pub mod banner;
 pub mod billing;
-pub mod blot;
-pub mod certificate;
 pub mod cli;
 pub mod config;
-pub mod context;
-pub mod cork;
-pub mod decode;
-pub mod demo;
-pub mod error;
-pub mod estimate;
 pub mod exchange;
-pub mod health;
-pub mod json_scan;
-pub mod json_walk;
+pub mod fault;
+pub mod json;
 pub mod ledger;
 pub mod limit;
-pub mod log_output;
-pub mod memory;
-pub mod metrics;
-pub mod notify;
-pub mod pool;
 pub mod process;
 pub mod proxy;
-pub mod rate_headers;
-pub mod rates;
-pub mod record;
-pub mod relay;
-pub mod reload;
-pub mod replay;
 pub mod request;
-pub mod respond;
-pub mod retry;
-pub mod rewrite;
-pub mod route;
-pub mod scheduling;
-pub mod secret;
+pub mod response;
+pub mod routing;
 pub mod server;
-pub mod shape;
 pub mod simulator;
-pub mod sse;
-pub mod tunnel;
-pub mod upgrade;
+pub mod telemetry;
 pub mod upstream;
 pub mod usage;

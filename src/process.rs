@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 
-use crate::estimate::Estimator;
+use crate::billing::estimate::Estimator;
 use crate::ledger;
-use crate::memory::Memory;
-use crate::pool::Pool;
+use crate::request::body_memory::Memory;
+use crate::routing::pool::Pool;
 
 /// The running process. Cheap to clone.
 #[derive(Clone, Debug)]

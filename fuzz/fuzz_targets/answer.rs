@@ -2,9 +2,9 @@
 
 #![no_main]
 
-use api_together::blot::Secrets;
-use api_together::relay::Relay;
-use api_together::request::Call;
+use api_together::response::redact::Secrets;
+use api_together::response::relay::Relay;
+use api_together::request::fields::Call;
 use api_together::usage::{Finder, Meter};
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;

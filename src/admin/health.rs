@@ -6,8 +6,8 @@ use serde_json::json;
 
 use super::Sources;
 use super::status::{SERVICE, iso};
-use crate::health::Gate;
-use crate::pool::Endpoint;
+use crate::routing::health::Gate;
+use crate::routing::pool::Endpoint;
 
 /// The process is alive.
 pub fn health() -> String {

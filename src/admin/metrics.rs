@@ -1,4 +1,4 @@
-//! `GET /metrics`: what [`crate::metrics`] has counted, and what is the case.
+//! `GET /metrics`: what [`crate::telemetry::metrics`] has counted, and what is the case.
 
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
@@ -6,10 +6,10 @@ use std::time::SystemTime;
 use super::Sources;
 use super::status::is_available;
 use crate::config::Limit;
-use crate::health::Gate;
 use crate::limit::View;
-use crate::metrics::{EndpointMoment, Moment, ProcessMoment, metrics};
-use crate::pool::Endpoint;
+use crate::routing::health::Gate;
+use crate::routing::pool::Endpoint;
+use crate::telemetry::metrics::{EndpointMoment, Moment, ProcessMoment, metrics};
 
 /// In Prometheus's text format.
 pub async fn text(from: Sources<'_>) -> Vec<u8> {

@@ -11,9 +11,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, header};
 
-use crate::error::Fault;
-use crate::pool::Pool;
+use crate::fault::Fault;
 use crate::process::Process;
+use crate::routing::pool::Pool;
 
 /// A client that is told to wait longer is told not to wait: OpenAI's Node SDK would sleep for as long as it is told, be it
 /// until tomorrow.
@@ -123,7 +123,7 @@ impl Answer {
 
     /// An answer that is Prometheus's.
     pub fn metrics(text: Vec<u8>) -> Self {
-        let content_type = (header::CONTENT_TYPE, HeaderValue::from_static(crate::metrics::CONTENT_TYPE));
+        let content_type = (header::CONTENT_TYPE, HeaderValue::from_static(crate::telemetry::metrics::CONTENT_TYPE));
         Self { status: 200, headers: vec![content_type], body: text.into() }
     }
 

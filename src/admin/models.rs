@@ -4,8 +4,8 @@
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
-use crate::error::{Fault, excerpt};
-use crate::pool::Pool;
+use crate::fault::{Fault, excerpt};
+use crate::routing::pool::Pool;
 
 /// When the models were made is not known here; the field must be a number.
 const CREATED: u64 = 0;

@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use super::Sources;
 use crate::config::{Limit, StreamUsage};
-use crate::health::Gate;
 use crate::ledger;
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
-use crate::pool::{Endpoint, Pool};
 use crate::process::{ConfigState, FileState, Process};
+use crate::routing::health::Gate;
+use crate::routing::pool::{Endpoint, Pool};
 
 pub(super) const SERVICE: &str = "api-together";
 

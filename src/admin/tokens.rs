@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::Sources;
 use super::status::{SERVICE, iso};
-use crate::error::{Fault, excerpt};
+use crate::fault::{Fault, excerpt};
 use crate::ledger::stats::{self, Begins, ModelStats, Stats};
 use crate::usage::{Cost, Sum};
 

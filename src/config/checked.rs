@@ -12,7 +12,7 @@ use super::environment::Environment;
 use super::file::{ConfigFile, EndpointFile};
 use super::problem::{Problem, Report};
 use super::server::{self, Server};
-use crate::secret::Secret;
+use crate::config::secret::Secret;
 
 /// A configuration that can be used. Printing it shows no key.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use super::checked::Check;
 use super::file::{self, EndpointFile, EndpointTlsFile, TimeoutsFile};
 use super::problem::join;
 use super::proxy::Proxy;
-use crate::secret::Secret;
+use crate::config::secret::Secret;
 
 /// Ids are headers' and metrics' labels, so they are short.
 pub const ID_CHARS_MAX: usize = 64;

@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::endpoint::StreamUsage;
 use super::server::{LedgerOnError, LedgerSync, LogFormat, Strategy};
-use crate::secret::Secret;
+use crate::config::secret::Secret;
 
 pub const HOST_DEFAULT: &str = "0.0.0.0";
 pub const PORT_DEFAULT: u16 = 3001;

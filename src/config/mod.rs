@@ -2,7 +2,7 @@
 //! it.
 //!
 //! A text goes through these stages:
-//! 1. `shape` parses it, fills in environment variables and holds every value against the schema;
+//! 1. `schema_check` parses it, fills in environment variables and holds every value against the schema;
 //! 2. `file` is what was typed;
 //! 3. `checked` is what is meant: [`Config`] with its [`Server`] and [`Endpoint`]s.
 //!
@@ -18,8 +18,9 @@ mod file;
 mod problem;
 mod proxy;
 mod schema;
+mod schema_check;
+pub(crate) mod secret;
 mod server;
-mod shape;
 mod status_set;
 mod watch;
 
@@ -105,7 +106,7 @@ pub fn check_str(text: &str, format: Format, environment: &Environment, base_dir
     for problem in environment.problems() {
         report.add(problem.clone());
     }
-    let typed = shape::read(text, format, environment, &mut report);
+    let typed = schema_check::read(text, format, environment, &mut report);
     let mut check = Check { report: &mut report, environment, base_dir };
     let config = Config::from_file(typed, &mut check);
     let warnings = report.finish()?;

@@ -8,7 +8,7 @@ use percent_encoding::percent_decode_str;
 use super::base_url::{BaseUrl, NoBaseUrl};
 use super::cidr::Cidr;
 use super::environment::Environment;
-use crate::secret::Secret;
+use crate::config::secret::Secret;
 
 /// How a proxy is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -12,7 +12,7 @@ use super::checked::Check;
 use super::cidr::Cidr;
 use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
 use super::status_set::StatusSet;
-use crate::secret::Secret;
+use crate::config::secret::Secret;
 
 /// What clients see, and what holds for all endpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use crate::pool::Pool;
-use crate::request::{AskUsage, Call};
-use crate::route::Candidates;
+use crate::request::fields::{AskUsage, Call};
+use crate::routing::pool::Pool;
+use crate::routing::router::Candidates;
 
 /// Prompts of more than 256 KiB are not kept, and not estimated.
 pub(crate) const PROMPT_BYTES_MAX: usize = 256 * 1024;

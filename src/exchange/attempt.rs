@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Ask;
-use crate::admission::Choice;
 use crate::config::{Breaker, Server, StreamUsage};
-use crate::decode::Encoding;
-use crate::health::Effect;
+use crate::exchange::judge::Terms;
 use crate::ledger::{Client, Drawn, Permit};
 use crate::limit::Clock;
-use crate::metrics::{Counters, metrics};
-use crate::pool::{Endpoint, InFlight, Pool, Trial};
-use crate::request::Call;
-use crate::respond::Terms;
-use crate::retry::Outcome;
+use crate::request::fields::Call;
+use crate::response::decode::Encoding;
+use crate::routing::admission::Choice;
+use crate::routing::health::Effect;
+use crate::routing::pool::{Endpoint, InFlight, Pool, Trial};
+use crate::routing::retry::Outcome;
+use crate::telemetry::metrics::{Counters, metrics};
 use crate::usage::Meter;
 
 /// One attempt at one endpoint. What it shows of the endpoint is taken in once; dropped before that, nothing is.

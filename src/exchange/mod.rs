@@ -2,6 +2,11 @@
 
 mod ask;
 mod attempt;
+mod hold;
+pub mod judge;
+mod reading;
+pub mod scheduling;
+pub mod session;
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,8 +15,8 @@ use std::time::Instant;
 use bytes::Bytes;
 use pingora::http::ResponseHeader;
 
-use crate::cork::Cork;
-use crate::retry::Outcome;
+use crate::routing::retry::Outcome;
+use crate::upstream::cork::Cork;
 pub use ask::Ask;
 #[cfg(test)]
 pub(crate) use ask::PROMPT_BYTES_MAX;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Change;
-use super::stock::{Demand, Stock};
+use super::prefetch::{Demand, Stock};
 use crate::limit::{Counted, Days, Slot, Stamp, Usage, View};
 
 /// Changes that wait to be written while the ledger cannot be; beyond that they are written as if they were as old as the

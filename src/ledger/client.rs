@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::behind::WRITE_BEHIND;
+use super::write_behind::WRITE_BEHIND;
 use super::{Account, Permit, Spent};
 use crate::limit::{Clock, Counted, Hold, Limits, Stamp, View};
-use crate::metrics::metrics;
+use crate::telemetry::metrics::metrics;
 
 /// Requests that may wait for the ledger's thread at one moment, which serves them all in one group. What follows an attempt (a
 /// permit given back, its end, its tokens) always has room: there is one at most of each for every request that is open.

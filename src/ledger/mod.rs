@@ -25,15 +25,15 @@
 //! | [`stats`] | token statistics |
 
 mod account;
-mod behind;
+mod allocator;
+mod batch;
 mod client;
-mod desk;
-mod group;
 mod permit;
+mod prefetch;
 pub mod sqlite;
 pub mod stats;
-mod stock;
 mod thread;
+mod write_behind;
 
 use std::fmt;
 
@@ -42,8 +42,8 @@ use jiff::civil::Date;
 use crate::limit::{Counts, Days, Slot, Stamp};
 
 pub use account::Account;
+pub use allocator::{Desk, Tally, Used};
 pub use client::{Client, Drawn, Otherwise, QueuePlace, Refusal, Wanted};
-pub use desk::{Desk, Tally, Used};
 pub use permit::Permit;
 pub use stats::Spent;
 pub use thread::{Keeper, State};

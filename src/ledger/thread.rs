@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
+use super::allocator::{Desk, Tally, Used};
 use super::client::Messages;
-use super::desk::{Desk, Tally, Used};
 use super::sqlite::{self, Opening, SqliteLedger};
 use super::{Client, FaultKind, Ledger, LedgerError};
 use crate::config::{self, LedgerOnError, LedgerSync};

@@ -7,17 +7,17 @@ use std::time::Instant;
 use http::Method;
 use pingora::{Error, ErrorType, RetryType};
 
-use crate::admission;
-use crate::balance;
 use crate::billing;
-use crate::context::Context;
-use crate::error::{Fault, HeldBy};
+use crate::exchange::judge::Terms;
 use crate::exchange::{Ask, Attempt};
+use crate::fault::{Fault, HeldBy};
 use crate::ledger::Drawn;
 use crate::limit::Clock;
-use crate::pool::Endpoint;
-use crate::respond::Terms;
-use crate::retry::{self, Outcome};
+use crate::proxy::context::Context;
+use crate::routing::admission;
+use crate::routing::balance;
+use crate::routing::pool::Endpoint;
+use crate::routing::retry::{self, Outcome};
 
 /// How often an attempt begins anew because its pooled connection turns out to be closed.
 const STALE_MAX: u32 = 2;

@@ -14,16 +14,16 @@ use pingora_proxy::Session;
 
 use super::{Gateway, outgoing};
 use crate::admin::{Answer, Resource, Sources};
-use crate::admission::{self, Choice, Undecided};
-use crate::auth;
 use crate::config::Cors;
-use crate::context::Context;
-use crate::error::{Fault, excerpt};
 use crate::exchange::Ask;
-use crate::pool::Pool;
-use crate::rates;
-use crate::request::{self, Call, Collector};
-use crate::rewrite;
+use crate::fault::{Fault, excerpt};
+use crate::proxy::context::Context;
+use crate::request::auth;
+use crate::request::fields::{self, Call, Collector};
+use crate::request::rewrite;
+use crate::routing::admission::{self, Choice, Undecided};
+use crate::routing::pool::Pool;
+use crate::routing::rates;
 
 /// A body that nobody wants is read up to this size and time before an early answer, since a client that is still sending
 /// may otherwise never see the answer.
@@ -181,11 +181,11 @@ async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Resul
     let read_at = Instant::now();
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let is_json = !body.is_empty() && request::is_json(content_type);
-    let fields = if is_json { request::scan(&body)? } else { request::Fields::default() };
+    let is_json = !body.is_empty() && fields::is_json(content_type);
+    let fields = if is_json { fields::scan(&body)? } else { fields::Fields::default() };
     let (model, model_range) = match fields.model {
         Some(field) => (Some(field.value), Some(field.range)),
-        None if switches_protocol => (header.uri.query().and_then(request::query_model), None),
+        None if switches_protocol => (header.uri.query().and_then(fields::query_model), None),
         None => (None, None),
     };
     let candidates = match &model {
@@ -259,7 +259,7 @@ async fn read_body(gateway: &Gateway, session: &mut Session, bytes_max: usize) -
         }
         Ok(room.hold(collector.finish()))
     };
-    within(request::BODY_TOTAL_TIMEOUT, pin!(whole)).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
+    within(fields::BODY_TOTAL_TIMEOUT, pin!(whole)).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
 }
 
 /// What a future comes to, if that takes no longer than this. Most bodies have come with their header, and need no timer.
@@ -272,7 +272,7 @@ async fn within<F: Future>(time: Duration, mut future: Pin<&mut F>) -> Option<F:
 
 async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
     let read = session.downstream_session.read_request_body();
-    let Some(chunk) = within(request::BODY_IDLE_TIMEOUT, pin!(read)).await else {
+    let Some(chunk) = within(fields::BODY_IDLE_TIMEOUT, pin!(read)).await else {
         return Err(Stop::Unframed(Fault::BodyTimeout));
     };
     chunk.map_err(|error| {

@@ -13,7 +13,9 @@
 //! logging                   record
 //! ```
 
+pub mod access_log;
 mod attempts;
+mod context;
 mod intake;
 mod outgoing;
 
@@ -32,24 +34,24 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::admin::Answer;
-use crate::admission::Choice;
-use crate::auth::Auth;
 use crate::billing::{self, Measured};
-use crate::blot::Blotter;
-use crate::context::Context;
-use crate::cork::Cork;
-use crate::decode::Encoding;
-use crate::error::Fault;
+use crate::exchange::judge;
+use crate::exchange::scheduling::{keep_heartbeat, step_aside};
+use crate::exchange::session::{Plan, Wrapped};
 use crate::exchange::{Ask, Kept};
-use crate::health;
-use crate::log_output::{self, REQUEST_TARGET};
-use crate::metrics::{self, Ended, metrics};
+use crate::fault::Fault;
 use crate::process::Process;
-use crate::record::Record;
-use crate::replay::{Plan, Wrapped};
-use crate::respond;
-use crate::retry::Outcome;
-use crate::scheduling::{keep_heartbeat, step_aside};
+use crate::proxy::access_log::Record;
+use crate::proxy::context::Context;
+use crate::request::auth::Auth;
+use crate::response::decode::Encoding;
+use crate::response::redact::Blotter;
+use crate::routing::admission::Choice;
+use crate::routing::health;
+use crate::routing::retry::Outcome;
+use crate::telemetry::logger::{self, REQUEST_TARGET};
+use crate::telemetry::metrics::{self, Ended, metrics};
+use crate::upstream::cork::Cork;
 use attempts::{Stale, address, attempt_over, begin_anew, may_begin_anew, next_attempt};
 use intake::{Next, Stop};
 
@@ -399,7 +401,7 @@ impl ProxyHttp for Gateway {
         if !log::log_enabled!(target: REQUEST_TARGET, level) {
             return;
         }
-        if log_output::is_json() {
+        if logger::is_json() {
             log::log!(target: REQUEST_TARGET, level, "{}", record.json_members());
         } else {
             log::log!(target: REQUEST_TARGET, level, "{}", record.text());
@@ -417,7 +419,7 @@ impl ProxyHttp for Gateway {
 }
 
 fn is_event_stream(header: &ResponseHeader) -> bool {
-    respond::is_event_stream(header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()))
+    judge::is_event_stream(header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()))
 }
 
 /// Answers a request that goes to no endpoint.

@@ -12,11 +12,11 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::Session;
 
 use crate::admin::Answer;
-use crate::context::Context;
-use crate::error::Fault;
-use crate::rate_headers;
-use crate::request::Call;
-use crate::rewrite::{self, Edit};
+use crate::fault::Fault;
+use crate::proxy::context::Context;
+use crate::request::fields::Call;
+use crate::request::rewrite::{self, Edit};
+use crate::routing::rate_headers;
 
 /// The header that carries a request's id, both ways.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

@@ -9,9 +9,9 @@ use pingora::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::broadcast;
 
-use crate::estimate::Estimator;
+use super::systemd;
+use crate::billing::estimate::Estimator;
 use crate::ledger::Keeper;
-use crate::notify;
 use crate::process::{Draining, OpenRequests};
 
 /// How often a stopping process looks whether its last request has ended.
@@ -54,7 +54,7 @@ impl BackgroundService for Drain {
                 }
                 ExecutionPhase::GracefulTerminate => {
                     self.draining.begin();
-                    notify::stopping();
+                    systemd::stopping();
                 }
                 ExecutionPhase::ShutdownGracePeriod => self.wait_and_leave(hands_over).await,
                 _ => {}

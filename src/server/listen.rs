@@ -7,8 +7,8 @@ use pingora::listeners::tls::TlsSettings;
 use pingora::listeners::{ListenerConfig, TcpSocketOptions};
 
 use super::{RunOptions, StartError};
-use crate::certificate::Certificate;
 use crate::config::Server;
+use crate::server::certificate::Certificate;
 
 /// Where clients are listened for.
 pub(super) struct Listening {

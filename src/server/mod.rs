@@ -1,8 +1,12 @@
 //! From a checked config to a serving process: Pingora's server, its listeners, and the services beside the proxy.
 
+mod certificate;
 mod drain;
+pub mod handover;
 mod listen;
+mod reload;
 mod services;
+mod systemd;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -20,16 +24,16 @@ use pingora::services::background::background_service;
 use pingora::services::listening::Service;
 use pingora_proxy::ProxyServiceBuilder;
 
-use crate::auth::Auth;
+use crate::billing::estimate::Estimator;
 use crate::config::{self, Config};
-use crate::estimate::Estimator;
 use crate::ledger::Keeper;
-use crate::memory::Memory;
-use crate::pool::Pool;
 use crate::process::{ConfigState, Draining, OpenRequests, Process};
 use crate::proxy::Gateway;
-use crate::reload::{Reloader, hear_hangups};
-use crate::upgrade::{Successor, make_private};
+use crate::request::auth::Auth;
+use crate::request::body_memory::Memory;
+use crate::routing::pool::Pool;
+use crate::server::handover::{Successor, make_private};
+use crate::server::reload::{Reloader, hear_hangups};
 use drain::{Counts, Drain};
 use listen::Listening;
 pub use listen::callable;

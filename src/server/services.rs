@@ -14,14 +14,14 @@ use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 
 use super::callable;
+use super::systemd;
 use crate::admin::{self, Sources};
 use crate::ledger::Keeper;
-use crate::log_output;
-use crate::metrics;
-use crate::notify;
-use crate::pool::Pool;
 use crate::process::Process;
-use crate::upgrade::Running;
+use crate::routing::pool::Pool;
+use crate::server::handover::Running;
+use crate::telemetry::log_writer;
+use crate::telemetry::metrics;
 use crate::upstream::RESOLVE_INTERVAL;
 
 /// How often, and how often at most, a starting process looks whether it listens yet.
@@ -35,7 +35,7 @@ pub(super) struct StartThreads(pub(super) Arc<Keeper>);
 #[async_trait]
 impl BackgroundService for StartThreads {
     async fn start(&self, _shutdown: ShutdownWatch) {
-        log_output::behind::start();
+        log_writer::start();
         // Whoever has asked already is told, too, if it cannot be.
         if let Err(error) = self.0.start() {
             log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");
@@ -94,7 +94,7 @@ impl BackgroundService for Announce {
         anstream::print!("{}", self.text);
         // To a pipe the text would wait for more; whoever waits for it would wait as well.
         std::io::Write::flush(&mut std::io::stdout()).unwrap_or_default();
-        notify::ready();
+        systemd::ready();
     }
 }
 

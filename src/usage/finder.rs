@@ -1,6 +1,6 @@
 //! Finds what JSON of any length says of its tokens, however it is cut into pieces, without keeping it.
 
-use super::{Usage, told};
+use super::{Usage, reported};
 
 /// A usage is some hundred bytes; a longer one is none.
 const VALUE_BYTES_MAX: usize = 16 * 1024;
@@ -179,8 +179,8 @@ impl Finder {
     fn end_capture(&mut self) {
         let Some(Capture { key, bytes, .. }) = self.capture.take() else { return };
         match key {
-            Key::Usage => self.usage = told::usage(&bytes).or(self.usage),
-            Key::Timings => self.timings = told::timings(&bytes).or(self.timings),
+            Key::Usage => self.usage = reported::usage(&bytes).or(self.usage),
+            Key::Timings => self.timings = reported::timings(&bytes).or(self.timings),
             Key::Other | Key::Holder => {}
         }
     }
@@ -256,7 +256,7 @@ mod tests {
         #[test]
         fn as_a_full_parse_finds_it(json in json(), piece_bytes in 1usize..20) {
             let text = json.to_string();
-            let of = |holder: Option<&Value>| holder.and_then(|value| told::usage(value.get("usage")?.to_string().as_bytes()));
+            let of = |holder: Option<&Value>| holder.and_then(|value| reported::usage(value.get("usage")?.to_string().as_bytes()));
             let own = of(Some(&json));
             // Of several holders the last counts; which that is, is the order of the keys.
             let held: Vec<_> = ["response", "message"].iter().filter_map(|key| of(json.get(key))).collect();

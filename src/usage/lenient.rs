@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::json_scan::Key;
+use crate::json::scan::Key;
 
 /// The members of an object that matter.
 pub(super) trait Members<'de>: Default {

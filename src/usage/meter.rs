@@ -9,9 +9,9 @@ use bytes::Bytes;
 use memchr::memmem::Finder as Needle;
 use serde::Deserialize;
 
-use super::{Finder, Told, Usage, told};
-use crate::json_scan::{has_member, strings};
-use crate::request::Call;
+use super::{Finder, Told, Usage, reported};
+use crate::json::scan::{has_member, strings};
+use crate::request::fields::Call;
 
 /// So much of a stream's text is kept, in case that its tokens have to be estimated; the rest is taken to be like it.
 pub const SAMPLE_BYTES_MAX: usize = 16 * 1024;
@@ -199,7 +199,7 @@ impl Meter {
     /// A JSON answer came to its end.
     pub fn json_ended(&mut self) {
         let only = std::mem::take(&mut self.first);
-        if let Some(usage) = told::near_the_end(&only) {
+        if let Some(usage) = reported::near_the_end(&only) {
             self.end = End::Complete;
             if self.call != Call::Unmetered {
                 self.update(usage);

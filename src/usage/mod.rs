@@ -16,12 +16,12 @@ mod finder;
 mod lenient;
 mod meter;
 mod plain;
-mod told;
+mod reported;
 
 pub use cost::{Cost, Speed, Sum, Tokens};
 pub use finder::Finder;
 pub use meter::{BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, Text, answer_texts, event_texts, mentions_usage};
-pub use told::Told;
+pub use reported::Told;
 
 /// No answer costs more; a number beyond it is a fault of the endpoint's, and must not spoil every sum.
 const TOKENS_MAX: u64 = 1 << 32;
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn later_events_add_to_earlier_ones() {
-        let of = |usage: Value| told::usage(usage.to_string().as_bytes()).unwrap();
+        let of = |usage: Value| reported::usage(usage.to_string().as_bytes()).unwrap();
         let mut usage = of(json!({ "input_tokens": 25, "cache_read_input_tokens": 5, "output_tokens": 1 }));
         usage.update(of(json!({ "output_tokens": 15 })));
         assert_eq!(usage.tokens(), Tokens { cached: 5, ..plain(30, 15, 45) });

@@ -16,17 +16,17 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
-use api_together::admission::{self, Choice};
 use api_together::config::{self, Config, Environment, Format, LedgerOnError, LedgerSync, Limit, Queue, Strategy};
-use api_together::error::Fault;
 use api_together::exchange::Attempt;
+use api_together::exchange::judge::Terms;
+use api_together::fault::Fault;
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Change, Client, Desk, FaultKind, Ledger, LedgerError, Spent, Tally};
 use api_together::limit::{Calendar, Clock, Counts, Days, Hold, SPAN, Slot, Stamp};
-use api_together::pool::Pool;
-use api_together::request::Call;
-use api_together::respond::Terms;
-use api_together::retry::{self, Outcome};
+use api_together::request::fields::Call;
+use api_together::routing::admission::{self, Choice};
+use api_together::routing::pool::Pool;
+use api_together::routing::retry::{self, Outcome};
 use fastrand::Rng;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
@@ -621,7 +621,7 @@ async fn attempt(
     pool: &Pool,
     choice: Choice,
     tried: &mut Vec<usize>,
-    candidates: &api_together::route::Candidates,
+    candidates: &api_together::routing::router::Candidates,
     clocks: &Arc<Clocks>,
     shared: &Rc<RefCell<Shared>>,
 ) -> Outcome {

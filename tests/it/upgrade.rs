@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use api_together::server::handover;
 use api_together::simulator::Behaviour;
-use api_together::upgrade;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::{JoinSet, spawn_blocking};
@@ -60,12 +60,12 @@ impl Served {
         let path = folder.path().to_owned();
         let first = Running::of(command, folder);
         first.ready().await;
-        until("it tells of itself", || upgrade::Running::read(&path.join("run")).is_some()).await;
+        until("it tells of itself", || handover::Running::read(&path.join("run")).is_some()).await;
         Self { _first: first, folder: path, binary }
     }
 
-    fn running(&self) -> upgrade::Running {
-        upgrade::Running::read(&self.folder.join("run")).unwrap()
+    fn running(&self) -> handover::Running {
+        handover::Running::read(&self.folder.join("run")).unwrap()
     }
 
     fn url(&self, path: &str) -> String {
@@ -92,7 +92,7 @@ impl Served {
 impl Drop for Served {
     fn drop(&mut self) {
         // The last successor is nobody's child here.
-        if let Some(running) = upgrade::Running::read(&self.folder.join("run")) {
+        if let Some(running) = handover::Running::read(&self.folder.join("run")) {
             Command::new("kill").args(["-KILL", &running.pid.to_string()]).status().map(drop).unwrap_or_default();
         }
     }
@@ -273,7 +273,7 @@ async fn a_process_that_hands_over_does_not_tell_systemd_that_the_service_stops(
 async fn a_file_that_names_somebody_elses_process_is_not_believed() {
     let folder = folder_with("apis.json", "{}");
     let running = folder.path().join("run");
-    upgrade::make_private(&running).unwrap();
+    handover::make_private(&running).unwrap();
     // A process that would not survive the signal, and is none of ours.
     let mut other = Command::new("sleep").arg("30").spawn().unwrap();
     let stale = json!({ "pid": other.id(), "began": 1, "address": "127.0.0.1:1", "version": "0", "tls": false });

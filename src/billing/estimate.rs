@@ -1,0 +1,380 @@
+//! Estimates the tokens of answers whose endpoint does not tell them, or that broke off before it could: on a thread of its
+//! own, never on a request's way, and never mixed with what endpoints told.
+//!
+//! An estimate counts text, as OpenAI's own tokenizers would; pictures and sound are left out. For models of other vendors
+//! it is of the right size and no more.
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::Value;
+use tiktoken_rs::CoreBPE;
+
+use crate::ledger::{Account, Spent};
+use crate::limit::Limits;
+use crate::request::fields::Call;
+use crate::routing::pool::Pool;
+use crate::routing::router::Candidates;
+use crate::telemetry::metrics::metrics;
+use crate::usage::{Cost, Text, answer_texts};
+
+/// Answers that may wait for their estimate, and the bytes that they may hold. More are dropped, and told.
+const JOBS_MAX: usize = 1000;
+const BYTES_MAX: usize = 64 * 1024 * 1024;
+/// A process that leaves waits no longer than this for the estimates that are due.
+const CLOSE_MAX: Duration = Duration::from_secs(2);
+/// A tokenizer's time may grow with the square of a word's length, so a text is given to it in parts of this size.
+const PART_BYTES: usize = 1024;
+
+/// An answer to be estimated.
+#[derive(Debug)]
+pub struct Job {
+    /// The request's id, for the log.
+    pub id: String,
+    /// The config it ran under.
+    pub pool: Arc<Pool>,
+    /// Whose answer it is, and the limits that its tokens count for.
+    pub endpoint: (Arc<Account>, Arc<Limits>),
+    /// The model that answered, cut to a sane length.
+    pub model: String,
+    /// Where the client's request could go.
+    pub candidates: Arc<Candidates>,
+    /// What was called.
+    pub call: Call,
+    /// The request's body; empty if it is too long to be estimated.
+    pub prompt: Bytes,
+    /// The prompt's tokens, if at least those were told.
+    pub prompt_told: Option<u64>,
+    /// What came of the answer.
+    pub answer: Text,
+}
+
+impl Job {
+    fn bytes(&self) -> usize {
+        let answer = match &self.answer {
+            Text::None => 0,
+            Text::Sample { sample, .. } => sample.capacity(),
+            Text::Json { kept, .. } => *kept,
+        };
+        self.prompt.len() + answer
+    }
+}
+
+/// Estimates, one after the other. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Estimator(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    dropped: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    bytes: usize,
+    /// Whether the thread runs; it is started for the first job, since it needs some tens of megabytes for its vocabularies.
+    runs: bool,
+    /// Whether it is at work.
+    works: bool,
+    closing: bool,
+}
+
+impl Estimator {
+    /// Takes a job, if there is room for it.
+    pub fn submit(&self, job: Job) {
+        let mut queue = self.lock();
+        let bytes = job.bytes();
+        let has_room = queue.jobs.len() < JOBS_MAX && queue.bytes + bytes <= BYTES_MAX && !queue.closing;
+        if !has_room || !self.has_thread(&mut queue) {
+            drop(queue);
+            self.drop_one();
+            return;
+        }
+        queue.bytes += bytes;
+        queue.jobs.push_back(job);
+        self.0.changed.notify_all();
+    }
+
+    /// Answers that wait for their estimate.
+    pub fn waiting(&self) -> usize {
+        let queue = self.lock();
+        queue.jobs.len() + usize::from(queue.works)
+    }
+
+    /// Answers that were not estimated, or not whole: there was no room, no time before the end, or the prompt was too long.
+    pub fn dropped(&self) -> u64 {
+        self.0.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Takes no more jobs, and waits, within bounds, until those it has are done. Before the ledger is closed.
+    pub fn close(&self) {
+        let mut queue = self.lock();
+        queue.closing = true;
+        self.0.changed.notify_all();
+        let busy = |queue: &mut Queue| queue.works || !queue.jobs.is_empty();
+        let waited = self.0.changed.wait_timeout_while(queue, CLOSE_MAX, busy);
+        let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let left = queue.jobs.len();
+        queue.jobs.clear();
+        drop(queue);
+        (0..left).for_each(|_| self.drop_one());
+    }
+
+    fn drop_one(&self) {
+        let dropped = self.0.dropped.fetch_add(1, Ordering::Relaxed) + 1;
+        if dropped.is_power_of_two() {
+            log::warn!(
+                "the tokens of {dropped} answers were neither told by their endpoints nor estimated whole: too many at once, or \
+                 too long a prompt"
+            );
+        }
+    }
+
+    fn has_thread(&self, queue: &mut Queue) -> bool {
+        if !queue.runs {
+            let estimator = self.clone();
+            let thread = std::thread::Builder::new().name("estimates".into()).spawn(move || estimator.work());
+            match thread {
+                Ok(_) => queue.runs = true,
+                Err(error) => log::error!("no thread for estimates of tokens: {error}"),
+            }
+        }
+        queue.runs
+    }
+
+    fn work(&self) {
+        loop {
+            let mut queue = self.lock();
+            queue.works = false;
+            self.0.changed.notify_all();
+            let idle = |queue: &mut Queue| queue.jobs.is_empty() && !queue.closing;
+            let mut queue = self.0.changed.wait_while(queue, idle).unwrap_or_else(PoisonError::into_inner);
+            let Some(job) = queue.jobs.pop_front() else { return };
+            queue.bytes -= job.bytes();
+            queue.works = true;
+            drop(queue);
+            // The tokenizer panics on a text that its expressions give up on.
+            if catch_unwind(AssertUnwindSafe(|| settle(job))).unwrap_or(Estimated::Partly) == Estimated::Partly {
+                self.drop_one();
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // Nothing panics while it is held.
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What came of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Estimated {
+    /// All there was to estimate.
+    Whole,
+    /// Not all: the prompt was too long.
+    Partly,
+}
+
+/// Estimates an answer and counts it.
+fn settle(job: Job) -> Estimated {
+    let Job { id, pool, endpoint: (account, limits), model, candidates, call, prompt, prompt_told, answer } = job;
+    let tokenizer = tokenizer(&model);
+    let completion = completion_tokens(tokenizer, call, &answer);
+    // Nothing came of it: an error that calls itself a success, or a response that is made in the background later.
+    if completion == 0 && prompt_told.is_none() && call != Call::Embeddings {
+        return Estimated::Whole;
+    }
+    let is_known = prompt_told.is_some() || !prompt.is_empty();
+    let prompt = prompt_told.unwrap_or_else(|| prompt_tokens(tokenizer, &prompt));
+    let shown = if is_known { prompt.to_string() } else { "unknown".to_owned() };
+    log::info!(
+        "request {id}: endpoint {} told no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
+        account.id()
+    );
+    let cost = Cost::estimated(prompt, completion);
+    if let Some(metrics) = metrics() {
+        metrics.spent(account.id(), candidates.label(), &cost, None);
+    }
+    let clock = pool.clock();
+    let spent = Spent::now(account.id(), &model, cost, &pool.server.timezone, clock.wall);
+    pool.ledger.spend_tokens(&account, &limits, spent, clock.boot);
+    if is_known { Estimated::Whole } else { Estimated::Partly }
+}
+
+/// OpenAI's for its models, its latest for all others.
+fn tokenizer(model: &str) -> &'static CoreBPE {
+    tiktoken_rs::bpe_for_model(model).unwrap_or_else(|_| tiktoken_rs::o200k_base_singleton())
+}
+
+fn count(tokenizer: &CoreBPE, text: &str) -> u64 {
+    let mut rest = text;
+    let mut tokens = 0;
+    while !rest.is_empty() {
+        let (part, after) = rest.split_at(part_end(rest));
+        tokens += tokenizer.count_ordinary(part);
+        rest = after;
+    }
+    u64::try_from(tokens).unwrap_or(u64::MAX)
+}
+
+/// Where the first part of a text ends: between two words, if it has any.
+fn part_end(text: &str) -> usize {
+    if text.len() <= PART_BYTES {
+        return text.len();
+    }
+    let limit = (0..=PART_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(text.len());
+    let word = text.get(..limit).and_then(|part| part.rfind(char::is_whitespace));
+    word.filter(|at| *at > 0).unwrap_or(limit)
+}
+
+/// The tokens of a request's body.
+fn prompt_tokens(tokenizer: &CoreBPE, body: &[u8]) -> u64 {
+    /// What surrounds each message of a chat, and begins its answer.
+    const MESSAGE_TOKENS: u64 = 3;
+    let Ok(body) = serde_json::from_slice::<Value>(body) else { return 0 };
+    let mut tokens = 0;
+    for key in ["messages", "prompt", "input", "instructions", "system"] {
+        if let Some(value) = body.get(key) {
+            tokens += text_tokens(tokenizer, value);
+        }
+    }
+    if let Some(messages) = body.get("messages").and_then(Value::as_array) {
+        let count = u64::try_from(messages.len()).unwrap_or_default();
+        tokens += (count + 1) * MESSAGE_TOKENS;
+    }
+    if let Some(tools) = body.get("tools").filter(|tools| !tools.is_null()) {
+        tokens += count(tokenizer, &tools.to_string());
+    }
+    tokens
+}
+
+/// The tokens of the texts within a value. A number is a token, as in a prompt that is tokenized already.
+fn text_tokens(tokenizer: &CoreBPE, value: &Value) -> u64 {
+    const TEXTS: [&str; 9] =
+        ["role", "content", "text", "name", "arguments", "output", "tool_calls", "function", "reasoning_content"];
+    match value {
+        Value::String(text) => count(tokenizer, text),
+        Value::Array(items) => items.iter().map(|item| text_tokens(tokenizer, item)).sum(),
+        Value::Object(fields) => {
+            TEXTS.iter().filter_map(|key| fields.get(*key)).map(|value| text_tokens(tokenizer, value)).sum()
+        }
+        Value::Number(_) => 1,
+        Value::Null | Value::Bool(_) => 0,
+    }
+}
+
+/// The tokens of what came of an answer.
+fn completion_tokens(tokenizer: &CoreBPE, call: Call, answer: &Text) -> u64 {
+    match answer {
+        Text::None => 0,
+        Text::Sample { sample, bytes } => scaled(count(tokenizer, &unescaped(sample)), sample.len(), *bytes),
+        Text::Json { pieces, kept, bytes } => {
+            let mut tokens = 0;
+            answer_texts(call, &pieces.concat(), |text| tokens += count(tokenizer, &unescaped(text)));
+            if tokens == 0 { 0 } else { scaled(tokens, *kept, *bytes) }
+        }
+    }
+}
+
+/// What was not kept is taken to be like what was.
+fn scaled(tokens: u64, kept: usize, bytes: u64) -> u64 {
+    /// Of ordinary text, if nothing could be kept.
+    const TOKEN_BYTES: u64 = 4;
+    match u128::try_from(kept) {
+        Ok(kept) if kept > 0 => u64::try_from(u128::from(tokens) * u128::from(bytes) / kept).unwrap_or(u64::MAX),
+        _ => bytes / TOKEN_BYTES,
+    }
+}
+
+/// A text as it stands in JSON, read.
+fn unescaped(raw: &[u8]) -> Cow<'_, str> {
+    let text = String::from_utf8_lossy(raw);
+    match serde_json::from_str::<String>(&format!("\"{text}\"")) {
+        Ok(text) => Cow::Owned(text),
+        // Cut somewhere; what is there is near enough.
+        Err(_) => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exchange::PROMPT_BYTES_MAX;
+    use serde_json::json;
+
+    fn tokens(text: &str) -> u64 {
+        count(tokenizer("gpt-4o"), text)
+    }
+
+    #[test]
+    fn texts_are_counted_as_openais_tokenizers_do() {
+        assert_eq!(tokens("hello world"), 2);
+        assert_eq!(tokens(""), 0);
+        // In parts as in one, but for a word that is cut.
+        let text = "The quick brown fox jumps over the lazy dog. ".repeat(500);
+        let whole = u64::try_from(tokenizer("gpt-4o").count_ordinary(&text)).unwrap();
+        assert!(tokens(&text).abs_diff(whole) <= 25, "{} against {whole}", tokens(&text));
+    }
+
+    #[test]
+    fn no_text_takes_long() {
+        let begun = std::time::Instant::now();
+        for text in ["a".repeat(PROMPT_BYTES_MAX), " ".repeat(PROMPT_BYTES_MAX), "é".repeat(PROMPT_BYTES_MAX / 2)] {
+            assert!(tokens(&text) > 1000);
+        }
+        // Without the parts it would be minutes.
+        assert!(begun.elapsed() < Duration::from_mins(1), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn prompts_of_every_call_are_read() {
+        let of = |body: Value| prompt_tokens(tokenizer("gpt-4o"), body.to_string().as_bytes());
+        let chat = json!({ "messages": [
+            { "role": "system", "content": "hello world" },
+            { "role": "user", "content": [{ "type": "text", "text": "hello world" },
+                { "type": "image_url", "image_url": { "url": "data:image/png;base64,AAAA" } }] },
+        ] });
+        // Two messages and the answer's beginning, two roles, two texts.
+        assert_eq!(of(chat), 3 * 3 + 2 + 4);
+        assert_eq!(of(json!({ "prompt": "hello world" })), 2);
+        assert_eq!(of(json!({ "prompt": [1, 2, 3] })), 3);
+        assert_eq!(of(json!({ "input": ["hello world", "hello"] })), 3);
+        assert_eq!(
+            of(json!({ "input": [{ "role": "user", "content": [{ "text": "hello world" }] }],
+            "instructions": "hello" })),
+            4
+        );
+        assert!(of(json!({ "messages": [], "tools": [{ "name": "f" }] })) > 3);
+        assert_eq!(of(json!([])), 0);
+        assert_eq!(prompt_tokens(tokenizer("x"), b"not json"), 0);
+    }
+
+    #[test]
+    fn answers_are_read_whole_sampled_or_cut() {
+        let of = |answer: &Text| completion_tokens(tokenizer("gpt-4o"), Call::Completion, answer);
+        let sample = |text: &str, times: u64| Text::Sample {
+            sample: text.as_bytes().to_vec(),
+            bytes: times * u64::try_from(text.len()).unwrap(),
+        };
+        assert_eq!(of(&sample("hello world", 1)), 2);
+        assert_eq!(of(&sample("hello world", 10)), 20, "the rest is like it");
+        assert_eq!(of(&sample(r"hello\u0020world", 1)), 2);
+        assert_eq!(of(&Text::None), 0);
+        assert_eq!(of(&Text::Sample { sample: Vec::new(), bytes: 400 }), 100, "nothing of it could be kept");
+        let json = |text: &'static str| Text::Json {
+            pieces: vec![Bytes::from_static(text.as_bytes())],
+            kept: text.len(),
+            bytes: u64::try_from(text.len()).unwrap(),
+        };
+        assert_eq!(of(&json(r#"{"id":"x","choices":[{"message":{"role":"assistant","content":"hello world"}}]}"#)), 2);
+        assert_eq!(of(&json(r#"{"id":"x","choices":[{"message":{"content":"hello world"},"fini"#)), 2, "cut");
+    }
+}

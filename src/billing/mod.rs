@@ -1,0 +1,114 @@
+//! What an answer cost, once it is over: counted where the endpoint told it, estimated where it did not.
+
+pub mod estimate;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::billing::estimate::{Estimator, Job};
+use crate::exchange::{Ask, Attempt};
+use crate::fault::excerpt;
+use crate::ledger::Spent;
+use crate::request::fields::Call;
+use crate::telemetry::metrics::metrics;
+use crate::usage::{Cost, Speed, Tokens};
+
+/// What was measured of a request's answer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Measured {
+    /// The tokens that the endpoint told.
+    pub tokens: Option<Tokens>,
+    /// From the request to the first token, of a stream.
+    pub first_token: Option<Duration>,
+    /// From there to the end.
+    pub generation: Option<Duration>,
+}
+
+impl Measured {
+    fn speed(&self, tokens: Tokens) -> Speed {
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        match (self.first_token, self.generation) {
+            (Some(first_token), Some(generation)) => {
+                Speed { streams: 1, tokens: tokens.completion, first_token_ms: ms(first_token), ms: ms(generation) }
+            }
+            _ => Speed::default(),
+        }
+    }
+
+    /// Tokens a second, from the first one to the end.
+    pub fn tokens_per_second(&self) -> Option<f64> {
+        let (tokens, seconds) = (self.tokens?.completion, self.generation?.as_secs_f64());
+        #[expect(clippy::cast_precision_loss, reason = "nobody counts that many")]
+        (seconds > 0.0 && tokens > 0).then(|| tokens as f64 / seconds)
+    }
+}
+
+/// Counts what an answer cost that was not good enough for the client, as far as the endpoint told.
+pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
+    let meter = &attempt.meter;
+    match (meter.told(), meter.prompt_told()) {
+        (Some(usage), _) => spend(attempt, ask, Cost::exact(usage.tokens(), Speed::default()), Instant::now()),
+        (None, Some(prompt)) => spend(attempt, ask, Cost::estimated(prompt, 0), Instant::now()),
+        (None, None) => {}
+    }
+}
+
+/// Counts what the last answer cost. What the endpoint did not tell is estimated later, if anything came of the answer.
+///
+/// `id` and `arrived` are the request's, which may have been at other endpoints before; `ended` is when its answer was whole.
+pub fn bill(
+    attempt: &mut Attempt,
+    ask: &Ask,
+    id: &str,
+    (arrived, ended): (Instant, Instant),
+    estimator: &Estimator,
+) -> Measured {
+    let first_token = attempt.meter.first_token();
+    let mut measured = Measured {
+        tokens: None,
+        first_token: first_token.map(|first| first.saturating_duration_since(arrived)),
+        generation: first_token.map(|first| ended.saturating_duration_since(first)),
+    };
+    if attempt.terms.asks_usage && attempt.meter.has_timings() {
+        // Asked, it moves its timings from the last chunk with choices into the one that is taken out.
+        attempt.endpoint.live.tells_usage_unasked();
+    }
+    let meter = &mut attempt.meter;
+    if let Some(usage) = meter.told() {
+        let tokens = usage.tokens();
+        measured.tokens = Some(tokens);
+        spend(attempt, ask, Cost::exact(tokens, measured.speed(tokens)), ended);
+    } else if ask.is_estimated()
+        && (meter.has_text() || meter.prompt_told().is_some() || ask.call == Call::Embeddings && attempt.answers)
+    {
+        estimator.submit(Job {
+            id: id.to_owned(),
+            pool: Arc::clone(&ask.pool),
+            prompt_told: meter.prompt_told(),
+            answer: meter.take_text(),
+            endpoint: attempt.endpoint.account(),
+            model: model_name(attempt, ask),
+            call: ask.call,
+            candidates: Arc::clone(&ask.candidates),
+            prompt: ask.prompt.clone(),
+        });
+    }
+    measured
+}
+
+/// The model that answered; a client may call it anything.
+fn model_name(attempt: &Attempt, ask: &Ask) -> String {
+    excerpt(attempt.model.as_deref().or(ask.model.as_deref()).unwrap_or("-"))
+}
+
+/// In the hours and days of the server's time zone.
+fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, ended: Instant) {
+    let (account, limits) = attempt.endpoint.account();
+    let pool = &ask.pool;
+    if let Some(metrics) = metrics() {
+        metrics.spent(account.id(), ask.candidates.label(), &cost, attempt.counters.as_deref());
+    }
+    let clock = attempt.clock_at(ended);
+    let spent = Spent::now(account.id(), &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall);
+    pool.ledger.spend_tokens(&account, &limits, spent, clock.boot);
+}

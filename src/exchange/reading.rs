@@ -1,0 +1,99 @@
+//! How an answer's body is read on its way to the client: what is measured of it, and what of it goes on.
+
+use bytes::Bytes;
+
+use crate::exchange::judge;
+use crate::response::decode::{Decoder, Encoding};
+use crate::response::redact::{Blotter, Secrets};
+use crate::response::relay::Relay;
+use crate::response::sse::Splitter;
+use crate::usage::Meter;
+
+/// What an answer's header says of its body.
+pub(super) struct Kind<'a> {
+    pub(super) status: u16,
+    pub(super) content_type: Option<&'a str>,
+    pub(super) encoding: Option<Encoding>,
+    /// Whether its usage was asked for in its client's place.
+    pub(super) asks_usage: bool,
+}
+
+/// How a body is read.
+pub(super) enum Reading {
+    /// It is not.
+    Blind,
+    /// An error, in plain text, without the endpoint's secrets.
+    Error(Option<Decoder>, Blotter),
+    Json,
+    Stream(Relay),
+    /// Compressed: beside the way.
+    EncodedJson(Decoder),
+    EncodedStream(Decoder, Splitter),
+}
+
+impl Reading {
+    pub(super) fn of(kind: &Kind<'_>, secrets: &Secrets) -> Self {
+        let is_stream = judge::is_event_stream(kind.content_type);
+        match (kind.status, kind.encoding.map(Decoder::new)) {
+            (400.., decoder) => {
+                let decoder = decoder.filter(|decoder| !decoder.is_broken());
+                Self::Error(decoder, Blotter::new(secrets.clone()))
+            }
+            (..=199 | 300..=399, _) => Self::Blind,
+            (_, None) if is_stream => Self::Stream(Relay::new(kind.asks_usage, secrets.clone())),
+            (_, Some(decoder)) if is_stream => Self::EncodedStream(decoder, Splitter::default()),
+            (_, None) if judge::is_json(kind.content_type) => Self::Json,
+            (_, Some(decoder)) if judge::is_json(kind.content_type) => Self::EncodedJson(decoder),
+            _ => Self::Blind,
+        }
+    }
+
+    /// Measures a piece, and adds what of it goes on.
+    pub(super) fn piece(&mut self, piece: Bytes, meter: &mut Meter, out: &mut Vec<Bytes>) {
+        match self {
+            Self::Blind => {}
+            Self::Error(decoder, blotter) => {
+                match decoder {
+                    None => out.push(blotter.piece(&piece, false)),
+                    Some(decoder) => decoder.feed(&piece, |plain| out.push(blotter.piece(&plain, false))),
+                }
+                return;
+            }
+            Self::Json => meter.json(&piece),
+            Self::Stream(relay) => return relay.piece(&piece, meter, out),
+            Self::EncodedJson(decoder) => decoder.feed(&piece, |plain| meter.json(&plain)),
+            Self::EncodedStream(decoder, splitter) => decoder.feed(&piece, |plain| {
+                splitter.feed(&plain, |data| {
+                    if let Some(data) = data {
+                        meter.event(data);
+                    }
+                });
+            }),
+        }
+        out.push(piece);
+    }
+
+    /// The endpoint's body has ended: measures and adds what was kept of it.
+    pub(super) fn end(&mut self, meter: &mut Meter, out: &mut Vec<Bytes>) {
+        match self {
+            Self::Error(_, blotter) => out.push(blotter.piece(b"", true)),
+            Self::Stream(relay) => relay.end(meter, out),
+            Self::Json | Self::EncodedJson(_) => meter.json_ended(),
+            Self::Blind | Self::EncodedStream(..) => {}
+        }
+    }
+
+    /// Whether it is a stream that events can be added to.
+    pub(super) fn takes_events(&self) -> bool {
+        matches!(self, Self::Stream(_))
+    }
+
+    pub(super) fn is_stream(&self) -> bool {
+        matches!(self, Self::Stream(_) | Self::EncodedStream(..))
+    }
+
+    /// Whether what has gone on so far ends within an event.
+    pub(super) fn is_within_event(&self) -> bool {
+        matches!(self, Self::Stream(relay) if relay.is_within_event())
+    }
+}

@@ -1,0 +1,102 @@
+//! What is written behind: tokens, attempts that needed no permit, permits given back. It waits here for a group that takes it along,
+//! and stays if that fails.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::account::Entry;
+use super::allocator::Tally;
+use super::batch::write;
+use super::stats::{MODELS_MAX, OTHER_MODELS};
+use super::{Account, Ledger, LedgerError, Spent};
+use crate::limit::{Clock, Stamp};
+
+/// What is written behind is written after this time.
+pub(super) const WRITE_BEHIND: Duration = Duration::from_millis(100);
+/// Token counts that wait to be written while the ledger cannot be; more are lost, and told.
+const SPENT_MAX: usize = 10_000;
+
+/// What waits to be written.
+#[derive(Debug)]
+pub(super) struct Behind {
+    /// Accounts that hold something.
+    accounts: Vec<Arc<Account>>,
+    spent: HashMap<SpentKey, Spent>,
+    /// Models that were seen, by endpoint; at most [`MODELS_MAX`] of each.
+    models: HashMap<Arc<str>, HashSet<Arc<str>>>,
+    /// When it is to be written.
+    pub(super) due_at: Stamp,
+}
+
+/// Endpoint, model, hour, day.
+type SpentKey = (Arc<str>, Arc<str>, i64, i64);
+
+impl Default for Behind {
+    fn default() -> Self {
+        Self { accounts: Vec::new(), spent: HashMap::new(), models: HashMap::new(), due_at: Stamp::NEVER }
+    }
+}
+
+impl Behind {
+    /// Whether nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.accounts.is_empty() && self.spent.is_empty()
+    }
+
+    /// Something has come that may wait a little.
+    pub(super) fn due_soon(&mut self, clock: &Clock) {
+        self.due_at = self.due_at.min(clock.boot + WRITE_BEHIND);
+    }
+
+    /// It could not be written; not again at once.
+    pub(super) fn postpone(&mut self, clock: &Clock) {
+        self.due_at = self.due_at.max(clock.boot + WRITE_BEHIND);
+    }
+
+    /// Adds what the mirror of an account counts already.
+    pub(super) fn add(&mut self, account: &Arc<Account>, entry: Entry) {
+        let mut mirror = account.mirror();
+        if mirror.unwritten.is_empty() {
+            self.accounts.push(Arc::clone(account));
+        }
+        entry.merge_into(&mut mirror.unwritten);
+    }
+
+    /// Adds to the statistics.
+    pub(super) fn add_spent(&mut self, mut spent: Spent, tally: &Tally) {
+        let seen = self.models.entry(Arc::clone(&spent.endpoint)).or_default();
+        if !seen.contains(&spent.model) {
+            if seen.len() < MODELS_MAX {
+                seen.insert(Arc::clone(&spent.model));
+            } else {
+                spent.model = OTHER_MODELS.into();
+            }
+        }
+        let key = (Arc::clone(&spent.endpoint), Arc::clone(&spent.model), spent.hour, spent.day);
+        if let Some(kept) = self.spent.get_mut(&key) {
+            kept.merge(&spent);
+        } else if self.spent.len() < SPENT_MAX {
+            self.spent.insert(key, spent);
+        } else {
+            let lost = tally.lost.fetch_add(1, Ordering::Relaxed) + 1;
+            if lost.is_power_of_two() {
+                log::error!("the tokens of {lost} answers are lost: the ledger has not been writable for too long");
+            }
+        }
+    }
+
+    /// Writes all of it, as a part of a group.
+    pub(super) fn write(&self, ledger: &mut dyn Ledger) -> Result<(), LedgerError> {
+        self.accounts.iter().try_for_each(|account| write(ledger, account, &account.mirror().unwritten))?;
+        self.spent.values().try_for_each(|spent| ledger.add_tokens(spent))
+    }
+
+    /// The group was committed.
+    pub(super) fn forget_written(&mut self) {
+        self.accounts.drain(..).for_each(|account| account.mirror().unwritten.clear());
+        self.spent.clear();
+        self.due_at = Stamp::NEVER;
+    }
+}

@@ -1,0 +1,104 @@
+//! One request's state, grouped by stage. Guards release what they hold when they are dropped, however the request ends.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::HeaderValue;
+
+use crate::exchange::session::Wrapped;
+use crate::exchange::{Ask, Exchange};
+use crate::fault::Fault;
+use crate::process::{OpenRequest, OpenRequests};
+use crate::response::redact::Blotter;
+use crate::routing::admission::Choice;
+use crate::routing::pool::Endpoint;
+use crate::routing::rate_headers::Rates;
+
+/// One request, from its header to its last byte.
+#[derive(Debug)]
+pub struct Context {
+    /// How it came.
+    pub arrival: Arrival,
+    /// What it asks for; none for what we answer ourselves.
+    pub ask: Option<Box<Ask>>,
+    /// Where it has been.
+    pub tries: Tries,
+    /// What the hooks share with the session that holds the response back.
+    pub exchange: Arc<Exchange>,
+    /// The fault that we answered or that ended it.
+    pub fault: Option<Fault>,
+    /// The way back to the real session while it is wrapped.
+    pub wrapped: Wrapped,
+    /// What the body of a refusal to switch protocols goes through.
+    pub refusal: Option<Blotter>,
+}
+
+/// How a request came.
+#[derive(Debug)]
+pub struct Arrival {
+    /// When its header was read.
+    pub at: Instant,
+    /// Its id, the client's own or ours.
+    pub id: Option<HeaderValue>,
+    /// The client's address, behind trusted proxies.
+    pub address: Option<IpAddr>,
+    /// The origin that may read the answer, for `Access-Control-Allow-Origin`.
+    pub origin: Option<HeaderValue>,
+    /// Whether our own `x-api-together-*` headers are wanted.
+    pub endpoint_headers: bool,
+    /// What is left for the model that it asks for.
+    pub rates: Rates,
+    _open: OpenRequest,
+}
+
+impl Arrival {
+    /// The request's id, for the log.
+    pub fn id_text(&self) -> &str {
+        self.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or("-")
+    }
+}
+
+/// Where a request has been.
+#[derive(Debug, Default)]
+pub struct Tries {
+    /// The endpoints tried, by their place in the pool; at most `retry.attempts`, a hundred.
+    pub tried: Vec<usize>,
+    /// The proxy's own share of the time so far, until the first attempt is on its way.
+    pub own: Option<Duration>,
+    /// The choice that the next attempt goes to, where it is made already.
+    pub next: Option<Choice>,
+    /// The endpoint's addresses that the current attempt failed to connect to.
+    pub addresses_failed: usize,
+    /// How often the current attempt began anew because its pooled connection had been closed.
+    pub stale: u32,
+    /// Whether the current attempt begins anew, at the same endpoint.
+    pub again: bool,
+    /// What the client is told of a limit that was reached on the way, if nobody else takes the request.
+    pub limit: Option<Fault>,
+    /// The endpoint of the last attempt that ended without an answer.
+    pub last: Option<Arc<Endpoint>>,
+}
+
+impl Context {
+    /// A request that has just come.
+    pub fn new(open: &OpenRequests) -> Self {
+        Self {
+            arrival: Arrival {
+                at: Instant::now(),
+                id: None,
+                address: None,
+                origin: None,
+                endpoint_headers: true,
+                rates: Rates::default(),
+                _open: open.enter(),
+            },
+            ask: None,
+            tries: Tries::default(),
+            exchange: Arc::default(),
+            fault: None,
+            wrapped: Wrapped::default(),
+            refusal: None,
+        }
+    }
+}

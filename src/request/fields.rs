@@ -1,0 +1,491 @@
+//! What the proxy needs to know of a request: its body, bounded, and the few fields that decide its way.
+//!
+//! The body is validated as JSON but no tree is built: `model`, `stream` and `stream_options` are found in one pass,
+//! and everything else is skipped over. Their places in the bytes are kept, so that a rewrite can splice them.
+
+use std::fmt;
+use std::ops::Range;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::Method;
+use percent_encoding::percent_decode_str;
+use serde::Deserialize;
+use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::fault::Fault;
+use crate::json::members;
+use crate::json::scan::{self, Key};
+
+/// A client that sends nothing for this long while its body is due has gone or stalls on purpose.
+pub const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// No body takes longer than this, however steadily it trickles.
+pub const BODY_TOTAL_TIMEOUT: Duration = Duration::from_mins(10);
+/// Collects a body from its chunks, up to a limit. A body of one chunk is kept as it came, without a copy.
+#[derive(Debug)]
+pub struct Collector {
+    bytes_max: usize,
+    declared: usize,
+    first: Bytes,
+    joined: BytesMut,
+}
+
+impl Collector {
+    /// A collector for a body of `declared` bytes, if the client said how many, and at most `bytes_max`.
+    pub fn new(declared: Option<u64>, bytes_max: usize) -> Result<Self, Fault> {
+        let declared = match declared.map(usize::try_from) {
+            None => 0,
+            Some(Ok(length)) if length <= bytes_max => length,
+            Some(_) => return Err(Fault::BodyTooLarge { bytes_max }),
+        };
+        Ok(Self { bytes_max, declared, first: Bytes::new(), joined: BytesMut::new() })
+    }
+
+    /// How long the body is so far.
+    pub fn bytes(&self) -> usize {
+        self.first.len() + self.joined.len()
+    }
+
+    /// The length that its client has said it has, or none.
+    pub fn declared(&self) -> usize {
+        self.declared
+    }
+
+    /// Takes the next chunk.
+    pub fn push(&mut self, chunk: Bytes) -> Result<(), Fault> {
+        let length = self.bytes() + chunk.len();
+        if length > self.bytes_max {
+            return Err(Fault::BodyTooLarge { bytes_max: self.bytes_max });
+        }
+        if self.first.is_empty() && self.joined.is_empty() {
+            self.first = chunk;
+            return Ok(());
+        }
+        if self.joined.is_empty() {
+            // There is room for all of it, and what is not written to takes none up.
+            self.joined.reserve(self.declared.max(length));
+            self.joined.extend_from_slice(&std::mem::take(&mut self.first));
+        }
+        self.joined.extend_from_slice(&chunk);
+        Ok(())
+    }
+
+    /// The whole body.
+    pub fn finish(self) -> Bytes {
+        if self.joined.is_empty() { self.first } else { self.joined.freeze() }
+    }
+}
+
+/// What a call asks for, as far as its answer is judged, measured and estimated by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `/chat/completions` and `/completions`: an answer without a single token is empty.
+    Completion,
+    /// `/responses`.
+    Responses,
+    /// Anthropic's `/messages`.
+    Messages,
+    /// `/embeddings`.
+    Embeddings,
+    /// Any other call that may tell what it cost.
+    Other,
+    /// One that tells at most what another call has cost, as reading a stored answer does.
+    Unmetered,
+}
+
+impl Call {
+    /// The call that a method and a path stand for.
+    pub fn of(method: &Method, path: &str) -> Self {
+        let path = path.trim_end_matches('/');
+        match path {
+            _ if method != Method::POST => Self::Unmetered,
+            "/v1/chat/completions" => Self::Completion,
+            "/v1/responses" => Self::Responses,
+            "/v1/messages" => Self::Messages,
+            "/v1/embeddings" => Self::Embeddings,
+            _ if changes_what_is_stored(path) => Self::Unmetered,
+            _ if path.ends_with("/completions") => Self::Completion,
+            _ => Self::Other,
+        }
+    }
+
+    /// Whether it is answered with text that a model has written.
+    pub fn is_text(self) -> bool {
+        matches!(self, Self::Completion | Self::Responses | Self::Messages)
+    }
+}
+
+/// Whether a `POST` changes an answer that was made before, and is answered with what that one has cost.
+fn changes_what_is_stored(path: &str) -> bool {
+    let makes_another = path.ends_with("/compact") || path.ends_with("/submit_tool_outputs");
+    let is_stored = path.starts_with("/v1/chat/completions/") || path.starts_with("/v1/responses/");
+    path.ends_with("/cancel") || !makes_another && (is_stored || path.contains("/runs/"))
+}
+
+/// How a request that is streamed can be made to ask what it costs, where its client has not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AskUsage {
+    /// These bytes of the body are replaced;
+    pub range: Range<usize>,
+    /// by these.
+    pub with: &'static str,
+}
+
+/// The fields of a JSON body that decide where it goes.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Fields {
+    /// The model asked for.
+    pub model: Option<Field<String>>,
+    /// Whether the answer is to be streamed.
+    pub stream: bool,
+    /// How to ask for the usage; none if the client has asked itself, or if it cannot be done.
+    pub ask_usage: Option<AskUsage>,
+}
+
+/// A value, and where it stands in the body, quotes included.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Field<T> {
+    /// What it says.
+    pub value: T,
+    /// The bytes it takes up.
+    pub range: Range<usize>,
+}
+
+/// A content type without its parameters.
+pub fn essence(content_type: &str) -> &[u8] {
+    let bytes = content_type.as_bytes();
+    let end = bytes.iter().position(|byte| *byte == b';').unwrap_or(bytes.len());
+    bytes.get(..end).unwrap_or_default().trim_ascii()
+}
+
+/// Whether a body of this content type is JSON for us. Without a content type it is taken for JSON, as every call of
+/// the API but the uploads is.
+pub fn is_json(content_type: Option<&str>) -> bool {
+    let Some(value) = content_type else { return true };
+    let essence = essence(value);
+    let begins = |start: &[u8]| essence.get(..start.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(start));
+    let is_suffixed = || essence.last_chunk::<5>().is_some_and(|end| end.eq_ignore_ascii_case(b"+json"));
+    essence.eq_ignore_ascii_case(b"application/json") || begins(b"application/") && is_suffixed()
+}
+
+/// Finds the fields of a JSON body, and refuses one that no endpoint could understand.
+pub fn scan(body: &[u8]) -> Result<Fields, Fault> {
+    match walk(body) {
+        Some(found) => found.locate(body),
+        None => parse(body)?.locate(body),
+    }
+}
+
+/// Finds them fast; none if that cannot be done, or if the body is not valid.
+fn walk(body: &[u8]) -> Option<Found> {
+    let mut found = Found::default();
+    members::members(body, |key, range| found.take(key, || range))?;
+    Some(found)
+}
+
+/// Finds them slowly, and says what is wrong with the body.
+fn parse(body: &[u8]) -> Result<Found, Fault> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    deserializer
+        .deserialize_any(FieldsVisitor { body })
+        .and_then(|found| deserializer.end().map(|()| found))
+        .map_err(|error| Fault::RequestInvalid { problem: explain(&error) })
+}
+
+fn explain(error: &serde_json::Error) -> String {
+    if error.is_data() {
+        format!("The request body must be a JSON object: {error}.")
+    } else {
+        format!("The request body is not valid JSON: {error}.")
+    }
+}
+
+/// Where the fields stand in the body, before their values are looked at.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Found {
+    model: Option<Range<usize>>,
+    model_again: Option<Range<usize>>,
+    stream: Option<Range<usize>>,
+    stream_options: Option<Range<usize>>,
+    /// Whether one of the two is there twice, so that nobody can say which one counts.
+    stream_again: bool,
+}
+
+impl Found {
+    /// Takes a member in, if it is one of them.
+    fn take(&mut self, key: &[u8], range: impl FnOnce() -> Range<usize>) {
+        match key {
+            b"model" if self.model.is_some() => self.model_again = Some(range()),
+            b"model" => self.model = Some(range()),
+            b"stream" => {
+                self.stream_again |= self.stream.is_some();
+                self.stream = Some(range());
+            }
+            b"stream_options" => {
+                self.stream_again |= self.stream_options.is_some();
+                self.stream_options = Some(range());
+            }
+            _ => {}
+        }
+    }
+
+    fn locate(self, body: &[u8]) -> Result<Fields, Fault> {
+        let text = |range: &Range<usize>| body.get(range.clone()).unwrap_or_default();
+        if let Some(again) = self.model_again {
+            let at = position(body, again.start);
+            let problem = format!("The request body has two `model` keys; the second value is at {at}.");
+            return Err(Fault::RequestInvalid { problem });
+        }
+        let model = self.model.map(|range| {
+            let value = serde_json::from_slice(text(&range)).map_err(|_| Fault::RequestInvalid {
+                problem: format!("`model` must be a string, at {} of the request body.", position(body, range.start)),
+            })?;
+            Ok(Field { value, range })
+        });
+        let stream = self.stream.filter(|range| text(range) == b"true");
+        let ask_usage = stream.as_ref().filter(|_| !self.stream_again).and_then(|stream| {
+            if let Some(options) = &self.stream_options {
+                return within_options(body, options);
+            }
+            let end = stream.end;
+            Some(AskUsage { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
+        });
+        Ok(Fields { model: model.transpose()?, stream: stream.is_some(), ask_usage })
+    }
+}
+
+/// How to ask for the usage where there are options already.
+fn within_options(body: &[u8], range: &Range<usize>) -> Option<AskUsage> {
+    #[derive(Deserialize)]
+    struct Options<'a> {
+        #[serde(borrow, default, deserialize_with = "scan::even_null")]
+        include_usage: Option<&'a RawValue>,
+    }
+    let options = std::str::from_utf8(body.get(range.clone())?).ok()?;
+    if options == "null" {
+        return Some(AskUsage { range: range.clone(), with: r#"{"include_usage":true}"# });
+    }
+    // Anything but an object is for the endpoint to refuse.
+    let inside = options.strip_prefix('{')?.strip_suffix('}')?;
+    let Options { include_usage } = serde_json::from_str(options).ok()?;
+    match include_usage {
+        Some(wish) if matches!(wish.get(), "false" | "null") => {
+            Some(AskUsage { range: range_in(body, wish), with: "true" })
+        }
+        Some(_) => None,
+        None => {
+            let is_empty = inside.trim().is_empty();
+            let with = if is_empty { r#""include_usage":true"# } else { r#""include_usage":true,"# };
+            Some(AskUsage { range: range.start + 1..range.start + 1, with })
+        }
+    }
+}
+
+/// Where a value that borrows from the body stands in it.
+fn range_in(body: &[u8], raw: &RawValue) -> Range<usize> {
+    let start = (raw.get().as_ptr() as usize).saturating_sub(body.as_ptr() as usize);
+    start..start + raw.get().len()
+}
+
+fn position(body: &[u8], offset: usize) -> String {
+    let before = body.get(..offset).unwrap_or_default();
+    let line = memchr::memchr_iter(b'\n', before).count() + 1;
+    let column = offset - memchr::memrchr(b'\n', before).map_or(0, |newline| newline + 1) + 1;
+    format!("line {line} column {column}")
+}
+
+struct FieldsVisitor<'a> {
+    body: &'a [u8],
+}
+
+impl<'de> Visitor<'de> for FieldsVisitor<'_> {
+    type Value = Found;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object such as {\"model\": …}")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = Found::default();
+        while let Some(Key(key)) = map.next_key()? {
+            if matches!(&*key, "model" | "stream" | "stream_options") {
+                let value: &RawValue = map.next_value()?;
+                found.take(key.as_bytes(), || range_in(self.body, value));
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The `model` of a query string.
+pub fn query_model(query: &str) -> Option<String> {
+    let value = query.split('&').find_map(|pair| pair.strip_prefix("model="))?;
+    (!value.is_empty()).then(|| percent_decode_str(value).decode_utf8_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn problem(body: &str) -> String {
+        match scan(body.as_bytes()) {
+            Err(Fault::RequestInvalid { problem }) => problem,
+            other => panic!("{body} gave {other:?}"),
+        }
+    }
+
+    #[test]
+    fn fields_are_found_with_their_place() {
+        let body = br#"{"messages":[{"model":"inner"}], "model" : "gpt-4" ,"stream":true}"#;
+        let fields = scan(body).unwrap();
+        let model = fields.model.unwrap();
+        assert_eq!(model.value, "gpt-4");
+        assert_eq!(&body[model.range], b"\"gpt-4\"");
+        assert!(fields.stream);
+    }
+
+    #[test]
+    fn a_stream_can_be_made_to_ask_for_its_usage() {
+        let asking = |body: &str| {
+            let AskUsage { range, with } = scan(body.as_bytes()).unwrap().ask_usage?;
+            let asking = format!("{}{with}{}", &body[..range.start], &body[range.end..]);
+            let parsed: serde_json::Value = serde_json::from_str(&asking).unwrap();
+            assert_eq!(parsed["stream_options"]["include_usage"], true, "{asking}");
+            Some(asking)
+        };
+        for (body, expected) in [
+            (r#"{"stream": true }"#, r#"{"stream": true,"stream_options":{"include_usage":true} }"#),
+            (r#"{"stream":true,"stream_options":{}}"#, r#"{"stream":true,"stream_options":{"include_usage":true}}"#),
+            (
+                r#"{"stream_options": { "include_obfuscation":false},"stream":true}"#,
+                r#"{"stream_options": {"include_usage":true, "include_obfuscation":false},"stream":true}"#,
+            ),
+            (
+                r#"{"stream_options":{"a":1,"include_usage": false},"stream":true}"#,
+                r#"{"stream_options":{"a":1,"include_usage": true},"stream":true}"#,
+            ),
+            (
+                r#"{"stream_options":{"include_usage":null},"stream":true}"#,
+                r#"{"stream_options":{"include_usage":true},"stream":true}"#,
+            ),
+            (r#"{"stream_options":null,"stream":true}"#, r#"{"stream_options":{"include_usage":true},"stream":true}"#),
+        ] {
+            assert_eq!(asking(body).as_deref(), Some(expected), "{body}");
+        }
+        for body in [
+            r#"{"stream":false}"#,
+            "{}",
+            r#"{"stream":"true"}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":true}}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":1}}"#,
+            r#"{"stream":true,"stream_options":7}"#,
+            r#"{"stream":true,"stream_options":{},"stream_options":{}}"#,
+            r#"{"stream":true,"stream":true}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":false,"include_usage":false}}"#,
+        ] {
+            assert_eq!(asking(body), None, "{body}");
+        }
+    }
+
+    #[test]
+    fn calls_are_told_by_method_and_path() {
+        let of = |method: Method, path: &str| Call::of(&method, path);
+        assert_eq!(of(Method::POST, "/v1/chat/completions/"), Call::Completion);
+        assert_eq!(of(Method::POST, "/v1/completions"), Call::Completion);
+        assert_eq!(of(Method::POST, "/v1/responses"), Call::Responses);
+        assert_eq!(of(Method::POST, "/v1/messages"), Call::Messages);
+        assert_eq!(of(Method::POST, "/v1/threads/t/messages"), Call::Other);
+        assert_eq!(of(Method::POST, "/v1/images/generations"), Call::Other);
+        assert_eq!(of(Method::GET, "/v1/responses/r"), Call::Unmetered, "it was counted when it was made");
+        assert_eq!(of(Method::POST, "/v1/responses/r/cancel"), Call::Unmetered);
+        assert_eq!(of(Method::POST, "/v1/chat/completions/c"), Call::Unmetered);
+        assert_eq!(of(Method::POST, "/v1/responses/compact"), Call::Other);
+        assert_eq!(of(Method::POST, "/v1/threads/t/runs"), Call::Other);
+        assert_eq!(of(Method::POST, "/v1/threads/t/runs/r"), Call::Unmetered);
+        assert_eq!(of(Method::POST, "/v1/threads/t/runs/r/submit_tool_outputs"), Call::Other);
+    }
+
+    #[test]
+    fn escapes_in_key_and_value_are_understood() {
+        let body = br#"{"mod\u0065l":"gpt\u002d4"}"#;
+        let model = scan(body).unwrap().model.unwrap();
+        assert_eq!(model.value, "gpt-4");
+        assert_eq!(&body[model.range], br#""gpt\u002d4""#);
+    }
+
+    #[test]
+    fn broken_bodies_say_what_and_where() {
+        assert!(problem(r#"{"model":"a""#).contains("line 1 column 12"), "{}", problem(r#"{"model":"a""#));
+        assert!(problem("[1]").contains("must be a JSON object"));
+        assert!(problem("\"text\"").contains("must be a JSON object"));
+        assert!(problem(r#"{"model":"a"} x"#).contains("trailing characters at line 1 column 15"));
+        assert_eq!(
+            problem("{\"model\":\"a\",\n \"model\":\"b\"}"),
+            "The request body has two `model` keys; the second value is at line 2 column 10."
+        );
+        assert_eq!(problem(r#"{"model":5}"#), "`model` must be a string, at line 1 column 10 of the request body.");
+        assert!(problem(r#"{"model":null}"#).contains("must be a string"));
+    }
+
+    #[test]
+    fn deep_nesting_neither_overflows_nor_fails() {
+        let body = format!(r#"{{"x":{}{},"model":"m"}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(scan(body.as_bytes()).unwrap().model.unwrap().value, "m");
+    }
+
+    #[test]
+    fn a_body_is_collected_up_to_its_limit() {
+        let mut one = Collector::new(Some(3), 10).unwrap();
+        let chunk = Bytes::from_static(b"abc");
+        one.push(chunk.clone()).unwrap();
+        assert_eq!(one.finish().as_ptr(), chunk.as_ptr(), "one chunk is not copied");
+
+        let mut several = Collector::new(None, 10).unwrap();
+        several.push(Bytes::from_static(b"12345")).unwrap();
+        several.push(Bytes::from_static(b"67890")).unwrap();
+        assert_eq!(several.push(Bytes::from_static(b"x")), Err(Fault::BodyTooLarge { bytes_max: 10 }));
+        assert_eq!(&several.finish()[..], b"1234567890");
+
+        assert_eq!(Collector::new(Some(11), 10).err(), Some(Fault::BodyTooLarge { bytes_max: 10 }));
+    }
+
+    #[test]
+    fn content_types() {
+        assert!(is_json(None));
+        assert!(is_json(Some("application/json; charset=utf-8")));
+        assert!(is_json(Some("Application/Problem+JSON")));
+        assert!(!is_json(Some("multipart/form-data; boundary=x")));
+    }
+
+    #[test]
+    fn model_in_the_query() {
+        assert_eq!(query_model("a=1&model=meta%2Fllama-3").as_deref(), Some("meta/llama-3"));
+        assert_eq!(query_model("model="), None);
+        assert_eq!(query_model("model=100%zz%2").as_deref(), Some("100%zz%2"), "not an escape");
+    }
+
+    proptest! {
+        #[test]
+        fn fast_or_slow_the_same_is_found(
+            members in prop::collection::vec(
+                prop::sample::select(vec![
+                    r#""model":"a""#, r#" "model" : "b\u0020" "#, r#""stream":true"#, r#""stream":false"#,
+                    r#""stream_options":{"include_usage":false}"#, r#""stream_options":null"#, r#""x":{"model":[1,"]"]}"#,
+                    r#""m\u006fdel":"c""#, r#""messages":[{"content":"\n\"model\":\"d\""}]"#, "\"y\":\"\n\"", "\"z\":01",
+                ]),
+                0..6,
+            ),
+        ) {
+            let body = format!("{{{}}}", members.join(","));
+            let slow = parse(body.as_bytes());
+            match walk(body.as_bytes()) {
+                Some(found) => prop_assert_eq!(Ok(found), slow),
+                None => prop_assert!(slow.is_err() || body.contains("m\\u006f"), "{}", body),
+            }
+        }
+    }
+}

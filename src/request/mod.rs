@@ -1,0 +1,6 @@
+//! What a client asks for: its key, its body, the fields that decide where it goes, and how they are rewritten for an endpoint.
+
+pub mod auth;
+pub mod body_memory;
+pub mod fields;
+pub mod rewrite;

@@ -1,0 +1,276 @@
+//! What an endpoint is sent in place of what the client sent: path, headers, key, model. Bodies are spliced, never
+//! serialised anew, so every byte but the model's name stays as it came.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+/// Whether a request header belongs to the way to the proxy and goes no further: hop-by-hop headers (RFC 9110, 7.6.1),
+/// credentials, and what earlier proxies said of the client.
+pub fn stays_behind(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authorization"
+            | "proxy-authenticate"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+            | "expect"
+            | "host"
+            | "content-length"
+            | "authorization"
+            | "api-key"
+            | "x-api-key"
+            | "cookie"
+            | "forwarded"
+            | "x-forwarded-for"
+            | "x-forwarded-host"
+            | "x-forwarded-port"
+            | "x-forwarded-proto"
+            | "x-forwarded-server"
+            | "x-real-ip"
+            | "via"
+            | "x-request-id"
+    )
+}
+
+/// The header names that the client's `Connection` header makes hop-by-hop.
+pub fn named_in_connection(headers: &HeaderMap) -> Vec<HeaderName> {
+    headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect()
+}
+
+/// Response headers that an endpoint may not hand to our clients: its cookies, and what it says of other origins, which is
+/// ours to say.
+pub fn is_kept_from_client(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    name == "set-cookie" || name.starts_with("access-control-") || name == "alt-svc"
+}
+
+/// Tells which of an endpoint's response headers belong to its own connection (RFC 9110, 7.6.1). Those that frame the body
+/// are Pingora's to replace.
+pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&HeaderName) -> bool + use<> {
+    const OTHERS: [&str; 6] = ["keep-alive", "proxy-connection", "proxy-authenticate", "te", "trailer", "upgrade"];
+    const FRAMING: [HeaderName; 3] = [header::CONNECTION, header::CONTENT_LENGTH, header::TRANSFER_ENCODING];
+    let named = named_in_connection(headers);
+    move |name| OTHERS.contains(&name.as_str()) || named.contains(name) && !FRAMING.contains(name)
+}
+
+/// The path an endpoint is asked for. A base URL without a path leaves the client's own; one with a path puts it in place
+/// of the client's `/v1`.
+pub fn path_and_query<'a>(base_path: &str, client: &'a str) -> Cow<'a, str> {
+    const OURS: &str = "/v1";
+    let rest = client.strip_prefix(OURS);
+    if base_path.is_empty() || base_path == OURS && rest.is_some() {
+        return client.into();
+    }
+    [base_path, rest.unwrap_or(client)].concat().into()
+}
+
+/// Whether a path would step out of the part of the endpoint that it is meant for, however an endpoint's server may read
+/// it: encoded dots and slashes, backslashes, and parameters behind a segment.
+pub fn steps_out(path: &str) -> bool {
+    // Without a dot behind a slash, as nearly all are, only what is read as one of the two can do it.
+    if !path.contains("/.") && memchr::memchr3(b'%', b'\\', b';', path.as_bytes()).is_none() {
+        return false;
+    }
+    let path = path.split('?').next().unwrap_or_default().to_ascii_lowercase();
+    let plain = path.replace("%2e", ".").replace("%2f", "/").replace("%5c", "/").replace('\\', "/");
+    plain
+        .split('/')
+        .map(|segment| segment.split(';').next().unwrap_or_default())
+        .any(|name| name == ".." || name == ".")
+}
+
+/// The header value that carries an endpoint's key.
+pub fn bearer(key: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::from_str(&format!("Bearer {key}")).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+/// One replacement in a body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edit<'a> {
+    /// These bytes are replaced;
+    pub range: Range<usize>,
+    /// by these.
+    pub with: Cow<'a, str>,
+}
+
+/// The replacement of the model's name, which stands at this place in its quotes.
+pub fn model_edit<'a>(quoted: &Range<usize>, model: &'a str) -> Edit<'a> {
+    // Nearly all names are written as they are.
+    let is_plain = model.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\'));
+    if is_plain && quoted.len() >= 2 {
+        return Edit { range: quoted.start + 1..quoted.end - 1, with: model.into() };
+    }
+    Edit { range: quoted.clone(), with: serde_json::Value::from(model).to_string().into() }
+}
+
+/// A stretch of a body up to this size is copied to what stands beside it, which is cheaper than to send it as a piece of its own.
+const JOINED_BYTES_MAX: usize = 16 * 1024;
+
+/// The body with these replacements, which do not overlap, in the pieces that it is sent in; none is empty. A place that is not
+/// there is left alone.
+pub fn spliced(body: &Bytes, edits: &mut [Edit<'_>]) -> Vec<Bytes> {
+    if edits.is_empty() {
+        return Some(body.clone()).filter(|body| !body.is_empty()).into_iter().collect();
+    }
+    edits.sort_by_key(|edit| edit.range.start);
+    let more: usize = edits.iter().map(|edit| edit.with.len()).sum();
+    let rest = Edit { range: body.len()..body.len(), with: "".into() };
+    let mut pieces = Vec::with_capacity(2 * edits.len() + 1);
+    let mut joined = BytesMut::new();
+    let mut from = 0;
+    for Edit { range, with } in edits.iter().chain([&rest]) {
+        let Some(stretch) = body.get(from..range.start).filter(|_| range.start <= range.end) else {
+            return vec![body.clone()];
+        };
+        if stretch.len() > JOINED_BYTES_MAX {
+            pieces.push(joined.split().freeze());
+            pieces.push(body.slice(from..range.start));
+        } else {
+            if joined.is_empty() {
+                joined.reserve((body.len() - from).min(JOINED_BYTES_MAX) + more);
+            }
+            joined.put_slice(stretch);
+        }
+        joined.put_slice(with.as_bytes());
+        from = range.end;
+    }
+    pieces.push(joined.freeze());
+    pieces.retain(|piece| !piece.is_empty());
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base_urls_and_paths() {
+        for (base, client, expected) in [
+            ("", "/v1/chat/completions", "/v1/chat/completions"),
+            ("/v1", "/v1/chat/completions", "/v1/chat/completions"),
+            ("/api/v3", "/v1/chat/completions", "/api/v3/chat/completions"),
+            ("/v1beta/openai", "/v1/chat/completions?a=/v1", "/v1beta/openai/chat/completions?a=/v1"),
+            ("/openai/deployments/x", "/v1/embeddings", "/openai/deployments/x/embeddings"),
+            ("/v1", "/v1", "/v1"),
+            ("/api/v1", "/v1/files/file-1/content", "/api/v1/files/file-1/content"),
+            ("/api/paas/v4", "/v1/v1/x", "/api/paas/v4/v1/x"),
+        ] {
+            assert_eq!(path_and_query(base, client), expected, "{base} + {client}");
+        }
+    }
+
+    #[test]
+    fn only_the_model_changes() {
+        let body = Bytes::from_static(
+            b"{ \"z\":1.0,\"model\" :\"a\\u002db\", \"n\":1 ,\"x\":1e5,\"unknown\":{\"model\":\"a\"},\"t\":\"\\u00e9\\/\" }\n",
+        );
+        let range = crate::request::fields::scan(&body).unwrap().model.unwrap().range;
+        let spliced = spliced(&body, &mut [model_edit(&range, "new \"name\"")]);
+        assert_eq!(spliced.len(), 1);
+        assert_eq!(
+            &spliced[0][..],
+            b"{ \"z\":1.0,\"model\" :\"new \\\"name\\\"\", \"n\":1 ,\"x\":1e5,\"unknown\":{\"model\":\"a\"},\"t\":\"\\u00e9\\/\" }\n"
+        );
+    }
+
+    #[test]
+    fn several_places_are_replaced() {
+        let body = Bytes::from_static(br#"{"stream":true,"model":"a"}"#);
+        let asks = Edit { range: 14..14, with: ",1".into() };
+        let mut edits = [model_edit(&(23..26), "b"), asks];
+        assert_eq!(spliced(&body, &mut edits), [&br#"{"stream":true,1,"model":"b"}"#[..]]);
+        assert_eq!(spliced(&body, &mut [])[0].as_ptr(), body.as_ptr(), "nothing is copied for nothing");
+        assert_eq!(
+            spliced(&body, &mut [model_edit(&(90..99), "b")]),
+            [&body],
+            "a place that is not there is left alone"
+        );
+        assert!(spliced(&Bytes::new(), &mut []).is_empty());
+    }
+
+    #[test]
+    fn long_stretches_are_not_copied() {
+        let body = Bytes::from((0..=u8::MAX).cycle().take(3 * JOINED_BYTES_MAX).collect::<Vec<_>>());
+        let edit = |range, with: &'static str| Edit { range, with: with.into() };
+        let sent = |edits: &mut [Edit<'_>]| {
+            let pieces = spliced(&body, edits);
+            let mut expected = body.to_vec();
+            for Edit { range, with } in edits.iter().rev() {
+                expected.splice(range.clone(), with.bytes());
+            }
+            assert_eq!(pieces.concat(), expected);
+            // Where those stand in the body that were not copied.
+            let lies = |piece: &Bytes| {
+                Some(piece.as_ptr().addr().wrapping_sub(body.as_ptr().addr())).filter(|at| *at < body.len())
+            };
+            pieces.iter().map(|piece| (lies(piece), piece.len())).collect::<Vec<_>>()
+        };
+        let (long, all) = (2 * JOINED_BYTES_MAX, body.len());
+        assert_eq!(sent(&mut [edit(5..7, "ab"), edit(0..0, "first")]), [(None, 12), (Some(7), all - 7)]);
+        assert_eq!(sent(&mut [edit(long..long + 2, "abc")]), [(Some(0), long), (None, JOINED_BYTES_MAX + 1)]);
+        assert_eq!(sent(&mut [edit(all - 2..all - 1, "abc")]), [(Some(0), all - 2), (None, 4)]);
+        assert_eq!(sent(&mut [edit(0..2, ""), edit(all - 2..all, "")]), [(Some(2), all - 4)]);
+        assert_eq!(
+            sent(&mut [edit(0..1, "a"), edit(long - 1..long, "b"), edit(long + 9..long + 9, "c")]),
+            [(None, 1), (Some(1), long - 2), (None, JOINED_BYTES_MAX + 2)]
+        );
+        let longest = JOINED_BYTES_MAX + 1;
+        assert_eq!(spliced(&body.slice(..longest), &mut [edit(longest..longest, "a")]).len(), 2);
+        assert_eq!(spliced(&body.slice(..longest - 1), &mut [edit(0..0, "a")]).len(), 1);
+    }
+
+    #[test]
+    fn paths_that_step_out() {
+        for path in [
+            "/v1/../admin",
+            "/v1/%2e%2E/admin",
+            "/v1/./x",
+            "/v1/a/..",
+            "/v1/..\\x",
+            "/v1/..%2fx",
+            "/v1/..%5cx",
+            "/v1/..;a/x",
+        ] {
+            assert!(steps_out(path), "{path}");
+        }
+        for path in ["/v1/models/gpt-4..5", "/v1/files/a.b?x=../..", "/v1/models/meta%2Fllama-3.1"] {
+            assert!(!steps_out(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn keys_travel_as_sensitive_headers() {
+        let value = bearer("sk-1").unwrap();
+        assert_eq!(value.to_str().unwrap(), "Bearer sk-1");
+        assert!(!format!("{value:?}").contains("sk-1"));
+    }
+
+    #[test]
+    fn headers_named_in_connection_are_hop_by_hop() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close, X-Private, content-length"));
+        assert_eq!(named_in_connection(&headers), ["close", "x-private", "content-length"]);
+        let is_hop_by_hop = hop_by_hop(&headers);
+        for (name, expected) in
+            [("x-private", true), ("keep-alive", true), ("x-public", false), ("content-length", false)]
+        {
+            assert_eq!(is_hop_by_hop(&HeaderName::from_static(name)), expected, "{name}");
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! Candidates → one, with a permit: the choice and the permit are one step, since an endpoint that turns out to have none is
+//! no choice.
+//!
+//! 1. The strategy's choice ([`balance::pick`]) draws a permit, or takes one that was drawn ahead. That is all, nearly always.
+//! 2. If it has none, every endpoint that is open is drawn from in one step of the ledger: a request is refused only if all of
+//!    them were full at one moment.
+//! 3. Then those that are cooling down are tried out, one request at a time.
+//! 4. Then the request waits for its turn, if the config lets it, or is told when to come back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::Queue;
+use crate::fault::{Fault, HeldBy};
+use crate::ledger::{Drawn, Otherwise, Permit, QueuePlace, Refusal};
+use crate::limit::{Clock, Stamp};
+use crate::routing::balance::{self, Pick};
+use crate::routing::health::Gate;
+use crate::routing::pool::{Pool, Trial};
+use crate::routing::router::Candidates;
+
+/// While a request waits for an endpoint, that may begin to cool down; then it waits again, so often at most.
+const GRANTS_MAX: usize = 16;
+/// A request that waits looks so often which endpoints are open; it keeps its place in the order of arrival.
+const WAIT_SLICE: Duration = Duration::from_millis(500);
+/// Endpoints that are tried out for one request, beyond which nobody is left to hope for.
+const RESORTS_MAX: usize = 16;
+
+/// The endpoint that a request goes to.
+#[derive(Debug)]
+pub struct Choice {
+    /// Its place among the candidates.
+    pub candidate: usize,
+    /// Held by the request that tries an endpoint out after its errors.
+    pub trial: Option<Trial>,
+    /// The right to one attempt.
+    pub permit: Permit,
+    /// When it was looked for.
+    pub at: Clock,
+}
+
+/// A request that wants to go to one of its candidates.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The config it runs under.
+    pub pool: &'a Pool,
+    /// Where it may go.
+    pub candidates: &'a Candidates,
+    /// Endpoints it has been to, by their place in the pool.
+    pub tried: &'a [usize],
+    /// How long it may wait for its turn.
+    pub queue: Option<Queue>,
+}
+
+/// What is known when no endpoint could be given at once: the strategy's choice, if it made one.
+#[derive(Debug)]
+pub struct Undecided(Option<(Pick, Clock)>);
+
+/// Gives a request an endpoint and a permit of it.
+pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
+    match at_once(request) {
+        Ok(choice) => Ok(choice),
+        // Boxed, since it is rare and would make every request's future larger.
+        Err(undecided) => Box::pin(decide(request, undecided)).await,
+    }
+}
+
+/// The same if nobody has to be waited for: the strategy's choice has no limits, or permits that were drawn ahead.
+pub fn at_once(request: Request<'_>) -> Result<Choice, Undecided> {
+    let Request { pool, candidates, tried, .. } = request;
+    let clock = pool.clock();
+    let pick = balance::pick(pool, candidates, tried, &clock);
+    let Some(endpoint) = pick.as_ref().and_then(|pick| balance::endpoint_of(pool, candidates, pick.candidate)) else {
+        return Err(Undecided(None));
+    };
+    let permit = if endpoint.limits.any() {
+        pool.ledger.draw_at_once(&endpoint.live.account, &endpoint.limits, &clock)
+    } else {
+        Some(pool.unlimited(endpoint))
+    };
+    match (pick, permit) {
+        (Some(Pick { candidate, trial }), Some(permit)) => Ok(Choice { candidate, trial, permit, at: clock }),
+        (pick, _) => Err(Undecided(pick.map(|pick| (pick, clock)))),
+    }
+}
+
+/// Gives an endpoint and a permit to a request that [`at_once`] had none for.
+pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice, Fault> {
+    let Request { pool, candidates, .. } = request;
+    let Some((Pick { candidate, trial }, clock)) = undecided.0 else { return spill(request).await };
+    let endpoint = balance::endpoint_of(pool, candidates, candidate).ok_or(Fault::Internal)?;
+    let wanted = vec![endpoint.wanted(Stamp::default())];
+    match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
+        Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
+        Drawn::Refused(_) | Drawn::Unavailable => {
+            drop(trial);
+            spill(request).await
+        }
+    }
+}
+
+/// The first choice has no permit: whoever else has.
+async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
+    let pool = request.pool;
+    let turn = Turn { ticket: pool.ledger.ticket(), place: None, until: Stamp::default() };
+    let clock = pool.clock();
+    let resorts = balance::last_resorts(pool, request.candidates, request.tried, &clock);
+    if resorts.is_empty() {
+        return wait_or_refuse(request, turn).await;
+    }
+    let open = balance::open(pool, request.candidates, request.tried, &clock);
+    if let Ok(Drawn::Granted(at, permit)) = draw(request, &open, turn.ticket, Otherwise::LookElsewhere).await {
+        return choice(&open, at, permit, clock);
+    }
+    let mut limited = None;
+    for candidate in resorts.into_iter().take(RESORTS_MAX) {
+        match try_out(request, candidate, turn.ticket, clock).await {
+            Some(Ok(choice)) => return Ok(choice),
+            Some(Err(fault)) => limited = Some(fault),
+            None => {}
+        }
+    }
+    match wait_or_refuse(request, turn).await {
+        // Whoever could be tried out was at a limit, so that is what is to be waited for.
+        Err(Fault::NoneAvailable) => Err(limited.unwrap_or(Fault::NoneAvailable)),
+        other => other,
+    }
+}
+
+/// A place in the order of arrival.
+struct Turn {
+    ticket: u64,
+    place: Option<QueuePlace>,
+    until: Stamp,
+}
+
+/// Every endpoint that is open is drawn from in one step; if none has a permit, the request waits, or is refused.
+async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, Fault> {
+    let pool = request.pool;
+    if let Some(queue) = request.queue {
+        turn.place = pool.ledger.enter_queue(queue.requests_max);
+        turn.until = pool.clock().boot + queue.wait_max;
+    }
+    let mut grants = 0;
+    loop {
+        let clock = pool.clock();
+        let waits = turn.place.is_some() && clock.boot < turn.until;
+        let open = balance::open(pool, request.candidates, request.tried, &clock);
+        let otherwise =
+            if waits { Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE)) } else { Otherwise::Refuse };
+        match draw(request, &open, turn.ticket, otherwise).await? {
+            Drawn::Granted(at, permit) => {
+                let choice = choice(&open, at, permit, clock)?;
+                // It may have failed others while this one waited for it; then the permit is given back.
+                let endpoint = balance::endpoint_of(pool, request.candidates, choice.candidate);
+                grants += 1;
+                if endpoint.is_some_and(|endpoint| endpoint.live.gate(pool.clock().now) == Gate::Open) {
+                    return Ok(choice);
+                }
+            }
+            Drawn::Refused(_) if waits => {}
+            Drawn::Refused(refusal) => return Err(limits_reached(request, &open, refusal)),
+            Drawn::Unavailable => return Err(Fault::LedgerUnavailable),
+        }
+        if grants > GRANTS_MAX {
+            return Err(Fault::NoneAvailable);
+        }
+    }
+}
+
+/// Draws from candidates. Nobody being left to draw from is a fault.
+async fn draw(
+    request: Request<'_>,
+    open: &[(usize, Stamp)],
+    ticket: u64,
+    otherwise: Otherwise,
+) -> Result<Drawn, Fault> {
+    let endpoint = |(candidate, from): &(usize, Stamp)| {
+        Some(balance::endpoint_of(request.pool, request.candidates, *candidate)?.wanted(*from))
+    };
+    let wanted: Vec<_> = open.iter().filter_map(endpoint).collect();
+    if wanted.is_empty() {
+        return Err(Fault::NoneAvailable);
+    }
+    Ok(request.pool.ledger.draw(ticket, wanted, otherwise).await)
+}
+
+fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit, clock: Clock) -> Result<Choice, Fault> {
+    let (candidate, _) = *open.get(at).ok_or(Fault::Internal)?;
+    Ok(Choice { candidate, trial: None, permit, at: clock })
+}
+
+/// Tries an endpoint out that is cooling down, if nobody else does. A fault is its limit.
+async fn try_out(request: Request<'_>, candidate: usize, ticket: u64, clock: Clock) -> Option<Result<Choice, Fault>> {
+    let endpoint = balance::endpoint_of(request.pool, request.candidates, candidate)?;
+    let trial = Some(endpoint.live.begin_trial()?);
+    if !endpoint.limits.any() {
+        return Some(Ok(Choice { candidate, trial, permit: request.pool.unlimited(endpoint), at: clock }));
+    }
+    let open = [(candidate, Stamp::default())];
+    match draw(request, &open, ticket, Otherwise::LookElsewhere).await.ok()? {
+        Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit, at: clock })),
+        Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, refusal))),
+        Drawn::Unavailable => Some(Err(Fault::LedgerUnavailable)),
+    }
+}
+
+fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: Refusal) -> Fault {
+    let shows_ids = request.pool.server.endpoint_headers;
+    let held_by = |(at, hold)| {
+        let (candidate, _) = open.get(at)?;
+        let endpoint = balance::endpoint_of(request.pool, request.candidates, *candidate)?;
+        Some(HeldBy { endpoint: shows_ids.then(|| Arc::clone(&endpoint.config.id)), hold })
+    };
+    Fault::LimitsReached { wait: refusal.wait, held: refusal.held.into_iter().filter_map(held_by).collect() }
+}

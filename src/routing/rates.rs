@@ -1,0 +1,65 @@
+//! What this proxy can still take for a model: what is left of its endpoints' limits, added up.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use crate::config::Limit;
+use crate::limit::{Clock, Gauge};
+use crate::routing::health::Gate;
+use crate::routing::pool::Pool;
+use crate::routing::rate_headers::{Rate, Rates};
+use crate::routing::router::Candidates;
+
+/// Rates of a model, as its endpoints were seen last, at most about a second ago.
+pub fn of_model(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
+    /// So many are added up for every request, more only now and then.
+    const ADDED_UP_MAX: usize = 16;
+    const NOW_AND_THEN: Duration = Duration::from_millis(100);
+    if candidates.list().len() <= ADDED_UP_MAX {
+        return add_up(pool, candidates, clock);
+    }
+    let mut told = candidates.rates.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((at, rates)) = *told
+        && clock.boot - at < NOW_AND_THEN
+    {
+        return rates;
+    }
+    let rates = add_up(pool, candidates, clock);
+    *told = Some((clock.boot, rates));
+    rates
+}
+
+fn add_up(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
+    let nothing = Rate { limit: 0, remaining: 0, reset: Duration::ZERO };
+    let mut rates = Rates { requests: Some(nothing), tokens: Some(nothing) };
+    for candidate in candidates.list() {
+        let Some(endpoint) = pool.endpoints.get(candidate.endpoint) else { continue };
+        if !endpoint.limits.in_ledger() {
+            return Rates::default();
+        }
+        let view = endpoint.live.account.view();
+        let is_open = endpoint.live.gate(clock.now) == Gate::Open;
+        let add = |rate: Option<Rate>, gauges: [(Limit, Option<Gauge>); 2]| {
+            let rate = rate?;
+            // The tighter one is what a client will run into.
+            let gauge = gauges.into_iter().filter_map(known).min_by_key(Gauge::left)?;
+            let reset = gauge.resets.map_or(Duration::ZERO, |resets| clock.boot.until(resets));
+            let left = if is_open { gauge.left() } else { 0 };
+            Some(Rate {
+                limit: rate.limit.saturating_add(gauge.limit),
+                remaining: rate.remaining.saturating_add(left),
+                reset: rate.reset.max(reset),
+            })
+        };
+        let limits = &endpoint.limits;
+        rates.requests = add(rates.requests, [(limits.rpm, view.rpm), (limits.rpd, view.rpd)]);
+        rates.tokens = add(rates.tokens, [(limits.tpm, view.tpm), (limits.tpd, view.tpd)]);
+    }
+    rates
+}
+
+/// What is seen of a limit; before it was looked at for the first time, nothing is used.
+fn known((limit, gauge): (Limit, Option<Gauge>)) -> Option<Gauge> {
+    let Limit::AtMost(limit) = limit else { return None };
+    Some(gauge.map_or(Gauge { limit, used: 0, resets: None }, |gauge| Gauge { limit, ..gauge }))
+}

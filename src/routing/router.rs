@@ -1,0 +1,271 @@
+//! Model → candidates: which endpoints serve a name, and under which name each is asked for it.
+//!
+//! Everything is worked out when the config is loaded. A request costs one look-up for an exact name, and one for each
+//! distinct pattern length otherwise, however many endpoints there are.
+
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use crate::config;
+use crate::limit::Stamp;
+use crate::routing::rate_headers::Rates;
+use crate::telemetry::metrics::{self, Counters};
+
+/// One endpoint that can take a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The endpoint's place in the pool.
+    pub endpoint: usize,
+    /// The name it is asked for, where that is not the client's own.
+    pub model: Option<Arc<str>>,
+    /// Candidates of a lower tier go first; a higher one is used only when none below it can take the request.
+    pub tier: usize,
+    /// Its share among the candidates of its tier.
+    pub weight: u32,
+}
+
+/// The candidates for a name, ordered by tier.
+#[derive(Debug, Default)]
+pub struct Candidates {
+    list: Vec<Candidate>,
+    /// The label that metrics have for the name.
+    label: Box<str>,
+    /// What requests to each candidate count up, once there was one.
+    counters: Vec<OnceLock<Arc<Counters>>>,
+    /// For each candidate of the first tier the sum of the weights as far as it.
+    first_tier: Vec<u64>,
+    /// Whether those are all the same, so that none has to be looked for.
+    is_even: bool,
+    /// What was told last of the rates of many candidates.
+    pub(crate) rates: Mutex<Option<(Stamp, Rates)>>,
+    /// The running weights of smooth weighted round robin, one for each candidate.
+    pub(crate) turns: Mutex<Vec<i64>>,
+}
+
+impl Candidates {
+    fn new(label: &str, mut matches: Vec<Match>) -> Self {
+        // A closer match wins over a wider one; among equals the lower priority number goes first.
+        matches.sort_by_key(|m| (std::cmp::Reverse(m.closeness), m.priority, m.endpoint));
+        let mut tier = 0;
+        let mut list: Vec<Candidate> = Vec::with_capacity(matches.len());
+        let mut rank_before = None;
+        for m in matches {
+            let rank = (m.closeness, m.priority);
+            if rank_before.is_some_and(|before| before != rank) {
+                tier += 1;
+            }
+            rank_before = Some(rank);
+            list.push(Candidate { endpoint: m.endpoint, model: m.model, tier, weight: m.weight });
+        }
+        let turns = Mutex::new(vec![0; list.len()]);
+        let first = || list.iter().take_while(|candidate| candidate.tier == 0);
+        let is_even = first().all(|candidate| list.first().is_some_and(|one| one.weight == candidate.weight));
+        let first_tier = first()
+            .scan(0_u64, |sum, candidate| {
+                *sum += u64::from(candidate.weight);
+                Some(*sum)
+            })
+            .collect();
+        let counters = list.iter().map(|_| OnceLock::new()).collect();
+        Self { list, label: label.into(), counters, first_tier, is_even, turns, rates: Mutex::default() }
+    }
+
+    /// The label that metrics have for the name: itself if it is an exact one of the config.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// What requests to this candidate count up.
+    pub fn counters(&self, candidate: usize) -> Option<&Arc<Counters>> {
+        self.counters.get(candidate).map(|counters| counters.get_or_init(Arc::default))
+    }
+
+    /// One of the first tier, drawn by weight; none if there is none. However many there are, it costs a few looks.
+    pub fn draw(&self) -> Option<usize> {
+        let drawn = match self.first_tier.as_slice() {
+            [] => return None,
+            [_] => return Some(0),
+            several if self.is_even => return Some(fastrand::usize(..several.len())),
+            [.., total] => fastrand::u64(..(*total).max(1)),
+        };
+        Some(self.first_tier.partition_point(|sum| *sum <= drawn))
+    }
+
+    /// The candidates, the first tier first.
+    pub fn list(&self) -> &[Candidate] {
+        &self.list
+    }
+}
+
+/// How closely a name is matched: longer patterns more closely than shorter ones, exact names most of all.
+type Closeness = usize;
+const EXACT: Closeness = usize::MAX;
+
+struct Match {
+    endpoint: usize,
+    model: Option<Arc<str>>,
+    closeness: Closeness,
+    priority: u32,
+    weight: u32,
+}
+
+/// Names stand in the config, so nobody can choose them to collide, and a look-up costs the same in every process.
+type Index = HashMap<Box<str>, Arc<Candidates>, BuildHasherDefault<DefaultHasher>>;
+
+/// The index from model names to candidates.
+#[derive(Debug, Default)]
+pub struct Router {
+    exact: Index,
+    /// What stands before the `*` of each pattern.
+    prefixes: Index,
+    /// The distinct lengths of those, the longest first.
+    prefix_lengths: Vec<usize>,
+    any: Arc<Candidates>,
+    names: Vec<Box<str>>,
+}
+
+impl Router {
+    /// The index over the endpoints of a config. Endpoints that are switched off are in none of its answers.
+    pub fn new(endpoints: &[config::Endpoint]) -> Self {
+        let names: BTreeSet<&str> = usable(endpoints).flat_map(|(_, endpoint)| served(endpoint)).collect();
+        let (patterns, exact): (Vec<&str>, Vec<&str>) = names.into_iter().partition(|name| name.ends_with('*'));
+        let mut prefix_lengths: Vec<usize> = patterns.iter().map(|pattern| pattern.len() - 1).collect();
+        prefix_lengths.sort_unstable_by(|a, b| b.cmp(a));
+        prefix_lengths.dedup();
+        let candidates = |name: &str, label: &str| {
+            let matches = usable(endpoints).filter_map(|(index, endpoint)| match_of(index, endpoint, name));
+            Arc::new(Candidates::new(label, matches.collect()))
+        };
+        let any = usable(endpoints).map(|(index, endpoint)| any_match(index, endpoint)).collect();
+        // Whatever model has a pattern for its longest match is matched by just those patterns that match the pattern
+        // itself, so its candidates are known beforehand.
+        let prefix = |pattern: &str| pattern.trim_end_matches('*').into();
+        Self {
+            prefixes: patterns.iter().map(|pattern| (prefix(pattern), candidates(pattern, metrics::OTHER))).collect(),
+            exact: exact.iter().map(|name| ((*name).into(), candidates(name, name))).collect(),
+            any: Arc::new(Candidates::new(metrics::NONE, any)),
+            names: exact.into_iter().map(Into::into).collect(),
+            prefix_lengths,
+        }
+    }
+
+    /// The candidates for a model; none if no endpoint serves or maps it.
+    pub fn find(&self, model: &str) -> Option<&Arc<Candidates>> {
+        self.exact.get(model).or_else(|| {
+            self.prefix_lengths
+                .iter()
+                .filter_map(|length| model.get(..*length))
+                .find_map(|prefix| self.prefixes.get(prefix))
+        })
+    }
+
+    /// The candidates for a request that names no model: every endpoint.
+    pub fn any(&self) -> &Arc<Candidates> {
+        &self.any
+    }
+
+    /// Every exact name that is served or mapped, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(AsRef::as_ref)
+    }
+}
+
+fn usable(endpoints: &[config::Endpoint]) -> impl Iterator<Item = (usize, &config::Endpoint)> {
+    endpoints.iter().enumerate().filter(|(_, endpoint)| endpoint.usable())
+}
+
+fn served(endpoint: &config::Endpoint) -> impl Iterator<Item = &str> {
+    endpoint.models.iter().map(String::as_str).chain(endpoint.model_mapping.keys().map(String::as_str))
+}
+
+fn any_match(index: usize, endpoint: &config::Endpoint) -> Match {
+    Match { endpoint: index, model: None, closeness: EXACT, priority: endpoint.priority, weight: endpoint.weight }
+}
+
+/// An endpoint's closest match for a name (or for a pattern, taken as a name), mapped names before served ones.
+fn match_of(index: usize, endpoint: &config::Endpoint, name: &str) -> Option<Match> {
+    let mapped = endpoint.model_mapping.iter().map(|(from, to)| (from.as_str(), Some(to.as_str())));
+    let served = endpoint.models.iter().map(|model| (model.as_str(), None));
+    let (closeness, _, target) = mapped
+        .chain(served)
+        .filter_map(|(pattern, target)| Some((closeness(pattern, name)?, target.is_some(), target)))
+        .max_by_key(|(closeness, mapped, _)| (*closeness, *mapped))?;
+    let model = target.filter(|target| *target != name).map(Into::into);
+    Some(Match { model, closeness, ..any_match(index, endpoint) })
+}
+
+fn closeness(pattern: &str, name: &str) -> Option<Closeness> {
+    match pattern.strip_suffix('*') {
+        Some(prefix) => name.starts_with(prefix).then_some(prefix.len()),
+        None => (pattern == name).then_some(EXACT),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::test_support::config;
+
+    fn router(apis: &str) -> Router {
+        Router::new(&config(apis).endpoints)
+    }
+
+    /// The endpoints that serve a model, tier by tier, each with the name it is asked for.
+    fn tiers(router: &Router, model: &str) -> Vec<Vec<(usize, Option<String>)>> {
+        let mut tiers: Vec<Vec<_>> = Vec::new();
+        for c in router.find(model).map_or(&[][..], |found| found.list()) {
+            tiers.resize_with(c.tier + 1, Vec::new);
+            tiers[c.tier].push((c.endpoint, c.model.as_deref().map(str::to_owned)));
+        }
+        tiers
+    }
+
+    #[test]
+    fn closer_matches_go_first_and_wider_ones_stand_behind_them() {
+        let router = router(
+            r#"[{"id":"any","models":["*"]}, {"id":"wide","models":["gpt-4*"]},
+                {"id":"close","models":["gpt-4o*"]}, {"id":"exact","models":["gpt-4o"]}]"#,
+        );
+        let plain = |index| vec![(index, None)];
+        assert_eq!(tiers(&router, "gpt-4o"), [plain(3), plain(2), plain(1), plain(0)]);
+        assert_eq!(tiers(&router, "gpt-4o-mini"), [plain(2), plain(1), plain(0)]);
+        assert_eq!(tiers(&router, "gpt-4.1"), [plain(1), plain(0)]);
+        assert_eq!(tiers(&router, "llama"), [plain(0)]);
+    }
+
+    #[test]
+    fn priority_orders_equal_matches() {
+        let router =
+            router(r#"[{"id":"b","models":["m"],"priority":5}, {"id":"a","models":["m"]}, {"id":"c","models":["m"]}]"#);
+        assert_eq!(tiers(&router, "m"), [vec![(1, None), (2, None)], vec![(0, None)]]);
+    }
+
+    #[test]
+    fn mapped_names_are_served_and_translated() {
+        let router = router(
+            r#"[{"id":"a","models":["gpt-3.5-turbo"],"modelMapping":{"gpt-3.5":"gpt-3.5-turbo","fast*":"tiny","same":"same"}}]"#,
+        );
+        assert_eq!(tiers(&router, "gpt-3.5"), [vec![(0, Some("gpt-3.5-turbo".into()))]]);
+        assert_eq!(tiers(&router, "gpt-3.5-turbo"), [vec![(0, None)]]);
+        assert_eq!(tiers(&router, "faster"), [vec![(0, Some("tiny".into()))]]);
+        assert_eq!(tiers(&router, "same"), [vec![(0, None)]]);
+        assert!(router.find("other").is_none());
+    }
+
+    #[test]
+    fn endpoints_that_are_off_are_nowhere() {
+        let router = router(
+            r#"[{"id":"a","models":["m"],"enabled":false}, {"id":"b","models":["m"],"rpm":0}, {"id":"c","models":["n"]}]"#,
+        );
+        assert!(router.find("m").is_none());
+        assert_eq!(router.any().list().len(), 1);
+        assert_eq!(router.names().collect::<Vec<_>>(), ["n"]);
+    }
+
+    #[test]
+    fn names_that_end_inside_a_character_do_not_panic() {
+        let router = router(r#"[{"id":"a","models":["abc*"]}]"#);
+        assert!(router.find("a→").is_none());
+    }
+}

@@ -1,0 +1,172 @@
+//! Takes a changed configuration in while the process serves: as a whole, or not at all. Requests in flight keep the one that they
+//! began with.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use pingora::server::ShutdownWatch;
+use pingora::services::background::BackgroundService;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::config::{self, Config, Environment, Loaded, Server, Watch, changes, needs_upgrade};
+use crate::process::{Applied, ConfigState};
+use crate::routing::pool::Pool;
+use crate::server::certificate::Certificate;
+use crate::telemetry::logger;
+
+/// Reloads the configuration when its files change, and at SIGHUP.
+#[derive(Debug)]
+pub struct Reloader {
+    /// The config file.
+    pub path: PathBuf,
+    /// Where the pool of a good one goes.
+    pub pool: Arc<ArcSwap<Pool>>,
+    /// The server's part as the process was started with, some of which stays.
+    pub started: Server,
+    /// The certificate that clients are shown.
+    pub certificate: Option<Certificate>,
+    /// What is told of it.
+    pub state: ConfigState,
+    /// Set by a SIGHUP.
+    pub hung_up: Arc<AtomicBool>,
+}
+
+/// Keeps a SIGHUP from ending the process before the reloader hears it.
+pub fn hear_hangups() -> Arc<AtomicBool> {
+    let hung_up = Arc::default();
+    if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGHUP, Arc::clone(&hung_up)) {
+        log::error!("SIGHUP would end the process: {error}");
+    }
+    hung_up
+}
+
+/// The contents of all files that a configuration depends on, as a number for each; none for a file that is not there.
+type Contents = BTreeMap<PathBuf, Option<u64>>;
+
+#[async_trait]
+impl BackgroundService for Reloader {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let mut watch = Watch::new(self.files());
+        let mut hangups =
+            signal(SignalKind::hangup()).inspect_err(|error| log::error!("SIGHUP cannot be heard: {error}")).ok();
+        // One that came before this could be heard.
+        if self.hung_up.load(Ordering::Relaxed) {
+            self.take_in(true);
+        }
+        // What was written since the process read the file is noticed, too.
+        let mut seen = Contents::new();
+        loop {
+            let asked = tokio::select! {
+                () = watch.changed() => false,
+                () = hangup(hangups.as_mut()) => true,
+                _ = shutdown.changed() => return,
+            };
+            // Before they are read, so that what is written meanwhile is found the next time.
+            let found = contents(&self.files());
+            // What was wrong may have been mended in a file that only the refused config names.
+            if asked || found != seen || self.state.file().error.is_some() {
+                self.take_in(asked);
+                seen = found;
+                // The new config may name other files.
+                watch.set_files(self.files());
+            }
+        }
+    }
+}
+
+async fn hangup(hangups: Option<&mut Signal>) {
+    if let Some(hangups) = hangups
+        && hangups.recv().await.is_some()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
+}
+
+impl Reloader {
+    fn files(&self) -> Vec<PathBuf> {
+        let pool = self.pool.load();
+        let mut files = vec![self.path.clone()];
+        files.extend(Environment::files(&self.path));
+        if let Some(tls) = &pool.server.tls {
+            files.extend([tls.cert_file.clone(), tls.key_file.clone()]);
+        }
+        files.extend(pool.endpoints.iter().filter_map(|endpoint| endpoint.config.tls.ca_file.clone()));
+        files
+    }
+
+    /// Reads everything anew. `asked`: somebody waits for an answer, be it that nothing has changed.
+    fn take_in(&self, asked: bool) {
+        let shown = self.path.display();
+        let loaded = match config::load(&self.path, &Environment::from_process(&self.path)) {
+            Ok(loaded) => loaded,
+            Err(problems) => return self.refuse(&problems.to_string()),
+        };
+        let Loaded { config, warnings } = loaded;
+        let needs_upgrade = needs_upgrade(&self.started, &config.server);
+        let before = self.pool.load_full();
+        let lines = differences(&before, &config);
+        // Whatever can be wrong is found before anything is changed.
+        let files = config.server.tls.as_ref().filter(|_| self.certificate.is_some());
+        let certificate = match files.map(Certificate::read).transpose() {
+            Ok(certificate) => certificate,
+            Err(why) => return self.refuse(&why),
+        };
+        let version = before.version + u64::from(!lines.is_empty());
+        match Pool::new(config, before.ledger.clone(), Some(&before)) {
+            Ok(pool) if lines.is_empty() => {
+                // A CA file may have changed, which no line tells.
+                self.pool.store(Arc::new(Pool { version, loaded_at: before.loaded_at, ..pool }));
+            }
+            Ok(pool) => self.pool.store(Arc::new(Pool { version, ..pool })),
+            Err(error) => return self.refuse(&format!("an endpoint cannot be set up: {error}")),
+        }
+        logger::set_format(self.pool.load().server.log_format);
+        for warning in &warnings {
+            log::warn!("{shown}: {warning}");
+        }
+        let Applied { had_error, needs_other_upgrade } = self.state.applied(&needs_upgrade);
+        if !lines.is_empty() {
+            log::info!("config {shown}: loaded, version {version}: {}", lines.join("; "));
+        } else if asked || had_error {
+            log::info!("config {shown}: nothing has changed, version {version}");
+        }
+        if needs_other_upgrade && !needs_upgrade.is_empty() {
+            log::warn!("config {shown}: this takes effect only with an upgrade: {}", needs_upgrade.join("; "));
+        }
+        if let (Some(shown), Some(read)) = (&self.certificate, certificate)
+            && shown.show(read)
+        {
+            log::info!("server.tls: another certificate is shown from now on");
+        }
+    }
+
+    fn refuse(&self, why: &str) {
+        // The same is told once, however often it is looked at again.
+        if !self.state.refused(why) {
+            return;
+        }
+        let version = self.pool.load().version;
+        log::error!("config {}: not applied, version {version} stays: {why}", self.path.display());
+    }
+}
+
+fn differences(before: &Pool, after: &Config) -> Vec<String> {
+    let old: Vec<_> = before.endpoints.iter().map(|endpoint| &endpoint.config).collect();
+    let new: Vec<_> = after.endpoints.iter().collect();
+    changes((&before.server, &old), (&after.server, &new))
+}
+
+fn contents(files: &[PathBuf]) -> Contents {
+    let number = |file: &Path| {
+        let mut hasher = DefaultHasher::new();
+        std::fs::read(file).ok()?.hash(&mut hasher);
+        Some(hasher.finish())
+    };
+    files.iter().map(|file| (file.clone(), number(file))).collect()
+}

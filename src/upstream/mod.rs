@@ -1,0 +1,269 @@
+//! Where an endpoint is and how it is reached: addresses, TLS, protocol, timeouts.
+//!
+//! Names are resolved here and never by Pingora, whose own look-up blocks the worker and panics when it fails.
+
+pub mod cork;
+mod tunnel;
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use http::HeaderValue;
+use pingora::protocols::tls::CaType;
+use pingora::protocols::{ALPN, TcpKeepalive};
+use pingora::tls::{CertificateDer, RootCertStore};
+use pingora::upstreams::peer::HttpPeer;
+use pingora::utils::tls::{WrappedX509, parse_x509};
+use rustls_pki_types::pem::PemObject;
+
+use crate::config;
+use crate::request::rewrite;
+use crate::upstream::tunnel::Tunnel;
+
+/// How often the names of endpoints are looked up anew.
+pub const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
+/// A look-up that takes longer is given up; the last good answer stays.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// More addresses than this are not kept of one name.
+const ADDRESSES_MAX: usize = 16;
+/// Idle connections are kept this long for the next request.
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+const FRESH_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Requests that share one HTTP/2 connection to an endpoint: the least that RFC 9113 recommends servers to allow.
+const H2_STREAMS_MAX: usize = 100;
+/// A silent HTTP/2 connection is probed at this interval, so that a dead one is found before a request is.
+const H2_PING_INTERVAL: Duration = Duration::from_secs(30);
+/// Probes of silent TCP connections: NAT boxes commonly forget one after a few minutes.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive {
+    idle: Duration::from_mins(1),
+    interval: Duration::from_secs(15),
+    count: 4,
+    #[cfg(target_os = "linux")]
+    user_timeout: Duration::ZERO,
+};
+
+/// Where an endpoint is and how it is reached.
+#[derive(Debug)]
+pub struct Upstream {
+    /// What the `Host` header says.
+    pub authority: HeaderValue,
+    /// The endpoint's key, as its requests carry it.
+    pub authorization: HeaderValue,
+    /// For messages.
+    name: String,
+    /// What is connected to: the endpoint, or the proxy before it.
+    host: String,
+    port: u16,
+    template: HttpPeer,
+    resolved: ArcSwapOption<Vec<SocketAddr>>,
+}
+
+impl Upstream {
+    /// The upstream of an endpoint. Fails if its CA file cannot be used.
+    pub fn new(endpoint: &config::Endpoint) -> io::Result<Self> {
+        let base = &endpoint.base_url;
+        // A proxy resolves the endpoint's name itself.
+        let (host, port) = match &endpoint.proxy {
+            Some(proxy) => (&proxy.host, proxy.port),
+            None => (&base.host, base.port),
+        };
+        let resolved = host.parse::<IpAddr>().ok().map(|ip| Arc::new(vec![SocketAddr::new(ip, port)]));
+        let authority = HeaderValue::from_str(&base.authority()).map_err(io::Error::other)?;
+        let authorization = rewrite::bearer(endpoint.api_key.expose())
+            .ok_or_else(|| io::Error::other("its apiKey has characters that no HTTP header can carry"))?;
+        Ok(Self {
+            authority,
+            authorization,
+            name: match &endpoint.proxy {
+                Some(proxy) => format!("{} through the proxy {proxy}", base.host),
+                None => base.host.clone(),
+            },
+            host: host.clone(),
+            port,
+            template: template(endpoint)?,
+            resolved: ArcSwapOption::new(resolved),
+        })
+    }
+
+    /// The addresses of the endpoint: the last good answer, or a look-up if there is none yet.
+    pub async fn addresses(&self) -> io::Result<Arc<Vec<SocketAddr>>> {
+        match self.resolved.load_full() {
+            Some(known) => Ok(known),
+            None => self.resolve().await,
+        }
+    }
+
+    /// Looks the name up again. The last good answer stays if that fails.
+    pub async fn resolve(&self) -> io::Result<Arc<Vec<SocketAddr>>> {
+        if self.host.parse::<IpAddr>().is_ok() {
+            return self.resolved.load_full().ok_or_else(|| io::Error::other("address lost"));
+        }
+        let lookup = tokio::net::lookup_host((self.host.as_str(), self.port));
+        let found = tokio::time::timeout(RESOLVE_TIMEOUT, lookup)
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the name look-up took too long"))??;
+        let addresses: Vec<SocketAddr> = found.take(ADDRESSES_MAX).collect();
+        if addresses.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
+        }
+        let addresses = Arc::new(addresses);
+        self.resolved.store(Some(Arc::clone(&addresses)));
+        Ok(addresses)
+    }
+
+    /// The endpoint's host, and the proxy on the way to it, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How many addresses are known.
+    pub fn addresses_known(&self) -> usize {
+        self.resolved.load().as_ref().map_or(0, |addresses| addresses.len())
+    }
+
+    /// The peer at one of the addresses. A request that switches protocols needs HTTP/1.1; one whose pooled connection
+    /// turned out to be closed gets a fresh connection. `first_byte` is how long the attempt may wait for an answer.
+    pub fn peer(
+        &self,
+        address: SocketAddr,
+        switches_protocol: bool,
+        fresh: bool,
+        first_byte: Duration,
+    ) -> Box<HttpPeer> {
+        let mut peer = Box::new(self.template.clone());
+        peer._address = address.into();
+        let options = &mut peer.options;
+        // While a body is written to an HTTP/2 endpoint no other deadline is looked at.
+        options.write_timeout = options.write_timeout.min(Some(first_byte)).or(options.write_timeout);
+        if switches_protocol {
+            peer.options.alpn = ALPN::H1;
+        } else {
+            // The wrapped session keeps the deadlines of a response, with one timer for all of its reads.
+            options.read_timeout = None;
+        }
+        if fresh {
+            // Pingora shares connections by this key, so no other request's fits; nor will this one's fit any later, so it need
+            // not be kept.
+            peer.group_key = fastrand::u64(..);
+            peer.options.idle_timeout = Some(FRESH_IDLE_TIMEOUT);
+        }
+        peer
+    }
+}
+
+fn template(endpoint: &config::Endpoint) -> io::Result<HttpPeer> {
+    let base = &endpoint.base_url;
+    // An address is put in for each attempt; the name is set even where it is an IP address, as an empty one would switch
+    // the certificate's verification off.
+    let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+    let mut peer = HttpPeer::new(nowhere, base.tls, base.host.clone());
+    let timeouts = &endpoint.timeouts;
+    let options = &mut peer.options;
+    options.connection_timeout = Some(timeouts.connect);
+    options.total_connection_timeout = Some(timeouts.connect);
+    options.read_timeout = Some(timeouts.idle);
+    options.write_timeout = Some(timeouts.idle);
+    options.idle_timeout = Some(POOL_IDLE_TIMEOUT);
+    options.tcp_keepalive = Some(KEEPALIVE);
+    options.max_h2_streams = H2_STREAMS_MAX;
+    options.h2_ping_interval = Some(H2_PING_INTERVAL);
+    options.alpn = match (endpoint.http2, base.tls) {
+        (Some(true), _) => ALPN::H2,
+        (None, true) => ALPN::H2H1,
+        (Some(false), _) | (None, false) => ALPN::H1,
+    };
+    options.verify_cert = !endpoint.tls.insecure;
+    options.verify_hostname = !endpoint.tls.insecure;
+    if let Some(proxy) = &endpoint.proxy {
+        options.custom_l4 = Some(Arc::new(Tunnel::new(proxy.clone(), base.host.clone(), base.port)?));
+    }
+    if let Some(file) = &endpoint.tls.ca_file {
+        options.ca = Some(load_ca(file)?);
+    }
+    // Pingora looks at neither when it shares connections.
+    if endpoint.tls.ca_file.is_some() || endpoint.proxy.is_some() {
+        let proxy =
+            endpoint.proxy.as_ref().map(|proxy| (proxy.to_string(), proxy.login.as_ref().map(|login| &login.0)));
+        peer.group_key = group_key(&(&endpoint.tls.ca_file, proxy, &base.host, base.port));
+    }
+    Ok(peer)
+}
+
+fn load_ca(file: &Path) -> io::Result<Arc<CaType>> {
+    let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", file.display()));
+    let certificates: Vec<CertificateDer<'static>> =
+        CertificateDer::pem_file_iter(file).and_then(Iterator::collect).map_err(|error| invalid(error.to_string()))?;
+    // Pingora panics on a certificate it cannot parse, so each is tried first.
+    let mut store = RootCertStore::empty();
+    for certificate in &certificates {
+        store.add(certificate.clone()).map_err(|error| invalid(error.to_string()))?;
+    }
+    if certificates.is_empty() {
+        return Err(invalid("no certificate in it".into()));
+    }
+    Ok(certificates.into_iter().map(|der| WrappedX509::new(der.to_vec(), parse_x509)).collect())
+}
+
+fn group_key(parts: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    parts.hash(&mut hasher);
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::test_support::config;
+    use pingora::upstreams::peer::Peer;
+
+    fn upstream(api: &str) -> Upstream {
+        Upstream::new(&config(&format!("[{api}]")).endpoints[0]).unwrap()
+    }
+
+    #[test]
+    fn the_name_is_always_set_so_that_certificates_are_verified() {
+        for host in ["https://api.example.com", "https://127.0.0.1", "https://[::1]:8443"] {
+            let upstream = upstream(&format!(r#"{{"baseUrl":"{host}"}}"#));
+            let peer = upstream.peer(SocketAddr::from(([127, 0, 0, 1], 1)), false, false, Duration::from_secs(1));
+            assert!(!peer.sni().is_empty(), "{host}");
+            assert!(peer.verify_cert() && peer.verify_hostname(), "{host}");
+        }
+    }
+
+    #[tokio::test]
+    async fn addresses_need_no_look_up_and_names_keep_the_last_answer() {
+        let literal = upstream(r#"{"baseUrl":"http://127.0.0.1:9"}"#);
+        assert_eq!(*literal.addresses().await.unwrap(), [SocketAddr::from(([127, 0, 0, 1], 9))]);
+        let name = upstream(r#"{"baseUrl":"http://localhost:9"}"#);
+        assert!(name.addresses().await.unwrap().iter().all(|address| address.ip().is_loopback()));
+        let nowhere = upstream(r#"{"baseUrl":"http://nowhere.invalid"}"#);
+        assert!(nowhere.addresses().await.is_err());
+        let kept = Arc::new(vec![SocketAddr::from(([127, 0, 0, 1], 80))]);
+        nowhere.resolved.store(Some(Arc::clone(&kept)));
+        assert!(nowhere.resolve().await.is_err());
+        assert_eq!(nowhere.addresses().await.unwrap(), kept);
+    }
+
+    #[test]
+    fn a_ca_file_keeps_connections_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("ca.pem");
+        std::fs::write(&file, rcgen::generate_simple_self_signed(["localhost".into()]).unwrap().cert.pem()).unwrap();
+        let own = upstream(&format!(r#"{{"baseUrl":"https://localhost","tls":{{"caFile":{file:?}}}}}"#));
+        let system = upstream(r#"{"baseUrl":"https://localhost"}"#);
+        let address = SocketAddr::from(([127, 0, 0, 1], 443));
+        assert_ne!(
+            own.peer(address, false, false, Duration::from_secs(1)).reuse_hash(),
+            system.peer(address, false, false, Duration::from_secs(1)).reuse_hash()
+        );
+        std::fs::write(&file, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+        assert!(load_ca(&file).is_err());
+        std::fs::write(&file, "nothing").unwrap();
+        assert!(load_ca(&file).is_err());
+    }
+}
