@@ -63,7 +63,7 @@ pub fn bill(
     (arrived, ended): (Instant, Instant),
     estimator: &Estimator,
 ) -> Measured {
-    let first_token = attempt.meter.first_token();
+    let first_token = attempt.first_token();
     let mut measured = Measured {
         tokens: None,
         first_token: first_token.map(|first| first.saturating_duration_since(arrived)),

@@ -54,6 +54,7 @@ pub struct Attempt {
     /// Whether an answer with a status of success has been let through.
     pub answers: bool,
     first_byte: Option<Duration>,
+    first_token: Option<Instant>,
     in_flight: Option<InFlight>,
 }
 
@@ -88,6 +89,7 @@ impl Attempt {
             settled: false,
             answers: false,
             first_byte: None,
+            first_token: None,
         }
     }
 
@@ -248,6 +250,18 @@ impl Attempt {
     /// Notes that the first byte of the answer's body has come.
     pub fn first_byte_came(&mut self, now: Instant) {
         self.first_byte.get_or_insert_with(|| now.saturating_duration_since(self.started));
+    }
+
+    /// Notes that the meter has seen more of the answer: of a stream, when its first token came.
+    pub fn note_measured(&mut self) {
+        if self.first_token.is_none() && self.meter.has_token() {
+            self.first_token = Some(Instant::now());
+        }
+    }
+
+    /// When the first token of a stream came.
+    pub fn first_token(&self) -> Option<Instant> {
+        self.first_token
     }
 
     /// The time to the first byte counts once the answer is known to be good.

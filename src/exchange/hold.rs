@@ -243,6 +243,7 @@ impl Hold {
             }
         }
         self.reading.end(&mut attempt.meter, &mut unseen);
+        attempt.note_measured();
     }
 
     /// What of committed tasks is to be written, and the error that follows them, if one does.
@@ -351,6 +352,7 @@ impl Hold {
                 pieces.truncate(whole);
             }
         }
+        attempt.note_measured();
         committed.between_events = !reading.is_within_event();
         if reading.is_stream() && attempt.meter.is_complete() && committed.complete.is_none() {
             committed.complete = Some(Instant::now());
@@ -371,6 +373,7 @@ impl Hold {
         let mut rest = Vec::new();
         if let Some(attempt) = &mut self.exchange.state().attempt {
             self.reading.end(&mut attempt.meter, &mut rest);
+            attempt.note_measured();
         }
         vec![HttpTask::Body(Some(rest.concat().into()), true)]
     }

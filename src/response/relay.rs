@@ -413,7 +413,7 @@ mod tests {
                 let mut out = Vec::new();
                 relay.piece(&stream, &mut meter, &mut out);
                 relay.end(&mut meter, &mut out);
-                let (told, whole, first) = (meter.told(), meter.is_whole(), meter.first_token().is_some());
+                let (told, whole, first) = (meter.told(), meter.is_whole(), meter.has_token());
                 (out.concat(), told, whole, first, format!("{:?}", meter.take_text()))
             };
             prop_assert_eq!(run(0), run(UNLIKE_MAX));

@@ -3,7 +3,6 @@
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
-use std::time::Instant;
 
 use bytes::Bytes;
 use memchr::memmem::Finder as Needle;
@@ -49,7 +48,8 @@ pub struct Meter {
     told_prompt_only: bool,
     text: Text,
     has_timings: bool,
-    first_token: Option<Instant>,
+    /// A token of a stream has come.
+    has_token: bool,
     fed: Fed,
     end: End,
 }
@@ -112,7 +112,7 @@ impl Meter {
             told_prompt_only: false,
             text: Text::None,
             has_timings: false,
-            first_token: None,
+            has_token: false,
             fed: Fed::Nothing,
             end: End::Open,
         }
@@ -137,7 +137,7 @@ impl Meter {
             Call::Responses | Call::Messages if is_last(data) => self.end = End::Complete,
             _ => {}
         }
-        if self.call.is_text() && (self.estimates || self.first_token.is_none()) {
+        if self.call.is_text() && (self.estimates || !self.has_token) {
             event_texts(self.call, data, |raw| self.text(raw));
         }
         self.call.is_text() && self.end == End::Open && !tells
@@ -145,7 +145,7 @@ impl Meter {
 
     /// Takes in an event that is like one that said nothing but text.
     pub fn like_event<'a>(&mut self, texts: impl Iterator<Item = &'a [u8]>) {
-        if self.estimates || self.first_token.is_none() {
+        if self.estimates || !self.has_token {
             texts.for_each(|raw| self.text(raw));
         }
     }
@@ -248,7 +248,7 @@ impl Meter {
         if self.estimates {
             self.add_text(raw.len(), raw);
         }
-        self.first_token.get_or_insert_with(Instant::now);
+        self.has_token = true;
     }
 
     /// Adds so many bytes of text, and keeps of them what there is room for.
@@ -276,9 +276,9 @@ impl Meter {
         self.usage.and_then(|usage| usage.prompt())
     }
 
-    /// When the first token came, of a stream.
-    pub fn first_token(&self) -> Option<Instant> {
-        self.first_token
+    /// True once a token of a stream has come.
+    pub fn has_token(&self) -> bool {
+        self.has_token
     }
 
     /// Whether any text came that can be estimated.
@@ -488,9 +488,9 @@ mod tests {
     fn the_first_token_is_the_first_text() {
         let mut meter = Meter::new(Call::Completion, false);
         meter.event(br#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#);
-        assert!(meter.first_token().is_none());
+        assert!(!meter.has_token());
         meter.event(br#"{"choices":[{"delta":{"content":"x"}}]}"#);
-        assert!(meter.first_token().is_some());
+        assert!(meter.has_token());
         assert!(matches!(meter.take_text(), Text::None), "nothing is kept unless it is to be estimated");
     }
 
