@@ -29,6 +29,7 @@ mod outbound;
 mod own_answers;
 mod reload;
 mod retry;
+mod rooms;
 mod routing;
 mod sim;
 mod streams;
