@@ -16,7 +16,7 @@ use api_together::config::{Config, Environment, Format, LedgerOnError, LedgerSyn
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Client, Desk, Drawn, Otherwise};
 use api_together::limit::{Clock, Stamp};
-use api_together::request::fields::Call;
+use api_together::request::call::Call;
 use api_together::request::{fields, rewrite};
 use api_together::response::redact::Secrets;
 use api_together::response::relay::Relay;

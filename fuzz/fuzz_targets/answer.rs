@@ -4,7 +4,7 @@
 
 use api_together::response::redact::Secrets;
 use api_together::response::relay::Relay;
-use api_together::request::fields::Call;
+use api_together::request::call::Call;
 use api_together::usage::{Finder, Meter};
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;

@@ -17,7 +17,7 @@ use tiktoken_rs::CoreBPE;
 
 use crate::ledger::{Account, Spent};
 use crate::limit::Limits;
-use crate::request::fields::Call;
+use crate::request::call::Call;
 use crate::routing::pool::Pool;
 use crate::routing::router::Candidates;
 use crate::telemetry::metrics::metrics;

@@ -9,7 +9,7 @@ use crate::billing::estimate::{Estimator, Job};
 use crate::exchange::{Ask, Attempt};
 use crate::fault::excerpt;
 use crate::ledger::Spent;
-use crate::request::fields::Call;
+use crate::request::call::Call;
 use crate::telemetry::metrics::metrics;
 use crate::usage::{Cost, Speed, Tokens};
 

@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use crate::request::fields::{AskUsage, Call};
+use crate::request::call::Call;
+use crate::request::fields::AskUsage;
 use crate::routing::pool::Pool;
 use crate::routing::router::Candidates;
 

@@ -9,7 +9,7 @@ use crate::config::{Breaker, Server, StreamUsage};
 use crate::exchange::judge::Terms;
 use crate::ledger::{Client, Drawn, Permit};
 use crate::limit::Clock;
-use crate::request::fields::Call;
+use crate::request::call::Call;
 use crate::response::decode::Encoding;
 use crate::routing::admission::Choice;
 use crate::routing::health::Effect;

@@ -14,7 +14,7 @@ use super::reading::{Kind, Reading};
 use super::session::Plan;
 use crate::exchange::judge::{HOLD_TIME_MAX, Head, Judge, Terms, Verdict};
 use crate::exchange::{Committed, Exchange, ExchangeState, Kept};
-use crate::request::fields::Call;
+use crate::request::call::Call;
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::{Blotter, Secrets};
 use crate::routing::health;

@@ -14,7 +14,8 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::json::scan::has_member;
-use crate::request::fields::{Call, essence};
+use crate::request::call::Call;
+use crate::request::content_type::{is_event_stream, is_json};
 use crate::response::sse::Splitter;
 use crate::routing::retry::Outcome;
 use crate::usage::Told;
@@ -232,17 +233,6 @@ impl Judge {
             several => Cow::Owned(several.concat()),
         }
     }
-}
-
-/// Whether a content type is that of server-sent events.
-pub fn is_event_stream(content_type: Option<&str>) -> bool {
-    content_type.is_some_and(|value| essence(value).eq_ignore_ascii_case(b"text/event-stream"))
-}
-
-/// Whether a content type is JSON's.
-pub fn is_json(content_type: Option<&str>) -> bool {
-    content_type
-        .is_some_and(|value| essence(value).last_chunk::<4>().is_some_and(|end| end.eq_ignore_ascii_case(b"json")))
 }
 
 /// What an event of a stream amounts to.

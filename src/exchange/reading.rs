@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use crate::exchange::judge;
+use crate::request::content_type;
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::{Blotter, Secrets};
 use crate::response::relay::Relay;
@@ -33,7 +33,7 @@ pub(super) enum Reading {
 
 impl Reading {
     pub(super) fn of(kind: &Kind<'_>, secrets: &Secrets) -> Self {
-        let is_stream = judge::is_event_stream(kind.content_type);
+        let is_stream = content_type::is_event_stream(kind.content_type);
         match (kind.status, kind.encoding.map(Decoder::new)) {
             (400.., decoder) => {
                 let decoder = decoder.filter(|decoder| !decoder.is_broken());
@@ -42,8 +42,8 @@ impl Reading {
             (..=199 | 300..=399, _) => Self::Blind,
             (_, None) if is_stream => Self::Stream(Relay::new(kind.asks_usage, secrets.clone())),
             (_, Some(decoder)) if is_stream => Self::EncodedStream(decoder, Splitter::default()),
-            (_, None) if judge::is_json(kind.content_type) => Self::Json,
-            (_, Some(decoder)) if judge::is_json(kind.content_type) => Self::EncodedJson(decoder),
+            (_, None) if content_type::is_json(kind.content_type) => Self::Json,
+            (_, Some(decoder)) if content_type::is_json(kind.content_type) => Self::EncodedJson(decoder),
             _ => Self::Blind,
         }
     }

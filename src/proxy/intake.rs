@@ -19,8 +19,10 @@ use crate::exchange::Ask;
 use crate::fault::{Fault, excerpt};
 use crate::proxy::context::Context;
 use crate::request::auth;
-use crate::request::fields::{self, Call, Collector};
+use crate::request::body::{self, Collector};
+use crate::request::call::Call;
 use crate::request::rewrite;
+use crate::request::{content_type, fields};
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::pool::Pool;
 use crate::routing::rates;
@@ -181,7 +183,7 @@ async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Resul
     let read_at = Instant::now();
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let is_json = !body.is_empty() && fields::is_json(content_type);
+    let is_json = !body.is_empty() && content_type::is_json_request(content_type);
     let fields = if is_json { fields::scan(&body)? } else { fields::Fields::default() };
     let (model, model_range) = match fields.model {
         Some(field) => (Some(field.value), Some(field.range)),
@@ -259,7 +261,7 @@ async fn read_body(gateway: &Gateway, session: &mut Session, bytes_max: usize) -
         }
         Ok(room.hold(collector.finish()))
     };
-    within(fields::BODY_TOTAL_TIMEOUT, pin!(whole)).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
+    within(body::BODY_TOTAL_TIMEOUT, pin!(whole)).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
 }
 
 /// What a future comes to, if that takes no longer than this. Most bodies have come with their header, and need no timer.
@@ -272,7 +274,7 @@ async fn within<F: Future>(time: Duration, mut future: Pin<&mut F>) -> Option<F:
 
 async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
     let read = session.downstream_session.read_request_body();
-    let Some(chunk) = within(fields::BODY_IDLE_TIMEOUT, pin!(read)).await else {
+    let Some(chunk) = within(body::BODY_IDLE_TIMEOUT, pin!(read)).await else {
         return Err(Stop::Unframed(Fault::BodyTimeout));
     };
     chunk.map_err(|error| {

@@ -35,7 +35,6 @@ use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::admin::Answer;
 use crate::billing::{self, Measured};
-use crate::exchange::judge;
 use crate::exchange::scheduling::{keep_heartbeat, step_aside};
 use crate::exchange::session::{Plan, Wrapped};
 use crate::exchange::{Ask, Kept};
@@ -44,6 +43,7 @@ use crate::process::Process;
 use crate::proxy::access_log::Record;
 use crate::proxy::context::Context;
 use crate::request::auth::Auth;
+use crate::request::content_type;
 use crate::response::decode::Encoding;
 use crate::response::redact::Blotter;
 use crate::routing::admission::Choice;
@@ -419,7 +419,7 @@ impl ProxyHttp for Gateway {
 }
 
 fn is_event_stream(header: &ResponseHeader) -> bool {
-    judge::is_event_stream(header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()))
+    content_type::is_event_stream(header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()))
 }
 
 /// Answers a request that goes to no endpoint.

@@ -14,7 +14,7 @@ use pingora_proxy::Session;
 use crate::admin::Answer;
 use crate::fault::Fault;
 use crate::proxy::context::Context;
-use crate::request::fields::Call;
+use crate::request::call::Call;
 use crate::request::rewrite::{self, Edit};
 use crate::routing::rate_headers;
 

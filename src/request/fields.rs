@@ -1,14 +1,11 @@
-//! What the proxy needs to know of a request: its body, bounded, and the few fields that decide its way.
+//! The few fields of a request's JSON body that decide its way.
 //!
 //! The body is validated as JSON but no tree is built: `model`, `stream` and `stream_options` are found in one pass,
 //! and everything else is skipped over. Their places in the bytes are kept, so that a rewrite can splice them.
 
 use std::fmt;
 use std::ops::Range;
-use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use http::Method;
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
@@ -17,111 +14,6 @@ use serde_json::value::RawValue;
 use crate::fault::Fault;
 use crate::json::members;
 use crate::json::scan::{self, Key};
-
-/// A client that sends nothing for this long while its body is due has gone or stalls on purpose.
-pub const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// No body takes longer than this, however steadily it trickles.
-pub const BODY_TOTAL_TIMEOUT: Duration = Duration::from_mins(10);
-/// Collects a body from its chunks, up to a limit. A body of one chunk is kept as it came, without a copy.
-#[derive(Debug)]
-pub struct Collector {
-    bytes_max: usize,
-    declared: usize,
-    first: Bytes,
-    joined: BytesMut,
-}
-
-impl Collector {
-    /// A collector for a body of `declared` bytes, if the client said how many, and at most `bytes_max`.
-    pub fn new(declared: Option<u64>, bytes_max: usize) -> Result<Self, Fault> {
-        let declared = match declared.map(usize::try_from) {
-            None => 0,
-            Some(Ok(length)) if length <= bytes_max => length,
-            Some(_) => return Err(Fault::BodyTooLarge { bytes_max }),
-        };
-        Ok(Self { bytes_max, declared, first: Bytes::new(), joined: BytesMut::new() })
-    }
-
-    /// How long the body is so far.
-    pub fn bytes(&self) -> usize {
-        self.first.len() + self.joined.len()
-    }
-
-    /// The length that its client has said it has, or none.
-    pub fn declared(&self) -> usize {
-        self.declared
-    }
-
-    /// Takes the next chunk.
-    pub fn push(&mut self, chunk: Bytes) -> Result<(), Fault> {
-        let length = self.bytes() + chunk.len();
-        if length > self.bytes_max {
-            return Err(Fault::BodyTooLarge { bytes_max: self.bytes_max });
-        }
-        if self.first.is_empty() && self.joined.is_empty() {
-            self.first = chunk;
-            return Ok(());
-        }
-        if self.joined.is_empty() {
-            // There is room for all of it, and what is not written to takes none up.
-            self.joined.reserve(self.declared.max(length));
-            self.joined.extend_from_slice(&std::mem::take(&mut self.first));
-        }
-        self.joined.extend_from_slice(&chunk);
-        Ok(())
-    }
-
-    /// The whole body.
-    pub fn finish(self) -> Bytes {
-        if self.joined.is_empty() { self.first } else { self.joined.freeze() }
-    }
-}
-
-/// What a call asks for, as far as its answer is judged, measured and estimated by it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
-    /// `/chat/completions` and `/completions`: an answer without a single token is empty.
-    Completion,
-    /// `/responses`.
-    Responses,
-    /// Anthropic's `/messages`.
-    Messages,
-    /// `/embeddings`.
-    Embeddings,
-    /// Any other call that may tell what it cost.
-    Other,
-    /// One that tells at most what another call has cost, as reading a stored answer does.
-    Unmetered,
-}
-
-impl Call {
-    /// The call that a method and a path stand for.
-    pub fn of(method: &Method, path: &str) -> Self {
-        let path = path.trim_end_matches('/');
-        match path {
-            _ if method != Method::POST => Self::Unmetered,
-            "/v1/chat/completions" => Self::Completion,
-            "/v1/responses" => Self::Responses,
-            "/v1/messages" => Self::Messages,
-            "/v1/embeddings" => Self::Embeddings,
-            _ if changes_what_is_stored(path) => Self::Unmetered,
-            _ if path.ends_with("/completions") => Self::Completion,
-            _ => Self::Other,
-        }
-    }
-
-    /// Whether it is answered with text that a model has written.
-    pub fn is_text(self) -> bool {
-        matches!(self, Self::Completion | Self::Responses | Self::Messages)
-    }
-}
-
-/// Whether a `POST` changes an answer that was made before, and is answered with what that one has cost.
-fn changes_what_is_stored(path: &str) -> bool {
-    let makes_another = path.ends_with("/compact") || path.ends_with("/submit_tool_outputs");
-    let is_stored = path.starts_with("/v1/chat/completions/") || path.starts_with("/v1/responses/");
-    path.ends_with("/cancel") || !makes_another && (is_stored || path.contains("/runs/"))
-}
 
 /// How a request that is streamed can be made to ask what it costs, where its client has not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,23 +42,6 @@ pub struct Field<T> {
     pub value: T,
     /// The bytes it takes up.
     pub range: Range<usize>,
-}
-
-/// A content type without its parameters.
-pub fn essence(content_type: &str) -> &[u8] {
-    let bytes = content_type.as_bytes();
-    let end = bytes.iter().position(|byte| *byte == b';').unwrap_or(bytes.len());
-    bytes.get(..end).unwrap_or_default().trim_ascii()
-}
-
-/// Whether a body of this content type is JSON for us. Without a content type it is taken for JSON, as every call of
-/// the API but the uploads is.
-pub fn is_json(content_type: Option<&str>) -> bool {
-    let Some(value) = content_type else { return true };
-    let essence = essence(value);
-    let begins = |start: &[u8]| essence.get(..start.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(start));
-    let is_suffixed = || essence.last_chunk::<5>().is_some_and(|end| end.eq_ignore_ascii_case(b"+json"));
-    essence.eq_ignore_ascii_case(b"application/json") || begins(b"application/") && is_suffixed()
 }
 
 /// Finds the fields of a JSON body, and refuses one that no endpoint could understand.
@@ -392,24 +267,6 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_told_by_method_and_path() {
-        let of = |method: Method, path: &str| Call::of(&method, path);
-        assert_eq!(of(Method::POST, "/v1/chat/completions/"), Call::Completion);
-        assert_eq!(of(Method::POST, "/v1/completions"), Call::Completion);
-        assert_eq!(of(Method::POST, "/v1/responses"), Call::Responses);
-        assert_eq!(of(Method::POST, "/v1/messages"), Call::Messages);
-        assert_eq!(of(Method::POST, "/v1/threads/t/messages"), Call::Other);
-        assert_eq!(of(Method::POST, "/v1/images/generations"), Call::Other);
-        assert_eq!(of(Method::GET, "/v1/responses/r"), Call::Unmetered, "it was counted when it was made");
-        assert_eq!(of(Method::POST, "/v1/responses/r/cancel"), Call::Unmetered);
-        assert_eq!(of(Method::POST, "/v1/chat/completions/c"), Call::Unmetered);
-        assert_eq!(of(Method::POST, "/v1/responses/compact"), Call::Other);
-        assert_eq!(of(Method::POST, "/v1/threads/t/runs"), Call::Other);
-        assert_eq!(of(Method::POST, "/v1/threads/t/runs/r"), Call::Unmetered);
-        assert_eq!(of(Method::POST, "/v1/threads/t/runs/r/submit_tool_outputs"), Call::Other);
-    }
-
-    #[test]
     fn escapes_in_key_and_value_are_understood() {
         let body = br#"{"mod\u0065l":"gpt\u002d4"}"#;
         let model = scan(body).unwrap().model.unwrap();
@@ -435,30 +292,6 @@ mod tests {
     fn deep_nesting_neither_overflows_nor_fails() {
         let body = format!(r#"{{"x":{}{},"model":"m"}}"#, "[".repeat(100_000), "]".repeat(100_000));
         assert_eq!(scan(body.as_bytes()).unwrap().model.unwrap().value, "m");
-    }
-
-    #[test]
-    fn a_body_is_collected_up_to_its_limit() {
-        let mut one = Collector::new(Some(3), 10).unwrap();
-        let chunk = Bytes::from_static(b"abc");
-        one.push(chunk.clone()).unwrap();
-        assert_eq!(one.finish().as_ptr(), chunk.as_ptr(), "one chunk is not copied");
-
-        let mut several = Collector::new(None, 10).unwrap();
-        several.push(Bytes::from_static(b"12345")).unwrap();
-        several.push(Bytes::from_static(b"67890")).unwrap();
-        assert_eq!(several.push(Bytes::from_static(b"x")), Err(Fault::BodyTooLarge { bytes_max: 10 }));
-        assert_eq!(&several.finish()[..], b"1234567890");
-
-        assert_eq!(Collector::new(Some(11), 10).err(), Some(Fault::BodyTooLarge { bytes_max: 10 }));
-    }
-
-    #[test]
-    fn content_types() {
-        assert!(is_json(None));
-        assert!(is_json(Some("application/json; charset=utf-8")));
-        assert!(is_json(Some("Application/Problem+JSON")));
-        assert!(!is_json(Some("multipart/form-data; boundary=x")));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::json::scan;
-use crate::request::fields::Call;
+use crate::request::call::Call;
 use crate::response::event_template::Shape;
 use crate::response::redact::{Blotter, Secrets};
 use crate::response::sse::{self, Splitter, Step};
@@ -246,7 +246,7 @@ fn member(block: &[u8], start: usize, end: usize) -> Option<Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::fields::Call;
+    use crate::request::call::Call;
     use proptest::prelude::*;
 
     fn relayed(strips: bool, stream: &str, piece_bytes: usize) -> String {

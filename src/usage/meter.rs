@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{Finder, Told, Usage, reported};
 use crate::json::scan::{has_member, strings};
-use crate::request::fields::Call;
+use crate::request::call::Call;
 
 /// So much of a stream's text is kept, in case that its tokens have to be estimated; the rest is taken to be like it.
 pub const SAMPLE_BYTES_MAX: usize = 16 * 1024;

@@ -23,7 +23,7 @@ use api_together::fault::Fault;
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Change, Client, Desk, FaultKind, Ledger, LedgerError, Spent, Tally};
 use api_together::limit::{Calendar, Clock, Counts, Days, Hold, SPAN, Slot, Stamp};
-use api_together::request::fields::Call;
+use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
 use api_together::routing::pool::Pool;
 use api_together::routing::retry::{self, Outcome};

@@ -1,0 +1,41 @@
+//! `Content-Type`, of requests and answers.
+
+/// True for a stream of server-sent events.
+pub fn is_event_stream(content_type: Option<&str>) -> bool {
+    content_type.is_some_and(|value| essence(value).eq_ignore_ascii_case(b"text/event-stream"))
+}
+
+/// True if an answer is JSON.
+pub fn is_json(content_type: Option<&str>) -> bool {
+    content_type
+        .is_some_and(|value| essence(value).last_chunk::<4>().is_some_and(|end| end.eq_ignore_ascii_case(b"json")))
+}
+
+/// A content type without its parameters.
+fn essence(content_type: &str) -> &[u8] {
+    let bytes = content_type.as_bytes();
+    let end = bytes.iter().position(|byte| *byte == b';').unwrap_or(bytes.len());
+    bytes.get(..end).unwrap_or_default().trim_ascii()
+}
+
+/// True if a request's body is JSON. Without a content type it is taken for JSON, as every call of the API but the uploads is.
+pub fn is_json_request(content_type: Option<&str>) -> bool {
+    let Some(value) = content_type else { return true };
+    let essence = essence(value);
+    let begins = |start: &[u8]| essence.get(..start.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(start));
+    let is_suffixed = || essence.last_chunk::<5>().is_some_and(|end| end.eq_ignore_ascii_case(b"+json"));
+    essence.eq_ignore_ascii_case(b"application/json") || begins(b"application/") && is_suffixed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_types() {
+        assert!(is_json_request(None));
+        assert!(is_json_request(Some("application/json; charset=utf-8")));
+        assert!(is_json_request(Some("Application/Problem+JSON")));
+        assert!(!is_json_request(Some("multipart/form-data; boundary=x")));
+    }
+}
