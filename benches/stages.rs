@@ -14,7 +14,7 @@ use std::task::{Context, Poll, Waker};
 
 use api_together::config::{Config, Environment, Format, LedgerOnError, LedgerSync, Limit, check_str};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
-use api_together::ledger::{Client, Desk, Drawn, Otherwise};
+use api_together::ledger::{Allocator, Client, Drawn, Otherwise};
 use api_together::limit::{Clock, Stamp};
 use api_together::request::call::Call;
 use api_together::request::{fields, rewrite};
@@ -115,7 +115,7 @@ fn permits(criterion: &mut Criterion) {
     let opening = Opening { boot_id: None, now: client.clock().boot, minute_unknown: false };
     let mut ledger =
         SqliteLedger::open(&folder.path().join("ledger.db"), LedgerSync::Normal, &opening).expect("a ledger");
-    let mut desk = Desk::new(client.clone(), LedgerOnError::Deny, Arc::default());
+    let mut desk = Allocator::new(client.clone(), LedgerOnError::Deny, Arc::default());
     let mut config = config(5);
     for endpoint in &mut config.endpoints {
         endpoint.rpm = Limit::AtMost(1 << 40);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Change;
-use super::prefetch::{Demand, Stock};
+use super::prefetch::{Demand, PrefetchBuffer};
 use crate::limit::{Counted, Days, Slot, Stamp, Usage, View};
 
 /// Changes that wait to be written while the ledger cannot be; beyond that they are written as if they were as old as the
@@ -24,16 +24,16 @@ pub struct Account {
     attempts: AtomicU64,
     /// Those of them that needed no permit of the ledger and are not written to it yet.
     unwritten: AtomicU64,
-    /// A hint: the desk said last that nothing frees before this moment. It puts the endpoint behind others.
+    /// A hint: the allocator said last that nothing frees before this moment. It puts the endpoint behind others.
     full_until: AtomicU64,
     view: Mutex<View>,
     /// Permits drawn ahead.
-    pub(super) stock: Stock,
-    /// The desk's own.
+    pub(super) prefetch: PrefetchBuffer,
+    /// The allocator's own.
     mirror: Mutex<Mirror>,
 }
 
-/// What the desk holds of an account.
+/// What the allocator holds of an account.
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
     pub(super) usage: Usage,
@@ -41,7 +41,7 @@ pub(super) struct Mirror {
     pub(super) read_at: Option<u64>,
     /// In `usage` already, and written to the ledger a little later.
     pub(super) unwritten: Vec<Entry>,
-    /// Drawn in the group under way.
+    /// Drawn in the batch under way.
     pub(super) drawn: Vec<Entry>,
     pub(super) demand: Demand,
 }
@@ -87,7 +87,7 @@ impl Account {
             unwritten: AtomicU64::default(),
             full_until: AtomicU64::default(),
             view: Mutex::default(),
-            stock: Stock::default(),
+            prefetch: PrefetchBuffer::default(),
             mirror: Mutex::default(),
         }
     }
@@ -102,7 +102,7 @@ impl Account {
         self.attempts.load(Ordering::Relaxed)
     }
 
-    /// Whether the desk said last that nothing is free at this moment. It may be wrong by what other processes gave back.
+    /// Whether the allocator said last that nothing is free at this moment. It may be wrong by what other processes gave back.
     pub fn seems_full(&self, now: Stamp) -> bool {
         self.full_until.load(Ordering::Relaxed) > now.0
     }
@@ -112,7 +112,7 @@ impl Account {
         self.full_until.store(0, Ordering::Relaxed);
     }
 
-    /// Its limits and what was left of them when the desk last looked, at most about a second ago while anything counts.
+    /// Its limits and what was left of them when the allocator last looked, at most about a second ago while anything counts.
     pub fn view(&self) -> View {
         *lock(&self.view)
     }

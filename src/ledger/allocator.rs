@@ -1,7 +1,7 @@
-//! Who gets a permit. All who ask at one moment are served in one group: decided one after the other, written together,
+//! Who gets a permit. All who ask at one moment are served in one batch: decided one after the other, written together,
 //! and answered once it is committed.
 //!
-//! The desk keeps a mirror of what the ledger counts for each endpoint, so that a group reads only what another process has
+//! The allocator keeps a mirror of what the ledger counts for each endpoint, so that a batch reads only what another process has
 //! changed since the last one.
 
 use std::collections::BTreeMap;
@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::account::Entry;
-use super::batch::{Group, Outcome, Served, decide_here, enter, is_first_choice, needs_ledger, promise};
+use super::batch::{Batch, Decision, Served, decide_without_ledger, enter, is_first_choice, needs_ledger, promise};
 use super::client::{Bill, Draw, Messages, Otherwise, Return};
-use super::prefetch::{self, Ahead};
+use super::prefetch::{self, PrefetchedPermits};
 use super::stats::{self, DAYS_KEPT, HOURS_KEPT};
-use super::write_behind::Behind;
+use super::write_behind::WriteBehind;
 use super::{Account, Change, Client, Drawn, FaultKind, Ledger, LedgerError, Permit, Refusal, Wanted};
 use crate::config::LedgerOnError;
 use crate::limit::{Clock, Counted, Counts, Held, Limits, Slot, Stamp, View};
@@ -28,7 +28,7 @@ const CLEAN: Duration = Duration::from_secs(10);
 /// Statistics that are too old, so often.
 const CLEAN_STATS: Duration = Duration::from_hours(1);
 
-/// What the desk did without the ledger, or could not do.
+/// What the allocator did without the ledger, or could not do.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Draws that were refused because the ledger could not be used.
@@ -41,7 +41,7 @@ pub struct Tally {
 
 /// Serves the permits of one process.
 #[derive(Debug)]
-pub struct Desk {
+pub struct Allocator {
     client: Client,
     on_error: LedgerOnError,
     tally: Arc<Tally>,
@@ -50,9 +50,9 @@ pub struct Desk {
     /// Those who wait for their turn, in the order of arrival; as many as the queue has places.
     waiting: BTreeMap<u64, Draw>,
     scan_at: Stamp,
-    behind: Behind,
+    write_behind: WriteBehind,
     /// Accounts with permits drawn ahead, and when those are given back.
-    stocked: Vec<(Arc<Account>, Stamp)>,
+    prefetched: Vec<(Arc<Account>, Stamp)>,
     renew_at: Stamp,
     clean_at: Stamp,
     clean_stats_at: Stamp,
@@ -74,8 +74,8 @@ struct Due {
     renews: bool,
 }
 
-impl Desk {
-    /// A desk for the clients of this inbox.
+impl Allocator {
+    /// A allocator for the clients of this inbox.
     pub fn new(client: Client, on_error: LedgerOnError, tally: Arc<Tally>) -> Self {
         Self {
             client,
@@ -84,8 +84,8 @@ impl Desk {
             endpoints: Vec::new(),
             waiting: BTreeMap::new(),
             scan_at: Stamp::NEVER,
-            behind: Behind::default(),
-            stocked: Vec::new(),
+            write_behind: WriteBehind::default(),
+            prefetched: Vec::new(),
             renew_at: Stamp::NEVER,
             clean_at: Stamp::default(),
             clean_stats_at: Stamp::default(),
@@ -94,13 +94,13 @@ impl Desk {
 
     /// When there is something to do even if nobody asks.
     pub fn next_due(&self) -> Stamp {
-        let stale_at = self.stocked.iter().map(|(_, until)| *until).min().unwrap_or(Stamp::NEVER);
-        self.scan_at.min(self.behind.due_at).min(self.renew_at).min(stale_at)
+        let stale_at = self.prefetched.iter().map(|(_, until)| *until).min().unwrap_or(Stamp::NEVER);
+        self.scan_at.min(self.write_behind.due_at).min(self.renew_at).min(stale_at)
     }
 
     /// Whether everything that was counted is in the ledger.
     pub fn is_all_written(&self) -> bool {
-        self.behind.is_empty() && self.stocked.is_empty()
+        self.write_behind.is_empty() && self.prefetched.is_empty()
     }
 
     /// Serves whatever has come and whatever is due, with the ledger or, if it cannot be used, without. The error says that
@@ -116,25 +116,25 @@ impl Desk {
         mut messages: Messages,
     ) -> Result<Used, LedgerError> {
         let clock = self.client.clock();
-        self.clear_stocks(&messages, &clock);
+        self.clear_prefetched(&messages, &clock);
         self.take_in(&mut messages, &clock);
-        let due = Due { writes: clock.boot >= self.behind.due_at, renews: clock.boot >= self.renew_at };
+        let due = Due { writes: clock.boot >= self.write_behind.due_at, renews: clock.boot >= self.renew_at };
         if due.writes {
             self.collect_unwritten(&clock);
         }
         let draws = self.draws_due(std::mem::take(&mut messages.draws), &clock);
         let asks = !messages.looks.is_empty() || !messages.resets.is_empty() || !messages.flushes.is_empty();
         if !due.writes && !due.renews && !asks && !draws.iter().any(needs_ledger) {
-            let served = draws.into_iter().map(|draw| decide_here(draw, &clock)).collect();
+            let served = draws.into_iter().map(|draw| decide_without_ledger(draw, &clock)).collect();
             self.answer(served, &clock);
             return Ok(Used::Nothing);
         }
         let unusable = || LedgerError { kind: FaultKind::Unusable, message: String::new() };
-        let grouped = match ledger {
-            Some(ledger) => self.group(ledger, draws, &messages, due),
+        let done = match ledger {
+            Some(ledger) => self.batch(ledger, draws, &messages, due),
             None => Err((unusable(), draws)),
         };
-        match grouped {
+        match done {
             Ok((served, clock)) => {
                 self.client.set_down(false);
                 self.answer(served, &clock);
@@ -146,7 +146,7 @@ impl Desk {
                 self.serve_without_ledger(draws, &clock);
                 answer_others(messages, &clock, false);
                 // Not again at once.
-                self.behind.postpone(&clock);
+                self.write_behind.postpone(&clock);
                 self.renew_at = self.renew_at.max(clock.boot + RENEW);
                 Err(error)
             }
@@ -154,8 +154,8 @@ impl Desk {
     }
 
     /// Gives back what was drawn ahead: once it is old, and before anybody is told what is left.
-    fn clear_stocks(&mut self, messages: &Messages, clock: &Clock) {
-        if self.stocked.is_empty() {
+    fn clear_prefetched(&mut self, messages: &Messages, clock: &Clock) {
+        if self.prefetched.is_empty() {
             return;
         }
         let clears_all = messages.closing || messages.endpoints.is_some() || !messages.flushes.is_empty();
@@ -165,20 +165,20 @@ impl Desk {
         let is_due = |(account, until): &mut (Arc<Account>, Stamp)| {
             clears_all || *until <= clock.boot || asked.iter().any(|asked| Arc::ptr_eq(asked, account))
         };
-        let cleared: Vec<Arc<Account>> = self.stocked.extract_if(.., is_due).map(|(account, _)| account).collect();
+        let cleared: Vec<Arc<Account>> = self.prefetched.extract_if(.., is_due).map(|(account, _)| account).collect();
         for account in &cleared {
-            self.clear_stock(account, clock);
+            self.give_back_prefetched(account, clock);
         }
     }
 
-    fn clear_stock(&mut self, account: &Arc<Account>, clock: &Clock) {
-        let Some(Ahead { counted, permits, .. }) = account.stock.take_all() else { return };
+    fn give_back_prefetched(&mut self, account: &Arc<Account>, clock: &Clock) {
+        let Some(PrefetchedPermits { counted, permits, .. }) = account.prefetch.take_all() else { return };
         let attempts = i64::try_from(permits).unwrap_or(i64::MAX);
         let entry = Entry::new(counted, Change { attempts: -attempts, tokens: 0 });
         account.mirror().usage.change(entry.slot, entry.days, -attempts, 0);
         account.look_again();
-        self.behind.add(account, entry);
-        self.behind.due_at = clock.boot;
+        self.write_behind.add(account, entry);
+        self.write_behind.due_at = clock.boot;
     }
 
     /// Takes in what asks for no answer.
@@ -188,10 +188,10 @@ impl Desk {
             self.renew_at = clock.boot;
         }
         if messages.unwritten {
-            self.behind.due_soon(clock);
+            self.write_behind.due_soon(clock);
         }
         if !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing {
-            self.behind.due_at = clock.boot;
+            self.write_behind.due_at = clock.boot;
         }
         if !messages.returns.is_empty() {
             self.scan_at = self.scan_at.min(clock.boot);
@@ -222,9 +222,9 @@ impl Desk {
         account.look_again();
         let Some(counted) = counted else { return };
         account.mirror().usage.give_back(counted);
-        self.behind.add(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
+        self.write_behind.add(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
         // At once, as after a kill it would count for an attempt that nobody made.
-        self.behind.due_at = clock.boot;
+        self.write_behind.due_at = clock.boot;
     }
 
     fn take_bill(&mut self, bill: Bill, clock: &Clock) {
@@ -232,10 +232,10 @@ impl Desk {
         let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
         account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.cost.tokens() });
         let tokens = i64::try_from(spent.cost.tokens()).unwrap_or(i64::MAX);
-        self.behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
+        self.write_behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
         account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
-        self.behind.add_spent(spent, &self.tally);
-        self.behind.due_soon(clock);
+        self.write_behind.add_spent(spent, &self.tally);
+        self.write_behind.due_soon(clock);
         self.renew_at = self.renew_at.min(clock.boot + RENEW);
     }
 
@@ -250,7 +250,7 @@ impl Desk {
                 mirror.usage.add(now, Counts { attempts, tokens: 0 });
                 drop(mirror);
                 let attempts = i64::try_from(attempts).unwrap_or(i64::MAX);
-                self.behind.add(account, Entry::new(now, Change { attempts, tokens: 0 }));
+                self.write_behind.add(account, Entry::new(now, Change { attempts, tokens: 0 }));
                 self.renew_at = self.renew_at.min(clock.boot + RENEW);
             }
         }
@@ -277,7 +277,7 @@ impl Desk {
     }
 
     /// Does everything that is due as one step of the ledger. If that fails, nothing of it was done.
-    fn group(
+    fn batch(
         &mut self,
         ledger: &mut dyn Ledger,
         draws: Vec<Draw>,
@@ -288,55 +288,55 @@ impl Desk {
             Ok(generation) => generation,
             Err(error) => return Err((error, draws)),
         };
-        // Read now, since another process's group may have been waited for.
+        // Read now, since another process's batch may have been waited for.
         let clock = self.client.clock();
-        let may_draw_ahead = self.waiting.is_empty() && !messages.closing;
-        let mut group = Group { ledger, generation, clock, drawn: Vec::new(), may_draw_ahead };
+        let may_prefetch = self.waiting.is_empty() && !messages.closing;
+        let mut batch = Batch { ledger, generation, clock, drawn: Vec::new(), may_prefetch };
         let mut served = Vec::with_capacity(draws.len());
         let mut draws = draws.into_iter();
         let done = loop {
-            let Some(draw) = draws.next() else { break self.finish_group(&mut group, messages, due) };
-            match group.decide(&draw) {
-                Ok(outcome) => served.push(Served { draw, outcome }),
+            let Some(draw) = draws.next() else { break self.finish_batch(&mut batch, messages, due) };
+            match batch.decide(&draw) {
+                Ok(decision) => served.push(Served { draw, decision }),
                 Err(error) => {
-                    served.push(Served { draw, outcome: Outcome::Held(Vec::new()) });
+                    served.push(Served { draw, decision: Decision::Held(Vec::new()) });
                     break Err(error);
                 }
             }
         };
         if let Err(error) = done {
-            group.ledger.roll_back();
-            group.undo(&served);
+            batch.ledger.roll_back();
+            batch.undo(&served);
             let draws = served.into_iter().map(|served| served.draw).chain(draws).collect();
             return Err((error, draws));
         }
-        group.forget_drawn();
+        batch.forget_drawn();
         self.forget_written(&clock, due);
         Ok((served, clock))
     }
 
     /// Writes what was drawn and what is due, and commits. Whatever is read comes before: what is read after it was written
     /// would count twice.
-    fn finish_group(&mut self, group: &mut Group<'_>, messages: &Messages, due: Due) -> Result<(), LedgerError> {
+    fn finish_batch(&mut self, batch: &mut Batch<'_>, messages: &Messages, due: Due) -> Result<(), LedgerError> {
         for look in &messages.looks {
-            look.accounts.iter().try_for_each(|(account, limits)| group.refresh(account, limits))?;
+            look.accounts.iter().try_for_each(|(account, limits)| batch.refresh(account, limits))?;
         }
         if due.renews {
-            self.renew(group)?;
+            self.renew(batch)?;
         }
-        group.write_drawn()?;
+        batch.write_drawn()?;
         if due.writes {
-            self.behind.write(group.ledger)?;
+            self.write_behind.write(batch.ledger)?;
         }
         for reset in &messages.resets {
-            group.ledger.reset_tokens(reset.endpoint.as_deref())?;
+            batch.ledger.reset_tokens(reset.endpoint.as_deref())?;
         }
-        group.ledger.commit()
+        batch.ledger.commit()
     }
 
     fn forget_written(&mut self, clock: &Clock, due: Due) {
         if due.writes {
-            self.behind.forget_written();
+            self.write_behind.forget_written();
         }
         if due.renews {
             let is_moving = self.endpoints.iter().any(|(account, _)| account.mirror().usage.is_moving());
@@ -345,18 +345,18 @@ impl Desk {
     }
 
     /// Views show what has freed meanwhile; what is too old goes.
-    fn renew(&mut self, group: &mut Group<'_>) -> Result<(), LedgerError> {
-        let clock = group.clock;
+    fn renew(&mut self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
+        let clock = batch.clock;
         let cleans = clock.boot >= self.clean_at;
         for (account, limits) in &self.endpoints {
             let is_known = account.mirror().read_at.is_some();
             if is_known && !account.mirror().usage.is_moving() {
                 continue;
             }
-            group.refresh(account, limits)?;
+            batch.refresh(account, limits)?;
             account.publish(account.mirror().usage.view(limits, &clock), clock.boot);
             if cleans {
-                group.ledger.forget(account.id(), Slot::oldest_that_counts(clock.boot))?;
+                batch.ledger.forget(account.id(), Slot::oldest_that_counts(clock.boot))?;
             }
         }
         if cleans {
@@ -367,7 +367,7 @@ impl Desk {
         if clock.boot >= self.clean_stats_at {
             self.clean_stats_at = clock.boot + CLEAN_STATS;
             let second = jiff::Timestamp::try_from(clock.wall).unwrap_or_default().as_second();
-            group.ledger.forget_tokens(stats::oldest(second, HOURS_KEPT), stats::oldest(second, DAYS_KEPT))?;
+            batch.ledger.forget_tokens(stats::oldest(second, HOURS_KEPT), stats::oldest(second, DAYS_KEPT))?;
         }
         Ok(())
     }
@@ -384,28 +384,28 @@ impl Desk {
         if !seen.is_empty() {
             self.renew_at = self.renew_at.min(clock.boot + RENEW);
         }
-        for Served { draw, outcome } in served {
-            match outcome {
-                Outcome::Granted(at, counted, ahead) => {
+        for Served { draw, decision } in served {
+            match decision {
+                Decision::Granted(at, counted, ahead) => {
                     if ahead > 0 {
-                        self.stock(&draw, at, counted, ahead, clock);
+                        self.keep_prefetched(&draw, at, counted, ahead, clock);
                     }
                     self.grant(draw, at, Some(counted));
                 }
-                Outcome::Held(held) => self.refuse(draw, &held, clock),
+                Decision::Held(held) => self.refuse(draw, &held, clock),
             }
         }
     }
 
     /// What was drawn ahead is there for whoever comes next.
-    fn stock(&mut self, draw: &Draw, at: usize, counted: Counted, permits: u64, clock: &Clock) {
+    fn keep_prefetched(&mut self, draw: &Draw, at: usize, counted: Counted, permits: u64, clock: &Clock) {
         let Some(Wanted { account, limits, .. }) = draw.wanted.get(at) else { return };
         // What is there holds no more, be it for another config's limits.
-        self.clear_stock(account, clock);
-        account.stock.put(counted, limits, permits);
+        self.give_back_prefetched(account, clock);
+        account.prefetch.put(counted, limits, permits);
         // When the last one would have been too old, this one is not.
-        self.stocked.retain(|(known, _)| !Arc::ptr_eq(known, account));
-        self.stocked.push((Arc::clone(account), counted.at + prefetch::USABLE));
+        self.prefetched.retain(|(known, _)| !Arc::ptr_eq(known, account));
+        self.prefetched.push((Arc::clone(account), counted.at + prefetch::USABLE));
     }
 
     fn grant(&self, draw: Draw, at: usize, counted: Option<Counted>) {
@@ -511,7 +511,7 @@ mod tests {
     use super::super::Spent;
     use super::super::sqlite::{Opening, SqliteLedger};
     use super::super::stats::{self, MODELS_MAX, OTHER_MODELS};
-    use super::super::write_behind::WRITE_BEHIND;
+    use super::super::write_behind::WRITE_DELAY;
     use super::*;
     use crate::config::LedgerSync;
     use crate::config::test_support::config;
@@ -522,10 +522,10 @@ mod tests {
     /// 2026-11-25, noon, in UTC.
     const NOON: u64 = 1_795_608_000;
 
-    /// One process: a desk, its ledger, and a clock that a test moves.
+    /// One process: a allocator, its ledger, and a clock that a test moves.
     struct Process {
         client: Client,
-        desk: Desk,
+        allocator: Allocator,
         ledger: SqliteLedger,
         now_ms: Arc<AtomicU64>,
         /// For timeouts, which never come here: its own clock stands still.
@@ -548,9 +548,9 @@ mod tests {
             let boot = client.clock().boot;
             let opening = Opening { boot_id: Some("boot"), now: boot, minute_unknown: false };
             let ledger = SqliteLedger::open(&folder.join("ledger.db"), LedgerSync::Normal, &opening).unwrap();
-            let desk = Desk::new(client.clone(), on_error, Arc::default());
+            let allocator = Allocator::new(client.clone(), on_error, Arc::default());
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-            Self { client, desk, ledger, now_ms: Arc::clone(now_ms), runtime: Arc::new(runtime) }
+            Self { client, allocator, ledger, now_ms: Arc::clone(now_ms), runtime: Arc::new(runtime) }
         }
 
         fn alone() -> (tempfile::TempDir, Self) {
@@ -574,7 +574,7 @@ mod tests {
         }
 
         fn serve(&mut self) {
-            self.desk.serve(Some(&mut self.ledger)).unwrap();
+            self.allocator.serve(Some(&mut self.ledger)).unwrap();
         }
 
         fn draw(&mut self, wanted: &[Wanted]) -> Drawn {
@@ -722,7 +722,7 @@ mod tests {
         assert_eq!(refusal.wait, Duration::from_millis(20_500));
     }
 
-    /// Draws one permit a millisecond, as many as make a stock.
+    /// Draws one permit a millisecond, until permits are prefetched.
     fn busy(process: &mut Process, wanted: &Wanted) -> usize {
         let mut sent = 0;
         while process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock()).is_none() {
@@ -767,7 +767,7 @@ mod tests {
         // By itself it is given back when it is old.
         let sent = sent + u64::try_from(busy(&mut process, &wanted)).unwrap();
         assert!(in_ledger() > sent + 8);
-        assert!(process.desk.next_due() <= process.client.clock().boot + prefetch::USABLE);
+        assert!(process.allocator.next_due() <= process.client.clock().boot + prefetch::USABLE);
         process.pass(prefetch::USABLE);
         assert!(at_once(&process).is_none());
         assert_eq!((in_ledger(), process.used(&wanted)), (sent, (sent, sent)));
@@ -776,17 +776,17 @@ mod tests {
         process.client.close();
         process.serve();
         assert_eq!(in_ledger(), sent);
-        assert!(process.desk.is_all_written());
+        assert!(process.allocator.is_all_written());
     }
 
     #[test]
-    fn a_stock_that_follows_another_lasts_as_long() {
+    fn prefetched_permits_that_follow_others_last_as_long() {
         let (_folder, mut process) = Process::alone();
         let wanted = process.wanted("a", r#""rpm":1000000"#);
         let at_once =
             |process: &Process| process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock());
         busy(&mut process, &wanted);
-        let first_ends = process.desk.next_due();
+        let first_ends = process.allocator.next_due();
         // It is used up early, and another one follows.
         while let Some(mut permit) = at_once(&process) {
             permit.spend();
@@ -891,9 +891,9 @@ mod tests {
             process.client.spend_tokens(&wanted.account, &wanted.limits, spent, now);
         }
         process.serve();
-        assert!(!process.desk.is_all_written());
-        process.pass(WRITE_BEHIND);
-        assert!(process.desk.is_all_written());
+        assert!(!process.allocator.is_all_written());
+        process.pass(WRITE_DELAY);
+        assert!(process.allocator.is_all_written());
         assert_eq!(process.used(&wanted), (3, 3));
         let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
         let model = &stats["a"]["m"];
@@ -919,7 +919,7 @@ mod tests {
             process.client.spend_tokens(&wanted.account, &wanted.limits, spent, now);
         }
         process.serve();
-        process.pass(WRITE_BEHIND);
+        process.pass(WRITE_DELAY);
         let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
         assert_eq!(stats["a"].len(), MODELS_MAX + 1);
         assert_eq!(stats["a"][OTHER_MODELS].cost.exact.requests, 10);
@@ -933,13 +933,13 @@ mod tests {
             let mut process = Process::new(folder.path(), &now_ms, on_error);
             let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""rpm":-1"#)];
             let mut answer = process.ask(&wanted, Otherwise::Refuse);
-            assert!(process.desk.serve(None).is_err());
+            assert!(process.allocator.serve(None).is_err());
             assert_eq!(spent(ready(&mut answer)), expected);
             let mut only_limited = process.ask(&wanted[..1], Otherwise::Refuse);
-            assert!(process.desk.serve(None).is_err());
+            assert!(process.allocator.serve(None).is_err());
             let drawn = ready(&mut only_limited);
             assert_eq!(matches!(drawn, Drawn::Unavailable), on_error == LedgerOnError::Deny, "{drawn:?}");
-            let tally = &process.desk.tally;
+            let tally = &process.allocator.tally;
             let counts = [&tally.denied, &tally.uncounted].map(|count| count.load(Ordering::Relaxed));
             assert_eq!(counts, if on_error == LedgerOnError::Deny { [1, 0] } else { [0, 2] });
             assert_eq!(process.client.is_down(), on_error == LedgerOnError::Deny);
@@ -959,7 +959,7 @@ mod tests {
         let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""maxConcurrent":1"#)];
         let Drawn::Granted(0, _busy) = process.draw(&wanted[1..]) else { panic!("it is free") };
         let mut answer = process.ask(&wanted, Otherwise::Refuse);
-        assert!(process.desk.serve(None).is_err());
+        assert!(process.allocator.serve(None).is_err());
         let refusal = refused(ready(&mut answer));
         assert_eq!(refusal, Refusal { wait: Duration::from_secs(1), held: vec![(1, Hold::Concurrent(1))] });
     }
@@ -972,7 +972,7 @@ mod tests {
         process.ledger.set_lock_wait(Duration::from_millis(1));
         holder.execute_batch("BEGIN IMMEDIATE").unwrap();
         let mut answer = process.ask(&wanted, Otherwise::Refuse);
-        let error = process.desk.serve(Some(&mut process.ledger)).unwrap_err();
+        let error = process.allocator.serve(Some(&mut process.ledger)).unwrap_err();
         assert_eq!(error.kind, FaultKind::Locked, "{error}");
         assert!(matches!(ready(&mut answer), Drawn::Unavailable));
         holder.execute_batch("ROLLBACK").unwrap();
@@ -989,12 +989,12 @@ mod tests {
         let waiting = process.ask(&wanted, Otherwise::WaitUntil(until));
         process.serve();
         let now = process.client.clock().boot;
-        assert!(process.desk.next_due() > now, "there is nothing to do at this moment");
-        assert!(process.desk.next_due() <= now + SCAN);
+        assert!(process.allocator.next_due() > now, "there is nothing to do at this moment");
+        assert!(process.allocator.next_due() <= now + SCAN);
         drop(waiting);
         for _ in 0..100 {
             process.pass(Duration::from_secs(1));
         }
-        assert_eq!(process.desk.next_due(), Stamp::NEVER, "and once all has freed, never again");
+        assert_eq!(process.allocator.next_due(), Stamp::NEVER, "and once all has freed, never again");
     }
 }

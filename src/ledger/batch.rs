@@ -1,4 +1,4 @@
-//! Deciding one group of draws: each counts for the first endpoint of its list that has a permit.
+//! Deciding one batch of draws: each counts for the first endpoint of its list that has a permit.
 
 use std::sync::Arc;
 
@@ -10,27 +10,27 @@ use crate::limit::{Clock, Counted, Counts, Held, Hold, Limits, Minute, Slot, Sta
 /// One draw, and what came of it.
 pub(super) struct Served {
     pub(super) draw: Draw,
-    pub(super) outcome: Outcome,
+    pub(super) decision: Decision,
 }
 
-pub(super) enum Outcome {
+pub(super) enum Decision {
     /// By the endpoint at this place, as this, with so many more drawn ahead.
     Granted(usize, Counted, u64),
     Held(Vec<(usize, Held)>),
 }
 
-/// What one group of work needs.
-pub(super) struct Group<'a> {
+/// What one batch of work needs.
+pub(super) struct Batch<'a> {
     pub(super) ledger: &'a mut dyn Ledger,
     pub(super) generation: u64,
     pub(super) clock: Clock,
     /// Accounts that something was drawn from.
     pub(super) drawn: Vec<Arc<Account>>,
     /// Whether permits may be drawn ahead: nobody waits for his turn.
-    pub(super) may_draw_ahead: bool,
+    pub(super) may_prefetch: bool,
 }
 
-impl Group<'_> {
+impl Batch<'_> {
     /// Writes what was drawn.
     pub(super) fn write_drawn(&mut self) -> Result<(), LedgerError> {
         self.drawn.iter().try_for_each(|account| write(self.ledger, account, &account.mirror().drawn))
@@ -42,7 +42,7 @@ impl Group<'_> {
     }
 
     /// Counts the draw for the first endpoint of its list that has a permit.
-    pub(super) fn decide(&mut self, draw: &Draw) -> Result<Outcome, LedgerError> {
+    pub(super) fn decide(&mut self, draw: &Draw) -> Result<Decision, LedgerError> {
         let mut held = Vec::new();
         for (at, wanted) in draw.wanted.iter().enumerate() {
             let in_ledger = wanted.limits.in_ledger();
@@ -53,8 +53,8 @@ impl Group<'_> {
             match take(wanted, &mut mirror, &self.clock) {
                 Err(by) => held.push((at, by)),
                 Ok(counted) => {
-                    let ahead = if self.may_draw_ahead && is_first_choice(draw) {
-                        draw_ahead(wanted, &mut mirror, counted, &self.clock)
+                    let ahead = if self.may_prefetch && is_first_choice(draw) {
+                        prefetch(wanted, &mut mirror, counted, &self.clock)
                     } else {
                         0
                     };
@@ -65,11 +65,11 @@ impl Group<'_> {
                         let attempts = 1 + i64::try_from(ahead).unwrap_or_default();
                         Entry::new(counted, Change { attempts, tokens: 0 }).merge_into(&mut mirror.drawn);
                     }
-                    return Ok(Outcome::Granted(at, counted, ahead));
+                    return Ok(Decision::Granted(at, counted, ahead));
                 }
             }
         }
-        Ok(Outcome::Held(held))
+        Ok(Decision::Held(held))
     }
 
     /// Reads what the ledger counts for an endpoint, if anybody else has written since it was read, or the day has turned.
@@ -104,8 +104,8 @@ impl Group<'_> {
             mirror.drawn.clear();
             mirror.read_at = None;
         }
-        for Served { draw, outcome } in served {
-            if let Outcome::Granted(at, ..) = outcome
+        for Served { draw, decision } in served {
+            if let Decision::Granted(at, ..) = decision
                 && let Some(wanted) = draw.wanted.get(*at)
                 && wanted.limits.is_concurrency_limited()
             {
@@ -121,16 +121,16 @@ pub(super) fn needs_ledger(draw: &Draw) -> bool {
 }
 
 /// Decides where no endpoint has limits that the ledger keeps.
-pub(super) fn decide_here(draw: Draw, clock: &Clock) -> Served {
+pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
     let mut held = Vec::new();
     for (at, wanted) in draw.wanted.iter().enumerate() {
         let taken = take(wanted, &mut wanted.account.mirror(), clock);
         match taken {
-            Ok(counted) => return Served { draw, outcome: Outcome::Granted(at, counted, 0) },
+            Ok(counted) => return Served { draw, decision: Decision::Granted(at, counted, 0) },
             Err(by) => held.push((at, by)),
         }
     }
-    Served { draw, outcome: Outcome::Held(held) }
+    Served { draw, decision: Decision::Held(held) }
 }
 
 /// Whether a draw is for the strategy's choice, which is nearly always granted. All others want to know what is left.
@@ -139,13 +139,13 @@ pub(super) fn is_first_choice(draw: &Draw) -> bool {
 }
 
 /// Counts as many permits more as the endpoint is about to be asked for. Of requests at once each has to be counted when it begins.
-fn draw_ahead(wanted: &Wanted, mirror: &mut Mirror, counted: Counted, clock: &Clock) -> u64 {
+fn prefetch(wanted: &Wanted, mirror: &mut Mirror, counted: Counted, clock: &Clock) -> u64 {
     let Wanted { account, limits, .. } = wanted;
     if !limits.in_ledger() || limits.is_concurrency_limited() {
         return 0;
     }
     let Mirror { usage, demand, .. } = mirror;
-    let ahead = demand.drawn(&account.stock, || usage.view(limits, clock), clock.boot);
+    let ahead = demand.drawn(&account.prefetch, || usage.view(limits, clock), clock.boot);
     if ahead > 0 {
         usage.add(counted, Counts { attempts: ahead, tokens: 0 });
     }

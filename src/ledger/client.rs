@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::write_behind::WRITE_BEHIND;
+use super::write_behind::WRITE_DELAY;
 use super::{Account, Permit, Spent};
 use crate::limit::{Clock, Counted, Hold, Limits, Stamp, View};
 use crate::telemetry::metrics::metrics;
 
-/// Requests that may wait for the ledger's thread at one moment, which serves them all in one group. What follows an attempt (a
+/// Requests that may wait for the ledger's thread at one moment, which serves them all in one batch. What follows an attempt (a
 /// permit given back, its end, its tokens) always has room: there is one at most of each for every request that is open.
 const DRAWS_MAX: usize = 65_536;
 
@@ -121,7 +121,7 @@ pub(super) struct Messages {
     pub(super) closing: bool,
 }
 
-/// What the desk and its clients share.
+/// What the allocator and its clients share.
 #[derive(Debug, Default)]
 struct Inbox {
     messages: Mutex<(Messages, Sleep)>,
@@ -269,7 +269,7 @@ impl Client {
 
     /// A permit that was drawn ahead, if there is one: nobody waits for it.
     pub fn draw_at_once(&self, account: &Arc<Account>, limits: &Arc<Limits>, clock: &Clock) -> Option<Permit> {
-        let counted = account.stock.take(limits, clock)?;
+        let counted = account.prefetch.take(limits, clock)?;
         Some(Permit::new(self, account, limits, Some(counted)))
     }
 
@@ -281,7 +281,7 @@ impl Client {
     /// Counts the tokens of an answer that has ended now.
     pub fn spend_tokens(&self, account: &Arc<Account>, limits: &Arc<Limits>, spent: Spent, now: Stamp) {
         let bill = Bill { account: Arc::clone(account), limits: Arc::clone(limits), spent };
-        if self.push_until(now + WRITE_BEHIND, |messages| messages.bills.push(bill)).is_none() {
+        if self.push_until(now + WRITE_DELAY, |messages| messages.bills.push(bill)).is_none() {
             log::error!("endpoint {}: an answer's tokens are not counted: the ledger is closed", account.id());
         }
     }
@@ -325,7 +325,7 @@ impl Client {
 
     /// For what may wait until it is written behind, so that not every answer wakes the thread.
     pub(super) fn push_behind<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
-        self.push_until(self.clock().boot + WRITE_BEHIND, add)
+        self.push_until(self.clock().boot + WRITE_DELAY, add)
     }
 
     /// The thread is woken unless it wakes by then.

@@ -2,10 +2,10 @@
 //!
 //! The ledger is the only authority. A permit is drawn from it before the attempt is sent, so a process that is killed leaves
 //! nothing uncounted, and all processes that share a ledger share the limits exactly. All who wait at one moment are served
-//! in one group, so that many requests cost one commit.
+//! in one batch, so that many requests cost one commit.
 //!
 //! ```text
-//! request ── Client::draw ──► inbox ──► thread: Desk ── begin, read, add, commit ──► Ledger (SQLite)
+//! request ── Client::draw ──► inbox ──► thread: Allocator ── begin, read, add, commit ──► Ledger (SQLite)
 //!    ▲                                    │
 //!    └────────── Permit ◄─────────────────┘          spent: nothing more to do
 //!                  └── dropped unspent: given back, through the inbox
@@ -15,12 +15,13 @@
 //! |---|---|
 //! | `account` | what a process knows of one endpoint's counts |
 //! | `client` | the way to the ledger's thread |
+//! | `messages` | what goes that way, and what comes back |
 //! | `permit` | the right to one attempt, which gives itself back |
-//! | `stock` | permits drawn ahead |
-//! | `desk` | who is served when, in which order, and what is told; pure but for the ledger it is given |
-//! | `group` | who of a group gets a permit |
-//! | `behind` | what is written a little later |
-//! | `thread` | the desk's thread, its faults, and checkpoints |
+//! | `prefetch` | permits drawn ahead of their requests |
+//! | `allocator` | who is served when, and in which order; pure but for the ledger it is given |
+//! | `batch` | which draws of a batch are granted, in one transaction |
+//! | `write_behind` | what is written a little later |
+//! | `thread` | the allocator's thread, its faults, and checkpoints |
 //! | [`sqlite`] | the ledger on one machine |
 //! | [`stats`] | token statistics |
 
@@ -42,15 +43,15 @@ use jiff::civil::Date;
 use crate::limit::{Counts, Days, Slot, Stamp};
 
 pub use account::Account;
-pub use allocator::{Desk, Tally, Used};
+pub use allocator::{Allocator, Tally, Used};
 pub use client::{Client, Drawn, Otherwise, QueuePlace, Refusal, Wanted};
 pub use permit::Permit;
 pub use stats::Spent;
 pub use thread::{Keeper, State};
 
-/// What the desk needs of a ledger. A group is one step: between `begin` and `commit` nobody else's comes.
+/// What the allocator needs of a ledger. A batch is one step: between `begin` and `commit` nobody else's comes.
 pub trait Ledger {
-    /// Begins a group. The number is another one whenever anybody else has written since the last group.
+    /// Begins a batch. The number is another one whenever anybody else has written since the last batch.
     fn begin(&mut self) -> Result<u64, LedgerError>;
     /// What was counted for an endpoint, from a slot on, in any order.
     fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError>;
@@ -66,9 +67,9 @@ pub trait Ledger {
     fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError>;
     /// Forgets hours and days of the token statistics that begin at these seconds of Unix time or before.
     fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError>;
-    /// Ends the group: all of it counts from here on.
+    /// Ends the batch: all of it counts from here on.
     fn commit(&mut self) -> Result<(), LedgerError>;
-    /// Ends the group: nothing of it counts.
+    /// Ends the batch: nothing of it counts.
     fn roll_back(&mut self);
     /// Until then the counts of the minute may be incomplete.
     fn unknown_until(&self) -> Stamp;

@@ -1,44 +1,44 @@
-//! Permits that were drawn ahead, so that of many requests in a short time only the first one waits for the ledger.
+//! Prefetched permits, so that of many requests in a short time only the first waits for the ledger.
 //!
-//! They are drawn as any other, in the same step as a request's own, and are as old as that one: whoever takes one out of the stock
-//! holds a permit of that moment, and the rules of a permit's age hold for it. There is a stock only of an endpoint that is asked
-//! all the time and has plenty left. What nobody has taken is given back after [`USABLE`]; a process that is killed wastes it.
+//! They are drawn like any other, in the same step as a request's own permit, and are as old as that one: the rules for a permit's
+//! age apply. Permits are prefetched only for an endpoint that is asked all the time and has plenty left. Those that nobody takes
+//! are given back after [`USABLE`]; a process that is killed wastes them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::limit::{Clock, Counted, Gauge, Limits, PERMIT_AGE_MAX, Stamp, View};
 
-/// A permit is taken out of the stock for no longer than this; what is left of [`PERMIT_AGE_MAX`] is for its way to the endpoint.
+/// How long a prefetched permit can be taken; what is left of [`PERMIT_AGE_MAX`] is for its way to the endpoint.
 pub(super) const USABLE: Duration = Duration::from_millis(100);
-/// How fast an endpoint's permits go is told from no shorter time than this.
+/// The demand for an endpoint's permits is measured over at least this time.
 const WATCHED: Duration = Duration::from_millis(10);
-/// A smaller stock is not worth it.
+/// Fewer are not worth prefetching.
 const PERMITS_MIN: u64 = 8;
-/// A larger one is not needed: so many in [`USABLE`] are 40,000 a second.
+/// More are not needed: so many in [`USABLE`] are 40,000 a second.
 const PERMITS_MAX: u64 = 4096;
 /// No more than this part of what is left is drawn ahead: so much at most is kept from other processes, or wasted by a kill, and of
-/// small limits, and near any, permits are drawn one by one. At the rate that uses up a limit by the minute a stock is a thousandth
+/// small limits, and near any, permits are drawn one by one. At the rate that uses up a limit by the minute the buffer is a thousandth
 /// of it, so this holds back nobody who has a quarter of his minute left.
 const PART_OF_LEFT: u64 = 256;
 /// Token limits are near when less than this part is left.
 const PART_OF_TOKENS: u64 = 8;
 
-/// The stock of one endpoint.
+/// The prefetched permits of one endpoint.
 #[derive(Debug, Default)]
-pub(super) struct Stock(Mutex<Content>);
+pub(super) struct PrefetchBuffer(Mutex<BufferState>);
 
 #[derive(Debug, Default)]
-struct Content {
+struct BufferState {
     /// What is there; none if it is empty.
-    ahead: Option<Ahead>,
+    ahead: Option<PrefetchedPermits>,
     /// Permits taken since they were counted last.
     taken: u64,
 }
 
 /// Permits of one moment.
 #[derive(Clone, Debug)]
-pub(super) struct Ahead {
+pub(super) struct PrefetchedPermits {
     /// What each of them was counted as.
     pub(super) counted: Counted,
     /// The limits that they were drawn by.
@@ -47,7 +47,7 @@ pub(super) struct Ahead {
     pub(super) permits: u64,
 }
 
-impl Stock {
+impl PrefetchBuffer {
     /// Takes one permit out, if there is one that holds at this moment and for these limits.
     pub(super) fn take(&self, limits: &Arc<Limits>, clock: &Clock) -> Option<Counted> {
         let mut content = self.lock();
@@ -66,11 +66,11 @@ impl Stock {
 
     /// Puts permits in, where there are none.
     pub(super) fn put(&self, counted: Counted, limits: &Arc<Limits>, permits: u64) {
-        self.lock().ahead = Some(Ahead { counted, limits: Arc::clone(limits), permits });
+        self.lock().ahead = Some(PrefetchedPermits { counted, limits: Arc::clone(limits), permits });
     }
 
     /// Takes everything out.
-    pub(super) fn take_all(&self) -> Option<Ahead> {
+    pub(super) fn take_all(&self) -> Option<PrefetchedPermits> {
         self.lock().ahead.take()
     }
 
@@ -79,13 +79,13 @@ impl Stock {
         std::mem::take(&mut self.lock().taken)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Content> {
+    fn lock(&self) -> MutexGuard<'_, BufferState> {
         // Nothing panics while it is held.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Ahead {
+impl PrefetchedPermits {
     fn is_usable(&self, clock: &Clock) -> bool {
         clock.boot - self.counted.at < USABLE && self.counted.days.cover(&self.limits.calendar.days(clock.wall))
     }
@@ -100,13 +100,13 @@ pub(super) struct Demand {
 
 impl Demand {
     /// A permit was drawn. Tells how many more are to be drawn with it, of an endpoint of which this is left.
-    pub(super) fn drawn(&mut self, stock: &Stock, view: impl FnOnce() -> View, now: Stamp) -> u64 {
+    pub(super) fn drawn(&mut self, buffer: &PrefetchBuffer, view: impl FnOnce() -> View, now: Stamp) -> u64 {
         self.draws += 1;
         let watched = now - self.since;
         if watched < WATCHED {
             return 0;
         }
-        let gone = self.draws + stock.count_taken();
+        let gone = self.draws + buffer.count_taken();
         *self = Self { since: now, draws: 0 };
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let expected = gone.saturating_mul(millis(USABLE)) / millis(watched).max(1);
@@ -150,33 +150,33 @@ mod tests {
 
     #[test]
     fn permits_are_taken_while_they_are_young() {
-        let (stock, limits, clock) = (Stock::default(), limits(), Clock::read());
-        assert!(stock.take(&limits, &clock).is_none());
+        let (buffer, limits, clock) = (PrefetchBuffer::default(), limits(), Clock::read());
+        assert!(buffer.take(&limits, &clock).is_none());
         let counted = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
-        stock.put(counted, &limits, 3);
-        assert_eq!(stock.take(&limits, &clock), Some(counted));
-        assert!(stock.take(&self::limits(), &clock).is_none(), "the config is another one");
+        buffer.put(counted, &limits, 3);
+        assert_eq!(buffer.take(&limits, &clock), Some(counted));
+        assert!(buffer.take(&self::limits(), &clock).is_none(), "the config is another one");
         let later = |millis| Clock { boot: clock.boot + Duration::from_millis(millis), ..clock };
-        assert_eq!(stock.take(&limits, &later(99)), Some(counted));
-        assert!(stock.take(&limits, &later(100)).is_none());
+        assert_eq!(buffer.take(&limits, &later(99)), Some(counted));
+        assert!(buffer.take(&limits, &later(100)).is_none());
         let tomorrow = Clock { wall: clock.wall + Duration::from_hours(24), ..clock };
-        assert!(stock.take(&limits, &tomorrow).is_none(), "the day has turned");
-        assert_eq!(stock.take_all().map(|ahead| ahead.permits), Some(1));
-        assert!(stock.take_all().is_none());
+        assert!(buffer.take(&limits, &tomorrow).is_none(), "the day has turned");
+        assert_eq!(buffer.take_all().map(|ahead| ahead.permits), Some(1));
+        assert!(buffer.take_all().is_none());
     }
 
     #[test]
     fn as_many_are_drawn_ahead_as_will_be_wanted() {
         let ahead = |draws: u64, taken: u64, millis: u64, view: View| {
-            let (stock, limits, clock) = (Stock::default(), limits(), Clock::read());
+            let (buffer, limits, clock) = (PrefetchBuffer::default(), limits(), Clock::read());
             let mut demand = Demand { since: clock.boot, draws: draws - 1 };
-            stock.put(Counted { at: clock.boot, days: limits.calendar.days(clock.wall) }, &limits, 5000);
-            assert!((0..taken).all(|_| stock.take(&limits, &clock).is_some()));
-            demand.drawn(&stock, || view, clock.boot + Duration::from_millis(millis))
+            buffer.put(Counted { at: clock.boot, days: limits.calendar.days(clock.wall) }, &limits, 5000);
+            assert!((0..taken).all(|_| buffer.take(&limits, &clock).is_some()));
+            demand.drawn(&buffer, || view, clock.boot + Duration::from_millis(millis))
         };
         let plenty = left(900_000, None);
         assert_eq!(ahead(10, 0, 10, plenty), 100);
-        assert_eq!(ahead(1, 99, 100, plenty), 100, "those taken out of the last stock count as well");
+        assert_eq!(ahead(1, 99, 100, plenty), 100, "those taken out of the last buffer count as well");
         assert_eq!(ahead(10, 0, 9, plenty), 0, "too short a time tells nothing");
         assert_eq!(ahead(7, 0, 100, plenty), 0, "who comes now and then is served one by one");
         assert_eq!(ahead(100, 0, 10, left(25_600, None)), 100, "a part of what is left");

@@ -27,13 +27,13 @@ const APPLICATION_ID: i64 = 0x6170_7467;
 const MIGRATIONS: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
 /// Small pages, since a commit writes every page that it touches, and touches two or three.
 const PAGE_BYTES: u32 = 1024;
-/// How long a group waits for another process's, which takes a fraction of a millisecond, or another program's.
+/// How long a batch waits for another process's, which takes a fraction of a millisecond, or another program's.
 pub const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Between two looks whether the lock is free. SQLite's own handler backs off up to 100 ms.
 const LOCK_POLL: Duration = Duration::from_micros(50);
-/// To begin the log anew the writer's lock is held while readers are waited for, no longer than this: groups wait meanwhile.
+/// To begin the log anew the writer's lock is held while readers are waited for, no longer than this: batches wait meanwhile.
 const CHECKPOINT_LOCK_WAIT: Duration = Duration::from_millis(10);
-/// A log longer than this is written back even if the next group has to wait for it.
+/// A log longer than this is written back even if the next batch has to wait for it.
 const LOG_BYTES_MAX: i64 = 16 * 1024 * 1024;
 
 static OPENED: AtomicU64 = AtomicU64::new(0);
@@ -352,7 +352,7 @@ impl Ledger for SqliteLedger {
     }
 }
 
-/// Writes the log back into the file, from a connection of its own, so that no group waits for the disk. What comes in
+/// Writes the log back into the file, from a connection of its own, so that no batch waits for the disk. What comes in
 /// meanwhile waits for the next time, unless it has become much.
 pub fn checkpoint(path: &Path) -> Result<(), LedgerError> {
     let run = || {
@@ -477,7 +477,7 @@ mod tests {
         Days { first: date(2026, 11, 25), last: date(2026, 11, 25) }
     }
 
-    fn group(ledger: &mut SqliteLedger, work: impl FnOnce(&mut SqliteLedger)) -> u64 {
+    fn batch(ledger: &mut SqliteLedger, work: impl FnOnce(&mut SqliteLedger)) -> u64 {
         let generation = ledger.begin().unwrap();
         work(ledger);
         ledger.commit().unwrap();
@@ -485,12 +485,12 @@ mod tests {
     }
 
     fn add(ledger: &mut SqliteLedger, slot: u64, attempts: i64) -> u64 {
-        group(ledger, |ledger| ledger.add("a", Slot(slot), one_day(), Change { attempts, tokens: 7 }).unwrap())
+        batch(ledger, |ledger| ledger.add("a", Slot(slot), one_day(), Change { attempts, tokens: 7 }).unwrap())
     }
 
     fn minute(ledger: &mut SqliteLedger) -> Vec<(u64, u64)> {
         let mut slots = Vec::new();
-        group(ledger, |ledger| {
+        batch(ledger, |ledger| {
             let rows = ledger.minute("a", Slot(0)).unwrap();
             slots = rows.into_iter().map(|(slot, counts)| (slot.0, counts.attempts)).collect();
         });
@@ -648,7 +648,7 @@ mod tests {
             at_ms: (now - hours_ago * 3600) * 1000,
             cost: Cost::exact(Tokens { total: 3, ..Tokens::default() }, Speed::default()),
         };
-        group(&mut ledger, |ledger| {
+        batch(&mut ledger, |ledger| {
             for hours_ago in [0, 47, 48, 399 * 24, 400 * 24] {
                 ledger.add_tokens(&spent(hours_ago)).unwrap();
             }
@@ -666,14 +666,14 @@ mod tests {
         };
         let before = rows(&ledger);
         let oldest = |kept| stats::oldest(now, kept);
-        group(&mut ledger, |ledger| {
+        batch(&mut ledger, |ledger| {
             ledger.forget_tokens(oldest(stats::HOURS_KEPT), oldest(stats::DAYS_KEPT)).unwrap();
         });
         assert!(rows(&ledger) < before, "nor kept");
         assert_eq!(kept(&path), expected);
-        group(&mut ledger, |ledger| ledger.reset_tokens(Some("b")).unwrap());
+        batch(&mut ledger, |ledger| ledger.reset_tokens(Some("b")).unwrap());
         assert_eq!(kept(&path), expected);
-        group(&mut ledger, |ledger| ledger.reset_tokens(Some("a")).unwrap());
+        batch(&mut ledger, |ledger| ledger.reset_tokens(Some("a")).unwrap());
         assert!(stats::read(&path, wall).unwrap().is_empty());
     }
 

@@ -1,4 +1,4 @@
-//! The ledger's thread: it serves the desk, opens the ledger, and takes up its faults. A second one writes the log back.
+//! The ledger's thread: it serves the allocator, opens the ledger, and takes up its faults. A second one writes the log back.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::allocator::{Desk, Tally, Used};
+use super::allocator::{Allocator, Tally, Used};
 use super::client::Messages;
 use super::sqlite::{self, Opening, SqliteLedger};
 use super::{Client, FaultKind, Ledger, LedgerError};
@@ -16,11 +16,11 @@ use crate::limit::{Clock, Stamp};
 
 /// After a fault the ledger is left alone for so long; meanwhile requests do not wait for it.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
-/// A group waits no longer than this for another program's lock once it has waited its full time in vain.
+/// A batch waits no longer than this for another program's lock once it has waited its full time in vain.
 const LOCK_WAIT_FAILING: Duration = Duration::from_millis(20);
 /// So often it is looked whether the file was replaced, while there is anything to do.
 const LOOK_AT_FILE: Duration = Duration::from_secs(1);
-/// A group of so many says that more are coming all the time. Then the next one is begun a little later and serves more of them
+/// A batch of so many says that more are coming all the time. Then the next one is begun a little later and serves more of them
 /// at the price of one: at such a rate requests wait for the processor anyway.
 const BUSY_DRAWS: usize = 4;
 const LINGER: Duration = Duration::from_micros(250);
@@ -166,7 +166,7 @@ impl Keeper {
         let path = self.options.path.clone();
         std::thread::Builder::new().name("ledger-log".into()).spawn(move || checkpoints(&path, &due))?;
         let mut keeping = Keeping {
-            desk: Desk::new(self.client.clone(), self.options.on_error, Arc::clone(&self.state.tally)),
+            allocator: Allocator::new(self.client.clone(), self.options.on_error, Arc::clone(&self.state.tally)),
             client: self.client.clone(),
             options: self.options.clone(),
             state: self.state.clone(),
@@ -214,7 +214,7 @@ fn open(options: &Options, now: Stamp, minute_unknown: bool) -> Result<SqliteLed
 
 /// The thread's own.
 struct Keeping {
-    desk: Desk,
+    allocator: Allocator,
     client: Client,
     options: Options,
     state: State,
@@ -229,7 +229,7 @@ impl Keeping {
     fn run(&mut self) {
         self.open(false);
         loop {
-            let messages = self.client.receive(self.desk.next_due());
+            let messages = self.client.receive(self.allocator.next_due());
             let (closing, draws) = (messages.closing, messages.draws.len());
             self.serve(messages);
             if closing {
@@ -242,7 +242,7 @@ impl Keeping {
         let last = Messages { closing: true, ..self.client.end() };
         self.retry_at = Stamp::default();
         self.serve(last);
-        if !self.desk.is_all_written() {
+        if !self.allocator.is_all_written() {
             log::error!("ledger {}: the last counts could not be written and are lost", self.options.path.display());
         }
     }
@@ -255,7 +255,7 @@ impl Keeping {
         }
         let usable = now >= self.retry_at;
         let ledger = self.ledger.as_mut().filter(|_| usable);
-        match self.desk.serve_messages(ledger.map(|ledger| ledger as &mut dyn Ledger), messages) {
+        match self.allocator.serve_messages(ledger.map(|ledger| ledger as &mut dyn Ledger), messages) {
             Ok(Used::Ledger) => self.works(),
             Ok(Used::Nothing) => {}
             Err(error) => self.fails(&error),

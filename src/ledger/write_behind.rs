@@ -1,4 +1,4 @@
-//! What is written behind: tokens, attempts that needed no permit, permits given back. It waits here for a group that takes it along,
+//! What is written behind: tokens, attempts that needed no permit, permits given back. It waits here for a batch that takes it along,
 //! and stays if that fails.
 
 use std::collections::{HashMap, HashSet};
@@ -14,13 +14,13 @@ use super::{Account, Ledger, LedgerError, Spent};
 use crate::limit::{Clock, Stamp};
 
 /// What is written behind is written after this time.
-pub(super) const WRITE_BEHIND: Duration = Duration::from_millis(100);
+pub(super) const WRITE_DELAY: Duration = Duration::from_millis(100);
 /// Token counts that wait to be written while the ledger cannot be; more are lost, and told.
 const SPENT_MAX: usize = 10_000;
 
 /// What waits to be written.
 #[derive(Debug)]
-pub(super) struct Behind {
+pub(super) struct WriteBehind {
     /// Accounts that hold something.
     accounts: Vec<Arc<Account>>,
     spent: HashMap<SpentKey, Spent>,
@@ -33,13 +33,13 @@ pub(super) struct Behind {
 /// Endpoint, model, hour, day.
 type SpentKey = (Arc<str>, Arc<str>, i64, i64);
 
-impl Default for Behind {
+impl Default for WriteBehind {
     fn default() -> Self {
         Self { accounts: Vec::new(), spent: HashMap::new(), models: HashMap::new(), due_at: Stamp::NEVER }
     }
 }
 
-impl Behind {
+impl WriteBehind {
     /// Whether nothing waits.
     pub(super) fn is_empty(&self) -> bool {
         self.accounts.is_empty() && self.spent.is_empty()
@@ -47,12 +47,12 @@ impl Behind {
 
     /// Something has come that may wait a little.
     pub(super) fn due_soon(&mut self, clock: &Clock) {
-        self.due_at = self.due_at.min(clock.boot + WRITE_BEHIND);
+        self.due_at = self.due_at.min(clock.boot + WRITE_DELAY);
     }
 
     /// It could not be written; not again at once.
     pub(super) fn postpone(&mut self, clock: &Clock) {
-        self.due_at = self.due_at.max(clock.boot + WRITE_BEHIND);
+        self.due_at = self.due_at.max(clock.boot + WRITE_DELAY);
     }
 
     /// Adds what the mirror of an account counts already.
@@ -87,13 +87,13 @@ impl Behind {
         }
     }
 
-    /// Writes all of it, as a part of a group.
+    /// Writes all of it, as a part of a batch.
     pub(super) fn write(&self, ledger: &mut dyn Ledger) -> Result<(), LedgerError> {
         self.accounts.iter().try_for_each(|account| write(ledger, account, &account.mirror().unwritten))?;
         self.spent.values().try_for_each(|spent| ledger.add_tokens(spent))
     }
 
-    /// The group was committed.
+    /// The batch was committed.
     pub(super) fn forget_written(&mut self) {
         self.accounts.drain(..).for_each(|account| account.mirror().unwritten.clear());
         self.spent.clear();

@@ -21,7 +21,7 @@ use api_together::exchange::Attempt;
 use api_together::exchange::judge::Terms;
 use api_together::fault::Fault;
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
-use api_together::ledger::{Change, Client, Desk, FaultKind, Ledger, LedgerError, Spent, Tally};
+use api_together::ledger::{Allocator, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally};
 use api_together::limit::{Calendar, Clock, Counts, Days, Hold, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
@@ -232,7 +232,7 @@ struct Shared {
 
 struct Process {
     client: Client,
-    desk: Desk,
+    allocator: Allocator,
     ledger: Box<Watched>,
     pool: Rc<RefCell<Arc<Pool>>>,
     requests: Vec<Pin<Box<dyn Future<Output = ()>>>>,
@@ -342,12 +342,12 @@ impl World {
             }
         };
         let pool = Pool::new(self.config(), client.clone(), None).unwrap();
-        let desk = Desk::new(client.clone(), LedgerOnError::Deny, Arc::new(Tally::default()));
+        let allocator = Allocator::new(client.clone(), LedgerOnError::Deny, Arc::new(Tally::default()));
         let pool = Rc::new(RefCell::new(Arc::new(pool)));
         let (clocks, given_back) = (Arc::clone(&self.clocks), Rc::clone(&self.given_back));
         let ledger = Watched { inner: ledger, clocks, given_back, calls_left: None };
         let ledger = Box::new(ledger);
-        self.processes.push(Process { client, desk, ledger, pool, requests: Vec::new() });
+        self.processes.push(Process { client, allocator, ledger, pool, requests: Vec::new() });
     }
 
     fn step(&mut self) {
@@ -401,13 +401,13 @@ impl World {
         ZONES.iter().flat_map(days).collect()
     }
 
-    /// The desks serve whoever asks, and the requests go on.
+    /// The allocators serve whoever asks, and the requests go on.
     fn serve(&mut self) {
         for process in &mut self.processes {
             // Requests come and go on one after the other, and several groups are needed for one that is retried.
             for _ in 0..3 {
                 process.go_on();
-                process.desk.serve(Some(process.ledger.as_mut())).unwrap();
+                process.allocator.serve(Some(process.ledger.as_mut())).unwrap();
             }
             process.go_on();
         }
@@ -465,8 +465,8 @@ impl World {
         let at = self.rng.usize(..self.processes.len());
         let process = self.processes.swap_remove(at);
         self.doubt();
-        let Process { desk, ledger, requests, pool, client } = process;
-        drop((desk, ledger));
+        let Process { allocator, ledger, requests, pool, client } = process;
+        drop((allocator, ledger));
         // What the requests give back goes into an inbox that nobody reads any more.
         drop((requests, pool, client));
         self.shared.borrow_mut().seen.crashes += 1;
@@ -485,7 +485,7 @@ impl World {
 
     fn reboot(&mut self) {
         while let Some(process) = self.processes.pop() {
-            drop((process.desk, process.ledger, process.requests));
+            drop((process.allocator, process.ledger, process.requests));
         }
         self.doubt();
         // The machine is down for a while, and comes up with another clock.
@@ -518,7 +518,7 @@ impl World {
         process.ledger.calls_left = Some(self.rng.u32(..6));
         // What it could not write comes a little later. It may well have had nothing to write.
         self.shared.borrow_mut().failing_until = self.clocks.true_ms.load(Ordering::Relaxed) + 1000;
-        process.desk.serve(Some(process.ledger.as_mut())).map(drop).unwrap_or_default();
+        process.allocator.serve(Some(process.ledger.as_mut())).map(drop).unwrap_or_default();
         process.ledger.calls_left = None;
         process.go_on();
         self.check_refusals();
