@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::account::{Entry, Mirror};
-use super::client::{Draw, Otherwise};
+use super::messages::{Draw, Otherwise};
 use super::{Account, Change, Ledger, LedgerError, Wanted};
 use crate::limit::{Clock, Counted, Counts, Held, Hold, Limits, Minute, Slot, Stamp};
 

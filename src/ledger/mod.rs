@@ -29,6 +29,7 @@ mod account;
 mod allocator;
 mod batch;
 mod client;
+mod messages;
 mod permit;
 mod prefetch;
 pub mod sqlite;
@@ -44,7 +45,8 @@ use crate::limit::{Counts, Days, Slot, Stamp};
 
 pub use account::Account;
 pub use allocator::{Allocator, Tally, Used};
-pub use client::{Client, Drawn, Otherwise, QueuePlace, Refusal, Wanted};
+pub use client::{Client, QueuePlace};
+pub use messages::{Drawn, Otherwise, Refusal, Wanted};
 pub use permit::Permit;
 pub use stats::Spent;
 pub use thread::{Keeper, State};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::client::Return;
+use super::messages::Return;
 use super::{Account, Client, Wanted};
 use crate::limit::{Clock, Counted, Limits, PERMIT_AGE_MAX, Stamp};
 

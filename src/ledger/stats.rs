@@ -10,7 +10,7 @@ use jiff::tz::TimeZone;
 use rusqlite::Connection;
 
 use super::LedgerError;
-use super::sqlite::SqliteLedger;
+use super::sqlite;
 use crate::usage::Cost;
 
 /// Hours are kept so long.
@@ -99,9 +99,9 @@ pub type Stats = BTreeMap<String, BTreeMap<String, ModelStats>>;
 
 /// Reads the statistics, beside whoever writes them. It takes time: not for the request path.
 pub fn read(path: &Path, now: SystemTime) -> Result<Stats, LedgerError> {
-    let connection = SqliteLedger::open_to_read(path)?;
+    let connection = sqlite::open_to_read(path)?;
     let second = Timestamp::try_from(now).unwrap_or_default().as_second();
-    read_from(&connection, second).map_err(|error| super::sqlite::explain(path, &error))
+    read_from(&connection, second).map_err(|error| sqlite::explain(path, &error))
 }
 
 fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {

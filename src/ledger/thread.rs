@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::allocator::{Allocator, Tally, Used};
-use super::client::Messages;
+use super::messages::Messages;
 use super::sqlite::{self, Opening, SqliteLedger};
 use super::{Client, FaultKind, Ledger, LedgerError};
 use crate::config::{self, LedgerOnError, LedgerSync};
@@ -312,7 +312,7 @@ impl Keeping {
     /// Moves a ledger that cannot be trusted aside, and begins a new one. `seen` is the file that was found to be so.
     fn replace(&mut self, seen: Option<(u64, u64)>) {
         let path = &self.options.path;
-        match SqliteLedger::move_aside(path, seen) {
+        match sqlite::move_aside(path, seen) {
             Ok(Some(aside)) => log::error!(
                 "ledger {}: THE FILE IS CORRUPT. It was moved to {} and a new one begun: what was counted today, and all token \
                  statistics, begin at 0; endpoints with limits by the minute take no requests for a minute",

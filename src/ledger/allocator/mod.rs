@@ -1,0 +1,399 @@
+//! Who gets a permit. All who ask at one moment are served in one batch: decided one after the other, written together,
+//! and answered once it is committed.
+//!
+//! The allocator keeps a mirror of what the ledger counts for each endpoint, so that a batch reads only what another process has
+//! changed since the last one.
+
+mod replies;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use super::account::Entry;
+use super::batch::{Batch, Decision, Served, decide_without_ledger, is_first_choice, needs_ledger};
+use super::messages::{Bill, Draw, Messages, Return};
+use super::prefetch::PrefetchedPermits;
+use super::stats::{self, DAYS_KEPT, HOURS_KEPT};
+use super::write_behind::WriteBehind;
+use super::{Account, Change, Client, FaultKind, Ledger, LedgerError};
+use crate::config::LedgerOnError;
+use crate::limit::{Clock, Counted, Counts, Limits, Slot, Stamp};
+use replies::answer_others;
+
+/// Views are renewed so often while anything counts, so that they show what has freed and what other processes did.
+const RENEW: Duration = Duration::from_secs(1);
+/// Those who wait are looked through at least so often, as another process may give permits back.
+const SCAN: Duration = Duration::from_millis(250);
+/// Slots that no longer count are removed so often.
+const CLEAN: Duration = Duration::from_secs(10);
+/// Statistics that are too old, so often.
+const CLEAN_STATS: Duration = Duration::from_hours(1);
+
+/// What the allocator did without the ledger, or could not do.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Draws that were refused because the ledger could not be used.
+    pub denied: AtomicU64,
+    /// Attempts that went on without a permit because of that; they are counted once it can be written again.
+    pub uncounted: AtomicU64,
+    /// Answers whose tokens were lost because of that.
+    pub lost: AtomicU64,
+}
+
+/// Serves the permits of one process.
+#[derive(Debug)]
+pub struct Allocator {
+    client: Client,
+    on_error: LedgerOnError,
+    tally: Arc<Tally>,
+    /// The endpoints of the current config, and those of earlier ones that are still in use.
+    endpoints: Vec<(Arc<Account>, Arc<Limits>)>,
+    /// Those who wait for their turn, in the order of arrival; as many as the queue has places.
+    waiting: BTreeMap<u64, Draw>,
+    scan_at: Stamp,
+    write_behind: WriteBehind,
+    /// Accounts with permits drawn ahead, and when those are given back.
+    prefetched: Vec<(Arc<Account>, Stamp)>,
+    renew_at: Stamp,
+    clean_at: Stamp,
+    clean_stats_at: Stamp,
+}
+
+/// Whether serving took the ledger, so that it is known to work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Used {
+    /// It did, and all went well.
+    Ledger,
+    /// There was nothing that needed it.
+    Nothing,
+}
+
+/// What of the work behind the permits is due, by the clock at which the messages were taken in.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    writes: bool,
+    renews: bool,
+}
+
+impl Allocator {
+    /// An allocator for the clients of this inbox.
+    pub fn new(client: Client, on_error: LedgerOnError, tally: Arc<Tally>) -> Self {
+        Self {
+            client,
+            on_error,
+            tally,
+            endpoints: Vec::new(),
+            waiting: BTreeMap::new(),
+            scan_at: Stamp::NEVER,
+            write_behind: WriteBehind::default(),
+            prefetched: Vec::new(),
+            renew_at: Stamp::NEVER,
+            clean_at: Stamp::default(),
+            clean_stats_at: Stamp::default(),
+        }
+    }
+
+    /// When there is something to do even if nobody asks.
+    pub fn next_due(&self) -> Stamp {
+        let stale_at = self.prefetched.iter().map(|(_, until)| *until).min().unwrap_or(Stamp::NEVER);
+        self.scan_at.min(self.write_behind.due_at).min(self.renew_at).min(stale_at)
+    }
+
+    /// Whether everything that was counted is in the ledger.
+    pub fn is_all_written(&self) -> bool {
+        self.write_behind.is_empty() && self.prefetched.is_empty()
+    }
+
+    /// Serves whatever has come and whatever is due, with the ledger or, if it cannot be used, without. The error says that
+    /// it could not; everybody was answered all the same.
+    pub fn serve(&mut self, ledger: Option<&mut dyn Ledger>) -> Result<Used, LedgerError> {
+        let messages = self.client.take_messages();
+        self.serve_messages(ledger, messages)
+    }
+
+    pub(super) fn serve_messages(
+        &mut self,
+        ledger: Option<&mut dyn Ledger>,
+        mut messages: Messages,
+    ) -> Result<Used, LedgerError> {
+        let clock = self.client.clock();
+        self.clear_prefetched(&messages, &clock);
+        self.take_in(&mut messages, &clock);
+        let due = Due { writes: clock.boot >= self.write_behind.due_at, renews: clock.boot >= self.renew_at };
+        if due.writes {
+            self.collect_unwritten(&clock);
+        }
+        let draws = self.draws_due(std::mem::take(&mut messages.draws), &clock);
+        let asks = !messages.looks.is_empty() || !messages.resets.is_empty() || !messages.flushes.is_empty();
+        if !due.writes && !due.renews && !asks && !draws.iter().any(needs_ledger) {
+            let served = draws.into_iter().map(|draw| decide_without_ledger(draw, &clock)).collect();
+            self.answer(served, &clock);
+            return Ok(Used::Nothing);
+        }
+        let unusable = || LedgerError { kind: FaultKind::Unusable, message: String::new() };
+        let done = match ledger {
+            Some(ledger) => self.batch(ledger, draws, &messages, due),
+            None => Err((unusable(), draws)),
+        };
+        match done {
+            Ok((served, clock)) => {
+                self.client.set_down(false);
+                self.answer(served, &clock);
+                answer_others(messages, &clock, true);
+                Ok(Used::Ledger)
+            }
+            Err((error, draws)) => {
+                self.client.set_down(self.on_error == LedgerOnError::Deny);
+                self.serve_without_ledger(draws, &clock);
+                answer_others(messages, &clock, false);
+                // Not again at once.
+                self.write_behind.postpone(&clock);
+                self.renew_at = self.renew_at.max(clock.boot + RENEW);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives back what was drawn ahead: once it is old, and before anybody is told what is left.
+    fn clear_prefetched(&mut self, messages: &Messages, clock: &Clock) {
+        if self.prefetched.is_empty() {
+            return;
+        }
+        let clears_all = messages.closing || messages.endpoints.is_some() || !messages.flushes.is_empty();
+        let looked_at = messages.looks.iter().flat_map(|look| &look.accounts).map(|(account, _)| account);
+        let drawn_from = messages.draws.iter().filter(|draw| !is_first_choice(draw)).flat_map(|draw| &draw.wanted);
+        let asked: Vec<&Arc<Account>> = looked_at.chain(drawn_from.map(|wanted| &wanted.account)).collect();
+        let is_due = |(account, until): &mut (Arc<Account>, Stamp)| {
+            clears_all || *until <= clock.boot || asked.iter().any(|asked| Arc::ptr_eq(asked, account))
+        };
+        let cleared: Vec<Arc<Account>> = self.prefetched.extract_if(.., is_due).map(|(account, _)| account).collect();
+        for account in &cleared {
+            self.give_back_prefetched(account, clock);
+        }
+    }
+
+    fn give_back_prefetched(&mut self, account: &Arc<Account>, clock: &Clock) {
+        let Some(PrefetchedPermits { counted, permits, .. }) = account.prefetch.take_all() else { return };
+        let attempts = i64::try_from(permits).unwrap_or(i64::MAX);
+        let entry = Entry::new(counted, Change { attempts: -attempts, tokens: 0 });
+        account.mirror().usage.change(entry.slot, entry.days, -attempts, 0);
+        account.look_again();
+        self.write_behind.add(account, entry);
+        self.write_behind.due_at = clock.boot;
+    }
+
+    /// Takes in what asks for no answer.
+    fn take_in(&mut self, messages: &mut Messages, clock: &Clock) {
+        if let Some(endpoints) = messages.endpoints.take() {
+            self.set_endpoints(endpoints);
+            self.renew_at = clock.boot;
+        }
+        if messages.unwritten {
+            self.write_behind.due_soon(clock);
+        }
+        if !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing {
+            self.write_behind.due_at = clock.boot;
+        }
+        if !messages.returns.is_empty() {
+            self.scan_at = self.scan_at.min(clock.boot);
+        }
+        for returned in messages.returns.drain(..) {
+            self.take_back(returned, clock);
+        }
+        for bill in merged(messages.bills.drain(..)) {
+            self.take_bill(bill, clock);
+        }
+    }
+
+    fn set_endpoints(&mut self, endpoints: Vec<(Arc<Account>, Arc<Limits>)>) {
+        let before = std::mem::replace(&mut self.endpoints, endpoints);
+        for (account, limits) in before {
+            let is_known = self.endpoints.iter().any(|(known, _)| Arc::ptr_eq(known, &account));
+            if !is_known {
+                self.endpoints.push((account, limits));
+            }
+        }
+    }
+
+    fn take_back(&mut self, returned: Return, clock: &Clock) {
+        let Return { account, counted, concurrent } = returned;
+        if concurrent {
+            account.mirror().usage.release();
+        }
+        account.look_again();
+        let Some(counted) = counted else { return };
+        account.mirror().usage.give_back(counted);
+        self.write_behind.add(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
+        // At once, as after a kill it would count for an attempt that nobody made.
+        self.write_behind.due_at = clock.boot;
+    }
+
+    fn take_bill(&mut self, bill: Bill, clock: &Clock) {
+        let Bill { account, limits, spent } = bill;
+        let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
+        account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.cost.tokens() });
+        let tokens = i64::try_from(spent.cost.tokens()).unwrap_or(i64::MAX);
+        self.write_behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
+        account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
+        self.write_behind.add_spent(spent, &self.tally);
+        self.write_behind.due_soon(clock);
+        self.renew_at = self.renew_at.min(clock.boot + RENEW);
+    }
+
+    /// Attempts that needed no permit.
+    fn collect_unwritten(&mut self, clock: &Clock) {
+        for (account, limits) in &self.endpoints {
+            let attempts = account.take_unwritten();
+            if attempts > 0 {
+                let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
+                let mut mirror = account.mirror();
+                mirror.usage.forget(clock.boot);
+                mirror.usage.add(now, Counts { attempts, tokens: 0 });
+                drop(mirror);
+                let attempts = i64::try_from(attempts).unwrap_or(i64::MAX);
+                self.write_behind.add(account, Entry::new(now, Change { attempts, tokens: 0 }));
+                self.renew_at = self.renew_at.min(clock.boot + RENEW);
+            }
+        }
+    }
+
+    /// First those who swap a permit for another, then whoever waits, if it is time to look through them, then the newcomers; but
+    /// for those who are gone.
+    fn draws_due(&mut self, newcomers: Vec<Draw>, clock: &Clock) -> Vec<Draw> {
+        let (mut draws, newcomers): (Vec<_>, Vec<_>) =
+            newcomers.into_iter().partition(|draw| draw.instead_of.is_some());
+        for draw in &mut draws {
+            if let Some(returned) = draw.instead_of.take() {
+                self.take_back(returned, clock);
+                self.scan_at = self.scan_at.min(clock.boot);
+            }
+        }
+        if clock.boot >= self.scan_at {
+            self.scan_at = Stamp::NEVER;
+            draws.extend(std::mem::take(&mut self.waiting).into_values());
+        }
+        draws.extend(newcomers);
+        draws.retain(|draw| !draw.reply.is_closed());
+        draws
+    }
+
+    /// Does everything that is due as one step of the ledger. If that fails, nothing of it was done.
+    fn batch(
+        &mut self,
+        ledger: &mut dyn Ledger,
+        draws: Vec<Draw>,
+        messages: &Messages,
+        due: Due,
+    ) -> Result<(Vec<Served>, Clock), (LedgerError, Vec<Draw>)> {
+        let generation = match ledger.begin() {
+            Ok(generation) => generation,
+            Err(error) => return Err((error, draws)),
+        };
+        // Read now, since another process's batch may have been waited for.
+        let clock = self.client.clock();
+        let may_prefetch = self.waiting.is_empty() && !messages.closing;
+        let mut batch = Batch { ledger, generation, clock, drawn: Vec::new(), may_prefetch };
+        let mut served = Vec::with_capacity(draws.len());
+        let mut draws = draws.into_iter();
+        let done = loop {
+            let Some(draw) = draws.next() else { break self.finish_batch(&mut batch, messages, due) };
+            match batch.decide(&draw) {
+                Ok(decision) => served.push(Served { draw, decision }),
+                Err(error) => {
+                    served.push(Served { draw, decision: Decision::Held(Vec::new()) });
+                    break Err(error);
+                }
+            }
+        };
+        if let Err(error) = done {
+            batch.ledger.roll_back();
+            batch.undo(&served);
+            let draws = served.into_iter().map(|served| served.draw).chain(draws).collect();
+            return Err((error, draws));
+        }
+        batch.forget_drawn();
+        self.forget_written(&clock, due);
+        Ok((served, clock))
+    }
+
+    /// Writes what was drawn and what is due, and commits. Whatever is read comes before: what is read after it was written
+    /// would count twice.
+    fn finish_batch(&mut self, batch: &mut Batch<'_>, messages: &Messages, due: Due) -> Result<(), LedgerError> {
+        for look in &messages.looks {
+            look.accounts.iter().try_for_each(|(account, limits)| batch.refresh(account, limits))?;
+        }
+        if due.renews {
+            self.renew(batch)?;
+        }
+        batch.write_drawn()?;
+        if due.writes {
+            self.write_behind.write(batch.ledger)?;
+        }
+        for reset in &messages.resets {
+            batch.ledger.reset_tokens(reset.endpoint.as_deref())?;
+        }
+        batch.ledger.commit()
+    }
+
+    fn forget_written(&mut self, clock: &Clock, due: Due) {
+        if due.writes {
+            self.write_behind.forget_written();
+        }
+        if due.renews {
+            let is_moving = self.endpoints.iter().any(|(account, _)| account.mirror().usage.is_moving());
+            self.renew_at = if is_moving { clock.boot + RENEW } else { Stamp::NEVER };
+        }
+    }
+
+    /// Views show what has freed meanwhile; what is too old goes.
+    fn renew(&mut self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
+        let clock = batch.clock;
+        let cleans = clock.boot >= self.clean_at;
+        for (account, limits) in &self.endpoints {
+            let is_known = account.mirror().read_at.is_some();
+            if is_known && !account.mirror().usage.is_moving() {
+                continue;
+            }
+            batch.refresh(account, limits)?;
+            account.publish(account.mirror().usage.view(limits, &clock), clock.boot);
+            if cleans {
+                batch.ledger.forget(account.id(), Slot::oldest_that_counts(clock.boot))?;
+            }
+        }
+        if cleans {
+            self.clean_at = clock.boot + CLEAN;
+            // Endpoints that no config and no request has any more, and that have nothing left to be written.
+            self.endpoints.retain(|(account, _)| Arc::strong_count(account) > 1 || account.has_unwritten());
+        }
+        if clock.boot >= self.clean_stats_at {
+            self.clean_stats_at = clock.boot + CLEAN_STATS;
+            let second = jiff::Timestamp::try_from(clock.wall).unwrap_or_default().as_second();
+            batch.ledger.forget_tokens(stats::oldest(second, HOURS_KEPT), stats::oldest(second, DAYS_KEPT))?;
+        }
+        Ok(())
+    }
+}
+
+/// Bills of the same kind as one: when many come together, most are.
+fn merged(bills: impl Iterator<Item = Bill>) -> Vec<Bill> {
+    /// Kinds that are looked through for each bill.
+    const KINDS_MAX: usize = 32;
+    let mut merged: Vec<Bill> = Vec::new();
+    for bill in bills {
+        let same = |known: &&mut Bill| {
+            Arc::ptr_eq(&known.account, &bill.account)
+                && Arc::ptr_eq(&known.limits, &bill.limits)
+                && known.spent.is_kind_of(&bill.spent)
+        };
+        match merged.iter_mut().rev().take(KINDS_MAX).find(same) {
+            Some(known) => known.spent.merge(&bill.spent),
+            None => merged.push(bill),
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,124 @@
+//! What those who asked the allocator are told.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{Allocator, RENEW, SCAN};
+use crate::config::LedgerOnError;
+use crate::ledger::batch::{Decision, Served, enter, promise};
+use crate::ledger::messages::{Draw, Drawn, Messages, Otherwise, Refusal, Wanted};
+use crate::ledger::{Account, Permit, prefetch};
+use crate::limit::{Clock, Counted, Held, Limits, View};
+
+impl Allocator {
+    /// Tells everybody, now that it counts; the views first, so that whoever is told sees its own part in them.
+    pub(super) fn answer(&mut self, served: Vec<Served>, clock: &Clock) {
+        let mut seen: Vec<*const Account> = Vec::new();
+        for Wanted { account, limits, .. } in served.iter().flat_map(|served| &served.draw.wanted) {
+            if !seen.contains(&Arc::as_ptr(account)) {
+                seen.push(Arc::as_ptr(account));
+                account.publish(account.mirror().usage.view(limits, clock), clock.boot);
+            }
+        }
+        if !seen.is_empty() {
+            self.renew_at = self.renew_at.min(clock.boot + RENEW);
+        }
+        for Served { draw, decision } in served {
+            match decision {
+                Decision::Granted(at, counted, ahead) => {
+                    if ahead > 0 {
+                        self.keep_prefetched(&draw, at, counted, ahead, clock);
+                    }
+                    self.grant(draw, at, Some(counted));
+                }
+                Decision::Held(held) => self.refuse(draw, &held, clock),
+            }
+        }
+    }
+
+    /// What was drawn ahead is there for whoever comes next.
+    fn keep_prefetched(&mut self, draw: &Draw, at: usize, counted: Counted, permits: u64, clock: &Clock) {
+        let Some(Wanted { account, limits, .. }) = draw.wanted.get(at) else { return };
+        // What is there holds no more, be it for another config's limits.
+        self.give_back_prefetched(account, clock);
+        account.prefetch.put(counted, limits, permits);
+        // When the last one would have been too old, this one is not.
+        self.prefetched.retain(|(known, _)| !Arc::ptr_eq(known, account));
+        self.prefetched.push((Arc::clone(account), counted.at + prefetch::USABLE));
+    }
+
+    fn grant(&self, draw: Draw, at: usize, counted: Option<Counted>) {
+        let Some(Wanted { account, limits, .. }) = draw.wanted.get(at) else { return };
+        let counted = counted.filter(|_| limits.in_ledger());
+        let permit = Permit::new(&self.client, account, limits, counted);
+        let permit = if limits.is_concurrency_limited() { permit.in_flight() } else { permit };
+        // Whoever is gone meanwhile drops the permit, which gives it back.
+        drop(draw.reply.send(Drawn::Granted(at, permit)));
+    }
+
+    fn refuse(&mut self, draw: Draw, held: &[(usize, Held)], clock: &Clock) {
+        let first = held.iter().map(|(_, held)| held.until).min().unwrap_or(clock.boot);
+        let free_at = match draw.otherwise {
+            Otherwise::WaitUntil(until) if until > clock.boot => {
+                if !draw.reply.is_closed() {
+                    self.scan_at = self.scan_at.min(first).min(until).min(clock.boot + SCAN);
+                    self.waiting.insert(draw.ticket, draw);
+                }
+                return;
+            }
+            Otherwise::LookElsewhere | Otherwise::WaitUntil(_) => first,
+            Otherwise::Refuse => promise(&draw.wanted, clock).unwrap_or(first),
+        };
+        let held = held.iter().map(|(at, held)| (*at, held.by)).collect();
+        let refusal = Refusal { wait: clock.boot.until(free_at), held };
+        // Whoever is gone meanwhile needs no answer.
+        drop(draw.reply.send(Drawn::Refused(refusal)));
+    }
+
+    /// Endpoints that need no ledger are asked all the same; the others by what the config says.
+    pub(super) fn serve_without_ledger(&mut self, draws: Vec<Draw>, clock: &Clock) {
+        for mut draw in draws {
+            let may_go = |wanted: &Wanted| !wanted.limits.in_ledger() || self.on_error == LedgerOnError::Allow;
+            let mut held = Vec::new();
+            let mut granted = None;
+            for (at, wanted) in draw.wanted.iter().enumerate().filter(|(_, wanted)| may_go(wanted)) {
+                match enter(wanted, clock) {
+                    Ok(()) => {
+                        granted = Some((at, wanted.limits.in_ledger()));
+                        break;
+                    }
+                    Err(by) => held.push((at, by)),
+                }
+            }
+            if let Some((at, without_permit)) = granted {
+                self.tally.uncounted.fetch_add(u64::from(without_permit), Ordering::Relaxed);
+                self.grant(draw, at, None);
+            } else if held.is_empty() {
+                self.tally.denied.fetch_add(1, Ordering::Relaxed);
+                // Whoever is gone meanwhile needs no answer.
+                drop(draw.reply.send(Drawn::Unavailable));
+            } else {
+                // Nothing is promised: those that need the ledger may seem free, and are not.
+                if draw.otherwise == Otherwise::Refuse {
+                    draw.otherwise = Otherwise::LookElsewhere;
+                }
+                self.refuse(draw, &held, clock);
+            }
+        }
+    }
+}
+
+/// Whoever does not want a permit.
+pub(super) fn answer_others(messages: Messages, clock: &Clock, written: bool) {
+    let view = |(account, limits): &(Arc<Account>, Arc<Limits>)| -> View { account.mirror().usage.view(limits, clock) };
+    // Whoever is gone meanwhile needs no answer, here and below.
+    for look in messages.looks {
+        drop(look.reply.send(look.accounts.iter().map(view).collect()));
+    }
+    for reset in messages.resets {
+        reset.reply.send(written).unwrap_or_default();
+    }
+    for flush in messages.flushes {
+        flush.send(written).unwrap_or_default();
+    }
+}

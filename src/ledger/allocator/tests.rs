@@ -1,0 +1,493 @@
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
+use std::time::{Instant, SystemTime};
+
+use super::*;
+use crate::config::LedgerSync;
+use crate::config::test_support::config;
+use crate::ledger::sqlite::{Opening, SqliteLedger};
+use crate::ledger::stats::{self, MODELS_MAX, OTHER_MODELS};
+use crate::ledger::write_behind::WRITE_DELAY;
+use crate::ledger::{Drawn, Otherwise, Refusal, Spent, Wanted, prefetch};
+use crate::limit::Hold;
+use crate::usage::{Cost, Speed, Tokens};
+use jiff::tz::TimeZone;
+
+/// 2026-11-25, noon, in UTC.
+const NOON: u64 = 1_795_608_000;
+
+/// One process: an allocator, its ledger, and a clock that a test moves.
+struct Process {
+    client: Client,
+    allocator: Allocator,
+    ledger: SqliteLedger,
+    now_ms: Arc<AtomicU64>,
+    /// For timeouts, which never come here: its own clock stands still.
+    runtime: Arc<tokio::runtime::Runtime>,
+}
+
+type Answer = std::pin::Pin<Box<dyn Future<Output = Drawn>>>;
+
+impl Process {
+    fn new(folder: &std::path::Path, now_ms: &Arc<AtomicU64>, on_error: LedgerOnError) -> Self {
+        let clock = {
+            let (now_ms, base) = (Arc::clone(now_ms), Instant::now());
+            move || {
+                let since = Duration::from_millis(now_ms.load(Ordering::Relaxed));
+                let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(NOON) + since;
+                Clock { now: base + since, boot: Stamp(now_ms.load(Ordering::Relaxed)), wall }
+            }
+        };
+        let client = Client::new(clock);
+        let boot = client.clock().boot;
+        let opening = Opening { boot_id: Some("boot"), now: boot, minute_unknown: false };
+        let ledger = SqliteLedger::open(&folder.join("ledger.db"), LedgerSync::Normal, &opening).unwrap();
+        let allocator = Allocator::new(client.clone(), on_error, Arc::default());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        Self { client, allocator, ledger, now_ms: Arc::clone(now_ms), runtime: Arc::new(runtime) }
+    }
+
+    fn alone() -> (tempfile::TempDir, Self) {
+        let folder = tempfile::tempdir().unwrap();
+        let process = Self::new(folder.path(), &Arc::new(AtomicU64::new(1_000_000)), LedgerOnError::Deny);
+        (folder, process)
+    }
+
+    fn wanted(&self, id: &str, limits: &str) -> Wanted {
+        let endpoint = config(&format!(r#"[{{"id":"{id}",{limits}}}]"#)).endpoints.remove(0);
+        let account = self.client.account(&id.into());
+        Wanted { account, limits: Arc::new(Limits::of(&endpoint, &TimeZone::UTC)), not_before: Stamp::default() }
+    }
+
+    fn ask(&self, wanted: &[Wanted], otherwise: Otherwise) -> Answer {
+        let (client, wanted) = (self.client.clone(), wanted.to_vec());
+        let _entered = self.runtime.enter();
+        let mut answer: Answer = Box::pin(async move { client.draw(client.ticket(), wanted, otherwise).await });
+        assert!(poll(&mut answer).is_pending());
+        answer
+    }
+
+    fn serve(&mut self) {
+        self.allocator.serve(Some(&mut self.ledger)).unwrap();
+    }
+
+    fn draw(&mut self, wanted: &[Wanted]) -> Drawn {
+        let mut answer = self.ask(wanted, Otherwise::Refuse);
+        self.serve();
+        ready(&mut answer)
+    }
+
+    fn pass(&mut self, by: Duration) {
+        self.now_ms.fetch_add(u64::try_from(by.as_millis()).unwrap(), Ordering::Relaxed);
+        self.serve();
+    }
+
+    fn used(&mut self, wanted: &Wanted) -> (u64, u64) {
+        let accounts = vec![(Arc::clone(&wanted.account), Arc::clone(&wanted.limits))];
+        let client = self.client.clone();
+        let mut look = Box::pin(async move { client.look(accounts).await.unwrap()[0] });
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(look.as_mut().poll(&mut context).is_pending());
+        self.serve();
+        let Poll::Ready(view) = look.as_mut().poll(&mut context) else { panic!("no answer") };
+        (view.minute.attempts, view.day.attempts)
+    }
+}
+
+fn poll(answer: &mut Answer) -> Poll<Drawn> {
+    answer.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+}
+
+fn ready(answer: &mut Answer) -> Drawn {
+    match poll(answer) {
+        Poll::Ready(drawn) => drawn,
+        Poll::Pending => panic!("nobody answers"),
+    }
+}
+
+fn spent(drawn: Drawn) -> usize {
+    let Drawn::Granted(at, mut permit) = drawn else { panic!("{drawn:?}") };
+    permit.spend();
+    at
+}
+
+fn refused(drawn: Drawn) -> Refusal {
+    let Drawn::Refused(refusal) = drawn else { panic!("{drawn:?}") };
+    refusal
+}
+
+#[test]
+fn a_crowd_gets_every_permit_once_and_the_rest_a_moment_each() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":100"#), process.wanted("b", r#""rpm":100"#)];
+    let mut answers: Vec<_> = (0..1000).map(|_| process.ask(&wanted, Otherwise::Refuse)).collect();
+    process.serve();
+    let (mut granted, mut waits) = ([0, 0], Vec::new());
+    for answer in &mut answers {
+        match ready(answer) {
+            Drawn::Granted(at, mut permit) => {
+                permit.spend();
+                granted[at] += 1;
+            }
+            Drawn::Refused(refusal) => {
+                assert_eq!(refusal.held, [(0, Hold::RequestsPerMinute(100)), (1, Hold::RequestsPerMinute(100))]);
+                waits.push(refusal.wait.as_millis());
+            }
+            Drawn::Unavailable => panic!("the ledger works"),
+        }
+    }
+    assert_eq!(granted, [100, 100]);
+    // 200 permits free at once, so 200 are told to come then, the next 200 a minute later, and so on.
+    let rounds: Vec<_> = waits.chunk_by(|a, b| a == b).map(<[_]>::len).collect();
+    assert_eq!(rounds, [200; 4], "{waits:?}");
+    assert_eq!(waits[0], 60_500);
+    let used = [process.used(&wanted[0]), process.used(&wanted[1])];
+    assert_eq!(used, [(100, 100), (100, 100)]);
+    // Whoever comes at the moment it was told gets a permit.
+    process.pass(Duration::from_millis(60_500));
+    let mut back: Vec<_> = (0..200).map(|_| process.ask(&wanted, Otherwise::Refuse)).collect();
+    process.serve();
+    assert!(back.iter_mut().all(|answer| matches!(ready(answer), Drawn::Granted(..))));
+}
+
+#[test]
+fn a_permit_that_nobody_takes_comes_back() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":1,"rpd":1"#)];
+    let answer = process.ask(&wanted, Otherwise::Refuse);
+    process.serve();
+    // The client went away between the grant and its hearing of it.
+    drop(answer);
+    process.serve();
+    assert_eq!(process.used(&wanted[0]), (0, 0));
+    assert!(matches!(process.draw(&wanted), Drawn::Granted(..)), "and this one is dropped unspent as well");
+    assert_eq!(spent(process.draw(&wanted)), 0);
+    assert_eq!(refused(process.draw(&wanted)).held, [(0, Hold::RequestsPerDay(1))], "the one that holds longest");
+}
+
+#[test]
+fn two_processes_share_what_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let now_ms = Arc::new(AtomicU64::new(1_000_000));
+    let mut processes = [0, 1].map(|_| Process::new(folder.path(), &now_ms, LedgerOnError::Deny));
+    let limits = r#""rpm":10,"rpd":100"#;
+    let mut granted = 0;
+    for turn in 0..30 {
+        let process = &mut processes[turn % 2];
+        let wanted = [process.wanted("a", limits)];
+        if let Drawn::Granted(_, mut permit) = process.draw(&wanted) {
+            permit.spend();
+            granted += 1;
+        }
+    }
+    assert_eq!(granted, 10);
+    for process in &mut processes {
+        let wanted = process.wanted("a", limits);
+        assert_eq!(process.used(&wanted), (10, 10), "what is shown is the ledger's, not the process's own");
+    }
+}
+
+#[test]
+fn those_who_wait_are_served_in_the_order_of_arrival() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":2"#)];
+    for _ in 0..2 {
+        spent(process.draw(&wanted));
+    }
+    let until = process.client.clock().boot + Duration::from_secs(100);
+    let mut waiting: Vec<_> = (0..4).map(|_| process.ask(&wanted, Otherwise::WaitUntil(until))).collect();
+    process.serve();
+    assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
+    // One of them leaves; its place goes to the next.
+    drop(waiting.remove(0));
+    process.pass(Duration::from_mins(1));
+    assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
+    process.now_ms.fetch_add(500, Ordering::Relaxed);
+    // A newcomer at the very moment does not go before them.
+    let mut newcomer = process.ask(&wanted, Otherwise::LookElsewhere);
+    process.serve();
+    assert_eq!(spent(ready(&mut waiting[0])), 0);
+    assert_eq!(spent(ready(&mut waiting[1])), 0);
+    assert!(poll(&mut waiting[2]).is_pending());
+    refused(ready(&mut newcomer));
+    // The last one's time is up before another permit frees.
+    process.pass(Duration::from_secs(40));
+    let refusal = refused(ready(&mut waiting[2]));
+    assert_eq!(refusal.wait, Duration::from_millis(20_500));
+}
+
+/// Draws one permit a millisecond, until permits are prefetched.
+fn busy(process: &mut Process, wanted: &Wanted) -> usize {
+    let mut sent = 0;
+    while process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock()).is_none() {
+        let mut first_choice = process.ask(std::slice::from_ref(wanted), Otherwise::LookElsewhere);
+        process.serve();
+        spent(ready(&mut first_choice));
+        process.now_ms.fetch_add(1, Ordering::Relaxed);
+        sent += 1;
+        assert!(sent < 100, "nothing is drawn ahead");
+    }
+    // The last look has taken one, and dropped it.
+    process.serve();
+    sent
+}
+
+#[test]
+fn what_is_drawn_ahead_counts_until_it_is_given_back() {
+    let (folder, mut process) = Process::alone();
+    let wanted = process.wanted("a", r#""rpm":1000000,"rpd":1000000"#);
+    let sent = busy(&mut process, &wanted);
+    let at_once =
+        |process: &Process| process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock());
+    for _ in 0..20 {
+        at_once(&process).expect("there are more").spend();
+    }
+    let sent = u64::try_from(sent + 20).unwrap();
+    let in_ledger = || {
+        let ledger = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+        let sum = |table: &str| {
+            let sql = format!("SELECT sum(attempts) FROM {table}");
+            ledger.query_row(&sql, [], |row| row.get::<_, u64>(0)).unwrap()
+        };
+        assert_eq!(sum("minute"), sum("day"));
+        sum("day")
+    };
+    let before = in_ledger();
+    assert!(before > sent + 8, "a kill now would waste the rest: {before} of {sent}");
+    // Whoever wants to know what is left is told the truth, and the rest is given back.
+    assert_eq!(process.used(&wanted), (sent, sent));
+    assert!(at_once(&process).is_none());
+    assert_eq!(in_ledger(), sent);
+    // By itself it is given back when it is old.
+    let sent = sent + u64::try_from(busy(&mut process, &wanted)).unwrap();
+    assert!(in_ledger() > sent + 8);
+    assert!(process.allocator.next_due() <= process.client.clock().boot + prefetch::USABLE);
+    process.pass(prefetch::USABLE);
+    assert!(at_once(&process).is_none());
+    assert_eq!((in_ledger(), process.used(&wanted)), (sent, (sent, sent)));
+    // And before the thread ends.
+    let sent = sent + u64::try_from(busy(&mut process, &wanted)).unwrap();
+    process.client.close();
+    process.serve();
+    assert_eq!(in_ledger(), sent);
+    assert!(process.allocator.is_all_written());
+}
+
+#[test]
+fn prefetched_permits_that_follow_others_last_as_long() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = process.wanted("a", r#""rpm":1000000"#);
+    let at_once =
+        |process: &Process| process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock());
+    busy(&mut process, &wanted);
+    let first_ends = process.allocator.next_due();
+    // It is used up early, and another one follows.
+    while let Some(mut permit) = at_once(&process) {
+        permit.spend();
+    }
+    busy(&mut process, &wanted);
+    assert!(process.client.clock().boot < first_ends);
+    let left = first_ends.0 - process.client.clock().boot.0;
+    process.pass(Duration::from_millis(left));
+    assert!(at_once(&process).is_some(), "it was given back with the first one");
+}
+
+#[test]
+fn nobody_is_refused_for_what_was_drawn_ahead() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = process.wanted("a", r#""rpm":100000"#);
+    busy(&mut process, &wanted);
+    // Others use up all that is left of the minute.
+    let clock = process.client.clock();
+    let used = wanted.account.mirror().usage.view(&wanted.limits, &clock).minute.attempts;
+    let now = Counted { at: clock.boot, days: wanted.limits.calendar.days(clock.wall) };
+    wanted.account.mirror().usage.add(now, Counts { attempts: 100_000 - used, tokens: 0 });
+    // Whoever asks to be told when to come back gets one of those that were drawn ahead, which are given back first.
+    assert!(matches!(process.draw(std::slice::from_ref(&wanted)), Drawn::Granted(0, _)));
+}
+
+#[test]
+fn a_permit_is_swapped_without_anybody_coming_between() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":1,"maxConcurrent":1"#)];
+    let Drawn::Granted(0, mut old) = process.draw(&wanted) else { panic!("it is free") };
+    let until = process.client.clock().boot + Duration::from_secs(100);
+    let mut waiting = process.ask(&wanted, Otherwise::WaitUntil(until));
+    process.serve();
+    process.now_ms.fetch_add(1000, Ordering::Relaxed);
+    assert!(old.is_stale(&process.client.clock()));
+    let client = process.client.clone();
+    let mut swapped: Answer = {
+        let _entered = process.runtime.enter();
+        let mut swapped: Answer = Box::pin(async move { client.swap(&mut old).await });
+        assert!(poll(&mut swapped).is_pending());
+        swapped
+    };
+    process.serve();
+    let Drawn::Granted(0, mut fresh) = ready(&mut swapped) else { panic!("the one who waits was served first") };
+    assert!(!fresh.is_stale(&process.client.clock()));
+    assert_eq!(process.used(&wanted[0]), (1, 1), "one was given back for it");
+    assert!(poll(&mut waiting).is_pending());
+    fresh.spend();
+    drop(swapped);
+    drop(fresh);
+    process.pass(Duration::from_millis(60_500));
+    assert_eq!(spent(ready(&mut waiting)), 0);
+}
+
+#[test]
+fn whoever_waits_takes_what_comes_back_at_once() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""maxConcurrent":1"#)];
+    let Drawn::Granted(0, mut first) = process.draw(&wanted) else { panic!("it is free") };
+    first.spend();
+    let until = process.client.clock().boot + Duration::from_secs(100);
+    let mut waiting = process.ask(&wanted, Otherwise::WaitUntil(until));
+    process.serve();
+    assert!(poll(&mut waiting).is_pending());
+    drop(first);
+    process.serve();
+    assert!(matches!(ready(&mut waiting), Drawn::Granted(0, _)));
+}
+
+#[test]
+fn an_endpoint_that_rests_may_be_waited_for() {
+    let (_folder, mut process) = Process::alone();
+    let mut wanted = process.wanted("a", r#""rpm":1"#);
+    wanted.not_before = process.client.clock().boot + Duration::from_secs(3);
+    assert_eq!(
+        refused(process.draw(&[wanted.clone()])),
+        Refusal { wait: Duration::from_secs(3), held: vec![(0, Hold::Rest)] }
+    );
+    let until = process.client.clock().boot + Duration::from_secs(5);
+    let mut waiting = process.ask(&[wanted], Otherwise::WaitUntil(until));
+    process.serve();
+    process.pass(Duration::from_secs(3));
+    assert!(matches!(ready(&mut waiting), Drawn::Granted(0, _)));
+}
+
+#[test]
+fn attempts_without_limits_and_tokens_are_written_a_little_later() {
+    let (folder, mut process) = Process::alone();
+    let wanted = process.wanted("a", r#""rpm":-1"#);
+    let endpoints = vec![(Arc::clone(&wanted.account), Arc::clone(&wanted.limits))];
+    process.client.set_endpoints(endpoints);
+    process.serve();
+    for _ in 0..3 {
+        process.client.unlimited(&wanted.account, &wanted.limits).spend();
+    }
+    let tokens = Tokens { prompt: 3, completion: 4, total: 7, cached: 1, reasoning: 2, audio: 5 };
+    let speed = Speed { streams: 1, tokens: 4, first_token_ms: 10, ms: 20 };
+    let wall = process.client.clock().wall;
+    for cost in [Cost::exact(tokens, speed), Cost::exact(tokens, speed), Cost::estimated(100, 200)] {
+        let spent = Spent::now(wanted.account.id(), "m", cost, &TimeZone::UTC, wall);
+        let now = process.client.clock().boot;
+        process.client.spend_tokens(&wanted.account, &wanted.limits, spent, now);
+    }
+    process.serve();
+    assert!(!process.allocator.is_all_written());
+    process.pass(WRITE_DELAY);
+    assert!(process.allocator.is_all_written());
+    assert_eq!(process.used(&wanted), (3, 3));
+    let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
+    let model = &stats["a"]["m"];
+    let mut cost = Cost::exact(tokens, speed);
+    cost.merge(&Cost::exact(tokens, speed));
+    assert_eq!((cost.exact.requests, cost.exact.tokens.total, cost.exact.tokens.audio), (2, 14, 10));
+    cost.merge(&Cost::estimated(100, 200));
+    assert_eq!((cost.exact.requests, cost.exact.tokens.total), (2, 14), "estimates are not mixed in");
+    assert_eq!((model.cost, cost.tokens()), (cost, 314));
+    assert_eq!(model.hours.values().sum::<u64>(), 14);
+    assert_eq!(model.days.keys().copied().collect::<Vec<_>>(), [i64::try_from(NOON).unwrap() - 12 * 3600]);
+}
+
+#[test]
+fn models_beyond_the_bound_are_one() {
+    let (folder, mut process) = Process::alone();
+    let wanted = process.wanted("a", r#""rpm":-1"#);
+    let wall = process.client.clock().wall;
+    for number in 0..MODELS_MAX + 10 {
+        let cost = Cost::exact(Tokens::default(), Speed::default());
+        let spent = Spent::now(wanted.account.id(), &format!("m{number}"), cost, &TimeZone::UTC, wall);
+        let now = process.client.clock().boot;
+        process.client.spend_tokens(&wanted.account, &wanted.limits, spent, now);
+    }
+    process.serve();
+    process.pass(WRITE_DELAY);
+    let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
+    assert_eq!(stats["a"].len(), MODELS_MAX + 1);
+    assert_eq!(stats["a"][OTHER_MODELS].cost.exact.requests, 10);
+}
+
+#[test]
+fn without_the_ledger_only_endpoints_without_limits_are_asked_unless_the_config_says_otherwise() {
+    let now_ms = Arc::new(AtomicU64::new(1_000_000));
+    for (on_error, expected) in [(LedgerOnError::Deny, 1), (LedgerOnError::Allow, 0)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut process = Process::new(folder.path(), &now_ms, on_error);
+        let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""rpm":-1"#)];
+        let mut answer = process.ask(&wanted, Otherwise::Refuse);
+        assert!(process.allocator.serve(None).is_err());
+        assert_eq!(spent(ready(&mut answer)), expected);
+        let mut only_limited = process.ask(&wanted[..1], Otherwise::Refuse);
+        assert!(process.allocator.serve(None).is_err());
+        let drawn = ready(&mut only_limited);
+        assert_eq!(matches!(drawn, Drawn::Unavailable), on_error == LedgerOnError::Deny, "{drawn:?}");
+        let tally = &process.allocator.tally;
+        let counts = [&tally.denied, &tally.uncounted].map(|count| count.load(Ordering::Relaxed));
+        assert_eq!(counts, if on_error == LedgerOnError::Deny { [1, 0] } else { [0, 2] });
+        assert_eq!(process.client.is_down(), on_error == LedgerOnError::Deny);
+        // What went on uncounted is counted once the ledger can be written again.
+        process.client.set_endpoints(vec![(Arc::clone(&wanted[0].account), Arc::clone(&wanted[0].limits))]);
+        process.pass(RENEW);
+        process.pass(RENEW);
+        let counted = process.used(&wanted[0]).0;
+        assert_eq!(counted, u64::from(on_error == LedgerOnError::Allow));
+        assert!(!process.client.is_down());
+    }
+}
+
+#[test]
+fn without_the_ledger_a_refusal_names_a_moment_to_come() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""maxConcurrent":1"#)];
+    let Drawn::Granted(0, _busy) = process.draw(&wanted[1..]) else { panic!("it is free") };
+    let mut answer = process.ask(&wanted, Otherwise::Refuse);
+    assert!(process.allocator.serve(None).is_err());
+    let refusal = refused(ready(&mut answer));
+    assert_eq!(refusal, Refusal { wait: Duration::from_secs(1), held: vec![(1, Hold::Concurrent(1))] });
+}
+
+#[test]
+fn a_group_that_fails_counts_nothing() {
+    let (folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":2,"maxConcurrent":1"#)];
+    let holder = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+    process.ledger.set_lock_wait(Duration::from_millis(1));
+    holder.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let mut answer = process.ask(&wanted, Otherwise::Refuse);
+    let error = process.allocator.serve(Some(&mut process.ledger)).unwrap_err();
+    assert_eq!(error.kind, FaultKind::Locked, "{error}");
+    assert!(matches!(ready(&mut answer), Drawn::Unavailable));
+    holder.execute_batch("ROLLBACK").unwrap();
+    assert_eq!(process.used(&wanted[0]), (0, 0));
+    assert_eq!(spent(process.draw(&wanted)), 0);
+}
+
+#[test]
+fn a_waiting_draw_does_not_keep_the_thread_busy() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":1"#)];
+    spent(process.draw(&wanted));
+    let until = process.client.clock().boot + Duration::from_secs(100);
+    let waiting = process.ask(&wanted, Otherwise::WaitUntil(until));
+    process.serve();
+    let now = process.client.clock().boot;
+    assert!(process.allocator.next_due() > now, "there is nothing to do at this moment");
+    assert!(process.allocator.next_due() <= now + SCAN);
+    drop(waiting);
+    for _ in 0..100 {
+        process.pass(Duration::from_secs(1));
+    }
+    assert_eq!(process.allocator.next_due(), Stamp::NEVER, "and once all has freed, never again");
+}

@@ -1,0 +1,161 @@
+//! The file: made, connected to, told apart from others, written back, moved aside.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+
+use crate::config::LedgerSync;
+use crate::ledger::{FaultKind, LedgerError};
+
+/// Small pages, since a commit writes every page that it touches, and touches two or three.
+const PAGE_BYTES: u32 = 1024;
+/// How long a batch waits for another process's, which takes a fraction of a millisecond, or another program's.
+pub const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
+/// Between two looks whether the lock is free. SQLite's own handler backs off up to 100 ms.
+const LOCK_POLL: Duration = Duration::from_micros(50);
+/// To begin the log anew the writer's lock is held while readers are waited for, no longer than this: batches wait meanwhile.
+const CHECKPOINT_LOCK_WAIT: Duration = Duration::from_millis(10);
+/// A log longer than this is written back even if the next batch has to wait for it.
+const LOG_BYTES_MAX: i64 = 16 * 1024 * 1024;
+
+/// Opens the ledger to read statistics from it, beside whoever writes it.
+pub fn open_to_read(path: &Path) -> Result<Connection, LedgerError> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags).map_err(|error| explain(path, &error))?;
+    connection.busy_timeout(LOCK_WAIT_MAX).map_err(|error| explain(path, &error))?;
+    Ok(connection)
+}
+
+/// Moves a file that cannot be trusted aside, with all that belongs to it, unless another process did so already. Returns
+/// where it went.
+pub fn move_aside(path: &Path, seen: Option<(u64, u64)>) -> io::Result<Option<PathBuf>> {
+    // Held until it is dropped, so that only one process moves it.
+    let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(beside(path, ".lock"))?;
+    lock.lock()?;
+    let now = identity(path)?;
+    if seen.is_some_and(|seen| seen != now) {
+        return Ok(None);
+    }
+    let aside = beside(path, &format!(".corrupt-{}", Timestamp::now().strftime("%Y%m%dT%H%M%SZ")));
+    for ending in ["-wal", "-shm"] {
+        match fs::rename(beside(path, ending), beside(&aside, ending)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    fs::rename(path, &aside)?;
+    Ok(Some(aside))
+}
+
+/// Writes the log back into the file, from a connection of its own, so that no batch waits for the disk. What comes in
+/// meanwhile waits for the next time, unless it has become much.
+pub fn checkpoint(path: &Path) -> Result<(), LedgerError> {
+    let run = || {
+        let wait = u64::try_from(CHECKPOINT_LOCK_WAIT.as_micros()).unwrap_or_default();
+        let connection = connect(path, LedgerSync::Normal, &Arc::new(AtomicU64::new(wait)))?;
+        let checkpoint = |mode: &str| {
+            let row = |row: &rusqlite::Row<'_>| Ok((row.get::<_, bool>(0)?, row.get::<_, i64>(1)?));
+            connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], row)
+        };
+        let (_, pages) = checkpoint("PASSIVE")?;
+        if pages * i64::from(PAGE_BYTES) <= LOG_BYTES_MAX {
+            return Ok(());
+        }
+        let (is_held, pages) = checkpoint("RESTART")?;
+        if is_held && pages * i64::from(PAGE_BYTES) > 4 * LOG_BYTES_MAX {
+            let mib = pages * i64::from(PAGE_BYTES) / 1024 / 1024;
+            log::warn!(
+                "ledger {}: its log has grown to {mib} MiB, since another program reads the file without end",
+                path.display()
+            );
+        }
+        Ok(())
+    };
+    run().map_err(|error| explain(path, &error))
+}
+
+/// `lock_wait` is how long to wait for somebody else's lock, in microseconds; 0 for the longest.
+pub(super) fn connect(path: &Path, sync: LedgerSync, lock_wait: &Arc<AtomicU64>) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut connection = Connection::open_with_flags(path, flags)?;
+    let (lock_wait, mut began) = (Arc::clone(lock_wait), Instant::now());
+    connection.busy_handler(Some(move |polls| {
+        if polls == 0 {
+            began = Instant::now();
+        }
+        std::thread::sleep(LOCK_POLL);
+        let wait = match lock_wait.load(Ordering::Relaxed) {
+            0 => LOCK_WAIT_MAX,
+            micros => Duration::from_micros(micros),
+        };
+        began.elapsed() < wait
+    }))?;
+    connection.set_prepared_statement_cache_capacity(32);
+    connection.pragma_update(None, "page_size", PAGE_BYTES)?;
+    let mode = connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get::<_, String>(0))?;
+    if !mode.eq_ignore_ascii_case("wal") {
+        let why = format!("the file system does not let SQLite keep a write-ahead log there (it says {mode})");
+        return Err(rusqlite::Error::ToSqlConversionFailure(why.into()));
+    }
+    let sync = match sync {
+        LedgerSync::Normal => "NORMAL",
+        LedgerSync::Full => "FULL",
+    };
+    connection.pragma_update(None, "synchronous", sync)?;
+    connection.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(()))?;
+    connection.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES_MAX, |_| Ok(()))?;
+    Ok(connection)
+}
+
+/// Makes the file, for its owner only, and its folder. Returns whether it was not there.
+pub(super) fn make_file(path: &Path) -> io::Result<bool> {
+    if let Some(folder) = path.parent()
+        && !folder.as_os_str().is_empty()
+    {
+        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    }
+    match OpenOptions::new().create_new(true).write(true).mode(0o600).open(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The file's device and number, whatever becomes of its name. It may not be opened for that: closing it would give up SQLite's locks on it.
+pub fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+pub(super) fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+pub(super) fn unusable(path: &Path, why: &str) -> LedgerError {
+    LedgerError { kind: FaultKind::Unusable, message: format!("ledger {}: {why}", path.display()) }
+}
+
+pub(in crate::ledger) fn explain(path: &Path, error: &rusqlite::Error) -> LedgerError {
+    let (kind, way_out) = match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            (FaultKind::Locked, "; if it lasts, another program holds it: close that program")
+        }
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => (FaultKind::Corrupt, ""),
+        Some(ErrorCode::DiskFull) => (FaultKind::Unusable, "; make room on that disk"),
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => (
+            FaultKind::Unusable,
+            "; let this program write to the file and its folder, or name another in server.ledger",
+        ),
+        _ => (FaultKind::Unusable, ""),
+    };
+    LedgerError { kind, message: format!("ledger {}: {error}{way_out}", path.display()) }
+}

@@ -1,0 +1,318 @@
+//! The ledger on one machine: a SQLite file in WAL mode. Several processes may hold it at once, a person can open it with
+//! `sqlite3`, and a loss of power cannot break it.
+
+mod file;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use jiff::civil::Date;
+use rusqlite::types::{ToSql, Value};
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::stats::Spent;
+use super::{Change, FaultKind, Ledger, LedgerError};
+use crate::config::LedgerSync;
+use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
+use crate::usage::Cost;
+pub(super) use file::explain;
+pub use file::{LOCK_WAIT_MAX, checkpoint, identity, move_aside, open_to_read};
+use file::{connect, make_file, unusable};
+
+/// Marks the file as ours: "aptg" in ASCII.
+const APPLICATION_ID: i64 = 0x6170_7467;
+/// The steps from one version of the schema to the next. A step may add but never change what is there: while an upgrade is
+/// under way the version before writes to the same file (so long as it does not have to open it again).
+const MIGRATIONS: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
+static OPENED: AtomicU64 = AtomicU64::new(0);
+
+/// When and after what a ledger is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening<'a> {
+    /// Which start of the machine this is ([`boot_id`]).
+    pub boot_id: Option<&'a str>,
+    /// The moment, counted from that start.
+    pub now: Stamp,
+    /// The file before it is gone, and the counts of the last minute with it: nothing that goes by them may be sent until they
+    /// cannot count any more.
+    pub minute_unknown: bool,
+}
+
+/// A ledger in a file.
+#[derive(Debug)]
+pub struct SqliteLedger {
+    connection: Connection,
+    path: PathBuf,
+    identity: (u64, u64),
+    unknown_until: Stamp,
+    /// Tells the connections of one process apart: each begins to count the changes of others anew.
+    opened: u64,
+    /// In microseconds; 0 for the longest.
+    lock_wait: Arc<AtomicU64>,
+}
+
+/// Which start of the machine this is; none where the system does not tell.
+pub fn boot_id() -> Option<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned()).filter(|id| !id.is_empty())
+}
+
+impl SqliteLedger {
+    /// Opens the ledger, and makes it if it is not there.
+    pub fn open(path: &Path, sync: LedgerSync, opening: &Opening<'_>) -> Result<Self, LedgerError> {
+        let is_new = make_file(path).map_err(|error| unusable(path, &error.to_string()))?;
+        let lock_wait = Arc::default();
+        let connection = connect(path, sync, &lock_wait).map_err(|error| explain(path, &error))?;
+        let identity = identity(path).map_err(|error| unusable(path, &error.to_string()))?;
+        let mut ledger = Self {
+            connection,
+            path: path.to_owned(),
+            identity,
+            unknown_until: Stamp::default(),
+            opened: OPENED.fetch_add(1, Ordering::Relaxed) + 1,
+            lock_wait,
+        };
+        ledger.check_pages()?;
+        ledger.migrate(&MIGRATIONS)?;
+        ledger.begin_boot(opening)?;
+        if is_new {
+            log::info!("ledger {}: made", path.display());
+        }
+        Ok(ledger)
+    }
+
+    /// Waits no longer than this for somebody else's lock, from now on.
+    pub fn set_lock_wait(&self, wait: Duration) {
+        let micros = u64::try_from(wait.as_micros()).unwrap_or_default();
+        self.lock_wait.store(micros, Ordering::Relaxed);
+    }
+
+    /// Whether the file of this name is another one by now: deleted, or moved aside by another process.
+    pub fn was_replaced(&self) -> bool {
+        identity(&self.path).ok() != Some(self.identity)
+    }
+
+    /// Which file this is, whatever becomes of its name.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// Finds a file that was damaged before anything is counted in it.
+    fn check_pages(&self) -> Result<(), LedgerError> {
+        let found: String = self
+            .connection
+            .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
+            .map_err(|error| explain(&self.path, &error))?;
+        if found == "ok" {
+            return Ok(());
+        }
+        Err(LedgerError { kind: FaultKind::Corrupt, message: format!("ledger {}: {found}", self.path.display()) })
+    }
+
+    /// Brings the schema to the last version.
+    fn migrate(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
+        self.exec("BEGIN IMMEDIATE")?;
+        let migrated = self.migrate_inside(steps);
+        match migrated {
+            Ok(()) => self.exec("COMMIT"),
+            Err(error) => {
+                self.roll_back();
+                Err(error)
+            }
+        }
+    }
+
+    fn migrate_inside(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
+        let number = |name: &str| self.connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        let version = number("user_version").map_err(|error| explain(&self.path, &error))?;
+        let application = number("application_id").map_err(|error| explain(&self.path, &error))?;
+        let tables = self.connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, u32>(0));
+        let is_empty = tables.map_err(|error| explain(&self.path, &error))? == 0;
+        if application != APPLICATION_ID && !is_empty {
+            let why = "is another program's database; name another file in server.ledger";
+            return Err(unusable(&self.path, why));
+        }
+        let done = usize::try_from(version).unwrap_or(usize::MAX);
+        let Some(todo) = steps.get(done..) else {
+            let why = format!(
+                "has schema version {version}, and this program knows {} at most; run the newer program that wrote it, or \
+                 name another file in server.ledger",
+                steps.len()
+            );
+            return Err(unusable(&self.path, &why));
+        };
+        if todo.is_empty() {
+            return Ok(());
+        }
+        for step in todo {
+            self.exec(step)?;
+        }
+        self.exec(&format!("PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {}", steps.len()))?;
+        if !is_empty {
+            log::info!("ledger {}: schema brought from version {version} to {}", self.path.display(), steps.len());
+        }
+        Ok(())
+    }
+
+    /// Stamps count from the machine's start, so those of an earlier one mean nothing now; and the last commits before it may
+    /// be gone. What was sent then is at least as old as this start is, so after [`SPAN`] all is well again.
+    fn begin_boot(&mut self, opening: &Opening<'_>) -> Result<(), LedgerError> {
+        let Opening { boot_id, now, minute_unknown } = *opening;
+        let meta = |connection: &Connection, key: &str| -> rusqlite::Result<Option<String>> {
+            let value = connection.query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get(0));
+            value.optional().map(Option::flatten)
+        };
+        self.begin()?;
+        let path = self.path.clone();
+        let fail = |error: rusqlite::Error| explain(&path, &error);
+        let before = meta(&self.connection, "boot_id").map_err(fail)?;
+        let until = meta(&self.connection, "minute_unknown_until").map_err(fail)?;
+        let newest: Option<u64> =
+            self.connection.query_row("SELECT max(slot) FROM minute", [], |row| row.get(0)).map_err(fail)?;
+        // Where the system does not tell, a stamp from the future does.
+        let is_other = match (&before, boot_id) {
+            (Some(before), Some(boot_id)) => before != boot_id,
+            _ => newest.is_some_and(|newest| newest > Slot::of(now).0),
+        };
+        if is_other {
+            self.run("DELETE FROM minute", &[])?;
+            self.unknown_until = Stamp::default() + SPAN;
+        } else {
+            self.unknown_until = until.and_then(|until| until.parse().ok()).map(Stamp).unwrap_or_default();
+        }
+        if minute_unknown {
+            self.unknown_until = self.unknown_until.max(now + SPAN);
+        }
+        let until = self.unknown_until.0.to_string();
+        self.run("INSERT OR REPLACE INTO meta VALUES ('minute_unknown_until', ?1)", &[&until])?;
+        self.run("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?1)", &[&boot_id])?;
+        // Of endpoints that are in no config any more, nobody else forgets them.
+        let oldest = Slot::oldest_that_counts(now).0;
+        self.run("DELETE FROM minute WHERE slot < ?1", &[&oldest])?;
+        self.commit()
+    }
+
+    fn exec(&mut self, sql: &str) -> Result<(), LedgerError> {
+        self.connection.execute_batch(sql).map_err(|error| explain(&self.path, &error))
+    }
+
+    fn run(&mut self, sql: &str, parameters: &[&dyn ToSql]) -> Result<(), LedgerError> {
+        let ran = self.connection.prepare_cached(sql).and_then(|mut statement| statement.execute(parameters));
+        ran.map(|_| ()).map_err(|error| explain(&self.path, &error))
+    }
+}
+
+impl Ledger for SqliteLedger {
+    fn begin(&mut self) -> Result<u64, LedgerError> {
+        self.run("BEGIN IMMEDIATE", &[])?;
+        let version = self
+            .connection
+            .prepare_cached("PRAGMA data_version")
+            .and_then(|mut statement| statement.query_row([], |row| row.get::<_, u32>(0)));
+        match version {
+            Ok(version) => Ok(self.opened << u32::BITS | u64::from(version)),
+            Err(error) => {
+                self.roll_back();
+                Err(explain(&self.path, &error))
+            }
+        }
+    }
+
+    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+        let read = || -> rusqlite::Result<Vec<(Slot, Counts)>> {
+            let mut statement = self.connection.prepare_cached(
+                "SELECT slot, max(attempts, 0), max(tokens, 0) FROM minute WHERE endpoint = ?1 AND slot >= ?2",
+            )?;
+            let rows = statement.query_map(params![endpoint, oldest.0], |row| {
+                Ok((Slot(row.get(0)?), Counts { attempts: row.get(1)?, tokens: row.get(2)? }))
+            })?;
+            rows.collect()
+        };
+        read().map_err(|error| explain(&self.path, &error))
+    }
+
+    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
+        let read = || -> rusqlite::Result<Option<Counts>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT max(attempts, 0), max(tokens, 0) FROM day WHERE endpoint = ?1 AND day = ?2")?;
+            let counts = |row: &rusqlite::Row<'_>| Ok(Counts { attempts: row.get(0)?, tokens: row.get(1)? });
+            statement.query_row(params![endpoint, date.to_string()], counts).optional()
+        };
+        read().map(Option::unwrap_or_default).map_err(|error| explain(&self.path, &error))
+    }
+
+    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
+        // What was forgotten meanwhile cannot be taken back: it must not go below nothing.
+        const MINUTE: &str = "INSERT INTO minute VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
+             attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
+        const DAY: &str = "INSERT INTO day VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
+             attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
+        let Change { attempts, tokens } = change;
+        self.run(MINUTE, &[&endpoint, &slot.0, &attempts, &tokens])?;
+        days.each().try_for_each(|date| self.run(DAY, &[&endpoint, &date.to_string(), &attempts, &tokens]))
+    }
+
+    fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
+        let cost = spent.cost.to_columns();
+        let names = Cost::COLUMNS.join(", ");
+        let places: Vec<String> = (4..4 + cost.len()).map(|place| format!("?{place}")).collect();
+        let sums: Vec<String> =
+            Cost::COLUMNS.iter().zip(&places).map(|(name, place)| format!("{name} = {name} + {place}")).collect();
+        let (places, sums) = (places.join(", "), sums.join(", "));
+        for (table, key, when) in [
+            ("token_hour", "hour", spent.hour),
+            ("token_day", "day", spent.day),
+            ("token_total", "last_used", spent.at_ms),
+        ] {
+            let newest = if key == "last_used" { "last_used = max(last_used, ?3), " } else { "" };
+            let sql = format!(
+                "INSERT INTO {table} (endpoint, model, {key}, {names}) VALUES (?1, ?2, ?3, {places}) \
+                 ON CONFLICT DO UPDATE SET {newest}{sums}"
+            );
+            let mut parameters: Vec<&dyn ToSql> = vec![&spent.endpoint, &spent.model, &when];
+            parameters.extend(cost.iter().map(|column| column as &dyn ToSql));
+            self.run(&sql, &parameters)?;
+        }
+        Ok(())
+    }
+
+    fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
+        let endpoint = endpoint.map_or(Value::Null, |id| Value::Text(id.to_owned()));
+        ["token_hour", "token_day", "token_total"].iter().try_for_each(|table| {
+            self.run(&format!("DELETE FROM {table} WHERE ?1 IS NULL OR endpoint = ?1"), &[&endpoint])
+        })
+    }
+
+    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
+        self.run("DELETE FROM minute WHERE endpoint = ?1 AND slot < ?2", &[&endpoint, &oldest.0])
+    }
+
+    fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError> {
+        self.run("DELETE FROM token_hour WHERE hour <= ?1", &[&hours])?;
+        self.run("DELETE FROM token_day WHERE day <= ?1", &[&days])
+    }
+
+    fn commit(&mut self) -> Result<(), LedgerError> {
+        self.run("COMMIT", &[])
+    }
+
+    fn roll_back(&mut self) {
+        // After some faults SQLite has done so already.
+        if !self.connection.is_autocommit()
+            && let Err(error) = self.exec("ROLLBACK")
+        {
+            log::error!("ledger {}: {error}", self.path.display());
+        }
+    }
+
+    fn unknown_until(&self) -> Stamp {
+        self.unknown_until
+    }
+}
+
+#[cfg(test)]
+mod tests;

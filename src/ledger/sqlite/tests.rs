@@ -1,0 +1,232 @@
+use std::os::unix::fs::PermissionsExt;
+
+use super::file::beside;
+use super::*;
+use crate::ledger::stats;
+use crate::usage::{Speed, Tokens};
+use jiff::civil::date;
+
+const BOOT: Opening<'_> = Opening { boot_id: Some("boot"), now: Stamp(1_000_000), minute_unknown: false };
+
+fn open(path: &Path, opening: &Opening<'_>) -> SqliteLedger {
+    SqliteLedger::open(path, LedgerSync::Normal, opening).unwrap()
+}
+
+fn one_day() -> Days {
+    Days { first: date(2026, 11, 25), last: date(2026, 11, 25) }
+}
+
+fn batch(ledger: &mut SqliteLedger, work: impl FnOnce(&mut SqliteLedger)) -> u64 {
+    let generation = ledger.begin().unwrap();
+    work(ledger);
+    ledger.commit().unwrap();
+    generation
+}
+
+fn add(ledger: &mut SqliteLedger, slot: u64, attempts: i64) -> u64 {
+    batch(ledger, |ledger| ledger.add("a", Slot(slot), one_day(), Change { attempts, tokens: 7 }).unwrap())
+}
+
+fn minute(ledger: &mut SqliteLedger) -> Vec<(u64, u64)> {
+    let mut slots = Vec::new();
+    batch(ledger, |ledger| {
+        let rows = ledger.minute("a", Slot(0)).unwrap();
+        slots = rows.into_iter().map(|(slot, counts)| (slot.0, counts.attempts)).collect();
+    });
+    slots
+}
+
+#[test]
+fn what_is_added_is_there_and_what_is_rolled_back_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("new/folder/ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
+    add(&mut ledger, 4000, 2);
+    add(&mut ledger, 4000, 1);
+    add(&mut ledger, 4000, -1);
+    ledger.begin().unwrap();
+    ledger.add("a", Slot(4000), one_day(), Change { attempts: 5, tokens: 0 }).unwrap();
+    ledger.roll_back();
+    assert_eq!(minute(&mut ledger), [(4000, 2)]);
+    // What was forgotten meanwhile is not taken below nothing.
+    add(&mut ledger, 4001, -3);
+    assert_eq!(minute(&mut ledger), [(4000, 2), (4001, 0)]);
+    ledger.begin().unwrap();
+    assert_eq!(ledger.day("a", date(2026, 11, 25)).unwrap(), Counts { attempts: 0, tokens: 28 });
+    assert_eq!(ledger.day("b", date(2026, 11, 25)).unwrap(), Counts::default());
+    ledger.forget("a", Slot(4001)).unwrap();
+    ledger.commit().unwrap();
+    assert_eq!(minute(&mut ledger), [(4001, 0)]);
+}
+
+#[test]
+fn a_generation_changes_when_somebody_else_has_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let (mut one, mut other) = (open(&path, &BOOT), open(&path, &BOOT));
+    let first = add(&mut one, 4000, 1);
+    assert_eq!(add(&mut one, 4000, 1), first, "its own commits do not count");
+    checkpoint(&path).unwrap();
+    add(&mut other, 4000, 1);
+    let second = add(&mut one, 4000, 1);
+    assert_ne!(second, first);
+    assert_eq!(minute(&mut other), [(4000, 4)]);
+    drop(one);
+    let mut again = open(&path, &BOOT);
+    let third = add(&mut again, 4000, 1);
+    assert!(third != first && third != second, "another connection begins to count anew");
+}
+
+#[test]
+fn a_start_of_the_machine_closes_the_minute_and_keeps_the_day() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    assert_eq!(ledger.unknown_until(), Stamp(0), "a new ledger knows that there was nothing");
+    add(&mut ledger, 4000, 3);
+    drop(ledger);
+    assert_eq!(open(&path, &BOOT).unknown_until(), Stamp(0), "the same start");
+    let later = Opening { boot_id: Some("another"), now: Stamp(20_000), minute_unknown: false };
+    let mut ledger = open(&path, &later);
+    assert_eq!(ledger.unknown_until(), Stamp(0) + SPAN);
+    assert_eq!(minute(&mut ledger), []);
+    ledger.begin().unwrap();
+    assert_eq!(ledger.day("a", date(2026, 11, 25)).unwrap().attempts, 3);
+    ledger.roll_back();
+    drop(ledger);
+    assert_eq!(open(&path, &later).unknown_until(), Stamp(0) + SPAN, "whoever opens it later knows as well");
+}
+
+#[test]
+fn without_a_boot_id_a_stamp_from_the_future_tells() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let unnamed = |now| Opening { boot_id: None, now: Stamp(now), minute_unknown: false };
+    let mut ledger = open(&path, &unnamed(1_000_000));
+    add(&mut ledger, 4000, 3);
+    drop(ledger);
+    assert_eq!(minute(&mut open(&path, &unnamed(1_001_000))), [(4000, 3)]);
+    let mut ledger = open(&path, &unnamed(5000));
+    assert_eq!((minute(&mut ledger), ledger.unknown_until()), (Vec::new(), Stamp(0) + SPAN));
+}
+
+#[test]
+fn the_schema_is_brought_forward_and_nothing_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    add(&mut ledger, 4000, 3);
+    let newer = [MIGRATIONS[0], MIGRATIONS[1], "ALTER TABLE day ADD COLUMN note TEXT"];
+    ledger.migrate(&newer).unwrap();
+    ledger.migrate(&newer).unwrap();
+    assert_eq!(minute(&mut ledger), [(4000, 3)]);
+    let version: i64 = ledger.connection.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+    assert_eq!(version, 3);
+    ledger.connection.prepare("SELECT note FROM day").unwrap();
+    drop(ledger);
+    // The version before does not know what the newer one may have meant.
+    let error = SqliteLedger::open(&path, LedgerSync::Normal, &BOOT).unwrap_err();
+    assert_eq!(error.kind, FaultKind::Unusable);
+    assert!(error.message.contains("schema version 3") && error.message.contains("server.ledger"), "{error}");
+}
+
+#[test]
+fn a_step_that_fails_leaves_the_schema_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    add(&mut ledger, 4000, 3);
+    ledger.migrate(&[MIGRATIONS[0], MIGRATIONS[1], "ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"]).unwrap_err();
+    drop(ledger);
+    assert_eq!(minute(&mut open(&path, &BOOT)), [(4000, 3)]);
+}
+
+#[test]
+fn a_damaged_file_is_found_out_and_moved_aside_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    for slot in 4000..4200 {
+        add(&mut ledger, slot, 1);
+    }
+    drop(ledger);
+    // The header is whole, a page within is not.
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.len() / 2 / 1024 * 1024;
+    bytes[middle..middle + 1024].fill(0xA5);
+    fs::write(&path, &bytes).unwrap();
+    let seen = identity(&path).unwrap();
+    let error = SqliteLedger::open(&path, LedgerSync::Normal, &BOOT).unwrap_err();
+    assert_eq!(error.kind, FaultKind::Corrupt, "{error}");
+    let aside = move_aside(&path, Some(seen)).unwrap().unwrap();
+    assert_eq!(fs::read(&aside).unwrap(), bytes);
+    let ledger = open(&path, &Opening { minute_unknown: true, ..BOOT });
+    assert_eq!(ledger.unknown_until(), BOOT.now + SPAN);
+    // Another process that has seen the same file leaves the new one alone.
+    assert_eq!(move_aside(&path, Some(seen)).unwrap(), None);
+    assert!(!ledger.was_replaced());
+    fs::remove_file(&path).unwrap();
+    assert!(ledger.was_replaced());
+}
+
+#[test]
+fn statistics_that_are_too_old_are_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    let now: i64 = 1_795_608_000;
+    let spent = |hours_ago: i64| Spent {
+        endpoint: "a".into(),
+        model: "m".into(),
+        hour: now - hours_ago * 3600,
+        day: now - hours_ago / 24 * 86_400,
+        at_ms: (now - hours_ago * 3600) * 1000,
+        cost: Cost::exact(Tokens { total: 3, ..Tokens::default() }, Speed::default()),
+    };
+    batch(&mut ledger, |ledger| {
+        for hours_ago in [0, 47, 48, 399 * 24, 400 * 24] {
+            ledger.add_tokens(&spent(hours_ago)).unwrap();
+        }
+    });
+    let wall = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(now.unsigned_abs());
+    let kept = |path: &Path| {
+        let model = stats::read(path, wall).unwrap()["a"]["m"].clone();
+        (model.hours.len(), model.days.len(), model.cost.exact.requests, model.last_used_ms)
+    };
+    let expected = (2, 4, 5, now * 1000);
+    assert_eq!(kept(&path), expected, "they are not shown any more");
+    let rows = |ledger: &SqliteLedger| -> i64 {
+        let sql = "SELECT (SELECT count(*) FROM token_hour) + (SELECT count(*) FROM token_day)";
+        ledger.connection.query_row(sql, [], |row| row.get(0)).unwrap()
+    };
+    let before = rows(&ledger);
+    let oldest = |kept| stats::oldest(now, kept);
+    batch(&mut ledger, |ledger| {
+        ledger.forget_tokens(oldest(stats::HOURS_KEPT), oldest(stats::DAYS_KEPT)).unwrap();
+    });
+    assert!(rows(&ledger) < before, "nor kept");
+    assert_eq!(kept(&path), expected);
+    batch(&mut ledger, |ledger| ledger.reset_tokens(Some("b")).unwrap());
+    assert_eq!(kept(&path), expected);
+    batch(&mut ledger, |ledger| ledger.reset_tokens(Some("a")).unwrap());
+    assert!(stats::read(&path, wall).unwrap().is_empty());
+}
+
+#[test]
+fn the_log_does_not_grow_for_ever() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    let log_bytes = || fs::metadata(beside(&path, "-wal")).unwrap().len();
+    let mut greatest = 0;
+    for _ in 0..40 {
+        for slot in 4000..4300 {
+            add(&mut ledger, slot, 1);
+        }
+        checkpoint(&path).unwrap();
+        greatest = greatest.max(log_bytes());
+    }
+    assert!(greatest < 4 * 1024 * 1024, "{greatest}");
+}
