@@ -1,32 +1,68 @@
-//! From one attempt to the next: which endpoint, which address, and what follows when it fails.
+//! From one attempt to the next: which endpoint, which address, which permit.
 
+use std::mem;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::Method;
-use pingora::{Error, ErrorType, RetryType};
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorType, Result as PingoraResult};
+use pingora_proxy::Session;
 
-use crate::billing;
+use super::context::Context;
+use super::failure::{self, Follow};
 use crate::exchange::judge::Terms;
 use crate::exchange::{Ask, Attempt};
 use crate::fault::{Fault, HeldBy};
 use crate::ledger::Drawn;
 use crate::limit::Clock;
-use crate::proxy::context::Context;
 use crate::routing::admission;
-use crate::routing::balance;
 use crate::routing::pool::Endpoint;
-use crate::routing::retry::{self, Outcome};
+use crate::routing::retry::Outcome;
 
-/// How often an attempt begins anew because its pooled connection turns out to be closed.
-const STALE_MAX: u32 = 2;
+/// Where the request goes next, by what was decided to follow.
+pub(super) async fn upstream_peer(session: &Session, context: &mut Context) -> PingoraResult<Box<HttpPeer>> {
+    let method = &session.req_header().method;
+    let begun = match mem::take(&mut context.tries.follow) {
+        Follow::NextEndpoint { otherwise } => next_attempt(context, method, otherwise).await,
+        // Boxed, since it is rare and would make every attempt's future larger.
+        Follow::FreshConnection | Follow::NextAddress | Follow::WithoutUsage => {
+            Box::pin(repeat_attempt(context, method)).await
+        }
+        // After these Pingora asks for no peer.
+        Follow::Fail(fault) => Err(fault),
+        Follow::ClientGone => Err(Fault::Internal),
+    };
+    if let Err(fault) = begun {
+        context.fault = Some(fault);
+        return Error::err_in(ErrorType::InternalError);
+    }
+    let Some((endpoint, address)) = address(context).await else {
+        let follow = failure::after(context, &Outcome::ConnectFailed);
+        let mut error = Error::new_up(ErrorType::ConnectError);
+        error.set_retry(failure::take_up(context, follow));
+        return Err(error);
+    };
+    let switches_protocol = context.ask.as_ref().is_some_and(|ask| ask.switches_protocol);
+    let first_byte = context.exchange.state().attempt.as_ref().map(|attempt| attempt.first_byte_timeout);
+    let fresh = context.tries.reconnected > 0;
+    Ok(endpoint.upstream.peer(address, switches_protocol, fresh, first_byte.unwrap_or(Duration::MAX)))
+}
 
-/// Begins the next attempt, at an endpoint that was not tried yet.
-pub(super) async fn next_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
+/// Begins the next attempt, at an endpoint that was not tried yet. If none takes the request, the client is told of `otherwise`,
+/// an endpoint's own failure, since that says more.
+async fn next_attempt(context: &mut Context, method: &Method, otherwise: Option<Fault>) -> Result<(), Fault> {
+    match begin_attempt(context, method).await {
+        Err(fault) => Err(otherwise.unwrap_or(fault)),
+        Ok(()) => Ok(()),
+    }
+}
+
+async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
     let Some(ask) = &context.ask else { return Err(Fault::Internal) };
     let tries = &mut context.tries;
-    let choice = match tries.next.take() {
+    let choice = match tries.first.take() {
         Some(choice) => choice,
         None => admission::admit(admission_of(ask, &tries.tried)).await?,
     };
@@ -36,8 +72,8 @@ pub(super) async fn next_attempt(context: &mut Context, method: &Method) -> Resu
     let chosen_at = choice.at;
     tries.tried.push(candidate.endpoint);
     tries.addresses_failed = 0;
-    tries.stale = 0;
-    let more = has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
+    tries.reconnected = 0;
+    let more = failure::has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
     let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more, asks_usage: false };
     let now = Instant::now();
     let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, &ask.pool.server, now);
@@ -46,7 +82,6 @@ pub(super) async fn next_attempt(context: &mut Context, method: &Method) -> Resu
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
     }
     context.exchange.state().attempt = Some(attempt);
-    context.fault = None;
     if tries.tried.len() == 1 {
         tries.own = Some(now.saturating_duration_since(ask.read_at));
     }
@@ -58,70 +93,20 @@ fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> 
     admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried, queue: None }
 }
 
-/// Whether an attempt failed only because its pooled connection had been closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stale {
-    /// It did not, for all that is known.
-    No,
-    /// It did; the endpoint may have taken the request all the same.
-    Closed,
-    /// It did, and the endpoint says that it never took the request.
-    NeverTaken,
-}
-
-impl Stale {
-    pub(super) fn of(error: &Error, reused: bool) -> Self {
-        use ErrorType::{ConnectionClosed, InvalidH2, ReadError, WriteError};
-        match error.retry {
-            RetryType::Decided(true) if *error.etype() != InvalidH2 => Self::NeverTaken,
-            RetryType::ReusedOnly if reused => Self::Closed,
-            _ if reused && matches!(error.etype(), ConnectionClosed | ReadError | WriteError) => Self::Closed,
-            _ => Self::No,
-        }
-    }
-}
-
-/// Whether the attempt may begin anew, on a fresh connection, because its pooled one had been closed.
-pub(super) fn may_begin_anew(context: &mut Context, pooled: Stale) -> bool {
-    let Some(ask) = context.ask.as_ref().filter(|_| context.tries.stale < STALE_MAX && pooled != Stale::No) else {
-        return false;
-    };
-    if context.arrival.at.elapsed() >= ask.pool.server.retry.budget {
-        return false;
-    }
-    let mut state = context.exchange.state();
-    let Some(attempt) = &mut state.attempt else { return false };
-    if pooled == Stale::NeverTaken {
-        attempt.never_sent();
-    }
-    context.tries.stale += 1;
-    context.tries.again = true;
-    true
-}
-
-/// The endpoint refused what was added to the request, which its client has nothing to do with: the attempt begins anew without.
-pub(super) fn begin_without_usage(context: &mut Context) {
-    let mut state = context.exchange.state();
-    state.kept = None;
-    if let Some(attempt) = &mut state.attempt {
-        attempt.refuses_usage = true;
-        context.tries.again = true;
-    }
-}
-
-/// Begins the attempt anew. False if its endpoint's limit does not allow it and another endpoint is to be tried.
-pub(super) async fn begin_anew(context: &mut Context) -> Result<bool, Fault> {
+/// Begins the attempt under way anew. If its endpoint's limit does not allow that, another endpoint is tried.
+async fn repeat_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
     let ledger = context.ask.as_ref().ok_or(Fault::Internal)?.pool.ledger.clone();
     let mut attempt = context.exchange.state().attempt.take().ok_or(Fault::Internal)?;
     let begun = attempt.begin_anew(&ledger).await;
     let endpoint = Arc::clone(&attempt.endpoint);
     context.exchange.state().attempt = Some(attempt);
-    let Err(drawn) = begun else { return Ok(true) };
+    let Err(drawn) = begun else { return Ok(()) };
     context.tries.limit = Some(limit_reached(context, &endpoint, drawn));
-    if attempt_over(context, &Outcome::LimitReached) {
-        return Ok(false);
+    match failure::after(context, &Outcome::LimitReached) {
+        Follow::NextEndpoint { otherwise } => next_attempt(context, method, otherwise).await,
+        Follow::Fail(fault) => Err(fault),
+        _ => Err(Fault::NoneAvailable),
     }
-    Err(context.fault.take().unwrap_or(Fault::NoneAvailable))
 }
 
 /// The request's header goes out now. False if its permit is worth nothing any more and no other is to be had.
@@ -152,13 +137,6 @@ fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault 
     Fault::LimitsReached { wait: refusal.wait, held: held.collect() }
 }
 
-/// Whether another attempt may begin and any endpoint is left for it.
-fn has_more(ask: &Ask, tried: &[usize], came_at: Instant, clock: &Clock) -> bool {
-    let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
-    retry::may_begin(&ask.pool.server.retry, attempts, clock.now.saturating_duration_since(came_at))
-        && balance::any_left(&ask.pool, &ask.candidates, tried, clock)
-}
-
 /// The address that the attempt under way goes to: the endpoint's first one that has not failed it yet.
 pub(super) async fn address(context: &Context) -> Option<(Arc<Endpoint>, SocketAddr)> {
     let endpoint = context.exchange.state().attempt.as_ref()?.endpoint.clone();
@@ -173,50 +151,4 @@ pub(super) async fn address(context: &Context) -> Option<(Arc<Endpoint>, SocketA
             None
         }
     }
-}
-
-/// An attempt came to its end without an answer for the client. Returns whether another one follows.
-pub(super) fn attempt_over(context: &mut Context, outcome: &Outcome) -> bool {
-    let Some(ask) = &context.ask else { return false };
-    let mut state = context.exchange.state();
-    if *outcome == Outcome::ClientGone {
-        // What was seen of its answer is billed with the request's end.
-        if let Some(attempt) = &mut state.attempt {
-            attempt.settle(outcome);
-        }
-    } else if let Some(mut attempt) = state.attempt.take() {
-        billing::bill_dropped(&attempt, ask);
-        attempt.settle(outcome);
-        context.tries.last = Some(Arc::clone(&attempt.endpoint));
-    }
-    // An error of another endpoint says more than that this one could not be asked.
-    let kept = state.kept.as_ref().map(|kept| kept.header.status.as_u16());
-    if !matches!(outcome, Outcome::Status { .. } | Outcome::LimitReached) {
-        state.kept = None;
-    }
-    let retry = &ask.pool.server.retry;
-    let more =
-        outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
-    if let (Some(endpoint), false) = (&context.tries.last, matches!(outcome, Outcome::ClientGone | Outcome::Ours)) {
-        let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
-        let next = if more { "another one is tried" } else { "no other one is left" };
-        log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
-    }
-    context.fault = match outcome {
-        Outcome::ClientGone => None,
-        Outcome::Ours => Some(Fault::Internal),
-        // If nobody else has room either, the next choice says until when.
-        Outcome::LimitReached if more => None,
-        Outcome::LimitReached => match kept {
-            Some(status) => Some(Fault::EndpointError { status }),
-            None => context.tries.limit.take().or(Some(Fault::NoneAvailable)),
-        },
-        Outcome::TooSlow => Some(Fault::EndpointTimeout),
-        Outcome::Empty => Some(Fault::EndpointEmpty),
-        Outcome::Status { status, .. } => Some(Fault::EndpointError { status: *status }),
-        Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent | Outcome::UsageRefused => {
-            Some(Fault::EndpointUnreachable)
-        }
-    };
-    more
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use http::HeaderValue;
 
+use super::failure::Follow;
 use crate::exchange::session::Wrapped;
 use crate::exchange::{Ask, Exchange};
 use crate::fault::Fault;
@@ -66,14 +67,14 @@ pub struct Tries {
     pub tried: Vec<usize>,
     /// The proxy's own share of the time so far, until the first attempt is on its way.
     pub own: Option<Duration>,
-    /// The choice that the next attempt goes to, where it is made already.
-    pub next: Option<Choice>,
+    /// The choice that the first attempt goes to, until it begins.
+    pub first: Option<Choice>,
+    /// What follows the last attempt, or the beginning.
+    pub follow: Follow,
     /// The endpoint's addresses that the current attempt failed to connect to.
     pub addresses_failed: usize,
-    /// How often the current attempt began anew because its pooled connection had been closed.
-    pub stale: u32,
-    /// Whether the current attempt begins anew, at the same endpoint.
-    pub again: bool,
+    /// How often the current attempt began anew on a fresh connection, because its pooled one had been closed.
+    pub reconnected: u32,
     /// What the client is told of a limit that was reached on the way, if nobody else takes the request.
     pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.

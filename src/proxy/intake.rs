@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::{HeaderValue, Method, Version, header};
 use pingora::http::RequestHeader;
-use pingora::{Error, ErrorType};
+use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
 use super::{Gateway, outgoing};
 use crate::admin::{Answer, Resource, Sources};
 use crate::config::Cors;
 use crate::exchange::Ask;
+use crate::exchange::session::{Plan, Wrapped};
 use crate::fault::{Fault, excerpt};
 use crate::proxy::context::Context;
 use crate::request::auth;
@@ -39,7 +40,7 @@ const OWN_BODY_BYTES_MAX: usize = 64 * 1024;
 const TARGET_BYTES_MAX: usize = 16 * 1024;
 
 /// What becomes of a request once its header and body are in.
-pub(super) enum Next {
+enum Next {
     /// It is answered here.
     Answer(Answer),
     /// It goes to an endpoint, this one first.
@@ -47,7 +48,7 @@ pub(super) enum Next {
 }
 
 /// Why a request stops before it goes to an endpoint.
-pub(super) enum Stop {
+enum Stop {
     /// The client gets told.
     Fault(Fault),
     /// The client gets told, and what else it sends cannot be trusted to be a request.
@@ -62,8 +63,61 @@ impl From<Fault> for Stop {
     }
 }
 
+/// Takes a request in. False if it goes to an endpoint; otherwise it is answered.
+pub(super) async fn request_filter(
+    gateway: &Gateway,
+    session: &mut Session,
+    context: &mut Context,
+) -> PingoraResult<bool> {
+    if gateway.process.draining.is_on() {
+        session.set_keepalive(None);
+    }
+    let own = match take_in(gateway, session, context).await {
+        Ok(Next::Proxy(ask, choice)) => {
+            begin(session, context, ask, choice);
+            return Ok(false);
+        }
+        Ok(Next::Answer(answer)) => Ok(answer),
+        Err(stop) => Err(stop),
+    };
+    // Boxed, since it would make every request's future larger.
+    Box::pin(answer(session, context, own)).await.map(|()| true)
+}
+
+/// Answers a request that goes to no endpoint.
+async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer, Stop>) -> PingoraResult<()> {
+    let answer = match own {
+        Ok(answer) => answer,
+        Err(Stop::Fault(fault)) => Answer::from(&*context.fault.insert(fault)),
+        Err(Stop::Unframed(fault)) => {
+            session.set_keepalive(None);
+            let answer = Answer::from(&*context.fault.insert(fault));
+            return outgoing::send(session, context, answer).await;
+        }
+        Err(Stop::Gone(error)) => return Err(error),
+    };
+    drain(session).await;
+    outgoing::send(session, context, answer).await
+}
+
+/// Sets a request on its way to an endpoint.
+fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Choice) {
+    context.tries.first = Some(choice);
+    if !ask.switches_protocol {
+        let plan = Plan {
+            has_body: !ask.body.is_empty(),
+            pool: Arc::clone(&ask.pool),
+            budget_ends: context.arrival.at + ask.pool.server.retry.budget,
+            http_10: session.req_header().version <= Version::HTTP_10,
+            header: outgoing::forwarded(session.req_header(), context.arrival.id.as_ref()),
+        };
+        context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
+    }
+    context.ask = Some(ask);
+}
+
 /// Takes a request in, as far as the choice of its first endpoint.
-pub(super) async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context) -> Result<Next, Stop> {
+async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context) -> Result<Next, Stop> {
     let pool = gateway.process.pool.load_full();
     arrive(session, context, &pool);
     let header = session.req_header();
@@ -295,7 +349,7 @@ fn expects_continue(session: &Session) -> bool {
 }
 
 /// Reads what is left of a body that nobody wants, within bounds.
-pub(super) async fn drain(session: &mut Session) {
+async fn drain(session: &mut Session) {
     if expects_continue(session) || session.is_upgrade_req() {
         return;
     }

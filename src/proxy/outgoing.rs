@@ -1,22 +1,32 @@
 //! What goes out: the request as the endpoint gets it, and answers as the client gets them.
 
 use std::mem;
-use std::time::Duration;
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header, response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header, response};
 use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::protocols::ALPN;
 use pingora::protocols::http::HttpTask;
+use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result};
 use pingora_proxy::Session;
 
+use super::context::Context;
+use super::{attempts, is_final};
 use crate::admin::Answer;
 use crate::fault::Fault;
-use crate::proxy::context::Context;
 use crate::request::call::Call;
+use crate::request::content_type;
 use crate::request::rewrite::{self, Edit};
-use crate::routing::rate_headers;
+use crate::response::decode::Encoding;
+use crate::response::redact::Blotter;
+use crate::routing::retry::Outcome;
+use crate::routing::{health, rate_headers};
+use crate::telemetry::metrics::metrics;
+use crate::upstream::cork::Cork;
 
 /// The header that carries a request's id, both ways.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -24,6 +34,100 @@ const ENDPOINT: HeaderName = HeaderName::from_static("x-api-together-endpoint");
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-api-together-attempts");
 /// On HTTP/2 a stream that is dropped takes its last unsent bytes with it; this is long enough for them to leave.
 const H2_FLUSH: Duration = Duration::from_millis(10);
+
+/// Prepares an attempt's request, and draws a fresh permit if the one it has is too old by now.
+pub(super) async fn upstream_request_filter(
+    session: &Session,
+    request: &mut RequestHeader,
+    context: &mut Context,
+) -> Result<()> {
+    let begun = Instant::now();
+    rewrite_header(session, request, context)?;
+    if !context.ask.as_ref().is_some_and(|ask| ask.switches_protocol) {
+        let body = rewrite_body(context);
+        set_length(request, &session.req_header().method, body.iter().map(Bytes::len).sum())?;
+        context.exchange.state().body = body.into();
+    }
+    let Some(clock) = context.ask.as_ref().map(|ask| ask.pool.clock()) else {
+        return Error::err_in(ErrorType::InternalError);
+    };
+    // Of the first attempt only; what follows is waited for others.
+    if let (Some(own), Some(metrics)) = (context.tries.own.take(), metrics()) {
+        metrics.own(own + clock.now.saturating_duration_since(begun));
+    }
+    if attempts::send(context, &clock).await {
+        return Ok(());
+    }
+    context.exchange.state().ended = Some(Outcome::LimitReached);
+    Error::err_in(ErrorType::Custom("the limit was reached meanwhile"))
+}
+
+/// Has the request's header wait for the body, so that both are one packet.
+pub(super) fn connected_to_upstream(session: &Session, peer: &HttpPeer, socket: RawFd, context: &Context) {
+    // An HTTP/2 connection is shared, and one in TLS may be one.
+    if !peer.is_tls() && peer.options.alpn == ALPN::H1 && session.downstream_session.is_custom() {
+        let has_body = context.ask.as_ref().is_some_and(|ask| !ask.body.is_empty());
+        context.exchange.state().cork = Cork::put_in(socket, has_body);
+    }
+}
+
+/// Notes how an answer is framed and compressed, before Pingora frames it for the client.
+pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Context) {
+    let mut state = context.exchange.state();
+    let Some(attempt) = &mut state.attempt else { return };
+    attempt.ends_with_connection = header.version <= Version::HTTP_11
+        && !header.headers.contains_key(header::CONTENT_LENGTH)
+        && !header.headers.contains_key(header::TRANSFER_ENCODING);
+    attempt.encoding = Encoding::of(&header.headers);
+    let is_error = header.status.as_u16() >= 400;
+    if is_error && attempt.encoding.is_some_and(|encoding| encoding != Encoding::Unknown) {
+        // A key quoted in it can be blotted out in plain text only.
+        header.remove_header(&header::CONTENT_ENCODING);
+        header.remove_header(&header::CONTENT_LENGTH);
+    }
+    let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    if attempt.terms.asks_usage && content_type::is_event_stream(content_type) {
+        // What only we asked for is taken out, so it will not be as long.
+        header.remove_header(&header::CONTENT_LENGTH);
+    }
+}
+
+/// Makes an endpoint's answer ready for the client.
+pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, context: &Context) -> Result<()> {
+    if !is_final(header) {
+        return Ok(());
+    }
+    let is_wrapped = session.downstream_session.is_custom();
+    if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {
+        // A request that switches protocols is not held, so this is its answer.
+        let rest = health::rest_asked(&header.headers, SystemTime::now());
+        attempt.answer = Some(Outcome::Status { status: header.status.as_u16(), rest });
+        if let Some(ask) = &context.ask {
+            attempt.begins_to_answer(&ask.pool, Instant::now());
+        }
+    }
+    rewrite_answer(header, context)
+}
+
+/// Blots secrets out of the refusal of a protocol switch, and lets go of a request's body that is needed no more.
+pub(super) fn response_body_filter(session: &Session, body: &mut Option<Bytes>, end: bool, context: &mut Context) {
+    // A refusal to switch protocols passes here and nowhere else.
+    if !session.was_upgraded()
+        && !session.downstream_session.is_custom()
+        && let Some(attempt) = &context.exchange.state().attempt
+    {
+        let blotter = context.refusal.get_or_insert_with(|| Blotter::new(attempt.endpoint.secrets.clone()));
+        let piece = blotter.piece(body.as_deref().unwrap_or_default(), end);
+        // An empty piece would be taken for the last chunk.
+        *body = Some(piece).filter(|piece| !piece.is_empty());
+    }
+    // Once committed there is no other attempt, and nothing more to replay.
+    if let Some(ask) = context.ask.as_mut().filter(|ask| !ask.body.is_empty())
+        && context.exchange.state().committed.is_some()
+    {
+        ask.keep_for_estimate();
+    }
+}
 
 /// What of a request's header goes to any endpoint. Kept without the case of its names, which makes it cheap to copy for each
 /// attempt.
@@ -54,7 +158,7 @@ fn forwarded_headers(headers: &HeaderMap, switches_protocol: bool) -> HeaderMap 
 }
 
 /// The request's header as the endpoint gets it.
-pub(super) fn rewrite_header(session: &Session, request: &mut RequestHeader, context: &Context) -> Result<()> {
+fn rewrite_header(session: &Session, request: &mut RequestHeader, context: &Context) -> Result<()> {
     let Some(ask) = &context.ask else { return Error::err_in(ErrorType::InternalError) };
     let state = context.exchange.state();
     let Some(attempt) = &state.attempt else { return Error::err_in(ErrorType::InternalError) };
@@ -83,7 +187,7 @@ pub(super) fn rewrite_header(session: &Session, request: &mut RequestHeader, con
 }
 
 /// The body as the endpoint gets it: in one piece if it is small, else in the pieces that it came in, without a copy.
-pub(super) fn rewrite_body(context: &Context) -> Vec<Bytes> {
+fn rewrite_body(context: &Context) -> Vec<Bytes> {
     let Some(ask) = &context.ask else { return Vec::new() };
     let mut state = context.exchange.state();
     let Some(attempt) = &mut state.attempt else { return Vec::new() };
@@ -100,7 +204,7 @@ pub(super) fn rewrite_body(context: &Context) -> Vec<Bytes> {
 }
 
 /// Says how long the request's body is, where it has one or its method usually does.
-pub(super) fn set_length(request: &mut RequestHeader, method: &Method, bytes: usize) -> Result<()> {
+fn set_length(request: &mut RequestHeader, method: &Method, bytes: usize) -> Result<()> {
     let is_usually_bare = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::DELETE);
     if bytes > 0 || !is_usually_bare {
         request.insert_header(header::CONTENT_LENGTH, bytes)?;
@@ -109,7 +213,7 @@ pub(super) fn set_length(request: &mut RequestHeader, method: &Method, bytes: us
 }
 
 /// Takes out of an endpoint's answer what is not for our clients, and puts in what every answer carries.
-pub(super) fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> Result<()> {
+fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> Result<()> {
     let own_words = header.get_reason_phrase().filter(|words| Some(*words) != header.status.canonical_reason());
     let own_words = own_words.map(ToOwned::to_owned);
     // Names lose their case, which nobody may go by, and changes are much cheaper.

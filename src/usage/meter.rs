@@ -35,6 +35,7 @@ fn says_usage(data: &[u8]) -> bool {
 
 /// What is measured of one answer. Bounded, and can neither change nor fail it.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own about the answer")]
 pub struct Meter {
     call: Call,
     /// Whether text is kept for an estimate.

@@ -160,12 +160,12 @@ fn the_documents_show_the_same_order() {
 #[test]
 fn pingora_is_imported_only_where_the_table_says() {
     let uses = |source: &Source| source.code.contains("pingora::") || source.code.contains("pingora_");
-    let users: Vec<Source> = sources().into_iter().filter(uses).collect();
-    for source in &users {
+    let importers: Vec<Source> = sources().into_iter().filter(uses).collect();
+    for source in &importers {
         assert!(source.is_within(&ON_PINGORA), "src/{} imports Pingora", source.path);
     }
     for place in ON_PINGORA {
-        assert!(users.iter().any(|source| source.is_within(&[place])), "{place} needs no Pingora any more");
+        assert!(importers.iter().any(|source| source.is_within(&[place])), "{place} needs no Pingora any more");
     }
 }
 

@@ -1,0 +1,280 @@
+//! What follows a failed attempt: one decision, which the next call of `upstream_peer` reads.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorSource, ErrorType, RetryType};
+use pingora_proxy::{FailToProxy, Session};
+
+use super::context::Context;
+use super::{is_final, outgoing};
+use crate::admin::Answer;
+use crate::billing;
+use crate::exchange::{Ask, Kept};
+use crate::fault::Fault;
+use crate::limit::Clock;
+use crate::routing::balance;
+use crate::routing::retry::{self, Outcome};
+
+/// How often an attempt begins anew because its pooled connection turns out to be closed.
+const FRESH_CONNECTIONS_MAX: u32 = 2;
+
+/// What follows an attempt, or the beginning.
+#[derive(Debug)]
+pub enum Follow {
+    /// The same attempt, on a fresh connection: its pooled one had been closed.
+    FreshConnection,
+    /// The same attempt, at the endpoint's next address.
+    NextAddress,
+    /// The same attempt, without asking for its usage, which the endpoint refused.
+    WithoutUsage,
+    /// An attempt at another endpoint. If none takes the request, the client is told this fault, or else why none does.
+    NextEndpoint { otherwise: Option<Fault> },
+    /// Nothing: the client is told this fault.
+    Fail(Fault),
+    /// Nothing: the client is gone.
+    ClientGone,
+}
+
+impl Default for Follow {
+    fn default() -> Self {
+        Self::NextEndpoint { otherwise: None }
+    }
+}
+
+impl Follow {
+    /// True if Pingora is to ask for another peer.
+    fn goes_on(&self) -> bool {
+        !matches!(self, Self::Fail(_) | Self::ClientGone)
+    }
+}
+
+/// Notes what follows, for `upstream_peer` or the answer to the client. True if Pingora is to ask for another peer.
+pub(super) fn take_up(context: &mut Context, follow: Follow) -> bool {
+    let goes_on = follow.goes_on();
+    match follow {
+        Follow::Fail(fault) => context.fault = Some(fault),
+        other => context.tries.follow = other,
+    }
+    goes_on
+}
+
+/// An exchange with an endpoint ended with an error. True if Pingora is to ask for another peer.
+pub(super) fn error_while_proxy(session: &Session, context: &mut Context, error: &Error, reused: bool) -> bool {
+    let is_committed = context.exchange.state().committed.is_some();
+    if is_committed || session.response_written().is_some_and(is_final) {
+        conclude_committed(context, error);
+        return false;
+    }
+    log::debug!("request {}: {error}", context.arrival.id_text());
+    let follow = decide(context, error, reused);
+    take_up(context, follow)
+}
+
+/// The client has been sent a part of the answer, so nothing can follow. It breaks, unless it is whole.
+fn conclude_committed(context: &mut Context, error: &Error) {
+    let mut state = context.exchange.state();
+    let ended = state.ended.take();
+    let from_client = is_from_client(error, ended.as_ref());
+    let is_complete = state.committed.is_some_and(|committed| committed.complete.is_some());
+    match &mut state.attempt {
+        Some(attempt) if is_complete => attempt.finish(),
+        Some(attempt) if !from_client => {
+            attempt.settle(&ended.unwrap_or(Outcome::Broken));
+            context.fault = Some(Fault::StreamBroken);
+        }
+        _ => {}
+    }
+}
+
+/// The session says in `ended` why it gave an attempt up, which Pingora takes for an error of the client's side.
+fn is_from_client(error: &Error, ended: Option<&Outcome>) -> bool {
+    *error.esource() == ErrorSource::Downstream && ended.is_none()
+}
+
+/// Decides what follows an exchange that ended with an error before the client was sent anything.
+fn decide(context: &mut Context, error: &Error, reused: bool) -> Follow {
+    let (ended, has_header) = {
+        let mut state = context.exchange.state();
+        (state.ended.take(), state.attempt.as_ref().is_some_and(|attempt| attempt.answer.is_some()))
+    };
+    let from_client = is_from_client(error, ended.as_ref());
+    if ended.is_none() && !from_client && !has_header && may_reconnect(context, PooledClose::new(error, reused)) {
+        return Follow::FreshConnection;
+    }
+    let outcome = ended.unwrap_or(match error.esource() {
+        // Pingora refuses some requests only when it makes the endpoint's out of them.
+        ErrorSource::Downstream if *error.etype() == ErrorType::InvalidHTTPHeader => Outcome::Ours,
+        ErrorSource::Downstream => Outcome::ClientGone,
+        ErrorSource::Internal => Outcome::Ours,
+        ErrorSource::Upstream | ErrorSource::Unset => Outcome::Broken,
+    });
+    if outcome == Outcome::UsageRefused && asks_without_usage(context) {
+        return Follow::WithoutUsage;
+    }
+    let follow = after(context, &outcome);
+    if outcome == Outcome::Ours && from_client {
+        let problem = "A header of the request is not what HTTP allows; look at its Connection header.".into();
+        return Follow::Fail(Fault::RequestInvalid { problem });
+    }
+    follow
+}
+
+/// No connection could be made to the attempt's address. True if Pingora is to ask for another peer.
+pub(super) fn fail_to_connect(context: &mut Context, peer: &HttpPeer, error: &Error) -> bool {
+    let Some(endpoint) = context.exchange.state().attempt.as_ref().map(|attempt| attempt.endpoint.clone()) else {
+        return false;
+    };
+    let (id, address) = (&endpoint.config.id, &peer._address);
+    log::warn!("endpoint {id}: no connection to {} ({address}): {error}", endpoint.upstream.name());
+    context.tries.addresses_failed += 1;
+    let follow = if context.tries.addresses_failed < endpoint.upstream.addresses_known() {
+        Follow::NextAddress
+    } else {
+        after(context, &Outcome::ConnectFailed)
+    };
+    take_up(context, follow)
+}
+
+/// How an attempt's pooled connection ended, if that is why it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PooledClose {
+    /// It did not, for all that is known.
+    No,
+    /// It had been closed; the endpoint may have taken the request all the same.
+    Closed,
+    /// It had been closed, and the endpoint says that it never took the request.
+    NeverTaken,
+}
+
+impl PooledClose {
+    fn new(error: &Error, reused: bool) -> Self {
+        use ErrorType::{ConnectionClosed, InvalidH2, ReadError, WriteError};
+        match error.retry {
+            RetryType::Decided(true) if *error.etype() != InvalidH2 => Self::NeverTaken,
+            RetryType::ReusedOnly if reused => Self::Closed,
+            _ if reused && matches!(error.etype(), ConnectionClosed | ReadError | WriteError) => Self::Closed,
+            _ => Self::No,
+        }
+    }
+}
+
+/// True if the attempt may begin anew on a fresh connection.
+fn may_reconnect(context: &mut Context, closed: PooledClose) -> bool {
+    let Some(ask) = &context.ask else { return false };
+    if closed == PooledClose::No
+        || context.tries.reconnected >= FRESH_CONNECTIONS_MAX
+        || context.arrival.at.elapsed() >= ask.pool.server.retry.budget
+    {
+        return false;
+    }
+    let mut state = context.exchange.state();
+    let Some(attempt) = &mut state.attempt else { return false };
+    if closed == PooledClose::NeverTaken {
+        attempt.never_sent();
+    }
+    context.tries.reconnected += 1;
+    true
+}
+
+/// The endpoint refused what was added to the request, which its client has nothing to do with: the attempt begins anew without.
+fn asks_without_usage(context: &Context) -> bool {
+    let mut state = context.exchange.state();
+    state.kept = None;
+    let Some(attempt) = &mut state.attempt else { return false };
+    attempt.refuses_usage = true;
+    true
+}
+
+/// Decides what follows an attempt that came to this end without an answer for the client.
+pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
+    let Some(ask) = &context.ask else { return Follow::Fail(Fault::Internal) };
+    let mut state = context.exchange.state();
+    if *outcome == Outcome::ClientGone {
+        // What was seen of its answer is billed with the request's end.
+        if let Some(attempt) = &mut state.attempt {
+            attempt.settle(outcome);
+        }
+        return Follow::ClientGone;
+    }
+    if let Some(mut attempt) = state.attempt.take() {
+        billing::bill_dropped(&attempt, ask);
+        attempt.settle(outcome);
+        context.tries.last = Some(Arc::clone(&attempt.endpoint));
+    }
+    // An error of another endpoint says more than that this one could not be asked.
+    let kept = state.kept.as_ref().map(|kept| kept.header.status.as_u16());
+    if !matches!(outcome, Outcome::Status { .. } | Outcome::LimitReached) {
+        state.kept = None;
+    }
+    drop(state);
+    let retry = &ask.pool.server.retry;
+    let more =
+        outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
+    if let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::Ours) {
+        let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
+        let next = if more { "another one is tried" } else { "no other one is left" };
+        log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
+    }
+    let fault = match outcome {
+        // If nobody else has room either, the next choice says until when.
+        Outcome::LimitReached if more => return Follow::default(),
+        Outcome::LimitReached => match kept {
+            Some(status) => Fault::EndpointError { status },
+            None => context.tries.limit.take().unwrap_or(Fault::NoneAvailable),
+        },
+        Outcome::TooSlow => Fault::EndpointTimeout,
+        Outcome::Empty => Fault::EndpointEmpty,
+        Outcome::Status { status, .. } => Fault::EndpointError { status: *status },
+        Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent | Outcome::UsageRefused => {
+            Fault::EndpointUnreachable
+        }
+        Outcome::Ours | Outcome::ClientGone => Fault::Internal,
+    };
+    if more { Follow::NextEndpoint { otherwise: Some(fault) } } else { Follow::Fail(fault) }
+}
+
+/// True if another attempt may begin and an endpoint is left for it.
+pub(super) fn has_more(ask: &Ask, tried: &[usize], came_at: Instant, clock: &Clock) -> bool {
+    let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
+    retry::may_begin(&ask.pool.server.retry, attempts, clock.now.saturating_duration_since(came_at))
+        && balance::any_left(&ask.pool, &ask.candidates, tried, clock)
+}
+
+/// Nothing more is tried: the client is shown the last endpoint's own error, or else the fault.
+pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, error: &Error) -> FailToProxy {
+    context.wrapped.unwrap_session(session);
+    let (committed, kept) = {
+        let mut state = context.exchange.state();
+        (state.committed, state.kept.take())
+    };
+    let closed = |error_code| FailToProxy { error_code, can_reuse_downstream: false };
+    if committed.is_some() || session.response_written().is_some_and(is_final) {
+        if let (Some(fault), Some(committed)) = (&context.fault, committed)
+            && committed.event_stream
+        {
+            let call = context.ask.as_ref().map(|ask| ask.call);
+            outgoing::send_error_event(session, fault, call, committed.between_events).await;
+        }
+        return closed(0);
+    }
+    if *error.esource() == ErrorSource::Downstream && context.fault.is_none() {
+        return closed(0);
+    }
+    let fault = context.fault.get_or_insert(Fault::Internal).clone();
+    if fault == Fault::Internal {
+        log::error!("request {}: {error}", context.arrival.id_text());
+    }
+    // Pingora closes the connection after a failure, whatever became of it; a client that is not told so may lose its
+    // next request to it.
+    session.set_keepalive(None);
+    let sent = match kept {
+        Some(Kept { header, body: Some(body) }) => {
+            let status = header.status.as_u16();
+            outgoing::send_kept(session, context, header, body).await.map(|()| status)
+        }
+        _ => outgoing::send(session, context, Answer::from(&fault)).await.map(|()| fault.status()),
+    };
+    sent.map_or(closed(0), closed)
+}
