@@ -118,8 +118,8 @@ fn permits(criterion: &mut Criterion) {
     let mut desk = Allocator::new(client.clone(), LedgerOnError::Deny, Arc::default());
     let mut config = config(5);
     for endpoint in &mut config.endpoints {
-        endpoint.rpm = Limit::AtMost(1 << 40);
-        endpoint.rpd = Limit::AtMost(1 << 40);
+        endpoint.limits.rpm = Limit::AtMost(1 << 40);
+        endpoint.limits.rpd = Limit::AtMost(1 << 40);
     }
     let pool = Pool::new(config, client.clone(), None).expect("the pool is good");
     let mut group = criterion.benchmark_group("permits");

@@ -8,15 +8,15 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::limit::Hold;
+use crate::limit::LimitReason;
 
 /// What holds an endpoint back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldBy {
     /// Its id, if clients may know it.
     pub endpoint: Option<Arc<str>>,
-    /// The limit.
-    pub hold: Hold,
+    /// Why.
+    pub reason: LimitReason,
 }
 
 /// A fault that the proxy itself reports to a client, as opposed to an error that an endpoint answered.
@@ -257,12 +257,12 @@ impl Fault {
     }
 }
 
-/// Which limits hold which endpoints: ` (api1: 60 requests a minute; api2: 500 requests a day)`.
+/// Which limits reason which endpoints: ` (api1: 60 requests a minute; api2: 500 requests a day)`.
 fn holds(held: &[HeldBy]) -> String {
     const SHOWN_MAX: usize = 10;
     let mut shown: Vec<String> = Vec::new();
-    for HeldBy { endpoint, hold } in held {
-        let text = endpoint.as_ref().map_or_else(|| hold.to_string(), |endpoint| format!("{endpoint}: {hold}"));
+    for HeldBy { endpoint, reason } in held {
+        let text = endpoint.as_ref().map_or_else(|| reason.to_string(), |endpoint| format!("{endpoint}: {reason}"));
         // Without ids they may well be the same.
         if !shown.contains(&text) && shown.len() <= SHOWN_MAX {
             shown.push(text);

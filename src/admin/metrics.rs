@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use super::Sources;
 use super::status::is_available;
-use crate::config::Limit;
+use crate::config::{Limit, LimitKind, PerLimit};
 use crate::limit::View;
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
@@ -31,16 +31,9 @@ pub async fn text(from: Sources<'_>) -> Vec<u8> {
 fn endpoint(from: Sources<'_>, endpoint: &Endpoint, view: &View) -> EndpointMoment {
     let clock = from.pool.clock();
     let in_flight = u64::from(endpoint.live.in_flight());
-    let limits = &endpoint.limits;
-    let all = [
-        ("rpm", limits.rpm, view.minute.attempts),
-        ("rpd", limits.rpd, view.day.attempts),
-        ("tpm", limits.tpm, view.minute.tokens),
-        ("tpd", limits.tpd, view.day.tokens),
-        ("max_concurrent", limits.max_concurrent, in_flight),
-    ];
-    let set = |(name, limit, used)| match limit {
-        Limit::AtMost(most) => Some((name, most, used)),
+    let used = PerLimit { max_concurrent: in_flight, ..view.used };
+    let set = |(kind, (limit, used)): (LimitKind, _)| match limit {
+        Limit::AtMost(most) => Some((kind, most, used)),
         Limit::Unlimited | Limit::Off => None,
     };
     EndpointMoment {
@@ -48,7 +41,7 @@ fn endpoint(from: Sources<'_>, endpoint: &Endpoint, view: &View) -> EndpointMome
         available: is_available(from.pool, endpoint, view, &clock),
         cooling: matches!(endpoint.live.gate(clock.now), Gate::Cooling { .. } | Gate::OnTrial),
         in_flight,
-        limits: all.into_iter().filter_map(set).collect(),
+        limits: endpoint.limits.by_kind.zip(used).each().filter_map(set).collect(),
     }
 }
 

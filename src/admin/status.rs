@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::Sources;
-use crate::config::{Limit, StreamUsage};
+use crate::config::{Limit, PerLimit, StreamUsage};
 use crate::ledger;
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::process::{ConfigState, FileState, Process};
@@ -85,6 +85,7 @@ fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
     let health = live.health();
     let limits = &endpoint.limits;
     let in_flight = u64::from(live.in_flight());
+    let used = PerLimit { max_concurrent: in_flight, ..view.used };
     json!({
         "id": config.id.as_ref(),
         "name": config.name.as_ref(),
@@ -92,21 +93,9 @@ fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
         "available": available,
         "temporarilyDisabled": matches!(gate, Gate::Cooling { .. } | Gate::OnTrial),
         "errorCount": health.errors_in_row(),
-        "limits": {
-            "rpm": limits.rpm.as_number(),
-            "rpd": limits.rpd.as_number(),
-            "tpm": limits.tpm.as_number(),
-            "tpd": limits.tpd.as_number(),
-            "maxConcurrent": limits.max_concurrent.as_number(),
-        },
-        "usage": {
-            "rpm": view.minute.attempts,
-            "rpd": view.day.attempts,
-            "tpm": view.minute.tokens,
-            "tpd": view.day.tokens,
-            "maxConcurrent": in_flight,
-        },
-        "quota": quota(limits, view, in_flight, clock),
+        "limits": by_kind(&limits.by_kind.map(Limit::as_number)),
+        "usage": by_kind(&used),
+        "quota": quota(limits, view, used, clock),
         "heldBy": view.held.map(|held| held.by.to_string()),
         "limitFrees": view.held.map(|held| time_of(held.until, clock)),
         "timezone": limits.calendar.zone_name(),
@@ -135,8 +124,8 @@ fn stream_usage(endpoint: &Endpoint, clock: &Clock) -> &'static str {
 }
 
 /// For each limit what is used and left of it, and when all of it is free again.
-fn quota(limits: &Limits, view: &View, in_flight: u64, clock: &Clock) -> Value {
-    let one = |limit: Limit, gauge: Option<Gauge>, used: u64| {
+fn quota(limits: &Limits, view: &View, used: PerLimit<u64>, clock: &Clock) -> Value {
+    let one = |((limit, gauge), used): ((Limit, Option<Gauge>), u64)| {
         json!({
             "limit": limit.as_number(),
             "used": used,
@@ -144,13 +133,13 @@ fn quota(limits: &Limits, view: &View, in_flight: u64, clock: &Clock) -> Value {
             "resets": gauge.and_then(|gauge| gauge.resets).map(|resets| time_of(resets, clock)),
         })
     };
-    json!({
-        "rpm": one(limits.rpm, view.rpm, view.minute.attempts),
-        "rpd": one(limits.rpd, view.rpd, view.day.attempts),
-        "tpm": one(limits.tpm, view.tpm, view.minute.tokens),
-        "tpd": one(limits.tpd, view.tpd, view.day.tokens),
-        "maxConcurrent": one(limits.max_concurrent, view.concurrent, in_flight),
-    })
+    let each = limits.by_kind.zip(view.gauges).zip(used).each();
+    Value::Object(each.map(|(kind, values)| (kind.key().to_owned(), one(values))).collect())
+}
+
+/// A JSON object with a number for each kind of limit.
+fn by_kind<T: Copy + Into<Value>>(values: &PerLimit<T>) -> Value {
+    Value::Object(values.each().map(|(kind, value)| (kind.key().to_owned(), value.into())).collect())
 }
 
 fn time_of(stamp: Stamp, clock: &Clock) -> String {

@@ -57,7 +57,7 @@ fn line(text: &mut String, endpoint: &Endpoint) {
     };
     let state = if endpoint.usable() { String::new() } else { format!("  {OFF}off{OFF:#}") };
     let (id, name, url) = (&endpoint.id, &endpoint.name, &endpoint.base_url);
-    let (rpm, rpd) = (limit(endpoint.rpm.as_number()), limit(endpoint.rpd.as_number()));
+    let (rpm, rpd) = (limit(endpoint.limits.rpm.as_number()), limit(endpoint.limits.rpd.as_number()));
     // Writing to a string cannot fail.
     writeln!(text, "  {NAME}{id}{NAME:#}  {name}  {url}  rpm {rpm}, rpd {rpd}, {models}{state}").unwrap_or_default();
 }

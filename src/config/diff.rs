@@ -76,7 +76,6 @@ fn server(lines: &mut Lines, before: &Server, after: &Server) {
 
 fn endpoint(lines: &mut Lines, before: &Endpoint, after: &Endpoint) {
     let at = |key: &str| format!("endpoint {}: {key}", after.id);
-    let limit = |limit: super::Limit| limit.as_number();
     if before.enabled != after.enabled {
         lines.add(format!("endpoint {} {}", after.id, if after.enabled { "enabled" } else { "disabled" }));
     }
@@ -89,14 +88,8 @@ fn endpoint(lines: &mut Lines, before: &Endpoint, after: &Endpoint) {
     }
     lines.compare_text(&at("name"), &before.name, &after.name);
     lines.compare_text(&at("baseUrl"), &before.base_url.to_string(), &after.base_url.to_string());
-    for (key, before, after) in [
-        ("rpm", before.rpm, after.rpm),
-        ("rpd", before.rpd, after.rpd),
-        ("tpm", before.tpm, after.tpm),
-        ("tpd", before.tpd, after.tpd),
-        ("maxConcurrent", before.max_concurrent, after.max_concurrent),
-    ] {
-        lines.compare(&at(key), &limit(before), &limit(after));
+    for (kind, (before, after)) in before.limits.zip(after.limits).each() {
+        lines.compare(&at(kind.key()), &before.as_number(), &after.as_number());
     }
     lines.compare_lists(&at("models"), &before.models, &after.models);
     lines.compare_lists(&at("modelMapping"), &pairs(&before.model_mapping), &pairs(&after.model_mapping));

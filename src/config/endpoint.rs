@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::base_url::BaseUrl;
 use super::checked::Check;
 use super::file::{self, EndpointFile, EndpointTlsFile, TimeoutsFile};
+use super::limits::{Limit, PerLimit};
 use super::problem::join;
 use super::proxy::Proxy;
 use crate::config::secret::Secret;
@@ -33,16 +34,8 @@ pub struct Endpoint {
     pub base_url: BaseUrl,
     /// The key it is sent.
     pub api_key: Secret,
-    /// Requests in any 60 seconds.
-    pub rpm: Limit,
-    /// Requests a day.
-    pub rpd: Limit,
-    /// Tokens in any 60 seconds.
-    pub tpm: Limit,
-    /// Tokens a day.
-    pub tpd: Limit,
-    /// Requests at once.
-    pub max_concurrent: Limit,
+    /// How much it may be asked.
+    pub limits: PerLimit<Limit>,
     /// Whose midnight ends its day; the server's if it is none.
     pub timezone: Option<TimeZone>,
     /// `false`: it takes nothing.
@@ -72,8 +65,7 @@ pub struct Endpoint {
 impl Endpoint {
     /// Whether the configuration lets it take any request at all.
     pub fn usable(&self) -> bool {
-        let limits = [self.rpm, self.rpd, self.tpm, self.tpd, self.max_concurrent];
-        self.enabled && !limits.contains(&Limit::Off)
+        self.enabled && self.limits.each().all(|(_, limit)| limit != Limit::Off)
     }
 }
 
@@ -86,36 +78,6 @@ pub enum StreamUsage {
     Auto,
     /// They do not.
     Never,
-}
-
-/// A number of requests or tokens, in some time or at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Limit {
-    /// -1 in the file, or nothing.
-    Unlimited,
-    /// 0 in the file: the endpoint takes nothing.
-    Off,
-    /// From 1 to 2^53 - 1.
-    AtMost(u64),
-}
-
-impl Limit {
-    /// As in the file: -1, 0, or the number.
-    pub fn as_number(self) -> i64 {
-        match self {
-            Self::Unlimited => -1,
-            Self::Off => 0,
-            Self::AtMost(count) => i64::try_from(count).unwrap_or(i64::MAX),
-        }
-    }
-
-    fn from_number(number: i64) -> Self {
-        match u64::try_from(number) {
-            Err(_) => Self::Unlimited,
-            Ok(0) => Self::Off,
-            Ok(count) => Self::AtMost(count),
-        }
-    }
 }
 
 /// How long to wait for an endpoint. None is zero.
@@ -162,18 +124,20 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let tls = endpoint_tls(typed.tls.unwrap_or_default(), &at("tls"), check);
     let proxy = proxy(typed.proxy.as_ref(), base_url.as_ref(), &at("proxy"), check);
     let timezone = super::server::timezone(typed.timezone.as_deref(), &at("timezone"), check);
-    let limit = |typed: Option<i64>| Limit::from_number(typed.unwrap_or(file::LIMIT_DEFAULT));
+    let limits = PerLimit {
+        rpm: typed.rpm,
+        rpd: typed.rpd,
+        tpm: typed.tpm,
+        tpd: typed.tpd,
+        max_concurrent: typed.max_concurrent,
+    };
     let id: Arc<str> = id?.into();
     Some(Endpoint {
         name: name.map_or_else(|| id.clone(), Arc::from),
         id,
         base_url: base_url?,
         api_key: api_key?,
-        rpm: limit(typed.rpm),
-        rpd: limit(typed.rpd),
-        tpm: limit(typed.tpm),
-        tpd: limit(typed.tpd),
-        max_concurrent: limit(typed.max_concurrent),
+        limits: limits.map(|typed| Limit::from_number(typed.unwrap_or(file::LIMIT_DEFAULT))),
         timezone: timezone?,
         enabled,
         models,

@@ -106,9 +106,9 @@ mod fixtures {
             let [first, second, ..] = loaded.config.endpoints.as_slice() else { panic!("too few") };
             assert_eq!(&*first.name, "OpenAI官方API");
             assert_eq!(&*second.name, "备用API端点");
-            assert_eq!((first.rpm, first.rpd), (Limit::AtMost(60), Limit::AtMost(1000)));
+            assert_eq!((first.limits.rpm, first.limits.rpd), (Limit::AtMost(60), Limit::AtMost(1000)));
             assert_eq!(first.model_mapping["gpt-3.5"], "gpt-3.5-turbo");
-            assert_eq!(second.rpd, Limit::AtMost(500));
+            assert_eq!(second.limits.rpd, Limit::AtMost(500));
             assert_eq!(second.base_url.to_string(), "https://your-backup-api.com");
             assert_eq!(second.models, ["claude-2", "claude-instant-1"]);
             assert!(loaded.config.server.api_key.matches(b"sk-123"));
@@ -120,9 +120,9 @@ mod fixtures {
         let file = crate_folder("tests/fixtures/config/legacy/variants.json");
         let config = load(&file, &no_variables()).unwrap().config;
         let [_, second, third, fourth] = config.endpoints.as_slice() else { panic!("not four") };
-        assert!(!second.usable() && second.rpm == Limit::Off);
-        assert_eq!((third.rpm, third.rpd), (Limit::AtMost(100), Limit::Unlimited));
-        assert_eq!((&*fourth.name, fourth.rpm), ("api4", Limit::AtMost(1000)));
+        assert!(!second.usable() && second.limits.rpm == Limit::Off);
+        assert_eq!((third.limits.rpm, third.limits.rpd), (Limit::AtMost(100), Limit::Unlimited));
+        assert_eq!((&*fourth.name, fourth.limits.rpm), ("api4", Limit::AtMost(1000)));
     }
 
     #[test]
@@ -155,7 +155,7 @@ fn what_is_left_out_has_its_default() {
 
     let [endpoint] = endpoints.as_slice() else { panic!("not one") };
     assert_eq!((&*endpoint.id, &*endpoint.name), ("a", "a"));
-    assert_eq!((endpoint.rpm, endpoint.rpd), (Limit::Unlimited, Limit::Unlimited));
+    assert_eq!((endpoint.limits.rpm, endpoint.limits.rpd), (Limit::Unlimited, Limit::Unlimited));
     assert!(endpoint.enabled && endpoint.usable());
     assert_eq!((endpoint.weight, endpoint.priority, endpoint.http2), (1, 0, None));
     assert!(endpoint.model_mapping.is_empty() && endpoint.headers.is_empty());
@@ -222,7 +222,7 @@ fn limits_say_what_they_were() {
         for key in ["rpm", "rpd"] {
             let config = config_of(&with(&json!({}), &json!({ key: typed })));
             let endpoint = &config.endpoints[0];
-            let found = if key == "rpm" { endpoint.rpm } else { endpoint.rpd };
+            let found = if key == "rpm" { endpoint.limits.rpm } else { endpoint.limits.rpd };
             assert_eq!((found, found.as_number(), endpoint.usable()), (limit, typed, usable));
         }
     }
@@ -270,7 +270,7 @@ mod variables {
         let environment = Environment::fixed([("KEY", "sk-1"), ("COUNT", "7"), ("NO", "false")]);
         let Config { server, endpoints } = checked(&config, &environment).unwrap().config;
         assert!(server.api_key.matches(b"sk-1") && !server.endpoint_headers);
-        assert_eq!((endpoints[0].rpm, &*endpoints[0].name), (Limit::AtMost(7), "7"));
+        assert_eq!((endpoints[0].limits.rpm, &*endpoints[0].name), (Limit::AtMost(7), "7"));
         assert_eq!(endpoints[0].headers[0].1, "ask-1");
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::Change;
 use super::prefetch::{Demand, PrefetchBuffer};
-use crate::limit::{Counted, Days, Slot, Stamp, Usage, View};
+use crate::limit::{Counted, Days, Quota, Slot, Stamp, View};
 
 /// Changes that wait to be written while the ledger cannot be; beyond that they are written as if they were as old as the
 /// oldest, which still counts them in the right days.
@@ -36,10 +36,10 @@ pub struct Account {
 /// What the allocator holds of an account.
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
-    pub(super) usage: Usage,
-    /// The number of the ledger's state that `usage` was read from; none: it has to be read.
+    pub(super) quota: Quota,
+    /// The number of the ledger's state that `quota` was read from; none: it has to be read.
     pub(super) read_at: Option<u64>,
-    /// In `usage` already, and written to the ledger a little later.
+    /// In `quota` already, and written to the ledger a little later.
     pub(super) unwritten: Vec<Entry>,
     /// Drawn in the batch under way.
     pub(super) drawn: Vec<Entry>,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::account::{Entry, Mirror};
 use super::messages::{Draw, Otherwise};
 use super::{Account, Change, Ledger, LedgerError, Wanted};
-use crate::limit::{Clock, Counted, Counts, Held, Hold, Limits, Minute, Slot, Stamp};
+use crate::limit::{Clock, Counted, Counts, Held, LimitReason, Limits, Minute, Slot, Stamp};
 
 /// One draw, and what came of it.
 pub(super) struct Served {
@@ -76,7 +76,7 @@ impl Batch<'_> {
     pub(super) fn refresh(&mut self, account: &Account, limits: &Limits) -> Result<(), LedgerError> {
         let mut mirror = account.mirror();
         let days = limits.calendar.days(self.clock.wall);
-        if mirror.read_at == Some(self.generation) && mirror.usage.knows(days) {
+        if mirror.read_at == Some(self.generation) && mirror.quota.knows(days) {
             return Ok(());
         }
         let (mut attempts, mut tokens) = (Minute::default(), Minute::default());
@@ -88,10 +88,10 @@ impl Batch<'_> {
         for date in days.each() {
             counted.push((date, self.ledger.day(account.id(), date)?));
         }
-        mirror.usage.load(attempts, tokens, counted, self.ledger.unknown_until());
-        let Mirror { usage, unwritten, drawn, .. } = &mut *mirror;
+        mirror.quota.load(attempts, tokens, counted, self.ledger.unknown_until());
+        let Mirror { quota, unwritten, drawn, .. } = &mut *mirror;
         for entry in unwritten.iter().chain(drawn.iter()) {
-            usage.change(entry.slot, entry.days, entry.change.attempts, entry.change.tokens);
+            quota.change(entry.slot, entry.days, entry.change.attempts, entry.change.tokens);
         }
         mirror.read_at = Some(self.generation);
         Ok(())
@@ -109,7 +109,7 @@ impl Batch<'_> {
                 && let Some(wanted) = draw.wanted.get(*at)
                 && wanted.limits.is_concurrency_limited()
             {
-                wanted.account.mirror().usage.release();
+                wanted.account.mirror().quota.release();
             }
         }
     }
@@ -144,28 +144,28 @@ fn prefetch(wanted: &Wanted, mirror: &mut Mirror, counted: Counted, clock: &Cloc
     if !limits.in_ledger() || limits.is_concurrency_limited() {
         return 0;
     }
-    let Mirror { usage, demand, .. } = mirror;
-    let ahead = demand.drawn(&account.prefetch, || usage.view(limits, clock), clock.boot);
+    let Mirror { quota, demand, .. } = mirror;
+    let ahead = demand.drawn(&account.prefetch, || quota.view(limits, clock), clock.boot);
     if ahead > 0 {
-        usage.add(counted, Counts { attempts: ahead, tokens: 0 });
+        quota.add(counted, Counts { attempts: ahead, tokens: 0 });
     }
     ahead
 }
 
 fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, Held> {
     rests(wanted, clock)?;
-    mirror.usage.take(&wanted.limits, clock)
+    mirror.quota.take(&wanted.limits, clock)
 }
 
 /// As `take`, by what needs no ledger only.
 pub(super) fn enter(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
     rests(wanted, clock)?;
-    wanted.account.mirror().usage.enter(&wanted.limits, clock)
+    wanted.account.mirror().quota.enter(&wanted.limits, clock)
 }
 
 fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
     if wanted.not_before > clock.boot {
-        return Err(Held { by: Hold::Rest, until: wanted.not_before });
+        return Err(Held { by: LimitReason::Rest, until: wanted.not_before });
     }
     Ok(())
 }
@@ -173,10 +173,10 @@ fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
 /// The first moment at which any of them frees a permit that nobody else was promised, promised to the one who asks now.
 pub(super) fn promise(wanted: &[Wanted], clock: &Clock) -> Option<Stamp> {
     let next = |wanted: &Wanted| {
-        wanted.account.mirror().usage.next_free(&wanted.limits, clock, wanted.not_before.max(clock.boot))
+        wanted.account.mirror().quota.next_free(&wanted.limits, clock, wanted.not_before.max(clock.boot))
     };
     let (at, first) = wanted.iter().map(|wanted| (next(wanted), wanted)).min_by_key(|(at, _)| *at)?;
-    first.account.mirror().usage.promise(at, &first.limits, clock);
+    first.account.mirror().quota.promise(at, &first.limits, clock);
     Some(at)
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::{Account, Permit, Spent};
-use crate::limit::{Counted, Hold, Limits, Stamp, View};
+use crate::limit::{Counted, LimitReason, Limits, Stamp, View};
 
 /// An endpoint that would do.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ pub struct Refusal {
     /// Until a permit frees that is promised to nobody else.
     pub wait: Duration,
     /// What holds each endpoint, by its place in the list.
-    pub held: Vec<(usize, Hold)>,
+    pub held: Vec<(usize, LimitReason)>,
 }
 
 /// A request for a permit.

@@ -122,10 +122,10 @@ impl Demand {
 fn spare(view: &View) -> u64 {
     // What a request costs in tokens is known only afterwards, so near these limits each is looked at.
     let is_near = |gauge: Option<Gauge>| gauge.is_some_and(|gauge| gauge.left() < gauge.limit / PART_OF_TOKENS);
-    if is_near(view.tpm) || is_near(view.tpd) {
+    if is_near(view.gauges.tpm) || is_near(view.gauges.tpd) {
         return 0;
     }
-    let left = [view.rpm, view.rpd].into_iter().flatten().map(|gauge| gauge.left()).min();
+    let left = [view.gauges.rpm, view.gauges.rpd].into_iter().flatten().map(|gauge| gauge.left()).min();
     left.unwrap_or_default() / PART_OF_LEFT
 }
 
@@ -135,6 +135,7 @@ const _: () =
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::PerLimit;
     use crate::config::test_support::config;
     use jiff::tz::TimeZone;
 
@@ -145,7 +146,10 @@ mod tests {
 
     fn left(rpm: u64, tpm: Option<u64>) -> View {
         let gauge = |left: u64| Gauge { limit: 1_000_000, used: 1_000_000 - left, resets: None };
-        View { rpm: Some(gauge(rpm)), tpm: tpm.map(gauge), ..View::default() }
+        View {
+            gauges: PerLimit { rpm: Some(gauge(rpm)), tpm: tpm.map(gauge), ..PerLimit::default() },
+            ..View::default()
+        }
     }
 
     #[test]

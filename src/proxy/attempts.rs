@@ -133,7 +133,7 @@ async fn send_with_another_permit(context: &mut Context) -> bool {
 fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault {
     let Drawn::Refused(refusal) = drawn else { return Fault::LedgerUnavailable };
     let shown = context.arrival.endpoint_headers.then(|| Arc::clone(&endpoint.config.id));
-    let held = refusal.held.into_iter().map(|(_, hold)| HeldBy { endpoint: shown.clone(), hold });
+    let held = refusal.held.into_iter().map(|(_, reason)| HeldBy { endpoint: shown.clone(), reason });
     Fault::LimitsReached { wait: refusal.wait, held: held.collect() }
 }
 

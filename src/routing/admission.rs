@@ -207,10 +207,10 @@ async fn try_out(request: Request<'_>, candidate: usize, ticket: u64, clock: Clo
 
 fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: Refusal) -> Fault {
     let shows_ids = request.pool.server.endpoint_headers;
-    let held_by = |(at, hold)| {
+    let held_by = |(at, reason)| {
         let (candidate, _) = open.get(at)?;
         let endpoint = balance::endpoint_of(request.pool, request.candidates, *candidate)?;
-        Some(HeldBy { endpoint: shows_ids.then(|| Arc::clone(&endpoint.config.id)), hold })
+        Some(HeldBy { endpoint: shows_ids.then(|| Arc::clone(&endpoint.config.id)), reason })
     };
     Fault::LimitsReached { wait: refusal.wait, held: refusal.held.into_iter().filter_map(held_by).collect() }
 }

@@ -51,9 +51,9 @@ fn add_up(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
                 reset: rate.reset.max(reset),
             })
         };
-        let limits = &endpoint.limits;
-        rates.requests = add(rates.requests, [(limits.rpm, view.rpm), (limits.rpd, view.rpd)]);
-        rates.tokens = add(rates.tokens, [(limits.tpm, view.tpm), (limits.tpd, view.tpd)]);
+        let limits = endpoint.limits.by_kind.zip(view.gauges);
+        rates.requests = add(rates.requests, [limits.rpm, limits.rpd]);
+        rates.tokens = add(rates.tokens, [limits.tpm, limits.tpd]);
     }
     rates
 }

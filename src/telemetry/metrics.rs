@@ -12,6 +12,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
+use crate::config::LimitKind;
 use crate::usage::Cost;
 
 /// A request without a model, or an answer that came from no endpoint.
@@ -236,8 +237,8 @@ pub struct EndpointMoment {
     pub cooling: bool,
     /// Requests that it is answering.
     pub in_flight: u64,
-    /// For each limit that it has: its name, the limit, and what is used of it.
-    pub limits: Vec<(&'static str, u64, u64)>,
+    /// For each limit that it has: its kind, the limit, and what is used of it.
+    pub limits: Vec<(LimitKind, u64, u64)>,
 }
 
 /// What is the case for the process.
@@ -299,7 +300,8 @@ impl Moment {
             available.with_label_values(&[id]).set(endpoint.available.into());
             cooling.with_label_values(&[id]).set(endpoint.cooling.into());
             in_flight.with_label_values(&[id]).set(to_i64(endpoint.in_flight));
-            for (limit, most, count) in &endpoint.limits {
+            for (kind, most, count) in &endpoint.limits {
+                let limit = kind.label();
                 limits.with_label_values(&[id, limit]).set(to_f64(*most));
                 used.with_label_values(&[id, limit]).set(to_f64(*count));
                 left.with_label_values(&[id, limit]).set(to_f64(most.saturating_sub(*count)));
@@ -407,7 +409,7 @@ mod tests {
         let endpoint = EndpointMoment {
             id: "a".into(),
             available: true,
-            limits: vec![("rpm", 60, 70)],
+            limits: vec![(LimitKind::Rpm, 60, 70)],
             ..EndpointMoment::default()
         };
         let moment = Moment::new(&ProcessMoment::default(), &[endpoint]).unwrap();

@@ -42,7 +42,7 @@ const PURE: [&str; 13] = [
     "usage/",
     "limit/calendar.rs",
     "limit/promise.rs",
-    "limit/usage.rs",
+    "limit/quota.rs",
     "limit/window.rs",
     "json/",
     "fault.rs",

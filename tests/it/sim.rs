@@ -16,13 +16,15 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
-use api_together::config::{self, Config, Environment, Format, LedgerOnError, LedgerSync, Limit, Queue, Strategy};
+use api_together::config::{
+    self, Config, Environment, Format, LedgerOnError, LedgerSync, Limit, LimitKind, Queue, Strategy,
+};
 use api_together::exchange::Attempt;
 use api_together::exchange::judge::Terms;
 use api_together::fault::Fault;
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Allocator, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally};
-use api_together::limit::{Calendar, Clock, Counts, Days, Hold, SPAN, Slot, Stamp};
+use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
 use api_together::routing::pool::Pool;
@@ -225,7 +227,7 @@ struct Shared {
     /// Until then what was given back may not be written yet.
     failing_until: u64,
     /// What held whoever was refused just now.
-    refusals: Vec<(String, Hold)>,
+    refusals: Vec<(String, LimitReason)>,
     excuses: Vec<Excuse>,
     rng: Rng,
 }
@@ -315,10 +317,10 @@ impl World {
             let limit = |limit: Option<u64>| limit.map_or(Limit::Unlimited, Limit::AtMost);
             let mut endpoint = template.clone();
             endpoint.id = id.into();
-            endpoint.rpm = limit(model.rpm);
-            endpoint.rpd = limit(model.rpd);
-            endpoint.tpm = limit((self.rng.u8(..) < 20).then_some(1_000_000));
-            endpoint.max_concurrent = limit((self.rng.u8(..) < 40).then(|| self.rng.u64(1..4)));
+            endpoint.limits.rpm = limit(model.rpm);
+            endpoint.limits.rpd = limit(model.rpd);
+            endpoint.limits.tpm = limit((self.rng.u8(..) < 20).then_some(1_000_000));
+            endpoint.limits.max_concurrent = limit((self.rng.u8(..) < 40).then(|| self.rng.u64(1..4)));
             endpoint.timezone = Some(TimeZone::get(&model.zone).unwrap());
             endpoint.priority = self.rng.u32(..2);
             endpoint.weight = self.rng.u32(1..4);
@@ -598,7 +600,7 @@ async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, sha
                 let waited = clocks.true_ms.load(Ordering::Relaxed) - began;
                 shared.seen.waited += u64::from(queue.is_some() && waited > 0);
                 assert!(wait > Duration::ZERO, "refused, and told to come at once");
-                shared.refusals.extend(held.into_iter().map(|held| (held.endpoint.unwrap().to_string(), held.hold)));
+                shared.refusals.extend(held.into_iter().map(|held| (held.endpoint.unwrap().to_string(), held.reason)));
                 return;
             }
             Err(Fault::LedgerUnavailable) => {
@@ -688,7 +690,7 @@ impl Shared {
     }
 
     /// Somebody was refused because of this limit: how many permits were free by the model. None, usually.
-    fn free_by_the_model(&self, id: &str, hold: Hold, clocks: &Clocks) -> u64 {
+    fn free_by_the_model(&self, id: &str, hold: LimitReason, clocks: &Clocks) -> u64 {
         let now = clocks.true_ms.load(Ordering::Relaxed);
         let model = &self.models[id];
         let clock = clocks.read();
@@ -696,17 +698,17 @@ impl Shared {
             return 0;
         }
         match hold {
-            Hold::RequestsPerMinute(rpm) if self.doubtful_until <= now => {
+            LimitReason::Full(LimitKind::Rpm, rpm) if self.doubtful_until <= now => {
                 let counting = model.sent.iter().filter(|at| **at + 60_500 > now).count() as u64;
                 rpm.saturating_sub(counting + model.held)
             }
-            Hold::RequestsPerDay(rpd) => {
+            LimitReason::Full(LimitKind::Rpd, rpd) => {
                 let days = with_calendar(&model.zone, |calendar| calendar.days(clock.wall));
                 let most = days.each().map(|date| model.by_day_at_most.get(&date).copied().unwrap_or(0)).max().unwrap();
                 let is_doubtful = days.each().any(|date| self.doubtful_days.contains(&date)) || days.first != days.last;
                 if is_doubtful { 0 } else { rpd.saturating_sub(most + model.held) }
             }
-            Hold::MinuteUnknown => {
+            LimitReason::MinuteUnknown => {
                 assert!(clock.boot < Stamp::default() + SPAN, "{id}: unknown for no reason");
                 0
             }

@@ -178,7 +178,7 @@ impl Allocator {
         let Some(PrefetchedPermits { counted, permits, .. }) = account.prefetch.take_all() else { return };
         let attempts = i64::try_from(permits).unwrap_or(i64::MAX);
         let entry = Entry::new(counted, Change { attempts: -attempts, tokens: 0 });
-        account.mirror().usage.change(entry.slot, entry.days, -attempts, 0);
+        account.mirror().quota.change(entry.slot, entry.days, -attempts, 0);
         account.look_again();
         self.write_behind.add(account, entry);
         self.write_behind.due_at = clock.boot;
@@ -220,11 +220,11 @@ impl Allocator {
     fn take_back(&mut self, returned: Return, clock: &Clock) {
         let Return { account, counted, concurrent } = returned;
         if concurrent {
-            account.mirror().usage.release();
+            account.mirror().quota.release();
         }
         account.look_again();
         let Some(counted) = counted else { return };
-        account.mirror().usage.give_back(counted);
+        account.mirror().quota.give_back(counted);
         self.write_behind.add(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
         // At once, as after a kill it would count for an attempt that nobody made.
         self.write_behind.due_at = clock.boot;
@@ -233,10 +233,10 @@ impl Allocator {
     fn take_bill(&mut self, bill: Bill, clock: &Clock) {
         let Bill { account, limits, spent } = bill;
         let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
-        account.mirror().usage.add(now, Counts { attempts: 0, tokens: spent.cost.tokens() });
+        account.mirror().quota.add(now, Counts { attempts: 0, tokens: spent.cost.tokens() });
         let tokens = i64::try_from(spent.cost.tokens()).unwrap_or(i64::MAX);
         self.write_behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
-        account.publish(account.mirror().usage.view(&limits, clock), clock.boot);
+        account.publish(account.mirror().quota.view(&limits, clock), clock.boot);
         self.write_behind.add_spent(spent, &self.tally);
         self.write_behind.due_soon(clock);
         self.renew_at = self.renew_at.min(clock.boot + RENEW);
@@ -249,8 +249,8 @@ impl Allocator {
             if attempts > 0 {
                 let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
                 let mut mirror = account.mirror();
-                mirror.usage.forget(clock.boot);
-                mirror.usage.add(now, Counts { attempts, tokens: 0 });
+                mirror.quota.forget(clock.boot);
+                mirror.quota.add(now, Counts { attempts, tokens: 0 });
                 drop(mirror);
                 let attempts = i64::try_from(attempts).unwrap_or(i64::MAX);
                 self.write_behind.add(account, Entry::new(now, Change { attempts, tokens: 0 }));
@@ -342,7 +342,7 @@ impl Allocator {
             self.write_behind.forget_written();
         }
         if due.renews {
-            let is_moving = self.endpoints.iter().any(|(account, _)| account.mirror().usage.is_moving());
+            let is_moving = self.endpoints.iter().any(|(account, _)| account.mirror().quota.is_moving());
             self.renew_at = if is_moving { clock.boot + RENEW } else { Stamp::NEVER };
         }
     }
@@ -353,11 +353,11 @@ impl Allocator {
         let cleans = clock.boot >= self.clean_at;
         for (account, limits) in &self.endpoints {
             let is_known = account.mirror().read_at.is_some();
-            if is_known && !account.mirror().usage.is_moving() {
+            if is_known && !account.mirror().quota.is_moving() {
                 continue;
             }
             batch.refresh(account, limits)?;
-            account.publish(account.mirror().usage.view(limits, &clock), clock.boot);
+            account.publish(account.mirror().quota.view(limits, &clock), clock.boot);
             if cleans {
                 batch.ledger.forget(account.id(), Slot::oldest_that_counts(clock.boot))?;
             }

@@ -17,7 +17,7 @@ impl Allocator {
         for Wanted { account, limits, .. } in served.iter().flat_map(|served| &served.draw.wanted) {
             if !seen.contains(&Arc::as_ptr(account)) {
                 seen.push(Arc::as_ptr(account));
-                account.publish(account.mirror().usage.view(limits, clock), clock.boot);
+                account.publish(account.mirror().quota.view(limits, clock), clock.boot);
             }
         }
         if !seen.is_empty() {
@@ -110,7 +110,7 @@ impl Allocator {
 
 /// Whoever does not want a permit.
 pub(super) fn answer_others(messages: Messages, clock: &Clock, written: bool) {
-    let view = |(account, limits): &(Arc<Account>, Arc<Limits>)| -> View { account.mirror().usage.view(limits, clock) };
+    let view = |(account, limits): &(Arc<Account>, Arc<Limits>)| -> View { account.mirror().quota.view(limits, clock) };
     // Whoever is gone meanwhile needs no answer, here and below.
     for look in messages.looks {
         drop(look.reply.send(look.accounts.iter().map(view).collect()));

@@ -3,13 +3,13 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Instant, SystemTime};
 
 use super::*;
-use crate::config::LedgerSync;
 use crate::config::test_support::config;
+use crate::config::{LedgerSync, LimitKind};
 use crate::ledger::sqlite::{Opening, SqliteLedger};
 use crate::ledger::stats::{self, MODELS_MAX, OTHER_MODELS};
 use crate::ledger::write_behind::WRITE_DELAY;
 use crate::ledger::{Drawn, Otherwise, Refusal, Spent, Wanted, prefetch};
-use crate::limit::Hold;
+use crate::limit::LimitReason;
 use crate::usage::{Cost, Speed, Tokens};
 use jiff::tz::TimeZone;
 
@@ -90,7 +90,7 @@ impl Process {
         assert!(look.as_mut().poll(&mut context).is_pending());
         self.serve();
         let Poll::Ready(view) = look.as_mut().poll(&mut context) else { panic!("no answer") };
-        (view.minute.attempts, view.day.attempts)
+        (view.used.rpm, view.used.rpd)
     }
 }
 
@@ -130,7 +130,10 @@ fn a_crowd_gets_every_permit_once_and_the_rest_a_moment_each() {
                 granted[at] += 1;
             }
             Drawn::Refused(refusal) => {
-                assert_eq!(refusal.held, [(0, Hold::RequestsPerMinute(100)), (1, Hold::RequestsPerMinute(100))]);
+                assert_eq!(
+                    refusal.held,
+                    [(0, LimitReason::Full(LimitKind::Rpm, 100)), (1, LimitReason::Full(LimitKind::Rpm, 100))]
+                );
                 waits.push(refusal.wait.as_millis());
             }
             Drawn::Unavailable => panic!("the ledger works"),
@@ -162,7 +165,11 @@ fn a_permit_that_nobody_takes_comes_back() {
     assert_eq!(process.used(&wanted[0]), (0, 0));
     assert!(matches!(process.draw(&wanted), Drawn::Granted(..)), "and this one is dropped unspent as well");
     assert_eq!(spent(process.draw(&wanted)), 0);
-    assert_eq!(refused(process.draw(&wanted)).held, [(0, Hold::RequestsPerDay(1))], "the one that holds longest");
+    assert_eq!(
+        refused(process.draw(&wanted)).held,
+        [(0, LimitReason::Full(LimitKind::Rpd, 1))],
+        "the one that holds longest"
+    );
 }
 
 #[test]
@@ -299,9 +306,9 @@ fn nobody_is_refused_for_what_was_drawn_ahead() {
     busy(&mut process, &wanted);
     // Others use up all that is left of the minute.
     let clock = process.client.clock();
-    let used = wanted.account.mirror().usage.view(&wanted.limits, &clock).minute.attempts;
+    let used = wanted.account.mirror().quota.view(&wanted.limits, &clock).used.rpm;
     let now = Counted { at: clock.boot, days: wanted.limits.calendar.days(clock.wall) };
-    wanted.account.mirror().usage.add(now, Counts { attempts: 100_000 - used, tokens: 0 });
+    wanted.account.mirror().quota.add(now, Counts { attempts: 100_000 - used, tokens: 0 });
     // Whoever asks to be told when to come back gets one of those that were drawn ahead, which are given back first.
     assert!(matches!(process.draw(std::slice::from_ref(&wanted)), Drawn::Granted(0, _)));
 }
@@ -357,7 +364,7 @@ fn an_endpoint_that_rests_may_be_waited_for() {
     wanted.not_before = process.client.clock().boot + Duration::from_secs(3);
     assert_eq!(
         refused(process.draw(&[wanted.clone()])),
-        Refusal { wait: Duration::from_secs(3), held: vec![(0, Hold::Rest)] }
+        Refusal { wait: Duration::from_secs(3), held: vec![(0, LimitReason::Rest)] }
     );
     let until = process.client.clock().boot + Duration::from_secs(5);
     let mut waiting = process.ask(&[wanted], Otherwise::WaitUntil(until));
@@ -455,7 +462,10 @@ fn without_the_ledger_a_refusal_names_a_moment_to_come() {
     let mut answer = process.ask(&wanted, Otherwise::Refuse);
     assert!(process.allocator.serve(None).is_err());
     let refusal = refused(ready(&mut answer));
-    assert_eq!(refusal, Refusal { wait: Duration::from_secs(1), held: vec![(1, Hold::Concurrent(1))] });
+    assert_eq!(
+        refusal,
+        Refusal { wait: Duration::from_secs(1), held: vec![(1, LimitReason::Full(LimitKind::MaxConcurrent, 1))] }
+    );
 }
 
 #[test]

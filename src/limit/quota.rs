@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime};
 use jiff::civil::Date;
 
 use super::promise::{HORIZON, Promises};
-use super::{Clock, Days, Hold, Limits, Minute, Slot, Stamp};
-use crate::config::Limit;
+use super::{Clock, Days, LimitReason, Limits, Minute, Slot, Stamp};
+use crate::config::{Limit, LimitKind, PerLimit};
 
 /// When a request in flight ends is not known; whoever waits for that is told to come back after this time.
 const IN_FLIGHT_GUESS: Duration = Duration::from_secs(1);
@@ -22,7 +22,7 @@ pub struct Counts {
 
 /// What counts for one endpoint.
 #[derive(Clone, Debug, Default)]
-pub struct Usage {
+pub struct Quota {
     attempts: Minute,
     tokens: Minute,
     /// The days that were asked for last: one, or two at the turn.
@@ -53,7 +53,7 @@ impl Counted {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The limit that holds it longest.
-    pub by: Hold,
+    pub by: LimitReason,
     /// When it may be asked, if nobody else is faster.
     pub until: Stamp,
 }
@@ -79,25 +79,15 @@ impl Gauge {
 /// An endpoint's limits and what is left of them, at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct View {
-    /// Attempts and tokens of the last minute.
-    pub minute: Counts,
-    /// Of the day.
-    pub day: Counts,
-    /// `rpm`.
-    pub rpm: Option<Gauge>,
-    /// `rpd`.
-    pub rpd: Option<Gauge>,
-    /// `tpm`.
-    pub tpm: Option<Gauge>,
-    /// `tpd`.
-    pub tpd: Option<Gauge>,
-    /// `maxConcurrent`.
-    pub concurrent: Option<Gauge>,
+    /// What counts for each kind, limited or not.
+    pub used: PerLimit<u64>,
+    /// The limits that it has.
+    pub gauges: PerLimit<Option<Gauge>>,
     /// What keeps the endpoint from being asked.
     pub held: Option<Held>,
 }
 
-impl Usage {
+impl Quota {
     /// Takes over what the ledger holds; requests in flight and promises are this process's own and stay.
     pub fn load(&mut self, attempts: Minute, tokens: Minute, days: Vec<(Date, Counts)>, unknown_until: Stamp) {
         self.attempts = attempts;
@@ -173,9 +163,9 @@ impl Usage {
     }
 
     fn concurrency_holds(&self, limits: &Limits, now: Stamp) -> Option<Held> {
-        match limits.max_concurrent {
+        match limits.by_kind.max_concurrent {
             Limit::AtMost(limit) if self.concurrent >= limit => {
-                Some(Held { by: Hold::Concurrent(limit), until: now + IN_FLIGHT_GUESS })
+                Some(Held { by: LimitReason::Full(LimitKind::MaxConcurrent, limit), until: now + IN_FLIGHT_GUESS })
             }
             _ => None,
         }
@@ -199,31 +189,35 @@ impl Usage {
             Limit::AtMost(limit) if used >= limit => Some(limit),
             _ => None,
         };
-        let per_minute = limits.rpm != Limit::Unlimited || limits.tpm != Limit::Unlimited;
+        let per_minute = limits.by_kind.rpm != Limit::Unlimited || limits.by_kind.tpm != Limit::Unlimited;
         [
-            over(limits.rpm, self.attempts.total())
-                .map(|limit| Held { by: Hold::RequestsPerMinute(limit), until: self.attempts.below(limit, now) }),
-            over(limits.tpm, self.tokens.total())
-                .map(|limit| Held { by: Hold::TokensPerMinute(limit), until: self.tokens.below(limit, now) }),
+            over(limits.by_kind.rpm, self.attempts.total()).map(|limit| Held {
+                by: LimitReason::Full(LimitKind::Rpm, limit),
+                until: self.attempts.below(limit, now),
+            }),
+            over(limits.by_kind.tpm, self.tokens.total()).map(|limit| Held {
+                by: LimitReason::Full(LimitKind::Tpm, limit),
+                until: self.tokens.below(limit, now),
+            }),
             self.concurrency_holds(limits, now),
             (per_minute && self.unknown_until > now)
-                .then_some(Held { by: Hold::MinuteUnknown, until: self.unknown_until }),
+                .then_some(Held { by: LimitReason::MinuteUnknown, until: self.unknown_until }),
         ]
     }
 
     fn day_holds(&self, limits: &Limits, clock: &Clock) -> [Option<Held>; 2] {
-        if matches!((limits.rpd, limits.tpd), (Limit::Unlimited, Limit::Unlimited)) {
+        if matches!((limits.by_kind.rpd, limits.by_kind.tpd), (Limit::Unlimited, Limit::Unlimited)) {
             return [None, None];
         }
         let days = limits.calendar.days(clock.wall);
-        let over = |limit: Limit, used: fn(Counts) -> u64, by: fn(u64) -> Hold| {
+        let over = |kind, limit: Limit, used: fn(Counts) -> u64| {
             let Limit::AtMost(limit) = limit else { return None };
             let full = days.each().filter(|date| used(self.day(*date)) >= limit).last()?;
-            Some(Held { by: by(limit), until: stamp_of(limits.calendar.clear_of(full), clock) })
+            Some(Held { by: LimitReason::Full(kind, limit), until: stamp_of(limits.calendar.clear_of(full), clock) })
         };
         [
-            over(limits.rpd, |counts| counts.attempts, Hold::RequestsPerDay),
-            over(limits.tpd, |counts| counts.tokens, Hold::TokensPerDay),
+            over(LimitKind::Rpd, limits.by_kind.rpd, |counts| counts.attempts),
+            over(LimitKind::Tpd, limits.by_kind.tpd, |counts| counts.tokens),
         ]
     }
 
@@ -238,7 +232,7 @@ impl Usage {
         self.next_unpromised(first, limits, clock)
     }
 
-    /// Promises the permit that frees at this moment, which is what [`Usage::next_free`] said.
+    /// Promises the permit that frees at this moment, which is what [`Quota::next_free`] said.
     pub fn promise(&mut self, at: Stamp, limits: &Limits, clock: &Clock) {
         self.promises.add(at, limits.calendar.days(wall_of(at, clock)));
     }
@@ -248,10 +242,10 @@ impl Usage {
         const ROUNDS_MAX: usize = 4;
         let mut at = first.max(self.promises.last().unwrap_or_default());
         for _ in 0..ROUNDS_MAX {
-            if let Limit::AtMost(rpm) = limits.rpm {
+            if let Limit::AtMost(rpm) = limits.by_kind.rpm {
                 at = at.max(self.minute_has_room(rpm));
             }
-            let Limit::AtMost(rpd) = limits.rpd else { break };
+            let Limit::AtMost(rpd) = limits.by_kind.rpd else { break };
             let days = limits.calendar.days(wall_of(at, clock));
             let full = days.each().filter(|date| self.day(*date).attempts + self.promises.on(*date) >= rpd).last();
             let Some(full) = full else { break };
@@ -283,14 +277,22 @@ impl Usage {
             Limit::Unlimited | Limit::Off => None,
         };
         let turn = || Some(stamp_of(clear, clock));
+        let limits = limits.by_kind;
         View {
-            minute,
-            day,
-            rpm: gauge(limits.rpm, minute.attempts, self.attempts.empties()),
-            rpd: gauge(limits.rpd, day.attempts, (day.attempts > 0).then(turn).flatten()),
-            tpm: gauge(limits.tpm, minute.tokens, self.tokens.empties()),
-            tpd: gauge(limits.tpd, day.tokens, (day.tokens > 0).then(turn).flatten()),
-            concurrent: gauge(limits.max_concurrent, self.concurrent, None),
+            used: PerLimit {
+                rpm: minute.attempts,
+                rpd: day.attempts,
+                tpm: minute.tokens,
+                tpd: day.tokens,
+                max_concurrent: self.concurrent,
+            },
+            gauges: PerLimit {
+                rpm: gauge(limits.rpm, minute.attempts, self.attempts.empties()),
+                rpd: gauge(limits.rpd, day.attempts, (day.attempts > 0).then(turn).flatten()),
+                tpm: gauge(limits.tpm, minute.tokens, self.tokens.empties()),
+                tpd: gauge(limits.tpd, day.tokens, (day.tokens > 0).then(turn).flatten()),
+                max_concurrent: gauge(limits.max_concurrent, self.concurrent, None),
+            },
             held,
         }
     }
@@ -337,14 +339,8 @@ mod tests {
 
     fn limits(rpm: u64, rpd: u64) -> Limits {
         let limit = |limit| if limit == 0 { Limit::Unlimited } else { Limit::AtMost(limit) };
-        Limits {
-            rpm: limit(rpm),
-            rpd: limit(rpd),
-            tpm: Limit::Unlimited,
-            tpd: Limit::Unlimited,
-            max_concurrent: Limit::Unlimited,
-            calendar: Calendar::new(TimeZone::UTC),
-        }
+        let by_kind = PerLimit { rpm: limit(rpm), rpd: limit(rpd), ..PerLimit::default() };
+        Limits { by_kind, calendar: Calendar::new(TimeZone::UTC) }
     }
 
     /// So many milliseconds after the machine was started, which was at noon.
@@ -353,110 +349,112 @@ mod tests {
         Clock { now: Instant::now(), boot: Stamp(boot_ms), wall }
     }
 
-    fn usage(days: impl IntoIterator<Item = i8>) -> Usage {
-        let mut usage = Usage::default();
+    fn quota(days: impl IntoIterator<Item = i8>) -> Quota {
+        let mut quota = Quota::default();
         let days = days.into_iter().map(|day| (date(2026, 11, day), Counts::default())).collect();
-        usage.load(Minute::default(), Minute::default(), days, Stamp::default());
-        usage
+        quota.load(Minute::default(), Minute::default(), days, Stamp::default());
+        quota
     }
 
     #[test]
     fn every_limit_is_taken_in_one_step() {
-        let (limits, mut usage) = (limits(2, 3), usage([25]));
-        assert!(usage.take(&limits, &at(0)).is_ok());
-        assert!(usage.take(&limits, &at(0)).is_ok());
-        let held = usage.take(&limits, &at(100)).unwrap_err();
-        assert_eq!(held, Held { by: Hold::RequestsPerMinute(2), until: Stamp(60_500) });
-        assert_eq!(usage.view(&limits, &at(100)).day.attempts, 2, "what is refused is not counted");
-        assert!(usage.take(&limits, &at(61_000)).is_ok());
-        let held = usage.take(&limits, &at(61_000)).unwrap_err();
+        let (limits, mut quota) = (limits(2, 3), quota([25]));
+        assert!(quota.take(&limits, &at(0)).is_ok());
+        assert!(quota.take(&limits, &at(0)).is_ok());
+        let held = quota.take(&limits, &at(100)).unwrap_err();
+        assert_eq!(held, Held { by: LimitReason::Full(LimitKind::Rpm, 2), until: Stamp(60_500) });
+        assert_eq!(quota.view(&limits, &at(100)).used.rpd, 2, "what is refused is not counted");
+        assert!(quota.take(&limits, &at(61_000)).is_ok());
+        let held = quota.take(&limits, &at(61_000)).unwrap_err();
         // Twelve hours after noon, and the second in which an attempt counts in both days.
-        assert_eq!(held, Held { by: Hold::RequestsPerDay(3), until: Stamp(12 * 3_600_000 + 1000) });
+        assert_eq!(held, Held { by: LimitReason::Full(LimitKind::Rpd, 3), until: Stamp(12 * 3_600_000 + 1000) });
     }
 
     #[test]
     fn what_is_given_back_can_be_taken_again() {
-        let (limits, mut usage) = (limits(1, 1), usage([25]));
-        let counted = usage.take(&limits, &at(0)).unwrap();
-        assert!(usage.take(&limits, &at(0)).is_err());
-        usage.give_back(counted);
-        assert!(usage.take(&limits, &at(0)).is_ok());
+        let (limits, mut quota) = (limits(1, 1), quota([25]));
+        let counted = quota.take(&limits, &at(0)).unwrap();
+        assert!(quota.take(&limits, &at(0)).is_err());
+        quota.give_back(counted);
+        assert!(quota.take(&limits, &at(0)).is_ok());
     }
 
     #[test]
     fn an_attempt_at_the_turn_needs_room_in_both_days() {
-        let (limits, mut usage) = (limits(0, 1), usage([25, 26]));
+        let (limits, mut quota) = (limits(0, 1), quota([25, 26]));
         let midnight = 12 * 3_600_000;
-        assert!(usage.take(&limits, &at(midnight - 2000)).is_ok());
-        assert!(usage.take(&limits, &at(midnight - 500)).is_err(), "the day that ends is full");
-        assert!(usage.take(&limits, &at(midnight + 500)).is_err());
-        let counted = usage.take(&limits, &at(midnight + 1000)).unwrap();
+        assert!(quota.take(&limits, &at(midnight - 2000)).is_ok());
+        assert!(quota.take(&limits, &at(midnight - 500)).is_err(), "the day that ends is full");
+        assert!(quota.take(&limits, &at(midnight + 500)).is_err());
+        let counted = quota.take(&limits, &at(midnight + 1000)).unwrap();
         assert_eq!(counted.days, Days { first: date(2026, 11, 26), last: date(2026, 11, 26) });
     }
 
     #[test]
     fn a_clock_that_is_set_neither_opens_nor_closes_the_minute_and_finds_the_days_counts_again() {
-        let (limits, mut usage) = (limits(2, 3), usage([25, 26]));
+        let (limits, mut quota) = (limits(2, 3), quota([25, 26]));
         let hour = Duration::from_hours(1);
         let set = |boot_ms: u64, forward: Option<u32>, back: Option<u32>| {
             let clock = at(boot_ms);
             Clock { wall: clock.wall + hour * forward.unwrap_or(0) - hour * back.unwrap_or(0), ..clock }
         };
-        usage.take(&limits, &at(0)).unwrap();
-        usage.take(&limits, &set(1000, None, Some(1))).unwrap();
+        quota.take(&limits, &at(0)).unwrap();
+        quota.take(&limits, &set(1000, None, Some(1))).unwrap();
         for clock in [set(2000, Some(1), None), set(3000, None, Some(1)), set(60_000, Some(1), None)] {
-            assert_eq!(usage.take(&limits, &clock).unwrap_err().until, Stamp(60_500), "{clock:?}");
+            assert_eq!(quota.take(&limits, &clock).unwrap_err().until, Stamp(60_500), "{clock:?}");
         }
         // Half a day forward is tomorrow; back again, today's two still count.
-        usage.take(&limits, &set(61_500, Some(13), None)).unwrap();
-        usage.take(&limits, &at(62_000)).unwrap();
-        let held = usage.take(&limits, &at(200_000)).unwrap_err();
-        assert_eq!(held.by, Hold::RequestsPerDay(3));
-        assert!(usage.take(&limits, &set(200_000, Some(13), None)).is_ok());
+        quota.take(&limits, &set(61_500, Some(13), None)).unwrap();
+        quota.take(&limits, &at(62_000)).unwrap();
+        let held = quota.take(&limits, &at(200_000)).unwrap_err();
+        assert_eq!(held.by, LimitReason::Full(LimitKind::Rpd, 3));
+        assert!(quota.take(&limits, &set(200_000, Some(13), None)).is_ok());
     }
 
     #[test]
     fn tokens_hold_once_they_are_known() {
-        let limits = Limits { tpm: Limit::AtMost(10), tpd: Limit::AtMost(100), ..limits(0, 0) };
-        let mut usage = usage([25]);
-        let first = usage.take(&limits, &at(0)).unwrap();
-        usage.add(first, Counts { attempts: 0, tokens: 9 });
-        let second = usage.take(&limits, &at(1000)).unwrap();
-        usage.add(second, Counts { attempts: 0, tokens: 5 });
-        let held = usage.take(&limits, &at(2000)).unwrap_err();
-        assert_eq!(held, Held { by: Hold::TokensPerMinute(10), until: Stamp(60_500) }, "5 are left then");
-        assert!(usage.take(&limits, &at(60_500)).is_ok());
-        usage.add(second, Counts { attempts: 0, tokens: 86 });
-        assert_eq!(usage.take(&limits, &at(200_000)).unwrap_err().by, Hold::TokensPerDay(100));
+        let mut limits = limits(0, 0);
+        (limits.by_kind.tpm, limits.by_kind.tpd) = (Limit::AtMost(10), Limit::AtMost(100));
+        let mut quota = quota([25]);
+        let first = quota.take(&limits, &at(0)).unwrap();
+        quota.add(first, Counts { attempts: 0, tokens: 9 });
+        let second = quota.take(&limits, &at(1000)).unwrap();
+        quota.add(second, Counts { attempts: 0, tokens: 5 });
+        let held = quota.take(&limits, &at(2000)).unwrap_err();
+        assert_eq!(held, Held { by: LimitReason::Full(LimitKind::Tpm, 10), until: Stamp(60_500) }, "5 are left then");
+        assert!(quota.take(&limits, &at(60_500)).is_ok());
+        quota.add(second, Counts { attempts: 0, tokens: 86 });
+        assert_eq!(quota.take(&limits, &at(200_000)).unwrap_err().by, LimitReason::Full(LimitKind::Tpd, 100));
     }
 
     #[test]
     fn requests_at_once_are_counted_until_they_end() {
-        let limits = Limits { max_concurrent: Limit::AtMost(1), ..limits(0, 0) };
-        let mut usage = usage([25]);
-        assert!(usage.take(&limits, &at(0)).is_ok());
-        assert_eq!(usage.take(&limits, &at(0)).unwrap_err().by, Hold::Concurrent(1));
-        assert_eq!(usage.enter(&limits, &at(0)).unwrap_err().by, Hold::Concurrent(1));
-        usage.release();
-        assert!(usage.take(&limits, &at(0)).is_ok());
-        assert_eq!(usage.view(&limits, &at(0)).minute.attempts, 0, "it is counted when it is sent");
+        let mut limits = limits(0, 0);
+        limits.by_kind.max_concurrent = Limit::AtMost(1);
+        let mut quota = quota([25]);
+        assert!(quota.take(&limits, &at(0)).is_ok());
+        assert_eq!(quota.take(&limits, &at(0)).unwrap_err().by, LimitReason::Full(LimitKind::MaxConcurrent, 1));
+        assert_eq!(quota.enter(&limits, &at(0)).unwrap_err().by, LimitReason::Full(LimitKind::MaxConcurrent, 1));
+        quota.release();
+        assert!(quota.take(&limits, &at(0)).is_ok());
+        assert_eq!(quota.view(&limits, &at(0)).used.rpm, 0, "it is counted when it is sent");
     }
 
     #[test]
     fn an_unknown_minute_is_a_full_one() {
-        let mut usage = Usage::default();
-        usage.load(Minute::default(), Minute::default(), Vec::new(), Stamp::default() + SPAN);
-        let held = usage.take(&limits(5, 0), &at(1000)).unwrap_err();
-        assert_eq!(held, Held { by: Hold::MinuteUnknown, until: Stamp(60_500) });
-        assert!(usage.take(&limits(0, 0), &at(1000)).is_ok(), "without limits by the minute it does not matter");
-        assert!(usage.take(&limits(5, 0), &at(60_500)).is_ok());
+        let mut quota = Quota::default();
+        quota.load(Minute::default(), Minute::default(), Vec::new(), Stamp::default() + SPAN);
+        let held = quota.take(&limits(5, 0), &at(1000)).unwrap_err();
+        assert_eq!(held, Held { by: LimitReason::MinuteUnknown, until: Stamp(60_500) });
+        assert!(quota.take(&limits(0, 0), &at(1000)).is_ok(), "without limits by the minute it does not matter");
+        assert!(quota.take(&limits(5, 0), &at(60_500)).is_ok());
     }
 
     /// What a crowd of so many is told, in seconds from now.
-    fn crowd(usage: &mut Usage, limits: &Limits, clock: &Clock, count: usize) -> Vec<u64> {
+    fn crowd(quota: &mut Quota, limits: &Limits, clock: &Clock, count: usize) -> Vec<u64> {
         let one = |_| {
-            let at = usage.next_free(limits, clock, clock.boot);
-            usage.promise(at, limits, clock);
+            let at = quota.next_free(limits, clock, clock.boot);
+            quota.promise(at, limits, clock);
             clock.boot.until(at).as_secs()
         };
         (0..count).map(one).collect()
@@ -464,22 +462,22 @@ mod tests {
 
     #[test]
     fn each_of_a_crowd_is_told_the_moment_of_a_permit_of_its_own() {
-        let (limits, mut usage) = (limits(3, 0), usage([25]));
+        let (limits, mut quota) = (limits(3, 0), quota([25]));
         for second in [0, 10, 20] {
-            usage.take(&limits, &at(second * 1000)).unwrap();
+            quota.take(&limits, &at(second * 1000)).unwrap();
         }
-        let told = crowd(&mut usage, &limits, &at(30_000), 8);
+        let told = crowd(&mut quota, &limits, &at(30_000), 8);
         assert_eq!(told, [30, 40, 50, 91, 101, 111, 151, 161], "then those that they free in turn");
         // One that comes back as told gets its permit, and the rest of the crowd keeps its place.
-        assert!(usage.take(&limits, &at(60_500)).is_ok());
-        assert_eq!(crowd(&mut usage, &limits, &at(60_500), 1), [141]);
+        assert!(quota.take(&limits, &at(60_500)).is_ok());
+        assert_eq!(crowd(&mut quota, &limits, &at(60_500), 1), [141]);
     }
 
     #[test]
     fn a_crowd_that_comes_again_and_again_does_not_wait_for_ever() {
-        let (limits, mut usage) = (limits(1, 0), usage([25]));
-        usage.take(&limits, &at(0)).unwrap();
-        let told = crowd(&mut usage, &limits, &at(0), 1000);
+        let (limits, mut quota) = (limits(1, 0), quota([25]));
+        quota.take(&limits, &at(0)).unwrap();
+        let told = crowd(&mut quota, &limits, &at(0), 1000);
         assert_eq!(told[..3], [60, 121, 181]);
         assert!(told.iter().all(|seconds| *seconds <= 60 + 600), "{told:?}");
         assert!(told.iter().filter(|seconds| **seconds == 60).count() > 50);
@@ -487,25 +485,25 @@ mod tests {
 
     #[test]
     fn a_crowd_at_a_full_day_is_spread_over_the_minutes_of_the_next() {
-        let (limits, mut usage) = (limits(2, 3), usage([25]));
+        let (limits, mut quota) = (limits(2, 3), quota([25]));
         for minute in [0, 2, 4] {
-            usage.take(&limits, &at(minute * 60_000)).unwrap();
+            quota.take(&limits, &at(minute * 60_000)).unwrap();
         }
         let turn = 12 * 3600 - 300 + 1;
-        let told = crowd(&mut usage, &limits, &at(300_000), 4);
+        let told = crowd(&mut quota, &limits, &at(300_000), 4);
         assert_eq!(told, [turn, turn, turn + 60, turn], "the day after next is too far to be told: it begins anew");
     }
 
     #[test]
     fn a_view_says_what_is_left_and_when_it_resets() {
-        let (limits, mut usage) = (limits(3, 10), usage([25]));
-        usage.take(&limits, &at(0)).unwrap();
-        usage.take(&limits, &at(5000)).unwrap();
-        let view = usage.view(&limits, &at(6000));
-        let rpm = view.rpm.unwrap();
+        let (limits, mut quota) = (limits(3, 10), quota([25]));
+        quota.take(&limits, &at(0)).unwrap();
+        quota.take(&limits, &at(5000)).unwrap();
+        let view = quota.view(&limits, &at(6000));
+        let rpm = view.gauges.rpm.unwrap();
         assert_eq!((rpm.left(), rpm.resets), (1, Some(Stamp(65_500))));
-        let rpd = view.rpd.unwrap();
+        let rpd = view.gauges.rpd.unwrap();
         assert_eq!((rpd.left(), rpd.resets), (8, Some(Stamp(12 * 3_600_000 + 1000))));
-        assert_eq!((view.tpm, view.held), (None, None));
+        assert_eq!((view.gauges.tpm, view.held), (None, None));
     }
 }
