@@ -32,17 +32,42 @@ pub fn changes(before: (&Server, &[&Endpoint]), after: (&Server, &[&Endpoint])) 
 
 /// What of the server's part cannot be changed while the process serves, and was changed.
 pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
+    // Every key stands here or in `server`, by the compiler's word.
+    let Server {
+        host,
+        port,
+        tls,
+        memory_bytes_max,
+        threads,
+        ledger,
+        ledger_on_error,
+        ledger_sync,
+        metrics_listen,
+        api_key: _,
+        cors: _,
+        body_bytes_max: _,
+        strategy: _,
+        retry: _,
+        breaker: _,
+        trusted_proxies: _,
+        failed_keys_per_minute: _,
+        endpoint_headers: _,
+        timezone: _,
+        queue: _,
+        log_format: _,
+        estimate_tokens: _,
+    } = running;
     let mut lines = Lines::default();
     let at = |key: &str| format!("server.{key}");
-    lines.compare(&at("host"), &running.host, &wanted.host);
-    lines.compare(&at("port"), &running.port, &wanted.port);
-    lines.compare(&at("threads"), &running.threads, &wanted.threads);
-    lines.compare(&at("memoryBytesMax"), &running.memory_bytes_max, &wanted.memory_bytes_max);
-    lines.compare(&at("metricsListen"), &running.metrics_listen, &wanted.metrics_listen);
-    lines.compare(&at("ledger"), &running.ledger, &wanted.ledger);
-    lines.compare(&at("ledgerSync"), &running.ledger_sync, &wanted.ledger_sync);
-    lines.compare(&at("ledgerOnError"), &running.ledger_on_error, &wanted.ledger_on_error);
-    match (&running.tls, &wanted.tls) {
+    lines.compare(&at("host"), host, &wanted.host);
+    lines.compare(&at("port"), port, &wanted.port);
+    lines.compare(&at("threads"), threads, &wanted.threads);
+    lines.compare(&at("memoryBytesMax"), memory_bytes_max, &wanted.memory_bytes_max);
+    lines.compare(&at("metricsListen"), metrics_listen, &wanted.metrics_listen);
+    lines.compare(&at("ledger"), ledger, &wanted.ledger);
+    lines.compare(&at("ledgerSync"), ledger_sync, &wanted.ledger_sync);
+    lines.compare(&at("ledgerOnError"), ledger_on_error, &wanted.ledger_on_error);
+    match (tls, &wanted.tls) {
         (None, Some(_)) => lines.add("server.tls switched on".into()),
         (Some(_), None) => lines.add("server.tls switched off".into()),
         _ => {}
@@ -51,63 +76,112 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
 }
 
 fn server(lines: &mut Lines, before: &Server, after: &Server) {
+    // Every key stands here or in `needs_upgrade`, by the compiler's word.
+    let Server {
+        api_key,
+        tls,
+        cors,
+        body_bytes_max,
+        strategy,
+        retry,
+        breaker,
+        trusted_proxies,
+        failed_keys_per_minute,
+        endpoint_headers,
+        timezone,
+        queue,
+        log_format,
+        estimate_tokens,
+        host: _,
+        port: _,
+        memory_bytes_max: _,
+        threads: _,
+        ledger: _,
+        ledger_on_error: _,
+        ledger_sync: _,
+        metrics_listen: _,
+    } = before;
     let at = |key: &str| format!("server.{key}");
-    if before.api_key != after.api_key {
+    if *api_key != after.api_key {
         lines.add("server.apiKey changed".into());
     }
-    if before.tls.is_some() && after.tls.is_some() {
-        lines.compare(&at("tls"), &before.tls, &after.tls);
+    if tls.is_some() && after.tls.is_some() {
+        lines.compare(&at("tls"), tls, &after.tls);
     }
-    lines.compare(&at("cors.origins"), &before.cors.origins, &after.cors.origins);
-    lines.compare(&at("bodyBytesMax"), &before.body_bytes_max, &after.body_bytes_max);
-    lines.compare(&at("strategy"), &before.strategy, &after.strategy);
-    lines.compare(&at("retry"), &before.retry, &after.retry);
-    lines.compare(&at("breaker"), &before.breaker, &after.breaker);
-    lines.compare(&at("trustedProxies"), &before.trusted_proxies, &after.trusted_proxies);
-    lines.compare(&at("failedKeysPerMinute"), &before.failed_keys_per_minute, &after.failed_keys_per_minute);
-    lines.compare(&at("endpointHeaders"), &before.endpoint_headers, &after.endpoint_headers);
-    lines.compare(&at("queue"), &before.queue, &after.queue);
-    lines.compare(&at("logFormat"), &before.log_format, &after.log_format);
-    lines.compare(&at("estimateTokens"), &before.estimate_tokens, &after.estimate_tokens);
-    if before.timezone != after.timezone {
+    lines.compare(&at("cors.origins"), &cors.origins, &after.cors.origins);
+    lines.compare(&at("bodyBytesMax"), body_bytes_max, &after.body_bytes_max);
+    lines.compare(&at("strategy"), strategy, &after.strategy);
+    lines.compare(&at("retry"), retry, &after.retry);
+    lines.compare(&at("breaker"), breaker, &after.breaker);
+    lines.compare(&at("trustedProxies"), trusted_proxies, &after.trusted_proxies);
+    lines.compare(&at("failedKeysPerMinute"), failed_keys_per_minute, &after.failed_keys_per_minute);
+    lines.compare(&at("endpointHeaders"), endpoint_headers, &after.endpoint_headers);
+    lines.compare(&at("queue"), queue, &after.queue);
+    lines.compare(&at("logFormat"), log_format, &after.log_format);
+    lines.compare(&at("estimateTokens"), estimate_tokens, &after.estimate_tokens);
+    if *timezone != after.timezone {
         lines.add("server.timezone changed".into());
     }
 }
 
 fn endpoint(lines: &mut Lines, before: &Endpoint, after: &Endpoint) {
-    let at = |key: &str| format!("endpoint {}: {key}", after.id);
-    if before.enabled != after.enabled {
-        lines.add(format!("endpoint {} {}", after.id, if after.enabled { "enabled" } else { "disabled" }));
+    let Endpoint {
+        id,
+        name,
+        base_url,
+        api_key,
+        limits,
+        timezone,
+        enabled,
+        models,
+        model_mapping,
+        weight,
+        priority,
+        headers,
+        timeouts,
+        stream_usage,
+        proxy,
+        http2,
+        tls,
+    } = before;
+    let at = |key: &str| format!("endpoint {id}: {key}");
+    if *enabled != after.enabled {
+        lines.add(format!("endpoint {id} {}", if after.enabled { "enabled" } else { "disabled" }));
     }
-    if before.api_key != after.api_key {
+    if *api_key != after.api_key {
         lines.add(at("apiKey changed"));
     }
     // Their values may be keys as well.
-    if before.headers != after.headers {
+    if *headers != after.headers {
         lines.add(at("headers changed"));
     }
-    lines.compare_text(&at("name"), &before.name, &after.name);
-    lines.compare_text(&at("baseUrl"), &before.base_url.to_string(), &after.base_url.to_string());
-    for (kind, (before, after)) in before.limits.zip(after.limits).each() {
+    lines.compare_text(&at("name"), name, &after.name);
+    lines.compare_text(&at("baseUrl"), &base_url.to_string(), &after.base_url.to_string());
+    for (kind, (before, after)) in limits.zip(after.limits).each() {
         lines.compare(&at(kind.key()), &before.as_number(), &after.as_number());
     }
-    lines.compare_lists(&at("models"), &before.models, &after.models);
-    lines.compare_lists(&at("modelMapping"), &pairs(&before.model_mapping), &pairs(&after.model_mapping));
-    lines.compare(&at("weight"), &before.weight, &after.weight);
-    lines.compare(&at("priority"), &before.priority, &after.priority);
-    lines.compare(&at("timeouts"), &before.timeouts, &after.timeouts);
-    lines.compare(&at("streamUsage"), &before.stream_usage, &after.stream_usage);
-    if before.proxy != after.proxy {
-        let shown = |proxy: &Option<Proxy>| proxy.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
-        let (before, after) = (shown(&before.proxy), shown(&after.proxy));
-        // Only the password may be another.
-        lines.add(if before == after { at("proxy changed") } else { at(&format!("proxy {before} → {after}")) });
-    }
-    lines.compare(&at("http2"), &before.http2, &after.http2);
-    lines.compare(&at("tls"), &before.tls, &after.tls);
-    if before.timezone != after.timezone {
+    lines.compare_lists(&at("models"), models, &after.models);
+    lines.compare_lists(&at("modelMapping"), &pairs(model_mapping), &pairs(&after.model_mapping));
+    lines.compare(&at("weight"), weight, &after.weight);
+    lines.compare(&at("priority"), priority, &after.priority);
+    lines.compare(&at("timeouts"), timeouts, &after.timeouts);
+    lines.compare(&at("streamUsage"), stream_usage, &after.stream_usage);
+    proxies(lines, &at("proxy"), proxy.as_ref(), after.proxy.as_ref());
+    lines.compare(&at("http2"), http2, &after.http2);
+    lines.compare(&at("tls"), tls, &after.tls);
+    if *timezone != after.timezone {
         lines.add(at("timezone changed"));
     }
+}
+
+fn proxies(lines: &mut Lines, what: &str, before: Option<&Proxy>, after: Option<&Proxy>) {
+    if before == after {
+        return;
+    }
+    let shown = |proxy: Option<&Proxy>| proxy.map_or_else(|| "none".to_owned(), ToString::to_string);
+    let (before, after) = (shown(before), shown(after));
+    // Only the password may be another.
+    lines.add(if before == after { format!("{what} changed") } else { format!("{what} {before} → {after}") });
 }
 
 fn pairs(mapping: &BTreeMap<String, String>) -> Vec<String> {
