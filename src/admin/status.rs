@@ -14,6 +14,7 @@ use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::process::{ConfigState, FileState, Process};
 use crate::routing::health::Gate;
 use crate::routing::pool::{Endpoint, Pool};
+use crate::routing::usage_injection::UsageInjection;
 
 pub(super) const SERVICE: &str = "api-together";
 
@@ -115,11 +116,11 @@ fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
 }
 
 fn stream_usage(endpoint: &Endpoint, clock: &Clock) -> &'static str {
-    match endpoint.config.stream_usage {
-        StreamUsage::Never => "never",
-        StreamUsage::Auto if endpoint.live.is_telling_unasked() => "told",
-        StreamUsage::Auto if endpoint.live.is_asked_for_usage(clock.boot) => "auto",
-        StreamUsage::Auto => "refused",
+    match (endpoint.config.stream_usage, endpoint.live.usage_injection.state(clock.boot)) {
+        (StreamUsage::Never, _) => "never",
+        (StreamUsage::Auto, UsageInjection::Unneeded) => "told",
+        (StreamUsage::Auto, UsageInjection::Wanted) => "auto",
+        (StreamUsage::Auto, UsageInjection::Refused(_)) => "refused",
     }
 }
 

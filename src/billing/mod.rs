@@ -69,17 +69,18 @@ pub fn bill(
         first_token: first_token.map(|first| first.saturating_duration_since(arrived)),
         generation: first_token.map(|first| ended.saturating_duration_since(first)),
     };
-    if attempt.terms.asks_usage && attempt.meter.has_timings() {
+    if attempt.terms.usage_injected && attempt.meter.has_timings() {
         // Asked, it moves its timings from the last chunk with choices into the one that is taken out.
-        attempt.endpoint.live.tells_usage_unasked();
+        attempt.endpoint.live.usage_injection.note_unneeded();
     }
+    let has_succeeded = attempt.has_succeeded();
     let meter = &mut attempt.meter;
     if let Some(usage) = meter.told() {
         let tokens = usage.tokens();
         measured.tokens = Some(tokens);
         spend(attempt, ask, Cost::exact(tokens, measured.speed(tokens)), ended);
     } else if ask.is_estimated()
-        && (meter.has_text() || meter.prompt_told().is_some() || ask.call == Call::Embeddings && attempt.answers)
+        && (meter.has_text() || meter.prompt_told().is_some() || ask.call == Call::Embeddings && has_succeeded)
     {
         estimator.submit(Job {
             id: id.to_owned(),

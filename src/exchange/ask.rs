@@ -8,7 +8,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use crate::request::call::Call;
-use crate::request::fields::AskUsage;
+use crate::request::fields::UsageEdit;
 use crate::routing::pool::Pool;
 use crate::routing::router::Candidates;
 
@@ -31,7 +31,7 @@ pub struct Ask {
     /// Whether the answer is to be streamed.
     pub stream: bool,
     /// How a stream can be made to tell its usage, where the client did not ask for it.
-    pub ask_usage: Option<AskUsage>,
+    pub usage_edit: Option<UsageEdit>,
     /// The body as it came, until the answer is committed.
     pub body: Bytes,
     /// The same from then on, if the tokens may have to be estimated.

@@ -1,6 +1,5 @@
 //! One attempt at one endpoint: what it holds, and what it shows of the endpoint.
 
-use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,12 +14,28 @@ use crate::routing::admission::Choice;
 use crate::routing::health::Effect;
 use crate::routing::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::routing::retry::Outcome;
+use crate::routing::usage_injection::UsageInjection;
 use crate::telemetry::metrics::{Counters, metrics};
 use crate::usage::Meter;
 
+/// How far an attempt's answer has come.
+#[derive(Debug)]
+enum Stage {
+    /// Its header has not come.
+    Waiting,
+    /// Its header has come, which says this; the client has seen nothing of it.
+    Held(Outcome),
+    /// It is let through to the client.
+    Committed(Outcome),
+    /// The attempt's outcome has been counted, once and for all.
+    Concluded {
+        /// True if an answer with a status of success was let through before.
+        succeeded: bool,
+    },
+}
+
 /// One attempt at one endpoint. What it shows of the endpoint is taken in once; dropped before that, nothing is.
 #[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
 pub struct Attempt {
     /// The endpoint.
     pub endpoint: Arc<Endpoint>,
@@ -30,10 +45,9 @@ pub struct Attempt {
     pub terms: Terms,
     /// How long the first byte may take.
     pub first_byte_timeout: Duration,
-    /// What the endpoint's response header says, once it has come.
-    pub answer: Option<Outcome>,
-    /// Whether the endpoint refused to be asked for its usage by this attempt.
-    pub refuses_usage: bool,
+    stage: Stage,
+    /// The endpoint refused the `stream_options` that were added to this attempt, so it is made once more without.
+    pub usage_refused: bool,
     /// Whether the endpoint's answer ends when the connection does.
     pub ends_with_connection: bool,
     /// How its body is compressed.
@@ -50,9 +64,6 @@ pub struct Attempt {
     pub sent_at: Instant,
     trial: Option<Trial>,
     breaker: Breaker,
-    settled: bool,
-    /// Whether an answer with a status of success has been let through.
-    pub answers: bool,
     first_byte: Option<Duration>,
     first_token: Option<Instant>,
     in_flight: Option<InFlight>,
@@ -74,8 +85,8 @@ impl Attempt {
             model,
             terms,
             first_byte_timeout: endpoint.config.timeouts.first_byte,
-            answer: None,
-            refuses_usage: false,
+            stage: Stage::Waiting,
+            usage_refused: false,
             ends_with_connection: false,
             encoding: None,
             meter: Meter::new(terms.call, server.estimate_tokens),
@@ -86,8 +97,6 @@ impl Attempt {
             sent_at: now,
             trial: choice.trial,
             breaker: server.breaker.clone(),
-            settled: false,
-            answers: false,
             first_byte: None,
             first_token: None,
         }
@@ -124,7 +133,7 @@ impl Attempt {
 
     /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit.
     pub async fn begin_anew(&mut self, ledger: &Client) -> Result<(), Drawn> {
-        self.answer = None;
+        self.stage = Stage::Waiting;
         self.first_byte = None;
         self.started = Instant::now();
         if !self.permit.is_spent() {
@@ -148,33 +157,51 @@ impl Attempt {
         }
     }
 
-    /// The answer is let through. A good one may still break off, so it is settled at its end.
-    pub fn begins_to_answer(&mut self, pool: &Pool, now: Instant) {
-        match &self.answer {
-            Some(Outcome::Status { status: status @ 100..=399, .. }) => {
-                self.answers = matches!(status, 200..=299);
-                self.remember_refusal(pool);
-                let trial = self.trial.is_some();
-                self.learn(Effect::Answers);
-                if trial {
-                    log::info!("endpoint {}: answers again", self.endpoint.config.id);
-                }
-                self.tell_first_byte(now);
-            }
-            Some(outcome) => self.settle(&outcome.clone()),
-            None => {}
+    /// The header of its answer has come, which says this.
+    pub fn header_came(&mut self, outcome: Outcome) {
+        self.stage = Stage::Held(outcome);
+    }
+
+    /// True once the header of its answer has come.
+    pub fn has_header(&self) -> bool {
+        !matches!(self.stage, Stage::Waiting)
+    }
+
+    /// True once an answer with a status of success has been let through.
+    pub fn has_succeeded(&self) -> bool {
+        match &self.stage {
+            Stage::Committed(outcome) => is_success(outcome),
+            Stage::Concluded { succeeded } => *succeeded,
+            Stage::Waiting | Stage::Held(_) => false,
         }
+    }
+
+    /// The answer is let through. A good one may still break off, so it is concluded at its end.
+    pub fn committed(&mut self, pool: &Pool, now: Instant) {
+        let Stage::Held(outcome) = &self.stage else { return };
+        let outcome = outcome.clone();
+        if !matches!(outcome, Outcome::Status { status: 100..=399, .. }) {
+            self.conclude(&outcome);
+            return;
+        }
+        self.stage = Stage::Committed(outcome);
+        self.remember_refusal(pool);
+        let trial = self.trial.is_some();
+        self.report_to_health(Effect::Answers);
+        if trial {
+            log::info!("endpoint {}: answers again", self.endpoint.config.id);
+        }
+        self.report_first_byte(now);
     }
 
     /// An endpoint that refused to be asked for its usage, and has answered now that it is not, is not asked next time; nor is one
     /// that compresses its streams, from which nothing can be taken out.
     fn remember_refusal(&self, pool: &Pool) {
         let endpoint = &self.endpoint;
-        if self.terms.asks_usage && self.encoding.is_some() {
-            endpoint.live.refuse_usage(pool.clock().boot);
+        if self.usage_refused || self.terms.usage_injected && self.encoding.is_some() {
+            endpoint.live.usage_injection.note_refused(pool.clock().boot);
         }
-        if self.refuses_usage {
-            endpoint.live.refuse_usage(pool.clock().boot);
+        if self.usage_refused {
             log::info!(
                 "endpoint {}: it does not know stream_options, so its streams are not asked for their usage for an hour; set \
                  \"streamUsage\": \"never\" for it to leave it at that",
@@ -191,35 +218,37 @@ impl Attempt {
 
     /// The endpoint's answer has ended and is good: it has room for another request before the client sees this one's last byte,
     /// so that whoever asks for one thing after the other finds it so.
-    pub fn answer_ended(&mut self) {
-        self.finish();
+    pub fn body_ended(&mut self) {
+        self.request_ended();
         self.in_flight = None;
         self.permit.end();
     }
 
-    /// The answer came to its end.
-    pub fn finish(&mut self) {
-        if let Some(outcome) = self.answer.take() {
-            self.settle(&outcome);
+    /// The request came to its end, and the answer with it.
+    pub fn request_ended(&mut self) {
+        if let Stage::Held(outcome) | Stage::Committed(outcome) = &self.stage {
+            let outcome = outcome.clone();
+            self.conclude(&outcome);
         }
     }
 
-    /// Whether it asks for its usage although the client's request does not.
-    pub fn asks_usage(&mut self, ask: &Ask) -> bool {
+    /// Decides if `stream_options` are added to the request.
+    pub fn inject_usage(&mut self, ask: &Ask) -> bool {
         let endpoint = &self.endpoint;
-        self.terms.asks_usage = ask.call == Call::Completion
-            && ask.ask_usage.is_some()
+        self.terms.usage_injected = ask.call == Call::Completion
+            && ask.usage_edit.is_some()
             && endpoint.config.stream_usage == StreamUsage::Auto
-            && !self.refuses_usage
-            && endpoint.live.is_asked_for_usage(ask.pool.clock().boot);
-        self.terms.asks_usage
+            && !self.usage_refused
+            && endpoint.live.usage_injection.state(ask.pool.clock().boot) == UsageInjection::Wanted;
+        self.terms.usage_injected
     }
 
-    /// Takes in how the attempt ended; what comes after that is no news of it.
-    pub fn settle(&mut self, outcome: &Outcome) {
-        if mem::replace(&mut self.settled, true) {
+    /// Counts how the attempt ended, once: in the metrics, the log, and the endpoint's health.
+    pub fn conclude(&mut self, outcome: &Outcome) {
+        if matches!(self.stage, Stage::Concluded { .. }) {
             return;
         }
+        self.stage = Stage::Concluded { succeeded: self.has_succeeded() };
         if let Some(metrics) = metrics() {
             metrics.attempt(&self.endpoint.config.id, outcome.label(), self.counters.as_deref());
         }
@@ -234,10 +263,10 @@ impl Attempt {
             Effect::Rest(wait) => log::info!("endpoint {id}: rests for {:.1} s, as it asked", wait.as_secs_f64()),
             Effect::Answers | Effect::Success | Effect::Neutral => {}
         }
-        self.learn(effect);
+        self.report_to_health(effect);
     }
 
-    fn learn(&mut self, effect: Effect) {
+    fn report_to_health(&mut self, effect: Effect) {
         let trial = self.trial.take();
         let live = &self.endpoint.live;
         if live.learn(effect, trial.is_some(), Instant::now, &self.breaker) {
@@ -265,7 +294,7 @@ impl Attempt {
     }
 
     /// The time to the first byte counts once the answer is known to be good.
-    fn tell_first_byte(&mut self, now: Instant) {
+    fn report_first_byte(&mut self, now: Instant) {
         self.first_byte_came(now);
         if let Some(took) = self.first_byte {
             self.endpoint.live.observe_first_byte(took, self.started + took);
@@ -276,4 +305,8 @@ impl Attempt {
     pub fn clock_at(&self, now: Instant) -> Clock {
         self.chosen_at.at(now)
     }
+}
+
+fn is_success(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Status { status: 200..=299, .. })
 }

@@ -74,7 +74,7 @@ impl Hold {
         Self {
             exchange: Arc::clone(exchange),
             plan,
-            judge: Judge::new(Terms { call: Call::Other, expects_body: true, more: false, asks_usage: false }),
+            judge: Judge::new(Terms { call: Call::Other, expects_body: true, more: false, usage_injected: false }),
             held: Vec::new(),
             committed: false,
             status: 0,
@@ -164,14 +164,14 @@ impl Hold {
             _ => Duration::ZERO,
         };
         let mut head = Head { status: self.status, content_type, rest, end, ends_with_connection: false };
-        let (mut asks_usage, mut encoding) = (false, None);
+        let (mut usage_injected, mut encoding) = (false, None);
         if let Some(attempt) = &mut self.exchange.state().attempt {
-            attempt.answer = Some(Outcome::Status { status: self.status, rest });
+            attempt.header_came(Outcome::Status { status: self.status, rest });
             head.ends_with_connection = attempt.ends_with_connection;
-            asks_usage = attempt.terms.asks_usage;
+            usage_injected = attempt.terms.usage_injected;
             encoding = attempt.encoding;
         }
-        let kind = Kind { status: self.status, content_type, encoding, asks_usage };
+        let kind = Kind { status: self.status, content_type, encoding, usage_injected };
         self.reading = Reading::of(&kind, &self.secrets);
         self.encoding = encoding.filter(|encoding| *encoding != Encoding::Unknown);
         self.decoder = encoding.map(Decoder::new);
@@ -215,7 +215,7 @@ impl Hold {
         state.committed = Some(Committed { at: now, event_stream, between_events: true, complete: None });
         state.kept = None;
         if let Some(attempt) = &mut state.attempt {
-            attempt.begins_to_answer(&self.plan.pool, now);
+            attempt.committed(&self.plan.pool, now);
         }
         mem::take(&mut self.held)
     }
@@ -267,7 +267,7 @@ impl Hold {
                         header.remove_header(&TRANSFER_ENCODING);
                     }
                     if end && let Some(attempt) = &mut self.exchange.state().attempt {
-                        attempt.answer_ended();
+                        attempt.body_ended();
                     }
                     out.push(HttpTask::Header(header, end));
                 }
@@ -360,7 +360,7 @@ impl Hold {
         }
         if !is_cut {
             if last {
-                attempt.answer_ended();
+                attempt.body_ended();
             }
             return None;
         }

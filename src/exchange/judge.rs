@@ -54,7 +54,7 @@ pub struct Terms {
     /// Whether another endpoint stands ready to take over.
     pub more: bool,
     /// Whether the request asks for its usage although the client's does not.
-    pub asks_usage: bool,
+    pub usage_injected: bool,
 }
 
 /// What is to be done with what has come so far.
@@ -162,7 +162,7 @@ impl Judge {
     /// The answer ended without another piece.
     pub fn end(&mut self) -> Verdict {
         match &self.kind {
-            Kind::Error { outcome, .. } if self.terms.asks_usage && refuses_usage(outcome, &self.joined()) => {
+            Kind::Error { outcome, .. } if self.terms.usage_injected && refuses_usage(outcome, &self.joined()) => {
                 Verdict::Drop(Outcome::UsageRefused)
             }
             Kind::Error { outcome, drop: true } => Verdict::Drop(outcome.clone()),
@@ -343,7 +343,7 @@ mod tests {
     }
 
     fn terms(more: bool) -> Terms {
-        Terms { call: Call::Completion, expects_body: true, more, asks_usage: false }
+        Terms { call: Call::Completion, expects_body: true, more, usage_injected: false }
     }
 
     fn header(judge: &mut Judge, status: u16, content_type: Option<&str>) -> Verdict {

@@ -15,7 +15,7 @@ pub(super) struct Kind<'a> {
     pub(super) content_type: Option<&'a str>,
     pub(super) encoding: Option<Encoding>,
     /// Whether its usage was asked for in its client's place.
-    pub(super) asks_usage: bool,
+    pub(super) usage_injected: bool,
 }
 
 /// How a body is read.
@@ -40,7 +40,7 @@ impl Reading {
                 Self::Error(decoder, Blotter::new(secrets.clone()))
             }
             (..=199 | 300..=399, _) => Self::Blind,
-            (_, None) if is_stream => Self::Stream(Relay::new(kind.asks_usage, secrets.clone())),
+            (_, None) if is_stream => Self::Stream(Relay::new(kind.usage_injected, secrets.clone())),
             (_, Some(decoder)) if is_stream => Self::EncodedStream(decoder, Splitter::default()),
             (_, None) if content_type::is_json(kind.content_type) => Self::Json,
             (_, Some(decoder)) if content_type::is_json(kind.content_type) => Self::EncodedJson(decoder),

@@ -74,7 +74,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     tries.addresses_failed = 0;
     tries.reconnected = 0;
     let more = failure::has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
-    let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more, asks_usage: false };
+    let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more, usage_injected: false };
     let now = Instant::now();
     let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, &ask.pool.server, now);
     attempt.counters = counters;

@@ -38,7 +38,7 @@ fn conclude(context: &mut Context, went_well: bool, complete: Option<Instant>, e
     let mut state = context.exchange.state();
     let Some(attempt) = &mut state.attempt else { return Measured::default() };
     if went_well {
-        attempt.finish();
+        attempt.request_ended();
     }
     let Some(ask) = &mut context.ask else { return Measured::default() };
     ask.keep_for_estimate();

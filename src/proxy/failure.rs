@@ -11,7 +11,7 @@ use super::context::Context;
 use super::{is_final, outgoing};
 use crate::admin::Answer;
 use crate::billing;
-use crate::exchange::{Ask, Kept};
+use crate::exchange::{Ask, Attempt, Kept};
 use crate::fault::Fault;
 use crate::limit::Clock;
 use crate::routing::balance;
@@ -79,9 +79,9 @@ fn conclude_committed(context: &mut Context, error: &Error) {
     let from_client = is_from_client(error, ended.as_ref());
     let is_complete = state.committed.is_some_and(|committed| committed.complete.is_some());
     match &mut state.attempt {
-        Some(attempt) if is_complete => attempt.finish(),
+        Some(attempt) if is_complete => attempt.request_ended(),
         Some(attempt) if !from_client => {
-            attempt.settle(&ended.unwrap_or(Outcome::Broken));
+            attempt.conclude(&ended.unwrap_or(Outcome::Broken));
             context.fault = Some(Fault::StreamBroken);
         }
         _ => {}
@@ -97,7 +97,7 @@ fn is_from_client(error: &Error, ended: Option<&Outcome>) -> bool {
 fn decide(context: &mut Context, error: &Error, reused: bool) -> Follow {
     let (ended, has_header) = {
         let mut state = context.exchange.state();
-        (state.ended.take(), state.attempt.as_ref().is_some_and(|attempt| attempt.answer.is_some()))
+        (state.ended.take(), state.attempt.as_ref().is_some_and(Attempt::has_header))
     };
     let from_client = is_from_client(error, ended.as_ref());
     if ended.is_none() && !from_client && !has_header && may_reconnect(context, PooledClose::new(error, reused)) {
@@ -183,7 +183,7 @@ fn asks_without_usage(context: &Context) -> bool {
     let mut state = context.exchange.state();
     state.kept = None;
     let Some(attempt) = &mut state.attempt else { return false };
-    attempt.refuses_usage = true;
+    attempt.usage_refused = true;
     true
 }
 
@@ -194,13 +194,13 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
     if *outcome == Outcome::ClientGone {
         // What was seen of its answer is billed with the request's end.
         if let Some(attempt) = &mut state.attempt {
-            attempt.settle(outcome);
+            attempt.conclude(outcome);
         }
         return Follow::ClientGone;
     }
     if let Some(mut attempt) = state.attempt.take() {
         billing::bill_dropped(&attempt, ask);
-        attempt.settle(outcome);
+        attempt.conclude(outcome);
         context.tries.last = Some(Arc::clone(&attempt.endpoint));
     }
     // An error of another endpoint says more than that this one could not be asked.

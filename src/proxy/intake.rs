@@ -255,7 +255,7 @@ async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Resul
         candidates: Arc::clone(candidates),
         call: Call::of(&header.method, header.uri.path()),
         stream: fields.stream,
-        ask_usage: fields.ask_usage,
+        usage_edit: fields.usage_edit,
         prompt: Bytes::new(),
         read_at,
         model,

@@ -86,7 +86,7 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
         header.remove_header(&header::CONTENT_LENGTH);
     }
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    if attempt.terms.asks_usage && content_type::is_event_stream(content_type) {
+    if attempt.terms.usage_injected && content_type::is_event_stream(content_type) {
         // What only we asked for is taken out, so it will not be as long.
         header.remove_header(&header::CONTENT_LENGTH);
     }
@@ -101,9 +101,9 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
     if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {
         // A request that switches protocols is not held, so this is its answer.
         let rest = health::rest_asked(&header.headers, SystemTime::now());
-        attempt.answer = Some(Outcome::Status { status: header.status.as_u16(), rest });
+        attempt.header_came(Outcome::Status { status: header.status.as_u16(), rest });
         if let Some(ask) = &context.ask {
-            attempt.begins_to_answer(&ask.pool, Instant::now());
+            attempt.committed(&ask.pool, Instant::now());
         }
     }
     rewrite_answer(header, context)
@@ -191,10 +191,10 @@ fn rewrite_body(context: &Context) -> Vec<Bytes> {
     let Some(ask) = &context.ask else { return Vec::new() };
     let mut state = context.exchange.state();
     let Some(attempt) = &mut state.attempt else { return Vec::new() };
-    let asks = attempt.asks_usage(ask);
+    let asks = attempt.inject_usage(ask);
     let model = attempt.model.as_ref().zip(ask.model_range.as_ref());
     let model = model.map(|(model, range)| rewrite::model_edit(range, model));
-    let usage = ask.ask_usage.as_ref().filter(|_| asks);
+    let usage = ask.usage_edit.as_ref().filter(|_| asks);
     let usage = usage.map(|usage| Edit { range: usage.range.clone(), with: usage.with.into() });
     match (model, usage) {
         (Some(model), Some(usage)) => rewrite::spliced(&ask.body, &mut [model, usage]),

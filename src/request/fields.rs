@@ -17,7 +17,7 @@ use crate::json::scan::{self, Key};
 
 /// How a request that is streamed can be made to ask what it costs, where its client has not.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AskUsage {
+pub struct UsageEdit {
     /// These bytes of the body are replaced;
     pub range: Range<usize>,
     /// by these.
@@ -32,7 +32,7 @@ pub struct Fields {
     /// Whether the answer is to be streamed.
     pub stream: bool,
     /// How to ask for the usage; none if the client has asked itself, or if it cannot be done.
-    pub ask_usage: Option<AskUsage>,
+    pub usage_edit: Option<UsageEdit>,
 }
 
 /// A value, and where it stands in the body, quotes included.
@@ -119,19 +119,19 @@ impl Found {
             Ok(Field { value, range })
         });
         let stream = self.stream.filter(|range| text(range) == b"true");
-        let ask_usage = stream.as_ref().filter(|_| !self.stream_again).and_then(|stream| {
+        let usage_edit = stream.as_ref().filter(|_| !self.stream_again).and_then(|stream| {
             if let Some(options) = &self.stream_options {
                 return within_options(body, options);
             }
             let end = stream.end;
-            Some(AskUsage { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
+            Some(UsageEdit { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
         });
-        Ok(Fields { model: model.transpose()?, stream: stream.is_some(), ask_usage })
+        Ok(Fields { model: model.transpose()?, stream: stream.is_some(), usage_edit })
     }
 }
 
 /// How to ask for the usage where there are options already.
-fn within_options(body: &[u8], range: &Range<usize>) -> Option<AskUsage> {
+fn within_options(body: &[u8], range: &Range<usize>) -> Option<UsageEdit> {
     #[derive(Deserialize)]
     struct Options<'a> {
         #[serde(borrow, default, deserialize_with = "scan::even_null")]
@@ -139,20 +139,20 @@ fn within_options(body: &[u8], range: &Range<usize>) -> Option<AskUsage> {
     }
     let options = std::str::from_utf8(body.get(range.clone())?).ok()?;
     if options == "null" {
-        return Some(AskUsage { range: range.clone(), with: r#"{"include_usage":true}"# });
+        return Some(UsageEdit { range: range.clone(), with: r#"{"include_usage":true}"# });
     }
     // Anything but an object is for the endpoint to refuse.
     let inside = options.strip_prefix('{')?.strip_suffix('}')?;
     let Options { include_usage } = serde_json::from_str(options).ok()?;
     match include_usage {
         Some(wish) if matches!(wish.get(), "false" | "null") => {
-            Some(AskUsage { range: range_in(body, wish), with: "true" })
+            Some(UsageEdit { range: range_in(body, wish), with: "true" })
         }
         Some(_) => None,
         None => {
             let is_empty = inside.trim().is_empty();
             let with = if is_empty { r#""include_usage":true"# } else { r#""include_usage":true,"# };
-            Some(AskUsage { range: range.start + 1..range.start + 1, with })
+            Some(UsageEdit { range: range.start + 1..range.start + 1, with })
         }
     }
 }
@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn a_stream_can_be_made_to_ask_for_its_usage() {
         let asking = |body: &str| {
-            let AskUsage { range, with } = scan(body.as_bytes()).unwrap().ask_usage?;
+            let UsageEdit { range, with } = scan(body.as_bytes()).unwrap().usage_edit?;
             let asking = format!("{}{with}{}", &body[..range.start], &body[range.end..]);
             let parsed: serde_json::Value = serde_json::from_str(&asking).unwrap();
             assert_eq!(parsed["stream_options"]["include_usage"], true, "{asking}");

@@ -8,3 +8,4 @@ pub mod rate_headers;
 pub mod rates;
 pub mod retry;
 pub mod router;
+pub mod usage_injection;

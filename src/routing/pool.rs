@@ -1,7 +1,7 @@
 //! The endpoints: an immutable snapshot that a request holds, and the live state behind it that outlives every reload.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,6 +13,7 @@ use crate::limit::{Clock, Limits, Stamp};
 use crate::response::redact::Secrets;
 use crate::routing::health::{Effect, Gate, Health};
 use crate::routing::router::Router;
+use crate::routing::usage_injection::InjectionMemory;
 use crate::upstream::Upstream;
 
 /// One config, ready to serve.
@@ -145,13 +146,9 @@ pub struct Live {
     in_flight: AtomicU32,
     first_byte: Mutex<Average>,
     last_error: Mutex<Option<LastError>>,
-    /// Until this stamp its streams are not asked for their usage.
-    usage_unasked_until: AtomicU64,
+    /// What is known of it and `stream_options` of ours.
+    pub usage_injection: InjectionMemory,
 }
-
-/// An endpoint that refused `stream_options` is not sent any of ours for so long, and then tried again: it may have learnt them,
-/// or it was one of its models alone that did not know them.
-const USAGE_REFUSED: Duration = Duration::from_hours(1);
 
 /// The last failure of an endpoint, for the status page.
 #[derive(Clone, Debug)]
@@ -172,7 +169,7 @@ impl Live {
             in_flight: AtomicU32::default(),
             first_byte: Mutex::default(),
             last_error: Mutex::default(),
-            usage_unasked_until: AtomicU64::default(),
+            usage_injection: InjectionMemory::default(),
         }
     }
 
@@ -228,26 +225,6 @@ impl Live {
     /// The average of the time to the first byte as it was last taken, for the status page.
     pub fn first_byte_mean(&self) -> Option<Duration> {
         lock(&self.first_byte).mean()
-    }
-
-    /// It refused the `stream_options` that were added to a request.
-    pub fn refuse_usage(&self, now: Stamp) {
-        self.usage_unasked_until.store((now + USAGE_REFUSED).0, Ordering::Relaxed);
-    }
-
-    /// Its streams tell what they cost without being asked.
-    pub fn tells_usage_unasked(&self) {
-        self.usage_unasked_until.store(Stamp::NEVER.0, Ordering::Relaxed);
-    }
-
-    /// Whether its streams may be asked for their usage.
-    pub fn is_asked_for_usage(&self, now: Stamp) -> bool {
-        now.0 >= self.usage_unasked_until.load(Ordering::Relaxed)
-    }
-
-    /// Whether its streams are never asked, since they tell by themselves.
-    pub fn is_telling_unasked(&self) -> bool {
-        self.usage_unasked_until.load(Ordering::Relaxed) == Stamp::NEVER.0
     }
 
     /// Remembers a failure.

@@ -634,7 +634,7 @@ async fn attempt(
     let trial = choice.trial.is_some();
     shared.borrow_mut().models.get_mut(&id).unwrap().held += 1;
     let held = HeldPermit { shared: Rc::clone(shared), id: id.clone() };
-    let terms = Terms { call: Call::Completion, expects_body: true, more: true, asks_usage: false };
+    let terms = Terms { call: Call::Completion, expects_body: true, more: true, usage_injected: false };
     let mut attempt = Attempt::new(endpoint, None, terms, choice, &pool.server, pool.clock().now);
     let (connect_ms, fate, answer_ms) = {
         let rng = &mut shared.borrow_mut().rng;

@@ -1,0 +1,63 @@
+//! `stream_options`: they are added to requests for streams whose clients did not ask for the usage, unless the config says never,
+//! the endpoint refused them, or its streams report their usage anyway.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::limit::Stamp;
+
+/// An endpoint that refused `stream_options` is not sent any of ours for this time, and then tried again: it may have learnt them,
+/// or it was one of its models alone that did not know them.
+const REFUSED: Duration = Duration::from_hours(1);
+
+/// What is known of one endpoint and `stream_options` of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UsageInjection {
+    /// They are added.
+    Wanted,
+    /// The endpoint refused them, so they are not added until then.
+    Refused(Stamp),
+    /// Streams of the endpoint report their usage without being asked.
+    Unneeded,
+}
+
+/// Memory of one endpoint.
+#[derive(Debug, Default)]
+pub struct InjectionMemory(AtomicU64);
+
+impl InjectionMemory {
+    /// State at this moment.
+    pub fn state(&self, now: Stamp) -> UsageInjection {
+        match Stamp(self.0.load(Ordering::Relaxed)) {
+            Stamp::NEVER => UsageInjection::Unneeded,
+            until if until > now => UsageInjection::Refused(until),
+            _ => UsageInjection::Wanted,
+        }
+    }
+
+    /// Notes that the endpoint refused them.
+    pub fn note_refused(&self, now: Stamp) {
+        self.0.store((now + REFUSED).0, Ordering::Relaxed);
+    }
+
+    /// Notes that the endpoint's streams report their usage anyway.
+    pub fn note_unneeded(&self) {
+        self.0.store(Stamp::NEVER.0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_forgotten_after_an_hour() {
+        let memory = InjectionMemory::default();
+        assert_eq!(memory.state(Stamp(5)), UsageInjection::Wanted);
+        memory.note_refused(Stamp(5));
+        assert_eq!(memory.state(Stamp(6)), UsageInjection::Refused(Stamp(3_600_005)));
+        assert_eq!(memory.state(Stamp(3_600_005)), UsageInjection::Wanted);
+        memory.note_unneeded();
+        assert_eq!(memory.state(Stamp(u64::MAX / 2)), UsageInjection::Unneeded);
+    }
+}
