@@ -9,6 +9,8 @@ use serde::de::Visitor;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
+use super::part;
+
 /// For a member of which an absent value and a null are told apart.
 pub fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
@@ -43,7 +45,7 @@ impl<'de> Deserialize<'de> for Key<'de> {
 /// Whether there is a key (with its quotation marks), at any depth, whose value begins so.
 pub fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {
     key.find_iter(data).any(|at| {
-        let after = data.get(at + key.needle().len()..).unwrap_or_default().trim_ascii_start();
+        let after = part(data, at + key.needle().len()..).trim_ascii_start();
         after.strip_prefix(b":").is_some_and(|rest| rest.trim_ascii_start().starts_with(value))
     })
 }

@@ -1,5 +1,7 @@
 //! `Content-Type`, of requests and answers.
 
+use crate::json::part;
+
 /// True for a stream of server-sent events.
 pub fn is_event_stream(content_type: Option<&str>) -> bool {
     content_type.is_some_and(|value| essence(value).eq_ignore_ascii_case(b"text/event-stream"))
@@ -15,7 +17,7 @@ pub fn is_json(content_type: Option<&str>) -> bool {
 fn essence(content_type: &str) -> &[u8] {
     let bytes = content_type.as_bytes();
     let end = bytes.iter().position(|byte| *byte == b';').unwrap_or(bytes.len());
-    bytes.get(..end).unwrap_or_default().trim_ascii()
+    part(bytes, ..end).trim_ascii()
 }
 
 /// True if a request's body is JSON. Without a content type it is taken for JSON, as every call of the API but the uploads is.

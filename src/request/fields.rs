@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 
 use crate::fault::Fault;
 use crate::json::members;
+use crate::json::part;
 use crate::json::scan::{self, Key};
 
 /// How a request that is streamed can be made to ask what it costs, where its client has not.
@@ -106,7 +107,7 @@ impl Found {
     }
 
     fn locate(self, body: &[u8]) -> Result<Fields, Fault> {
-        let text = |range: &Range<usize>| body.get(range.clone()).unwrap_or_default();
+        let text = |range: &Range<usize>| part(body, range.clone());
         if let Some(again) = self.model_again {
             let at = position(body, again.start);
             let problem = format!("The request body has two `model` keys; the second value is at {at}.");
@@ -164,7 +165,7 @@ fn range_in(body: &[u8], raw: &RawValue) -> Range<usize> {
 }
 
 fn position(body: &[u8], offset: usize) -> String {
-    let before = body.get(..offset).unwrap_or_default();
+    let before = part(body, ..offset);
     let line = memchr::memchr_iter(b'\n', before).count() + 1;
     let column = offset - memchr::memrchr(b'\n', before).map_or(0, |newline| newline + 1) + 1;
     format!("line {line} column {column}")

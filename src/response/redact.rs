@@ -7,6 +7,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use memchr::memmem::Finder;
 
+use crate::json::part;
+
 /// Shorter secrets are none worth the name, and would blot out ordinary words.
 const SECRET_BYTES_MIN: usize = 8;
 /// A quoted or masked secret is looked for across the boundary of two pieces up to this length.
@@ -103,7 +105,7 @@ fn key_like_words(text: &[u8]) -> Vec<Range<usize>> {
     let mut at = 0;
     while let Some(start) = text.get(at..).and_then(|rest| rest.iter().position(is_part)) {
         let start = at + start;
-        let rest = text.get(start..).unwrap_or_default();
+        let rest = part(text, start..);
         let length = rest.iter().position(|byte| !is_part(byte)).unwrap_or(rest.len());
         at = start + length;
         // A full stop after the key belongs to the sentence.

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::json::part;
 use crate::json::scan;
 use crate::request::call::Call;
 use crate::response::event_template::Shape;
@@ -61,7 +62,7 @@ impl Relay {
         loop {
             at = match self.splitter.next(piece, at) {
                 Step::Block(end) => {
-                    match self.fate(piece.get(at..end).unwrap_or_default(), meter) {
+                    match self.fate(part(piece, at..end), meter) {
                         Fate::Pass => {}
                         Fate::Drop => {
                             self.add(out, piece, from, at);
@@ -81,11 +82,11 @@ impl Relay {
                 }
                 Step::Part { kept, end, last } => {
                     self.add(out, piece, from, at);
-                    let part = piece.get(at..end).unwrap_or_default();
+                    let rest = part(piece, at..end);
                     meter.part(&kept, false);
-                    meter.part(part, last);
+                    meter.part(rest, last);
                     let blotter = self.long.get_or_insert_with(|| Blotter::new(self.secrets.clone()));
-                    out.extend([blotter.piece(&kept, false), blotter.piece(part, last)]);
+                    out.extend([blotter.piece(&kept, false), blotter.piece(rest, last)]);
                     if last {
                         self.long = None;
                     }

@@ -9,6 +9,8 @@ use std::mem;
 
 use bytes::{Bytes, BytesMut};
 
+use crate::json::part;
+
 /// The longest block that is told whole: far more than one of a chat stream, and little to hold.
 pub const BLOCK_BYTES_MAX: usize = 64 * 1024;
 
@@ -55,7 +57,7 @@ pub struct Splitter {
 impl Splitter {
     /// The next step within a piece, from the end of the last one on.
     pub fn next(&mut self, piece: &Bytes, from: usize) -> Step {
-        let rest = piece.get(from..).unwrap_or_default();
+        let rest = part(piece, from..);
         if rest.is_empty() {
             return Step::More;
         }
@@ -72,7 +74,7 @@ impl Splitter {
         match end {
             Some(length) if self.kept.is_empty() => Step::Block(from + length),
             Some(length) => {
-                self.kept.extend_from_slice(rest.get(..length).unwrap_or_default());
+                self.kept.extend_from_slice(part(rest, ..length));
                 Step::Joined(self.kept.split().freeze(), from + length)
             }
             None => {

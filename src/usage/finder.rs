@@ -1,6 +1,7 @@
 //! Finds what JSON of any length says of its tokens, however it is cut into pieces, without keeping it.
 
 use super::{Usage, reported};
+use crate::json::part;
 
 /// A usage is some hundred bytes; a longer one is none.
 const VALUE_BYTES_MAX: usize = 16 * 1024;
@@ -61,7 +62,7 @@ impl Finder {
     pub fn feed(&mut self, mut piece: &[u8]) {
         while !piece.is_empty() {
             let used = if self.in_string { self.string(piece) } else { self.structure(piece) };
-            piece = piece.get(used..).unwrap_or_default();
+            piece = part(piece, used..);
         }
     }
 
@@ -78,7 +79,7 @@ impl Finder {
     /// Within a string: as far as its next escape or its end.
     fn string(&mut self, bytes: &[u8]) -> usize {
         if std::mem::take(&mut self.escaped) {
-            self.keep(bytes.get(..1).unwrap_or_default());
+            self.keep(part(bytes, ..1));
             return 1;
         }
         let Some(found) = memchr::memchr2(b'"', b'\\', bytes) else {
@@ -90,7 +91,7 @@ impl Finder {
         self.escaped = !is_end;
         // The quotation mark belongs to a copied value, but not to a key.
         let end = if is_end && self.capture.is_none() { found } else { found + 1 };
-        self.keep(bytes.get(..end).unwrap_or_default());
+        self.keep(part(bytes, ..end));
         found + 1
     }
 
@@ -99,7 +100,7 @@ impl Finder {
         if self.depth > 3 && self.capture.is_none() {
             // Far inside, as in an embedding's numbers: only how deep it is matters.
             let end = memchr::memchr3(b'"', b'}', b']', bytes).unwrap_or(bytes.len());
-            let opened = memchr::memchr2_iter(b'{', b'[', bytes.get(..end).unwrap_or_default()).count();
+            let opened = memchr::memchr2_iter(b'{', b'[', part(bytes, ..end)).count();
             self.depth = self.depth.saturating_add(u32::try_from(opened).unwrap_or(u32::MAX));
             if end > 0 {
                 return end;

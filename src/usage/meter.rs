@@ -9,6 +9,7 @@ use memchr::memmem::Finder as Needle;
 use serde::Deserialize;
 
 use super::{Finder, Told, Usage, reported};
+use crate::json::part;
 use crate::json::scan::{has_member, strings};
 use crate::request::call::Call;
 
@@ -335,7 +336,7 @@ fn beginning(raw: &[u8], room: usize) -> &[u8] {
     while end > 0 && raw.get(end - 1) == Some(&b'\\') {
         end -= 1;
     }
-    raw.get(..end).unwrap_or_default()
+    part(raw, ..end)
 }
 
 /// Whether a chunk of a chat says why it ends.
