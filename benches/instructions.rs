@@ -25,6 +25,7 @@ use api_together::proxy::access_log::Record;
 use api_together::request::auth::Auth;
 use api_together::request::call::Call;
 use api_together::request::fields;
+use api_together::request::id;
 use api_together::request::rewrite;
 use api_together::response::redact::Secrets;
 use api_together::response::relay::Relay;
@@ -52,6 +53,7 @@ const EVENTS: usize = 200;
 type Stage = (&'static str, fn() -> Box<dyn FnMut()>);
 
 const STAGES: &[Stage] = &[
+    ("request id", request_id),
     ("check the key", check_key),
     ("find the model in 1 KB", || scan(1024)),
     ("find the model in 64 KB", || scan(64 * 1024)),
@@ -99,6 +101,10 @@ fn config(endpoints: usize) -> Config {
 
 fn pool(endpoints: usize) -> Pool {
     Pool::new(config(endpoints), Client::new(Clock::read), None).expect("the pool is good")
+}
+
+fn request_id() -> Box<dyn FnMut()> {
+    Box::new(|| drop(black_box(id::request_id(black_box(None)))))
 }
 
 fn check_key() -> Box<dyn FnMut()> {

@@ -257,7 +257,7 @@ impl Fault {
     }
 }
 
-/// Which limits reason which endpoints: ` (api1: 60 requests a minute; api2: 500 requests a day)`.
+/// Which limits hold which endpoints: ` (api1: 60 requests a minute; api2: 500 requests a day)`.
 fn holds(held: &[HeldBy]) -> String {
     const SHOWN_MAX: usize = 10;
     let mut shown: Vec<String> = Vec::new();

@@ -16,9 +16,9 @@ pub struct BaseUrl {
     pub path: String,
 }
 
-/// Why a text is no base URL, and what to do. It never quotes the text, which may hold a password.
+/// Why a text is not a base URL, and what to do. It never quotes the text, which may hold a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NoBaseUrl {
+pub struct BaseUrlError {
     /// What is wrong, as the rest of a sentence.
     pub message: &'static str,
     /// The way out.
@@ -42,10 +42,10 @@ const EXAMPLE: &str = "such as https://api.openai.com or https://host/api/v3";
 
 impl BaseUrl {
     /// Reads an address as people write it.
-    pub fn parse(text: &str) -> Result<Self, NoBaseUrl> {
+    pub fn parse(text: &str) -> Result<Self, BaseUrlError> {
         let text = text.trim();
         let (scheme, rest) =
-            text.split_once("://").ok_or(NoBaseUrl { message: "has no scheme", hint: "begin it with https://" })?;
+            text.split_once("://").ok_or(BaseUrlError { message: "has no scheme", hint: "begin it with https://" })?;
         let tls = match scheme.to_ascii_lowercase().as_str() {
             "https" => true,
             "http" => false,
@@ -94,15 +94,15 @@ impl fmt::Display for BaseUrl {
     }
 }
 
-fn refuse<T>(message: &'static str, hint: &'static str) -> Result<T, NoBaseUrl> {
-    Err(NoBaseUrl { message, hint })
+fn refuse<T>(message: &'static str, hint: &'static str) -> Result<T, BaseUrlError> {
+    Err(BaseUrlError { message, hint })
 }
 
 fn default_port(tls: bool) -> u16 {
     if tls { 443 } else { 80 }
 }
 
-fn refuse_extras(rest: &str) -> Result<(), NoBaseUrl> {
+fn refuse_extras(rest: &str) -> Result<(), BaseUrlError> {
     if rest.contains('?') {
         return refuse("has a query", "leave off the `?` and what follows; `headers` can carry extra values");
     }
@@ -116,14 +116,14 @@ fn refuse_extras(rest: &str) -> Result<(), NoBaseUrl> {
 }
 
 /// Host (with brackets taken off an IPv6 address) and port as text.
-fn split_authority(authority: &str) -> Result<(&str, Option<&str>), NoBaseUrl> {
+fn split_authority(authority: &str) -> Result<(&str, Option<&str>), BaseUrlError> {
     let Some(bracketed) = authority.strip_prefix('[') else {
         return Ok(match authority.split_once(':') {
             Some((host, port)) => (host, Some(port)),
             None => (authority, None),
         });
     };
-    let unclosed = NoBaseUrl { message: "has a bad IPv6 address", hint: "write it as https://[::1]:8080" };
+    let unclosed = BaseUrlError { message: "has a bad IPv6 address", hint: "write it as https://[::1]:8080" };
     let (host, rest) = bracketed.split_once(']').ok_or(unclosed)?;
     host.parse::<Ipv6Addr>().map_err(|_| unclosed)?;
     match (rest.is_empty(), rest.strip_prefix(':')) {
@@ -133,26 +133,30 @@ fn split_authority(authority: &str) -> Result<(&str, Option<&str>), NoBaseUrl> {
     }
 }
 
-fn parse_port(port: &str) -> Result<u16, NoBaseUrl> {
+fn parse_port(port: &str) -> Result<u16, BaseUrlError> {
     match port.parse() {
         Ok(number) if number > 0 && !port.starts_with('+') => Ok(number),
         _ => refuse("has a bad port", "a port is a number from 1 to 65535; an IPv6 address needs [brackets]"),
     }
 }
 
-fn parse_host(host: &str) -> Result<String, NoBaseUrl> {
+/// In ASCII and lower case: international names are encoded. `url` knows the rules for names and for IPv4 addresses.
+fn parse_host(host: &str) -> Result<String, BaseUrlError> {
     if host.is_empty() {
         return refuse("has no host", EXAMPLE);
     }
-    let is_ipv6 = host.parse::<Ipv6Addr>().is_ok();
-    let is_name = host.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
-    if !(is_ipv6 || is_name) || host.starts_with('.') || host.contains("..") {
-        return refuse("has a bad host name", "use letters, digits, `-` and `.`; write other scripts as xn--…");
+    if host.parse::<Ipv6Addr>().is_ok() {
+        return Ok(host.to_ascii_lowercase());
     }
-    Ok(host.to_ascii_lowercase())
+    let is_name = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+    match url::Host::parse(host) {
+        Ok(url::Host::Domain(name)) if is_name(&name) && !name.starts_with('.') && !name.contains("..") => Ok(name),
+        Ok(url::Host::Ipv4(address)) => Ok(address.to_string()),
+        _ => refuse("has a bad host name", "use letters, digits, `-` and `.`"),
+    }
 }
 
-fn parse_path(path: &str) -> Result<String, NoBaseUrl> {
+fn parse_path(path: &str) -> Result<String, BaseUrlError> {
     let path = path.trim_end_matches('/');
     if !path.chars().all(|c| c.is_ascii_graphic() && !"\"<>\\^`{|}".contains(c)) {
         return refuse("has a bad character in its path", "write it percent-encoded, such as %20 for a space");
@@ -197,6 +201,10 @@ mod tests {
         assert_eq!(parsed("https://h/v1beta/openai/"), case(true, "h", 443, "/v1beta/openai"));
         assert_eq!(parsed("http://[FE80::1]:81/x"), case(false, "fe80::1", 81, "/x"));
         assert_eq!(parsed("https://h/completions-api"), case(true, "h", 443, "/completions-api"));
+        assert_eq!(parsed("https://中文.com/v1"), case(true, "xn--fiq228c.com", 443, "/v1"));
+        assert_eq!(parsed("http://BÜCHER.example:81"), case(false, "xn--bcher-kva.example", 81, ""));
+        assert_eq!(parsed("http://127.1"), case(false, "127.0.0.1", 80, ""));
+        assert_eq!(parsed("http://my_host"), case(false, "my_host", 80, ""));
     }
 
     #[test]
@@ -234,7 +242,10 @@ mod tests {
             ("https://h/v1#x", "has a fragment"),
             ("https://u:p@h/", "has a user name or an `@`"),
             ("https://a b", "has a bad host name"),
-            ("https://中文.com", "has a bad host name"),
+            ("https://%00.com", "has a bad host name"),
+            ("https://a\\b", "has a bad host name"),
+            ("https://1.2.3.256", "has a bad host name"),
+            ("https://xn--a.com", "has a bad host name"),
             ("https://a..b", "has a bad host name"),
             ("https://h/a b", "has a bad character in its path"),
             ("https://h/v1/chat/completions/", "ends in the path of a call"),

@@ -1,81 +1,54 @@
 //! A range of addresses.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::str::FromStr;
 
-/// The addresses that share their first `len` bits with `addr`. An IPv4 address written as IPv6
-/// (`::ffff:10.0.0.1`) is the IPv4 address, in the range as well as in what is looked up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Cidr {
-    addr: IpAddr,
-    len: u8,
-}
+use ipnet::{IpNet, Ipv4Net};
 
-/// The text is no range of addresses.
+/// A range of addresses, such as `10.0.0.0/8`. An IPv4 address written as IPv6 (`::ffff:10.0.0.1`) is the IPv4 address, in the range
+/// as well as in what is looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cidr(IpNet);
+
+/// The text is not a range of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NoCidr;
+pub struct CidrError;
 
 /// Where IPv4 begins inside `::ffff:0:0/96`.
 const MAPPED_PREFIX_BITS: u8 = 96;
 
 impl Cidr {
-    /// Whether the address is one of them.
+    /// True if the address is in the range.
     pub fn contains(&self, ip: IpAddr) -> bool {
-        match (self.addr, ip.to_canonical()) {
-            (IpAddr::V4(own), IpAddr::V4(ip)) => own.to_bits() & mask_v4(self.len) == ip.to_bits() & mask_v4(self.len),
-            (IpAddr::V6(own), IpAddr::V6(ip)) => own.to_bits() & mask_v6(self.len) == ip.to_bits() & mask_v6(self.len),
+        match (self.0, ip.to_canonical()) {
             // `::/0` is everything, and other ranges around the mapped addresses hold them too.
-            (IpAddr::V6(own), IpAddr::V4(ip)) => {
-                self.len <= MAPPED_PREFIX_BITS && own.to_bits() & mask_v6(self.len) == mapped(ip) & mask_v6(self.len)
-            }
-            (IpAddr::V4(_), IpAddr::V6(_)) => false,
+            (IpNet::V6(range), IpAddr::V4(ip)) => range.contains(&ip.to_ipv6_mapped()),
+            (range, ip) => range.contains(&ip),
         }
     }
 }
 
-fn mapped(ip: std::net::Ipv4Addr) -> u128 {
-    Ipv6Addr::to_bits(ip.to_ipv6_mapped())
-}
-
-fn mask_v4(len: u8) -> u32 {
-    u32::MAX.checked_shl(32 - u32::from(len)).unwrap_or(0)
-}
-
-fn mask_v6(len: u8) -> u128 {
-    u128::MAX.checked_shl(128 - u32::from(len)).unwrap_or(0)
-}
-
 impl FromStr for Cidr {
-    type Err = NoCidr;
+    type Err = CidrError;
 
-    fn from_str(text: &str) -> Result<Self, NoCidr> {
-        let (addr, len) = match text.split_once('/') {
-            Some((addr, len)) => (addr, Some(len)),
-            None => (text, None),
+    fn from_str(text: &str) -> Result<Self, CidrError> {
+        let range = match text.parse::<IpAddr>() {
+            Ok(address) => address.into(),
+            Err(_) => text.parse::<IpNet>().map_err(|_| CidrError)?,
         };
-        let addr: IpAddr = addr.parse().map_err(|_| NoCidr)?;
-        let len_max = if addr.is_ipv4() { 32 } else { 128 };
-        let len = match len {
-            None => len_max,
-            Some(len) if len.bytes().all(|b| b.is_ascii_digit()) => len.parse().map_err(|_| NoCidr)?,
-            Some(_) => return Err(NoCidr),
+        let mapped = match range.addr().to_canonical() {
+            IpAddr::V4(address) => range.prefix_len().checked_sub(MAPPED_PREFIX_BITS).zip(Some(address)),
+            IpAddr::V6(_) => None,
         };
-        if len > len_max {
-            return Err(NoCidr);
-        }
-        match addr.to_canonical() {
-            canonical @ IpAddr::V4(_) if addr.is_ipv6() && len >= MAPPED_PREFIX_BITS => {
-                Ok(Self { addr: canonical, len: len - MAPPED_PREFIX_BITS })
-            }
-            _ => Ok(Self { addr, len }),
-        }
+        let mapped = mapped.filter(|_| range.addr().is_ipv6()).and_then(|(len, ip)| Ipv4Net::new(ip, len).ok());
+        Ok(Self(mapped.map_or(range, IpNet::V4)))
     }
 }
 
 impl fmt::Display for Cidr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.addr, self.len)
+        self.0.fmt(f)
     }
 }
 
@@ -110,7 +83,7 @@ mod tests {
     #[test]
     fn other_texts_are_refused() {
         for text in ["", "x", "10.0.0.0/33", "::1/129", "10.0.0.0/", "10.0.0.0/-1", "10.0.0.0/+8", "10.0.0/8", "/8"] {
-            assert_eq!(text.parse::<Cidr>(), Err(NoCidr), "{text}");
+            assert_eq!(text.parse::<Cidr>(), Err(CidrError), "{text}");
         }
     }
 

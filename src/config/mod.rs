@@ -33,9 +33,9 @@ mod tests;
 use std::io::Read;
 use std::path::Path;
 
-pub use base_url::{BaseUrl, NoBaseUrl};
+pub use base_url::{BaseUrl, BaseUrlError};
 pub use checked::Config;
-pub use cidr::{Cidr, NoCidr};
+pub use cidr::{Cidr, CidrError};
 pub use diff::{changes, needs_upgrade};
 pub use endpoint::{Endpoint, EndpointTls, StreamUsage, Timeouts};
 pub use environment::Environment;

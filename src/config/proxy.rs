@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use percent_encoding::percent_decode_str;
 
-use super::base_url::{BaseUrl, NoBaseUrl};
+use super::base_url::{BaseUrl, BaseUrlError};
 use super::cidr::Cidr;
 use super::environment::Environment;
 use crate::config::secret::Secret;
@@ -38,14 +38,14 @@ const EXAMPLE: &str = "such as http://user:password@10.0.0.1:3128 or socks5://12
 
 impl Proxy {
     /// Reads an address as people write it.
-    pub fn parse(text: &str) -> Result<Self, NoBaseUrl> {
+    pub fn parse(text: &str) -> Result<Self, BaseUrlError> {
         let text = text.trim();
         let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
         let (scheme, port) = match scheme.to_ascii_lowercase().as_str() {
             "http" => (ProxyScheme::Http, 80),
             "https" => (ProxyScheme::Https, 443),
             "socks5" | "socks5h" => (ProxyScheme::Socks5, 1080),
-            _ => return Err(NoBaseUrl { message: "is no proxy of a kind known here", hint: EXAMPLE }),
+            _ => return Err(BaseUrlError { message: "has an unsupported scheme", hint: EXAMPLE }),
         };
         // A password may have an `@` in it.
         let (login, address) = match rest.rsplit_once('@') {
@@ -56,7 +56,7 @@ impl Proxy {
         let address = address.trim_end_matches('/');
         let base = BaseUrl::parse(&format!("http://{address}"))?;
         if address.is_empty() || !base.path.is_empty() {
-            return Err(NoBaseUrl { message: "is no proxy's address", hint: EXAMPLE });
+            return Err(BaseUrlError { message: "is not the address of a proxy", hint: EXAMPLE });
         }
         let has_port = address.rsplit_once(':').is_some_and(|(_, port)| !port.contains(']'));
         let login = login.map(|login| {
@@ -136,6 +136,7 @@ mod tests {
         assert_eq!(of("proxy.example:8080/"), Ok(("http://proxy.example:8080".into(), None)));
         assert_eq!(of("HTTPS://Proxy.Example"), Ok(("https://proxy.example:443".into(), None)));
         assert_eq!(of("socks5h://me:p%40ss@[::1]"), Ok(("socks5://[::1]:1080".into(), Some("me/p@ss".into()))));
+        assert_eq!(of("socks5://代理.example"), Ok(("socks5://xn--mnq481g.example:1080".into(), None)));
         assert_eq!(of("http://u:p@ss@h:80"), Ok(("http://h:80".into(), Some("u/p@ss".into()))));
         for bad in ["ftp://x", "http://", "http://x/path", "", "http://x:99999"] {
             assert!(of(bad).is_err(), "{bad}");

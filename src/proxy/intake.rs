@@ -23,7 +23,7 @@ use crate::request::auth;
 use crate::request::body::{self, Collector};
 use crate::request::call::Call;
 use crate::request::rewrite;
-use crate::request::{content_type, fields};
+use crate::request::{content_type, fields, id};
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::pool::Pool;
 use crate::routing::rates;
@@ -152,39 +152,9 @@ fn arrive(session: &Session, context: &mut Context, pool: &Pool) {
     let peer = session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip);
     let arrival = &mut context.arrival;
     arrival.address = auth::client_address(&pool.server, &header.headers, peer);
-    arrival.id = Some(request_id(header.headers.get(outgoing::REQUEST_ID)));
+    arrival.id = Some(id::request_id(header.headers.get(id::REQUEST_ID)));
     arrival.endpoint_headers = pool.server.endpoint_headers;
     arrival.origin = allowed_origin(&pool.server.cors, header.headers.get(header::ORIGIN));
-}
-
-/// The client's own request id if it is a sane one, else a new one.
-fn request_id(given: Option<&HeaderValue>) -> HeaderValue {
-    const BYTES_MAX: usize = 128;
-    let sane = |id: &&HeaderValue| {
-        let bytes = id.as_bytes();
-        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(byte);
-        !bytes.is_empty() && bytes.len() <= BYTES_MAX && bytes.iter().all(plain)
-    };
-    given.filter(sane).cloned().unwrap_or_else(|| {
-        HeaderValue::from_bytes(&uuid(fastrand::u128(..))).unwrap_or_else(|_| HeaderValue::from_static("0"))
-    })
-}
-
-/// A random UUID (RFC 9562, 5.4), since some servers refuse any other request id.
-fn uuid(random: u128) -> [u8; 36] {
-    let bits = random & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    let digit = |value: u8| if value < 10 { b'0' + value } else { b'a' - 10 + value };
-    let mut digits = [0; 32];
-    for (two, byte) in digits.as_chunks_mut().0.iter_mut().zip(bits.to_be_bytes()) {
-        *two = [digit(byte >> 4), digit(byte & 0xf)];
-    }
-    let mut text = [b'-'; 36];
-    text[..8].copy_from_slice(&digits[..8]);
-    text[9..13].copy_from_slice(&digits[8..12]);
-    text[14..18].copy_from_slice(&digits[12..16]);
-    text[19..23].copy_from_slice(&digits[16..20]);
-    text[24..].copy_from_slice(&digits[20..]);
-    text
 }
 
 /// What `Access-Control-Allow-Origin` says to a page of this origin, if it may read the answer.
@@ -364,26 +334,4 @@ async fn drain(session: &mut Session) {
     };
     // Out of time: the answer is sent all the same.
     tokio::time::timeout(DRAIN_TIME_MAX, rest).await.unwrap_or_default();
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn request_ids_are_kept_if_sane() {
-        let id = |given: &[u8]| {
-            let given = HeaderValue::from_bytes(given).unwrap();
-            request_id(Some(&given)).to_str().unwrap().to_owned()
-        };
-        assert_eq!(id(b"abc-1.2_3:4"), "abc-1.2_3:4");
-        for insane in [&b""[..], b"a b", b"a\"b", "é".as_bytes(), &[b'x'; 129]] {
-            let made = id(insane);
-            assert_eq!(made.len(), 36, "{made}");
-        }
-        assert_ne!(request_id(None), request_id(None));
-        assert_eq!(&uuid(0), b"00000000-0000-4000-8000-000000000000");
-        assert_eq!(&uuid(u128::MAX), b"ffffffff-ffff-4fff-bfff-ffffffffffff");
-        assert_eq!(&uuid(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef), b"01234567-89ab-4def-8123-456789abcdef");
-    }
 }

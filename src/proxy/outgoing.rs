@@ -20,6 +20,7 @@ use crate::admin::Answer;
 use crate::fault::Fault;
 use crate::request::call::Call;
 use crate::request::content_type;
+use crate::request::id::REQUEST_ID;
 use crate::request::rewrite::{self, Edit};
 use crate::response::decode::Encoding;
 use crate::response::redact::Blotter;
@@ -28,8 +29,6 @@ use crate::routing::{health, rate_headers};
 use crate::telemetry::metrics::metrics;
 use crate::upstream::cork::Cork;
 
-/// The header that carries a request's id, both ways.
-pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const ENDPOINT: HeaderName = HeaderName::from_static("x-api-together-endpoint");
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-api-together-attempts");
 /// On HTTP/2 a stream that is dropped takes its last unsent bytes with it; this is long enough for them to leave.

@@ -6,4 +6,5 @@ pub mod body_memory;
 pub mod call;
 pub mod content_type;
 pub mod fields;
+pub mod id;
 pub mod rewrite;
