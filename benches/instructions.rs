@@ -157,7 +157,7 @@ fn answer() -> Box<dyn FnMut()> {
         let mut meter = Meter::new(Call::Completion, true);
         meter.json(black_box(&answer));
         meter.json_ended();
-        black_box(meter.told().expect("it tells"));
+        black_box(meter.reported().expect("it tells"));
     })
 }
 

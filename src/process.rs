@@ -20,7 +20,7 @@ pub struct Process {
     /// Set once the process is on its way out.
     pub draining: Draining,
     /// State of the ledger.
-    pub ledger: ledger::State,
+    pub ledger: ledger::LedgerState,
     /// Estimates the tokens that no endpoint reports.
     pub estimator: Estimator,
     /// State of the config file.

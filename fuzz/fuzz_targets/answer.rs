@@ -21,7 +21,7 @@ fuzz_target!(|input: &[u8]| {
     pieces.iter().for_each(|piece| plain.piece(piece, &mut meter, &mut out));
     plain.end(&mut meter, &mut out);
     assert!(out.concat() == answer, "an answer that nothing is taken out of is changed");
-    meter.told().map(|usage| usage.tokens());
+    meter.reported().map(|usage| usage.tokens());
 
     // What is taken out leaves the rest in its order.
     let (mut strips, mut meter) = (Relay::new(true, Secrets::default()), Meter::new(call, estimates));
@@ -36,5 +36,5 @@ fuzz_target!(|input: &[u8]| {
     meter.json_ended();
     let mut finder = Finder::default();
     pieces.iter().for_each(|piece| finder.feed(piece));
-    assert!(call == Call::Unmetered || meter.told() == finder.usage(), "the meter reads what the finder finds");
+    assert!(call == Call::Unmetered || meter.reported() == finder.usage(), "the meter reads what the finder finds");
 });

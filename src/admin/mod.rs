@@ -62,7 +62,7 @@ pub enum Resource<'a> {
 
 impl<'a> Resource<'a> {
     /// The resource that a path names, if it is one of ours. Only reading a model is ours; deleting one is an endpoint's.
-    pub fn of(path: &'a str, method: &Method) -> Option<Self> {
+    pub fn from_path(path: &'a str, method: &Method) -> Option<Self> {
         let reads = matches!(*method, Method::GET | Method::HEAD);
         match path.strip_suffix('/').unwrap_or(path) {
             "/health" => Some(Self::Health),
@@ -170,14 +170,14 @@ mod tests {
 
     #[test]
     fn which_paths_are_ours() {
-        let of = |path| Resource::of(path, &Method::GET);
+        let of = |path| Resource::from_path(path, &Method::GET);
         assert_eq!(of("/health"), Some(Resource::Health));
         assert_eq!(of("/health/ready"), Some(Resource::Ready));
         assert_eq!(of("/v1/models/"), Some(Resource::Models));
         assert_eq!(of("/v1/models/meta/llama"), Some(Resource::Model("meta/llama")));
         assert_eq!(of("/v1/chat/completions"), None);
-        assert_eq!(Resource::of("/v1/models/ft:mine", &Method::DELETE), None);
-        assert_eq!(Resource::of("/v1/token/reset/", &Method::POST), Some(Resource::TokenReset));
+        assert_eq!(Resource::from_path("/v1/models/ft:mine", &Method::DELETE), None);
+        assert_eq!(Resource::from_path("/v1/token/reset/", &Method::POST), Some(Resource::TokenReset));
         assert!(Resource::TokenReset.check_method(&Method::GET).is_err());
         assert!(Resource::TokenStats.check_method(&Method::HEAD).is_ok());
     }

@@ -51,7 +51,7 @@ fn config_state(config: &ConfigState, pool: &Pool) -> Value {
     })
 }
 
-fn ledger_state(ledger: &ledger::State, pool: &Pool) -> Value {
+fn ledger_state(ledger: &ledger::LedgerState, pool: &Pool) -> Value {
     let fault = ledger.fault();
     let tally = ledger.tally();
     json!({

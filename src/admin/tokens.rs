@@ -27,7 +27,7 @@ pub async fn stats(from: Sources<'_>) -> Result<String, Fault> {
         }
         Err(_) => return Err(Fault::Internal),
     };
-    let begins = Begins::of(now, &from.pool.server.timezone);
+    let begins = Begins::new(now, &from.pool.server.timezone);
     let detailed: Map<String, Value> = stats.iter().map(|(id, models)| (id.clone(), endpoint(models))).collect();
     Ok(json!({
         "service": SERVICE,

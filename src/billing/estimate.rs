@@ -21,7 +21,7 @@ use crate::request::call::Call;
 use crate::routing::pool::Pool;
 use crate::routing::router::Candidates;
 use crate::telemetry::metrics::metrics;
-use crate::usage::{Cost, Text, answer_texts};
+use crate::usage::{AnswerText, Cost, answer_texts};
 
 /// Answers that may wait for their estimate, and the bytes that they may hold. More are dropped, and told.
 const JOBS_MAX: usize = 1000;
@@ -49,17 +49,17 @@ pub struct Job {
     /// The request's body; empty if it is too long to be estimated.
     pub prompt: Bytes,
     /// The prompt's tokens, if at least those were told.
-    pub prompt_told: Option<u64>,
+    pub prompt_reported: Option<u64>,
     /// What came of the answer.
-    pub answer: Text,
+    pub answer: AnswerText,
 }
 
 impl Job {
     fn bytes(&self) -> usize {
         let answer = match &self.answer {
-            Text::None => 0,
-            Text::Sample { sample, .. } => sample.capacity(),
-            Text::Json { kept, .. } => *kept,
+            AnswerText::None => 0,
+            AnswerText::Sample { sample, .. } => sample.capacity(),
+            AnswerText::Json { kept, .. } => *kept,
         };
         self.prompt.len() + answer
     }
@@ -71,13 +71,13 @@ pub struct Estimator(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    queue: Mutex<Queue>,
+    queue: Mutex<JobQueue>,
     changed: Condvar,
     dropped: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
+struct JobQueue {
     jobs: VecDeque<Job>,
     bytes: usize,
     /// Whether the thread runs; it is started for the first job, since it needs some tens of megabytes for its vocabularies.
@@ -119,7 +119,7 @@ impl Estimator {
         let mut queue = self.lock();
         queue.closing = true;
         self.0.changed.notify_all();
-        let busy = |queue: &mut Queue| queue.works || !queue.jobs.is_empty();
+        let busy = |queue: &mut JobQueue| queue.works || !queue.jobs.is_empty();
         let waited = self.0.changed.wait_timeout_while(queue, CLOSE_MAX, busy);
         let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let left = queue.jobs.len();
@@ -138,7 +138,7 @@ impl Estimator {
         }
     }
 
-    fn has_thread(&self, queue: &mut Queue) -> bool {
+    fn has_thread(&self, queue: &mut JobQueue) -> bool {
         if !queue.runs {
             let estimator = self.clone();
             let thread = std::thread::Builder::new().name("estimates".into()).spawn(move || estimator.work());
@@ -155,7 +155,7 @@ impl Estimator {
             let mut queue = self.lock();
             queue.works = false;
             self.0.changed.notify_all();
-            let idle = |queue: &mut Queue| queue.jobs.is_empty() && !queue.closing;
+            let idle = |queue: &mut JobQueue| queue.jobs.is_empty() && !queue.closing;
             let mut queue = self.0.changed.wait_while(queue, idle).unwrap_or_else(PoisonError::into_inner);
             let Some(job) = queue.jobs.pop_front() else { return };
             queue.bytes -= job.bytes();
@@ -168,7 +168,7 @@ impl Estimator {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+    fn lock(&self) -> MutexGuard<'_, JobQueue> {
         // Nothing panics while it is held.
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -185,15 +185,15 @@ enum Estimated {
 
 /// Estimates an answer and counts it.
 fn settle(job: Job) -> Estimated {
-    let Job { id, pool, endpoint: (account, limits), model, candidates, call, prompt, prompt_told, answer } = job;
+    let Job { id, pool, endpoint: (account, limits), model, candidates, call, prompt, prompt_reported, answer } = job;
     let tokenizer = tokenizer(&model);
     let completion = completion_tokens(tokenizer, call, &answer);
     // Nothing came of it: an error that calls itself a success, or a response that is made in the background later.
-    if completion == 0 && prompt_told.is_none() && call != Call::Embeddings {
+    if completion == 0 && prompt_reported.is_none() && call != Call::Embeddings {
         return Estimated::Whole;
     }
-    let is_known = prompt_told.is_some() || !prompt.is_empty();
-    let prompt = prompt_told.unwrap_or_else(|| prompt_tokens(tokenizer, &prompt));
+    let is_known = prompt_reported.is_some() || !prompt.is_empty();
+    let prompt = prompt_reported.unwrap_or_else(|| prompt_tokens(tokenizer, &prompt));
     let shown = if is_known { prompt.to_string() } else { "unknown".to_owned() };
     log::info!(
         "request {id}: endpoint {} told no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
@@ -272,11 +272,11 @@ fn text_tokens(tokenizer: &CoreBPE, value: &Value) -> u64 {
 }
 
 /// The tokens of what came of an answer.
-fn completion_tokens(tokenizer: &CoreBPE, call: Call, answer: &Text) -> u64 {
+fn completion_tokens(tokenizer: &CoreBPE, call: Call, answer: &AnswerText) -> u64 {
     match answer {
-        Text::None => 0,
-        Text::Sample { sample, bytes } => scaled(count(tokenizer, &unescaped(sample)), sample.len(), *bytes),
-        Text::Json { pieces, kept, bytes } => {
+        AnswerText::None => 0,
+        AnswerText::Sample { sample, bytes } => scaled(count(tokenizer, &unescaped(sample)), sample.len(), *bytes),
+        AnswerText::Json { pieces, kept, bytes } => {
             let mut tokens = 0;
             answer_texts(call, &pieces.concat(), |text| tokens += count(tokenizer, &unescaped(text)));
             if tokens == 0 { 0 } else { scaled(tokens, *kept, *bytes) }
@@ -359,17 +359,17 @@ mod tests {
 
     #[test]
     fn answers_are_read_whole_sampled_or_cut() {
-        let of = |answer: &Text| completion_tokens(tokenizer("gpt-4o"), Call::Completion, answer);
-        let sample = |text: &str, times: u64| Text::Sample {
+        let of = |answer: &AnswerText| completion_tokens(tokenizer("gpt-4o"), Call::Completion, answer);
+        let sample = |text: &str, times: u64| AnswerText::Sample {
             sample: text.as_bytes().to_vec(),
             bytes: times * u64::try_from(text.len()).unwrap(),
         };
         assert_eq!(of(&sample("hello world", 1)), 2);
         assert_eq!(of(&sample("hello world", 10)), 20, "the rest is like it");
         assert_eq!(of(&sample(r"hello\u0020world", 1)), 2);
-        assert_eq!(of(&Text::None), 0);
-        assert_eq!(of(&Text::Sample { sample: Vec::new(), bytes: 400 }), 100, "nothing of it could be kept");
-        let json = |text: &'static str| Text::Json {
+        assert_eq!(of(&AnswerText::None), 0);
+        assert_eq!(of(&AnswerText::Sample { sample: Vec::new(), bytes: 400 }), 100, "nothing of it could be kept");
+        let json = |text: &'static str| AnswerText::Json {
             pieces: vec![Bytes::from_static(text.as_bytes())],
             kept: text.len(),
             bytes: u64::try_from(text.len()).unwrap(),

@@ -46,7 +46,7 @@ impl Measured {
 /// Counts what an answer cost that was not good enough for the client, as far as the endpoint told.
 pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
     let meter = &attempt.meter;
-    match (meter.told(), meter.prompt_told()) {
+    match (meter.reported(), meter.prompt_reported()) {
         (Some(usage), _) => spend(attempt, ask, Cost::exact(usage.tokens(), Speed::default()), Instant::now()),
         (None, Some(prompt)) => spend(attempt, ask, Cost::estimated(prompt, 0), Instant::now()),
         (None, None) => {}
@@ -75,17 +75,17 @@ pub fn bill(
     }
     let has_succeeded = attempt.has_succeeded();
     let meter = &mut attempt.meter;
-    if let Some(usage) = meter.told() {
+    if let Some(usage) = meter.reported() {
         let tokens = usage.tokens();
         measured.tokens = Some(tokens);
         spend(attempt, ask, Cost::exact(tokens, measured.speed(tokens)), ended);
     } else if ask.is_estimated()
-        && (meter.has_text() || meter.prompt_told().is_some() || ask.call == Call::Embeddings && has_succeeded)
+        && (meter.has_text() || meter.prompt_reported().is_some() || ask.call == Call::Embeddings && has_succeeded)
     {
         estimator.submit(Job {
             id: id.to_owned(),
             pool: Arc::clone(&ask.pool),
-            prompt_told: meter.prompt_told(),
+            prompt_reported: meter.prompt_reported(),
             answer: meter.take_text(),
             endpoint: attempt.endpoint.account(),
             model: model_name(attempt, ask),

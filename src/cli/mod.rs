@@ -11,7 +11,7 @@ use anstream::{eprintln, print, println};
 use anstyle::{AnsiColor, Style};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::config::{self, Environment, Kind, Loaded, Problem};
+use crate::config::{self, Environment, Loaded, Problem, ProblemKind};
 use crate::server::handover;
 use crate::server::{Prepared, RunOptions};
 use crate::telemetry::logger;
@@ -150,7 +150,7 @@ fn check(file: &Path) -> ExitCode {
         Ok(loaded) => (true, loaded.warnings),
         Err(problems) => (false, problems.iter().cloned().collect()),
     };
-    let wrong = |problem: &&Problem| problem.kind != Kind::Warning;
+    let wrong = |problem: &&Problem| problem.kind != ProblemKind::Warning;
     for problem in &problems {
         if wrong(&problem) { eprintln!("{problem}") } else { eprintln!("warning: {problem}") }
     }
@@ -185,7 +185,7 @@ impl Run {
             println!("{}: ok", self.config.display());
             println!("{}{}", handover::LISTENS, prepared.address);
             if let Some(address) = prepared.pool.load().server.metrics_listen {
-                println!("{}{address}", handover::TELLS_METRICS);
+                println!("{}{address}", handover::METRICS_ON);
             }
         } else {
             prepared.announce(banner.text(prepared.address));

@@ -14,7 +14,7 @@ const VALUE_CHARS_MAX: usize = 120;
 
 /// What differs, each as a line of its own; at most fifty and a last one that says how many more there are.
 pub fn changes(before: (&Server, &[&Endpoint]), after: (&Server, &[&Endpoint])) -> Vec<String> {
-    let mut lines = Lines::default();
+    let mut lines = ChangeLines::default();
     server(&mut lines, before.0, after.0);
     let known: HashMap<&str, &Endpoint> = before.1.iter().map(|endpoint| (endpoint.id.as_ref(), *endpoint)).collect();
     let wanted: HashMap<&str, &Endpoint> = after.1.iter().map(|endpoint| (endpoint.id.as_ref(), *endpoint)).collect();
@@ -57,7 +57,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         log_format: _,
         estimate_tokens: _,
     } = running;
-    let mut lines = Lines::default();
+    let mut lines = ChangeLines::default();
     let at = |key: &str| format!("server.{key}");
     lines.compare(&at("host"), host, &wanted.host);
     lines.compare(&at("port"), port, &wanted.port);
@@ -75,7 +75,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     lines.finish()
 }
 
-fn server(lines: &mut Lines, before: &Server, after: &Server) {
+fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     // Every key stands here or in `needs_upgrade`, by the compiler's word.
     let Server {
         api_key,
@@ -124,7 +124,7 @@ fn server(lines: &mut Lines, before: &Server, after: &Server) {
     }
 }
 
-fn endpoint(lines: &mut Lines, before: &Endpoint, after: &Endpoint) {
+fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     let Endpoint {
         id,
         name,
@@ -174,7 +174,7 @@ fn endpoint(lines: &mut Lines, before: &Endpoint, after: &Endpoint) {
     }
 }
 
-fn proxies(lines: &mut Lines, what: &str, before: Option<&Proxy>, after: Option<&Proxy>) {
+fn proxies(lines: &mut ChangeLines, what: &str, before: Option<&Proxy>, after: Option<&Proxy>) {
     if before == after {
         return;
     }
@@ -189,9 +189,9 @@ fn pairs(mapping: &BTreeMap<String, String>) -> Vec<String> {
 }
 
 #[derive(Default)]
-struct Lines(Vec<String>);
+struct ChangeLines(Vec<String>);
 
-impl Lines {
+impl ChangeLines {
     fn add(&mut self, line: String) {
         self.0.push(line);
     }

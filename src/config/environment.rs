@@ -80,7 +80,7 @@ impl Environment {
         // Bounded, in case the parser ever fails to advance after an error.
         let entries_max = text.lines().count() + 1;
         let line_number = Cell::new(0);
-        let lines = Lines { rest: text.as_bytes(), line_number: &line_number };
+        let lines = EnvLines { rest: text.as_bytes(), line_number: &line_number };
         for entry in dotenvy::from_read_iter(lines).take(entries_max) {
             match entry {
                 Ok((name, value)) => self.add(name, value, &shown),
@@ -177,12 +177,12 @@ fn syntax_problem(file: &str, line_number: usize) -> Problem {
 
 /// Hands out one line for each read. The parser's errors carry no line number, but it reads no further
 /// than it has parsed.
-struct Lines<'a> {
+struct EnvLines<'a> {
     rest: &'a [u8],
     line_number: &'a Cell<usize>,
 }
 
-impl Read for Lines<'_> {
+impl Read for EnvLines<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let line = self.rest.split_inclusive(|byte| *byte == b'\n').next().unwrap_or_default();
         let count = (&*line).read(buffer)?;

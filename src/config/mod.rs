@@ -40,7 +40,7 @@ pub use diff::{changes, needs_upgrade};
 pub use endpoint::{Endpoint, EndpointTls, StreamUsage, Timeouts};
 pub use environment::Environment;
 pub use limits::{Limit, LimitKind, PerLimit};
-pub use problem::{Kind, Problem, Problems};
+pub use problem::{Problem, ProblemKind, Problems};
 pub use proxy::{Proxy, ProxyScheme};
 pub use schema::{schema, schema_markdown};
 pub use server::{Breaker, Cors, LedgerOnError, LedgerSync, LogFormat, Queue, Retry, Server, ServerTls, Strategy};
@@ -73,7 +73,7 @@ pub enum Format {
 
 impl Format {
     /// YAML for `.yaml` and `.yml`, JSON for everything else.
-    pub fn of(path: &Path) -> Self {
+    pub fn from_path(path: &Path) -> Self {
         let ending = path.extension().unwrap_or_default();
         if ending.eq_ignore_ascii_case("yaml") || ending.eq_ignore_ascii_case("yml") { Self::Yaml } else { Self::Json }
     }
@@ -84,7 +84,7 @@ pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> 
     let shown = path.display().to_string();
     let text = read(path).map_err(|problem| Problem { path: shown.clone(), ..problem })?;
     let base_dir = path.parent().unwrap_or(Path::new(""));
-    check_str(&text, Format::of(path), environment, base_dir).map_err(|problems| problems.name_text(&shown))
+    check_str(&text, Format::from_path(path), environment, base_dir).map_err(|problems| problems.name_text(&shown))
 }
 
 fn read(path: &Path) -> Result<String, Problem> {

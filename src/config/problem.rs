@@ -5,7 +5,7 @@ use std::fmt;
 
 /// How much a [`Problem`] matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum ProblemKind {
     /// The configuration cannot be used.
     Error,
     /// It can be used, but probably does not do what was meant.
@@ -14,7 +14,7 @@ pub enum Kind {
     UnknownKey,
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for ProblemKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Error => "error",
@@ -33,23 +33,23 @@ pub struct Problem {
     /// The way out.
     pub hint: Option<String>,
     /// How much it matters.
-    pub kind: Kind,
+    pub kind: ProblemKind,
 }
 
 impl Problem {
     /// A problem without a hint.
-    pub fn new(kind: Kind, path: impl Into<String>, message: impl Into<String>) -> Self {
+    pub fn new(kind: ProblemKind, path: impl Into<String>, message: impl Into<String>) -> Self {
         Self { path: path.into(), message: message.into(), hint: None, kind }
     }
 
     /// A problem that keeps the configuration from being used.
     pub fn error(path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::new(Kind::Error, path, message)
+        Self::new(ProblemKind::Error, path, message)
     }
 
     /// A problem that does not.
     pub fn warning(path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::new(Kind::Warning, path, message)
+        Self::new(ProblemKind::Warning, path, message)
     }
 
     /// Adds the way out.
@@ -156,7 +156,7 @@ impl Report {
     /// The warnings, or everything if there is an error.
     pub(super) fn finish(mut self) -> Result<Vec<Problem>, Problems> {
         self.problems.sort_by(|a, b| natural_order(&a.path, &b.path));
-        if self.problems.iter().any(|p| p.kind == Kind::Error) {
+        if self.problems.iter().any(|p| p.kind == ProblemKind::Error) {
             return Err(Problems(self.problems));
         }
         Ok(self.problems)

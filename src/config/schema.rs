@@ -124,7 +124,7 @@ pub fn schema_markdown() -> String {
 }
 
 /// One key of an object, as its row needs it.
-struct Row<'a> {
+struct TableRow<'a> {
     key: &'a str,
     schema: &'a Value,
     required: bool,
@@ -157,21 +157,21 @@ fn section(schema: &Value, path: &str, out: &mut String) {
     }
 }
 
-fn rows(schema: &Value) -> Vec<Row<'_>> {
+fn rows(schema: &Value) -> Vec<TableRow<'_>> {
     let required = schema.get("required").and_then(Value::as_array);
     let mut rows: Vec<_> = properties(schema)
         .into_iter()
         .flatten()
         .map(|(key, schema)| {
             let required = required.is_some_and(|keys| keys.iter().any(|k| k == key));
-            Row { key, schema, required }
+            TableRow { key, schema, required }
         })
         .collect();
     rows.sort_by_key(|row| (!row.required, row.key));
     rows
 }
 
-impl Row<'_> {
+impl TableRow<'_> {
     fn write(&self, out: &mut String) {
         let default = match self.schema.get("default") {
             _ if self.required => "required".to_owned(),

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::Format;
 use super::environment::Environment;
 use super::file::ConfigFile;
-use super::problem::{Kind, Problem, Report, join};
+use super::problem::{Problem, ProblemKind, Report, join};
 use super::schema::{bound, expected, is_secret, map_values, properties, schema};
 
 /// How alike an unknown and a known key must be for a suggestion, from 0 to 1.
@@ -23,7 +23,7 @@ pub(super) fn read(text: &str, format: Format, environment: &Environment, report
     let Some(mut value) = parse(text, format, report) else {
         return ConfigFile::default();
     };
-    let mut shape = Shape { environment, report };
+    let mut shape = SchemaCheck { environment, report };
     if !shape.keep(&mut value, &schema(), "") {
         return ConfigFile::default();
     }
@@ -136,12 +136,12 @@ impl<'de> Visitor<'de> for Node<'_> {
 }
 
 /// The walk along the schema.
-struct Shape<'a> {
+struct SchemaCheck<'a> {
     environment: &'a Environment,
     report: &'a mut Report,
 }
 
-impl Shape<'_> {
+impl SchemaCheck<'_> {
     /// Whether the value has the schema's shape. Variables in it are filled in, and parts that do not
     /// fit are reported and taken out.
     fn keep(&mut self, value: &mut Value, schema: &Value, path: &str) -> bool {
@@ -308,7 +308,7 @@ fn unknown_key(key: &str, schema: &Value, place: String) -> Problem {
         Some(known) => format!("did you mean `{known}`?"),
         None => format!("known here: {}", known.join(", ")),
     };
-    Problem::new(Kind::UnknownKey, place, "unknown key, ignored").hint(hint)
+    Problem::new(ProblemKind::UnknownKey, place, "unknown key, ignored").hint(hint)
 }
 
 fn likeliest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {

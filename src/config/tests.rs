@@ -78,7 +78,7 @@ mod fixtures {
         for file in files {
             let name = file.file_name().unwrap().to_str().unwrap();
             let expected = std::fs::read_to_string(file.with_file_name(format!("{name}.expected"))).unwrap();
-            let found = told(&std::fs::read_to_string(&file).unwrap(), Format::of(&file));
+            let found = told(&std::fs::read_to_string(&file).unwrap(), Format::from_path(&file));
             assert!(found.contains(": "), "{name} is not bad");
             if found != expected {
                 different.push(format!("== {name}: expected\n{expected}== found\n{found}"));
@@ -90,7 +90,7 @@ mod fixtures {
     #[test]
     fn no_message_quotes_a_key() {
         for file in config_files("tests/fixtures/config/bad") {
-            let found = told(&std::fs::read_to_string(&file).unwrap(), Format::of(&file));
+            let found = told(&std::fs::read_to_string(&file).unwrap(), Format::from_path(&file));
             for key in ["sk-", "12345678", "123456", "put-it-here", "ключ"] {
                 assert!(!found.contains(key), "{}: {found}", file.display());
             }
@@ -133,7 +133,7 @@ mod fixtures {
         for file in files {
             let loaded = load(file, &no_variables()).unwrap_or_else(|problems| panic!("{problems}"));
             for warning in &loaded.warnings {
-                assert_eq!(warning.kind, Kind::Warning, "{warning}");
+                assert_eq!(warning.kind, ProblemKind::Warning, "{warning}");
                 assert!(warning.message.contains("placeholder"), "{warning}");
             }
         }
@@ -341,10 +341,10 @@ mod files {
     #[test]
     fn the_ending_tells_the_format() {
         for name in ["a.yaml", "a.yml", "a.YML"] {
-            assert_eq!(Format::of(Path::new(name)), Format::Yaml);
+            assert_eq!(Format::from_path(Path::new(name)), Format::Yaml);
         }
         for name in ["a.json", "a", "a.yaml.json", ".yaml"] {
-            assert_eq!(Format::of(Path::new(name)), Format::Json);
+            assert_eq!(Format::from_path(Path::new(name)), Format::Json);
         }
     }
 }

@@ -10,7 +10,7 @@ use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
 use pingora::{Error, ErrorType, Result};
 
-use super::reading::{Kind, Reading};
+use super::reading::{BodyHeader, Reading};
 use super::session::Plan;
 use crate::exchange::judge::{HOLD_TIME_MAX, Head, Judge, Terms, Verdict};
 use crate::exchange::{Committed, Exchange, ExchangeState, Kept};
@@ -31,7 +31,7 @@ const JOINED_BYTES_MAX: usize = 16 * 1024;
 const TASKS_OF_BURST: usize = 4;
 
 /// The response of the attempt under way.
-pub(super) struct Hold {
+pub(super) struct HeldResponse {
     exchange: Arc<Exchange>,
     pub(super) plan: Plan,
     judge: Judge,
@@ -60,7 +60,7 @@ pub(super) struct Hold {
 }
 
 /// What is due when a deadline has passed.
-pub(super) enum Due {
+pub(super) enum DueAction {
     /// This goes out.
     Flush(Vec<HttpTask>),
     /// The response is whole and ends now, with this.
@@ -69,7 +69,7 @@ pub(super) enum Due {
     GiveUp,
 }
 
-impl Hold {
+impl HeldResponse {
     pub(super) fn new(plan: Plan, exchange: &Arc<Exchange>) -> Self {
         Self {
             exchange: Arc::clone(exchange),
@@ -171,8 +171,8 @@ impl Hold {
             usage_injected = attempt.terms.usage_injected;
             encoding = attempt.encoding;
         }
-        let kind = Kind { status: self.status, content_type, encoding, usage_injected };
-        self.reading = Reading::of(&kind, &self.secrets);
+        let header = BodyHeader { status: self.status, content_type, encoding, usage_injected };
+        self.reading = Reading::new(&header, &self.secrets);
         self.encoding = encoding.filter(|encoding| *encoding != Encoding::Unknown);
         self.decoder = encoding.map(Decoder::new);
         let retry = &self.plan.pool.server.retry;
@@ -397,21 +397,21 @@ impl Hold {
     }
 
     /// What is due now.
-    pub(super) fn due(&mut self) -> Due {
+    pub(super) fn due(&mut self) -> DueAction {
         let held_enough = self.held_until.is_some_and(|until| until <= Instant::now());
         if self.lingers_until.is_some_and(|until| until <= Instant::now()) {
-            return Due::End(self.end_whole());
+            return DueAction::End(self.end_whole());
         }
         if self.committed {
             self.exchange.state().ended = Some(Outcome::TooSlow);
-            return Due::GiveUp;
+            return DueAction::GiveUp;
         }
         if self.judge.waits_for_word() && (held_enough || !self.judge.may_drop()) {
-            return Due::Flush(self.commit(Instant::now()));
+            return DueAction::Flush(self.commit(Instant::now()));
         }
         let outcome = self.judge.outcome_if_cut().unwrap_or(Outcome::TooSlow);
         self.drop_answer(outcome);
-        Due::GiveUp
+        DueAction::GiveUp
     }
 }
 

@@ -18,7 +18,7 @@ use crate::request::call::Call;
 use crate::request::content_type::{is_event_stream, is_json};
 use crate::response::sse::Splitter;
 use crate::routing::retry::Outcome;
-use crate::usage::Told;
+use crate::usage::Reported;
 
 /// The most of an answer that is held back (64 KiB), the last chunk on top.
 pub const HOLD_BYTES_MAX: usize = 64 * 1024;
@@ -70,7 +70,7 @@ pub enum Verdict {
 
 /// What kind of answer is being held.
 #[derive(Debug)]
-enum Kind {
+enum AnswerKind {
     /// Nothing has come yet.
     Nothing,
     /// An error, held whole; dropped at its end if another endpoint is to be tried instead.
@@ -87,7 +87,7 @@ enum Kind {
 #[derive(Debug)]
 pub struct Judge {
     terms: Terms,
-    kind: Kind,
+    kind: AnswerKind,
     held: Vec<Bytes>,
     held_bytes: usize,
     has_data: bool,
@@ -99,7 +99,7 @@ impl Judge {
     pub fn new(terms: Terms) -> Self {
         Self {
             terms,
-            kind: Kind::Nothing,
+            kind: AnswerKind::Nothing,
             held: Vec::new(),
             held_bytes: 0,
             has_data: false,
@@ -109,13 +109,13 @@ impl Judge {
 
     /// Whether it is an error that is being held.
     pub fn is_error(&self) -> bool {
-        matches!(self.kind, Kind::Error { .. })
+        matches!(self.kind, AnswerKind::Error { .. })
     }
 
     /// No other endpoint can take over any more.
     pub fn no_more(&mut self) {
         self.terms.more = false;
-        if let Kind::Error { drop, .. } = &mut self.kind {
+        if let AnswerKind::Error { drop, .. } = &mut self.kind {
             *drop = false;
         }
     }
@@ -127,15 +127,15 @@ impl Judge {
         self.kind = if head.status >= 400 {
             // One that nobody is to take over is held all the same, so that a key quoted in it is found however it is cut.
             let drop = self.terms.more && retryable(&outcome);
-            Kind::Error { outcome, drop }
+            AnswerKind::Error { outcome, drop }
         } else if head.status != 200 || !self.terms.expects_body {
-            Kind::Open
+            AnswerKind::Open
         } else if is_event_stream(head.content_type) {
-            Kind::Stream(Box::default())
+            AnswerKind::Stream(Box::default())
         } else if self.terms.more && self.may_be_empty(head.content_type) {
-            Kind::Json
+            AnswerKind::Json
         } else {
-            Kind::Open
+            AnswerKind::Open
         };
         if head.end { self.end() } else { self.so_far() }
     }
@@ -143,8 +143,8 @@ impl Judge {
     /// Takes a piece of the body.
     pub fn body(&mut self, piece: &Bytes, end: bool) -> Verdict {
         match &mut self.kind {
-            Kind::Open | Kind::Nothing => return self.so_far(),
-            Kind::Stream(splitter) => {
+            AnswerKind::Open | AnswerKind::Nothing => return self.so_far(),
+            AnswerKind::Stream(splitter) => {
                 let said = first_word(splitter, piece, &mut self.has_data);
                 match said {
                     Some(Word::Error) if self.terms.more => return Verdict::Drop(Outcome::ErrorEvent),
@@ -153,7 +153,7 @@ impl Judge {
                     Some(Word::Preface) | None => {}
                 }
             }
-            Kind::Json | Kind::Error { .. } => self.held.push(piece.clone()),
+            AnswerKind::Json | AnswerKind::Error { .. } => self.held.push(piece.clone()),
         }
         self.held_bytes += piece.len();
         if end { self.end() } else { self.so_far() }
@@ -162,15 +162,17 @@ impl Judge {
     /// The answer ended without another piece.
     pub fn end(&mut self) -> Verdict {
         match &self.kind {
-            Kind::Error { outcome, .. } if self.terms.usage_injected && refuses_usage(outcome, &self.joined()) => {
+            AnswerKind::Error { outcome, .. }
+                if self.terms.usage_injected && refuses_usage(outcome, &self.joined()) =>
+            {
                 Verdict::Drop(Outcome::UsageRefused)
             }
-            Kind::Error { outcome, drop: true } => Verdict::Drop(outcome.clone()),
-            Kind::Stream(_) if self.terms.more => Verdict::Drop(Outcome::Empty),
-            Kind::Json if self.terms.more && is_empty_answer(&self.joined(), self.terms.call) => {
+            AnswerKind::Error { outcome, drop: true } => Verdict::Drop(outcome.clone()),
+            AnswerKind::Stream(_) if self.terms.more => Verdict::Drop(Outcome::Empty),
+            AnswerKind::Json if self.terms.more && is_empty_answer(&self.joined(), self.terms.call) => {
                 Verdict::Drop(Outcome::Empty)
             }
-            Kind::Json if self.terms.more && self.ends_with_connection && is_cut(&self.joined()) => {
+            AnswerKind::Json if self.terms.more && self.ends_with_connection && is_cut(&self.joined()) => {
                 Verdict::Drop(Outcome::Broken)
             }
             _ => self.commit(),
@@ -179,7 +181,7 @@ impl Judge {
 
     /// Lets everything through from here on.
     pub fn commit(&mut self) -> Verdict {
-        self.kind = Kind::Open;
+        self.kind = AnswerKind::Open;
         self.held = Vec::new();
         Verdict::Commit
     }
@@ -191,31 +193,33 @@ impl Judge {
 
     /// Whether the first event of a stream is awaited that has already sent data, which bounds the wait.
     pub fn waits_for_word(&self) -> bool {
-        matches!(self.kind, Kind::Stream(_)) && self.has_data
+        matches!(self.kind, AnswerKind::Stream(_)) && self.has_data
     }
 
     /// How long the next piece of an answer may take whose header has come and whose end is awaited; `idle` is what the
     /// endpoint has between any two pieces.
     pub fn patience(&self, idle: Duration) -> Option<Duration> {
         match self.kind {
-            Kind::Error { drop: true, .. } => Some(idle.min(ERROR_BODY_WAIT_MAX)),
-            Kind::Error { drop: false, .. } | Kind::Json => Some(idle),
-            Kind::Nothing | Kind::Stream(_) | Kind::Open => None,
+            AnswerKind::Error { drop: true, .. } => Some(idle.min(ERROR_BODY_WAIT_MAX)),
+            AnswerKind::Error { drop: false, .. } | AnswerKind::Json => Some(idle),
+            AnswerKind::Nothing | AnswerKind::Stream(_) | AnswerKind::Open => None,
         }
     }
 
     /// What an answer that stops here amounts to, if its header said so already.
     pub fn outcome_if_cut(&self) -> Option<Outcome> {
         match &self.kind {
-            Kind::Error { outcome, .. } => Some(outcome.clone()),
+            AnswerKind::Error { outcome, .. } => Some(outcome.clone()),
             _ => None,
         }
     }
 
     fn so_far(&mut self) -> Verdict {
         match &self.kind {
-            Kind::Open => Verdict::Commit,
-            Kind::Error { outcome, drop: true } if self.held_bytes >= HOLD_BYTES_MAX => Verdict::Drop(outcome.clone()),
+            AnswerKind::Open => Verdict::Commit,
+            AnswerKind::Error { outcome, drop: true } if self.held_bytes >= HOLD_BYTES_MAX => {
+                Verdict::Drop(outcome.clone())
+            }
             _ if self.held_bytes >= HOLD_BYTES_MAX => self.commit(),
             _ => Verdict::Hold,
         }
@@ -325,7 +329,7 @@ fn is_empty_answer(body: &[u8], call: Call) -> bool {
     // Nearly all say so of themselves, and need no parser.
     call == Call::Completion
         && has_member(body, &COMPLETION, b"0")
-        && Told::of(body).is_some_and(|told| told.usage.is_of_empty_answer())
+        && Reported::from_json(body).is_some_and(|reported| reported.usage.is_of_empty_answer())
 }
 
 #[cfg(test)]

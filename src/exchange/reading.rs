@@ -10,7 +10,7 @@ use crate::response::sse::Splitter;
 use crate::usage::Meter;
 
 /// What an answer's header says of its body.
-pub(super) struct Kind<'a> {
+pub(super) struct BodyHeader<'a> {
     pub(super) status: u16,
     pub(super) content_type: Option<&'a str>,
     pub(super) encoding: Option<Encoding>,
@@ -32,18 +32,18 @@ pub(super) enum Reading {
 }
 
 impl Reading {
-    pub(super) fn of(kind: &Kind<'_>, secrets: &Secrets) -> Self {
-        let is_stream = content_type::is_event_stream(kind.content_type);
-        match (kind.status, kind.encoding.map(Decoder::new)) {
+    pub(super) fn new(header: &BodyHeader<'_>, secrets: &Secrets) -> Self {
+        let is_stream = content_type::is_event_stream(header.content_type);
+        match (header.status, header.encoding.map(Decoder::new)) {
             (400.., decoder) => {
                 let decoder = decoder.filter(|decoder| !decoder.is_broken());
                 Self::Error(decoder, Blotter::new(secrets.clone()))
             }
             (..=199 | 300..=399, _) => Self::Blind,
-            (_, None) if is_stream => Self::Stream(Relay::new(kind.usage_injected, secrets.clone())),
+            (_, None) if is_stream => Self::Stream(Relay::new(header.usage_injected, secrets.clone())),
             (_, Some(decoder)) if is_stream => Self::EncodedStream(decoder, Splitter::default()),
-            (_, None) if content_type::is_json(kind.content_type) => Self::Json,
-            (_, Some(decoder)) if content_type::is_json(kind.content_type) => Self::EncodedJson(decoder),
+            (_, None) if content_type::is_json(header.content_type) => Self::Json,
+            (_, Some(decoder)) if content_type::is_json(header.content_type) => Self::EncodedJson(decoder),
             _ => Self::Blind,
         }
     }

@@ -5,7 +5,7 @@
 //! decided by the downstream session, and Pingora lets a session of one's own stand in (`HttpSession::Custom`). So this
 //! one passes everything on to the real session, except that
 //! - the body, as it is sent to the endpoint, seems to come from the client whenever an attempt begins;
-//! - responses go through a `Hold` first; an answer that is dropped ends the attempt with an error, which the retry
+//! - responses go through a `HeldResponse` first; an answer that is dropped ends the attempt with an error, which the retry
 //!   hooks take up;
 //! - deadlines that Pingora does not know are kept while it waits for either side: first byte, and idle.
 
@@ -28,7 +28,7 @@ use pingora_proxy::Session;
 use tokio::time::{Sleep, sleep_until};
 
 use super::Exchange;
-use super::hold::{Due, Hold};
+use super::hold::{DueAction, HeldResponse};
 use super::judge::Verdict;
 use super::scheduling::step_aside;
 use crate::routing::pool::Pool;
@@ -54,11 +54,11 @@ pub struct Plan {
 }
 
 /// Where the real session comes back to when the wrapped one is dropped.
-type Slot = Arc<Mutex<Option<Box<ServerSession>>>>;
+type SessionSlot = Arc<Mutex<Option<Box<ServerSession>>>>;
 
 /// The way back to the real session.
 #[derive(Default)]
-pub struct Wrapped(Option<Slot>);
+pub struct Wrapped(Option<SessionSlot>);
 
 impl std::fmt::Debug for Wrapped {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -69,10 +69,10 @@ impl std::fmt::Debug for Wrapped {
 impl Wrapped {
     /// Wraps the session until [`Wrapped::unwrap_session`].
     pub fn wrap(session: &mut Session, plan: Plan, exchange: &Arc<Exchange>) -> Self {
-        let slot = Slot::default();
+        let slot = SessionSlot::default();
         let inner = mem::replace(&mut session.downstream_session, placeholder());
         let has_body = plan.has_body;
-        let hold = Hold::new(plan, exchange);
+        let hold = HeldResponse::new(plan, exchange);
         let replay = Replay { inner, slot: Arc::clone(&slot), has_body, hold, flushing: false, alarm: None };
         *session.downstream_session = ServerSession::Custom(Box::new(replay));
         Self(Some(slot))
@@ -96,9 +96,9 @@ fn placeholder() -> Box<ServerSession> {
 /// The wrapped session.
 struct Replay {
     inner: Box<ServerSession>,
-    slot: Slot,
+    slot: SessionSlot,
     has_body: bool,
-    hold: Hold,
+    hold: HeldResponse,
     /// Set while held tasks are written out because their time is up; still set afterwards, the write was cut.
     flushing: bool,
     /// Rings when something is due, or before: what is due moves with every piece of an answer, and it is moved along only once it
@@ -165,14 +165,14 @@ impl Replay {
     /// A deadline has passed: either what is held goes out, or the attempt is over.
     async fn deadline_passed(&mut self) -> Result<()> {
         match self.hold.due() {
-            Due::GiveUp => give_up(),
-            Due::End(tasks) => {
+            DueAction::GiveUp => give_up(),
+            DueAction::End(tasks) => {
                 self.flushing = true;
                 self.inner.response_duplex_vec(tasks).await?;
                 self.flushing = false;
                 give_up()
             }
-            Due::Flush(tasks) => {
+            DueAction::Flush(tasks) => {
                 // Pingora drops this future when the endpoint sends more meanwhile. What is held fits any socket buffer, so the
                 // write does not wait; if it was cut all the same, the flag stays and the answer is given up, not garbled.
                 self.flushing = true;

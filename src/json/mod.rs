@@ -5,7 +5,7 @@
 //! | [`members`] | a whole object, long texts with vector instructions | nothing; what it accepts is valid | request bodies: where `model`, `stream` and `stream_options` stand |
 //! | `request::fields::parse` | the same, by `serde` | nothing; says what is wrong and where | request bodies that [`members`] leaves to a parser |
 //! | [`scan`] | parts of a text, by their look | valid JSON | each event of a stream: does it mention a usage, which texts are in it |
-//! | [`usage::reported`](crate::usage::Told) | a whole object, by `serde`, numbers by hand where they are plain | nothing; odd values count as absent | events and answers that mention a usage |
+//! | [`usage::reported`](crate::usage::Reported) | a whole object, by `serde`, numbers by hand where they are plain | nothing; odd values count as absent | events and answers that mention a usage |
 //! | [`usage::Finder`](crate::usage::Finder) | JSON of any length, in pieces, without keeping it | nothing; never fails | long answers, and events too long to hold |
 //! | [`response::event_template`](crate::response::event_template) | an event that differs from the last one only in its texts | an equal event was read before | most events of a stream |
 //! | `serde_json::Value` | a whole text, as a tree | nothing | what is read once a request at most: a stream's first events, error bodies, estimates |

@@ -49,7 +49,7 @@ pub use client::{Client, QueuePlace};
 pub use messages::{Drawn, Otherwise, Refusal, Wanted};
 pub use permit::Permit;
 pub use stats::Spent;
-pub use thread::{Keeper, State};
+pub use thread::{Keeper, LedgerState};
 
 /// What the allocator needs of a ledger. A batch is one step: between `begin` and `commit` nobody else's comes.
 pub trait Ledger {

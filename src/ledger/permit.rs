@@ -16,11 +16,11 @@ pub struct Permit {
     counted: Option<Counted>,
     /// Whether the request counts as in flight until this is dropped.
     concurrent: bool,
-    stage: Stage,
+    stage: PermitStage,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum PermitStage {
     Held,
     Spent,
     GivenBack,
@@ -34,7 +34,7 @@ impl Permit {
             client: client.clone(),
             counted,
             concurrent: false,
-            stage: Stage::Held,
+            stage: PermitStage::Held,
         }
     }
 
@@ -46,10 +46,10 @@ impl Permit {
 
     /// The attempt is on its way.
     pub fn spend(&mut self) {
-        if self.stage != Stage::Held {
+        if self.stage != PermitStage::Held {
             return;
         }
-        self.stage = Stage::Spent;
+        self.stage = PermitStage::Spent;
         self.account.count_sent();
         if self.counted.is_none() && self.account.count_unwritten() {
             // None is a thread that has ended; what is unwritten then is lost, as it says when it ends.
@@ -59,19 +59,19 @@ impl Permit {
 
     /// Whether it was counted for a moment that is not this one any more: the limits are about when a request is sent.
     pub fn is_stale(&self, clock: &Clock) -> bool {
-        let Some(counted) = self.counted.filter(|_| self.stage == Stage::Held) else { return false };
+        let Some(counted) = self.counted.filter(|_| self.stage == PermitStage::Held) else { return false };
         clock.boot - counted.at >= PERMIT_AGE_MAX || !counted.days.cover(&self.limits.calendar.days(clock.wall))
     }
 
     /// Whether the attempt is on its way, or was.
     pub fn is_spent(&self) -> bool {
-        self.stage == Stage::Spent
+        self.stage == PermitStage::Spent
     }
 
     /// The endpoint is known never to have had the attempt, so it may be sent again with the same permit.
     pub fn never_sent(&mut self) {
-        if self.stage == Stage::Spent && self.counted.is_some() {
-            self.stage = Stage::Held;
+        if self.stage == PermitStage::Spent && self.counted.is_some() {
+            self.stage = PermitStage::Held;
             self.account.take_back_sent();
         }
     }
@@ -92,7 +92,7 @@ impl Permit {
 
     /// What is to be given back: the count, unless it is spent, and the place among those in flight.
     pub(super) fn take_return(&mut self) -> Option<Return> {
-        let unsent = std::mem::replace(&mut self.stage, Stage::GivenBack) == Stage::Held;
+        let unsent = std::mem::replace(&mut self.stage, PermitStage::GivenBack) == PermitStage::Held;
         let counted = self.counted.take().filter(|_| unsent);
         let concurrent = std::mem::take(&mut self.concurrent);
         let returned = Return { account: Arc::clone(&self.account), counted, concurrent };

@@ -141,7 +141,7 @@ mod tests {
 
     fn limits() -> Arc<Limits> {
         let endpoint = config(r#"[{"id":"a","rpm":1000}]"#).endpoints.remove(0);
-        Arc::new(Limits::of(&endpoint, &TimeZone::UTC))
+        Arc::new(Limits::new(&endpoint, &TimeZone::UTC))
     }
 
     fn left(rpm: u64, tpm: Option<u64>) -> View {

@@ -42,7 +42,7 @@ pub struct Spent {
 impl Spent {
     /// One answer's, at this moment, by the hours and days of a time zone.
     pub fn now(endpoint: &Arc<str>, model: &str, cost: Cost, zone: &TimeZone, wall: SystemTime) -> Self {
-        let Begins { hour, day } = Begins::of(wall, zone);
+        let Begins { hour, day } = Begins::new(wall, zone);
         let at_ms = Timestamp::try_from(wall).unwrap_or_default().as_millisecond();
         Self { endpoint: Arc::clone(endpoint), model: model.into(), hour, day, at_ms, cost }
     }
@@ -72,7 +72,7 @@ pub struct Begins {
 
 impl Begins {
     /// In a time zone.
-    pub fn of(wall: SystemTime, zone: &TimeZone) -> Self {
+    pub fn new(wall: SystemTime, zone: &TimeZone) -> Self {
         let now = Timestamp::try_from(wall).unwrap_or_default().to_zoned_datetime(zone.clone());
         let second = now.timestamp().as_second();
         // By the clock on the wall, whose hours need not begin with those of UTC.
@@ -147,7 +147,7 @@ mod tests {
         let begins = |text: &str, zone: &str| {
             let millis = text.parse::<Timestamp>().unwrap().as_millisecond();
             let wall = SystemTime::UNIX_EPOCH + Duration::from_millis(millis.unsigned_abs());
-            let Begins { hour, day } = Begins::of(wall, &TimeZone::get(zone).unwrap());
+            let Begins { hour, day } = Begins::new(wall, &TimeZone::get(zone).unwrap());
             let text = |second| Timestamp::from_second(second).unwrap().to_string();
             (text(hour), text(day))
         };

@@ -33,13 +33,13 @@ const CHECKPOINT_AFTER: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Keeper {
     client: Client,
-    options: Options,
-    state: State,
+    options: LedgerOptions,
+    state: LedgerState,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Clone, Debug)]
-struct Options {
+struct LedgerOptions {
     path: PathBuf,
     sync: LedgerSync,
     on_error: LedgerOnError,
@@ -47,7 +47,7 @@ struct Options {
 
 /// How the ledger is doing. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct State {
+pub struct LedgerState {
     path: Arc<Path>,
     on_error: LedgerOnError,
     tally: Arc<Tally>,
@@ -64,7 +64,7 @@ pub struct Failing {
     told: Instant,
 }
 
-impl State {
+impl LedgerState {
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
@@ -129,8 +129,8 @@ impl Keeper {
     /// The keeper of the ledger that a config names. Nothing is opened yet: threads do not outlive going into the background.
     pub fn new(server: &config::Server) -> Self {
         let options =
-            Options { path: server.ledger.clone(), sync: server.ledger_sync, on_error: server.ledger_on_error };
-        let state = State {
+            LedgerOptions { path: server.ledger.clone(), sync: server.ledger_sync, on_error: server.ledger_on_error };
+        let state = LedgerState {
             path: options.path.as_path().into(),
             on_error: options.on_error,
             tally: Arc::default(),
@@ -145,7 +145,7 @@ impl Keeper {
     }
 
     /// How it is doing.
-    pub fn state(&self) -> &State {
+    pub fn state(&self) -> &LedgerState {
         &self.state
     }
 
@@ -206,7 +206,7 @@ impl Drop for EndsWithThread {
     }
 }
 
-fn open(options: &Options, now: Stamp, minute_unknown: bool) -> Result<SqliteLedger, LedgerError> {
+fn open(options: &LedgerOptions, now: Stamp, minute_unknown: bool) -> Result<SqliteLedger, LedgerError> {
     let boot_id = sqlite::boot_id();
     let opening = Opening { boot_id: boot_id.as_deref(), now, minute_unknown };
     SqliteLedger::open(&options.path, options.sync, &opening)
@@ -216,8 +216,8 @@ fn open(options: &Options, now: Stamp, minute_unknown: bool) -> Result<SqliteLed
 struct Keeping {
     allocator: Allocator,
     client: Client,
-    options: Options,
-    state: State,
+    options: LedgerOptions,
+    state: LedgerState,
     ledger: Option<SqliteLedger>,
     /// After a fault, not before this.
     retry_at: Stamp,

@@ -51,7 +51,7 @@ impl std::fmt::Display for LimitReason {
 
 impl Limits {
     /// The limits of an endpoint, whose day turns in its own time zone or the server's.
-    pub fn of(endpoint: &config::Endpoint, server_zone: &TimeZone) -> Self {
+    pub fn new(endpoint: &config::Endpoint, server_zone: &TimeZone) -> Self {
         Self {
             by_kind: endpoint.limits,
             calendar: Calendar::new(endpoint.timezone.as_ref().unwrap_or(server_zone).clone()),

@@ -46,7 +46,7 @@ impl Promises {
 
     /// The slots in which those promised are going to count, newest first.
     pub(super) fn newest_first(&self) -> impl Iterator<Item = (Slot, u64)> {
-        self.0.iter().rev().map(|promise| (Slot::of(promise.at), promise.count))
+        self.0.iter().rev().map(|promise| (Slot::new(promise.at), promise.count))
     }
 
     /// How many are promised on a day.

@@ -45,7 +45,7 @@ pub struct Counted {
 impl Counted {
     /// The slot of the minute.
     pub fn slot(&self) -> Slot {
-        Slot::of(self.at)
+        Slot::new(self.at)
     }
 }
 

@@ -25,13 +25,13 @@ pub struct Slot(pub u64);
 
 impl Slot {
     /// The slot of a moment.
-    pub fn of(stamp: Stamp) -> Self {
+    pub fn new(stamp: Stamp) -> Self {
         Self(stamp.0 / SLOT_MS)
     }
 
     /// The first slot that still counts at this moment.
     pub fn oldest_that_counts(now: Stamp) -> Self {
-        Self((Self::of(now).0 + 1).saturating_sub(SLOTS))
+        Self((Self::new(now).0 + 1).saturating_sub(SLOTS))
     }
 
     /// When what was counted in it counts no longer.
@@ -133,7 +133,7 @@ mod tests {
     fn minute(stamps: &[u64]) -> Minute {
         let mut minute = Minute::default();
         for stamp in stamps {
-            minute.add(Slot::of(Stamp(*stamp)), 1);
+            minute.add(Slot::new(Stamp(*stamp)), 1);
         }
         minute
     }
@@ -184,7 +184,7 @@ mod tests {
                 now += step;
                 minute.forget(Stamp(now));
                 if minute.total() < limit {
-                    let slot = Slot::of(Stamp(now));
+                    let slot = Slot::new(Stamp(now));
                     minute.add(slot, 1);
                     if give_back {
                         minute.remove(slot, 1);

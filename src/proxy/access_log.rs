@@ -89,7 +89,7 @@ impl Record<'_> {
     pub fn text(&self) -> String {
         /// Most lines are no longer.
         const BYTES_USUAL: usize = 448;
-        let mut line = Line(String::with_capacity(BYTES_USUAL));
+        let mut line = LogLine(String::with_capacity(BYTES_USUAL));
         line.0.push_str("request id=");
         line.0.push_str(self.id);
         if let Some(caller) = self.caller {
@@ -159,9 +159,9 @@ const fn is_plain(byte: u8) -> bool {
     byte < 128 && PLAIN >> byte & 1 == 1
 }
 
-struct Line(String);
+struct LogLine(String);
 
-impl Line {
+impl LogLine {
     fn name(&mut self, name: &str) {
         self.0.push(' ');
         self.0.push_str(name);
@@ -259,8 +259,8 @@ mod tests {
             " total_ms=20.0 first_token_ms=1000.0 prompt_tokens=5 completion_tokens=9 total_tokens=14 \
                  cached_tokens=2 reasoning_tokens=3 tokens_per_second=4.5"
         ),);
-        let line = |fill: &dyn Fn(&mut Line)| {
-            let mut line = Line(String::new());
+        let line = |fill: &dyn Fn(&mut LogLine)| {
+            let mut line = LogLine(String::new());
             fill(&mut line);
             line.0
         };

@@ -126,7 +126,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
         let requested = header.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS);
         return Ok(Next::Answer(Answer::preflight(requested)));
     }
-    let resource = Resource::of(uri.path(), &method);
+    let resource = Resource::from_path(uri.path(), &method);
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
         gateway.auth.check(&pool.server, &header.headers, context.arrival.address)?;
     }
@@ -223,7 +223,7 @@ async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Resul
     }
     Ok(Box::new(Ask {
         candidates: Arc::clone(candidates),
-        call: Call::of(&header.method, header.uri.path()),
+        call: Call::new(&header.method, header.uri.path()),
         stream: fields.stream,
         usage_edit: fields.usage_edit,
         prompt: Bytes::new(),

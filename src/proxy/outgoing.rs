@@ -77,7 +77,7 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
     attempt.ends_with_connection = header.version <= Version::HTTP_11
         && !header.headers.contains_key(header::CONTENT_LENGTH)
         && !header.headers.contains_key(header::TRANSFER_ENCODING);
-    attempt.encoding = Encoding::of(&header.headers);
+    attempt.encoding = Encoding::from_headers(&header.headers);
     let is_error = header.status.as_u16() >= 400;
     if is_error && attempt.encoding.is_some_and(|encoding| encoding != Encoding::Unknown) {
         // A key quoted in it can be blotted out in plain text only.

@@ -87,7 +87,7 @@ impl Reserved {
             permit
         } else {
             room.waiting.fetch_add(1, Ordering::Relaxed);
-            let _waiting = Waiting(room);
+            let _waiting = WaitingBody(room);
             // It is never closed.
             let waited = tokio::time::timeout(WAIT_MAX, Arc::clone(&room.free).acquire_many_owned(units)).await;
             let Ok(Ok(permit)) = waited else { return false };
@@ -109,24 +109,24 @@ impl Reserved {
         let Some(permit) = &mut self.permit else { return body };
         // What was more than enough is for others.
         drop(permit.split(permit.num_permits().saturating_sub(body.len().div_ceil(UNIT_BYTES))));
-        Bytes::from_owner(Held { body, _reserved: self })
+        Bytes::from_owner(HeldBody { body, _reserved: self })
     }
 }
 
-struct Held {
+struct HeldBody {
     body: Bytes,
     _reserved: Reserved,
 }
 
-impl AsRef<[u8]> for Held {
+impl AsRef<[u8]> for HeldBody {
     fn as_ref(&self) -> &[u8] {
         &self.body
     }
 }
 
-struct Waiting<'a>(&'a Room);
+struct WaitingBody<'a>(&'a Room);
 
-impl Drop for Waiting<'_> {
+impl Drop for WaitingBody<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }

@@ -21,7 +21,7 @@ pub enum Call {
 
 impl Call {
     /// The call that a method and a path stand for.
-    pub fn of(method: &Method, path: &str) -> Self {
+    pub fn new(method: &Method, path: &str) -> Self {
         let path = path.trim_end_matches('/');
         match path {
             _ if method != Method::POST => Self::Unmetered,
@@ -54,7 +54,7 @@ mod tests {
 
     #[test]
     fn calls_are_told_by_method_and_path() {
-        let of = |method: Method, path: &str| Call::of(&method, path);
+        let of = |method: Method, path: &str| Call::new(&method, path);
         assert_eq!(of(Method::POST, "/v1/chat/completions/"), Call::Completion);
         assert_eq!(of(Method::POST, "/v1/completions"), Call::Completion);
         assert_eq!(of(Method::POST, "/v1/responses"), Call::Responses);

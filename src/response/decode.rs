@@ -29,7 +29,7 @@ pub enum Encoding {
 
 impl Encoding {
     /// Of an answer with these headers; none if it is plain.
-    pub fn of(headers: &HeaderMap) -> Option<Self> {
+    pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
         let value = headers.get(header::CONTENT_ENCODING)?.to_str().unwrap_or("?").trim().to_ascii_lowercase();
         match value.as_str() {
             "" | "identity" => None,
@@ -43,9 +43,9 @@ impl Encoding {
 }
 
 /// Decodes one answer.
-pub struct Decoder(State);
+pub struct Decoder(DecoderState);
 
-enum State {
+enum DecoderState {
     Gzip(Box<flate2::write::MultiGzDecoder<Sink>>),
     Zlib(Box<flate2::write::ZlibDecoder<Sink>>),
     Brotli(Box<brotli::DecompressorWriter<Sink>>),
@@ -82,42 +82,44 @@ impl Decoder {
     /// For an answer that is compressed so.
     pub fn new(encoding: Encoding) -> Self {
         Self(match encoding {
-            Encoding::Gzip => State::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Sink::default()))),
-            Encoding::Deflate => State::Zlib(Box::new(flate2::write::ZlibDecoder::new(Sink::default()))),
-            Encoding::Brotli => State::Brotli(Box::new(brotli::DecompressorWriter::new(Sink::default(), STEP_BYTES))),
+            Encoding::Gzip => DecoderState::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Sink::default()))),
+            Encoding::Deflate => DecoderState::Zlib(Box::new(flate2::write::ZlibDecoder::new(Sink::default()))),
+            Encoding::Brotli => {
+                DecoderState::Brotli(Box::new(brotli::DecompressorWriter::new(Sink::default(), STEP_BYTES)))
+            }
             Encoding::Zstd => zstd::stream::write::Decoder::new(Sink::default())
-                .map_or(State::Broken, |decoder| State::Zstd(Box::new(decoder))),
-            Encoding::Unknown => State::Broken,
+                .map_or(DecoderState::Broken, |decoder| DecoderState::Zstd(Box::new(decoder))),
+            Encoding::Unknown => DecoderState::Broken,
         })
     }
 
     /// Whether nothing more can be read.
     pub fn is_broken(&self) -> bool {
-        matches!(self.0, State::Broken)
+        matches!(self.0, DecoderState::Broken)
     }
 
     /// Takes the next piece, and tells `each` what it says.
     pub fn feed(&mut self, piece: &[u8], mut each: impl FnMut(Bytes)) {
         for step in piece.chunks(STEP_BYTES) {
             let written = match &mut self.0 {
-                State::Gzip(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
-                State::Zlib(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
-                State::Brotli(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
-                State::Zstd(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
-                State::Broken => return,
+                DecoderState::Gzip(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
+                DecoderState::Zlib(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
+                DecoderState::Brotli(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
+                DecoderState::Zstd(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),
+                DecoderState::Broken => return,
             };
             let decoded = match &mut self.0 {
-                State::Gzip(decoder) => std::mem::take(&mut decoder.get_mut().0),
-                State::Zlib(decoder) => std::mem::take(&mut decoder.get_mut().0),
-                State::Brotli(decoder) => std::mem::take(&mut decoder.get_mut().0),
-                State::Zstd(decoder) => std::mem::take(&mut decoder.get_mut().0),
-                State::Broken => return,
+                DecoderState::Gzip(decoder) => std::mem::take(&mut decoder.get_mut().0),
+                DecoderState::Zlib(decoder) => std::mem::take(&mut decoder.get_mut().0),
+                DecoderState::Brotli(decoder) => std::mem::take(&mut decoder.get_mut().0),
+                DecoderState::Zstd(decoder) => std::mem::take(&mut decoder.get_mut().0),
+                DecoderState::Broken => return,
             };
             if !decoded.is_empty() {
                 each(decoded.into());
             }
             if written.is_err() {
-                self.0 = State::Broken;
+                self.0 = DecoderState::Broken;
             }
         }
     }
@@ -151,7 +153,7 @@ mod tests {
 
     fn decoder(encoding: &str) -> Option<Decoder> {
         let headers = HeaderMap::from_iter([(header::CONTENT_ENCODING, encoding.parse().unwrap())]);
-        Encoding::of(&headers).map(Decoder::new)
+        Encoding::from_headers(&headers).map(Decoder::new)
     }
 
     fn decode(encoding: &str, bytes: &[u8], piece_bytes: usize) -> Vec<u8> {
@@ -175,7 +177,7 @@ mod tests {
 
     #[test]
     fn what_is_plain_needs_no_decoder() {
-        assert!(Encoding::of(&HeaderMap::new()).is_none());
+        assert!(Encoding::from_headers(&HeaderMap::new()).is_none());
         assert!(decoder("identity").is_none());
     }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use memchr::memmem;
 
 /// Places of one event that may differ.
-const SLOTS_MAX: usize = 4;
+const GAPS_MAX: usize = 4;
 /// A longer event is not kept.
 const BLOCK_BYTES_MAX: usize = 4096;
 /// What differs beside the texts: padding, and a number.
@@ -15,21 +15,21 @@ const NUMBER: &[u8] = b"\"sequence_number\":";
 
 /// An event that was read, by what of it may differ in the next ones.
 #[derive(Debug)]
-pub struct Shape {
+pub struct EventTemplate {
     block: Box<[u8]>,
     /// In order, and apart from each other.
-    slots: Vec<Slot>,
+    gaps: Vec<Gap>,
     cut: Option<Cut>,
 }
 
 #[derive(Debug)]
-struct Slot {
+struct Gap {
     range: Range<usize>,
-    kind: Kind,
+    kind: GapKind,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum GapKind {
     /// A string that is measured.
     Text,
     /// Any other string.
@@ -42,14 +42,14 @@ enum Kind {
 #[derive(Debug)]
 struct Cut {
     range: Range<usize>,
-    /// How many slots come before it.
+    /// How many gaps come before it.
     after: usize,
 }
 
 /// An event that is like the one that was read.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Like<'a> {
-    texts: [&'a [u8]; SLOTS_MAX],
+    texts: [&'a [u8]; GAPS_MAX],
     /// What is taken out of it.
     pub cut: Option<Range<usize>>,
 }
@@ -61,72 +61,72 @@ impl<'a> Like<'a> {
     }
 }
 
-impl Shape {
+impl EventTemplate {
     /// Of a block that was read: the places of its texts, without their quotation marks, and what was taken out of it. None if it is
     /// not a kind of event that can be recognised.
-    pub fn of(block: &[u8], texts: impl Iterator<Item = Range<usize>>, cut: Option<Range<usize>>) -> Option<Self> {
+    pub fn new(block: &[u8], texts: impl Iterator<Item = Range<usize>>, cut: Option<Range<usize>>) -> Option<Self> {
         if block.len() > BLOCK_BYTES_MAX {
             return None;
         }
-        let mut slots: Vec<Slot> = texts.map(|range| Slot { range, kind: Kind::Text }).collect();
+        let mut gaps: Vec<Gap> = texts.map(|range| Gap { range, kind: GapKind::Text }).collect();
         if let Some(at) = memmem::find(block, PADDING) {
             let start = at + PADDING.len();
-            slots.push(Slot { range: start..start + string(block.get(start..)?)?, kind: Kind::Word });
+            gaps.push(Gap { range: start..start + string(block.get(start..)?)?, kind: GapKind::Word });
         }
         if let Some(at) = memmem::find(block, NUMBER) {
             let start = at + NUMBER.len();
-            slots.push(Slot { range: start..start + digits(block.get(start..)?), kind: Kind::Number });
+            gaps.push(Gap { range: start..start + digits(block.get(start..)?), kind: GapKind::Number });
         }
-        slots.sort_by_key(|slot| slot.range.start);
-        let is_apart = slots.is_sorted_by(|one, next| one.range.end <= next.range.start);
-        let is_whole = |slot: &Slot| {
-            slot.kind == Kind::Number
-                || block.get(slot.range.clone()).is_some_and(|text| memchr::memchr2(b'\n', b'\r', text).is_none())
-                    && slot.range.start.checked_sub(1).and_then(|before| block.get(before)) == Some(&b'"')
-                    && block.get(slot.range.end) == Some(&b'"')
+        gaps.sort_by_key(|gap| gap.range.start);
+        let is_apart = gaps.is_sorted_by(|one, next| one.range.end <= next.range.start);
+        let is_whole = |gap: &Gap| {
+            gap.kind == GapKind::Number
+                || block.get(gap.range.clone()).is_some_and(|text| memchr::memchr2(b'\n', b'\r', text).is_none())
+                    && gap.range.start.checked_sub(1).and_then(|before| block.get(before)) == Some(&b'"')
+                    && block.get(gap.range.end) == Some(&b'"')
         };
-        if slots.len() > SLOTS_MAX || !is_apart || !slots.iter().all(is_whole) {
+        if gaps.len() > GAPS_MAX || !is_apart || !gaps.iter().all(is_whole) {
             return None;
         }
         let cut = match cut {
             None => None,
             Some(range) => {
-                let after = slots.iter().take_while(|slot| slot.range.end <= range.start).count();
-                // It lies between two slots, or behind the last.
-                if slots.get(after).is_some_and(|next| next.range.start < range.end) {
+                let after = gaps.iter().take_while(|gap| gap.range.end <= range.start).count();
+                // It lies between two gaps, or behind the last.
+                if gaps.get(after).is_some_and(|next| next.range.start < range.end) {
                     return None;
                 }
                 Some(Cut { range, after })
             }
         };
-        Some(Self { block: block.into(), slots, cut })
+        Some(Self { block: block.into(), gaps, cut })
     }
 
     /// Whether a block is like this one, and what differs.
     pub fn matches<'a>(&self, block: &'a [u8]) -> Option<Like<'a>> {
-        let mut like = Like { texts: [&[]; SLOTS_MAX], cut: None };
+        let mut like = Like { texts: [&[]; GAPS_MAX], cut: None };
         // Where the same bytes go on, in this block and in the one that is matched.
         let (mut own, mut at) = (0, 0);
-        for (nth, slot) in self.slots.iter().enumerate() {
+        for (nth, gap) in self.gaps.iter().enumerate() {
             self.place_cut(nth, own, at, &mut like);
-            let fixed = self.block.get(own..slot.range.start)?;
+            let fixed = self.block.get(own..gap.range.start)?;
             let rest = block.get(at..)?.strip_prefix(fixed)?;
-            let length = match slot.kind {
-                Kind::Number => digits(rest),
-                Kind::Text | Kind::Word => string(rest)?,
+            let length = match gap.kind {
+                GapKind::Number => digits(rest),
+                GapKind::Text | GapKind::Word => string(rest)?,
             };
             let differs = rest.get(..length)?;
             // A line that ends within a text is no text's.
             if memchr::memchr2(b'\n', b'\r', differs).is_some() {
                 return None;
             }
-            if let (Kind::Text, Some(text)) = (slot.kind, like.texts.get_mut(nth)) {
+            if let (GapKind::Text, Some(text)) = (gap.kind, like.texts.get_mut(nth)) {
                 *text = differs;
             }
             at += fixed.len() + length;
-            own = slot.range.end;
+            own = gap.range.end;
         }
-        self.place_cut(self.slots.len(), own, at, &mut like);
+        self.place_cut(self.gaps.len(), own, at, &mut like);
         (block.get(at..)? == self.block.get(own..)?).then_some(like)
     }
 
@@ -166,9 +166,9 @@ mod tests {
         start..start + part.len()
     }
 
-    fn shape() -> Shape {
+    fn template() -> EventTemplate {
         let cut = place(BLOCK, ",\"usage\":null");
-        Shape::of(BLOCK.as_bytes(), std::iter::once(place(BLOCK, "Hi")), Some(cut)).unwrap()
+        EventTemplate::new(BLOCK.as_bytes(), std::iter::once(place(BLOCK, "Hi")), Some(cut)).unwrap()
     }
 
     #[test]
@@ -177,7 +177,7 @@ mod tests {
             [("7", "Hi", "ab"), ("12345", "", ""), ("8", "a \\\"word\\\" \\\\", "x"), ("", "é", "\\u0041")]
         {
             let block = BLOCK.replace('7', number).replace("Hi", text).replace("ab", padding);
-            let like = shape().matches(block.as_bytes()).unwrap_or_else(|| panic!("{block}"));
+            let like = template().matches(block.as_bytes()).unwrap_or_else(|| panic!("{block}"));
             assert_eq!(like.texts().collect::<Vec<_>>().concat(), text.as_bytes());
             assert_eq!(like.cut, Some(place(&block, ",\"usage\":null")), "{block}");
         }
@@ -200,16 +200,16 @@ mod tests {
             (":\"Hi\"", ":null"),
         ] {
             let block = BLOCK.replace(from, to);
-            assert_eq!(shape().matches(block.as_bytes()), None, "{block}");
+            assert_eq!(template().matches(block.as_bytes()), None, "{block}");
         }
-        assert_eq!(shape().matches(b""), None);
-        assert_eq!(shape().matches(&BLOCK.as_bytes()[..40]), None);
+        assert_eq!(template().matches(b""), None);
+        assert_eq!(template().matches(&BLOCK.as_bytes()[..40]), None);
     }
 
     #[test]
     fn not_every_event_has_a_shape() {
         let of = |block: &str, texts: &[Range<usize>], cut| {
-            Shape::of(block.as_bytes(), texts.iter().cloned(), cut).is_some()
+            EventTemplate::new(block.as_bytes(), texts.iter().cloned(), cut).is_some()
         };
         assert!(of(BLOCK, &[], None));
         assert!(!of(BLOCK, &[place(BLOCK, "content")], Some(place(BLOCK, "tent"))), "what is cut differs");

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use crate::json::part;
 use crate::json::scan;
 use crate::request::call::Call;
-use crate::response::event_template::Shape;
+use crate::response::event_template::EventTemplate;
 use crate::response::redact::{Blotter, Secrets};
 use crate::response::sse::{self, Splitter, Step};
 use crate::usage::{Meter, event_texts, mentions_usage};
@@ -30,7 +30,7 @@ pub struct Relay {
     /// What an event goes through that is too long to be kept whole.
     long: Option<Blotter>,
     /// The last event that said nothing but text, since the next one is likely to be like it.
-    shape: Option<Shape>,
+    template: Option<EventTemplate>,
     /// How many were kept since one was like the last.
     unlike: u8,
 }
@@ -50,7 +50,7 @@ enum Fate {
 impl Relay {
     /// For a stream of an endpoint that has these secrets; `strips` if we asked for a usage that the client must not see.
     pub fn new(strips: bool, secrets: Secrets) -> Self {
-        Self { splitter: Splitter::default(), strips, secrets, dropped: false, long: None, shape: None, unlike: 0 }
+        Self { splitter: Splitter::default(), strips, secrets, dropped: false, long: None, template: None, unlike: 0 }
     }
 
     /// Takes the next piece: measures it, and adds to `out` what goes on. Nothing is copied but events that are cut across
@@ -143,7 +143,7 @@ impl Relay {
     }
 
     fn fate(&mut self, block: &[u8], meter: &mut Meter) -> Fate {
-        if let Some(like) = self.shape.as_ref().and_then(|shape| shape.matches(block)) {
+        if let Some(like) = self.template.as_ref().and_then(|template| template.matches(block)) {
             meter.like_event(like.texts());
             (self.dropped, self.unlike) = (false, 0);
             return like.cut.map_or(Fate::Pass, Fate::Cut);
@@ -156,7 +156,7 @@ impl Relay {
             }
             if says_text_only && self.unlike < UNLIKE_MAX {
                 self.unlike += 1;
-                self.shape = shape_of(block, &data, meter.call(), &fate);
+                self.template = template_of(block, &data, meter.call(), &fate);
             }
         }
         self.dropped = fate == Fate::Drop;
@@ -164,7 +164,7 @@ impl Relay {
     }
 }
 
-fn shape_of(block: &[u8], data: &[u8], call: Call, fate: &Fate) -> Option<Shape> {
+fn template_of(block: &[u8], data: &[u8], call: Call, fate: &Fate) -> Option<EventTemplate> {
     let cut = match fate {
         Fate::Pass => None,
         Fate::Cut(cut) => Some(cut.clone()),
@@ -173,7 +173,7 @@ fn shape_of(block: &[u8], data: &[u8], call: Call, fate: &Fate) -> Option<Shape>
     let mut texts = Vec::new();
     event_texts(call, data, |text| texts.push(offset(block, text).map(|start| start..start + text.len())));
     let texts: Vec<Range<usize>> = texts.into_iter().collect::<Option<_>>()?;
-    Shape::of(block, texts.into_iter(), cut)
+    EventTemplate::new(block, texts.into_iter(), cut)
 }
 
 /// Whether it is the line that ends a chat's stream, and its event is not yet ended.
@@ -414,7 +414,7 @@ mod tests {
                 let mut out = Vec::new();
                 relay.piece(&stream, &mut meter, &mut out);
                 relay.end(&mut meter, &mut out);
-                let (told, whole, first) = (meter.told(), meter.is_whole(), meter.has_token());
+                let (told, whole, first) = (meter.reported(), meter.is_whole(), meter.has_token());
                 (out.concat(), told, whole, first, format!("{:?}", meter.take_text()))
             };
             prop_assert_eq!(run(0), run(UNLIKE_MAX));

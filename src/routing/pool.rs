@@ -75,7 +75,7 @@ impl Pool {
                 let live = before.map_or_else(new, |before| Arc::clone(&before.live));
                 live.account.look_again();
                 let secrets = secrets_of(&config);
-                let limits = Arc::new(Limits::of(&config, &server.timezone));
+                let limits = Arc::new(Limits::new(&config, &server.timezone));
                 let id_header = id_header(&config.id);
                 Ok(Arc::new(Endpoint { config, id_header, upstream, secrets, limits, live }))
             })

@@ -24,17 +24,17 @@ pub(super) struct Drain {
     pub(super) phases: broadcast::Receiver<ExecutionPhase>,
     pub(super) open: OpenRequests,
     pub(super) draining: Draining,
-    pub(super) counts: Counts,
+    pub(super) writes: FinalWrites,
 }
 
-/// Where counts wait to be written; every way out of the process waits for them.
+/// Where writes wait to be written; every way out of the process waits for them.
 #[derive(Clone)]
-pub(super) struct Counts {
+pub(super) struct FinalWrites {
     pub(super) estimator: Estimator,
     pub(super) ledger: Arc<Keeper>,
 }
 
-impl Counts {
+impl FinalWrites {
     pub(super) fn close(&self) {
         self.estimator.close();
         self.ledger.close();
@@ -88,8 +88,8 @@ impl Drain {
         }
         // The last bytes of an HTTP/2 answer may still be on their way out.
         tokio::time::sleep(LAST_FLUSH).await;
-        let counts = self.counts.clone();
-        if tokio::task::spawn_blocking(move || counts.close()).await.is_err() {
+        let writes = self.writes.clone();
+        if tokio::task::spawn_blocking(move || writes.close()).await.is_err() {
             log::error!("the ledger could not be closed");
         }
         log::info!("stopped");

@@ -57,7 +57,7 @@ pub struct Running {
 
 /// What came of an upgrade.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Outcome {
+struct HandoverResult {
     /// The successor, if one took over.
     pid: Option<u32>,
     /// Why none did.
@@ -151,15 +151,15 @@ impl BackgroundService for Successor {
             let this = self.clone();
             let started = tokio::task::spawn_blocking(move || this.start_successor()).await;
             let outcome = match started.unwrap_or_else(|error| Err(error.to_string())) {
-                Ok(pid) => Outcome { pid: Some(pid), error: None },
-                Err(error) => Outcome { pid: None, error: Some(error) },
+                Ok(pid) => HandoverResult { pid: Some(pid), error: None },
+                Err(error) => HandoverResult { pid: None, error: Some(error) },
             };
             if let Err(error) = write(&self.runtime_folder.join(OUTCOME_FILE), &outcome) {
                 log::error!("{}: {error}", self.runtime_folder.display());
             }
             match outcome {
-                Outcome { error: Some(error), .. } => log::error!("upgrade: this process serves on: {error}"),
-                Outcome { pid, .. } => {
+                HandoverResult { error: Some(error), .. } => log::error!("upgrade: this process serves on: {error}"),
+                HandoverResult { pid, .. } => {
                     log::info!("upgrade: process {} takes over", pid.unwrap_or_default());
                     // From here on Pingora hands the sockets over.
                     if let Err(error) = kill_process(rustix::process::getpid(), Signal::QUIT) {
@@ -235,7 +235,7 @@ impl Successor {
         let listens: Option<SocketAddr> =
             told.lines().find_map(|line| line.strip_prefix(LISTENS)).and_then(|text| text.trim().parse().ok());
         let metrics: Option<SocketAddr> =
-            told.lines().find_map(|line| line.strip_prefix(TELLS_METRICS)).and_then(|text| text.trim().parse().ok());
+            told.lines().find_map(|line| line.strip_prefix(METRICS_ON)).and_then(|text| text.trim().parse().ok());
         if let Some(address) = metrics.filter(|_| metrics != self.metrics_listen) {
             std::net::TcpListener::bind(address)
                 .map_err(|error| format!("server.metricsListen: {address} cannot be listened on: {error}"))?;
@@ -255,7 +255,7 @@ impl Successor {
 /// What `--test` says before the address that would be listened on.
 pub const LISTENS: &str = "would listen on ";
 /// Likewise for metrics.
-pub const TELLS_METRICS: &str = "would tell metrics on ";
+pub const METRICS_ON: &str = "would tell metrics on ";
 
 fn end(child: &mut Child) {
     // It may have ended by itself.
@@ -287,7 +287,7 @@ pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
         std::thread::sleep(POLL);
         if begun.elapsed() < UPGRADE_MAX { Ok(()) } else { Err(format!("{what}; process {} may still serve", old.pid)) }
     };
-    let outcome: Outcome = loop {
+    let outcome: HandoverResult = loop {
         if let Some(outcome) = read(&outcome_file) {
             break outcome;
         }

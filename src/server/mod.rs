@@ -34,12 +34,12 @@ use crate::request::body_memory::Memory;
 use crate::routing::pool::Pool;
 use crate::server::handover::{Successor, make_private};
 use crate::server::reload::{Reloader, hear_hangups};
-use drain::{Counts, Drain};
+use drain::{Drain, FinalWrites};
 use listen::Listening;
 pub use listen::callable;
-use services::{Announce, Resolve, Scrape, StartThreads};
+use services::{Announce, MetricsService, Resolve, StartThreads};
 
-/// Pingora counts tries over all requests alike; ours are bounded request by request, so this only has to be larger than
+/// Pingora writes tries over all requests alike; ours are bounded request by request, so this only has to be larger than
 /// any of those: a hundred attempts, each at sixteen addresses, begun anew twice, and once more without `stream_options`.
 const PINGORA_TRIES_MAX: usize = 100 * (16 + 2 + 1);
 /// Idle connections to endpoints that each thread keeps, unless the server conf says otherwise: after a crowd of streams the next
@@ -97,7 +97,7 @@ pub struct Prepared {
     tls: bool,
     /// Where it tells of itself, if it may be replaced.
     runtime_folder: Option<PathBuf>,
-    counts: Counts,
+    writes: FinalWrites,
     /// Keeps a free port ours until Pingora has bound it.
     _reserved: Option<Arc<socket2::Socket>>,
 }
@@ -136,7 +136,7 @@ impl Prepared {
             pool: Arc::clone(&process.pool),
             tls: listening.certificate.is_some(),
             runtime_folder: options.arguments.is_some().then(|| options.runtime_folder.clone()),
-            counts: Counts { estimator: process.estimator.clone(), ledger },
+            writes: FinalWrites { estimator: process.estimator.clone(), ledger },
             _reserved: listening.reserved.clone(),
         };
         prepared.with_services(started, &listening, options, process)
@@ -160,12 +160,12 @@ impl Prepared {
             proxy.h2_options = Some(http2_options());
         }
         service.add_listener(listening.config()?);
-        server.add_service(background_service("threads", StartThreads(Arc::clone(&self.counts.ledger))));
+        server.add_service(background_service("threads", StartThreads(Arc::clone(&self.writes.ledger))));
         let drain = Drain {
             phases: server.watch_execution_phase(),
             open: process.open.clone(),
             draining: process.draining.clone(),
-            counts: self.counts.clone(),
+            writes: self.writes.clone(),
         };
         server.add_service(background_service("drain", drain));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&process.pool))));
@@ -190,7 +190,7 @@ impl Prepared {
         }
         server.add_service(service);
         if let Some(address) = metrics_listen {
-            let mut scrapes = Service::new("metrics".to_owned(), HttpServer::new_app(Scrape(process)));
+            let mut scrapes = Service::new("metrics".to_owned(), HttpServer::new_app(MetricsService(process)));
             scrapes.add_tcp(&address.to_string());
             scrapes.threads = Some(1);
             server.add_service(scrapes);
@@ -217,9 +217,9 @@ impl Prepared {
 
     /// Serves until told to stop in another way.
     pub fn run(self, args: RunArgs) {
-        let Self { server, counts, .. } = self;
+        let Self { server, writes, .. } = self;
         server.run(args);
-        counts.close();
+        writes.close();
         log::logger().flush();
     }
 }

@@ -44,10 +44,10 @@ impl BackgroundService for StartThreads {
 }
 
 /// `GET /metrics` on an address of its own, without a key.
-pub(super) struct Scrape(pub(super) Process);
+pub(super) struct MetricsService(pub(super) Process);
 
 #[async_trait]
-impl ServeHttp for Scrape {
+impl ServeHttp for MetricsService {
     async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
         let (status, body) = if session.req_header().uri.path() == "/metrics" {
             let pool = self.0.pool.load_full();

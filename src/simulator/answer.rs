@@ -17,7 +17,7 @@ use super::connection::{Guard, Line};
 use super::record::Arrived;
 use super::reply::{Events, Reply};
 use super::script::Chosen;
-use super::shapes::{self, Ask, Text};
+use super::shapes::{self, AskedFor, Text};
 use super::{Handle, control, embeddings, lock, responses};
 
 /// Bytes of a request body that are read; beyond any model's context, within any test machine.
@@ -101,8 +101,8 @@ fn reply(handle: &Handle, arrived: &Arrived, early: Option<Chosen>, number: u64)
         return (Reply::error(401, message, Some("invalid_api_key")), None);
     }
     let path = arrived.path_and_query.split('?').next().unwrap_or_default();
-    let call = Call::of(path);
-    let ask = Ask::parse(&arrived.body);
+    let call = ApiCall::from_path(path);
+    let ask = AskedFor::parse(&arrived.body);
     let model = ask.as_ref().ok().and_then(|ask| ask.model.as_deref());
     let chosen = match early {
         Some(chosen) => Ok(chosen),
@@ -143,7 +143,7 @@ fn fails(handle: &Handle, arrived: &Arrived, chosen: &Chosen) -> bool {
 
 /// What the end of a path asks for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Call<'a> {
+enum ApiCall<'a> {
     Chat,
     Completions,
     Embeddings,
@@ -154,8 +154,8 @@ enum Call<'a> {
     Unknown,
 }
 
-impl<'a> Call<'a> {
-    fn of(path: &'a str) -> Self {
+impl<'a> ApiCall<'a> {
+    fn from_path(path: &'a str) -> Self {
         let ends = [
             ("/chat/completions", Self::Chat),
             ("/completions", Self::Completions),
@@ -215,14 +215,14 @@ fn raw_reply(behaviour: &Behaviour, body: &str) -> Reply {
 /// Answers a call as `OpenAI` would.
 fn call_reply(
     handle: &Handle,
-    call: &Call<'_>,
+    call: &ApiCall<'_>,
     arrived: &Arrived,
-    ask: Result<Ask, String>,
+    ask: Result<AskedFor, String>,
     behaviour: &Behaviour,
     number: u64,
 ) -> Reply {
     let (method, path) = (&arrived.method, &arrived.path_and_query);
-    if *call == Call::Unknown {
+    if *call == ApiCall::Unknown {
         return Reply::error(404, &format!("Invalid URL ({method} {path})"), None);
     }
     if *method != call.method() {
@@ -230,8 +230,8 @@ fn call_reply(
     }
     let options = &handle.0.options;
     match call {
-        Call::Models => return Reply::json(200, shapes::models(options)),
-        Call::Model(id) => {
+        ApiCall::Models => return Reply::json(200, shapes::models(options)),
+        ApiCall::Model(id) => {
             return shapes::model(options, id).map_or_else(|| model_not_found(id), |body| Reply::json(200, body));
         }
         _ => {}
@@ -255,11 +255,11 @@ fn model_not_found(model: &str) -> Reply {
 }
 
 /// The generated answer of a POST call.
-fn generated(call: Call<'_>, ask: &Ask, behaviour: &Behaviour, number: u64) -> Reply {
+fn generated(call: ApiCall<'_>, ask: &AskedFor, behaviour: &Behaviour, number: u64) -> Reply {
     if behaviour.empty == Some(Empty::Object) {
         return Reply::json(200, "{}");
     }
-    let streams = matches!(call, Call::Chat | Call::Completions | Call::Responses);
+    let streams = matches!(call, ApiCall::Chat | ApiCall::Completions | ApiCall::Responses);
     let asked = behaviour.answer_as.map_or(ask.stream, |form| form == AnswerAs::Sse);
     if streams && (asked || behaviour.ping_ms.is_some()) {
         return generated_stream(call, Text::new(ask, behaviour, number, true), behaviour);
@@ -272,10 +272,10 @@ fn generated(call: Call<'_>, ask: &Ask, behaviour: &Behaviour, number: u64) -> R
     }
     let text = Text::new(ask, behaviour, number, false);
     match call {
-        Call::Chat => Reply::json(200, shapes::chat(&text)),
-        Call::Completions => Reply::json(200, shapes::completion(&text)),
-        Call::Responses => Reply::json(200, responses::response(&text)),
-        Call::Embeddings => match embeddings::embeddings(ask, &text) {
+        ApiCall::Chat => Reply::json(200, shapes::chat(&text)),
+        ApiCall::Completions => Reply::json(200, shapes::completion(&text)),
+        ApiCall::Responses => Reply::json(200, responses::response(&text)),
+        ApiCall::Embeddings => match embeddings::embeddings(ask, &text) {
             Ok(body) => Reply::json(200, body),
             Err(message) => Reply::error(400, &message, None),
         },
@@ -283,15 +283,15 @@ fn generated(call: Call<'_>, ask: &Ask, behaviour: &Behaviour, number: u64) -> R
     }
 }
 
-fn generated_stream(call: Call<'_>, text: Text, behaviour: &Behaviour) -> Reply {
+fn generated_stream(call: ApiCall<'_>, text: Text, behaviour: &Behaviour) -> Reply {
     let one = |event: String| -> Events { Box::new(std::iter::once(Bytes::from(event))) };
     let events: Events = match behaviour.empty {
         _ if behaviour.first_event_error => one(format!("data: {}\n\n", shapes::error(500, SERVER_ERROR, None))),
         Some(Empty::NoEvents) => Box::new(std::iter::empty()),
         Some(Empty::DoneOnly) => one(shapes::DONE.into()),
         _ => match call {
-            Call::Chat => shapes::chat_events(text),
-            Call::Completions => shapes::completion_events(text),
+            ApiCall::Chat => shapes::chat_events(text),
+            ApiCall::Completions => shapes::completion_events(text),
             _ => responses::events(text),
         },
     };

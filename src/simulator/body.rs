@@ -22,7 +22,7 @@ const SETTLE: Duration = Duration::from_millis(20);
 const MIN_PING: Duration = Duration::from_millis(1);
 
 /// One thing a body does.
-pub(super) enum Step {
+pub(super) enum BodyStep {
     Wait(Duration),
     Send(Bytes),
     Stall,
@@ -30,7 +30,7 @@ pub(super) enum Step {
 }
 
 /// Lazily made, so that a long stream costs no memory.
-pub(super) type Steps = Box<dyn Iterator<Item = Step> + Send>;
+pub(super) type Steps = Box<dyn Iterator<Item = BodyStep> + Send>;
 
 /// The schedule of a whole answer's events under a behaviour.
 pub(super) fn schedule<E>(events: E, behaviour: &Arc<Behaviour>) -> Steps
@@ -47,23 +47,23 @@ where
 
 fn pings(interval: Duration) -> Steps {
     let step = move |send| {
-        if send { Step::Send(Bytes::from_static(b": ping\n\n")) } else { Step::Wait(interval) }
+        if send { BodyStep::Send(Bytes::from_static(b": ping\n\n")) } else { BodyStep::Wait(interval) }
     };
     Box::new([false, true].into_iter().cycle().map(step))
 }
 
 /// What happens after `index` events; without an event, at the end of all.
-fn steps_at(index: usize, event: Option<Bytes>, behaviour: &Behaviour) -> Vec<Step> {
+fn steps_at(index: usize, event: Option<Bytes>, behaviour: &Behaviour) -> Vec<BodyStep> {
     let mut steps = Vec::new();
     let delay = if index == 0 { behaviour.first_chunk_delay_ms } else { behaviour.chunk_delay_ms };
     if delay > 0 && (event.is_some() || index == 0) {
-        steps.push(Step::Wait(Duration::from_millis(delay)));
+        steps.push(BodyStep::Wait(Duration::from_millis(delay)));
     }
     // A number beyond the last event means: at the end.
     let here = |count| count == index || (event.is_none() && count > index);
     match behaviour.stall {
-        Some(StallAt::AfterHeader) if index == 0 => steps.push(Step::Stall),
-        Some(StallAt::AfterEvents(count)) if here(count) => steps.push(Step::Stall),
+        Some(StallAt::AfterHeader) if index == 0 => steps.push(BodyStep::Stall),
+        Some(StallAt::AfterEvents(count)) if here(count) => steps.push(BodyStep::Stall),
         _ => {}
     }
     match behaviour.reset {
@@ -71,7 +71,7 @@ fn steps_at(index: usize, event: Option<Bytes>, behaviour: &Behaviour) -> Vec<St
         Some(ResetAt::AfterEvents(count)) if here(count) => steps.extend(reset(behaviour)),
         Some(ResetAt::MidEvent(count)) if here(count) => {
             let event = event.clone().unwrap_or_default();
-            steps.push(Step::Send(event.slice(..event.len() / 2)));
+            steps.push(BodyStep::Send(event.slice(..event.len() / 2)));
             steps.extend(reset(behaviour));
         }
         _ => {}
@@ -82,19 +82,19 @@ fn steps_at(index: usize, event: Option<Bytes>, behaviour: &Behaviour) -> Vec<St
     steps
 }
 
-fn reset(behaviour: &Behaviour) -> [Step; 2] {
-    [Step::Wait(SETTLE), Step::Reset(behaviour.reset_how)]
+fn reset(behaviour: &Behaviour) -> [BodyStep; 2] {
+    [BodyStep::Wait(SETTLE), BodyStep::Reset(behaviour.reset_how)]
 }
 
-fn pieces(mut event: Bytes, behaviour: &Behaviour, steps: &mut Vec<Step>) {
+fn pieces(mut event: Bytes, behaviour: &Behaviour, steps: &mut Vec<BodyStep>) {
     let size = behaviour.drip.unwrap_or(usize::MAX).max(1);
     while event.len() > size {
-        steps.push(Step::Send(event.split_to(size)));
+        steps.push(BodyStep::Send(event.split_to(size)));
         if behaviour.chunk_delay_ms > 0 {
-            steps.push(Step::Wait(Duration::from_millis(behaviour.chunk_delay_ms)));
+            steps.push(BodyStep::Wait(Duration::from_millis(behaviour.chunk_delay_ms)));
         }
     }
-    steps.push(Step::Send(event));
+    steps.push(BodyStep::Send(event));
 }
 
 /// The body hyper polls.
@@ -136,7 +136,7 @@ impl ScriptedBody {
     /// A body that counts for nothing, for control calls.
     pub(super) fn plain(bytes: Bytes) -> Self {
         let empty = bytes.is_empty();
-        Self::build(Box::new(iter::once(Step::Send(bytes))), empty, None)
+        Self::build(Box::new(iter::once(BodyStep::Send(bytes))), empty, None)
     }
 
     fn build(steps: Steps, empty: bool, cutter: Option<Cutter>) -> Self {
@@ -189,16 +189,16 @@ impl Body for ScriptedBody {
                 self.waiting = None;
             }
             match self.steps.next() {
-                Some(Step::Wait(time)) => {
+                Some(BodyStep::Wait(time)) => {
                     self.waiting = Some(Box::pin(tokio::time::sleep(time)));
                 }
-                Some(Step::Send(bytes)) => return Poll::Ready(Some(Ok(self.send(bytes)))),
-                Some(Step::Stall) => {
+                Some(BodyStep::Send(bytes)) => return Poll::Ready(Some(Ok(self.send(bytes)))),
+                Some(BodyStep::Stall) => {
                     // Nothing wakes it; hyper drops the body when the peer goes.
                     self.steps = forever_stalled();
                     return Poll::Pending;
                 }
-                Some(Step::Reset(how)) => return self.reset(how),
+                Some(BodyStep::Reset(how)) => return self.reset(how),
                 None => {
                     self.end();
                     return Poll::Ready(None);
@@ -214,7 +214,7 @@ impl Body for ScriptedBody {
 
 /// hyper may poll a stalled body again for other reasons; it must stay stalled.
 fn forever_stalled() -> Peekable<Steps> {
-    let steps: Steps = Box::new(iter::repeat_with(|| Step::Stall));
+    let steps: Steps = Box::new(iter::repeat_with(|| BodyStep::Stall));
     steps.peekable()
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::shapes::{Ask, Text};
+use super::shapes::{AskedFor, Text};
 
 /// Length of a vector when the request names none; short, so that answers stay readable.
 const DEFAULT_DIMENSIONS: usize = 8;
@@ -16,7 +16,7 @@ const MAX_INPUTS: usize = 2_048;
 const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /// The answer, or why the request is refused.
-pub(super) fn embeddings(ask: &Ask, text: &Text) -> Result<String, String> {
+pub(super) fn embeddings(ask: &AskedFor, text: &Text) -> Result<String, String> {
     let inputs = inputs(ask.input.as_ref().ok_or("you must provide an input parameter")?);
     if inputs.is_empty() || inputs.len() > MAX_INPUTS {
         return Err(format!("'input' must have 1 to {MAX_INPUTS} items."));

@@ -29,7 +29,7 @@ const WORDS: [&str; 8] = ["Hello", " from", " the", " simulator,", " word", " by
 
 /// The fields of a request that shape its answer.
 #[derive(Default, Deserialize)]
-pub(super) struct Ask {
+pub(super) struct AskedFor {
     pub(super) model: Option<String>,
     #[serde(default, deserialize_with = "nullable")]
     pub(super) stream: bool,
@@ -52,7 +52,7 @@ fn nullable<'de, D: serde::Deserializer<'de>>(from: D) -> Result<bool, D::Error>
     Ok(Option::<bool>::deserialize(from)?.unwrap_or_default())
 }
 
-impl Ask {
+impl AskedFor {
     pub(super) fn parse(body: &[u8]) -> Result<Self, String> {
         serde_json::from_slice(body)
             .map_err(|error| format!("We could not parse the JSON body of your request. ({error})"))
@@ -93,7 +93,7 @@ pub(super) struct Text {
 }
 
 impl Text {
-    pub(super) fn new(ask: &Ask, behaviour: &Behaviour, number: u64, stream: bool) -> Self {
+    pub(super) fn new(ask: &AskedFor, behaviour: &Behaviour, number: u64, stream: bool) -> Self {
         let asked = ask.stream_options.as_ref().is_some_and(|options| options.include_usage);
         let words = if behaviour.empty == Some(Empty::ZeroUsage) { 0 } else { behaviour.events };
         Self {
@@ -209,7 +209,7 @@ fn completion_choice(text: &str, reason: &str) -> String {
     format!(r#"{{"text":"{text}","index":0,"logprobs":null,"finish_reason":{reason}}}"#)
 }
 
-pub(super) fn moderation(ask: &Ask, text: &Text) -> String {
+pub(super) fn moderation(ask: &AskedFor, text: &Text) -> String {
     let categories = ["harassment", "hate", "self-harm", "sexual", "violence"];
     let flags: Value = categories.into_iter().map(|name| (name.to_owned(), json!(false))).collect();
     let scores: Value = categories.into_iter().map(|name| (name.to_owned(), json!(0.0))).collect();

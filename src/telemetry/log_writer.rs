@@ -1,4 +1,4 @@
-//! Lines that are written a little later, many at once, so that no request waits for whoever reads the log.
+//! Log lines, written a little later and many at once, so that no request waits for the reader of the log.
 
 use std::io::{self, Write};
 use std::mem;
@@ -11,22 +11,23 @@ const WRITE_BEHIND: Duration = Duration::from_millis(10);
 /// down, and loses nothing.
 const WAITING_BYTES_MAX: usize = 1024 * 1024;
 
-static WAITING: Waiting = Waiting { lines: Mutex::new(State::new()), came: Condvar::new(), writing: Mutex::new(()) };
+static WAITING: WaitingLines =
+    WaitingLines { lines: Mutex::new(WriterState::new()), came: Condvar::new(), writing: Mutex::new(()) };
 
-struct Waiting {
-    lines: Mutex<State>,
+struct WaitingLines {
+    lines: Mutex<WriterState>,
     came: Condvar,
     /// Held while lines are written, so that none overtakes another.
     writing: Mutex<()>,
 }
 
-struct State {
+struct WriterState {
     bytes: Vec<u8>,
     /// Whether a thread is there to write them.
     behind: bool,
 }
 
-impl State {
+impl WriterState {
     const fn new() -> Self {
         Self { bytes: Vec::new(), behind: false }
     }
@@ -78,9 +79,9 @@ fn write(bytes: &[u8]) {
 
 /// Takes whole lines in.
 #[derive(Debug)]
-pub struct Lines;
+pub struct LogPipe;
 
-impl Write for Lines {
+impl Write for LogPipe {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut state = lock(&WAITING.lines);
         let was_empty = state.bytes.is_empty();

@@ -50,10 +50,10 @@ pub fn start(framework_debug: bool) {
     let coloured = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let logger = env_logger::Builder::new()
         .parse_filters(&filter)
-        .target(Target::Pipe(Box::new(log_writer::Lines)))
+        .target(Target::Pipe(Box::new(log_writer::LogPipe)))
         .format(move |out, record| {
             let level = record.level();
-            let moment = Moment::of(SystemTime::now());
+            let moment = LogTime::new(SystemTime::now());
             if is_json() {
                 return writeln!(out, "{}", json_line(moment.as_str(), record));
             }
@@ -78,18 +78,18 @@ pub fn start(framework_debug: bool) {
 
 /// A moment as lines show it, with its milliseconds (RFC 3339, UTC).
 #[derive(Clone, Copy)]
-struct Moment([u8; 24]);
+struct LogTime([u8; 24]);
 
 /// What of it changes once a second.
 const SECOND_BYTES: usize = "1970-01-01T00:00:00".len();
 
 thread_local! {
     /// A second of Unix time, and how its moments are written.
-    static SECOND: Cell<(u64, Moment)> = const { Cell::new((u64::MAX, Moment(*b"1970-01-01T00:00:00.000Z"))) };
+    static SECOND: Cell<(u64, LogTime)> = const { Cell::new((u64::MAX, LogTime(*b"1970-01-01T00:00:00.000Z"))) };
 }
 
-impl Moment {
-    fn of(time: SystemTime) -> Self {
+impl LogTime {
+    fn new(time: SystemTime) -> Self {
         let since_1970 = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let (known, mut moment) = SECOND.get();
         if known != since_1970.as_secs() {
@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn moments_are_written_as_rfc_3339_says() {
-        let now = |millis| Moment::of(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)).as_str().to_owned();
+        let now = |millis| LogTime::new(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)).as_str().to_owned();
         assert_eq!(now(1_795_608_000_007), "2026-11-25T12:00:00.007Z");
         assert_eq!(now(1_795_608_000_999), "2026-11-25T12:00:00.999Z");
         assert_eq!(now(1_795_607_999_999), "2026-11-25T11:59:59.999Z", "a clock that is set back");

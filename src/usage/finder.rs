@@ -10,7 +10,7 @@ const KEY_BYTES_MAX: usize = 16;
 
 /// A key that matters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Key {
+enum UsageKey {
     /// Whatever else.
     #[default]
     Other,
@@ -22,8 +22,8 @@ enum Key {
     Holder,
 }
 
-impl Key {
-    fn of(name: &[u8]) -> Self {
+impl UsageKey {
+    fn from_name(name: &[u8]) -> Self {
         match name {
             b"usage" => Self::Usage,
             b"timings" => Self::Timings,
@@ -38,7 +38,7 @@ impl Key {
 pub struct Finder {
     depth: u32,
     /// The key whose value is at hand, at the first depth and at the second.
-    keys: [Key; 2],
+    keys: [UsageKey; 2],
     in_string: bool,
     escaped: bool,
     /// The beginning of the last string.
@@ -51,7 +51,7 @@ pub struct Finder {
 /// A value that is being copied.
 #[derive(Debug)]
 struct Capture {
-    key: Key,
+    key: UsageKey,
     /// Where its end is looked for.
     depth: u32,
     bytes: Vec<u8>,
@@ -122,12 +122,12 @@ impl Finder {
             }
             b'{' | b'[' => {
                 self.depth = self.depth.saturating_add(1);
-                self.set_key(Key::Other);
+                self.set_key(UsageKey::Other);
             }
             b'}' | b']' => {
                 self.depth = self.depth.saturating_sub(1);
             }
-            b',' => self.set_key(Key::Other),
+            b',' => self.set_key(UsageKey::Other),
             b':' => self.key_ended(),
             _ => {}
         }
@@ -135,11 +135,11 @@ impl Finder {
     }
 
     fn key_ended(&mut self) {
-        let key = Key::of(&self.string);
+        let key = UsageKey::from_name(&self.string);
         self.string.clear();
         let counts = match (self.depth, key) {
-            (1, Key::Usage | Key::Timings) => true,
-            (2, Key::Usage) => self.keys.first() == Some(&Key::Holder),
+            (1, UsageKey::Usage | UsageKey::Timings) => true,
+            (2, UsageKey::Usage) => self.keys.first() == Some(&UsageKey::Holder),
             _ => false,
         };
         self.set_key(key);
@@ -148,7 +148,7 @@ impl Finder {
         }
     }
 
-    fn set_key(&mut self, key: Key) {
+    fn set_key(&mut self, key: UsageKey) {
         let slot = usize::try_from(self.depth).unwrap_or(usize::MAX).wrapping_sub(1);
         if let Some(slot) = self.keys.get_mut(slot) {
             *slot = key;
@@ -166,7 +166,7 @@ impl Finder {
         match &mut self.capture {
             Some(capture) if capture.bytes.len() + bytes.len() > VALUE_BYTES_MAX => {
                 // Whatever it is, it is not parsed.
-                capture.key = Key::Other;
+                capture.key = UsageKey::Other;
                 capture.bytes.clear();
             }
             Some(capture) => capture.bytes.extend_from_slice(bytes),
@@ -180,9 +180,9 @@ impl Finder {
     fn end_capture(&mut self) {
         let Some(Capture { key, bytes, .. }) = self.capture.take() else { return };
         match key {
-            Key::Usage => self.usage = reported::usage(&bytes).or(self.usage),
-            Key::Timings => self.timings = reported::timings(&bytes).or(self.timings),
-            Key::Other | Key::Holder => {}
+            UsageKey::Usage => self.usage = reported::usage(&bytes).or(self.usage),
+            UsageKey::Timings => self.timings = reported::timings(&bytes).or(self.timings),
+            UsageKey::Other | UsageKey::Holder => {}
         }
     }
 }
@@ -190,7 +190,7 @@ impl Finder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::usage::Told;
+    use crate::usage::Reported;
     use proptest::prelude::*;
     use serde_json::Value;
 
@@ -203,7 +203,7 @@ mod tests {
     #[test]
     fn only_the_answers_own_usage_is_found() {
         let usage = r#"{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}"#;
-        let expected = Told::of(format!(r#"{{"usage":{usage}}}"#).as_bytes()).map(|told| told.usage);
+        let expected = Reported::from_json(format!(r#"{{"usage":{usage}}}"#).as_bytes()).map(|reported| reported.usage);
         assert!(expected.is_some());
         let other = r#"{"prompt_tokens":9,"completion_tokens":9,"total_tokens":99}"#;
         for (json, is_found) in [

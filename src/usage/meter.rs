@@ -8,7 +8,7 @@ use bytes::Bytes;
 use memchr::memmem::Finder as Needle;
 use serde::Deserialize;
 
-use super::{Finder, Told, Usage, reported};
+use super::{Finder, Reported, Usage, reported};
 use crate::json::part;
 use crate::json::scan::{has_member, strings};
 use crate::request::call::Call;
@@ -47,8 +47,8 @@ pub struct Meter {
     first: Bytes,
     usage: Option<Usage>,
     /// Whether all that was told so far is what the prompt cost, as the first event of Anthropic's messages does.
-    told_prompt_only: bool,
-    text: Text,
+    reported_prompt_only: bool,
+    text: AnswerText,
     has_timings: bool,
     /// A token of a stream has come.
     has_token: bool,
@@ -80,7 +80,7 @@ enum End {
 
 /// The text of an answer, as far as it is kept.
 #[derive(Debug, Default)]
-pub enum Text {
+pub enum AnswerText {
     /// None came, or none is kept.
     #[default]
     None,
@@ -111,8 +111,8 @@ impl Meter {
             finder: None,
             first: Bytes::new(),
             usage: None,
-            told_prompt_only: false,
-            text: Text::None,
+            reported_prompt_only: false,
+            text: AnswerText::None,
             has_timings: false,
             has_token: false,
             fed: Fed::Nothing,
@@ -130,8 +130,8 @@ impl Meter {
         if self.call == Call::Unmetered {
             return false;
         }
-        let tells = says_usage(data);
-        if tells {
+        let says_usage = says_usage(data);
+        if says_usage {
             self.read_usage(data);
         }
         match self.call {
@@ -142,7 +142,7 @@ impl Meter {
         if self.call.is_text() && (self.estimates || !self.has_token) {
             event_texts(self.call, data, |raw| self.text(raw));
         }
-        self.call.is_text() && self.end == End::Open && !tells
+        self.call.is_text() && self.end == End::Open && !says_usage
     }
 
     /// Takes in an event that is like one that said nothing but text.
@@ -186,10 +186,10 @@ impl Meter {
         if !self.estimates {
             return;
         }
-        if let Text::None = self.text {
-            self.text = Text::Json { pieces: Vec::new(), kept: 0, bytes: 0 };
+        if let AnswerText::None = self.text {
+            self.text = AnswerText::Json { pieces: Vec::new(), kept: 0, bytes: 0 };
         }
-        if let Text::Json { pieces, kept, bytes } = &mut self.text {
+        if let AnswerText::Json { pieces, kept, bytes } = &mut self.text {
             *bytes += to_u64(piece.len());
             if *kept + piece.len() <= BODY_BYTES_MAX && pieces.len() < BODY_PIECES_MAX {
                 *kept += piece.len();
@@ -223,23 +223,23 @@ impl Meter {
     fn read_found(&mut self) {
         let found = self.finder.take().and_then(|finder| finder.usage());
         if let Some(found) = found.filter(|_| self.call != Call::Unmetered) {
-            self.told_prompt_only = false;
+            self.reported_prompt_only = false;
             self.update(found);
         }
     }
 
     fn read_usage(&mut self, data: &[u8]) {
-        if let Some(Told { usage, begins_message, has_timings }) = Told::of(data) {
-            self.told_prompt_only = begins_message;
+        if let Some(Reported { usage, begins_message, has_timings }) = Reported::from_json(data) {
+            self.reported_prompt_only = begins_message;
             self.has_timings |= has_timings;
             self.update(usage);
         }
     }
 
-    fn update(&mut self, told: Usage) {
+    fn update(&mut self, reported: Usage) {
         match &mut self.usage {
-            Some(usage) => usage.update(told),
-            None => self.usage = Some(told),
+            Some(usage) => usage.update(reported),
+            None => self.usage = Some(reported),
         }
     }
 
@@ -258,10 +258,10 @@ impl Meter {
         if length == 0 {
             return;
         }
-        if let Text::None = self.text {
-            self.text = Text::Sample { sample: Vec::new(), bytes: 0 };
+        if let AnswerText::None = self.text {
+            self.text = AnswerText::Sample { sample: Vec::new(), bytes: 0 };
         }
-        if let Text::Sample { sample, bytes } = &mut self.text {
+        if let AnswerText::Sample { sample, bytes } = &mut self.text {
             *bytes += to_u64(length);
             let room = SAMPLE_BYTES_MAX.saturating_sub(sample.len());
             sample.extend_from_slice(beginning(raw, room));
@@ -269,12 +269,12 @@ impl Meter {
     }
 
     /// What the endpoint told of the answer's cost.
-    pub fn told(&self) -> Option<Usage> {
-        self.usage.filter(|_| !self.told_prompt_only)
+    pub fn reported(&self) -> Option<Usage> {
+        self.usage.filter(|_| !self.reported_prompt_only)
     }
 
     /// The prompt's tokens, if they were told even though the answer's were not.
-    pub fn prompt_told(&self) -> Option<u64> {
+    pub fn prompt_reported(&self) -> Option<u64> {
         self.usage.and_then(|usage| usage.prompt())
     }
 
@@ -285,7 +285,7 @@ impl Meter {
 
     /// Whether any text came that can be estimated.
     pub fn has_text(&self) -> bool {
-        !matches!(self.text, Text::None)
+        !matches!(self.text, AnswerText::None)
     }
 
     /// Whether the endpoint told its usage in a way that it needs not be asked for.
@@ -309,7 +309,7 @@ impl Meter {
     }
 
     /// The text, for an estimate.
-    pub fn take_text(&mut self) -> Text {
+    pub fn take_text(&mut self) -> AnswerText {
         std::mem::take(&mut self.text)
     }
 }
@@ -388,12 +388,12 @@ mod tests {
             meter.event(event.as_bytes());
         }
         match meter.take_text() {
-            Text::Sample { sample, bytes } => {
+            AnswerText::Sample { sample, bytes } => {
                 assert_eq!(usize::try_from(bytes).unwrap(), sample.len());
                 String::from_utf8(sample).unwrap()
             }
-            Text::None => String::new(),
-            Text::Json { pieces, .. } => panic!("{pieces:?}"),
+            AnswerText::None => String::new(),
+            AnswerText::Json { pieces, .. } => panic!("{pieces:?}"),
         }
     }
 
@@ -428,18 +428,18 @@ mod tests {
         let mut meter = Meter::new(Call::Completion, true);
         let event = format!(r#"{{"choices":[{{"text":"{}"}}]}}"#, "x".repeat(1000));
         assert!((0..100).all(|_| meter.event(event.as_bytes())));
-        let Text::Sample { sample, bytes } = meter.take_text() else { panic!("it has text") };
+        let AnswerText::Sample { sample, bytes } = meter.take_text() else { panic!("it has text") };
         assert!(sample.len() <= SAMPLE_BYTES_MAX && sample.len() > SAMPLE_BYTES_MAX - 1000, "{}", sample.len());
         assert_eq!(bytes, 100_000);
         let mut meter = Meter::new(Call::Completion, true);
         (0..100).for_each(|_| meter.json(&Bytes::from(vec![b' '; 10_000])));
-        let Text::Json { pieces, kept, bytes } = meter.take_text() else { panic!("it has text") };
+        let AnswerText::Json { pieces, kept, bytes } = meter.take_text() else { panic!("it has text") };
         assert_eq!((pieces.len(), kept, bytes), (26, 260_000, 1_000_000), "nor is a long answer kept whole");
         // A single event may be longer than the sample.
         let mut meter = Meter::new(Call::Completion, true);
         meter.event(format!(r#"{{"choices":[{{"text":"{}"}}]}}"#, "é\\n".repeat(10_000)).as_bytes());
         meter.part("x".repeat(70_000).as_bytes(), true);
-        let Text::Sample { sample, bytes } = meter.take_text() else { panic!("it has text") };
+        let AnswerText::Sample { sample, bytes } = meter.take_text() else { panic!("it has text") };
         assert_eq!(bytes, 110_000);
         let text = String::from_utf8(sample).unwrap();
         assert!(text.len() > SAMPLE_BYTES_MAX - 20 && (text.ends_with("é") || text.ends_with("\\n")), "{}", text.len());
@@ -493,16 +493,16 @@ mod tests {
         assert!(!meter.has_token());
         meter.event(br#"{"choices":[{"delta":{"content":"x"}}]}"#);
         assert!(meter.has_token());
-        assert!(matches!(meter.take_text(), Text::None), "nothing is kept unless it is to be estimated");
+        assert!(matches!(meter.take_text(), AnswerText::None), "nothing is kept unless it is to be estimated");
     }
 
     #[test]
     fn anthropics_first_event_tells_of_the_prompt_only() {
         let mut meter = Meter::new(Call::Messages, true);
         meter.event(br#"{"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}"#);
-        assert_eq!((meter.told(), meter.prompt_told()), (None, Some(25)));
+        assert_eq!((meter.reported(), meter.prompt_reported()), (None, Some(25)));
         meter.event(br#"{"type":"message_delta","usage":{"output_tokens":15}}"#);
-        let tokens = meter.told().unwrap().tokens();
+        let tokens = meter.reported().unwrap().tokens();
         assert_eq!((tokens.prompt, tokens.completion, tokens.total), (25, 15, 40));
     }
 
@@ -515,7 +515,7 @@ mod tests {
         );
         event.as_bytes().chunks(1000).for_each(|part| meter.part(part, false));
         meter.part(b"\n\n", true);
-        assert_eq!(meter.told().unwrap().tokens().total, 3);
+        assert_eq!(meter.reported().unwrap().tokens().total, 3);
         assert!(meter.is_complete());
     }
 
@@ -526,6 +526,6 @@ mod tests {
         meter.json(&Bytes::from_static(usage.as_bytes()));
         meter.json_ended();
         meter.event(usage.as_bytes());
-        assert_eq!(meter.told(), None);
+        assert_eq!(meter.reported(), None);
     }
 }

@@ -20,8 +20,8 @@ mod reported;
 
 pub use cost::{Cost, Speed, Sum, Tokens};
 pub use finder::Finder;
-pub use meter::{BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, Text, answer_texts, event_texts, mentions_usage};
-pub use reported::Told;
+pub use meter::{AnswerText, BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, answer_texts, event_texts, mentions_usage};
+pub use reported::Reported;
 
 /// No answer costs more; a number beyond it is a fault of the endpoint's, and must not spoil every sum.
 const TOKENS_MAX: u64 = 1 << 32;
@@ -100,7 +100,7 @@ mod tests {
     use serde_json::{Value, json};
 
     fn tokens(json: &Value) -> Option<Tokens> {
-        Told::of(json.to_string().as_bytes()).map(|told| told.usage.tokens())
+        Reported::from_json(json.to_string().as_bytes()).map(|reported| reported.usage.tokens())
     }
 
     fn plain(prompt: u64, completion: u64, total: u64) -> Tokens {
@@ -159,7 +159,7 @@ mod tests {
             assert_eq!(of(none.clone()), None, "{none}");
         }
         for text in ["[]", "{", "", "3"] {
-            assert_eq!(Told::of(text.as_bytes()), None, "{text}");
+            assert_eq!(Reported::from_json(text.as_bytes()), None, "{text}");
         }
     }
 

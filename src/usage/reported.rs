@@ -14,7 +14,7 @@ use crate::json::scan::ends_outermost;
 
 /// What an event of a stream, or a whole JSON answer, says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Told {
+pub struct Reported {
     /// The counts.
     pub usage: Usage,
     /// Whether it is the first event of Anthropic's messages, which tells the prompt's alone.
@@ -23,9 +23,9 @@ pub struct Told {
     pub has_timings: bool,
 }
 
-impl Told {
+impl Reported {
     /// What JSON says, if it says anything of tokens.
-    pub fn of(json: &[u8]) -> Option<Self> {
+    pub fn from_json(json: &[u8]) -> Option<Self> {
         let Lenient(outer) = serde_json::from_slice::<Lenient<Outer>>(json).ok()?;
         let usage = outer.usage.usage();
         let held = [&outer.response, &outer.message, &outer.x_groq, &outer.choice];
@@ -43,8 +43,8 @@ pub(super) fn near_the_end(json: &[u8]) -> Option<Usage> {
     if !value.starts_with(b"{") || !json.trim_ascii_start().starts_with(b"{") {
         return None;
     }
-    let (counts, rest) = Counts::plain(value).ok().or_else(|| {
-        let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Lenient<Counts>>();
+    let (counts, rest) = UsageCounts::plain(value).ok().or_else(|| {
+        let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Lenient<UsageCounts>>();
         let Lenient(counts) = values.next()?.ok()?;
         Some((counts, value.get(values.byte_offset()..)?))
     })?;
@@ -66,7 +66,7 @@ fn last_usage(json: &[u8]) -> Option<usize> {
 
 /// Of the value of a `usage`.
 pub(super) fn usage(json: &[u8]) -> Option<Usage> {
-    serde_json::from_slice::<Lenient<Counts>>(json).ok()?.0.usage()
+    serde_json::from_slice::<Lenient<UsageCounts>>(json).ok()?.0.usage()
 }
 
 /// Of the value of llama.cpp's `timings`.
@@ -79,7 +79,7 @@ pub(super) fn timings(json: &[u8]) -> Option<Usage> {
 struct Count(Option<u64>);
 
 impl Count {
-    fn of(number: Option<u64>) -> Self {
+    fn new(number: Option<u64>) -> Self {
         Self(number.map(|number| number.min(TOKENS_MAX)))
     }
 }
@@ -91,13 +91,13 @@ impl<'de> Deserialize<'de> for Count {
             type Value = Count;
 
             fn whole(number: u64) -> Count {
-                Count::of(Some(number))
+                Count::new(Some(number))
             }
 
             fn number(number: f64) -> Count {
                 let is_count = (0.0..=9e15).contains(&number) && number.fract() == 0.0;
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is in range and whole")]
-                Count::of(is_count.then_some(number as u64))
+                Count::new(is_count.then_some(number as u64))
             }
         }
         deserializer.deserialize_any(Any::<AsCount>(PhantomData))
@@ -124,7 +124,7 @@ impl<'de> Deserialize<'de> for BeginsMessage {
 /// The outermost object.
 #[derive(Default)]
 struct Outer {
-    usage: Counts,
+    usage: UsageCounts,
     response: Holder,
     message: Holder,
     x_groq: Holder,
@@ -153,7 +153,7 @@ impl<'de> Members<'de> for Outer {
 /// An object with a `usage` within.
 #[derive(Default)]
 struct Holder {
-    usage: Counts,
+    usage: UsageCounts,
 }
 
 impl<'de> Members<'de> for Holder {
@@ -168,7 +168,7 @@ impl<'de> Members<'de> for Holder {
 
 /// A `usage`, in whatever dialect.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Counts {
+struct UsageCounts {
     prompt: Count,
     completion: Count,
     input: Count,
@@ -185,7 +185,7 @@ struct Counts {
     of_answer: [Details; 3],
 }
 
-impl<'de> Members<'de> for Counts {
+impl<'de> Members<'de> for UsageCounts {
     fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
         if let Some(details) = self.details(key.as_bytes()) {
             *details = map.next_value::<Lenient<_>>()?.0;
@@ -198,7 +198,7 @@ impl<'de> Members<'de> for Counts {
     }
 }
 
-impl Counts {
+impl UsageCounts {
     /// Those of an object, and what follows it.
     fn plain(json: &[u8]) -> Result<(Self, &[u8]), Surprise> {
         let mut counts = Self::default();
@@ -268,7 +268,7 @@ impl Counts {
 
 /// Reads a number, whether it matters or not.
 fn read_count(plain: &mut Plain<'_>, count: Option<&mut Count>) -> Result<(), Surprise> {
-    let number = Count::of(plain.number()?);
+    let number = Count::new(plain.number()?);
     if let Some(count) = count {
         *count = number;
     }
@@ -352,13 +352,13 @@ mod tests {
         assert_eq!(last_usage(padding.as_bytes()), None);
     }
 
-    fn plain(json: &str) -> Option<Counts> {
-        let (counts, rest) = Counts::plain(json.as_bytes()).ok()?;
+    fn plain(json: &str) -> Option<UsageCounts> {
+        let (counts, rest) = UsageCounts::plain(json.as_bytes()).ok()?;
         rest.is_empty().then_some(counts)
     }
 
-    fn parsed(json: &str) -> Option<Counts> {
-        serde_json::from_str::<Lenient<Counts>>(json).ok().map(|Lenient(counts)| counts)
+    fn parsed(json: &str) -> Option<UsageCounts> {
+        serde_json::from_str::<Lenient<UsageCounts>>(json).ok().map(|Lenient(counts)| counts)
     }
 
     #[test]

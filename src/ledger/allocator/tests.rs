@@ -56,7 +56,7 @@ impl Process {
     fn wanted(&self, id: &str, limits: &str) -> Wanted {
         let endpoint = config(&format!(r#"[{{"id":"{id}",{limits}}}]"#)).endpoints.remove(0);
         let account = self.client.account(&id.into());
-        Wanted { account, limits: Arc::new(Limits::of(&endpoint, &TimeZone::UTC)), not_before: Stamp::default() }
+        Wanted { account, limits: Arc::new(Limits::new(&endpoint, &TimeZone::UTC)), not_before: Stamp::default() }
     }
 
     fn ask(&self, wanted: &[Wanted], otherwise: Otherwise) -> Answer {

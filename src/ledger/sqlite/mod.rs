@@ -175,7 +175,7 @@ impl SqliteLedger {
         // Where the system does not tell, a stamp from the future does.
         let is_other = match (&before, boot_id) {
             (Some(before), Some(boot_id)) => before != boot_id,
-            _ => newest.is_some_and(|newest| newest > Slot::of(now).0),
+            _ => newest.is_some_and(|newest| newest > Slot::new(now).0),
         };
         if is_other {
             self.run("DELETE FROM minute", &[])?;
