@@ -1,4 +1,4 @@
-//! `GET /metrics`: what [`crate::telemetry::metrics`] has counted, and what is the case.
+//! `GET /metrics`: what [`crate::telemetry::metrics`] has counted, and the values that are read at each scrape.
 
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
@@ -9,64 +9,168 @@ use crate::config::{Limit, LimitKind, PerLimit};
 use crate::limit::View;
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
-use crate::telemetry::metrics::{EndpointMoment, Moment, ProcessMoment, metrics};
+use crate::telemetry::metrics::{Scrape, metrics};
 
-/// In Prometheus's text format.
+/// Endpoints that a scrape shows. Counters of endpoints that a reload has removed stay until the process ends.
+const ENDPOINTS_MAX: usize = 2000;
+
+/// All metrics in Prometheus's text format.
 pub async fn text(from: Sources<'_>) -> Vec<u8> {
     let pool = from.pool;
     let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
     let views = pool.ledger.look(accounts).await.unwrap_or_default();
     let views = views.into_iter().chain(std::iter::repeat_with(View::default));
-    let endpoints: Vec<_> = pool.endpoints.iter().zip(views).map(|(e, view)| endpoint(from, e, &view)).collect();
+    let endpoints: Vec<(&Endpoint, View)> =
+        pool.endpoints.iter().map(AsRef::as_ref).zip(views).take(ENDPOINTS_MAX).collect();
     let Some(metrics) = metrics() else { return Vec::new() };
-    match Moment::new(&process(from), &endpoints) {
-        Ok(moment) => metrics.text(&moment),
-        Err(error) => {
-            log::error!("metrics of this moment cannot be made: {error}");
-            Vec::new()
-        }
-    }
+    let scrape = Scrape::default();
+    add_process(&scrape, from);
+    add_endpoints(&scrape, from, &endpoints);
+    add_limits(&scrape, &endpoints);
+    metrics.text(&scrape)
 }
 
-fn endpoint(from: Sources<'_>, endpoint: &Endpoint, view: &View) -> EndpointMoment {
-    let clock = from.pool.clock();
-    let in_flight = u64::from(endpoint.live.in_flight());
-    let used = PerLimit { max_concurrent: in_flight, ..view.used };
-    let set = |(kind, (limit, used)): (LimitKind, _)| match limit {
-        Limit::AtMost(most) => Some((kind, most, used)),
-        Limit::Unlimited | Limit::Off => None,
-    };
-    EndpointMoment {
-        id: endpoint.config.id.to_string(),
-        available: is_available(from.pool, endpoint, view, &clock),
-        cooling: matches!(endpoint.live.gate(clock.now), Gate::Cooling { .. } | Gate::OnTrial),
-        in_flight,
-        limits: endpoint.limits.by_kind.zip(used).each().filter_map(set).collect(),
-    }
-}
-
-fn process(from: Sources<'_>) -> ProcessMoment {
-    let process = from.process;
+fn add_process(scrape: &Scrape, from: Sources<'_>) {
+    let Sources { pool, process } = from;
     let tally = process.ledger.tally();
     let file = process.config.file();
-    let loaded = from.pool.loaded_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let loaded = pool.loaded_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
-    ProcessMoment {
-        open: count(process.open.count()),
-        queued: count(from.pool.ledger.queued()),
-        draining: process.draining.is_on(),
-        ledger_up: process.ledger.fault().is_none(),
-        ledger_denied: tally.denied.load(Ordering::Relaxed),
-        ledger_uncounted: tally.uncounted.load(Ordering::Relaxed),
-        ledger_lost: tally.lost.load(Ordering::Relaxed),
-        estimates_waiting: count(process.estimator.waiting()),
-        estimates_dropped: process.estimator.dropped(),
-        body_bytes: count(process.memory.bytes_used()),
-        body_bytes_max: count(process.memory.bytes_max()),
-        bodies_waiting: count(process.memory.waiting()),
-        config_version: from.pool.version,
-        config_failures: file.failures,
-        config_ok: file.error.is_none(),
-        config_loaded: loaded.as_secs_f64(),
+    for (name, help, value) in [
+        ("api_together_open_requests", "Requests that are open.", count(process.open.count())),
+        ("api_together_queued_requests", "Requests that wait in the queue for a permit.", count(pool.ledger.queued())),
+        ("api_together_draining", "1 while the process shuts down gracefully.", process.draining.is_on().into()),
+        ("api_together_ledger_up", "1 if the ledger can be read and written.", process.ledger.fault().is_none().into()),
+        (
+            "api_together_estimates_waiting",
+            "Answers that wait for an estimate of their tokens.",
+            count(process.estimator.waiting()),
+        ),
+        (
+            "api_together_body_bytes",
+            "Memory that request bodies above 64 KiB take up, in bytes.",
+            count(process.memory.bytes_used()),
+        ),
+        (
+            "api_together_body_bytes_max",
+            "Memory that they may take up, in bytes: server.memoryBytesMax.",
+            count(process.memory.bytes_max()),
+        ),
+        ("api_together_bodies_waiting", "Request bodies that wait for memory.", count(process.memory.waiting())),
+        ("api_together_config_version", "Configs loaded since the start.", pool.version),
+        ("api_together_config_ok", "1 if the config file on disk is the one in use.", file.error.is_none().into()),
+    ] {
+        scrape.gauge(name, help, value);
+    }
+    for (name, help, value) in [
+        (
+            "api_together_ledger_denied_total",
+            "Requests refused because the ledger could not be used.",
+            tally.denied.load(Ordering::Relaxed),
+        ),
+        (
+            "api_together_ledger_uncounted_total",
+            "Attempts made without a permit because the ledger could not be used.",
+            tally.uncounted.load(Ordering::Relaxed),
+        ),
+        (
+            "api_together_ledger_tokens_lost_total",
+            "Answers whose tokens were lost because the ledger could not be written.",
+            tally.lost.load(Ordering::Relaxed),
+        ),
+        (
+            "api_together_estimates_dropped_total",
+            "Answers whose tokens were not estimated, or not completely.",
+            process.estimator.dropped(),
+        ),
+        ("api_together_config_failures_total", "Changed configs that could not be applied.", file.failures),
+    ] {
+        scrape.counter(name, help, value);
+    }
+    scrape.gauge_f64(
+        "api_together_config_loaded_timestamp_seconds",
+        "When the config in use was loaded, in Unix time.",
+        loaded.as_secs_f64(),
+    );
+    let version = [([env!("CARGO_PKG_VERSION")], 1)].into_iter();
+    scrape.gauges("api_together_build_info", "Version of the program; always 1.", ["version"], version);
+}
+
+fn add_endpoints(scrape: &Scrape, from: Sources<'_>, endpoints: &[(&Endpoint, View)]) {
+    let clock = from.pool.clock();
+    let each = |value: &dyn Fn(&Endpoint, &View) -> u64| -> Vec<([&str; 1], u64)> {
+        endpoints.iter().map(|(endpoint, view)| ([endpoint.config.id.as_ref()], value(endpoint, view))).collect()
+    };
+    let add = |name, help, values: Vec<_>| scrape.gauges(name, help, ["endpoint"], values.into_iter());
+    add(
+        "api_together_endpoint_available",
+        "1 if the endpoint would be sent a request now.",
+        each(&|endpoint, view| is_available(from.pool, endpoint, view, &clock).into()),
+    );
+    add(
+        "api_together_endpoint_cooling_down",
+        "1 while the circuit breaker keeps the endpoint out.",
+        each(&|endpoint, _| matches!(endpoint.live.gate(clock.now), Gate::Cooling { .. } | Gate::OnTrial).into()),
+    );
+    add(
+        "api_together_endpoint_in_flight",
+        "Requests that the endpoint is answering.",
+        each(&|endpoint, _| endpoint.live.in_flight().into()),
+    );
+}
+
+fn add_limits(scrape: &Scrape, endpoints: &[(&Endpoint, View)]) {
+    let mut all = Vec::new();
+    for (endpoint, view) in endpoints {
+        let used = PerLimit { max_concurrent: u64::from(endpoint.live.in_flight()), ..view.used };
+        let known = |(kind, (limit, used)): (LimitKind, (Limit, u64))| match limit {
+            Limit::AtMost(limit) => Some(([endpoint.config.id.as_ref(), kind.label()], limit, used)),
+            Limit::Unlimited | Limit::Off => None,
+        };
+        all.extend(endpoint.limits.by_kind.zip(used).each().filter_map(known));
+    }
+    let add = |name, help, value: fn(u64, u64) -> u64| {
+        let values = all.iter().map(|(labels, limit, used)| (*labels, value(*limit, *used)));
+        scrape.gauges(name, help, ["endpoint", "limit"], values);
+    };
+    add("api_together_limit", "Limits of the endpoint, as configured.", |limit, _| limit);
+    add(
+        "api_together_limit_used",
+        "Used part of each limit, by all processes that share the ledger; max_concurrent by this process.",
+        |_, used| used,
+    );
+    add("api_together_limit_left", "Remaining part of each limit.", u64::saturating_sub);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    /// Names of metrics in a text, without the endings that Prometheus adds to histograms.
+    fn names(text: &str) -> BTreeSet<&str> {
+        text.split(|c: char| !c.is_ascii_lowercase() && c != '_')
+            .filter(|word| word.starts_with("api_together_"))
+            .map(|word| word.strip_suffix("_bucket").unwrap_or(word))
+            .collect()
+    }
+
+    /// Every metric, since only two files make any.
+    fn known() -> BTreeSet<&'static str> {
+        let files: [&'static str; 2] = [include_str!("metrics.rs"), include_str!("../telemetry/metrics.rs")];
+        files.into_iter().filter_map(|text| text.split("#[cfg(test)]").next()).flat_map(names).collect()
+    }
+
+    #[test]
+    fn the_documentation_has_every_metric_and_no_other() {
+        let documented = names(include_str!("../../docs/operations.md"));
+        assert!(known().len() > 25, "{:?}", known());
+        assert_eq!(documented, known());
+    }
+
+    #[test]
+    fn the_dashboard_asks_for_metrics_that_exist() {
+        let asked = names(include_str!("../../packaging/grafana/api-together.json"));
+        assert!(asked.len() > 15);
+        assert_eq!(asked.difference(&known()).collect::<Vec<_>>(), Vec::<&&str>::new());
     }
 }

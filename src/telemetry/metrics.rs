@@ -8,20 +8,16 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, TextEncoder,
 };
 
-use crate::config::LimitKind;
 use crate::usage::Cost;
 
 /// A request without a model, or an answer that came from no endpoint.
 pub const NONE: &str = "none";
 /// A model that no exact name of the config is.
 pub const OTHER: &str = "other";
-/// Endpoints that are told of at a scrape. What was counted of those that have gone by a reload stays until the process ends.
-const ENDPOINTS_MAX: usize = 2000;
-
 /// Times of endpoints, in seconds: a fast cache to a long thought.
 const ANSWER_BUCKETS: [f64; 15] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0];
@@ -102,23 +98,23 @@ impl Metrics {
         Ok(Self {
             requests: counter(
                 "api_together_requests_total",
-                "Requests that have ended, by the endpoint that answered last, the status's class, and what came of them.",
+                "Requests that have ended, by the endpoint that answered last, the class of the status, and the outcome.",
                 &["endpoint", "model", "status", "outcome"],
             )?,
             attempts: counter(
                 "api_together_attempts_total",
-                "Attempts that have ended, by what came of them; all but ok are tried again if the config and the time allow it.",
+                "Attempts that have ended, by outcome; all but ok are retried if the config and the time allow it.",
                 &["endpoint", "outcome"],
             )?,
-            tokens: counter("api_together_tokens_total", "Tokens that endpoints told.", &of_model)?,
+            tokens: counter("api_together_tokens_total", "Tokens that endpoints reported.", &of_model)?,
             estimated: counter(
                 "api_together_estimated_tokens_total",
-                "Tokens that were estimated where endpoints told none.",
+                "Tokens estimated where endpoints reported none.",
                 &of_model,
             )?,
             first_byte: histogram(
                 "api_together_time_to_first_byte_seconds",
-                "From a request's header to the first of its answer: of a stream, to its first word.",
+                "From a request's header to the first byte of its answer; of a stream, to its first event with content.",
                 &["endpoint"],
                 &ANSWER_BUCKETS,
             )?,
@@ -130,13 +126,13 @@ impl Metrics {
             )?,
             own: histogram(
                 "api_together_own_seconds",
-                "The proxy's own share before a request is sent on: reading what it asks for, the choice, the permit, the rewrite.",
+                "The gateway's own share of the time before a request is sent on: reading the body, choice, permit, rewriting.",
                 &[],
                 &OWN_BUCKETS,
             )?,
             permit: histogram(
                 "api_together_permit_seconds",
-                "From asking the ledger for a permit to its answer, waits in the queue left out.",
+                "From asking the ledger for a permit to its answer, without waits in the queue.",
                 &[],
                 &OWN_BUCKETS,
             )?,
@@ -207,10 +203,10 @@ impl Metrics {
         self.permit.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
     }
 
-    /// Everything, in Prometheus's text format (0.0.4), with what is the case at the moment.
-    pub fn text(&self, moment: &Moment) -> Vec<u8> {
+    /// All metrics in Prometheus's text format (0.0.4), together with the values read at this scrape.
+    pub fn text(&self, scrape: &Scrape) -> Vec<u8> {
         let mut families = self.registry.gather();
-        families.extend(moment.0.gather());
+        families.extend(scrape.0.gather());
         let mut text = Vec::new();
         if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
             log::error!("metrics cannot be written: {error}");
@@ -222,140 +218,47 @@ impl Metrics {
 /// The content type of [`Metrics::text`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// What is the case at one moment, gathered for one who asks, so that nothing of an endpoint that is gone is told.
-#[derive(Debug)]
-pub struct Moment(Registry);
+/// Values that are read at a scrape. Gathered anew for each, so that nothing of an endpoint that is gone is shown.
+#[derive(Debug, Default)]
+pub struct Scrape(Registry);
 
-/// What is the case for one endpoint.
-#[derive(Clone, Debug, Default)]
-pub struct EndpointMoment {
-    /// Its id.
-    pub id: String,
-    /// Whether a request could go there.
-    pub available: bool,
-    /// Whether it is cooling down.
-    pub cooling: bool,
-    /// Requests that it is answering.
-    pub in_flight: u64,
-    /// For each limit that it has: its kind, the limit, and what is used of it.
-    pub limits: Vec<(LimitKind, u64, u64)>,
-}
-
-/// What is the case for the process.
-#[derive(Clone, Debug, Default)]
-pub struct ProcessMoment {
-    /// Requests that are open.
-    pub open: u64,
-    /// Requests that wait for a permit.
-    pub queued: u64,
-    /// Whether it is on its way out.
-    pub draining: bool,
-    /// Whether the ledger can be used.
-    pub ledger_up: bool,
-    /// Requests refused because it could not be.
-    pub ledger_denied: u64,
-    /// Attempts that went on without it.
-    pub ledger_uncounted: u64,
-    /// Answers whose tokens were lost.
-    pub ledger_lost: u64,
-    /// Answers that wait for an estimate.
-    pub estimates_waiting: u64,
-    /// Those that got none.
-    pub estimates_dropped: u64,
-    /// What the bodies of requests take up, in bytes, as far as they are large.
-    pub body_bytes: u64,
-    /// What they may take up.
-    pub body_bytes_max: u64,
-    /// How many wait for room.
-    pub bodies_waiting: u64,
-    /// How many configs were loaded.
-    pub config_version: u64,
-    /// How many could not be.
-    pub config_failures: u64,
-    /// Whether the file as it is now is the one that is current.
-    pub config_ok: bool,
-    /// When it was loaded, in seconds of Unix time.
-    pub config_loaded: f64,
-}
-
-impl Moment {
-    /// Of this process and these endpoints.
-    pub fn new(process: &ProcessMoment, endpoints: &[EndpointMoment]) -> prometheus::Result<Self> {
-        let registry = Registry::new();
-        let by_endpoint =
-            |name: &str, help: &str| keep(&registry, IntGaugeVec::new(Opts::new(name, help), &["endpoint"]));
-        let available = by_endpoint("api_together_endpoint_available", "1 if a request could go to the endpoint now.")?;
-        let cooling = by_endpoint("api_together_endpoint_cooling_down", "1 while the endpoint is cooling down.")?;
-        let in_flight = by_endpoint("api_together_endpoint_in_flight", "Requests that the endpoint is answering.")?;
-        let by_limit =
-            |name: &str, help: &str| keep(&registry, GaugeVec::new(Opts::new(name, help), &["endpoint", "limit"]));
-        let limits = by_limit("api_together_limit", "An endpoint's limits, as the config has them.")?;
-        let used = by_limit(
-            "api_together_limit_used",
-            "What is used of them, by all processes that share the ledger; max_concurrent by this one.",
-        )?;
-        let left = by_limit("api_together_limit_left", "What is left of them.")?;
-        for endpoint in endpoints.iter().take(ENDPOINTS_MAX) {
-            let id = endpoint.id.as_str();
-            available.with_label_values(&[id]).set(endpoint.available.into());
-            cooling.with_label_values(&[id]).set(endpoint.cooling.into());
-            in_flight.with_label_values(&[id]).set(to_i64(endpoint.in_flight));
-            for (kind, most, count) in &endpoint.limits {
-                let limit = kind.label();
-                limits.with_label_values(&[id, limit]).set(to_f64(*most));
-                used.with_label_values(&[id, limit]).set(to_f64(*count));
-                left.with_label_values(&[id, limit]).set(to_f64(most.saturating_sub(*count)));
-            }
-        }
-        process.gather_into(&registry)?;
-        Ok(Self(registry))
+impl Scrape {
+    /// Adds a gauge.
+    pub fn gauge(&self, name: &str, help: &str, value: u64) {
+        self.keep(name, IntGauge::new(name, help), |gauge| gauge.set(to_i64(value)));
     }
-}
 
-impl ProcessMoment {
-    fn gather_into(&self, registry: &Registry) -> prometheus::Result<()> {
-        let gauge = |name: &str, help: &str, value: u64| {
-            keep(registry, IntGauge::new(name, help)).map(|gauge| gauge.set(to_i64(value)))
-        };
-        let counter = |name: &str, help: &str, value: u64| {
-            keep(registry, IntCounter::new(name, help)).map(|counter| counter.inc_by(value))
-        };
-        gauge("api_together_open_requests", "Requests that are open.", self.open)?;
-        gauge("api_together_queued_requests", "Requests that wait for a permit.", self.queued)?;
-        gauge("api_together_draining", "1 while the process is on its way out.", self.draining.into())?;
-        gauge("api_together_ledger_up", "1 if the ledger can be used.", self.ledger_up.into())?;
-        counter("api_together_ledger_denied_total", "Requests refused since it could not be.", self.ledger_denied)?;
-        counter("api_together_ledger_uncounted_total", "Attempts that went on without it.", self.ledger_uncounted)?;
-        counter("api_together_ledger_tokens_lost_total", "Answers whose tokens were lost.", self.ledger_lost)?;
-        gauge(
-            "api_together_estimates_waiting",
-            "Answers that wait for an estimate of their tokens.",
-            self.estimates_waiting,
-        )?;
-        counter(
-            "api_together_estimates_dropped_total",
-            "Answers that got none, or not a whole one.",
-            self.estimates_dropped,
-        )?;
-        gauge("api_together_body_bytes", "What request bodies above 64 KiB take up.", self.body_bytes)?;
-        gauge("api_together_body_bytes_max", "What they may take up: server.memoryBytesMax.", self.body_bytes_max)?;
-        gauge("api_together_bodies_waiting", "Request bodies that wait for room.", self.bodies_waiting)?;
-        gauge("api_together_config_version", "How many configs were loaded since the start.", self.config_version)?;
-        counter(
-            "api_together_config_failures_total",
-            "Changed configs that could not be applied.",
-            self.config_failures,
-        )?;
-        gauge(
-            "api_together_config_ok",
-            "1 if the config file as it is now is the one that is current.",
-            self.config_ok.into(),
-        )?;
-        let loaded = Gauge::new("api_together_config_loaded_timestamp_seconds", "When it was loaded, in Unix time.");
-        keep(registry, loaded)?.set(self.config_loaded);
-        let info = IntGaugeVec::new(Opts::new("api_together_build_info", "What is running; always 1."), &["version"]);
-        keep(registry, info)?.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Ok(())
+    /// Adds a gauge with a fraction.
+    pub fn gauge_f64(&self, name: &str, help: &str, value: f64) {
+        self.keep(name, Gauge::new(name, help), |gauge| gauge.set(value));
+    }
+
+    /// Adds a counter that something else has counted.
+    pub fn counter(&self, name: &str, help: &str, value: u64) {
+        self.keep(name, IntCounter::new(name, help), |counter| counter.inc_by(value));
+    }
+
+    /// Adds a gauge with labels: a value for each set of label values.
+    pub fn gauges<'a, const LABELS: usize>(
+        &self,
+        name: &str,
+        help: &str,
+        labels: [&str; LABELS],
+        values: impl Iterator<Item = ([&'a str; LABELS], u64)>,
+    ) {
+        self.keep(name, GaugeVec::new(Opts::new(name, help), &labels), |gauges| {
+            for (labels, value) in values {
+                gauges.with_label_values(&labels).set(to_f64(value));
+            }
+        });
+    }
+
+    fn keep<T: Collector + Clone + 'static>(&self, name: &str, made: prometheus::Result<T>, set: impl FnOnce(T)) {
+        match keep(&self.0, made) {
+            Ok(metric) => set(metric),
+            // A test rules it out.
+            Err(error) => log::error!("metric {name} cannot be made: {error}"),
+        }
     }
 }
 
@@ -406,22 +309,18 @@ mod tests {
         metrics.spent("a", "m", &Cost::estimated(3, 4), None);
         metrics.own(Duration::from_micros(30));
         metrics.permit(Duration::from_micros(30));
-        let endpoint = EndpointMoment {
-            id: "a".into(),
-            available: true,
-            limits: vec![(LimitKind::Rpm, 60, 70)],
-            ..EndpointMoment::default()
-        };
-        let moment = Moment::new(&ProcessMoment::default(), &[endpoint]).unwrap();
-        let text = String::from_utf8(metrics.text(&moment)).unwrap();
+        let scrape = Scrape::default();
+        scrape.gauge("api_together_open_requests", "Open requests.", 3);
+        let values = [(["a", "rpm"], 70)].into_iter();
+        scrape.gauges("api_together_limit_used", "Used.", ["endpoint", "limit"], values);
+        let text = String::from_utf8(metrics.text(&scrape)).unwrap();
         for line in [
             r#"api_together_requests_total{endpoint="a",model="m",outcome="ok",status="2xx"} 1"#,
             r#"api_together_attempts_total{endpoint="a",outcome="ok"} 1"#,
             r#"api_together_estimated_tokens_total{endpoint="a",kind="completion",model="m"} 4"#,
             r#"api_together_request_duration_seconds_bucket{endpoint="a",le="0.01"} 1"#,
             r#"api_together_limit_used{endpoint="a",limit="rpm"} 70"#,
-            r#"api_together_limit_left{endpoint="a",limit="rpm"} 0"#,
-            r#"api_together_endpoint_available{endpoint="a"} 1"#,
+            "api_together_open_requests 3",
             "api_together_own_seconds_count 1",
         ] {
             assert!(text.lines().any(|told| told == line), "{line} is not in\n{text}");
@@ -452,7 +351,7 @@ mod tests {
         metrics.request(&Ended { status: Some(404), ..ended });
         metrics.request(&Ended { outcome: "client_gone", ..ended });
         metrics.attempt("a", "broken", Some(&counters));
-        let text = String::from_utf8(metrics.text(&Moment(Registry::new()))).unwrap();
+        let text = String::from_utf8(metrics.text(&Scrape::default())).unwrap();
         for line in [
             r#"api_together_requests_total{endpoint="a",model="m",outcome="ok",status="2xx"} 3"#,
             r#"api_together_requests_total{endpoint="a",model="m",outcome="ok",status="4xx"} 1"#,
@@ -465,19 +364,6 @@ mod tests {
             r#"api_together_time_to_first_byte_seconds_count{endpoint="a"} 5"#,
         ] {
             assert!(text.lines().any(|told| told == line), "{line} is not in\n{text}");
-        }
-    }
-
-    #[test]
-    fn the_dashboard_asks_for_what_is_told() {
-        let names = |text: &'static str| {
-            text.split(|c: char| !c.is_ascii_lowercase() && c != '_').filter(|word| word.starts_with("api_together_"))
-        };
-        let told: Vec<&str> = names(include_str!("metrics.rs")).collect();
-        let asked: Vec<&str> = names(include_str!("../../packaging/grafana/api-together.json")).collect();
-        assert!(asked.len() > 15);
-        for name in asked {
-            assert!(told.contains(&name.strip_suffix("_bucket").unwrap_or(name)), "{name}");
         }
     }
 }
