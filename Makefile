@@ -41,13 +41,16 @@ test: build-tools client-tools ## Run all tests: unit, integration, and the offi
 	tests/metrics/run target/debug/api-together
 
 .PHONY: lint
-lint: build-tools ## Formatting, lints, documentation, configs and generated files, all without a warning
+lint: build-tools ## Formatting, lints, documentation, licences, configs and generated files, all without a warning
 	echo "==> formatting"
 	cargo fmt --check
 	echo "==> lints"
 	cargo clippy --locked --all-targets -- -D warnings
 	echo "==> documentation"
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+	echo "==> licences, banned crates and sources of dependencies"
+	$(call install-deny)
+	cargo deny --locked check licenses bans sources
 	echo "==> the configs in conf/"
 	cargo build --locked
 	count=0
@@ -218,12 +221,21 @@ bench-limits: build-tools ## Measure what limits cost: requests a second and lat
 	cargo build --release --locked --bin api-together --example simulator
 	benches/limits
 
+.PHONY: advisories
+advisories: build-tools ## Look for known vulnerabilities in dependencies; needs the advisory database, which is on GitHub
+	$(call install-deny)
+	cargo deny --locked check advisories
+
 .PHONY: generated
 generated: build-tools ## Write the config's schema and its reference table anew
 	cargo build --locked
 	target/debug/api-together schema > conf/apis.schema.json
 	target/debug/api-together schema --format markdown > target/config-table.md
 	sed -i -e '/<!-- generated/,/<!-- end of generated/{/<!-- generated/{p;r target/config-table.md' -e '};/<!-- end of generated/p;d}' docs/config.md
+
+define install-deny
+	command -v cargo-deny >/dev/null || { echo "==> cargo-deny is missing: installing it with cargo"; cargo install --locked cargo-deny; }
+endef
 
 # Installs Debian packages if it may, else says what to install: $(call install,program,packages)
 define install
@@ -246,6 +258,13 @@ build-tools: # What the build needs: Rust, a C compiler, cmake
 	if ! command -v cargo >/dev/null; then
 	  echo "Rust is missing. Install it with" >&2
 	  echo "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh" >&2
+	  exit 1
+	fi
+	needed=$$(sed -n 's/^rust-version = "\(.*\)"$$/\1/p' Cargo.toml)
+	found=$$(rustc --version | cut -d' ' -f2 | cut -d- -f1)
+	if [ "$$(printf '%s\n' "$$needed" "$$found" | sort -V | head -n 1)" != "$$needed" ]; then
+	  echo "Rust $$found is too old: api-together needs $$needed or newer." >&2
+	  echo "Update it with 'rustup update', or install it from https://rustup.rs (a distribution's own package is often older)." >&2
 	  exit 1
 	fi
 	$(call install,cc,build-essential)
