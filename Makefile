@@ -47,7 +47,7 @@ lint: build-tools ## Formatting, lints, documentation, licences, configs and gen
 	echo "==> lints"
 	cargo clippy --locked --all-targets -- -D warnings
 	echo "==> documentation"
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
 	echo "==> licences, banned crates and sources of dependencies"
 	$(call install-deny)
 	cargo deny --locked check licenses bans sources

@@ -5,42 +5,42 @@
 //!
 //! | room | owns |
 //! |---|---|
-//! | [`cli`] | what a person types and sees |
-//! | [`server`] | the process: listeners, services, drain, reload, handover to a successor |
-//! | [`proxy`] | Pingora's hooks, and the order of a request's stages |
-//! | [`admin`] | our own answers: health, status, models, tokens, metrics |
-//! | [`process`] | what everybody may ask of the running process |
-//! | [`billing`] | what an answer is charged as, reported or estimated |
-//! | [`exchange`] | one request at one endpoint: hold, commit or drop its answer |
-//! | [`routing`] | who takes a request: candidates, strategies, health, retries |
-//! | [`ledger`] | every count on disk: permits and tokens |
-//! | [`telemetry`] | metrics and the log |
-//! | [`response`] | readers of answers, pure |
-//! | [`usage`] | tokens of an answer, pure |
-//! | [`upstream`] | the way to an endpoint |
-//! | [`request`] | what is asked: key, body, fields, rewriting |
-//! | [`fault`] | what clients are told when something goes wrong |
-//! | [`limit`] | rate limits and quotas, pure |
-//! | [`json`] | readers of JSON that build no tree, pure |
-//! | [`config`] | from the file's text to checked values |
-//! | [`simulator`] | endpoints that behave as a test or a demo wants |
+//! | `cli` | what a person types and sees |
+//! | `server` | the process: listeners, services, drain, reload, handover to a successor |
+//! | `proxy` | Pingora's hooks, and the order of a request's stages |
+//! | `admin` | our own answers: health, status, models, tokens, metrics |
+//! | `process` | what everybody may ask of the running process |
+//! | `billing` | what an answer is charged as, reported or estimated |
+//! | `exchange` | one request at one endpoint: hold, commit or drop its answer |
+//! | `routing` | who takes a request: candidates, strategies, health, retries |
+//! | `ledger` | every count on disk: permits and tokens |
+//! | `telemetry` | metrics and the log |
+//! | `response` | readers of answers, pure |
+//! | `usage` | tokens of an answer, pure |
+//! | `upstream` | the way to an endpoint |
+//! | `request` | what is asked: key, body, fields, rewriting |
+//! | `fault` | what clients are told when something goes wrong |
+//! | `limit` | rate limits and quotas, pure |
+//! | `json` | readers of JSON that build no tree, pure |
+//! | `config` | from the file's text to checked values |
+//! | `simulator` | endpoints that behave as a test or a demo wants |
 
-pub mod admin;
+mod admin;
 pub mod billing;
 pub mod cli;
 pub mod config;
 pub mod exchange;
 pub mod fault;
-pub mod json;
+mod json;
 pub mod ledger;
 pub mod limit;
-pub mod process;
+mod process;
 pub mod proxy;
 pub mod request;
 pub mod response;
 pub mod routing;
 pub mod server;
 pub mod simulator;
-pub mod telemetry;
-pub mod upstream;
+mod telemetry;
+mod upstream;
 pub mod usage;

@@ -10,12 +10,12 @@ use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
 
 /// The process is alive.
-pub fn health() -> String {
+pub(super) fn health() -> String {
     json!({ "status": "ok", "timestamp": iso(SystemTime::now()), "service": SERVICE }).to_string()
 }
 
 /// Whether requests should be sent here, and if not, why.
-pub fn ready(from: Sources<'_>) -> (u16, String) {
+pub(super) fn ready(from: Sources<'_>) -> (u16, String) {
     let reason = if from.process.draining.is_on() {
         Some("it is on its way out and finishes what it has")
     } else {

@@ -15,7 +15,7 @@ use crate::telemetry::metrics::{Scrape, metrics};
 const ENDPOINTS_MAX: usize = 2000;
 
 /// All metrics in Prometheus's text format.
-pub async fn text(from: Sources<'_>) -> Vec<u8> {
+pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     let pool = from.pool;
     let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
     let views = pool.ledger.look(accounts).await.unwrap_or_default();

@@ -1,7 +1,7 @@
 //! Our own answers: health, status, models, and every fault. Each is built here as a value; the proxy sends it.
 
 mod health;
-pub mod metrics;
+pub(crate) mod metrics;
 mod models;
 mod status;
 mod tokens;
@@ -21,7 +21,7 @@ const SDK_WAIT_MAX: Duration = Duration::from_mins(1);
 
 /// An answer of our own.
 #[derive(Debug)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// Its status.
     pub status: u16,
     /// Its headers, but for length, request id and CORS, which every answer gets when it is sent.
@@ -32,7 +32,7 @@ pub struct Answer {
 
 /// What our own answers are made of.
 #[derive(Clone, Copy, Debug)]
-pub struct Sources<'a> {
+pub(crate) struct Sources<'a> {
     /// The endpoints that the request came to.
     pub pool: &'a Pool,
     /// The process.
@@ -41,7 +41,7 @@ pub struct Sources<'a> {
 
 /// One of our own resources.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Resource<'a> {
+pub(crate) enum Resource<'a> {
     /// `GET /health`.
     Health,
     /// `GET /health/ready`.
@@ -62,7 +62,7 @@ pub enum Resource<'a> {
 
 impl<'a> Resource<'a> {
     /// The resource that a path names, if it is one of ours. Only reading a model is ours; deleting one is an endpoint's.
-    pub fn from_path(path: &'a str, method: &Method) -> Option<Self> {
+    pub(crate) fn from_path(path: &'a str, method: &Method) -> Option<Self> {
         let reads = matches!(*method, Method::GET | Method::HEAD);
         match path.strip_suffix('/').unwrap_or(path) {
             "/health" => Some(Self::Health),
@@ -78,7 +78,7 @@ impl<'a> Resource<'a> {
     }
 
     /// Checks that it takes the method.
-    pub fn check_method(&self, method: &Method) -> Result<(), Fault> {
+    pub(crate) fn check_method(&self, method: &Method) -> Result<(), Fault> {
         let allowed = if self.takes_body() { "POST" } else { "GET, HEAD" };
         let known = match *method {
             Method::POST => self.takes_body(),
@@ -89,17 +89,17 @@ impl<'a> Resource<'a> {
     }
 
     /// Whether no key is needed: whoever starts and stops processes has none.
-    pub fn is_open_to_all(&self) -> bool {
+    pub(crate) fn is_open_to_all(&self) -> bool {
         matches!(self, Self::Health | Self::Ready)
     }
 
     /// Whether a request for it has a body that says something.
-    pub fn takes_body(&self) -> bool {
+    pub(crate) fn takes_body(&self) -> bool {
         *self == Self::TokenReset
     }
 
     /// The answer to a request for it.
-    pub async fn answer(&self, from: Sources<'_>, body: &[u8]) -> Result<Answer, Fault> {
+    pub(crate) async fn answer(&self, from: Sources<'_>, body: &[u8]) -> Result<Answer, Fault> {
         let (status, body) = match self {
             Self::Health => (200, health::health()),
             Self::Ready => health::ready(from),
@@ -116,19 +116,19 @@ impl<'a> Resource<'a> {
 
 impl Answer {
     /// An answer that is JSON.
-    pub fn json(status: u16, body: impl Into<Bytes>) -> Self {
+    pub(crate) fn json(status: u16, body: impl Into<Bytes>) -> Self {
         let content_type = (header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Self { status, headers: vec![content_type], body: body.into() }
     }
 
     /// An answer that is Prometheus's.
-    pub fn metrics(text: Vec<u8>) -> Self {
+    pub(crate) fn metrics(text: Vec<u8>) -> Self {
         let content_type = (header::CONTENT_TYPE, HeaderValue::from_static(crate::telemetry::metrics::CONTENT_TYPE));
         Self { status: 200, headers: vec![content_type], body: text.into() }
     }
 
     /// The answer to a CORS preflight (Fetch standard, 3.3.2): every method and header we know may be used.
-    pub fn preflight(requested_headers: Option<&HeaderValue>) -> Self {
+    pub(crate) fn preflight(requested_headers: Option<&HeaderValue>) -> Self {
         let allow_headers = requested_headers.cloned().unwrap_or_else(|| HeaderValue::from_static("*"));
         let headers = vec![
             (

@@ -10,12 +10,12 @@ use crate::routing::pool::Pool;
 /// When the models were made is not known here; the field must be a number.
 const CREATED: u64 = 0;
 
-pub fn list(pool: &Pool) -> String {
+pub(super) fn list(pool: &Pool) -> String {
     let models: Vec<Value> = pool.router.names().map(|name| model(pool, name)).collect();
     json!({ "object": "list", "data": models }).to_string()
 }
 
-pub fn one(pool: &Pool, name: &str) -> Result<String, Fault> {
+pub(super) fn one(pool: &Pool, name: &str) -> Result<String, Fault> {
     let name = percent_decode_str(name).decode_utf8_lossy();
     match pool.router.find(&name) {
         Some(_) => Ok(model(pool, &name).to_string()),

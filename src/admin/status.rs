@@ -18,7 +18,7 @@ use crate::routing::usage_injection::UsageInjection;
 
 pub(super) const SERVICE: &str = "api-together";
 
-pub async fn status(from: Sources<'_>) -> String {
+pub(super) async fn status(from: Sources<'_>) -> String {
     let Sources { pool, process: Process { open, ledger, estimator, config, .. } } = from;
     // Asked of the ledger, since other processes may count for the same endpoints.
     let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();

@@ -13,7 +13,7 @@ use crate::ledger::stats::{self, Begins, ModelStats, Stats};
 use crate::usage::{Cost, Sum};
 
 /// Whatever was counted, of every endpoint that ever answered, in any process that shares the ledger.
-pub async fn stats(from: Sources<'_>) -> Result<String, Fault> {
+pub(super) async fn stats(from: Sources<'_>) -> Result<String, Fault> {
     // What this process has counted and not yet written; if that fails, what is written is shown.
     from.pool.ledger.flush().await;
     let path = from.process.ledger.path().to_owned();
@@ -135,7 +135,7 @@ fn at(since_1970: Duration) -> SystemTime {
 }
 
 /// Forgets the statistics of the endpoint that the body names, or of all. What limits go by is not touched.
-pub async fn reset(from: Sources<'_>, body: &[u8]) -> Result<String, Fault> {
+pub(super) async fn reset(from: Sources<'_>, body: &[u8]) -> Result<String, Fault> {
     #[derive(Deserialize, Default)]
     #[serde(rename_all = "camelCase", deny_unknown_fields)]
     struct Asked {

@@ -1,6 +1,6 @@
 //! What an answer cost, once it is over: counted where the endpoint told it, estimated where it did not.
 
-pub mod estimate;
+pub(crate) mod estimate;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -14,7 +14,7 @@ const OFF: Style = AnsiColor::Yellow.on_default();
 
 /// The text, but for the address, which is known only later.
 #[derive(Debug)]
-pub struct Banner {
+pub(super) struct Banner {
     scheme: &'static str,
     key: String,
     endpoints: String,
@@ -22,7 +22,7 @@ pub struct Banner {
 
 impl Banner {
     /// Of a config.
-    pub fn new(config: &Config) -> Self {
+    pub(super) fn new(config: &Config) -> Self {
         let usable = config.endpoints.iter().filter(|endpoint| endpoint.usable()).count();
         let mut endpoints = format!("{usable} of {} in use\n", config.endpoints.len());
         for endpoint in &config.endpoints {
@@ -33,7 +33,7 @@ impl Banner {
     }
 
     /// The whole text. Colours are left out by whoever prints it to something that is no terminal.
-    pub fn text(&self, address: SocketAddr) -> String {
+    pub(super) fn text(&self, address: SocketAddr) -> String {
         let Self { scheme, key, endpoints } = self;
         let local = callable(address);
         let version = env!("CARGO_PKG_VERSION");

@@ -16,7 +16,7 @@ const CLIENT_KEY: &str = "sk-demo";
 const PORT: u16 = 3001;
 
 /// Serves the demo until it is told to stop. The error says why it cannot start.
-pub fn run() -> Result<(), String> {
+pub(super) fn run() -> Result<(), String> {
     logger::start(false);
     let bases = start_endpoints().map_err(|error| format!("the simulated endpoints cannot start: {error}"))?;
     let (banner, mut prepared) = prepare(&bases, PORT).or_else(|busy| {

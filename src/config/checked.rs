@@ -83,7 +83,7 @@ fn check_ids(typed: &[EndpointFile], check: &mut Check<'_>) {
 
 impl Check<'_> {
     /// A text that must be there and not be blank.
-    pub fn required(&mut self, typed: Option<String>, path: &str, hint: &str) -> Option<String> {
+    pub(super) fn required(&mut self, typed: Option<String>, path: &str, hint: &str) -> Option<String> {
         let message = match &typed {
             Some(text) if !text.trim().is_empty() => return typed,
             Some(_) => "is empty",
@@ -94,7 +94,7 @@ impl Check<'_> {
     }
 
     /// A key that must be there and that a header can carry.
-    pub fn key(&mut self, typed: Option<Secret>, path: &str, hint: &str) -> Option<Secret> {
+    pub(super) fn key(&mut self, typed: Option<Secret>, path: &str, hint: &str) -> Option<Secret> {
         let typed = self.required(typed.map(|key| key.expose().to_owned()), path, hint)?;
         let key = typed.trim();
         if key.len() != typed.len() {
@@ -109,14 +109,14 @@ impl Check<'_> {
     }
 
     /// The path of a file that must be named and can be read now.
-    pub fn required_file(&mut self, typed: Option<&str>, path: &str) -> Option<PathBuf> {
+    pub(super) fn required_file(&mut self, typed: Option<&str>, path: &str) -> Option<PathBuf> {
         let hint = "certFile and keyFile go together; without `tls` the server speaks plain HTTP";
         let typed = self.required(typed.map(str::to_owned), path, hint)?;
         self.readable(&typed, path)
     }
 
     /// The path of a file that can be read now. One byte is read, since a folder can be opened too.
-    pub fn readable(&mut self, typed: &str, path: &str) -> Option<PathBuf> {
+    pub(super) fn readable(&mut self, typed: &str, path: &str) -> Option<PathBuf> {
         let file = self.base_dir.join(typed);
         match std::fs::File::open(&file).and_then(|mut file| file.read(&mut [0])) {
             Ok(_) => Some(file),

@@ -19,9 +19,9 @@ use super::proxy::Proxy;
 use crate::config::secret::Secret;
 
 /// Ids are headers' and metrics' labels, so they are short.
-pub const ID_CHARS_MAX: usize = 64;
+pub(super) const ID_CHARS_MAX: usize = 64;
 /// Names are shown in tables.
-pub const NAME_CHARS_MAX: usize = 200;
+pub(super) const NAME_CHARS_MAX: usize = 200;
 
 /// Somewhere that requests are sent on to.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,48 +13,48 @@ use super::endpoint::StreamUsage;
 use super::server::{LedgerOnError, LedgerSync, LogFormat, Strategy};
 use crate::config::secret::Secret;
 
-pub const HOST_DEFAULT: &str = "0.0.0.0";
-pub const PORT_DEFAULT: u16 = 3001;
-pub const BODY_BYTES_DEFAULT: u32 = 64 * 1024 * 1024;
-pub const BODY_BYTES_MIN: u32 = 1024;
-pub const BODY_BYTES_MAX: u32 = 1024 * 1024 * 1024;
-pub const FAILED_KEYS_PER_MINUTE_DEFAULT: u32 = 30;
-pub const ENDPOINT_HEADERS_DEFAULT: bool = true;
-pub const CORS_ORIGIN_DEFAULT: &str = "*";
+pub(super) const HOST_DEFAULT: &str = "0.0.0.0";
+pub(super) const PORT_DEFAULT: u16 = 3001;
+pub(super) const BODY_BYTES_DEFAULT: u32 = 64 * 1024 * 1024;
+pub(super) const BODY_BYTES_MIN: u32 = 1024;
+pub(super) const BODY_BYTES_MAX: u32 = 1024 * 1024 * 1024;
+pub(super) const FAILED_KEYS_PER_MINUTE_DEFAULT: u32 = 30;
+pub(super) const ENDPOINT_HEADERS_DEFAULT: bool = true;
+pub(super) const CORS_ORIGIN_DEFAULT: &str = "*";
 
-pub const LEDGER_DEFAULT: &str = "data/ledger.db";
-pub const QUEUE_REQUESTS_DEFAULT: u32 = 1000;
+pub(super) const LEDGER_DEFAULT: &str = "data/ledger.db";
+pub(super) const QUEUE_REQUESTS_DEFAULT: u32 = 1000;
 /// Each holds a connection and its whole request.
-pub const QUEUE_REQUESTS_MAX: u32 = 100_000;
+pub(super) const QUEUE_REQUESTS_MAX: u32 = 100_000;
 
-pub const ATTEMPTS_DEFAULT: u32 = 10;
-pub const ATTEMPTS_MAX: u32 = 100;
-pub const BUDGET_MS_DEFAULT: u32 = 120_000;
-pub const FAILURES_DEFAULT: u32 = 3;
-pub const COOL_DOWN_SECONDS_DEFAULT: u32 = 600;
-pub const COOL_DOWN_SECONDS_MAX: u32 = 7 * 86_400;
-pub const THREADS_MAX: u16 = 1024;
-pub const MEMORY_BYTES_MIN: u64 = 1024 * 1024;
-pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
-pub const MEMORY_BYTES_DEFAULT_MAX: u64 = 1024 * 1024 * 1024;
+pub(super) const ATTEMPTS_DEFAULT: u32 = 10;
+pub(super) const ATTEMPTS_MAX: u32 = 100;
+pub(super) const BUDGET_MS_DEFAULT: u32 = 120_000;
+pub(super) const FAILURES_DEFAULT: u32 = 3;
+pub(super) const COOL_DOWN_SECONDS_DEFAULT: u32 = 600;
+pub(super) const COOL_DOWN_SECONDS_MAX: u32 = 7 * 86_400;
+pub(super) const THREADS_MAX: u16 = 1024;
+pub(super) const MEMORY_BYTES_MIN: u64 = 1024 * 1024;
+pub(super) const MEMORY_BYTES_MAX: u64 = 1 << 40;
+pub(super) const MEMORY_BYTES_DEFAULT_MAX: u64 = 1024 * 1024 * 1024;
 
 /// The largest integer that a JavaScript number, and so the old program, holds exactly.
-pub const LIMIT_MAX: i64 = 9_007_199_254_740_991;
-pub const LIMIT_DEFAULT: i64 = -1;
-pub const ENABLED_DEFAULT: bool = true;
-pub const ESTIMATE_TOKENS_DEFAULT: bool = true;
-pub const WEIGHT_DEFAULT: u16 = 1;
-pub const PRIORITY_DEFAULT: u32 = 0;
-pub const PRIORITY_MAX: u32 = 65_535;
+pub(super) const LIMIT_MAX: i64 = 9_007_199_254_740_991;
+pub(super) const LIMIT_DEFAULT: i64 = -1;
+pub(super) const ENABLED_DEFAULT: bool = true;
+pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
+pub(super) const WEIGHT_DEFAULT: u16 = 1;
+pub(super) const PRIORITY_DEFAULT: u32 = 0;
+pub(super) const PRIORITY_MAX: u32 = 65_535;
 
-pub const CONNECT_MS_DEFAULT: u32 = 5_000;
-pub const FIRST_BYTE_STREAM_MS_DEFAULT: u32 = 60_000;
-pub const FIRST_BYTE_MS_DEFAULT: u32 = 600_000;
-pub const IDLE_MS_DEFAULT: u32 = 120_000;
+pub(super) const CONNECT_MS_DEFAULT: u32 = 5_000;
+pub(super) const FIRST_BYTE_STREAM_MS_DEFAULT: u32 = 60_000;
+pub(super) const FIRST_BYTE_MS_DEFAULT: u32 = 600_000;
+pub(super) const IDLE_MS_DEFAULT: u32 = 120_000;
 /// A day: no timeout is meant to be longer.
-pub const TIMEOUT_MS_MAX: u32 = 86_400_000;
+pub(super) const TIMEOUT_MS_MAX: u32 = 86_400_000;
 /// Where a plain count needs some end.
-pub const COUNT_MAX: u32 = 1_000_000;
+pub(super) const COUNT_MAX: u32 = 1_000_000;
 
 /// One self-hosted process in front of many OpenAI-format endpoints. JSON, or YAML if the file's name
 /// ends in `.yaml` or `.yml`. In any text value `${NAME}` is replaced by an environment variable, taken
@@ -62,7 +62,7 @@ pub const COUNT_MAX: u32 = 1_000_000;
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(title = "api-together configuration")]
-pub struct ConfigFile {
+pub(super) struct ConfigFile {
     /// Where an editor finds this schema. Not read by the program.
     #[serde(rename = "$schema")]
     #[expect(dead_code, reason = "for editors, not for us")]
@@ -77,7 +77,7 @@ pub struct ConfigFile {
 
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct ServerFile {
+pub(super) struct ServerFile {
     /// The IP address to listen on: `0.0.0.0` for every IPv4 address, `::` for IPv6 too, `localhost` or
     /// `127.0.0.1` for this machine only.
     #[schemars(extend("default" = HOST_DEFAULT))]
@@ -149,7 +149,7 @@ pub struct ServerFile {
 
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct QueueFile {
+pub(super) struct QueueFile {
     /// How long a request waits at most, in milliseconds.
     #[schemars(required, range(min = 1, max = TIMEOUT_MS_MAX))]
     pub max_wait_ms: Option<u32>,
@@ -160,7 +160,7 @@ pub struct QueueFile {
 
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct ServerTlsFile {
+pub(super) struct ServerTlsFile {
     /// The certificate chain in PEM form. A relative path starts from this file's folder.
     #[schemars(required)]
     pub cert_file: Option<String>,
@@ -171,7 +171,7 @@ pub struct ServerTlsFile {
 
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct CorsFile {
+pub(super) struct CorsFile {
     /// Origins such as `https://chat.example.com`. `*` allows any; an empty list allows none.
     #[schemars(extend("default" = [CORS_ORIGIN_DEFAULT]))]
     pub origins: Option<Vec<String>>,
@@ -179,7 +179,7 @@ pub struct CorsFile {
 
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct RetryFile {
+pub(super) struct RetryFile {
     /// Attempts for one request at most, the first one counted, each on another endpoint.
     #[schemars(range(min = 1, max = ATTEMPTS_MAX), extend("default" = ATTEMPTS_DEFAULT))]
     pub attempts: Option<u32>,
@@ -220,7 +220,7 @@ impl StatusFile {
 
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct BreakerFile {
+pub(super) struct BreakerFile {
     /// Failures in a row after which an endpoint cools down.
     #[schemars(range(min = 1, max = COUNT_MAX), extend("default" = FAILURES_DEFAULT))]
     pub failures: Option<u32>,
@@ -231,7 +231,7 @@ pub struct BreakerFile {
 
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct EndpointFile {
+pub(super) struct EndpointFile {
     /// The endpoint's own name in counts, logs and headers, at most 64 characters. No two are the same.
     #[schemars(required, length(min = 1, max = super::endpoint::ID_CHARS_MAX))]
     pub id: Option<String>,
@@ -299,7 +299,7 @@ pub struct EndpointFile {
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[expect(clippy::struct_field_names, reason = "the unit is part of each name")]
-pub struct TimeoutsFile {
+pub(super) struct TimeoutsFile {
     /// Until the connection stands, in milliseconds.
     #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = CONNECT_MS_DEFAULT))]
     pub connect_ms: Option<u32>,
@@ -314,7 +314,7 @@ pub struct TimeoutsFile {
 
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct EndpointTlsFile {
+pub(super) struct EndpointTlsFile {
     /// Certificates of authorities to trust in place of the system's, in PEM form. A relative path
     /// starts from this file's folder.
     pub ca_file: Option<String>,

@@ -6,7 +6,7 @@
 //! 2. `file` is what was typed;
 //! 3. `checked` is what is meant: [`Config`] with its [`Server`] and [`Endpoint`]s.
 //!
-//! [`schema`] and [`schema_markdown`] write the reference from the types of `file`.
+//! [`schema()`] and [`schema_markdown`] write the reference from the types of `file`.
 
 mod base_url;
 mod checked;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{Config, Environment, Format, Server, check_str};
 
 /// A config of these endpoints; id, key and address are made up where they are left out.
-pub fn config(apis: &str) -> Config {
+pub(crate) fn config(apis: &str) -> Config {
     let mut apis: Value = serde_json::from_str(apis).unwrap();
     for (index, api) in apis.as_array_mut().unwrap().iter_mut().enumerate() {
         let api = api.as_object_mut().unwrap();
@@ -22,7 +22,7 @@ pub fn config(apis: &str) -> Config {
 }
 
 /// The server part of a config with these settings.
-pub fn server(settings: &str) -> Server {
+pub(crate) fn server(settings: &str) -> Server {
     let mut server: Value = serde_json::from_str(settings).unwrap();
     server.as_object_mut().unwrap().entry("apiKey").or_insert_with(|| json!("sk-client-key"));
     load(&json!({ "server": server, "apis": [{ "id": "a", "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-endpoint-key" }] }))

@@ -5,8 +5,8 @@ mod attempt;
 mod hold;
 pub mod judge;
 mod reading;
-pub mod scheduling;
-pub mod session;
+pub(crate) mod scheduling;
+pub(crate) mod session;
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};

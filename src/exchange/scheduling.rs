@@ -14,7 +14,7 @@ use std::time::Duration;
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Lets every other task that can run do so once. Unlike the runtime's own way to yield it does not look for events of the system.
-pub async fn step_aside() {
+pub(crate) async fn step_aside() {
     let mut is_back = false;
     poll_fn(|context| {
         if mem::replace(&mut is_back, true) {
@@ -33,7 +33,7 @@ pub async fn step_aside() {
 ///
 /// Has to be called inside of a runtime. Each thread spawns one task, once, since each may have a runtime of its own; where threads
 /// share one, a single task would do, and a second runtime on a thread has none. Neither does harm.
-pub fn keep_heartbeat() {
+pub(crate) fn keep_heartbeat() {
     thread_local! {
         static BEATS: Cell<bool> = const { Cell::new(false) };
     }

@@ -8,7 +8,7 @@ const DEPTH_MAX: usize = 127;
 
 /// Tells the keys of the outermost object, without their quotation marks, and where their values stand. None if this is no valid JSON
 /// object, or one with escapes in its keys.
-pub fn members<'a>(json: &'a [u8], mut each: impl FnMut(&'a [u8], Range<usize>)) -> Option<()> {
+pub(crate) fn members<'a>(json: &'a [u8], mut each: impl FnMut(&'a [u8], Range<usize>)) -> Option<()> {
     simdutf8::basic::from_utf8(json).ok()?;
     let mut walk = Walk { json, at: 0 };
     walk.blanks();

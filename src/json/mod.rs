@@ -10,14 +10,14 @@
 //! | [`response::event_template`](crate::response::event_template) | an event that differs from the last one only in its texts | an equal event was read before | most events of a stream |
 //! | `serde_json::Value` | a whole text, as a tree | nothing | what is read once a request at most: a stream's first events, error bodies, estimates |
 
-pub mod members;
-pub mod scan;
+pub(crate) mod members;
+pub(crate) mod scan;
 
 use std::slice::SliceIndex;
 
 /// The part of `bytes` at `range`, which lies within them. A range that does not is a bug of the caller's: debug builds, and so the
 /// tests, stop at it; a release takes the part for empty, so that no request panics.
-pub fn part<I: SliceIndex<[u8], Output = [u8]>>(bytes: &[u8], range: I) -> &[u8] {
+pub(crate) fn part<I: SliceIndex<[u8], Output = [u8]>>(bytes: &[u8], range: I) -> &[u8] {
     let part = bytes.get(range);
     debug_assert!(part.is_some(), "a part that does not lie within {} bytes", bytes.len());
     part.unwrap_or_default()

@@ -12,13 +12,13 @@ use serde_json::value::RawValue;
 use super::part;
 
 /// For a member of which an absent value and a null are told apart.
-pub fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+pub(crate) fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 /// A key, borrowed from the JSON unless it is spelt with escapes.
 #[derive(Debug)]
-pub struct Key<'a>(pub Cow<'a, str>);
+pub(crate) struct Key<'a>(pub Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Key<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -43,7 +43,7 @@ impl<'de> Deserialize<'de> for Key<'de> {
 }
 
 /// Whether there is a key (with its quotation marks), at any depth, whose value begins so.
-pub fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {
+pub(crate) fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {
     key.find_iter(data).any(|at| {
         let after = part(data, at + key.needle().len()..).trim_ascii_start();
         after.strip_prefix(b":").is_some_and(|rest| rest.trim_ascii_start().starts_with(value))
@@ -51,7 +51,7 @@ pub fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {
 }
 
 /// The members of JSON, at any depth, whose values are strings, without their quotation marks.
-pub fn strings(json: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+pub(crate) fn strings(json: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     let mut rest = json;
     std::iter::from_fn(move || {
         loop {
@@ -86,7 +86,7 @@ fn string(json: &[u8]) -> Option<(&[u8], &[u8])> {
 
 /// Whether these bytes, which follow a value, end the JSON that it is a member of: nothing but members with texts for values come
 /// before the last bracket. The value is then one of the outermost object, whose bracket that is.
-pub fn ends_outermost(after: &[u8]) -> bool {
+pub(crate) fn ends_outermost(after: &[u8]) -> bool {
     let mut rest = after.trim_ascii();
     while rest != b"}" {
         let member = || {

@@ -7,13 +7,13 @@ use bytes::{Bytes, BytesMut};
 use crate::fault::Fault;
 
 /// A client that sends nothing for this long while its body is due has gone or stalls on purpose.
-pub const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// No body takes longer than this, however steadily it trickles.
-pub const BODY_TOTAL_TIMEOUT: Duration = Duration::from_mins(10);
+pub(crate) const BODY_TOTAL_TIMEOUT: Duration = Duration::from_mins(10);
 
 /// Collects a body from its chunks, up to a limit. A body of one chunk is kept as it came, without a copy.
 #[derive(Debug)]
-pub struct Collector {
+pub(crate) struct Collector {
     bytes_max: usize,
     declared: usize,
     first: Bytes,
@@ -22,7 +22,7 @@ pub struct Collector {
 
 impl Collector {
     /// A collector for a body of `declared` bytes, if the client said how many, and at most `bytes_max`.
-    pub fn new(declared: Option<u64>, bytes_max: usize) -> Result<Self, Fault> {
+    pub(crate) fn new(declared: Option<u64>, bytes_max: usize) -> Result<Self, Fault> {
         let declared = match declared.map(usize::try_from) {
             None => 0,
             Some(Ok(length)) if length <= bytes_max => length,
@@ -32,17 +32,17 @@ impl Collector {
     }
 
     /// How long the body is so far.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.first.len() + self.joined.len()
     }
 
     /// The length that its client has said it has, or none.
-    pub fn declared(&self) -> usize {
+    pub(crate) fn declared(&self) -> usize {
         self.declared
     }
 
     /// Takes the next chunk.
-    pub fn push(&mut self, chunk: Bytes) -> Result<(), Fault> {
+    pub(crate) fn push(&mut self, chunk: Bytes) -> Result<(), Fault> {
         let length = self.bytes() + chunk.len();
         if length > self.bytes_max {
             return Err(Fault::BodyTooLarge { bytes_max: self.bytes_max });
@@ -61,7 +61,7 @@ impl Collector {
     }
 
     /// The whole body.
-    pub fn finish(self) -> Bytes {
+    pub(crate) fn finish(self) -> Bytes {
         if self.joined.is_empty() { self.first } else { self.joined.freeze() }
     }
 }

@@ -11,11 +11,11 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bodies up to this size need no room.
-pub const FREE_BYTES: usize = 64 * 1024;
+pub(crate) const FREE_BYTES: usize = 64 * 1024;
 /// A body of unknown length is given room for so much at first, and then for twice as much again and again.
 const FIRST_STEP_BYTES: usize = 1024 * 1024;
 /// A body waits no longer than this for room.
-pub const WAIT_MAX: Duration = Duration::from_secs(10);
+pub(crate) const WAIT_MAX: Duration = Duration::from_secs(10);
 /// What room is counted in.
 const UNIT_BYTES: usize = 1024;
 

@@ -3,12 +3,12 @@
 use crate::json::part;
 
 /// True for a stream of server-sent events.
-pub fn is_event_stream(content_type: Option<&str>) -> bool {
+pub(crate) fn is_event_stream(content_type: Option<&str>) -> bool {
     content_type.is_some_and(|value| essence(value).eq_ignore_ascii_case(b"text/event-stream"))
 }
 
 /// True if an answer is JSON.
-pub fn is_json(content_type: Option<&str>) -> bool {
+pub(crate) fn is_json(content_type: Option<&str>) -> bool {
     content_type
         .is_some_and(|value| essence(value).last_chunk::<4>().is_some_and(|end| end.eq_ignore_ascii_case(b"json")))
 }
@@ -21,7 +21,7 @@ fn essence(content_type: &str) -> &[u8] {
 }
 
 /// True if a request's body is JSON. Without a content type it is taken for JSON, as every call of the API but the uploads is.
-pub fn is_json_request(content_type: Option<&str>) -> bool {
+pub(crate) fn is_json_request(content_type: Option<&str>) -> bool {
     let Some(value) = content_type else { return true };
     let essence = essence(value);
     let begins = |start: &[u8]| essence.get(..start.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(start));

@@ -43,7 +43,7 @@ impl Encoding {
 }
 
 /// Decodes one answer.
-pub struct Decoder(DecoderState);
+pub(crate) struct Decoder(DecoderState);
 
 enum DecoderState {
     Gzip(Box<flate2::write::MultiGzDecoder<Sink>>),
@@ -80,7 +80,7 @@ impl Write for Sink {
 
 impl Decoder {
     /// For an answer that is compressed so.
-    pub fn new(encoding: Encoding) -> Self {
+    pub(crate) fn new(encoding: Encoding) -> Self {
         Self(match encoding {
             Encoding::Gzip => DecoderState::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Sink::default()))),
             Encoding::Deflate => DecoderState::Zlib(Box::new(flate2::write::ZlibDecoder::new(Sink::default()))),
@@ -94,12 +94,12 @@ impl Decoder {
     }
 
     /// Whether nothing more can be read.
-    pub fn is_broken(&self) -> bool {
+    pub(crate) fn is_broken(&self) -> bool {
         matches!(self.0, DecoderState::Broken)
     }
 
     /// Takes the next piece, and tells `each` what it says.
-    pub fn feed(&mut self, piece: &[u8], mut each: impl FnMut(Bytes)) {
+    pub(crate) fn feed(&mut self, piece: &[u8], mut each: impl FnMut(Bytes)) {
         for step in piece.chunks(STEP_BYTES) {
             let written = match &mut self.0 {
                 DecoderState::Gzip(decoder) => decoder.write_all(step).and_then(|()| decoder.flush()),

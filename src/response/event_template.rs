@@ -15,7 +15,7 @@ const NUMBER: &[u8] = b"\"sequence_number\":";
 
 /// An event that was read, by what of it may differ in the next ones.
 #[derive(Debug)]
-pub struct EventTemplate {
+pub(crate) struct EventTemplate {
     block: Box<[u8]>,
     /// In order, and apart from each other.
     gaps: Vec<Gap>,
@@ -48,7 +48,7 @@ struct Cut {
 
 /// An event that is like the one that was read.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Like<'a> {
+pub(crate) struct Like<'a> {
     texts: [&'a [u8]; GAPS_MAX],
     /// What is taken out of it.
     pub cut: Option<Range<usize>>,
@@ -56,7 +56,7 @@ pub struct Like<'a> {
 
 impl<'a> Like<'a> {
     /// Its texts; those that it does not have are empty.
-    pub fn texts(&self) -> impl Iterator<Item = &'a [u8]> {
+    pub(crate) fn texts(&self) -> impl Iterator<Item = &'a [u8]> {
         self.texts.into_iter()
     }
 }
@@ -64,7 +64,11 @@ impl<'a> Like<'a> {
 impl EventTemplate {
     /// Of a block that was read: the places of its texts, without their quotation marks, and what was taken out of it. None if it is
     /// not a kind of event that can be recognised.
-    pub fn new(block: &[u8], texts: impl Iterator<Item = Range<usize>>, cut: Option<Range<usize>>) -> Option<Self> {
+    pub(crate) fn new(
+        block: &[u8],
+        texts: impl Iterator<Item = Range<usize>>,
+        cut: Option<Range<usize>>,
+    ) -> Option<Self> {
         if block.len() > BLOCK_BYTES_MAX {
             return None;
         }
@@ -103,7 +107,7 @@ impl EventTemplate {
     }
 
     /// Whether a block is like this one, and what differs.
-    pub fn matches<'a>(&self, block: &'a [u8]) -> Option<Like<'a>> {
+    pub(crate) fn matches<'a>(&self, block: &'a [u8]) -> Option<Like<'a>> {
         let mut like = Like { texts: [&[]; GAPS_MAX], cut: None };
         // Where the same bytes go on, in this block and in the one that is matched.
         let (mut own, mut at) = (0, 0);

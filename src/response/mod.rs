@@ -1,7 +1,7 @@
 //! Readers of answers on their way to the client. Pure: bytes in, bytes or events out.
 
-pub mod decode;
-pub mod event_template;
+pub(crate) mod decode;
+pub(crate) mod event_template;
 pub mod redact;
 pub mod relay;
 pub mod sse;

@@ -17,7 +17,7 @@ use http::HeaderMap;
 use crate::config::Breaker;
 
 /// The rest of an endpoint that answers 429 and does not say for how long.
-pub const REST_DEFAULT: Duration = Duration::from_secs(5);
+pub(crate) const REST_DEFAULT: Duration = Duration::from_secs(5);
 /// No endpoint rests longer than this, whatever it says: longer than any daily quota takes to come back.
 const REST_MAX: Duration = Duration::from_hours(24);
 
@@ -135,7 +135,7 @@ impl Health {
 
 /// How long an endpoint that answered 429 asks to be left alone: `retry-after-ms`, else `Retry-After` in seconds or as a
 /// date (RFC 9110, 10.2.3), else five seconds.
-pub fn rest_asked(headers: &HeaderMap, wall_clock: SystemTime) -> Duration {
+pub(crate) fn rest_asked(headers: &HeaderMap, wall_clock: SystemTime) -> Duration {
     let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
     let millis = text("retry-after-ms").and_then(|text| seconds(text, 1e-3));
     let asked = millis.or_else(|| {

@@ -2,10 +2,10 @@
 
 pub mod admission;
 pub mod balance;
-pub mod health;
+pub(crate) mod health;
 pub mod pool;
-pub mod rate_headers;
-pub mod rates;
+pub(crate) mod rate_headers;
+pub(crate) mod rates;
 pub mod retry;
 pub mod router;
-pub mod usage_injection;
+pub(crate) mod usage_injection;

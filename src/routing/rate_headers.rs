@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::{HeaderName, HeaderValue};
 
 /// How they all begin; an endpoint's own are not for the client, whom they tell nothing about the others.
-pub const PREFIX: &str = "x-ratelimit-";
+pub(crate) const PREFIX: &str = "x-ratelimit-";
 
 /// Requests or tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

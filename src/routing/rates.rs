@@ -11,7 +11,7 @@ use crate::routing::rate_headers::{Rate, Rates};
 use crate::routing::router::Candidates;
 
 /// Rates of a model, as its endpoints were seen last, at most about a second ago.
-pub fn of_model(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
+pub(crate) fn of_model(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
     /// So many are added up for every request, more only now and then.
     const ADDED_UP_MAX: usize = 16;
     const NOW_AND_THEN: Duration = Duration::from_millis(100);

@@ -12,21 +12,21 @@ use crate::config::ServerTls;
 
 /// What new connections are shown. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Certificate(Arc<ArcSwap<CertifiedKey>>);
+pub(super) struct Certificate(Arc<ArcSwap<CertifiedKey>>);
 
 impl Certificate {
     /// From its files. Says what is wrong, and in which.
-    pub fn new(files: &ServerTls) -> Result<Self, String> {
+    pub(super) fn new(files: &ServerTls) -> Result<Self, String> {
         Ok(Self(Arc::new(ArcSwap::from_pointee(read(files)?))))
     }
 
     /// Reads files anew, for [`Certificate::show`].
-    pub fn read(files: &ServerTls) -> Result<CertifiedKey, String> {
+    pub(super) fn read(files: &ServerTls) -> Result<CertifiedKey, String> {
         read(files)
     }
 
     /// Shows this from now on. Whether it is another certificate.
-    pub fn show(&self, read: CertifiedKey) -> bool {
+    pub(super) fn show(&self, read: CertifiedKey) -> bool {
         let is_another = self.0.load().cert != read.cert;
         self.0.store(Arc::new(read));
         is_another

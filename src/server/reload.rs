@@ -21,7 +21,7 @@ use crate::telemetry::logger;
 
 /// Reloads the configuration when its files change, and at SIGHUP.
 #[derive(Debug)]
-pub struct Reloader {
+pub(super) struct Reloader {
     /// The config file.
     pub path: PathBuf,
     /// Where the pool of a good one goes.
@@ -37,7 +37,7 @@ pub struct Reloader {
 }
 
 /// Keeps a SIGHUP from ending the process before the reloader hears it.
-pub fn hear_hangups() -> Arc<AtomicBool> {
+pub(super) fn hear_hangups() -> Arc<AtomicBool> {
     let hung_up = Arc::default();
     if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGHUP, Arc::clone(&hung_up)) {
         log::error!("SIGHUP would end the process: {error}");

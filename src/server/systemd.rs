@@ -6,12 +6,12 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 
 /// The process serves; it is the service's main process from now on.
-pub fn ready() {
+pub(super) fn ready() {
     tell(&format!("READY=1\nMAINPID={}\n", std::process::id()));
 }
 
 /// It finishes what it has, and takes no more.
-pub fn stopping() {
+pub(super) fn stopping() {
     tell("STOPPING=1\n");
 }
 

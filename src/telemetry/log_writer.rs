@@ -35,7 +35,7 @@ impl WriterState {
 
 /// From here on lines may wait. To be called once the process is the one that serves: a thread does not outlive going into the
 /// background.
-pub fn start() {
+pub(crate) fn start() {
     let mut state = lock(&WAITING.lines);
     if state.behind {
         return;
@@ -50,7 +50,7 @@ pub fn start() {
 }
 
 /// Writes what waits.
-pub fn flush() {
+pub(crate) fn flush() {
     let _writing = lock(&WAITING.writing);
     let bytes = mem::take(&mut lock(&WAITING.lines).bytes);
     write(&bytes);
@@ -79,7 +79,7 @@ fn write(bytes: &[u8]) {
 
 /// Takes whole lines in.
 #[derive(Debug)]
-pub struct LogPipe;
+pub(crate) struct LogPipe;
 
 impl Write for LogPipe {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {

@@ -25,7 +25,7 @@ const LEVEL_DEFAULT: &str = "info";
 /// These log request headers, and so keys, at debug and below.
 const TALKATIVE: [&str; 5] = ["pingora", "h2", "hyper", "rustls", "reqwest"];
 /// The target of a request's own line: its message is the members of a JSON object, if lines are JSON.
-pub const REQUEST_TARGET: &str = "api_together::request";
+pub(crate) const REQUEST_TARGET: &str = "api_together::request";
 /// A warning that says what one has said so short a time ago is counted instead, and told with the next.
 const FOLD_TIME: Duration = Duration::from_secs(10);
 /// Different warnings that are remembered for it.
@@ -34,18 +34,18 @@ const FOLDED_MAX: usize = 64;
 static IS_JSON: AtomicBool = AtomicBool::new(false);
 
 /// How lines look from now on.
-pub fn set_format(format: LogFormat) {
+pub(crate) fn set_format(format: LogFormat) {
     IS_JSON.store(format == LogFormat::Json, Ordering::Relaxed);
 }
 
 /// Whether lines are JSON.
-pub fn is_json() -> bool {
+pub(crate) fn is_json() -> bool {
     IS_JSON.load(Ordering::Relaxed)
 }
 
 /// Starts logging as `RUST_LOG` says, or else `LOG_LEVEL`. `framework_debug` lets the framework's own debug lines through, which
 /// print keys.
-pub fn start(framework_debug: bool) {
+pub(crate) fn start(framework_debug: bool) {
     let filter = filter(|name| std::env::var(name).ok().filter(|value| !value.is_empty()));
     let coloured = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let logger = env_logger::Builder::new()

@@ -15,9 +15,9 @@ use prometheus::{
 use crate::usage::Cost;
 
 /// A request without a model, or an answer that came from no endpoint.
-pub const NONE: &str = "none";
+pub(crate) const NONE: &str = "none";
 /// A model that no exact name of the config is.
-pub const OTHER: &str = "other";
+pub(crate) const OTHER: &str = "other";
 /// Times of endpoints, in seconds: a fast cache to a long thought.
 const ANSWER_BUCKETS: [f64; 15] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0];
@@ -32,13 +32,13 @@ static METRICS: LazyLock<Option<Metrics>> = LazyLock::new(|| {
 });
 
 /// This process's metrics; none if they could not be made, which a test rules out.
-pub fn metrics() -> Option<&'static Metrics> {
+pub(crate) fn metrics() -> Option<&'static Metrics> {
     METRICS.as_ref()
 }
 
-/// What is counted as it happens. What is the case at a moment is asked when somebody wants to know: [`Moment`].
+/// Counters and histograms of what happens. Gauges are collected at each scrape: [`Scrape`].
 #[derive(Debug)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     attempts: IntCounterVec,
@@ -51,7 +51,7 @@ pub struct Metrics {
 }
 
 /// What came of a request or an attempt that went well.
-pub const OK: &str = "ok";
+pub(crate) const OK: &str = "ok";
 
 /// What nearly every request to one endpoint for one model counts up, so that it is looked up by its labels once. What was never
 /// counted is not told of.
@@ -67,7 +67,7 @@ pub struct Counters {
 
 /// A request that has ended.
 #[derive(Clone, Copy, Debug)]
-pub struct Ended<'a> {
+pub(crate) struct Ended<'a> {
     /// The endpoint that answered last, if one did.
     pub endpoint: Option<&'a str>,
     /// The model's label.
@@ -141,7 +141,7 @@ impl Metrics {
     }
 
     /// A request has ended.
-    pub fn request(&self, ended: &Ended<'_>) {
+    pub(crate) fn request(&self, ended: &Ended<'_>) {
         let status = match ended.status {
             None => NONE,
             Some(..=199) => "1xx",
@@ -168,13 +168,13 @@ impl Metrics {
     }
 
     /// An attempt has ended so.
-    pub fn attempt(&self, endpoint: &str, outcome: &str, counters: Option<&Counters>) {
+    pub(crate) fn attempt(&self, endpoint: &str, outcome: &str, counters: Option<&Counters>) {
         let counter = counters.filter(|_| outcome == OK).map(|counters| &counters.attempts);
         once(counter, IntCounter::inc, || self.attempts.with_label_values(&[endpoint, outcome]));
     }
 
     /// An answer has cost so much.
-    pub fn spent(&self, endpoint: &str, model: &str, cost: &Cost, counters: Option<&Counters>) {
+    pub(crate) fn spent(&self, endpoint: &str, model: &str, cost: &Cost, counters: Option<&Counters>) {
         let exact = cost.exact.tokens;
         let told = [
             ("prompt", exact.prompt, counters.map(|counters| &counters.prompt)),
@@ -194,17 +194,17 @@ impl Metrics {
     }
 
     /// The proxy's own share of a request's time.
-    pub fn own(&self, took: Duration) {
+    pub(crate) fn own(&self, took: Duration) {
         self.own.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
     }
 
     /// A permit was asked for, and the answer took so long.
-    pub fn permit(&self, took: Duration) {
+    pub(crate) fn permit(&self, took: Duration) {
         self.permit.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
     }
 
     /// All metrics in Prometheus's text format (0.0.4), together with the values read at this scrape.
-    pub fn text(&self, scrape: &Scrape) -> Vec<u8> {
+    pub(crate) fn text(&self, scrape: &Scrape) -> Vec<u8> {
         let mut families = self.registry.gather();
         families.extend(scrape.0.gather());
         let mut text = Vec::new();
@@ -216,30 +216,30 @@ impl Metrics {
 }
 
 /// The content type of [`Metrics::text`].
-pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Values that are read at a scrape. Gathered anew for each, so that nothing of an endpoint that is gone is shown.
 #[derive(Debug, Default)]
-pub struct Scrape(Registry);
+pub(crate) struct Scrape(Registry);
 
 impl Scrape {
     /// Adds a gauge.
-    pub fn gauge(&self, name: &str, help: &str, value: u64) {
+    pub(crate) fn gauge(&self, name: &str, help: &str, value: u64) {
         self.keep(name, IntGauge::new(name, help), |gauge| gauge.set(to_i64(value)));
     }
 
     /// Adds a gauge with a fraction.
-    pub fn gauge_f64(&self, name: &str, help: &str, value: f64) {
+    pub(crate) fn gauge_f64(&self, name: &str, help: &str, value: f64) {
         self.keep(name, Gauge::new(name, help), |gauge| gauge.set(value));
     }
 
     /// Adds a counter that something else has counted.
-    pub fn counter(&self, name: &str, help: &str, value: u64) {
+    pub(crate) fn counter(&self, name: &str, help: &str, value: u64) {
         self.keep(name, IntCounter::new(name, help), |counter| counter.inc_by(value));
     }
 
     /// Adds a gauge with labels: a value for each set of label values.
-    pub fn gauges<'a, const LABELS: usize>(
+    pub(crate) fn gauges<'a, const LABELS: usize>(
         &self,
         name: &str,
         help: &str,

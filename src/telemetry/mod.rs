@@ -1,5 +1,5 @@
 //! What operators see of the process: metrics and the log.
 
-pub mod log_writer;
-pub mod logger;
-pub mod metrics;
+pub(crate) mod log_writer;
+pub(crate) mod logger;
+pub(crate) mod metrics;

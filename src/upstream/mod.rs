@@ -2,7 +2,7 @@
 //!
 //! Names are resolved here and never by Pingora, whose own look-up blocks the worker and panics when it fails.
 
-pub mod cork;
+pub(crate) mod cork;
 mod tunnel;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -26,7 +26,7 @@ use crate::request::rewrite;
 use crate::upstream::tunnel::Tunnel;
 
 /// How often the names of endpoints are looked up anew.
-pub const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
+pub(crate) const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 /// A look-up that takes longer is given up; the last good answer stays.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// More addresses than this are not kept of one name.

@@ -21,7 +21,7 @@ use crate::config::{Proxy, ProxyScheme};
 const ANSWER_BYTES_MAX: usize = 8 * 1024;
 
 /// Connects to one endpoint through one proxy.
-pub struct Tunnel {
+pub(super) struct Tunnel {
     proxy: Proxy,
     /// The endpoint.
     host: String,
@@ -38,7 +38,7 @@ impl fmt::Debug for Tunnel {
 
 impl Tunnel {
     /// To this endpoint through this proxy.
-    pub fn new(proxy: Proxy, host: String, port: u16) -> io::Result<Self> {
+    pub(super) fn new(proxy: Proxy, host: String, port: u16) -> io::Result<Self> {
         let tls = match proxy.scheme {
             ProxyScheme::Https => Some(connector()?),
             ProxyScheme::Http | ProxyScheme::Socks5 => None,

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::harness::until;
 
 /// The program in a folder of its own, so that no `.env` and no `conf/` of ours is found.
-pub fn program(folder: &Path) -> Command {
+pub(crate) fn program(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_api-together"));
     command.current_dir(folder).stdin(Stdio::null());
     for name in ["PORT", "RUST_LOG", "RUNTIME_DIRECTORY"] {
@@ -21,23 +21,23 @@ pub fn program(folder: &Path) -> Command {
     command
 }
 
-pub fn run(folder: &Path, arguments: &[&str]) -> (i32, String, String) {
+pub(crate) fn run(folder: &Path, arguments: &[&str]) -> (i32, String, String) {
     texts(&program(folder).args(arguments).output().unwrap())
 }
 
-pub fn texts(output: &Output) -> (i32, String, String) {
+pub(crate) fn texts(output: &Output) -> (i32, String, String) {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
     (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
 }
 
-pub fn folder_with(name: &str, text: &str) -> TempDir {
+pub(crate) fn folder_with(name: &str, text: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join(name), text).unwrap();
     folder
 }
 
 /// A running program. It is killed when dropped.
-pub struct Running {
+pub(crate) struct Running {
     child: Child,
     pub address: SocketAddr,
     output: Arc<Mutex<String>>,
@@ -46,14 +46,14 @@ pub struct Running {
 }
 
 impl Running {
-    pub fn start(config: &str, log: &str) -> Self {
+    pub(crate) fn start(config: &str, log: &str) -> Self {
         let folder = folder_with("apis.json", config);
         let mut command = program(folder.path());
         command.args(["--config", "apis.json"]).env("RUST_LOG", log);
         Self::of(command, folder)
     }
 
-    pub fn of(mut command: Command, folder: TempDir) -> Self {
+    pub(crate) fn of(mut command: Command, folder: TempDir) -> Self {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let output = Arc::new(Mutex::new(String::new()));
         let errors = collect(child.stderr.take().unwrap(), &output);
@@ -72,38 +72,38 @@ impl Running {
         Self { child, address, output, readers, folder }
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
 
-    pub async fn ready(&self) {
+    pub(crate) async fn ready(&self) {
         until("it listens", || std::net::TcpStream::connect(self.address).is_ok()).await;
     }
 
     /// Waits for the log to say this.
-    pub async fn logs(&self, text: &str) -> String {
+    pub(crate) async fn logs(&self, text: &str) -> String {
         until(text, || self.output.lock().unwrap().contains(text)).await;
         let output = self.output.lock().unwrap();
         output.lines().find(|line| line.contains(text)).unwrap().to_owned()
     }
 
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
 
-    pub async fn exit(&mut self) -> ExitStatus {
+    pub(crate) async fn exit(&mut self) -> ExitStatus {
         let child = Mutex::new(&mut self.child);
         until("it stops", || child.lock().unwrap().try_wait().unwrap().is_some()).await;
         self.child.wait().unwrap()
     }
 
     /// Everything it printed, once it has been killed.
-    pub fn killed(mut self) -> String {
+    pub(crate) fn killed(mut self) -> String {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         for reader in self.readers.drain(..) {

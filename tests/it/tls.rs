@@ -10,14 +10,14 @@ use crate::authority::{Authority, acceptor, serve_tls};
 use crate::harness::{KEY, Proxy, Reply, chat, chat_stream, client, endpoint_with, simulator, within};
 
 /// A simulated endpoint with a certificate for this name.
-pub async fn secure(authority: &Authority, name: &str, protocols: &[&[u8]]) -> (Simulator, u16) {
+pub(crate) async fn secure(authority: &Authority, name: &str, protocols: &[&[u8]]) -> (Simulator, u16) {
     let simulator = simulator().await;
     let (certificate, key) = authority.issue(name);
     let port = serve_tls(simulator.handle(), acceptor(&certificate, &key, protocols)).await;
     (simulator, port)
 }
 
-pub fn write(folder: &Path, name: &str, text: &str) -> String {
+pub(crate) fn write(folder: &Path, name: &str, text: &str) -> String {
     let file = folder.join(name);
     std::fs::write(&file, text).unwrap();
     file.to_str().unwrap().to_owned()

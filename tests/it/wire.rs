@@ -11,23 +11,23 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::harness::KEY;
 
 /// A connection.
-pub struct Wire(BufStream<TcpStream>);
+pub(crate) struct Wire(BufStream<TcpStream>);
 
 /// A request's or a response's header.
 #[derive(Debug)]
-pub struct Head {
+pub(crate) struct Head {
     /// The request line or the status line.
     pub line: String,
     pub headers: Vec<(String, String)>,
 }
 
 impl Head {
-    pub fn status(&self) -> u16 {
+    pub(crate) fn status(&self) -> u16 {
         self.line.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_else(|| panic!("{self:?}"))
     }
 
     /// All values of a header, joined.
-    pub fn header(&self, name: &str) -> Option<String> {
+    pub(crate) fn header(&self, name: &str) -> Option<String> {
         let values: Vec<_> = self
             .headers
             .iter()
@@ -47,7 +47,7 @@ impl Head {
 }
 
 impl Wire {
-    pub async fn connect(address: SocketAddr) -> Self {
+    pub(crate) async fn connect(address: SocketAddr) -> Self {
         Self::over(TcpStream::connect(address).await.unwrap())
     }
 
@@ -57,23 +57,23 @@ impl Wire {
     }
 
     /// What one read of the system gives: all of a packet.
-    pub async fn one_read(&mut self) -> Vec<u8> {
+    pub(crate) async fn one_read(&mut self) -> Vec<u8> {
         let bytes = self.0.fill_buf().await.unwrap().to_vec();
         self.0.consume(bytes.len());
         bytes
     }
 
-    pub async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.try_send(bytes).await.unwrap();
     }
 
-    pub async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+    pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
         self.0.write_all(bytes.as_ref()).await?;
         self.0.flush().await
     }
 
     /// The next header. None if the connection ends before it.
-    pub async fn head(&mut self) -> Option<Head> {
+    pub(crate) async fn head(&mut self) -> Option<Head> {
         let line = self.line().await?;
         let mut headers = Vec::new();
         loop {
@@ -92,7 +92,7 @@ impl Wire {
     }
 
     /// One chunk of a chunked body; the last one is empty. None if the connection ends before it.
-    pub async fn chunk(&mut self) -> Option<Bytes> {
+    pub(crate) async fn chunk(&mut self) -> Option<Bytes> {
         let size = self.line().await?;
         let size = usize::from_str_radix(&size, 16).unwrap_or_else(|_| panic!("no chunk: {size}"));
         let bytes = self.exactly(size + 2).await?;
@@ -100,14 +100,14 @@ impl Wire {
     }
 
     /// The next so many bytes. None if the connection ends before them.
-    pub async fn exactly(&mut self, size: usize) -> Option<Bytes> {
+    pub(crate) async fn exactly(&mut self, size: usize) -> Option<Bytes> {
         let mut bytes = vec![0; size];
         self.0.read_exact(&mut bytes).await.ok()?;
         Some(bytes.into())
     }
 
     /// The body that follows a header which says how it is framed.
-    pub async fn body(&mut self, head: &Head) -> Bytes {
+    pub(crate) async fn body(&mut self, head: &Head) -> Bytes {
         if !head.is_chunked() {
             return self.exactly(head.length()).await.expect("the body is cut");
         }
@@ -122,14 +122,14 @@ impl Wire {
     }
 
     /// A whole message.
-    pub async fn message(&mut self) -> (Head, Bytes) {
+    pub(crate) async fn message(&mut self) -> (Head, Bytes) {
         let head = self.head().await.expect("the connection ended before a header");
         let body = self.body(&head).await;
         (head, body)
     }
 
     /// Everything up to the connection's end.
-    pub async fn rest(&mut self) -> String {
+    pub(crate) async fn rest(&mut self) -> String {
         let mut bytes = Vec::new();
         // How it ends is not asked here: a reset after the answer is an end as well.
         self.0.read_to_end(&mut bytes).await.unwrap_or_default();
@@ -138,7 +138,7 @@ impl Wire {
 }
 
 /// A request with the right key, as text. `headers` are whole lines without their ends.
-pub fn request(method: &str, path: &str, headers: &[&str], body: &str) -> String {
+pub(crate) fn request(method: &str, path: &str, headers: &[&str], body: &str) -> String {
     let mut text = format!("{method} {path} HTTP/1.1\r\nhost: proxy\r\nauthorization: Bearer {KEY}\r\n");
     for header in headers {
         write!(text, "{header}\r\n").unwrap();
@@ -150,29 +150,29 @@ pub fn request(method: &str, path: &str, headers: &[&str], body: &str) -> String
 }
 
 /// A POST of JSON to the chat call.
-pub fn post_chat(body: &serde_json::Value) -> String {
+pub(crate) fn post_chat(body: &serde_json::Value) -> String {
     request("POST", "/v1/chat/completions", &["content-type: application/json"], &body.to_string())
 }
 
 /// An endpoint that a test plays itself.
-pub struct ByHand(TcpListener);
+pub(crate) struct ByHand(TcpListener);
 
 impl ByHand {
-    pub async fn bind() -> Self {
+    pub(crate) async fn bind() -> Self {
         Self(TcpListener::bind("127.0.0.1:0").await.unwrap())
     }
 
-    pub fn base_url(&self) -> String {
+    pub(crate) fn base_url(&self) -> String {
         format!("http://{}", self.0.local_addr().unwrap())
     }
 
     /// The next connection.
-    pub async fn accept(&self) -> Wire {
+    pub(crate) async fn accept(&self) -> Wire {
         Wire::over(self.0.accept().await.unwrap().0)
     }
 
     /// The next connection and the first request on it.
-    pub async fn call(&self) -> (Wire, Head, Bytes) {
+    pub(crate) async fn call(&self) -> (Wire, Head, Bytes) {
         let mut wire = self.accept().await;
         let (head, body) = wire.message().await;
         (wire, head, body)
@@ -180,15 +180,15 @@ impl ByHand {
 }
 
 /// The header of an event stream, and one event in a chunk.
-pub const STREAM_HEAD: &str =
+pub(crate) const STREAM_HEAD: &str =
     "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
 
 /// An event with text in it, as its stream has it.
-pub fn event(text: &str) -> String {
+pub(crate) fn event(text: &str) -> String {
     format!("data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}]}}\n\n")
 }
 
 /// The same as a chunk.
-pub fn chunked(text: &str) -> String {
+pub(crate) fn chunked(text: &str) -> String {
     format!("{:x}\r\n{text}\r\n", text.len())
 }
