@@ -1,4 +1,4 @@
-//! What can go wrong, in one table: each fault's status, OpenAI `type` and `code`, message and label.
+//! Faults that the gateway reports, in one table: status, OpenAI `type` and `code`, message and label of each.
 //!
 //! A client's SDK picks its exception class from the status and shows the message, so a message names the
 //! thing, the place and the way out. `code` is a string or null, never a number: strict clients fail to parse
@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use crate::limit::LimitReason;
 
-/// What holds an endpoint back.
+/// Reason why an endpoint cannot be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldBy {
     /// Its id, if clients may know it.
     pub endpoint: Option<Arc<str>>,
-    /// Why.
+    /// Reason.
     pub reason: LimitReason,
 }
 
@@ -35,12 +35,12 @@ pub enum Fault {
     },
     /// The path is one of our own, which takes other methods.
     MethodNotAllowed {
-        /// What may be used, as for the `Allow` header.
+        /// Allowed methods, in the form of the `Allow` header.
         allowed: &'static str,
     },
     /// The request is broken: its framing, a header, or its JSON.
     RequestInvalid {
-        /// What is wrong and where.
+        /// Problem and its place.
         problem: String,
     },
     /// The path and query are longer than any call's.
@@ -73,9 +73,9 @@ pub enum Fault {
     NoEndpoint,
     /// Every endpoint that serves the model is at its limit: the one set here, or one that it answered 429 for.
     LimitsReached {
-        /// Until one of them may be asked again, by this request.
+        /// Time until one of them may be asked again by this request.
         wait: Duration,
-        /// What holds each of them.
+        /// Reason for each of them.
         held: Vec<HeldBy>,
     },
     /// The ledger cannot be written, and every endpoint that serves the model has limits that are kept there.
@@ -151,7 +151,7 @@ impl Fault {
         self.row().label
     }
 
-    /// How long a client should wait before it tries again, where that is known.
+    /// Returns the time that a client should wait before it tries again, if it is known.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::LimitsReached { wait, .. } => Some(*wait),
@@ -172,7 +172,7 @@ impl Fault {
         }
     }
 
-    /// What the `Allow` header says, where one is due.
+    /// Returns the `Allow` header, if one is due.
     pub fn allow(&self) -> Option<&'static str> {
         match self {
             Self::MethodNotAllowed { allowed } => Some(allowed),
@@ -257,7 +257,7 @@ impl Fault {
     }
 }
 
-/// Which limits hold which endpoints: ` (api1: 60 requests a minute; api2: 500 requests a day)`.
+/// Lists the limits that hold the endpoints: ` (api1: 60 requests a minute; api2: 500 requests a day)`.
 fn holds(held: &[HeldBy]) -> String {
     const SHOWN_MAX: usize = 10;
     let mut shown: Vec<String> = Vec::new();

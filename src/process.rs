@@ -1,4 +1,4 @@
-//! What everybody may ask of the running process: its endpoints, its open requests, how its config and its ledger are doing.
+//! The running process as other modules may ask for it: endpoints, open requests, state of config and ledger.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -75,10 +75,10 @@ impl Draining {
 #[derive(Clone, Debug, Default)]
 pub struct ConfigState(Arc<Mutex<FileState>>);
 
-/// How the file on disk differs from the config in use.
+/// Difference between the file on disk and the config in use.
 #[derive(Clone, Debug, Default)]
 pub struct FileState {
-    /// Why it is not applied.
+    /// Reason why the file is not applied.
     pub error: Option<String>,
     /// Changes in it that take effect only with an upgrade.
     pub needs_upgrade: Vec<String>,
@@ -86,7 +86,7 @@ pub struct FileState {
     pub failures: u64,
 }
 
-/// What was different before a file was applied.
+/// State before a file was applied.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Applied {
     /// The file before it was refused.

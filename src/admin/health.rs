@@ -14,7 +14,7 @@ pub(super) fn health() -> String {
     json!({ "status": "ok", "timestamp": iso(SystemTime::now()), "service": SERVICE }).to_string()
 }
 
-/// Whether requests should be sent here, and if not, why.
+/// Readiness: 503 with the reason while the process should not be sent requests.
 pub(super) fn ready(from: Sources<'_>) -> (u16, String) {
     let reason = if from.process.draining.is_on() {
         Some("it is on its way out and finishes what it has")

@@ -22,15 +22,15 @@ const SDK_WAIT_MAX: Duration = Duration::from_mins(1);
 /// An answer of our own.
 #[derive(Debug)]
 pub(crate) struct Answer {
-    /// Its status.
+    /// HTTP status.
     pub status: u16,
-    /// Its headers, but for length, request id and CORS, which every answer gets when it is sent.
+    /// Headers, without length, request id and CORS, which every answer gets when it is sent.
     pub headers: Vec<(HeaderName, HeaderValue)>,
-    /// Its body.
+    /// Body.
     pub body: Bytes,
 }
 
-/// What our own answers are made of.
+/// Sources of our own answers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sources<'a> {
     /// The endpoints that the request came to.
@@ -88,12 +88,12 @@ impl<'a> Resource<'a> {
         if known { Ok(()) } else { Err(Fault::MethodNotAllowed { allowed }) }
     }
 
-    /// Whether no key is needed: whoever starts and stops processes has none.
+    /// True if no key is needed: process managers and load balancers have none.
     pub(crate) fn is_open_to_all(&self) -> bool {
         matches!(self, Self::Health | Self::Ready)
     }
 
-    /// Whether a request for it has a body that says something.
+    /// True if a request for it has a body with a meaning.
     pub(crate) fn takes_body(&self) -> bool {
         *self == Self::TokenReset
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::fault::{Fault, excerpt};
 use crate::routing::pool::Pool;
 
-/// When the models were made is not known here; the field must be a number.
+/// Creation time of every model. It is not known here, and the field must be a number.
 const CREATED: u64 = 0;
 
 pub(super) fn list(pool: &Pool) -> String {

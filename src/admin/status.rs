@@ -67,7 +67,7 @@ fn ledger_state(ledger: &ledger::LedgerState, pool: &Pool) -> Value {
     })
 }
 
-/// Whether a request could go there.
+/// True if the endpoint would be sent a request now.
 pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> bool {
     // Without the ledger endpoints with limits take nothing, unless the config says otherwise.
     let denied = pool.ledger.is_down() && endpoint.limits.in_ledger();
@@ -124,7 +124,7 @@ fn stream_usage(endpoint: &Endpoint, clock: &Clock) -> &'static str {
     }
 }
 
-/// For each limit what is used and left of it, and when all of it is free again.
+/// Limit, used part, remaining part and reset time for each kind of limit.
 fn quota(limits: &Limits, view: &View, used: PerLimit<u64>, clock: &Clock) -> Value {
     let one = |((limit, gauge), used): ((Limit, Option<Gauge>), u64)| {
         json!({

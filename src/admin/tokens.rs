@@ -12,7 +12,7 @@ use crate::fault::{Fault, excerpt};
 use crate::ledger::stats::{self, Begins, ModelStats, Stats};
 use crate::usage::{Cost, Sum};
 
-/// Whatever was counted, of every endpoint that ever answered, in any process that shares the ledger.
+/// Counts of every endpoint that ever answered, in any process that shares the ledger.
 pub(super) async fn stats(from: Sources<'_>) -> Result<String, Fault> {
     // What this process has counted and not yet written; if that fails, what is written is shown.
     from.pool.ledger.flush().await;
@@ -64,7 +64,7 @@ fn total<'a>(models: impl Iterator<Item = &'a ModelStats>) -> Cost {
     cost
 }
 
-/// What every level of the statistics says beside what it always said. Estimates are kept apart from what was told.
+/// Additional members of every level of the statistics. Estimates are kept apart from reported tokens.
 fn with_details(mut level: Value, cost: &Cost) -> Value {
     let Cost { exact, estimated, speed } = cost;
     let average = |sum: u64, count: u64| (count > 0).then(|| sum / count);

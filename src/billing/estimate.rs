@@ -38,19 +38,19 @@ pub struct Job {
     pub id: String,
     /// The config it ran under.
     pub pool: Arc<Pool>,
-    /// Whose answer it is, and the limits that its tokens count for.
+    /// Account that the tokens are charged to, and its limits.
     pub endpoint: (Arc<Account>, Arc<Limits>),
     /// The model that answered, cut to a sane length.
     pub model: String,
-    /// Where the client's request could go.
+    /// Candidates of the client's request.
     pub candidates: Arc<Candidates>,
-    /// What was called.
+    /// Call of the API.
     pub call: Call,
     /// The request's body; empty if it is too long to be estimated.
     pub prompt: Bytes,
     /// The prompt's tokens, if at least those were told.
     pub prompt_reported: Option<u64>,
-    /// What came of the answer.
+    /// Text of the answer.
     pub answer: AnswerText,
 }
 
@@ -80,9 +80,9 @@ struct Shared {
 struct JobQueue {
     jobs: VecDeque<Job>,
     bytes: usize,
-    /// Whether the thread runs; it is started for the first job, since it needs some tens of megabytes for its vocabularies.
+    /// True while the thread runs. It is started for the first job, since its vocabularies take some tens of megabytes.
     runs: bool,
-    /// Whether it is at work.
+    /// True while the thread works on a job.
     works: bool,
     closing: bool,
 }
@@ -174,10 +174,10 @@ impl Estimator {
     }
 }
 
-/// What came of a job.
+/// Result of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Estimated {
-    /// All there was to estimate.
+    /// The whole text was estimated.
     Whole,
     /// Not all: the prompt was too long.
     Partly,
@@ -225,7 +225,7 @@ fn count(tokenizer: &CoreBPE, text: &str) -> u64 {
     u64::try_from(tokens).unwrap_or(u64::MAX)
 }
 
-/// Where the first part of a text ends: between two words, if it has any.
+/// Length of the first part of a text: it ends between two words if it can.
 fn part_end(text: &str) -> usize {
     if text.len() <= PART_BYTES {
         return text.len();
@@ -237,7 +237,7 @@ fn part_end(text: &str) -> usize {
 
 /// The tokens of a request's body.
 fn prompt_tokens(tokenizer: &CoreBPE, body: &[u8]) -> u64 {
-    /// What surrounds each message of a chat, and begins its answer.
+    /// Tokens around each message of a chat, and at the beginning of its answer.
     const MESSAGE_TOKENS: u64 = 3;
     let Ok(body) = serde_json::from_slice::<Value>(body) else { return 0 };
     let mut tokens = 0;
@@ -284,9 +284,9 @@ fn completion_tokens(tokenizer: &CoreBPE, call: Call, answer: &AnswerText) -> u6
     }
 }
 
-/// What was not kept is taken to be like what was.
+/// Extrapolates from the part of a text that was kept.
 fn scaled(tokens: u64, kept: usize, bytes: u64) -> u64 {
-    /// Of ordinary text, if nothing could be kept.
+    /// Bytes of a token of ordinary text, used if nothing could be kept.
     const TOKEN_BYTES: u64 = 4;
     match u128::try_from(kept) {
         Ok(kept) if kept > 0 => u64::try_from(u128::from(tokens) * u128::from(bytes) / kept).unwrap_or(u64::MAX),

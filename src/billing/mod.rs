@@ -1,4 +1,4 @@
-//! What an answer cost, once it is over: counted where the endpoint told it, estimated where it did not.
+//! Charges for an answer, once it is over: reported tokens are counted, others estimated.
 
 pub(crate) mod estimate;
 
@@ -13,14 +13,14 @@ use crate::request::call::Call;
 use crate::telemetry::metrics::metrics;
 use crate::usage::{Cost, Speed, Tokens};
 
-/// What was measured of a request's answer.
+/// Measurements of a request's answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Measured {
     /// The tokens that the endpoint told.
     pub tokens: Option<Tokens>,
-    /// From the request to the first token, of a stream.
+    /// Time from the request to the first token of a stream.
     pub first_token: Option<Duration>,
-    /// From there to the end.
+    /// Time from the first token to the end.
     pub generation: Option<Duration>,
 }
 
@@ -102,7 +102,7 @@ fn model_name(attempt: &Attempt, ask: &Ask) -> String {
     excerpt(attempt.model.as_deref().or(ask.model.as_deref()).unwrap_or("-"))
 }
 
-/// In the hours and days of the server's time zone.
+/// Adds to the statistics, by hours and days of the server's time zone.
 fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, ended: Instant) {
     let (account, limits) = attempt.endpoint.account();
     let pool = &ask.pool;

@@ -1,4 +1,4 @@
-//! What the program prints when it starts.
+//! The text that the program prints at its start.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -21,7 +21,7 @@ pub(super) struct Banner {
 }
 
 impl Banner {
-    /// Of a config.
+    /// Returns the banner of a config.
     pub(super) fn new(config: &Config) -> Self {
         let usable = config.endpoints.iter().filter(|endpoint| endpoint.usable()).count();
         let mut endpoints = format!("{usable} of {} in use\n", config.endpoints.len());

@@ -18,16 +18,16 @@ use crate::telemetry::logger;
 use banner::Banner;
 
 const NAME: &str = "api-together";
-/// Where the config file is looked for unless the command line names one.
+/// Path of the config file unless the command line names one.
 const CONFIG_DEFAULT: &str = "conf/apis.json";
 /// Pingora's own settings, used if the file is there.
 const SERVER_CONF_DEFAULT: &str = "conf/pingora.yaml";
 /// The folder for the upgrade socket and the pid file, beside the config file.
 const RUNTIME_FOLDER: &str = "run";
-/// Where the packaged service has it.
+/// Runtime folder of the packaged service.
 const PACKAGED_RUNTIME_FOLDER: &str = "/run/api-together";
 
-/// One process in front of many OpenAI-format endpoints.
+/// A self-hosted, OpenAI-compatible LLM gateway.
 #[derive(Debug, Parser)]
 #[command(name = NAME, version, about, args_conflicts_with_subcommands = true)]
 pub struct Cli {
@@ -48,7 +48,7 @@ enum Command {
     },
     /// Print the JSON Schema of the config file, or its reference as a Markdown table.
     Schema {
-        /// What to print.
+        /// Output format.
         #[arg(long, value_enum, default_value_t = SchemaFormat::Json)]
         format: SchemaFormat,
     },
@@ -60,7 +60,7 @@ enum Command {
     },
     /// Print what completes this command in a shell.
     Completions {
-        /// Which shell.
+        /// Shell to complete in.
         shell: clap_complete::Shell,
     },
     /// Print the manual page.
@@ -195,7 +195,7 @@ impl Run {
         ExitCode::SUCCESS
     }
 
-    /// What a successor is started with: the same, but for how this process came to be.
+    /// Arguments of a successor: the same config and options, without those that say how this process came to be.
     fn successors_arguments(&self) -> Vec<OsString> {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).into_os_string();
         let mut arguments = vec!["--config".into(), absolute(&self.config)];
@@ -225,7 +225,7 @@ impl Run {
     }
 }
 
-/// Where the process tells of itself: beside the config file, or where systemd has made a folder for it.
+/// Runtime folder: beside the config file, or the one that systemd has made.
 fn runtime_folder(config: &Path) -> PathBuf {
     let beside = || config.parent().unwrap_or(Path::new("")).join(RUNTIME_FOLDER);
     let folder = std::env::var_os("RUNTIME_DIRECTORY").map_or_else(beside, PathBuf::from);

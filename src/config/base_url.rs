@@ -1,4 +1,4 @@
-//! Where an endpoint is.
+//! Base URLs of endpoints.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// An `http` or `https` address with an optional path. The path stands in place of a client's `/v1`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BaseUrl {
-    /// Whether the scheme is `https`.
+    /// True for `https`.
     pub tls: bool,
     /// Lower-case; an IPv6 address has no brackets.
     pub host: String,
@@ -16,16 +16,16 @@ pub struct BaseUrl {
     pub path: String,
 }
 
-/// Why a text is not a base URL, and what to do. It never quotes the text, which may hold a password.
+/// Error of a text that is not a base URL. It never quotes the text, which may hold a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BaseUrlError {
-    /// What is wrong, as the rest of a sentence.
+    /// Problem, as the rest of a sentence.
     pub message: &'static str,
     /// The way out.
     pub hint: &'static str,
 }
 
-/// What people paste who take a call's address for the base. Longer ones first.
+/// Paths of calls, which some people paste with the base URL. Longer ones first.
 const CALL_PATHS: [&str; 9] = [
     "/chat/completions",
     "/completions",
@@ -71,7 +71,7 @@ impl BaseUrl {
         if self.port == default_port(self.tls) { host } else { format!("{host}:{}", self.port) }
     }
 
-    /// Whether the host is on this machine or on a private network, as far as its name tells.
+    /// True if the host is on this machine or on a private network, as far as its name shows.
     pub(super) fn is_private(&self) -> bool {
         if let Ok(ip) = self.host.parse::<IpAddr>() {
             return match ip.to_canonical() {
@@ -140,7 +140,8 @@ fn parse_port(port: &str) -> Result<u16, BaseUrlError> {
     }
 }
 
-/// In ASCII and lower case: international names are encoded. `url` knows the rules for names and for IPv4 addresses.
+/// Returns the host in ASCII and lower case: international names are encoded. `url` knows the rules for names and IPv4
+/// addresses.
 fn parse_host(host: &str) -> Result<String, BaseUrlError> {
     if host.is_empty() {
         return refuse("has no host", EXAMPLE);

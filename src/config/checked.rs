@@ -17,17 +17,17 @@ use crate::config::secret::Secret;
 /// A configuration that can be used. Printing it shows no key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// What clients see, and what holds for all endpoints.
+    /// The checked configuration.
     pub server: Server,
-    /// As in the file, with no two of the same id.
+    /// Endpoints in the order of the file; no two have the same id.
     pub endpoints: Vec<Endpoint>,
 }
 
-/// What the conversion needs and fills.
+/// State of the conversion.
 pub(super) struct Check<'a> {
     pub report: &'a mut Report,
     pub environment: &'a Environment,
-    /// Where relative paths start.
+    /// Folder that relative paths start from.
     pub base_dir: &'a Path,
 }
 

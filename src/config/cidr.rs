@@ -15,7 +15,7 @@ pub struct Cidr(IpNet);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CidrError;
 
-/// Where IPv4 begins inside `::ffff:0:0/96`.
+/// Bits of the prefix `::ffff:0:0/96`, which holds the IPv4 addresses.
 const MAPPED_PREFIX_BITS: u8 = 96;
 
 impl Cidr {

@@ -1,4 +1,4 @@
-//! What differs between two configurations, in words. Keys are never among them.
+//! Differences between two configurations, in words. Keys are never among them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
@@ -12,7 +12,7 @@ const LINES_MAX: usize = 50;
 /// A longer list is told by what it has more and less.
 const VALUE_CHARS_MAX: usize = 120;
 
-/// What differs, each as a line of its own; at most fifty and a last one that says how many more there are.
+/// Returns a line for each difference, at most fifty, and a last one with the number of the others.
 pub fn changes(before: (&Server, &[&Endpoint]), after: (&Server, &[&Endpoint])) -> Vec<String> {
     let mut lines = ChangeLines::default();
     server(&mut lines, before.0, after.0);
@@ -30,7 +30,7 @@ pub fn changes(before: (&Server, &[&Endpoint]), after: (&Server, &[&Endpoint])) 
     lines.finish()
 }
 
-/// What of the server's part cannot be changed while the process serves, and was changed.
+/// Returns the changes of the server's part that take effect only with an upgrade.
 pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     // Every key stands here or in `server`, by the compiler's word.
     let Server {

@@ -23,53 +23,53 @@ pub(super) const ID_CHARS_MAX: usize = 64;
 /// Names are shown in tables.
 pub(super) const NAME_CHARS_MAX: usize = 200;
 
-/// Somewhere that requests are sent on to.
+/// An upstream endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
     /// No other endpoint has it. At most 64 characters, none of them a control character.
     pub id: Arc<str>,
-    /// For people; the id if none was given.
+    /// Display name; the id if none was given.
     pub name: Arc<str>,
-    /// Where it is.
+    /// Base URL.
     pub base_url: BaseUrl,
     /// The key it is sent.
     pub api_key: Secret,
-    /// How much it may be asked.
+    /// Limits.
     pub limits: PerLimit<Limit>,
-    /// Whose midnight ends its day; the server's if it is none.
+    /// Time zone whose midnight ends its day; the server's if `None`.
     pub timezone: Option<TimeZone>,
     /// `false`: it takes nothing.
     pub enabled: bool,
     /// Exact names, and beginnings that end in `*`, as typed.
     pub models: Vec<String>,
-    /// From the name asked for to the name sent.
+    /// From the name that clients ask for to the name that is sent.
     pub model_mapping: BTreeMap<String, String>,
-    /// Its share among those of the same priority, from 1 to 65535.
+    /// Share among endpoints of the same priority, from 1 to 65535.
     pub weight: u32,
     /// Lower ones first.
     pub priority: u32,
     /// Values are marked sensitive and print as such.
     pub headers: Vec<(HeaderName, HeaderValue)>,
-    /// How long to wait for it.
+    /// Timeouts.
     pub timeouts: Timeouts,
-    /// Whether its streams ask for their usage where the client does not.
+    /// Policy for `stream_options` that the client did not send.
     pub stream_usage: StreamUsage,
-    /// On the way to it.
+    /// Outbound proxy.
     pub proxy: Option<Proxy>,
     /// Only HTTP/2, only HTTP/1.1, or what the endpoint offers.
     pub http2: Option<bool>,
-    /// How its certificate is checked.
+    /// Certificate checks.
     pub tls: EndpointTls,
 }
 
 impl Endpoint {
-    /// Whether the configuration lets it take any request at all.
+    /// True if the configuration lets it take requests at all.
     pub fn usable(&self) -> bool {
         self.enabled && self.limits.each().all(|(_, limit)| limit != Limit::Off)
     }
 }
 
-/// Whether streams ask for their usage where the client does not.
+/// Policy for `stream_options` that the client did not send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StreamUsage {
@@ -80,10 +80,10 @@ pub enum StreamUsage {
     Never,
 }
 
-/// How long to wait for an endpoint. None is zero.
+/// Timeouts towards an endpoint; all are non-zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    /// Until the connection stands.
+    /// Until the connection is established.
     pub connect: Duration,
     /// Until the first byte of a streamed answer.
     pub first_byte_stream: Duration,
@@ -93,7 +93,7 @@ pub struct Timeouts {
     pub idle: Duration,
 }
 
-/// How an endpoint's certificate is checked.
+/// Certificate checks of an endpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EndpointTls {
     /// Trusted in place of the system's authorities. It could be read when the configuration was checked.
@@ -256,7 +256,7 @@ fn check_pattern(model: &str, path: &str, check: &mut Check<'_>) {
     }
 }
 
-/// What frames a message is the proxy's business; a configured value would break or smuggle requests.
+/// Headers that frame a message are the gateway's business: a configured value would break or smuggle requests.
 const REFUSED_HEADERS: [&str; 10] = [
     "connection",
     "content-length",

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::problem::Problem;
 
-/// Where a `.env` file is looked for, by name, in the working directory and beside the configuration.
+/// Paths of `.env` files: in the working directory and beside the configuration.
 const FILE_NAME: &str = ".env";
 
 /// Variables by name. The first source that has a value wins; an empty value counts as none.
@@ -93,12 +93,12 @@ impl Environment {
         self.variables.get(name).map(|v| v.value.as_str())
     }
 
-    /// Where the variable's value comes from: `the environment` or a file's path.
+    /// Source of a variable's value: `the environment` or a file's path.
     pub(super) fn source(&self, name: &str) -> Option<&str> {
         self.variables.get(name).map(|v| v.source.as_str())
     }
 
-    /// What was wrong with the `.env` files.
+    /// Errors of the `.env` files.
     pub(super) fn problems(&self) -> &[Problem] {
         &self.problems
     }
@@ -138,7 +138,7 @@ impl fmt::Debug for Environment {
     }
 }
 
-/// Why a text with `${…}` has no value.
+/// Reason why a text with `${…}` has no value.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Unexpanded {
     NotSet(Vec<String>),

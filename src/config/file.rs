@@ -2,7 +2,7 @@
 //! doc comments become the descriptions in the JSON Schema and in the reference table, and the bounds
 //! there are the ones that are checked, so there is no second list to keep in step.
 //!
-//! What the values mean together is [`checked`](super::checked)'s business.
+//! The meaning of the values together is [`checked`](super::checked)'s business.
 
 use std::collections::BTreeMap;
 
@@ -53,24 +53,24 @@ pub(super) const FIRST_BYTE_MS_DEFAULT: u32 = 600_000;
 pub(super) const IDLE_MS_DEFAULT: u32 = 120_000;
 /// A day: no timeout is meant to be longer.
 pub(super) const TIMEOUT_MS_MAX: u32 = 86_400_000;
-/// Where a plain count needs some end.
+/// Upper end of plain counts that need one.
 pub(super) const COUNT_MAX: u32 = 1_000_000;
 
-/// One self-hosted process in front of many OpenAI-format endpoints. JSON, or YAML if the file's name
-/// ends in `.yaml` or `.yml`. In any text value `${NAME}` is replaced by an environment variable, taken
-/// from the process or from a `.env` file; `$${` stands for a plain `${`.
+/// A self-hosted, OpenAI-compatible LLM gateway. JSON, or YAML if the file's name ends in `.yaml` or `.yml`. In any
+/// text value `${NAME}` is replaced by an environment variable, taken from the process or from a `.env` file; `$${`
+/// stands for a plain `${`.
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(title = "api-together configuration")]
 pub(super) struct ConfigFile {
-    /// Where an editor finds this schema. Not read by the program.
+    /// Location of this schema, for editors. The program does not read it.
     #[serde(rename = "$schema")]
     #[expect(dead_code, reason = "for editors, not for us")]
     pub schema: Option<String>,
-    /// What clients see: the address, the key they send, and what holds for all endpoints.
+    /// The client's side: address, key, and everything that applies to all endpoints.
     #[schemars(required)]
     pub server: Option<ServerFile>,
-    /// The endpoints that requests are sent on to. At least one.
+    /// Upstream endpoints; at least one.
     #[schemars(required, extend("minItems" = 1))]
     pub apis: Option<Vec<EndpointFile>>,
 }
@@ -90,59 +90,58 @@ pub(super) struct ServerFile {
     pub api_key: Option<Secret>,
     /// Serve HTTPS with this certificate. Absent: plain HTTP.
     pub tls: Option<ServerTlsFile>,
-    /// Which web pages may call from a browser.
+    /// Web pages that may call from a browser.
     pub cors: Option<CorsFile>,
-    /// The longest request body taken, in bytes; a longer one is answered 413. Default: 64 MiB.
+    /// Longest request body in bytes; a longer one is answered 413. Default: 64 MiB.
     #[schemars(range(min = BODY_BYTES_MIN, max = BODY_BYTES_MAX), extend("default" = BODY_BYTES_DEFAULT))]
     pub body_bytes_max: Option<u32>,
-    /// How many bytes the request bodies above 64 KiB may take up together; beyond it they wait for 10 s at most, and are then
-    /// answered 503. Default: half of the memory that the machine or its container has, at most 1 GiB.
+    /// Memory that request bodies above 64 KiB may take up together, in bytes. Beyond it they wait for up to 10 s and
+    /// are then answered 503. Default: half of the memory of the machine or its container, at most 1 GiB.
     #[schemars(range(min = MEMORY_BYTES_MIN, max = MEMORY_BYTES_MAX))]
     pub memory_bytes_max: Option<u64>,
-    /// How one of several usable endpoints is chosen: at random by weight, in turns, the one with the
-    /// fewest requests in flight, or the one that has answered fastest of late.
+    /// Load balancing among several usable endpoints: at random by weight, round robin, the one with the fewest
+    /// requests in flight, or the one with the lowest time to first byte.
     #[schemars(extend("default" = Strategy::Random))]
     pub strategy: Option<Strategy>,
-    /// When a request that failed is tried again on another endpoint.
+    /// Retries of a failed request on another endpoint.
     pub retry: Option<RetryFile>,
-    /// When an endpoint that keeps failing is left alone for a while.
+    /// Circuit breaker: an endpoint that keeps failing gets no requests for a while.
     pub breaker: Option<BreakerFile>,
     /// Worker threads. Default: one for each processor core.
     #[schemars(range(min = 1, max = THREADS_MAX))]
     pub threads: Option<u16>,
-    /// Addresses of reverse proxies in front, as `10.0.0.0/8` or `::1`. Only their `X-Forwarded-For` is
-    /// believed. Default: none.
+    /// Addresses of reverse proxies in front, such as `10.0.0.0/8` or `::1`. Only their `X-Forwarded-For` is trusted.
+    /// Default: none.
     pub trusted_proxies: Option<Vec<String>>,
-    /// Wrong keys one address may send in a minute before it is answered 429. 0: any number.
+    /// Wrong keys that one address may send in a minute before it is answered 429. 0: no limit.
     #[schemars(range(min = 0, max = COUNT_MAX), extend("default" = FAILED_KEYS_PER_MINUTE_DEFAULT))]
     pub failed_keys_per_minute: Option<u32>,
-    /// Whether responses say which endpoint answered, in `x-api-together-*` headers.
+    /// Headers `x-api-together-*` in responses, which name the endpoint and the number of attempts.
     #[schemars(extend("default" = ENDPOINT_HEADERS_DEFAULT))]
     pub endpoint_headers: Option<bool>,
-    /// The file that holds every count: permits and tokens. Made with its folder if it is not there. A relative
-    /// path starts from this file's folder. All processes that name one file share its limits.
+    /// The file that holds every count: permits and tokens. It is created with its folder if it does not exist. A
+    /// relative path starts from this file's folder. All processes that name one file share its limits.
     #[schemars(extend("default" = LEDGER_DEFAULT))]
     pub ledger: Option<String>,
-    /// What endpoints with limits do while the ledger cannot be written: take no requests, or go on
-    /// without permits, to be counted once it can be written again.
+    /// Behaviour of endpoints with limits while the ledger cannot be written: take no requests, or work without
+    /// permits, which are counted once it can be written again.
     #[schemars(extend("default" = LedgerOnError::Deny))]
     pub ledger_on_error: Option<LedgerOnError>,
-    /// What a loss of power may cost: the last second's counts, or nothing, at the price of one write to the disk
-    /// for each group of requests. After a crash of the process alone nothing is lost either way.
+    /// Durability of counts across a loss of power: the last second may be lost, or nothing, at the price of one disk
+    /// write for each batch of requests. A crash of the process alone loses nothing either way.
     #[schemars(extend("default" = LedgerSync::Normal))]
     pub ledger_sync: Option<LedgerSync>,
-    /// The time zone whose midnight ends a day, as `Europe/Berlin`. Default: the system's.
+    /// The time zone whose midnight ends a day, such as `Europe/Berlin`. Default: the system's.
     pub timezone: Option<String>,
-    /// Whether requests wait for a permit when every endpoint is at its limit. Absent: they are answered 429
-    /// at once.
+    /// Queue for requests while every endpoint is at its limit. Absent: they are answered 429 at once.
     pub queue: Option<QueueFile>,
-    /// How log lines look: text, or one JSON object a line.
+    /// Format of log lines: text, or one JSON object a line.
     #[schemars(extend("default" = LogFormat::Text))]
     pub log_format: Option<LogFormat>,
-    /// An address and port for `GET /metrics` without the key, as `127.0.0.1:9464`. Default: only on the main port,
+    /// Address and port for `GET /metrics` without the key, such as `127.0.0.1:9464`. Default: only on the main port,
     /// with the key.
     pub metrics_listen: Option<String>,
-    /// Whether tokens are estimated, apart from those that are told, where an endpoint tells none or an answer breaks off.
+    /// Estimates of tokens, kept apart from reported ones, for endpoints that report none and answers that break off.
     #[schemars(extend("default" = ESTIMATE_TOKENS_DEFAULT))]
     pub estimate_tokens: Option<bool>,
 }
@@ -150,10 +149,10 @@ pub(super) struct ServerFile {
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct QueueFile {
-    /// How long a request waits at most, in milliseconds.
+    /// Longest wait of a request, in milliseconds.
     #[schemars(required, range(min = 1, max = TIMEOUT_MS_MAX))]
     pub max_wait_ms: Option<u32>,
-    /// How many requests wait at once at most; more are answered 429.
+    /// Largest number of waiting requests; more are answered 429.
     #[schemars(range(min = 1, max = QUEUE_REQUESTS_MAX), extend("default" = QUEUE_REQUESTS_DEFAULT))]
     pub max_requests: Option<u32>,
 }
@@ -183,8 +182,8 @@ pub(super) struct RetryFile {
     /// Attempts for one request at most, the first one counted, each on another endpoint.
     #[schemars(range(min = 1, max = ATTEMPTS_MAX), extend("default" = ATTEMPTS_DEFAULT))]
     pub attempts: Option<u32>,
-    /// Statuses that are tried again on another endpoint: numbers from 400 to 599, or `"4xx"` and
-    /// `"5xx"` for all of them. Network errors always are.
+    /// Statuses that are retried on another endpoint: numbers from 400 to 599, or `"4xx"` and `"5xx"` for all of them.
+    /// Network errors are always retried.
     #[schemars(extend("default" = StatusFile::defaults()))]
     pub statuses: Option<Vec<StatusFile>>,
     /// No new attempt begins later than this many milliseconds after the request came.
@@ -208,7 +207,7 @@ pub enum StatusClass {
 }
 
 impl StatusFile {
-    /// What another endpoint may answer differently: keys, quotas, models, time and the endpoint itself.
+    /// Statuses that another endpoint may not answer: keys, quotas, models, timeouts and failures of the endpoint.
     pub fn defaults() -> Vec<Self> {
         [401, 402, 403, 404, 408, 425, 429]
             .into_iter()
@@ -224,7 +223,7 @@ pub(super) struct BreakerFile {
     /// Failures in a row after which an endpoint cools down.
     #[schemars(range(min = 1, max = COUNT_MAX), extend("default" = FAILURES_DEFAULT))]
     pub failures: Option<u32>,
-    /// How long it then takes no requests, in seconds. Afterwards one is tried.
+    /// Cool-down in seconds, during which the endpoint takes no requests. Then one request tries it.
     #[schemars(range(min = 1, max = COOL_DOWN_SECONDS_MAX), extend("default" = COOL_DOWN_SECONDS_DEFAULT))]
     pub cool_down_seconds: Option<u32>,
 }
@@ -235,10 +234,10 @@ pub(super) struct EndpointFile {
     /// The endpoint's own name in counts, logs and headers, at most 64 characters. No two are the same.
     #[schemars(required, length(min = 1, max = super::endpoint::ID_CHARS_MAX))]
     pub id: Option<String>,
-    /// A name for people. Default: the id.
+    /// Display name. Default: the id.
     pub name: Option<String>,
-    /// Where the endpoint is. Without a path (`https://api.openai.com`) the client's `/v1/…` is kept; a
-    /// path (`https://host/api/v3`) stands in place of `/v1`.
+    /// Address of the endpoint. Without a path (`https://api.openai.com`) the client's `/v1/…` is kept; a path
+    /// (`https://host/api/v3`) replaces `/v1`.
     #[schemars(required)]
     pub base_url: Option<String>,
     /// The key sent to the endpoint as `Authorization: Bearer <key>`.
@@ -250,49 +249,49 @@ pub(super) struct EndpointFile {
     /// Requests a day. -1: no limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub rpd: Option<i64>,
-    /// Tokens in any 60 seconds. They are known when an answer ends, so what is in flight may pass the limit.
+    /// Tokens in any 60 seconds. They are known only when an answer ends, so requests in flight may exceed the limit.
     /// -1: no limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub tpm: Option<i64>,
-    /// Tokens a day, likewise.
+    /// Tokens a day; requests in flight may exceed the limit. -1: no limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub tpd: Option<i64>,
     /// Requests at once, each until the last byte of its answer, counted by each process for itself. -1: no
     /// limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub max_concurrent: Option<i64>,
-    /// The time zone whose midnight ends this endpoint's day, as `America/Los_Angeles`. Default:
+    /// The time zone whose midnight ends this endpoint's day, such as `America/Los_Angeles`. Default:
     /// `server.timezone`.
     pub timezone: Option<String>,
-    /// `false`: the endpoint takes nothing.
+    /// `false` switches the endpoint off.
     #[schemars(extend("default" = ENABLED_DEFAULT))]
     pub enabled: Option<bool>,
-    /// Models the endpoint serves: exact names, beginnings such as `gpt-4*`, or `*` for all. Without any,
-    /// it takes mapped names and requests without a model only.
+    /// Models the endpoint serves: exact names, prefixes such as `gpt-4*`, or `*` for all. Without any, it takes mapped
+    /// names and requests without a model only.
     pub models: Option<Vec<String>>,
-    /// From the name a client asks for to the name the endpoint is sent. These names are served too,
+    /// Model names that clients ask for, each with the name that is sent to the endpoint. These names are served too,
     /// without being in `models`.
     pub model_mapping: Option<BTreeMap<String, String>>,
     /// The endpoint's share of the requests among those of the same priority.
     #[schemars(range(min = 1, max = u16::MAX), extend("default" = WEIGHT_DEFAULT))]
     pub weight: Option<u16>,
-    /// Lower numbers are asked first; a higher one only when none of those is usable.
+    /// Lower numbers go first; a higher one is used only when no endpoint with a lower one can take the request.
     #[schemars(range(min = 0, max = PRIORITY_MAX), extend("default" = PRIORITY_DEFAULT))]
     pub priority: Option<u32>,
-    /// Headers added to each request to the endpoint, in place of the client's of the same name.
+    /// Headers added to each request to the endpoint; they replace the client's of the same name.
     pub headers: Option<BTreeMap<String, Secret>>,
-    /// How long to wait for the endpoint.
+    /// Timeouts towards the endpoint.
     pub timeouts: Option<TimeoutsFile>,
-    /// `auto`: a stream whose client does not ask for its usage asks for it all the same, unless the endpoint
-    /// refuses that; the client sees nothing of it. `never`: it does not.
+    /// `auto`: `stream_options` are added to a stream whose client does not ask for its usage, unless the endpoint
+    /// refuses them; the client does not see that usage. `never`: they are not added.
     #[schemars(extend("default" = StreamUsage::Auto))]
     pub stream_usage: Option<StreamUsage>,
-    /// A proxy on the way to the endpoint: `http://`, `https://` or `socks5://`, with `user:password@` if it wants
-    /// one; `none` for no proxy. Default: what `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY` say.
+    /// Outbound proxy: `http://`, `https://` or `socks5://`, with `user:password@` if it needs a login; `none` connects
+    /// directly. Default: the variables `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`.
     pub proxy: Option<Secret>,
     /// `true`: HTTP/2 only. `false`: HTTP/1.1 only. Absent: HTTP/2 if the endpoint offers it.
     pub http2: Option<bool>,
-    /// How the endpoint's certificate is checked.
+    /// Certificate checks of the endpoint.
     pub tls: Option<EndpointTlsFile>,
 }
 
@@ -300,7 +299,7 @@ pub(super) struct EndpointFile {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[expect(clippy::struct_field_names, reason = "the unit is part of each name")]
 pub(super) struct TimeoutsFile {
-    /// Until the connection stands, in milliseconds.
+    /// Until the connection is established, in milliseconds.
     #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = CONNECT_MS_DEFAULT))]
     pub connect_ms: Option<u32>,
     /// Until the first byte of the answer, in milliseconds. Default: 60000 for a stream and 600000 for
@@ -318,7 +317,7 @@ pub(super) struct EndpointTlsFile {
     /// Certificates of authorities to trust in place of the system's, in PEM form. A relative path
     /// starts from this file's folder.
     pub ca_file: Option<String>,
-    /// `true` switches the check off: whoever is on the way can read the key. For tests only.
+    /// `true` switches the check off: anyone on the way can read the key. For tests only.
     #[schemars(extend("default" = false))]
     pub insecure: Option<bool>,
 }

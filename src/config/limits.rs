@@ -50,15 +50,15 @@ impl LimitKind {
 /// A value for each kind of limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PerLimit<T> {
-    /// Of [`LimitKind::Rpm`].
+    /// Value of [`LimitKind::Rpm`].
     pub rpm: T,
-    /// Of [`LimitKind::Rpd`].
+    /// Value of [`LimitKind::Rpd`].
     pub rpd: T,
-    /// Of [`LimitKind::Tpm`].
+    /// Value of [`LimitKind::Tpm`].
     pub tpm: T,
-    /// Of [`LimitKind::Tpd`].
+    /// Value of [`LimitKind::Tpd`].
     pub tpd: T,
-    /// Of [`LimitKind::MaxConcurrent`].
+    /// Value of [`LimitKind::MaxConcurrent`].
     pub max_concurrent: T,
 }
 
@@ -107,12 +107,12 @@ pub enum Limit {
     Unlimited,
     /// 0 in the file: the endpoint takes nothing.
     Off,
-    /// From 1 to 2^53 - 1.
+    /// A limit, from 1 to 2^53 - 1.
     AtMost(u64),
 }
 
 impl Limit {
-    /// As in the file: -1, 0, or the number.
+    /// Returns the number of the file: -1, 0, or the limit.
     pub fn as_number(self) -> i64 {
         match self {
             Self::Unlimited => -1,

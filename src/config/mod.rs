@@ -56,16 +56,16 @@ const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// A configuration that can be used, and what is odd about it.
 #[derive(Debug, Clone)]
 pub struct Loaded {
-    /// What can be used.
+    /// The configuration, ready for use.
     pub config: Config,
-    /// In the order of their places. Unknown keys are among them.
+    /// Warnings, in the order of their places. Unknown keys are among them.
     pub warnings: Vec<Problem>,
 }
 
-/// How a configuration is written.
+/// Syntax of a configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// As RFC 8259 has it, without comments.
+    /// JSON according to RFC 8259, without comments.
     Json,
     /// YAML without merge keys.
     Yaml,

@@ -1,9 +1,9 @@
-//! What is wrong with a configuration, told all at once and with a way out.
+//! Problems of a configuration, reported all at once and with a way out.
 
 use std::cmp::Ordering;
 use std::fmt;
 
-/// How much a [`Problem`] matters.
+/// Severity of a [`Problem`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProblemKind {
     /// The configuration cannot be used.
@@ -23,16 +23,16 @@ impl fmt::Display for ProblemKind {
     }
 }
 
-/// One thing wrong, and where: `apis[2].baseUrl: message (hint)`.
+/// A problem and its place: `apis[2].baseUrl: message (hint)`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// The place in the configuration (`apis[2].baseUrl`), a file's path, or empty for the whole text.
     pub path: String,
-    /// What is wrong, as the rest of a sentence about the place.
+    /// Problem, as the rest of a sentence about the place.
     pub message: String,
     /// The way out.
     pub hint: Option<String>,
-    /// How much it matters.
+    /// Severity.
     pub kind: ProblemKind,
 }
 
@@ -79,7 +79,7 @@ impl fmt::Display for Problem {
 pub struct Problems(Vec<Problem>);
 
 impl Problems {
-    /// In the order of their places.
+    /// Problems in the order of their places.
     pub fn iter(&self) -> std::slice::Iter<'_, Problem> {
         self.0.iter()
     }

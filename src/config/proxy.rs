@@ -10,7 +10,7 @@ use super::cidr::Cidr;
 use super::environment::Environment;
 use crate::config::secret::Secret;
 
-/// How a proxy is spoken to.
+/// Protocol of a proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProxyScheme {
     /// `CONNECT` in plain text.
@@ -24,7 +24,7 @@ pub enum ProxyScheme {
 /// A proxy. Printing it shows no password.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
-    /// How it is spoken to.
+    /// Protocol.
     pub scheme: ProxyScheme,
     /// Lower-case; an IPv6 address has no brackets.
     pub host: String,
@@ -99,8 +99,8 @@ fn is_here(host: &str) -> bool {
     host == "localhost" || host.ends_with(".localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-/// Whether a list such as `example.com, .internal, 10.0.0.0/8, host:8080` has an endpoint in it. A name stands for all names
-/// below it as well, with a dot before it or without; `*` is all.
+/// True if a list such as `example.com, .internal, 10.0.0.0/8, host:8080` contains the endpoint. A name stands for all
+/// names below it as well, with or without a leading dot; `*` means all.
 fn is_excepted(list: &str, to: &BaseUrl) -> bool {
     list.split(',').map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| {
         if entry == "*" {

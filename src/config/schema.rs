@@ -82,7 +82,7 @@ fn drop_null(kind: &mut Value) {
     }
 }
 
-/// What a schema expects, in words: `a whole number from 1 to 100`.
+/// Returns what a schema expects, in words: `a whole number from 1 to 100`.
 pub(super) fn expected(schema: &Value) -> String {
     if let Some(Value::Array(choices)) = schema.get("anyOf") {
         return choices.iter().map(expected).collect::<Vec<_>>().join(" or ");
@@ -205,7 +205,7 @@ fn plural(schema: &Value) -> String {
     }
 }
 
-/// Whether a value may never be shown.
+/// True if a value may never be shown.
 pub(super) fn is_secret(schema: &Value) -> bool {
     schema.get("writeOnly").and_then(Value::as_bool) == Some(true) || map_values(schema).is_some_and(is_secret)
 }
@@ -274,8 +274,8 @@ mod tests {
             "## The whole file",
             "## `server.tls`",
             "## `apis[].timeouts`",
-            "| `baseUrl` | text | required | Where the endpoint is. Without a path (`https://api.openai.com`) \
-             the client's `/v1/…` is kept; a path (`https://host/api/v3`) stands in place of `/v1`. |",
+            "| `baseUrl` | text | required | Address of the endpoint. Without a path (`https://api.openai.com`) \
+             the client's `/v1/…` is kept; a path (`https://host/api/v3`) replaces `/v1`. |",
             "| `attempts` | whole number from 1 to 100 | `10` | Attempts for one request at most, the first \
              one counted, each on another endpoint. |",
         ] {

@@ -1,5 +1,5 @@
-//! From text to [`ConfigFile`]: syntax, then every value against the schema, so that all unknown keys and
-//! all wrong types are told at once. Serde alone would stop at the first.
+//! From text to [`ConfigFile`]: syntax, then every value against the schema, so that all unknown keys and all wrong
+//! types are reported at once. Serde alone would stop at the first.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -13,7 +13,7 @@ use super::file::ConfigFile;
 use super::problem::{Problem, ProblemKind, Report, join};
 use super::schema::{bound, expected, is_secret, map_values, properties, schema};
 
-/// How alike an unknown and a known key must be for a suggestion, from 0 to 1.
+/// Similarity of an unknown and a known key that is needed for a suggestion, from 0 to 1.
 const ALIKE_MIN: f64 = 0.8;
 /// Longer texts are not quoted in a message.
 const QUOTED_CHARS_MAX: usize = 40;
@@ -142,8 +142,8 @@ struct SchemaCheck<'a> {
 }
 
 impl SchemaCheck<'_> {
-    /// Whether the value has the schema's shape. Variables in it are filled in, and parts that do not
-    /// fit are reported and taken out.
+    /// Checks a value against its schema. Variables in it are replaced, and parts that do not fit are reported and
+    /// taken out.
     fn keep(&mut self, value: &mut Value, schema: &Value, path: &str) -> bool {
         let mut is_plain = !is_secret(schema);
         if let Value::String(text) = value
@@ -283,7 +283,7 @@ fn misfit_hint(value: &Value, schema: &Value, path: &str) -> Option<String> {
     Some(meaning.trim_end_matches('.').to_owned())
 }
 
-/// What was found, quoted unless it may be a key.
+/// Describes a value, quoted unless it may be a key.
 fn found(value: &Value, schema: &Value, is_plain: bool) -> String {
     let scalar_wanted = !matches!(schema.get("type").and_then(Value::as_str), Some("object" | "array"));
     let quotable = is_plain && scalar_wanted;

@@ -27,7 +27,7 @@ impl Secret {
         &self.0
     }
 
-    /// Whether `given` is this key. The time taken tells nothing but the length.
+    /// Compares a key in constant time: the time taken shows nothing but the length.
     pub fn matches(&self, given: &[u8]) -> bool {
         self.0.as_bytes().ct_eq(given).into()
     }

@@ -1,4 +1,4 @@
-//! What clients see, and what holds for all endpoints.
+//! The checked `server` part: the client's side, and everything that applies to all endpoints.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile,
 use super::status_set::StatusSet;
 use crate::config::secret::Secret;
 
-/// What clients see, and what holds for all endpoints.
+/// The client's side, and everything that applies to all endpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Server {
     /// The address to listen on.
@@ -25,45 +25,45 @@ pub struct Server {
     pub api_key: Secret,
     /// HTTPS with this certificate, or plain HTTP.
     pub tls: Option<ServerTls>,
-    /// Which web pages may call.
+    /// Web pages that may call.
     pub cors: Cors,
     /// The longest request body taken.
     pub body_bytes_max: usize,
-    /// How much the bodies of all requests may take up together, as far as each is larger than 64 KiB.
+    /// Memory that request bodies above 64 KiB may take up together, in bytes.
     pub memory_bytes_max: usize,
-    /// How one of several usable endpoints is chosen.
+    /// Load balancing among several usable endpoints.
     pub strategy: Strategy,
-    /// When a request is tried again.
+    /// Retries.
     pub retry: Retry,
-    /// When an endpoint is left alone.
+    /// Circuit breaker.
     pub breaker: Breaker,
     /// Worker threads, from 1 to 1024.
     pub threads: usize,
-    /// Whose forwarding headers are believed.
+    /// Reverse proxies whose forwarding headers are trusted.
     pub trusted_proxies: Vec<Cidr>,
     /// Wrong keys one address may send in a minute; 0 for any number.
     pub failed_keys_per_minute: u32,
-    /// Whether responses carry `x-api-together-*` headers.
+    /// True if responses carry `x-api-together-*` headers.
     pub endpoint_headers: bool,
     /// The file that holds every count, as an absolute path.
     pub ledger: PathBuf,
-    /// What endpoints with limits do while it cannot be written.
+    /// Behaviour of endpoints with limits while the ledger cannot be written.
     pub ledger_on_error: LedgerOnError,
-    /// What a loss of power may cost.
+    /// Durability of counts across a loss of power.
     pub ledger_sync: LedgerSync,
-    /// Whose midnight ends a day.
+    /// Time zone whose midnight ends a day.
     pub timezone: TimeZone,
-    /// Whether requests wait for a permit.
+    /// Queue for requests without a permit.
     pub queue: Option<Queue>,
-    /// How log lines look.
+    /// Format of log lines.
     pub log_format: LogFormat,
-    /// Where `/metrics` is served without a key.
+    /// Address that serves `/metrics` without a key.
     pub metrics_listen: Option<SocketAddr>,
-    /// Whether tokens are estimated that no endpoint tells.
+    /// True if tokens are estimated when endpoints report none.
     pub estimate_tokens: bool,
 }
 
-/// What endpoints with limits do while the ledger cannot be written.
+/// Behaviour of endpoints with limits while the ledger cannot be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LedgerOnError {
@@ -74,7 +74,7 @@ pub enum LedgerOnError {
     Allow,
 }
 
-/// When a commit of the ledger is on the disk.
+/// Moment at which a commit of the ledger reaches the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LedgerSync {
@@ -85,23 +85,23 @@ pub enum LedgerSync {
     Full,
 }
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LogFormat {
     /// Time, level, message.
     #[default]
     Text,
-    /// One object a line.
+    /// One JSON object a line.
     Json,
 }
 
 /// Requests that wait for a permit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Queue {
-    /// How long each waits at most.
+    /// Longest wait of a request.
     pub wait_max: Duration,
-    /// How many wait at once at most.
+    /// Largest number of waiting requests.
     pub requests_max: usize,
 }
 
@@ -117,30 +117,30 @@ pub struct ServerTls {
 /// The origins whose pages may call from a browser. Empty: none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cors {
-    /// In lower case; `*` for any.
+    /// Origins in lower case; `*` for any.
     pub origins: Vec<String>,
 }
 
 impl Cors {
-    /// Whether any origin may call.
+    /// True if any origin may call.
     pub fn any(&self) -> bool {
         self.origins.iter().any(|origin| origin == "*")
     }
 
-    /// Whether a page of this origin may call. Browsers send origins in lower case.
+    /// True if a page of this origin may call. Browsers send origins in lower case.
     pub fn allows(&self, origin: &str) -> bool {
         self.any() || self.origins.iter().any(|allowed| allowed == origin)
     }
 }
 
-/// How one of several usable endpoints is chosen.
+/// Load balancing among several usable endpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
     /// At random, by weight.
     #[default]
     Random,
-    /// In turns, by weight.
+    /// Round robin, by weight.
     RoundRobin,
     /// The one with the fewest requests in flight.
     LeastBusy,
@@ -148,7 +148,7 @@ pub enum Strategy {
     Fastest,
 }
 
-/// When a request is tried again on another endpoint.
+/// Retries of a failed request on another endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retry {
     /// Attempts at most, from 1 to 100; the first one counts.
@@ -159,12 +159,12 @@ pub struct Retry {
     pub budget: Duration,
 }
 
-/// When an endpoint that keeps failing cools down.
+/// Circuit breaker: when an endpoint that keeps failing cools down.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Breaker {
     /// After so many failures in a row, at least 1.
     pub failures: u32,
-    /// How long the endpoint then takes nothing.
+    /// Length of the cool-down.
     pub cool_down: Duration,
 }
 
@@ -233,7 +233,7 @@ fn memory_bytes_max(typed: Option<u64>, body_bytes_max: u32, check: &mut Check<'
     }
 }
 
-/// What the machine has, or its container, in bytes; where neither says, a little.
+/// Returns the memory of the machine or its container in bytes; a low value if neither is known.
 fn memory_bytes() -> u64 {
     const UNKNOWN: u64 = 512 * 1024 * 1024;
     let of_container =
@@ -328,7 +328,7 @@ fn breaker(typed: &BreakerFile) -> Breaker {
     }
 }
 
-/// Whether the file can be written is known when it is opened.
+/// Resolves the path. It turns out when the file is opened if it can be written.
 fn ledger(typed: Option<&str>, check: &mut Check<'_>) -> Option<PathBuf> {
     let typed = typed.unwrap_or(file::LEDGER_DEFAULT);
     if typed.trim().is_empty() || typed.ends_with('/') {

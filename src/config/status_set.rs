@@ -20,7 +20,7 @@ impl StatusSet {
         Self { words: [0; WORDS] }
     }
 
-    /// Whether the status is one of them; never for one outside 400 to 599.
+    /// True if the status is in the set; never for one outside 400 to 599.
     pub fn contains(&self, status: u16) -> bool {
         place(status).is_some_and(|(word, bit)| self.words.get(word).is_some_and(|w| w & bit != 0))
     }

@@ -373,7 +373,7 @@ fn two_configurations_can_be_told_apart() {
     assert_ne!(config, config_of(&with(&json!({}), &json!({ "headers": { "x": "1" } }))));
 }
 
-/// What the schema lets through must be readable by the types; else a problem without a place is told.
+/// A value that the schema accepts must be readable by the types; else a problem without a place would be reported.
 fn assert_placed(result: &Result<Loaded, Problems>, config: &Value) {
     if let Err(problems) = result {
         assert!(problems.iter().all(|problem| !problem.path.is_empty()), "{problems}\n{config}");

@@ -15,18 +15,18 @@ use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// So long nothing may happen before a change is looked at: whoever writes twice has then written both times.
+/// Quiet time before a change is looked at, so that a program that writes twice has written both times.
 const QUIET: Duration = Duration::from_millis(200);
 /// But it is looked at after this time even if it never becomes quiet.
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(2);
-/// Between two looks without having been told of anything.
+/// Time between two looks without an event.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The names of files whose contents matter.
 type Names = Arc<Mutex<BTreeSet<OsString>>>;
 
-/// Whether an event may be about one of the files. What is written to others, as to a log beside the config, is not; what comes,
-/// goes or is renamed may be a link on the way to one.
+/// True if an event may be about one of the files. Writes to other files, such as a log beside the config, are not; a
+/// file that comes, goes or is renamed may be a link on the way to one.
 fn matters(event: &Event, names: &Names) -> bool {
     match event.kind {
         // A look after a read would be followed by another, for ever.
@@ -44,7 +44,7 @@ fn matters(event: &Event, names: &Names) -> bool {
 #[derive(Debug)]
 pub struct Watch {
     files: Vec<PathBuf>,
-    /// What they are called, and what they link to.
+    /// Paths of the files, and of what they link to.
     names: Names,
     watcher: Option<RecommendedWatcher>,
     watched: BTreeSet<PathBuf>,
@@ -52,7 +52,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Of these files, some of which may not be there.
+    /// Watches these files, some of which may not exist.
     pub fn new(files: Vec<PathBuf>) -> Self {
         // One that waits says all that many would.
         let (tell, events) = mpsc::channel(1);

@@ -1,4 +1,4 @@
-//! What a request asks for.
+//! A request as the exchange needs it.
 
 use std::mem;
 use std::ops::Range;
@@ -15,35 +15,35 @@ use crate::routing::router::Candidates;
 /// Prompts of more than 256 KiB are not kept, and not estimated.
 pub(crate) const PROMPT_BYTES_MAX: usize = 256 * 1024;
 
-/// What a request asks for.
+/// A request as the exchange needs it.
 #[derive(Debug)]
 pub struct Ask {
     /// The config it runs under, whatever is loaded meanwhile.
     pub pool: Arc<Pool>,
     /// The endpoints that can take it.
     pub candidates: Arc<Candidates>,
-    /// What was called.
+    /// Call of the API.
     pub call: Call,
     /// The model's name as the client sent it.
     pub model: Option<String>,
-    /// Where that name stands in the body.
+    /// Range of that name in the body.
     pub model_range: Option<Range<usize>>,
-    /// Whether the answer is to be streamed.
+    /// True if the answer is to be streamed.
     pub stream: bool,
-    /// How a stream can be made to tell its usage, where the client did not ask for it.
+    /// Edit of the body that asks a stream for its usage, if the client did not.
     pub usage_edit: Option<UsageEdit>,
     /// The body as it came, until the answer is committed.
     pub body: Bytes,
     /// The same from then on, if the tokens may have to be estimated.
     pub prompt: Bytes,
-    /// When it was read to its end.
+    /// When the body had been read.
     pub read_at: Instant,
-    /// Whether the request switches protocols (WebSocket), so that no body is replayed and nothing held.
+    /// True if the request switches protocols (WebSocket), so that no body is replayed and nothing is held.
     pub switches_protocol: bool,
 }
 
 impl Ask {
-    /// Whether its tokens are estimated if no endpoint tells them.
+    /// True if its tokens are estimated when the endpoint reports none.
     pub fn is_estimated(&self) -> bool {
         self.pool.server.estimate_tokens && (self.call.is_text() || self.call == Call::Embeddings)
     }

@@ -1,4 +1,4 @@
-//! One attempt at one endpoint: what it holds, and what it shows of the endpoint.
+//! One attempt at one endpoint: the guards it holds, and what it reports to the endpoint's health.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,12 +18,12 @@ use crate::routing::usage_injection::UsageInjection;
 use crate::telemetry::metrics::{Counters, metrics};
 use crate::usage::Meter;
 
-/// How far an attempt's answer has come.
+/// Progress of an attempt's answer.
 #[derive(Debug)]
 enum Stage {
-    /// Its header has not come.
+    /// The header has not come.
     Waiting,
-    /// Its header has come, which says this; the client has seen nothing of it.
+    /// The header has come, with this outcome; the client has seen nothing of it.
     Held(Outcome),
     /// It is let through to the client.
     Committed(Outcome),
@@ -34,33 +34,33 @@ enum Stage {
     },
 }
 
-/// One attempt at one endpoint. What it shows of the endpoint is taken in once; dropped before that, nothing is.
+/// One attempt at one endpoint. Its outcome is counted once; an attempt that is dropped before that counts for nothing.
 #[derive(Debug)]
 pub struct Attempt {
     /// The endpoint.
     pub endpoint: Arc<Endpoint>,
     /// The model it is asked for, where that is not the client's own name.
     pub model: Option<Arc<str>>,
-    /// How its answer is judged.
+    /// Terms by which the answer is judged.
     pub terms: Terms,
-    /// How long the first byte may take.
+    /// Timeout until the first byte.
     pub first_byte_timeout: Duration,
     stage: Stage,
     /// The endpoint refused the `stream_options` that were added to this attempt, so it is made once more without.
     pub usage_refused: bool,
-    /// Whether the endpoint's answer ends when the connection does.
+    /// True if the answer ends when the connection does.
     pub ends_with_connection: bool,
-    /// How its body is compressed.
+    /// Compression of the body; `None` if it is plain.
     pub encoding: Option<Encoding>,
-    /// What is measured of the answer.
+    /// Measurements of the answer.
     pub meter: Meter,
-    /// What its endpoint and model count up.
+    /// Metrics of its endpoint and model.
     pub counters: Option<Arc<Counters>>,
     permit: Permit,
-    /// When it was chosen.
+    /// When the endpoint was chosen.
     chosen_at: Clock,
     started: Instant,
-    /// When its header went out.
+    /// When the header was sent.
     pub sent_at: Instant,
     trial: Option<Trial>,
     breaker: Breaker,
@@ -116,7 +116,7 @@ impl Attempt {
         Err(Drawn::Unavailable)
     }
 
-    /// Likewise, if its permit is still worth something.
+    /// Sends the header now if the permit is still valid.
     pub fn send_now(&mut self, clock: &Clock) -> bool {
         let holds = !self.permit.is_stale(clock);
         if holds {
@@ -210,8 +210,8 @@ impl Attempt {
         }
     }
 
-    /// Whether an answer that has ended now was cut: its end is only that of the connection, and its content does not say that
-    /// it is whole.
+    /// True if an answer that has ended was cut off: only the connection ended, and the content does not say that it is
+    /// complete.
     pub fn is_cut(&self) -> bool {
         self.ends_with_connection && !self.meter.is_whole()
     }

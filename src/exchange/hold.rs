@@ -1,4 +1,4 @@
-//! What of a response is held back, and what goes out.
+//! The held response, and what is passed on of it.
 
 use std::mem;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ const LINGER_MAX: Duration = Duration::from_millis(80);
 
 /// Pieces that are sent together are copied into one up to this size.
 const JOINED_BYTES_MAX: usize = 16 * 1024;
-/// So many tasks at once say that the endpoint sends faster than they are taken over.
+/// Number of tasks at once that shows that the endpoint sends faster than they are taken.
 const TASKS_OF_BURST: usize = 4;
 
 /// The response of the attempt under way.
@@ -35,31 +35,31 @@ pub(super) struct HeldResponse {
     exchange: Arc<Exchange>,
     pub(super) plan: Plan,
     judge: Judge,
-    /// What is held back; bounded by the judge.
+    /// Held tasks; bounded by the judge.
     held: Vec<HttpTask>,
     committed: bool,
     status: u16,
-    /// When the attempt is over unless something comes.
+    /// When the attempt is given up unless something comes.
     deadline: Option<Instant>,
-    /// When a stream that has begun with data, but has not said anything yet, is let through all the same.
+    /// When a stream that has begun, but has had no content yet, is let through anyway.
     held_until: Option<Instant>,
-    /// Whether the endpoint has said that its stream is whole.
+    /// True once the endpoint has said that its stream is complete.
     complete: bool,
-    /// When it is ended then.
+    /// When such a stream is ended.
     lingers_until: Option<Instant>,
-    /// How long the endpoint may take between two pieces.
+    /// Timeout between two pieces of the answer.
     idle: Duration,
     secrets: Secrets,
-    /// How the body is read that goes to the client.
+    /// Reader of the body on its way to the client.
     reading: Reading,
-    /// What goes on of the tasks under way.
+    /// Pieces to pass on of the tasks under way.
     pieces: Vec<Bytes>,
     encoding: Option<Encoding>,
-    /// For the judge, what is compressed is read apart.
+    /// Decoder for the judge, which reads a compressed answer separately.
     decoder: Option<Decoder>,
 }
 
-/// What is due when a deadline has passed.
+/// Action that is due when a deadline has passed.
 pub(super) enum DueAction {
     /// This goes out.
     Flush(Vec<HttpTask>),
@@ -105,17 +105,17 @@ impl HeldResponse {
         }
     }
 
-    /// Whether the attempt has taken all of the request's body.
+    /// True once the attempt has sent all of the request's body.
     pub(super) fn is_body_sent(&self) -> bool {
         self.exchange.state().body.is_empty()
     }
 
-    /// What comes next of the request's body.
+    /// Returns the next piece of the request's body.
     pub(super) fn next_body_piece(&self) -> Option<Bytes> {
         self.exchange.state().body.pop_front()
     }
 
-    /// What keeps the request's header back, for whoever lets go of it.
+    /// Takes the cork that keeps the request's header back.
     pub(super) fn take_cork(&self) -> Option<Cork> {
         self.exchange.state().cork.take()
     }
@@ -204,7 +204,7 @@ impl HeldResponse {
         }
     }
 
-    /// What was held, now that the answer is the client's.
+    /// Commits the answer, and returns the held tasks.
     pub(super) fn commit(&mut self, now: Instant) -> Vec<HttpTask> {
         self.committed = true;
         self.held_until = None;
@@ -230,7 +230,7 @@ impl HeldResponse {
         state.ended = Some(outcome);
     }
 
-    /// What is held never reaches the client, but may have told what it cost.
+    /// Measures the held tasks, which never reach the client but may report tokens.
     pub(super) fn measure_held(&mut self) {
         let Some(attempt) = &mut self.exchange.state().attempt else { return };
         if self.committed || self.status >= 400 {
@@ -246,10 +246,10 @@ impl HeldResponse {
         attempt.note_measured();
     }
 
-    /// What of committed tasks is to be written, and the error that follows them, if one does.
+    /// Returns the tasks to write, and the error that follows them, if one does.
     ///
-    /// Of a burst of events nothing may be written yet, if `gathers`: the next tasks are there already, and a write costs more than
-    /// a hundred events.
+    /// With `gathers`, a burst of events is not written yet: the next tasks are there already, and a write costs more
+    /// than a hundred events.
     pub(super) fn outgoing(&mut self, tasks: Vec<HttpTask>, gathers: bool) -> (Vec<HttpTask>, Option<Box<Error>>) {
         let gathers = gathers && tasks.len() >= TASKS_OF_BURST && self.reading.is_stream();
         let mut out = Vec::with_capacity(tasks.len());
@@ -299,12 +299,12 @@ impl HeldResponse {
         (out, None)
     }
 
-    /// Whether pieces were gathered that have to be written when nothing follows them.
+    /// True if gathered pieces have to be written when nothing follows them.
     pub(super) fn has_gathered(&self) -> bool {
         !self.pieces.is_empty()
     }
 
-    /// What was gathered.
+    /// Takes the gathered pieces.
     pub(super) fn take_gathered(&mut self) -> Vec<HttpTask> {
         let mut out = Vec::new();
         self.push_pieces(&mut out, false);
@@ -391,12 +391,12 @@ impl HeldResponse {
         self.lingers_until = now.checked_add(LINGER_MAX).filter(|_| self.complete);
     }
 
-    /// When something is due if nothing comes before.
+    /// When the next action is due if nothing comes before.
     pub(super) fn due_at(&self) -> Option<Instant> {
         [self.held_until, self.lingers_until, self.deadline].into_iter().flatten().min()
     }
 
-    /// What is due now.
+    /// Returns the action that is due now.
     pub(super) fn due(&mut self) -> DueAction {
         let held_enough = self.held_until.is_some_and(|until| until <= Instant::now());
         if self.lingers_until.is_some_and(|until| until <= Instant::now()) {

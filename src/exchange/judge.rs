@@ -1,8 +1,8 @@
 //! Hold or commit: what of an endpoint's answer the client may see, and when. Pure; bytes in, verdict out.
 //!
-//! Nothing has reached the client before commit, so until then another endpoint can take over. Error answers that may
-//! be retried are held to their end, streams until their first event worth its name, JSON answers until it is known
-//! that they are not empty. Sound, files and the rest are never held.
+//! Nothing has reached the client before commit, so until then another endpoint can take over. Errors that may be
+//! retried are held to their end, streams until their first event with content, JSON answers until it is known that
+//! they are not empty. Audio, files and the rest are never held.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -29,35 +29,35 @@ pub const HOLD_TIME_MAX: Duration = Duration::from_secs(5);
 
 static COMPLETION: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"completion_tokens\""));
 
-/// What an answer's header says, as far as it matters here.
+/// Parts of an answer's header that matter here.
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
     /// The status.
     pub status: u16,
     /// The `Content-Type`.
     pub content_type: Option<&'a str>,
-    /// How long the endpoint asked to be left alone, if this is a 429.
+    /// Pause that the endpoint asked for, if this is a 429.
     pub rest: Duration,
     /// True if no body follows.
     pub end: bool,
-    /// Whether the answer ends when the connection does, so that HTTP cannot tell its end from a break.
+    /// True if the answer ends when the connection does, so that HTTP cannot tell its end from a break.
     pub ends_with_connection: bool,
 }
 
-/// What the attempt was made for.
+/// Terms of an attempt.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// What was called: only a completion can be empty by its usage.
+    /// Call of the API: only a completion can be empty by its usage.
     pub call: Call,
-    /// Whether a body belongs to the answer at all (not to a HEAD).
+    /// True if the answer should have a body (not for a HEAD).
     pub expects_body: bool,
-    /// Whether another endpoint stands ready to take over.
+    /// True if another endpoint could take over.
     pub more: bool,
-    /// Whether the request asks for its usage although the client's does not.
+    /// True if `stream_options` were added to the request.
     pub usage_injected: bool,
 }
 
-/// What is to be done with what has come so far.
+/// Decision about the answer so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Wait for more.
@@ -68,7 +68,7 @@ pub enum Verdict {
     Drop(Outcome),
 }
 
-/// What kind of answer is being held.
+/// Kind of answer that is being held.
 #[derive(Debug)]
 enum AnswerKind {
     /// Nothing has come yet.
@@ -107,7 +107,7 @@ impl Judge {
         }
     }
 
-    /// Whether it is an error that is being held.
+    /// True if an error is being held.
     pub fn is_error(&self) -> bool {
         matches!(self.kind, AnswerKind::Error { .. })
     }
@@ -186,18 +186,18 @@ impl Judge {
         Verdict::Commit
     }
 
-    /// Whether another endpoint could take over.
+    /// True if another endpoint could take over.
     pub fn may_drop(&self) -> bool {
         self.terms.more
     }
 
-    /// Whether the first event of a stream is awaited that has already sent data, which bounds the wait.
+    /// True while a stream that has sent data has had no event with content, which bounds the wait.
     pub fn waits_for_word(&self) -> bool {
         matches!(self.kind, AnswerKind::Stream(_)) && self.has_data
     }
 
-    /// How long the next piece of an answer may take whose header has come and whose end is awaited; `idle` is what the
-    /// endpoint has between any two pieces.
+    /// Timeout for the next piece of an answer whose header has come and whose end is awaited; `idle` is the endpoint's
+    /// timeout between any two pieces.
     pub fn patience(&self, idle: Duration) -> Option<Duration> {
         match self.kind {
             AnswerKind::Error { drop: true, .. } => Some(idle.min(ERROR_BODY_WAIT_MAX)),
@@ -206,7 +206,7 @@ impl Judge {
         }
     }
 
-    /// What an answer that stops here amounts to, if its header said so already.
+    /// Returns the outcome of an answer that stops here, if its header decided it.
     pub fn outcome_if_cut(&self) -> Option<Outcome> {
         match &self.kind {
             AnswerKind::Error { outcome, .. } => Some(outcome.clone()),
@@ -239,7 +239,7 @@ impl Judge {
     }
 }
 
-/// What an event of a stream amounts to.
+/// Meaning of an event of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Word {
     /// A role, an identifier, a ping: nothing that the client waits for.
@@ -308,13 +308,14 @@ fn is_blank(value: &Value) -> bool {
     }
 }
 
-/// Whether an error is about the `stream_options` that were added to the request, and not about what the client sent.
+/// True if an error is about the `stream_options` that were added to the request, and not about something the client
+/// sent.
 fn refuses_usage(outcome: &Outcome, body: &[u8]) -> bool {
     let names = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
     matches!(outcome, Outcome::Status { status: 400 | 422, .. }) && (names("stream_options") || names("include_usage"))
 }
 
-/// Whether a JSON answer stops before its end.
+/// True if a JSON answer stops before its end.
 fn is_cut(body: &[u8]) -> bool {
     serde_json::from_slice::<IgnoredAny>(body).is_err_and(|error| error.is_eof())
 }

@@ -1,4 +1,4 @@
-//! One request at one endpoint: what it asks for, the attempt under way, and what became of the answer so far.
+//! One request at one endpoint: its data, the attempt under way, and the state of its answer.
 
 mod ask;
 mod attempt;
@@ -25,13 +25,13 @@ pub use attempt::Attempt;
 /// An endpoint's error answer, kept in case that no other endpoint does better.
 #[derive(Debug)]
 pub struct Kept {
-    /// Its header, ready for the client.
+    /// Header, ready for the client.
     pub header: Box<ResponseHeader>,
-    /// Its body; none if it was too large to keep or never came to its end.
+    /// Body; `None` if it was too large to keep or incomplete.
     pub body: Option<Bytes>,
 }
 
-/// What the hooks share with the session that holds the response back.
+/// State that the hooks share with the session that holds the response back.
 #[derive(Debug, Default)]
 pub struct Exchange(Mutex<ExchangeState>);
 
@@ -40,28 +40,28 @@ pub struct Exchange(Mutex<ExchangeState>);
 pub struct ExchangeState {
     /// The attempt under way.
     pub attempt: Option<Attempt>,
-    /// Why the attempt was given up, once it was.
+    /// Outcome of the attempt, once it has been given up.
     pub ended: Option<Outcome>,
     /// Set once the client has been sent anything.
     pub committed: Option<Committed>,
     /// The last error answer that was dropped.
     pub kept: Option<Kept>,
-    /// What is left to be sent of the request's body, by the attempt under way.
+    /// Rest of the request's body that the attempt under way has yet to send.
     pub body: VecDeque<Bytes>,
-    /// What keeps the request's header back until its body is written.
+    /// Keeps the request's header back until its body is written.
     pub cork: Option<Cork>,
 }
 
-/// What the client has been sent the beginning of.
+/// Answer that the client has been sent a part of.
 #[derive(Clone, Copy, Debug)]
 pub struct Committed {
-    /// When the first of it was let through.
+    /// When its first part was let through.
     pub at: Instant,
-    /// Whether it is an event stream that one more event can be added to.
+    /// True if it is an event stream that one more event can be added to.
     pub event_stream: bool,
-    /// Whether the last byte sent ended an event.
+    /// True if the last byte sent ended an event.
     pub between_events: bool,
-    /// When the endpoint said that its answer is whole; whatever comes then is no break.
+    /// When the endpoint said that its answer is complete; what comes then is not a break.
     pub complete: Option<Instant>,
 }
 

@@ -1,4 +1,4 @@
-//! How an answer's body is read on its way to the client: what is measured of it, and what of it goes on.
+//! Reading of an answer's body on its way to the client: it is measured, and parts of it are passed on.
 
 use bytes::Bytes;
 
@@ -9,16 +9,16 @@ use crate::response::relay::Relay;
 use crate::response::sse::Splitter;
 use crate::usage::Meter;
 
-/// What an answer's header says of its body.
+/// Description of a body by its header.
 pub(super) struct BodyHeader<'a> {
     pub(super) status: u16,
     pub(super) content_type: Option<&'a str>,
     pub(super) encoding: Option<Encoding>,
-    /// Whether its usage was asked for in its client's place.
+    /// True if the gateway asked for the usage in the client's place.
     pub(super) usage_injected: bool,
 }
 
-/// How a body is read.
+/// Way in which a body is read.
 pub(super) enum Reading {
     /// It is not.
     Blind,
@@ -83,7 +83,7 @@ impl Reading {
         }
     }
 
-    /// Whether it is a stream that events can be added to.
+    /// True if it is a stream that events can be added to.
     pub(super) fn takes_events(&self) -> bool {
         matches!(self, Self::Stream(_))
     }
@@ -92,7 +92,7 @@ impl Reading {
         matches!(self, Self::Stream(_) | Self::EncodedStream(..))
     }
 
-    /// Whether what has gone on so far ends within an event.
+    /// True if the pieces passed on so far end within an event.
     pub(super) fn is_within_event(&self) -> bool {
         matches!(self, Self::Stream(relay) if relay.is_within_event())
     }

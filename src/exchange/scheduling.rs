@@ -10,7 +10,7 @@ use std::mem;
 use std::task::Poll;
 use std::time::Duration;
 
-/// How far off a timer has to be to be set without waking anybody.
+/// Least distance of a timer that is set without waking the thread.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Lets every other task that can run do so once. Unlike the runtime's own way to yield it does not look for events of the system.

@@ -38,22 +38,22 @@ fn give_up<T>() -> Result<T> {
     Error::err_up(ErrorType::Custom("the answer is not good enough"))
 }
 
-/// How a request is to be replayed and its response held.
+/// Plan of a request: its body is replayed by it, its response held.
 #[derive(Debug)]
 pub struct Plan {
-    /// Whether there is a body to send.
+    /// True if there is a body to send.
     pub has_body: bool,
     /// The config the request runs under, which says what outcomes may be tried elsewhere.
     pub pool: Arc<Pool>,
     /// After this moment no other attempt begins.
     pub budget_ends: Instant,
-    /// Whether the client speaks HTTP/1.0, which knows no chunks.
+    /// True if the client speaks HTTP/1.0, which has no chunked encoding.
     pub http_10: bool,
-    /// What of its header goes to any endpoint: Pingora makes each attempt's out of it.
+    /// Header that is forwarded to any endpoint; Pingora makes each attempt's out of it.
     pub header: RequestHeader,
 }
 
-/// Where the real session comes back to when the wrapped one is dropped.
+/// Place that the real session returns to when the wrapped one is dropped.
 type SessionSlot = Arc<Mutex<Option<Box<ServerSession>>>>;
 
 /// The way back to the real session.

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-/// As deep as `serde_json` goes.
+/// Depth limit, the same as `serde_json`'s.
 const DEPTH_MAX: usize = 127;
 
 /// Tells the keys of the outermost object, without their quotation marks, and where their values stand. None if this is no valid JSON

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use super::part;
 
-/// For a member of which an absent value and a null are told apart.
+/// Reads a member whose absence and null are told apart.
 pub(crate) fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
 }
@@ -42,7 +42,7 @@ impl<'de> Deserialize<'de> for Key<'de> {
     }
 }
 
-/// Whether there is a key (with its quotation marks), at any depth, whose value begins so.
+/// True if there is a key (with its quotation marks), at any depth, whose value begins like this.
 pub(crate) fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {
     key.find_iter(data).any(|at| {
         let after = part(data, at + key.needle().len()..).trim_ascii_start();
@@ -84,8 +84,8 @@ fn string(json: &[u8]) -> Option<(&[u8], &[u8])> {
     }
 }
 
-/// Whether these bytes, which follow a value, end the JSON that it is a member of: nothing but members with texts for values come
-/// before the last bracket. The value is then one of the outermost object, whose bracket that is.
+/// True if these bytes, which follow a value, end the JSON that it is a member of: only members with text values come
+/// before the last bracket. The value is then a member of the outermost object.
 pub(crate) fn ends_outermost(after: &[u8]) -> bool {
     let mut rest = after.trim_ascii();
     while rest != b"}" {

@@ -1,4 +1,4 @@
-//! What this process knows of one endpoint's counts, whichever config the endpoint came from.
+//! Counts of one endpoint as this process knows them, whichever config the endpoint came from.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +22,7 @@ pub struct Account {
     id: Arc<str>,
     /// Attempts sent since the start.
     attempts: AtomicU64,
-    /// Those of them that needed no permit of the ledger and are not written to it yet.
+    /// Attempts among them that needed no permit and are not written to the ledger yet.
     unwritten: AtomicU64,
     /// A hint: the allocator said last that nothing frees before this moment. It puts the endpoint behind others.
     full_until: AtomicU64,
@@ -33,20 +33,20 @@ pub struct Account {
     mirror: Mutex<Mirror>,
 }
 
-/// What the allocator holds of an account.
+/// The allocator's part of an account.
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
     pub(super) quota: Quota,
     /// The number of the ledger's state that `quota` was read from; none: it has to be read.
     pub(super) read_at: Option<u64>,
-    /// In `quota` already, and written to the ledger a little later.
+    /// Changes that `quota` has already, to be written to the ledger a little later.
     pub(super) unwritten: Vec<Entry>,
     /// Drawn in the batch under way.
     pub(super) drawn: Vec<Entry>,
     pub(super) demand: Demand,
 }
 
-/// What is added to the ledger in one step.
+/// Change that is added to the ledger in one step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
     pub(super) slot: Slot,
@@ -102,7 +102,8 @@ impl Account {
         self.attempts.load(Ordering::Relaxed)
     }
 
-    /// Whether the allocator said last that nothing is free at this moment. It may be wrong by what other processes gave back.
+    /// True if the allocator found nothing free when it last looked. It may be wrong by what other processes have given
+    /// back since.
     pub fn seems_full(&self, now: Stamp) -> bool {
         self.full_until.load(Ordering::Relaxed) > now.0
     }
@@ -112,7 +113,8 @@ impl Account {
         self.full_until.store(0, Ordering::Relaxed);
     }
 
-    /// Its limits and what was left of them when the allocator last looked, at most about a second ago while anything counts.
+    /// Limits and their remaining parts when the allocator last looked, at most about a second ago while anything
+    /// counts.
     pub fn view(&self) -> View {
         *lock(&self.view)
     }
@@ -134,7 +136,7 @@ impl Account {
         self.unwritten.swap(0, Ordering::Relaxed)
     }
 
-    /// Whether attempts wait to be collected.
+    /// True if attempts wait to be collected.
     pub(super) fn has_unwritten(&self) -> bool {
         self.unwritten.load(Ordering::Relaxed) > 0
     }

@@ -7,26 +7,26 @@ use super::messages::{Draw, Otherwise};
 use super::{Account, Change, Ledger, LedgerError, Wanted};
 use crate::limit::{Clock, Counted, Counts, Held, LimitReason, Limits, Minute, Slot, Stamp};
 
-/// One draw, and what came of it.
+/// A draw and its decision.
 pub(super) struct Served {
     pub(super) draw: Draw,
     pub(super) decision: Decision,
 }
 
 pub(super) enum Decision {
-    /// By the endpoint at this place, as this, with so many more drawn ahead.
+    /// Granted by the endpoint at this place, counted like this, with this many permits prefetched.
     Granted(usize, Counted, u64),
     Held(Vec<(usize, Held)>),
 }
 
-/// What one batch of work needs.
+/// State of one batch.
 pub(super) struct Batch<'a> {
     pub(super) ledger: &'a mut dyn Ledger,
     pub(super) generation: u64,
     pub(super) clock: Clock,
     /// Accounts that something was drawn from.
     pub(super) drawn: Vec<Arc<Account>>,
-    /// Whether permits may be drawn ahead: nobody waits for his turn.
+    /// True if permits may be prefetched: no draw waits in the queue.
     pub(super) may_prefetch: bool,
 }
 
@@ -97,7 +97,7 @@ impl Batch<'_> {
         Ok(())
     }
 
-    /// Nothing was drawn after all.
+    /// Undoes the draws of a batch that failed.
     pub(super) fn undo(&mut self, served: &[Served]) {
         for account in self.drawn.drain(..) {
             let mut mirror = account.mirror();
@@ -115,7 +115,7 @@ impl Batch<'_> {
     }
 }
 
-/// Whether anything that the draw would do is kept in the ledger.
+/// True if anything that the draw does is kept in the ledger.
 pub(super) fn needs_ledger(draw: &Draw) -> bool {
     draw.wanted.iter().any(|wanted| wanted.limits.in_ledger())
 }
@@ -133,7 +133,8 @@ pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
     Served { draw, decision: Decision::Held(held) }
 }
 
-/// Whether a draw is for the strategy's choice, which is nearly always granted. All others want to know what is left.
+/// True if a draw is for the strategy's choice, which is nearly always granted. All others need the exact number that
+/// is left.
 pub(super) fn is_first_choice(draw: &Draw) -> bool {
     draw.wanted.len() == 1 && draw.otherwise == Otherwise::LookElsewhere
 }
@@ -157,7 +158,7 @@ fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, 
     mirror.quota.take(&wanted.limits, clock)
 }
 
-/// As `take`, by what needs no ledger only.
+/// Like `take`, by limits that need no ledger only.
 pub(super) fn enter(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
     rests(wanted, clock)?;
     wanted.account.mirror().quota.enter(&wanted.limits, clock)

@@ -20,7 +20,7 @@ const DRAWS_MAX: usize = 65_536;
 /// An answer of the ledger's thread is awaited no longer than this: a disk may hang, and a client should not.
 const ANSWER_MAX: Duration = Duration::from_secs(3);
 
-/// What the allocator and its clients share.
+/// State that the allocator and its clients share.
 #[derive(Debug, Default)]
 struct Inbox {
     messages: Mutex<(Messages, Sleep)>,
@@ -32,7 +32,7 @@ struct Inbox {
     down: AtomicBool,
 }
 
-/// Whether the thread sleeps, so that nobody wakes one that does not.
+/// State of the thread, so that it is woken only if it sleeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Sleep {
     #[default]
@@ -67,7 +67,7 @@ impl Drop for QueuePlace {
 }
 
 impl Client {
-    /// For a ledger that goes by these clocks.
+    /// Returns a client for a ledger that uses these clocks.
     pub fn new(clocks: impl Fn() -> Clock + Send + Sync + 'static) -> Self {
         Self { inbox: Arc::default(), clocks: Arc::new(clocks) }
     }
@@ -109,7 +109,7 @@ impl Client {
         self.inbox.queued.load(Ordering::Relaxed)
     }
 
-    /// Whether the ledger could not be used the last time, and limited endpoints are not asked without it.
+    /// True if the ledger could not be used the last time, and limited endpoints are not asked without it.
     pub fn is_down(&self) -> bool {
         self.inbox.down.load(Ordering::Relaxed)
     }
@@ -185,7 +185,7 @@ impl Client {
         }
     }
 
-    /// What counts for these endpoints, by the ledger; none if it is closed.
+    /// Returns what counts for these endpoints according to the ledger; `None` if it is closed.
     pub async fn look(&self, accounts: Vec<(Arc<Account>, Arc<Limits>)>) -> Option<Vec<View>> {
         let (reply, answer) = oneshot::channel();
         self.push(|messages| messages.looks.push(Look { accounts, reply }))?;
@@ -217,12 +217,12 @@ impl Client {
         self.push(|messages| messages.closing = true);
     }
 
-    /// For what is to be seen to at once. None if the thread has ended.
+    /// Sends something that is handled at once. `None` if the thread has ended.
     pub(super) fn push<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
         self.push_until(Stamp::default(), add)
     }
 
-    /// For what may wait until it is written behind, so that not every answer wakes the thread.
+    /// Sends something that may wait until it is written behind, so that not every answer wakes the thread.
     pub(super) fn push_behind<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
         self.push_until(self.clock().boot + WRITE_DELAY, add)
     }
@@ -252,7 +252,7 @@ impl Client {
 
 /// The thread's side.
 impl Client {
-    /// Whatever has come. If nothing has, waits for it, but no longer than until this moment.
+    /// Takes all messages. If there are none, waits for one, but not beyond this moment.
     pub(super) fn receive(&self, until: Stamp) -> Messages {
         let wait = self.clock().boot.until(until);
         let mut guard = self.lock();
@@ -269,12 +269,12 @@ impl Client {
         std::mem::take(&mut guard.0)
     }
 
-    /// Whatever has come.
+    /// Takes all messages without waiting.
     pub(super) fn take_messages(&self) -> Messages {
         std::mem::take(&mut self.lock().0)
     }
 
-    /// From here on nobody is answered; what came in meanwhile is.
+    /// Stops answering; messages that came in meanwhile are returned.
     pub(super) fn end(&self) -> Messages {
         let mut guard = self.lock();
         guard.1 = Sleep::Gone;

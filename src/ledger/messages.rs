@@ -1,4 +1,4 @@
-//! What goes to the ledger's thread, and what comes back.
+//! Messages to the ledger's thread, and their replies.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +11,15 @@ use crate::limit::{Counted, LimitReason, Limits, Stamp, View};
 /// An endpoint that would do.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// Its account.
+    /// Account.
     pub account: Arc<Account>,
-    /// Its limits, by the config that the request runs under.
+    /// Limits in the config that the request runs under.
     pub limits: Arc<Limits>,
     /// It asked to be left alone until then.
     pub not_before: Stamp,
 }
 
-/// What came of a draw.
+/// Result of a draw.
 #[derive(Debug)]
 pub enum Drawn {
     /// A permit of the endpoint at this place in the list.
@@ -30,12 +30,12 @@ pub enum Drawn {
     Unavailable,
 }
 
-/// Why nobody can take a request.
+/// Refusal: no endpoint has a permit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// Until a permit frees that is promised to nobody else.
+    /// Time until a permit frees that is promised to no other client.
     pub wait: Duration,
-    /// What holds each endpoint, by its place in the list.
+    /// Reason for each endpoint, by its place in the list.
     pub held: Vec<(usize, LimitReason)>,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct Draw {
     pub(super) reply: oneshot::Sender<Drawn>,
 }
 
-/// What happens if no endpoint of the list has a permit.
+/// Alternative if no endpoint of the list has a permit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Otherwise {
     /// The request has other places to go to.
@@ -65,9 +65,9 @@ pub enum Otherwise {
 #[derive(Debug)]
 pub(super) struct Return {
     pub(super) account: Arc<Account>,
-    /// What is to be taken back.
+    /// Count to take back.
     pub(super) counted: Option<Counted>,
-    /// Whether it was counted as in flight.
+    /// True if it was counted as in flight.
     pub(super) concurrent: bool,
 }
 
@@ -101,11 +101,11 @@ pub(super) struct Messages {
     pub(super) bills: Vec<Bill>,
     pub(super) looks: Vec<Look>,
     pub(super) resets: Vec<Reset>,
-    /// Whoever waits until everything so far is written.
+    /// Replies due once everything so far is written.
     pub(super) flushes: Vec<oneshot::Sender<bool>>,
     /// The endpoints of the config that is current, if it is another one.
     pub(super) endpoints: Option<Vec<(Arc<Account>, Arc<Limits>)>>,
-    /// Whether an account has attempts to be written behind.
+    /// True if an account has attempts to be written behind.
     pub(super) unwritten: bool,
     pub(super) closing: bool,
 }

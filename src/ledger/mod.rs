@@ -1,4 +1,4 @@
-//! Where every count is kept: permits, and tokens.
+//! Every count on disk: permits and tokens.
 //!
 //! The ledger is the only authority. A permit is drawn from it before the attempt is sent, so a process that is killed leaves
 //! nothing uncounted, and all processes that share a ledger share the limits exactly. All who wait at one moment are served
@@ -51,13 +51,14 @@ pub use permit::Permit;
 pub use stats::Spent;
 pub use thread::{Keeper, LedgerState};
 
-/// What the allocator needs of a ledger. A batch is one step: between `begin` and `commit` nobody else's comes.
+/// Interface between the allocator and a ledger. A batch is one transaction: no other process writes between `begin`
+/// and `commit`.
 pub trait Ledger {
     /// Begins a batch. The number is another one whenever anybody else has written since the last batch.
     fn begin(&mut self) -> Result<u64, LedgerError>;
-    /// What was counted for an endpoint, from a slot on, in any order.
+    /// Returns the counts of an endpoint from a slot on, in any order.
     fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError>;
-    /// What was counted for an endpoint on a day.
+    /// Returns the counts of an endpoint on a day.
     fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError>;
     /// Adds to what was counted in a slot and in each of the days, or takes back.
     fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError>;
@@ -87,7 +88,7 @@ pub struct Change {
 }
 
 impl Change {
-    /// Whether nothing changes.
+    /// True if nothing changes.
     pub fn is_none(&self) -> bool {
         *self == Self::default()
     }
@@ -99,23 +100,23 @@ impl Change {
     }
 }
 
-/// What a fault of the ledger means for what is done next.
+/// Kind of an error of the ledger, which decides what is done next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultKind {
     /// Another program holds it; it may be free the next time.
     Locked,
     /// It cannot be written or read: disk full, read-only, gone.
     Unusable,
-    /// What is in the file is not a ledger that can be trusted.
+    /// The content of the file cannot be trusted.
     Corrupt,
 }
 
 /// A fault of the ledger.
 #[derive(Clone, Debug)]
 pub struct LedgerError {
-    /// What follows.
+    /// Kind.
     pub kind: FaultKind,
-    /// What happened, and the way out where there is one.
+    /// Message, with the way out if there is one.
     pub message: String,
 }
 

@@ -12,9 +12,9 @@ pub struct Permit {
     account: Arc<Account>,
     limits: Arc<Limits>,
     client: Client,
-    /// What the ledger counted; none if it did not need to.
+    /// Count in the ledger; `None` if it did not need one.
     counted: Option<Counted>,
-    /// Whether the request counts as in flight until this is dropped.
+    /// True while the request counts as in flight.
     concurrent: bool,
     stage: PermitStage,
 }
@@ -57,13 +57,13 @@ impl Permit {
         }
     }
 
-    /// Whether it was counted for a moment that is not this one any more: the limits are about when a request is sent.
+    /// True if the permit is too old: limits are about the moment at which a request is sent.
     pub fn is_stale(&self, clock: &Clock) -> bool {
         let Some(counted) = self.counted.filter(|_| self.stage == PermitStage::Held) else { return false };
         clock.boot - counted.at >= PERMIT_AGE_MAX || !counted.days.cover(&self.limits.calendar.days(clock.wall))
     }
 
-    /// Whether the attempt is on its way, or was.
+    /// True once the attempt has been sent.
     pub fn is_spent(&self) -> bool {
         self.stage == PermitStage::Spent
     }
@@ -84,13 +84,13 @@ impl Permit {
         }
     }
 
-    /// What another one of the same endpoint is drawn with.
+    /// Returns the draw for another permit of the same endpoint.
     pub(super) fn wanted(&self) -> Wanted {
         let (account, limits) = (Arc::clone(&self.account), Arc::clone(&self.limits));
         Wanted { account, limits, not_before: Stamp::default() }
     }
 
-    /// What is to be given back: the count, unless it is spent, and the place among those in flight.
+    /// Takes what is to be given back: the count, unless it is spent, and the place among the requests in flight.
     pub(super) fn take_return(&mut self) -> Option<Return> {
         let unsent = std::mem::replace(&mut self.stage, PermitStage::GivenBack) == PermitStage::Held;
         let counted = self.counted.take().filter(|_| unsent);

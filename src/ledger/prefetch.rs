@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use crate::limit::{Clock, Counted, Gauge, Limits, PERMIT_AGE_MAX, Stamp, View};
 
-/// How long a prefetched permit can be taken; what is left of [`PERMIT_AGE_MAX`] is for its way to the endpoint.
+/// Time within which a prefetched permit can be taken; the rest of [`PERMIT_AGE_MAX`] is for its way to the endpoint.
 pub(super) const USABLE: Duration = Duration::from_millis(100);
 /// The demand for an endpoint's permits is measured over at least this time.
 const WATCHED: Duration = Duration::from_millis(10);
 /// Fewer are not worth prefetching.
 const PERMITS_MIN: u64 = 8;
-/// More are not needed: so many in [`USABLE`] are 40,000 a second.
+/// Upper bound: so many in [`USABLE`] are 40,000 a second.
 const PERMITS_MAX: u64 = 4096;
 /// No more than this part of what is left is drawn ahead: so much at most is kept from other processes, or wasted by a kill, and of
 /// small limits, and near any, permits are drawn one by one. At the rate that uses up a limit by the minute the buffer is a thousandth
@@ -30,7 +30,7 @@ pub(super) struct PrefetchBuffer(Mutex<BufferState>);
 
 #[derive(Debug, Default)]
 struct BufferState {
-    /// What is there; none if it is empty.
+    /// Permits; `None` if there are none.
     ahead: Option<PrefetchedPermits>,
     /// Permits taken since they were counted last.
     taken: u64,
@@ -39,11 +39,11 @@ struct BufferState {
 /// Permits of one moment.
 #[derive(Clone, Debug)]
 pub(super) struct PrefetchedPermits {
-    /// What each of them was counted as.
+    /// Count of each of them.
     pub(super) counted: Counted,
     /// The limits that they were drawn by.
     limits: Arc<Limits>,
-    /// How many there are.
+    /// Number of permits.
     pub(super) permits: u64,
 }
 
@@ -74,7 +74,7 @@ impl PrefetchBuffer {
         self.lock().ahead.take()
     }
 
-    /// How many were taken since this was asked last.
+    /// Returns the number of permits taken since the last call.
     fn count_taken(&self) -> u64 {
         std::mem::take(&mut self.lock().taken)
     }
@@ -91,7 +91,7 @@ impl PrefetchedPermits {
     }
 }
 
-/// How fast an endpoint's permits go.
+/// Demand for an endpoint's permits.
 #[derive(Debug, Default)]
 pub(super) struct Demand {
     since: Stamp,
@@ -118,7 +118,7 @@ impl Demand {
     }
 }
 
-/// How many permits may be drawn ahead of an endpoint of which this is left.
+/// Returns how many permits may be prefetched, given what the endpoint has left.
 fn spare(view: &View) -> u64 {
     // What a request costs in tokens is known only afterwards, so near these limits each is looked at.
     let is_near = |gauge: Option<Gauge>| gauge.is_some_and(|gauge| gauge.left() < gauge.limit / PART_OF_TOKENS);

@@ -22,7 +22,7 @@ pub const MODELS_MAX: usize = 256;
 /// The name of all others.
 pub const OTHER_MODELS: &str = "other";
 
-/// What was spent, and when.
+/// Tokens spent, and the moment.
 #[derive(Clone, Debug)]
 pub struct Spent {
     /// The endpoint's id.
@@ -35,12 +35,12 @@ pub struct Spent {
     pub day: i64,
     /// The moment, in milliseconds of Unix time.
     pub at_ms: i64,
-    /// How much.
+    /// Amount.
     pub cost: Cost,
 }
 
 impl Spent {
-    /// One answer's, at this moment, by the hours and days of a time zone.
+    /// Returns the entry of one answer at this moment, by the hours and days of a time zone.
     pub fn now(endpoint: &Arc<str>, model: &str, cost: Cost, zone: &TimeZone, wall: SystemTime) -> Self {
         let Begins { hour, day } = Begins::new(wall, zone);
         let at_ms = Timestamp::try_from(wall).unwrap_or_default().as_millisecond();
@@ -49,7 +49,7 @@ impl Spent {
 }
 
 impl Spent {
-    /// Whether it is of the same model, hour and day.
+    /// True if it has the same model, hour and day.
     pub(super) fn is_kind_of(&self, other: &Self) -> bool {
         (self.hour, self.day) == (other.hour, other.day) && self.model == other.model && self.endpoint == other.endpoint
     }
@@ -61,7 +61,7 @@ impl Spent {
     }
 }
 
-/// When the hour and the day of a moment begin, in seconds of Unix time.
+/// Beginnings of an hour and a day, in seconds of Unix time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Begins {
     /// The hour.
@@ -71,7 +71,7 @@ pub struct Begins {
 }
 
 impl Begins {
-    /// In a time zone.
+    /// Returns those of a moment in a time zone.
     pub fn new(wall: SystemTime, zone: &TimeZone) -> Self {
         let now = Timestamp::try_from(wall).unwrap_or_default().to_zoned_datetime(zone.clone());
         let second = now.timestamp().as_second();
@@ -81,7 +81,7 @@ impl Begins {
     }
 }
 
-/// What one model of an endpoint has spent.
+/// Statistics of one model of an endpoint.
 #[derive(Clone, Debug, Default)]
 pub struct ModelStats {
     /// Since the last reset.
@@ -90,11 +90,11 @@ pub struct ModelStats {
     pub last_used_ms: i64,
     /// Total tokens by the hour's begin, without estimates.
     pub hours: BTreeMap<i64, u64>,
-    /// Likewise by the day's begin.
+    /// Total tokens by the day's beginning, without estimates.
     pub days: BTreeMap<i64, u64>,
 }
 
-/// By endpoint, then by model.
+/// Statistics by endpoint, then by model.
 pub type Stats = BTreeMap<String, BTreeMap<String, ModelStats>>;
 
 /// Reads the statistics, beside whoever writes them. It takes time: not for the request path.
@@ -133,7 +133,7 @@ fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
     Ok(stats)
 }
 
-/// What begins at this second or before is kept no longer.
+/// Returns the last second that is too old to be kept.
 pub(super) fn oldest(now: i64, kept: Duration) -> i64 {
     now.saturating_sub(i64::try_from(kept.as_secs()).unwrap_or(i64::MAX))
 }

@@ -18,7 +18,7 @@ use crate::limit::{Clock, Stamp};
 const RETRY_AFTER: Duration = Duration::from_millis(250);
 /// A batch waits no longer than this for another program's lock once it has waited its full time in vain.
 const LOCK_WAIT_FAILING: Duration = Duration::from_millis(20);
-/// So often it is looked whether the file was replaced, while there is anything to do.
+/// Time between two checks that the file was not replaced, while there is anything to do.
 const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 /// A batch of so many says that more are coming all the time. Then the next one is begun a little later and serves more of them
 /// at the price of one: at such a rate requests wait for the processor anyway.
@@ -45,7 +45,7 @@ struct LedgerOptions {
     on_error: LedgerOnError,
 }
 
-/// How the ledger is doing. Cheap to clone.
+/// State of the ledger. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct LedgerState {
     path: Arc<Path>,
@@ -59,7 +59,7 @@ pub struct LedgerState {
 pub struct Failing {
     /// Since when.
     pub since: SystemTime,
-    /// What is wrong.
+    /// Message.
     pub message: String,
     told: Instant,
 }
@@ -70,12 +70,12 @@ impl LedgerState {
         &self.path
     }
 
-    /// What limited endpoints do while it cannot be used.
+    /// Behaviour of limited endpoints while it cannot be used.
     pub fn on_error(&self) -> LedgerOnError {
         self.on_error
     }
 
-    /// What was done without it.
+    /// Counts of what was done without it.
     pub fn tally(&self) -> &Tally {
         &self.tally
     }
@@ -144,12 +144,12 @@ impl Keeper {
         &self.client
     }
 
-    /// How it is doing.
+    /// State of the ledger.
     pub fn state(&self) -> &LedgerState {
         &self.state
     }
 
-    /// Whether the ledger can be opened; it is made if it is not there.
+    /// Opens the ledger to see if that works; it is created if it does not exist.
     pub fn try_out(&self) -> Result<(), LedgerError> {
         open(&self.options, self.client.clock().boot, false).map(|_| ())
     }
@@ -195,7 +195,7 @@ impl Keeper {
     }
 }
 
-/// However the thread ends, nobody waits for its answer any more.
+/// Ends all waiting when the thread ends, however it ends.
 struct EndsWithThread(Client);
 
 impl Drop for EndsWithThread {

@@ -1,5 +1,5 @@
-//! What is written behind: tokens, attempts that needed no permit, permits given back. It waits here for a batch that takes it along,
-//! and stays if that fails.
+//! Changes that are written behind: tokens, attempts that needed no permit, permits given back. They wait here for a
+//! batch that takes them along, and stay if it fails.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use super::stats::{MODELS_MAX, OTHER_MODELS};
 use super::{Account, Ledger, LedgerError, Spent};
 use crate::limit::{Clock, Stamp};
 
-/// What is written behind is written after this time.
+/// Delay of writes behind.
 pub(super) const WRITE_DELAY: Duration = Duration::from_millis(100);
 /// Token counts that wait to be written while the ledger cannot be; more are lost, and told.
 const SPENT_MAX: usize = 10_000;
 
-/// What waits to be written.
+/// Changes that wait to be written.
 #[derive(Debug)]
 pub(super) struct WriteBehind {
     /// Accounts that hold something.
@@ -26,7 +26,7 @@ pub(super) struct WriteBehind {
     spent: HashMap<SpentKey, Spent>,
     /// Models that were seen, by endpoint; at most [`MODELS_MAX`] of each.
     models: HashMap<Arc<str>, HashSet<Arc<str>>>,
-    /// When it is to be written.
+    /// When they are due.
     pub(super) due_at: Stamp,
 }
 
@@ -40,12 +40,12 @@ impl Default for WriteBehind {
 }
 
 impl WriteBehind {
-    /// Whether nothing waits.
+    /// True if nothing waits.
     pub(super) fn is_empty(&self) -> bool {
         self.accounts.is_empty() && self.spent.is_empty()
     }
 
-    /// Something has come that may wait a little.
+    /// Schedules a write behind.
     pub(super) fn due_soon(&mut self, clock: &Clock) {
         self.due_at = self.due_at.min(clock.boot + WRITE_DELAY);
     }

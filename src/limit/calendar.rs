@@ -1,4 +1,4 @@
-//! Which day it is, and when it ends, in a time zone.
+//! Days in a time zone: which one it is, and when it ends.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -25,7 +25,7 @@ struct Today {
     date: Date,
     begins: SystemTime,
     ends: SystemTime,
-    /// From when until when an attempt counts in no other day.
+    /// Period in which an attempt counts in one day only.
     only: (SystemTime, SystemTime),
 }
 
@@ -39,7 +39,7 @@ pub struct Days {
 }
 
 impl Days {
-    /// Whether an attempt that was counted in these days needs no other ones.
+    /// True if an attempt counted in these days needs no others.
     pub fn cover(&self, other: &Self) -> bool {
         self.first <= other.first && other.last <= self.last
     }

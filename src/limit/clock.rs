@@ -12,7 +12,7 @@ impl Stamp {
     /// No moment that ever comes.
     pub const NEVER: Self = Self(u64::MAX);
 
-    /// How long until a later moment; zero if it is not later.
+    /// Returns the time until a later moment; zero if it is not later.
     pub fn until(self, later: Self) -> Duration {
         Duration::from_millis(later.0.saturating_sub(self.0))
     }
@@ -21,7 +21,7 @@ impl Stamp {
 impl Add<Duration> for Stamp {
     type Output = Self;
 
-    /// What is less than a millisecond is rounded up, so that nobody comes too early.
+    /// Fractions of a millisecond are rounded up, so that no client comes too early.
     fn add(self, wait: Duration) -> Self {
         let millis = wait.as_nanos().div_ceil(1_000_000);
         Self(self.0.saturating_add(u64::try_from(millis).unwrap_or(u64::MAX)))
@@ -39,9 +39,9 @@ impl Sub for Stamp {
 /// Every clock, read together.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
-    /// For what one process alone measures, such as cool-downs; it never steps.
+    /// For measurements of one process, such as cool-downs; it never steps.
     pub now: Instant,
-    /// For the windows that processes share; it never steps either.
+    /// For windows that processes share; it never steps either.
     pub boot: Stamp,
     /// For calendar days; it may be set.
     pub wall: SystemTime,

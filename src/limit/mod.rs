@@ -1,5 +1,5 @@
-//! How much an endpoint may be asked: requests and tokens in any 60 seconds and in a calendar day, and requests at once.
-//! Pure; the clock is passed in.
+//! Rate limits and quotas of an endpoint: requests and tokens in any 60 seconds and in a calendar day, and requests at
+//! once. Pure; the clock is passed in.
 //!
 //! [`Quota`] holds what counts for one endpoint and says what is still free. Where the counts are kept, and who may change
 //! them, is [`ledger`](crate::ledger)'s business.
@@ -19,16 +19,16 @@ pub use clock::{Clock, Stamp};
 pub use quota::{Counted, Counts, Gauge, Held, Quota, View};
 pub use window::{Minute, PERMIT_AGE_MAX, SPAN, Slot};
 
-/// What an endpoint may be asked.
+/// Limits of an endpoint.
 #[derive(Debug)]
 pub struct Limits {
-    /// Its limits; requests at once are counted by this process alone.
+    /// Limits by kind; this process alone counts requests at once.
     pub by_kind: PerLimit<Limit>,
-    /// When its day turns.
+    /// Turn of its day.
     pub calendar: Calendar,
 }
 
-/// Why an endpoint cannot be asked.
+/// Reason why an endpoint cannot be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LimitReason {
     /// A limit is reached: its kind and its number.
@@ -58,18 +58,18 @@ impl Limits {
         }
     }
 
-    /// Whether attempts need a permit from the ledger.
+    /// True if attempts need a permit from the ledger.
     pub fn in_ledger(&self) -> bool {
         let PerLimit { rpm, rpd, tpm, tpd, max_concurrent: _ } = self.by_kind;
         [rpm, rpd, tpm, tpd].iter().any(|limit| matches!(limit, Limit::AtMost(_)))
     }
 
-    /// Whether requests at once are limited.
+    /// True if requests at once are limited.
     pub fn is_concurrency_limited(&self) -> bool {
         matches!(self.by_kind.max_concurrent, Limit::AtMost(_))
     }
 
-    /// Whether attempts need a permit at all.
+    /// True if attempts need a permit at all.
     pub fn any(&self) -> bool {
         self.in_ledger() || self.is_concurrency_limited()
     }

@@ -1,4 +1,4 @@
-//! When those who were refused were told to come back.
+//! Moments that were promised to refused clients.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -49,7 +49,7 @@ impl Promises {
         self.0.iter().rev().map(|promise| (Slot::new(promise.at), promise.count))
     }
 
-    /// How many are promised on a day.
+    /// Number of promises on a day.
     pub(super) fn on(&self, date: Date) -> u64 {
         let on_it = |promise: &&Promise| promise.days.first <= date && date <= promise.days.last;
         self.0.iter().filter(on_it).map(|promise| promise.count).sum()

@@ -1,4 +1,4 @@
-//! What counts for one endpoint, and what that leaves free.
+//! Counts of one endpoint, and what they leave free.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,7 +8,7 @@ use super::promise::{HORIZON, Promises};
 use super::{Clock, Days, LimitReason, Limits, Minute, Slot, Stamp};
 use crate::config::{Limit, LimitKind, PerLimit};
 
-/// When a request in flight ends is not known; whoever waits for that is told to come back after this time.
+/// Guess of the time until a request in flight ends, for clients that are refused because of it.
 const IN_FLIGHT_GUESS: Duration = Duration::from_secs(1);
 
 /// Attempts and tokens.
@@ -20,7 +20,7 @@ pub struct Counts {
     pub tokens: u64,
 }
 
-/// What counts for one endpoint.
+/// Counts of one endpoint.
 #[derive(Clone, Debug, Default)]
 pub struct Quota {
     attempts: Minute,
@@ -38,7 +38,7 @@ pub struct Quota {
 pub struct Counted {
     /// When.
     pub at: Stamp,
-    /// In which days.
+    /// Days that it counts in.
     pub days: Days,
 }
 
@@ -49,28 +49,28 @@ impl Counted {
     }
 }
 
-/// Why an endpoint cannot be asked, and until when.
+/// Reason why an endpoint cannot be asked, and the moment at which it can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The limit that holds it longest.
     pub by: LimitReason,
-    /// When it may be asked, if nobody else is faster.
+    /// When it may be asked, if no other request is faster.
     pub until: Stamp,
 }
 
-/// One kind of limit, as far as it is used up.
+/// Used part of a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gauge {
     /// The limit.
     pub limit: u64,
-    /// What counts.
+    /// Used part.
     pub used: u64,
-    /// When nothing that counts now does any more.
+    /// When nothing that counts now counts any more.
     pub resets: Option<Stamp>,
 }
 
 impl Gauge {
-    /// What is left.
+    /// Returns the remaining part.
     pub fn left(&self) -> u64 {
         self.limit.saturating_sub(self.used)
     }
@@ -79,11 +79,11 @@ impl Gauge {
 /// An endpoint's limits and what is left of them, at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct View {
-    /// What counts for each kind, limited or not.
+    /// Counts for each kind, limited or not.
     pub used: PerLimit<u64>,
     /// The limits that it has.
     pub gauges: PerLimit<Option<Gauge>>,
-    /// What keeps the endpoint from being asked.
+    /// Reason why the endpoint cannot be asked.
     pub held: Option<Held>,
 }
 
@@ -176,7 +176,7 @@ impl Quota {
         self.concurrent = self.concurrent.saturating_sub(1);
     }
 
-    /// What keeps the endpoint from being asked; none if it may be.
+    /// Returns why the endpoint cannot be asked; `None` if it can.
     pub fn held(&mut self, limits: &Limits, clock: &Clock) -> Option<Held> {
         self.forget(clock.boot);
         let minute = self.minute_holds(limits, clock.boot);
@@ -254,7 +254,8 @@ impl Quota {
         at
     }
 
-    /// When a minute has room for one more after everything counted and promised: when the `rpm`-th from the end has freed.
+    /// Returns when a minute has room for one more after everything counted and promised: when the `rpm`-th from the
+    /// end has freed.
     fn minute_has_room(&self, rpm: u64) -> Stamp {
         let mut seen = 0;
         for (slot, count) in self.promises.newest_first().chain(self.attempts.newest_first()) {
@@ -297,12 +298,12 @@ impl Quota {
         }
     }
 
-    /// Whether anything still counts that will free by itself.
+    /// True if anything that counts will free by itself.
     pub fn is_moving(&self) -> bool {
         !self.attempts.is_empty() || !self.tokens.is_empty()
     }
 
-    /// Whether the counts of these days are known.
+    /// True if the counts of these days are known.
     pub fn knows(&self, days: Days) -> bool {
         days.each().all(|date| self.days.iter().any(|(known, _)| *known == date))
     }

@@ -7,16 +7,16 @@ use super::Stamp;
 
 /// The width of a slot of the minute.
 const SLOT_MS: u64 = 250;
-/// What is counted in a slot counts until this many slots later: 60 seconds, one slot because it may have come at the end of
-/// its own, and one more for the time from its being counted to its being sent and for jitter on the way to the endpoint.
-/// So a permit frees up to half a second late, never early.
+/// Slots for which a count lasts: 60 seconds, one slot because it may have come at the end of its own, and one more for
+/// the time between counting and sending and for jitter on the way to the endpoint. So a permit frees up to half a
+/// second late, never early.
 const SLOTS: u64 = 60 * 1000 / SLOT_MS + 2;
 
 /// A permit older than this when its request is sent is swapped for a fresh one. It takes half of the second spare slot; the
 /// other half is for what happens between the look at the clock and the endpoint's own.
 pub const PERMIT_AGE_MAX: Duration = Duration::from_millis(SLOT_MS / 2);
 
-/// How long what is counted counts.
+/// Time for which a count lasts.
 pub const SPAN: Duration = Duration::from_millis(SLOTS * SLOT_MS);
 
 /// A quarter of a second since the machine was started.
@@ -34,13 +34,13 @@ impl Slot {
         Self((Self::new(now).0 + 1).saturating_sub(SLOTS))
     }
 
-    /// When what was counted in it counts no longer.
+    /// Returns when counts of this slot stop counting.
     pub fn frees(self) -> Stamp {
         Stamp(self.0.saturating_add(SLOTS).saturating_mul(SLOT_MS))
     }
 }
 
-/// What was counted in the last 60 seconds; at most as many slots as a minute has.
+/// Counts of the last 60 seconds; at most as many slots as a minute has.
 #[derive(Clone, Debug, Default)]
 pub struct Minute {
     slots: VecDeque<(Slot, u64)>,
@@ -85,17 +85,17 @@ impl Minute {
         }
     }
 
-    /// What counts, as of the last [`Minute::forget`].
+    /// Returns the total as of the last [`Minute::forget`].
     pub fn total(&self) -> u64 {
         self.total
     }
 
-    /// When nothing that counts now does any more; none if nothing does.
+    /// Returns when nothing that counts now counts any more; `None` if nothing counts.
     pub fn empties(&self) -> Option<Stamp> {
         self.slots.iter().rev().find(|(_, count)| *count > 0).map(|(slot, _)| slot.frees())
     }
 
-    /// When less than `limit` counts if nothing is added, not before `now`.
+    /// Returns when less than `limit` counts if nothing is added, not before `now`.
     pub fn below(&self, limit: u64, now: Stamp) -> Stamp {
         let mut left = self.total;
         let mut frees = now;
@@ -109,7 +109,7 @@ impl Minute {
         frees.max(now)
     }
 
-    /// What counts, newest first.
+    /// Returns the counts, newest first.
     pub fn newest_first(&self) -> impl Iterator<Item = (Slot, u64)> {
         self.slots.iter().rev().copied()
     }
@@ -119,7 +119,7 @@ impl Minute {
         self.slots.len()
     }
 
-    /// Whether none is.
+    /// True if nothing counts.
     pub fn is_empty(&self) -> bool {
         self.slots.is_empty()
     }

@@ -1,4 +1,4 @@
-//! One log line a request.
+//! Access log: one line a request.
 
 use std::fmt::{self, Write as _};
 use std::net::IpAddr;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::billing::Measured;
 use crate::usage::Tokens;
 
-/// What a finished request left behind.
+/// Data of a finished request.
 #[derive(Debug)]
 pub struct Record<'a> {
     /// The request's id.
@@ -26,7 +26,7 @@ pub struct Record<'a> {
     pub endpoint_model: Option<&'a str>,
     /// The endpoint that the answer came from.
     pub endpoint: Option<&'a str>,
-    /// How many endpoints were tried.
+    /// Number of endpoints tried.
     pub attempts: usize,
     /// The status that the client got; none if it got nothing.
     pub status: Option<u16>,
@@ -36,9 +36,9 @@ pub struct Record<'a> {
     pub first_byte: Option<Duration>,
     /// The time until the last.
     pub total: Duration,
-    /// What the answer cost, and how fast it was.
+    /// Tokens and speed of the answer.
     pub measured: Measured,
-    /// What was wrong, if something was.
+    /// Label of the fault, if there was one.
     pub fault: Option<&'static str>,
 }
 
@@ -85,7 +85,8 @@ fn cut(text: &str) -> &str {
 }
 
 impl Record<'_> {
-    /// As text: words and numbers by their names. It is made for every request, so it is pushed together by hand.
+    /// Returns the line as text: words and numbers by their names. It is written for every request, so it is put
+    /// together by hand.
     pub fn text(&self) -> String {
         /// Most lines are no longer.
         const BYTES_USUAL: usize = 448;
@@ -134,10 +135,10 @@ impl Record<'_> {
     }
 }
 
-/// What an unquoted word is made of beside letters and digits.
+/// Characters of an unquoted word beside letters and digits.
 const PLAIN_SIGNS: &[u8] = b"-_./:@*+,~%";
 
-/// Whether a byte may stand in an unquoted word.
+/// True if a byte may stand in an unquoted word.
 const fn is_plain(byte: u8) -> bool {
     /// A bit for each byte of ASCII.
     const PLAIN: u128 = {

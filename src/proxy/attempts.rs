@@ -1,4 +1,4 @@
-//! From one attempt to the next: which endpoint, which address, which permit.
+//! From one attempt to the next: endpoint, address, permit.
 
 use std::mem;
 use std::net::SocketAddr;
@@ -21,7 +21,7 @@ use crate::routing::admission;
 use crate::routing::pool::Endpoint;
 use crate::routing::retry::Outcome;
 
-/// Where the request goes next, by what was decided to follow.
+/// Chooses the next peer, by what was decided to follow.
 pub(super) async fn upstream_peer(session: &Session, context: &mut Context) -> PingoraResult<Box<HttpPeer>> {
     let method = &session.req_header().method;
     let begun = match mem::take(&mut context.tries.follow) {
@@ -129,7 +129,7 @@ async fn send_with_another_permit(context: &mut Context) -> bool {
     false
 }
 
-/// What a client is told if nobody else takes the request either.
+/// Returns the fault for the client if no other endpoint takes the request either.
 fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault {
     let Drawn::Refused(refusal) = drawn else { return Fault::LedgerUnavailable };
     let shown = context.arrival.endpoint_headers.then(|| Arc::clone(&endpoint.config.id));

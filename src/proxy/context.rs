@@ -19,36 +19,36 @@ use crate::routing::rate_headers::Rates;
 /// One request, from its header to its last byte.
 #[derive(Debug)]
 pub struct Context {
-    /// How it came.
+    /// Arrival.
     pub arrival: Arrival,
-    /// What it asks for; none for what we answer ourselves.
+    /// Request for an endpoint; `None` for resources of our own.
     pub ask: Option<Box<Ask>>,
-    /// Where it has been.
+    /// Attempts so far.
     pub tries: Tries,
-    /// What the hooks share with the session that holds the response back.
+    /// State that the hooks share with the session that holds the response back.
     pub exchange: Arc<Exchange>,
     /// The fault that we answered or that ended it.
     pub fault: Option<Fault>,
     /// The way back to the real session while it is wrapped.
     pub wrapped: Wrapped,
-    /// What the body of a refusal to switch protocols goes through.
+    /// Redacts the body of a refusal to switch protocols.
     pub refusal: Option<Blotter>,
 }
 
-/// How a request came.
+/// Arrival of a request.
 #[derive(Debug)]
 pub struct Arrival {
-    /// When its header was read.
+    /// When the header was read.
     pub at: Instant,
-    /// Its id, the client's own or ours.
+    /// Request id, the client's own or ours.
     pub id: Option<HeaderValue>,
     /// The client's address, behind trusted proxies.
     pub address: Option<IpAddr>,
     /// The origin that may read the answer, for `Access-Control-Allow-Origin`.
     pub origin: Option<HeaderValue>,
-    /// Whether our own `x-api-together-*` headers are wanted.
+    /// True if our own `x-api-together-*` headers are sent.
     pub endpoint_headers: bool,
-    /// What is left for the model that it asks for.
+    /// Rates of the model that it asks for.
     pub rates: Rates,
     _open: OpenRequest,
 }
@@ -60,7 +60,7 @@ impl Arrival {
     }
 }
 
-/// Where a request has been.
+/// Attempts of a request.
 #[derive(Debug, Default)]
 pub struct Tries {
     /// The endpoints tried, by their place in the pool; at most `retry.attempts`, a hundred.
@@ -69,13 +69,14 @@ pub struct Tries {
     pub own: Option<Duration>,
     /// The choice that the first attempt goes to, until it begins.
     pub first: Option<Choice>,
-    /// What follows the last attempt, or the beginning.
+    /// Step that follows the last attempt, or the beginning.
     pub follow: Follow,
     /// The endpoint's addresses that the current attempt failed to connect to.
     pub addresses_failed: usize,
-    /// How often the current attempt began anew on a fresh connection, because its pooled one had been closed.
+    /// Number of times that the current attempt was repeated on a fresh connection, because its pooled one had been
+    /// closed.
     pub reconnected: u32,
-    /// What the client is told of a limit that was reached on the way, if nobody else takes the request.
+    /// Fault of a limit that was reached on the way, for the client if no other endpoint takes the request.
     pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.
     pub last: Option<Arc<Endpoint>>,

@@ -1,4 +1,4 @@
-//! What follows a failed attempt: one decision, which the next call of `upstream_peer` reads.
+//! The step after a failed attempt: one decision, which the next call of `upstream_peer` reads.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,10 +17,10 @@ use crate::limit::Clock;
 use crate::routing::balance;
 use crate::routing::retry::{self, Outcome};
 
-/// How often an attempt begins anew because its pooled connection turns out to be closed.
+/// Number of times that an attempt is repeated because its pooled connection turns out to be closed.
 const FRESH_CONNECTIONS_MAX: u32 = 2;
 
-/// What follows an attempt, or the beginning.
+/// Step that follows an attempt, or the beginning.
 #[derive(Debug)]
 pub enum Follow {
     /// The same attempt, on a fresh connection: its pooled one had been closed.
@@ -31,9 +31,9 @@ pub enum Follow {
     WithoutUsage,
     /// An attempt at another endpoint. If none takes the request, the client is told this fault, or else why none does.
     NextEndpoint { otherwise: Option<Fault> },
-    /// Nothing: the client is told this fault.
+    /// No step: the client gets this fault.
     Fail(Fault),
-    /// Nothing: the client is gone.
+    /// No step: the client has disconnected.
     ClientGone,
 }
 
@@ -137,7 +137,7 @@ pub(super) fn fail_to_connect(context: &mut Context, peer: &HttpPeer, error: &Er
     take_up(context, follow)
 }
 
-/// How an attempt's pooled connection ended, if that is why it failed.
+/// State of an attempt's pooled connection, if that is why it failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PooledClose {
     /// It did not, for all that is known.
@@ -242,7 +242,7 @@ pub(super) fn has_more(ask: &Ask, tried: &[usize], came_at: Instant, clock: &Clo
         && balance::any_left(&ask.pool, &ask.candidates, tried, clock)
 }
 
-/// Nothing more is tried: the client is shown the last endpoint's own error, or else the fault.
+/// Ends the request: the client gets the last endpoint's own error, or else the fault.
 pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, error: &Error) -> FailToProxy {
     context.wrapped.unwrap_session(session);
     let (committed, kept) = {

@@ -36,10 +36,10 @@ const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
 /// The body of a call to our own resources is a few words.
 const OWN_BODY_BYTES_MAX: usize = 64 * 1024;
 
-/// Longer paths are no call's, and an endpoint's own path has yet to fit before it.
+/// Longest path and query. No call's is longer, and an endpoint's own path has yet to fit before it.
 const TARGET_BYTES_MAX: usize = 16 * 1024;
 
-/// What becomes of a request once its header and body are in.
+/// Next step of a request once its header and body have been read.
 enum Next {
     /// It is answered here.
     Answer(Answer),
@@ -47,7 +47,7 @@ enum Next {
     Proxy(Box<Ask>, Choice),
 }
 
-/// Why a request stops before it goes to an endpoint.
+/// Reason why a request stops before it goes to an endpoint.
 enum Stop {
     /// The client gets told.
     Fault(Fault),
@@ -157,7 +157,7 @@ fn arrive(session: &Session, context: &mut Context, pool: &Pool) {
     arrival.origin = allowed_origin(&pool.server.cors, header.headers.get(header::ORIGIN));
 }
 
-/// What `Access-Control-Allow-Origin` says to a page of this origin, if it may read the answer.
+/// Returns `Access-Control-Allow-Origin` for a page of this origin, if it may read the answer.
 fn allowed_origin(cors: &Cors, origin: Option<&HeaderValue>) -> Option<HeaderValue> {
     if cors.any() {
         return Some(HeaderValue::from_static("*"));
@@ -165,7 +165,7 @@ fn allowed_origin(cors: &Cors, origin: Option<&HeaderValue>) -> Option<HeaderVal
     origin.filter(|origin| origin.to_str().is_ok_and(|origin| cors.allows(origin))).cloned()
 }
 
-/// Whether this is a browser's question before its request (Fetch standard, 3.3.2).
+/// True for a CORS preflight (Fetch standard, 3.3.2).
 fn is_preflight(header: &RequestHeader) -> bool {
     header.method == Method::OPTIONS
         && header.headers.contains_key(header::ORIGIN)
@@ -190,7 +190,8 @@ fn check_target(header: &RequestHeader) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Whether the request opens a WebSocket (RFC 6455, 4.1). Any other `Upgrade`, such as the h2c of curl, may be ignored, and is.
+/// True if the request opens a WebSocket (RFC 6455, 4.1). Any other `Upgrade`, such as curl's h2c, may be ignored, and
+/// is.
 fn opens_websocket(session: &Session) -> bool {
     let header = session.req_header();
     let upgrade = header.headers.get(header::UPGRADE);
@@ -288,7 +289,7 @@ async fn read_body(gateway: &Gateway, session: &mut Session, bytes_max: usize) -
     within(body::BODY_TOTAL_TIMEOUT, pin!(whole)).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
 }
 
-/// What a future comes to, if that takes no longer than this. Most bodies have come with their header, and need no timer.
+/// Runs a future for at most this time. Most bodies have come with their header, and need no timer.
 async fn within<F: Future>(time: Duration, mut future: Pin<&mut F>) -> Option<F::Output> {
     match poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await {
         Poll::Ready(output) => Some(output),

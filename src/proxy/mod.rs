@@ -42,9 +42,9 @@ use context::Context;
 /// The proxy.
 #[derive(Debug)]
 pub struct Gateway {
-    /// Who may call.
+    /// Authentication of clients.
     pub auth: Auth,
-    /// What our own answers tell of.
+    /// State of the process.
     pub process: Process,
 }
 

@@ -1,4 +1,4 @@
-//! What goes out: the request as the endpoint gets it, and answers as the client gets them.
+//! Outgoing messages: requests as endpoints get them, and answers as clients get them.
 
 use std::mem;
 use std::os::fd::RawFd;
@@ -31,7 +31,7 @@ use crate::upstream::cork::Cork;
 
 const ENDPOINT: HeaderName = HeaderName::from_static("x-api-together-endpoint");
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-api-together-attempts");
-/// On HTTP/2 a stream that is dropped takes its last unsent bytes with it; this is long enough for them to leave.
+/// Time for the last bytes of an HTTP/2 stream to leave: a stream that is dropped takes its unsent bytes with it.
 const H2_FLUSH: Duration = Duration::from_millis(10);
 
 /// Prepares an attempt's request, and draws a fresh permit if the one it has is too old by now.
@@ -128,8 +128,8 @@ pub(super) fn response_body_filter(session: &Session, body: &mut Option<Bytes>, 
     }
 }
 
-/// What of a request's header goes to any endpoint. Kept without the case of its names, which makes it cheap to copy for each
-/// attempt.
+/// Returns the part of a request's header that is forwarded to any endpoint. It is kept without the case of its names,
+/// which makes it cheap to copy for each attempt.
 pub(super) fn forwarded(header: &RequestHeader, id: Option<&HeaderValue>) -> RequestHeader {
     let mut parts = Request::new(()).into_parts().0;
     parts.method = header.method.clone();
@@ -241,9 +241,9 @@ fn leaving(answer: &response::Parts, context: &Context) -> Vec<HeaderName> {
     answer.headers.iter().filter(|(name, value)| leaves(name, value)).map(|(name, _)| name.clone()).collect()
 }
 
-/// What every answer carries, ours and the endpoints'.
+/// Adds the headers of every answer, ours and the endpoints'.
 fn add_our_headers(headers: &mut HeaderMap, context: &Context) {
-    /// So many there are as a rule, so that the map grows once at most.
+    /// Usual number of these headers, so that the map grows once at most.
     const COUNT: usize = 8;
     let arrival = &context.arrival;
     headers.reserve(COUNT);

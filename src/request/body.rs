@@ -31,7 +31,7 @@ impl Collector {
         Ok(Self { bytes_max, declared, first: Bytes::new(), joined: BytesMut::new() })
     }
 
-    /// How long the body is so far.
+    /// Returns the length of the body so far.
     pub(crate) fn bytes(&self) -> usize {
         self.first.len() + self.joined.len()
     }

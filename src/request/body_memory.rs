@@ -1,4 +1,4 @@
-//! How much the bodies of all requests may take up together, so that no crowd of large ones can have the process killed.
+//! Memory of all request bodies together, bounded so that many large ones cannot have the process killed.
 //!
 //! Small bodies are let in as they come: there is at most one for each connection. A larger one is let in when there is room for all of
 //! it; until then it is not read, which its client notices as a slow connection.
@@ -16,7 +16,7 @@ pub(crate) const FREE_BYTES: usize = 64 * 1024;
 const FIRST_STEP_BYTES: usize = 1024 * 1024;
 /// A body waits no longer than this for room.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(10);
-/// What room is counted in.
+/// Unit in which memory is counted.
 const UNIT_BYTES: usize = 1024;
 
 /// The room for the bodies of a process. Cheap to clone.
@@ -38,12 +38,12 @@ impl Memory {
         Self(Arc::new(Room { free: Arc::new(Semaphore::new(units)), units, waiting: AtomicUsize::new(0) }))
     }
 
-    /// All of it, in bytes.
+    /// Total memory in bytes.
     pub fn bytes_max(&self) -> usize {
         self.0.units * UNIT_BYTES
     }
 
-    /// What bodies take up now.
+    /// Returns the memory in use in bytes.
     pub fn bytes_used(&self) -> usize {
         (self.0.units - self.0.free.available_permits().min(self.0.units)) * UNIT_BYTES
     }

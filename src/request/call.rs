@@ -1,8 +1,8 @@
-//! Which call of the API a request is.
+//! Calls of the API.
 
 use http::Method;
 
-/// What a call asks for, as far as its answer is judged, measured and estimated by it.
+/// Call of the API, as far as its answer is judged, measured and estimated by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// `/chat/completions` and `/completions`: an answer without a single token is empty.
@@ -15,7 +15,7 @@ pub enum Call {
     Embeddings,
     /// Any other call that may tell what it cost.
     Other,
-    /// One that tells at most what another call has cost, as reading a stored answer does.
+    /// A call that reports at most the tokens of another call, such as reading a stored answer.
     Unmetered,
 }
 
@@ -35,13 +35,13 @@ impl Call {
         }
     }
 
-    /// Whether it is answered with text that a model has written.
+    /// True if it is answered with text written by a model.
     pub fn is_text(self) -> bool {
         matches!(self, Self::Completion | Self::Responses | Self::Messages)
     }
 }
 
-/// Whether a `POST` changes an answer that was made before, and is answered with what that one has cost.
+/// True if a `POST` changes an answer that was made before, and is answered with the usage of that one.
 fn changes_what_is_stored(path: &str) -> bool {
     let makes_another = path.ends_with("/compact") || path.ends_with("/submit_tool_outputs");
     let is_stored = path.starts_with("/v1/chat/completions/") || path.starts_with("/v1/responses/");

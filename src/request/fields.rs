@@ -16,7 +16,7 @@ use crate::json::members;
 use crate::json::part;
 use crate::json::scan::{self, Key};
 
-/// How a request that is streamed can be made to ask what it costs, where its client has not.
+/// Edit of a request's body that asks a stream for its usage, if the client did not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UsageEdit {
     /// These bytes of the body are replaced;
@@ -30,16 +30,16 @@ pub struct UsageEdit {
 pub struct Fields {
     /// The model asked for.
     pub model: Option<Field<String>>,
-    /// Whether the answer is to be streamed.
+    /// True if the answer is to be streamed.
     pub stream: bool,
-    /// How to ask for the usage; none if the client has asked itself, or if it cannot be done.
+    /// Edit that asks for the usage; `None` if the client asks itself, or if it cannot be done.
     pub usage_edit: Option<UsageEdit>,
 }
 
 /// A value, and where it stands in the body, quotes included.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Field<T> {
-    /// What it says.
+    /// Value.
     pub value: T,
     /// The bytes it takes up.
     pub range: Range<usize>,
@@ -77,14 +77,14 @@ fn explain(error: &serde_json::Error) -> String {
     }
 }
 
-/// Where the fields stand in the body, before their values are looked at.
+/// Ranges of the fields in the body, before their values are looked at.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Found {
     model: Option<Range<usize>>,
     model_again: Option<Range<usize>>,
     stream: Option<Range<usize>>,
     stream_options: Option<Range<usize>>,
-    /// Whether one of the two is there twice, so that nobody can say which one counts.
+    /// True if one of the two occurs twice, so that it is not clear which one counts.
     stream_again: bool,
 }
 
@@ -131,7 +131,7 @@ impl Found {
     }
 }
 
-/// How to ask for the usage where there are options already.
+/// Returns the edit if there are `stream_options` already.
 fn within_options(body: &[u8], range: &Range<usize>) -> Option<UsageEdit> {
     #[derive(Deserialize)]
     struct Options<'a> {
@@ -158,7 +158,7 @@ fn within_options(body: &[u8], range: &Range<usize>) -> Option<UsageEdit> {
     }
 }
 
-/// Where a value that borrows from the body stands in it.
+/// Returns the range of a value that borrows from the body.
 fn range_in(body: &[u8], raw: &RawValue) -> Range<usize> {
     let start = (raw.get().as_ptr() as usize).saturating_sub(body.as_ptr() as usize);
     start..start + raw.get().len()

@@ -1,4 +1,4 @@
-//! What a client asks for: its key, its body, the fields that decide where it goes, and how they are rewritten for an endpoint.
+//! A client's request: its key, its body, the fields that decide where it goes, and their rewriting for an endpoint.
 
 pub mod auth;
 pub(crate) mod body;

@@ -1,5 +1,5 @@
-//! What an endpoint is sent in place of what the client sent: path, headers, key, model. Bodies are spliced, never
-//! serialised anew, so every byte but the model's name stays as it came.
+//! Rewriting of a request for an endpoint: path, headers, key, model. Bodies are spliced, never serialised anew, so
+//! every byte but the model's name stays as it came.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -7,8 +7,8 @@ use std::ops::Range;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-/// Whether a request header belongs to the way to the proxy and goes no further: hop-by-hop headers (RFC 9110, 7.6.1),
-/// credentials, and what earlier proxies said of the client.
+/// True if a request header belongs to the way to the gateway and is not forwarded: hop-by-hop headers (RFC 9110,
+/// 7.6.1), credentials, and what earlier proxies said about the client.
 pub fn stays_behind(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),
@@ -78,8 +78,8 @@ pub fn path_and_query<'a>(base_path: &str, client: &'a str) -> Cow<'a, str> {
     [base_path, rest.unwrap_or(client)].concat().into()
 }
 
-/// Whether a path would step out of the part of the endpoint that it is meant for, however an endpoint's server may read
-/// it: encoded dots and slashes, backslashes, and parameters behind a segment.
+/// True if a path would leave the part of the endpoint that it is meant for, however an endpoint's server may read it:
+/// encoded dots and slashes, backslashes, and parameters behind a segment.
 pub fn steps_out(path: &str) -> bool {
     // Without a dot behind a slash, as nearly all are, only what is read as one of the two can do it.
     if !path.contains("/.") && memchr::memchr3(b'%', b'\\', b';', path.as_bytes()).is_none() {

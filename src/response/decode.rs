@@ -7,12 +7,12 @@ use std::io::Write;
 use bytes::Bytes;
 use http::{HeaderMap, header};
 
-/// So much is decoded at once, and what comes of it may be this many times as long. Text compresses to a tenth; what expands
-/// further is made to exhaust whoever reads it, and is not read.
+/// Bytes decoded at once, and the largest expansion of them. Text compresses to a tenth; input that expands further is
+/// made to exhaust its reader, and is not read.
 const STEP_BYTES: usize = 4 * 1024;
 const EXPANSION_MAX: usize = 256;
 
-/// How an answer is compressed.
+/// Compression of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
     /// RFC 1952.
@@ -28,7 +28,7 @@ pub enum Encoding {
 }
 
 impl Encoding {
-    /// Of an answer with these headers; none if it is plain.
+    /// Returns the compression by an answer's headers; `None` if it is plain.
     pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
         let value = headers.get(header::CONTENT_ENCODING)?.to_str().unwrap_or("?").trim().to_ascii_lowercase();
         match value.as_str() {
@@ -60,7 +60,7 @@ impl fmt::Debug for Decoder {
     }
 }
 
-/// What was decoded and not yet taken.
+/// Bytes that were decoded and not yet taken.
 #[derive(Default)]
 struct Sink(Vec<u8>);
 
@@ -79,7 +79,7 @@ impl Write for Sink {
 }
 
 impl Decoder {
-    /// For an answer that is compressed so.
+    /// Returns a decoder for this compression.
     pub(crate) fn new(encoding: Encoding) -> Self {
         Self(match encoding {
             Encoding::Gzip => DecoderState::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Sink::default()))),
@@ -93,7 +93,7 @@ impl Decoder {
         })
     }
 
-    /// Whether nothing more can be read.
+    /// True if nothing more can be read.
     pub(crate) fn is_broken(&self) -> bool {
         matches!(self.0, DecoderState::Broken)
     }

@@ -9,7 +9,7 @@ use memchr::memmem;
 const GAPS_MAX: usize = 4;
 /// A longer event is not kept.
 const BLOCK_BYTES_MAX: usize = 4096;
-/// What differs beside the texts: padding, and a number.
+/// Differences beside the texts: padding, and a number.
 const PADDING: &[u8] = b"\"obfuscation\":\"";
 const NUMBER: &[u8] = b"\"sequence_number\":";
 
@@ -17,7 +17,7 @@ const NUMBER: &[u8] = b"\"sequence_number\":";
 #[derive(Debug)]
 pub(crate) struct EventTemplate {
     block: Box<[u8]>,
-    /// In order, and apart from each other.
+    /// In order, without overlap.
     gaps: Vec<Gap>,
     cut: Option<Cut>,
 }
@@ -38,11 +38,11 @@ enum GapKind {
     Number,
 }
 
-/// What is taken out of the event.
+/// Part that is taken out of the event.
 #[derive(Debug)]
 struct Cut {
     range: Range<usize>,
-    /// How many gaps come before it.
+    /// Number of gaps before it.
     after: usize,
 }
 
@@ -50,20 +50,20 @@ struct Cut {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Like<'a> {
     texts: [&'a [u8]; GAPS_MAX],
-    /// What is taken out of it.
+    /// Part that is taken out of it.
     pub cut: Option<Range<usize>>,
 }
 
 impl<'a> Like<'a> {
-    /// Its texts; those that it does not have are empty.
+    /// Returns its texts; those that it does not have are empty.
     pub(crate) fn texts(&self) -> impl Iterator<Item = &'a [u8]> {
         self.texts.into_iter()
     }
 }
 
 impl EventTemplate {
-    /// Of a block that was read: the places of its texts, without their quotation marks, and what was taken out of it. None if it is
-    /// not a kind of event that can be recognised.
+    /// Makes a template out of an event that was read: the places of its texts, without their quotation marks, and the
+    /// part that was taken out. `None` if it is not a kind of event that can be recognised.
     pub(crate) fn new(
         block: &[u8],
         texts: impl Iterator<Item = Range<usize>>,
@@ -106,7 +106,7 @@ impl EventTemplate {
         Some(Self { block: block.into(), gaps, cut })
     }
 
-    /// Whether a block is like this one, and what differs.
+    /// Compares an event with the template, and returns the differences.
     pub(crate) fn matches<'a>(&self, block: &'a [u8]) -> Option<Like<'a>> {
         let mut like = Like { texts: [&[]; GAPS_MAX], cut: None };
         // Where the same bytes go on, in this block and in the one that is matched.
@@ -143,7 +143,7 @@ impl EventTemplate {
     }
 }
 
-/// How long the string is that goes on here, as far as its quotation mark.
+/// Returns the length of the string that goes on here, as far as its quotation mark.
 fn string(rest: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {

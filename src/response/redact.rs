@@ -33,7 +33,7 @@ impl<'a> FromIterator<&'a [u8]> for Secrets {
 }
 
 impl Secrets {
-    /// Whether a text quotes one of them whole.
+    /// True if a text quotes one of the secrets in full.
     pub fn are_in(&self, text: &[u8]) -> bool {
         self.0.iter().any(|secret| secret.find(text).is_some())
     }
@@ -115,7 +115,8 @@ fn key_like_words(text: &[u8]) -> Vec<Range<usize>> {
     words
 }
 
-/// Whether a word is the secret's beginning, then a mask of stars or dots, then the secret's end, at least two of both.
+/// True if a word is the secret's beginning, then a mask of stars or dots, then the secret's end, at least two
+/// characters of both.
 fn is_masked_form(word: &[u8], secret: &[u8]) -> bool {
     const MASK_BYTES_MIN: usize = 3;
     let is_mask = |byte: &u8| *byte == b'*' || *byte == b'.' || !byte.is_ascii();

@@ -1,5 +1,5 @@
-//! What of an event stream goes on to the client: whole events, as they came, but for what only we asked for and for the
-//! endpoint's secrets. Pure.
+//! Relay of an event stream to the client: whole events, as they came, without what only the gateway asked for and
+//! without the endpoint's secrets. Pure.
 //!
 //! Half an event is kept until it is whole, since no parser of events can use it; so a stream that breaks leaves no half of one
 //! behind, unless it is longer than is kept.
@@ -22,23 +22,23 @@ use crate::usage::{Meter, event_texts, mentions_usage};
 #[derive(Debug)]
 pub struct Relay {
     splitter: Splitter,
-    /// Whether we asked for the usage, and the client did not.
+    /// True if the gateway asked for the usage, and the client did not.
     strips: bool,
     secrets: Secrets,
-    /// Whether the last block was taken out.
+    /// True if the last block was taken out.
     dropped: bool,
-    /// What an event goes through that is too long to be kept whole.
+    /// Redaction of an event that is too long to be kept whole.
     long: Option<Blotter>,
     /// The last event that said nothing but text, since the next one is likely to be like it.
     template: Option<EventTemplate>,
-    /// How many were kept since one was like the last.
+    /// Number of events since one was like the last.
     unlike: u8,
 }
 
 /// A stream whose events are so often not like each other is read event by event.
 const UNLIKE_MAX: u8 = 16;
 
-/// What becomes of a block.
+/// Treatment of a block.
 #[derive(Debug, PartialEq, Eq)]
 enum Fate {
     Pass,
@@ -48,7 +48,8 @@ enum Fate {
 }
 
 impl Relay {
-    /// For a stream of an endpoint that has these secrets; `strips` if we asked for a usage that the client must not see.
+    /// Returns a relay for a stream of an endpoint that has these secrets; `strips` if the gateway asked for a usage
+    /// that the client must not see.
     pub fn new(strips: bool, secrets: Secrets) -> Self {
         Self { splitter: Splitter::default(), strips, secrets, dropped: false, long: None, template: None, unlike: 0 }
     }
@@ -119,7 +120,7 @@ impl Relay {
         self.block(&rest, meter, out);
     }
 
-    /// Whether the client has been sent a part of an event that is not whole.
+    /// True if the client has been sent a part of an incomplete event.
     pub fn is_within_event(&self) -> bool {
         self.long.is_some()
     }
@@ -176,7 +177,7 @@ fn template_of(block: &[u8], data: &[u8], call: Call, fate: &Fate) -> Option<Eve
     EventTemplate::new(block, texts.into_iter(), cut)
 }
 
-/// Whether it is the line that ends a chat's stream, and its event is not yet ended.
+/// True for the line that ends a chat's stream, if its event is not yet ended.
 fn is_done_line(kept: &[u8]) -> bool {
     const BYTES_MAX: usize = 24;
     kept.len() <= BYTES_MAX
@@ -184,8 +185,9 @@ fn is_done_line(kept: &[u8]) -> bool {
         && sse::data(kept).is_some_and(|data| data.trim_ascii() == b"[DONE]")
 }
 
-/// What an endpoint sends only because it was asked for the usage: a chunk of its own, with no choices in it, and a
-/// `"usage":null` in all others. A usage beside choices is not that: endpoints that put it there do so unasked.
+/// Finds the part that an endpoint sends only because it was asked for the usage: a chunk of its own, with no choices
+/// in it, and a `"usage":null` in all others. A usage beside choices is not that: endpoints that put it there do so
+/// without being asked.
 fn without_usage(block: &[u8], data: &[u8]) -> Fate {
     #[derive(Deserialize)]
     struct Chunk<'a> {
@@ -210,7 +212,7 @@ fn without_usage(block: &[u8], data: &[u8]) -> Fate {
     offset(block, usage.get().as_bytes()).map_or(Fate::Pass, |start| cut(block, start))
 }
 
-/// Where bytes that borrow from the block stand in it. Data of several lines is a copy, which stands nowhere.
+/// Returns the range of bytes that borrow from the block. Data of several lines is a copy, which has none.
 fn offset(block: &[u8], part: &[u8]) -> Option<usize> {
     let start = (part.as_ptr() as usize).checked_sub(block.as_ptr() as usize)?;
     (start + part.len() <= block.len()).then_some(start)

@@ -16,7 +16,7 @@ pub const BLOCK_BYTES_MAX: usize = 64 * 1024;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
-/// What the next bytes of a piece are; the number is where in the piece they end.
+/// Meaning of the next bytes of a piece; the number is where in the piece they end.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {
     /// A whole block, all of it in this piece.
@@ -25,11 +25,11 @@ pub enum Step {
     Joined(Bytes, usize),
     /// A part of a block that is too long to be told whole; what was kept of earlier pieces comes before it.
     Part {
-        /// From earlier pieces.
+        /// Bytes from earlier pieces.
         kept: Bytes,
-        /// Where in this piece the part ends.
+        /// End of the part in this piece.
         end: usize,
-        /// Whether the block ends with it.
+        /// True if the block ends with it.
         last: bool,
     },
     /// The line feed of a block's end whose carriage return came with an earlier piece.
@@ -44,13 +44,13 @@ pub enum Step {
 pub struct Splitter {
     /// The block that has begun in earlier pieces.
     kept: BytesMut,
-    /// Whether a line has begun.
+    /// True if a line has begun.
     in_line: bool,
-    /// Whether the last byte was a carriage return.
+    /// True if the last byte was a carriage return.
     after_cr: bool,
-    /// Whether that ended a block.
+    /// True if that ended a block.
     block_ended: bool,
-    /// Whether the block under way is told in parts.
+    /// True if the block under way is handled in parts.
     in_parts: bool,
 }
 
@@ -84,12 +84,12 @@ impl Splitter {
         }
     }
 
-    /// What is kept of the block under way.
+    /// Returns the kept bytes of the block under way.
     pub fn kept(&self) -> &[u8] {
         &self.kept
     }
 
-    /// What is kept of a block that never ended.
+    /// Takes the kept bytes of a block that never ended.
     pub fn take_rest(&mut self) -> Bytes {
         self.kept.split().freeze()
     }
@@ -123,7 +123,7 @@ impl Splitter {
         }
     }
 
-    /// How many of these bytes belong to the block, if it ends in them.
+    /// Returns how many of these bytes belong to the block, if it ends in them.
     fn block_end(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut at = 0;
         while let Some(found) = bytes.get(at..).and_then(|rest| memchr::memchr2(b'\n', b'\r', rest)) {

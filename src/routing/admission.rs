@@ -29,13 +29,13 @@ const RESORTS_MAX: usize = 16;
 /// The endpoint that a request goes to.
 #[derive(Debug)]
 pub struct Choice {
-    /// Its place among the candidates.
+    /// Place among the candidates.
     pub candidate: usize,
     /// Held by the request that tries an endpoint out after its errors.
     pub trial: Option<Trial>,
     /// The right to one attempt.
     pub permit: Permit,
-    /// When it was looked for.
+    /// When the choice was made.
     pub at: Clock,
 }
 
@@ -44,15 +44,15 @@ pub struct Choice {
 pub struct Request<'a> {
     /// The config it runs under.
     pub pool: &'a Pool,
-    /// Where it may go.
+    /// Candidates.
     pub candidates: &'a Candidates,
     /// Endpoints it has been to, by their place in the pool.
     pub tried: &'a [usize],
-    /// How long it may wait for its turn.
+    /// Queue, if the request may wait.
     pub queue: Option<Queue>,
 }
 
-/// What is known when no endpoint could be given at once: the strategy's choice, if it made one.
+/// State if no endpoint could be given at once: the strategy's choice, if it made one.
 #[derive(Debug)]
 pub struct Undecided(Option<(Pick, Clock)>);
 

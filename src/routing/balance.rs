@@ -13,7 +13,7 @@ use crate::routing::router::{Candidate, Candidates};
 /// The candidate that was chosen.
 #[derive(Debug)]
 pub struct Pick {
-    /// Its place among the candidates.
+    /// Place among the candidates.
     pub candidate: usize,
     /// Held by the request that tries an endpoint out after its errors.
     pub trial: Option<Trial>,
@@ -107,7 +107,7 @@ fn rotate<T>(list: &mut [T], begins: usize) {
     }
 }
 
-/// When nothing is open: whoever may be tried out, one request at a time, the one first whose cool-down ends first.
+/// Endpoints that may be tried when nothing is open, one request at a time, the one first whose cool-down ends first.
 pub fn last_resorts(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Vec<usize> {
     let mut resorts = Vec::new();
     for (index, candidate) in candidates.list().iter().enumerate() {
@@ -122,7 +122,7 @@ pub fn last_resorts(pool: &Pool, candidates: &Candidates, tried: &[usize], clock
     resorts.into_iter().map(|(_, index)| index).collect()
 }
 
-/// Whether any candidate that was not tried yet could take the request, as far as is known.
+/// True if an untried candidate could take the request, as far as is known.
 pub fn any_left(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> bool {
     candidates.list().iter().filter_map(|candidate| untried(pool, candidate, tried)).any(|endpoint| {
         !seems_full(pool, endpoint, clock)
@@ -141,8 +141,8 @@ fn untried<'a>(pool: &'a Pool, candidate: &Candidate, tried: &[usize]) -> Option
     pool.endpoints.get(candidate.endpoint).map(AsRef::as_ref)
 }
 
-/// One of the eligible candidates of a tier, which are used up. One whose trial another request took meanwhile leaves the
-/// choice to the rest.
+/// Chooses one of the eligible candidates of a tier, which are used up. If another request took its trial meanwhile,
+/// the choice is made among the rest.
 fn choose(pool: &Pool, candidates: &Candidates, eligible: &mut Vec<Eligible>, clock: &Clock) -> Option<Pick> {
     while !eligible.is_empty() {
         let at = if eligible.len() == 1 { 0 } else { by_strategy(pool, candidates, eligible, clock.now) };

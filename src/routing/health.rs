@@ -1,4 +1,4 @@
-//! Whether an endpoint may be asked: errors in a row, cool-down, half-open trial, rest. Pure; the clock is passed in.
+//! Health of an endpoint: errors in a row, cool-down, half-open trial, rest. Pure; the clock is passed in.
 //!
 //! ```text
 //!            `failures` in a row                 cool-down over, one request at a time
@@ -21,7 +21,7 @@ pub(crate) const REST_DEFAULT: Duration = Duration::from_secs(5);
 /// No endpoint rests longer than this, whatever it says: longer than any daily quota takes to come back.
 const REST_MAX: Duration = Duration::from_hours(24);
 
-/// What an endpoint's attempts have told of it.
+/// Health of one endpoint, by the outcomes of its attempts.
 #[derive(Debug, Default)]
 pub struct Health {
     errors_in_row: u32,
@@ -30,7 +30,7 @@ pub struct Health {
     resting_until: Option<Instant>,
 }
 
-/// Whether a request may go to the endpoint now.
+/// Returns whether health lets a request through now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gate {
     /// It may.
@@ -51,7 +51,7 @@ pub enum Gate {
     },
 }
 
-/// What an attempt says about the endpoint that it went to.
+/// Effect of an attempt on the health of its endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// It has begun to answer as it should.
@@ -62,12 +62,12 @@ pub enum Effect {
     Failure,
     /// It asked to be left alone for so long.
     Rest(Duration),
-    /// Nothing is learnt: the request was at fault, or the client went away.
+    /// No effect: the request was at fault, or the client disconnected.
     Neutral,
 }
 
 impl Health {
-    /// Whether a request may go to the endpoint now.
+    /// Answer of an endpoint's health to a request.
     pub fn gate(&self, now: Instant) -> Gate {
         if let Some(until) = self.resting_until.filter(|until| *until > now) {
             return Gate::Resting { until };
@@ -133,8 +133,8 @@ impl Health {
     }
 }
 
-/// How long an endpoint that answered 429 asks to be left alone: `retry-after-ms`, else `Retry-After` in seconds or as a
-/// date (RFC 9110, 10.2.3), else five seconds.
+/// Returns the pause that an endpoint's 429 asks for: `retry-after-ms`, else `Retry-After` in seconds or as a date (RFC
+/// 9110, 10.2.3), else five seconds.
 pub(crate) fn rest_asked(headers: &HeaderMap, wall_clock: SystemTime) -> Duration {
     let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
     let millis = text("retry-after-ms").and_then(|text| seconds(text, 1e-3));

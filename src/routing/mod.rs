@@ -1,4 +1,4 @@
-//! Who takes a request: endpoints that serve its model, the strategy's choice among them, their health, and what follows a failure.
+//! Choice of an endpoint: candidates for a model, strategies, health, and retries.
 
 pub mod admission;
 pub mod balance;

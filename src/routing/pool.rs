@@ -25,7 +25,7 @@ pub struct Pool {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// Model → candidates.
     pub router: Router,
-    /// Where permits come from.
+    /// Source of permits.
     pub ledger: Client,
     /// The number of the config, counted from the start of the process.
     pub version: u64,
@@ -36,17 +36,17 @@ pub struct Pool {
 /// One endpoint of a pool.
 #[derive(Debug)]
 pub struct Endpoint {
-    /// As the config has it.
+    /// Configuration.
     pub config: config::Endpoint,
-    /// Its id as a header's value: outside ASCII in escapes.
+    /// Id as a header's value: escaped outside ASCII.
     pub id_header: HeaderValue,
-    /// Where it is and how it is reached.
+    /// Address and connection.
     pub upstream: Upstream,
-    /// What its answers must not show.
+    /// Secrets that its answers must not show.
     pub secrets: Secrets,
-    /// How much it may be asked.
+    /// Limits.
     pub limits: Arc<Limits>,
-    /// What is known of it, whichever config it came from.
+    /// Live state, whichever config it came from.
     pub live: Arc<Live>,
 }
 
@@ -108,18 +108,18 @@ fn secrets_of(config: &config::Endpoint) -> Secrets {
 }
 
 impl Endpoint {
-    /// Its account, with the limits that this config sets it.
+    /// Returns its account, with the limits of this config.
     pub fn account(&self) -> (Arc<Account>, Arc<Limits>) {
         (Arc::clone(&self.live.account), Arc::clone(&self.limits))
     }
 
-    /// What a permit is drawn with, if it may be asked from that moment on.
+    /// Returns the draw of a permit, if it may be asked from that moment on.
     pub fn wanted(&self, not_before: Stamp) -> Wanted {
         let (account, limits) = self.account();
         Wanted { account, limits, not_before }
     }
 
-    /// Whether it seems to be at a limit: a hint, for where to look first.
+    /// True if it seems to be at a limit: a hint for where to look first.
     pub fn seems_full(&self, now: Stamp) -> bool {
         self.limits.any() && self.live.account.seems_full(now)
     }
@@ -135,18 +135,18 @@ impl Drop for Trial {
     }
 }
 
-/// What is known of an endpoint, shared by every request and every config that has it.
+/// Live state of an endpoint, shared by every request and every config that has it.
 #[derive(Debug)]
 pub struct Live {
     health: Mutex<Health>,
     /// Set while `health` has anything to say, so that the common case takes no lock.
     troubled: AtomicBool,
-    /// What was counted for it.
+    /// Account in the ledger.
     pub account: Arc<Account>,
     in_flight: AtomicU32,
     first_byte: Mutex<Average>,
     last_error: Mutex<Option<LastError>>,
-    /// What is known of it and `stream_options` of ours.
+    /// Memory about `stream_options` that the gateway added.
     pub usage_injection: InjectionMemory,
 }
 
@@ -155,12 +155,12 @@ pub struct Live {
 pub struct LastError {
     /// When.
     pub at: SystemTime,
-    /// What happened.
+    /// Description.
     pub what: String,
 }
 
 impl Live {
-    /// Nothing is known of the endpoint of this account yet.
+    /// Returns the state of an endpoint that nothing is known of yet.
     pub fn new(account: Arc<Account>) -> Self {
         Self {
             health: Mutex::default(),
@@ -173,7 +173,7 @@ impl Live {
         }
     }
 
-    /// Whether a request may go to the endpoint now.
+    /// Returns whether a request may go to the endpoint now.
     pub fn gate(&self, now: Instant) -> Gate {
         if self.troubled.load(Ordering::Acquire) { lock(&self.health).gate(now) } else { Gate::Open }
     }

@@ -1,24 +1,24 @@
-//! What this proxy can still take for a model, in the headers that OpenAI has for it.
+//! Rates of a model, in OpenAI's headers.
 
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 
-/// How they all begin; an endpoint's own are not for the client, whom they tell nothing about the others.
+/// Prefix of all of them. An endpoint's own are not forwarded, since they say nothing about the others.
 pub(crate) const PREFIX: &str = "x-ratelimit-";
 
 /// Requests or tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// What all endpoints of the model take together.
+    /// Limit of all endpoints of the model together.
     pub limit: u64,
-    /// What they still take now.
+    /// Remaining part now.
     pub remaining: u64,
-    /// Until they take all of it again.
+    /// Time until all of it is free again.
     pub reset: Duration,
 }
 
-/// Both, as far as every endpoint of the model has such a limit.
+/// Both rates, as far as every endpoint of the model has such a limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rates {
     /// Requests.
@@ -28,7 +28,7 @@ pub struct Rates {
 }
 
 impl Rates {
-    /// As headers.
+    /// Returns the headers.
     pub fn headers(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
         const REQUESTS: [HeaderName; 3] = [
             HeaderName::from_static("x-ratelimit-limit-requests"),
@@ -50,7 +50,8 @@ impl Rates {
     }
 }
 
-/// As OpenAI writes it: `12ms`, `8.64s`, `6m0s`, `23h59m30s`. Pushed together by hand, since it is written for every answer.
+/// Formats a duration as OpenAI does: `12ms`, `8.64s`, `6m0s`, `23h59m30s`. Put together by hand, since it is written
+/// for every answer.
 fn duration(duration: Duration) -> String {
     let (seconds, millis) = (duration.as_secs(), duration.subsec_millis());
     let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);

@@ -1,4 +1,4 @@
-//! What this proxy can still take for a model: what is left of its endpoints' limits, added up.
+//! Rates of a model: the remaining parts of its endpoints' limits, added up.
 
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::routing::router::Candidates;
 
 /// Rates of a model, as its endpoints were seen last, at most about a second ago.
 pub(crate) fn of_model(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
-    /// So many are added up for every request, more only now and then.
+    /// Number of endpoints that are added up for every request; more are added up only now and then.
     const ADDED_UP_MAX: usize = 16;
     const NOW_AND_THEN: Duration = Duration::from_millis(100);
     if candidates.list().len() <= ADDED_UP_MAX {
@@ -58,7 +58,7 @@ fn add_up(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
     rates
 }
 
-/// What is seen of a limit; before it was looked at for the first time, nothing is used.
+/// Returns the used part of a limit; nothing is used before it was looked at for the first time.
 fn known((limit, gauge): (Limit, Option<Gauge>)) -> Option<Gauge> {
     let Limit::AtMost(limit) = limit else { return None };
     Some(gauge.map_or(Gauge { limit, used: 0, resets: None }, |gauge| Gauge { limit, ..gauge }))

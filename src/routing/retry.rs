@@ -1,4 +1,4 @@
-//! One decision: an attempt came to this end; what happens to the request, and what is learnt of the endpoint. Pure.
+//! Outcomes of attempts: their effect on the endpoint, and whether they are retried. Pure.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,14 +7,14 @@ use crate::config::Retry;
 use crate::routing::health::Effect;
 use crate::telemetry::metrics;
 
-/// How an attempt ended, or what it is about to answer.
+/// Outcome of an attempt, or of the answer that it is about to give.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The endpoint answered with this status; `rest` is how long it asked to be left alone if it is a 429.
     Status {
         /// The status.
         status: u16,
-        /// From `Retry-After`, or the default.
+        /// Pause from `Retry-After`, or the default.
         rest: Duration,
     },
     /// A 200 with nothing in it.
@@ -75,7 +75,7 @@ impl Outcome {
         }
     }
 
-    /// What the outcome says about the endpoint.
+    /// Returns the effect on the endpoint's health.
     pub fn effect(&self) -> Effect {
         match self {
             Self::Status { status, rest } => match status {
@@ -90,7 +90,7 @@ impl Outcome {
         }
     }
 
-    /// Whether another endpoint may do better, so long as nothing has reached the client yet.
+    /// True if another endpoint may do better, as long as nothing has reached the client.
     pub fn is_retryable(&self, retry: &Retry) -> bool {
         match self {
             Self::Status { status, .. } => retry.statuses.contains(*status),
@@ -106,7 +106,7 @@ impl Outcome {
     }
 }
 
-/// Whether one more attempt may begin, after `attempts` of them and so long after the request came.
+/// True if one more attempt may begin after this many, and this long after the request came.
 pub fn may_begin(retry: &Retry, attempts: u32, elapsed: Duration) -> bool {
     attempts == 0 || (attempts < retry.attempts && elapsed < retry.budget)
 }

@@ -21,7 +21,7 @@ pub struct Candidate {
     pub model: Option<Arc<str>>,
     /// Candidates of a lower tier go first; a higher one is used only when none below it can take the request.
     pub tier: usize,
-    /// Its share among the candidates of its tier.
+    /// Share among the candidates of its tier.
     pub weight: u32,
 }
 
@@ -31,13 +31,13 @@ pub struct Candidates {
     list: Vec<Candidate>,
     /// The label that metrics have for the name.
     label: Box<str>,
-    /// What requests to each candidate count up, once there was one.
+    /// Metrics of each candidate, once there was a request.
     counters: Vec<OnceLock<Arc<Counters>>>,
-    /// For each candidate of the first tier the sum of the weights as far as it.
+    /// Running sum of the weights of the first tier.
     first_tier: Vec<u64>,
-    /// Whether those are all the same, so that none has to be looked for.
+    /// True if all weights are the same, so that no search is needed.
     is_even: bool,
-    /// What was told last of the rates of many candidates.
+    /// Last rates of many candidates.
     pub(crate) rates: Mutex<Option<(Stamp, Rates)>>,
     /// The running weights of smooth weighted round robin, one for each candidate.
     pub(crate) turns: Mutex<Vec<i64>>,
@@ -76,12 +76,13 @@ impl Candidates {
         &self.label
     }
 
-    /// What requests to this candidate count up.
+    /// Returns the metrics of requests to this candidate.
     pub fn counters(&self, candidate: usize) -> Option<&Arc<Counters>> {
         self.counters.get(candidate).map(|counters| counters.get_or_init(Arc::default))
     }
 
-    /// One of the first tier, drawn by weight; none if there is none. However many there are, it costs a few looks.
+    /// Draws one of the first tier by weight; `None` if it is empty. However many there are, it costs a few
+    /// comparisons.
     pub fn draw(&self) -> Option<usize> {
         let drawn = match self.first_tier.as_slice() {
             [] => return None,
@@ -98,7 +99,7 @@ impl Candidates {
     }
 }
 
-/// How closely a name is matched: longer patterns more closely than shorter ones, exact names most of all.
+/// Closeness of a match: longer patterns are closer than shorter ones, exact names closest of all.
 type Closeness = usize;
 const EXACT: Closeness = usize::MAX;
 
@@ -117,7 +118,7 @@ type Index = HashMap<Box<str>, Arc<Candidates>, BuildHasherDefault<DefaultHasher
 #[derive(Debug, Default)]
 pub struct Router {
     exact: Index,
-    /// What stands before the `*` of each pattern.
+    /// Prefixes of the patterns, without the `*`.
     prefixes: Index,
     /// The distinct lengths of those, the longest first.
     prefix_lengths: Vec<usize>,

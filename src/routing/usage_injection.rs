@@ -10,7 +10,7 @@ use crate::limit::Stamp;
 /// or it was one of its models alone that did not know them.
 const REFUSED: Duration = Duration::from_hours(1);
 
-/// What is known of one endpoint and `stream_options` of ours.
+/// State of one endpoint as to `stream_options` that the gateway adds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UsageInjection {
     /// They are added.

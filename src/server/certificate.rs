@@ -10,12 +10,12 @@ use rustls_pki_types::pem::PemObject;
 
 use crate::config::ServerTls;
 
-/// What new connections are shown. Cheap to clone.
+/// Certificate that new connections are shown. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Certificate(Arc<ArcSwap<CertifiedKey>>);
 
 impl Certificate {
-    /// From its files. Says what is wrong, and in which.
+    /// Reads the certificate from its files. The error names the file.
     pub(super) fn new(files: &ServerTls) -> Result<Self, String> {
         Ok(Self(Arc::new(ArcSwap::from_pointee(read(files)?))))
     }

@@ -14,7 +14,7 @@ use crate::billing::estimate::Estimator;
 use crate::ledger::Keeper;
 use crate::process::{Draining, OpenRequests};
 
-/// How often a stopping process looks whether its last request has ended.
+/// Time between two checks of a stopping process for open requests.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
 /// After the last request has ended, time for its last bytes to leave.
 const LAST_FLUSH: Duration = Duration::from_millis(200);
@@ -27,7 +27,7 @@ pub(super) struct Drain {
     pub(super) writes: FinalWrites,
 }
 
-/// Where writes wait to be written; every way out of the process waits for them.
+/// Counts that wait to be written; every way out of the process waits for them.
 #[derive(Clone)]
 pub(super) struct FinalWrites {
     pub(super) estimator: Estimator,

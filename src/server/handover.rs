@@ -26,41 +26,41 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Who runs, in the runtime folder.
+/// File in the runtime folder that describes the running process.
 const RUNNING_FILE: &str = "running.json";
-/// What came of the last upgrade.
+/// File with the result of the last upgrade.
 const OUTCOME_FILE: &str = "outcome.json";
 /// A check that takes longer has failed.
 const CHECK_MAX: Duration = Duration::from_secs(30);
-/// So long a successor may take until it waits for the sockets.
+/// Longest time until a successor waits for the sockets.
 const START_MAX: Duration = Duration::from_secs(20);
 /// And so long, all in all, an upgrade that was asked for.
 const UPGRADE_MAX: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(20);
-/// What a program that fails says at the end is enough.
+/// Bytes of the output of a failing program that are kept, from its end.
 const TOLD_BYTES_MAX: usize = 4000;
 
-/// Who runs, and where.
+/// Description of the running process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Running {
     /// The process.
     pub pid: u32,
-    /// When it began, in the kernel's ticks since the machine's start, since a pid is given again to others.
+    /// When it began, in the kernel's ticks since boot, since a pid is used again.
     began: u64,
-    /// Where it listens.
+    /// Listening address.
     pub address: SocketAddr,
-    /// Its version.
+    /// Version.
     pub version: String,
-    /// Whether it listens with TLS.
+    /// True if it listens with TLS.
     pub tls: bool,
 }
 
-/// What came of an upgrade.
+/// Result of an upgrade.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct HandoverResult {
     /// The successor, if one took over.
     pid: Option<u32>,
-    /// Why none did.
+    /// Error, if no successor took over.
     error: Option<String>,
 }
 
@@ -121,15 +121,15 @@ fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
 pub struct Successor {
     /// The program, where it lay when this process was started.
     pub program: PathBuf,
-    /// Its arguments, without those that say how to take over.
+    /// Arguments, without those that say how to take over.
     pub arguments: Vec<OsString>,
-    /// Where this process was started, whatever folder it is in now.
+    /// Folder that this process was started in, whatever folder it is in now.
     pub start_folder: PathBuf,
-    /// Where the successor waits for the sockets.
+    /// Socket at which the successor waits.
     pub upgrade_sock: PathBuf,
-    /// Where both tell of themselves.
+    /// Runtime folder of both.
     pub runtime_folder: PathBuf,
-    /// Where this process listens.
+    /// Listening address of this process.
     pub address: SocketAddr,
     /// And where for metrics.
     pub metrics_listen: Option<SocketAddr>,
@@ -252,9 +252,9 @@ impl Successor {
     }
 }
 
-/// What `--test` says before the address that would be listened on.
+/// Text before the listening address in the output of `--test`.
 pub const LISTENS: &str = "would listen on ";
-/// Likewise for metrics.
+/// Text before the address of the metrics.
 pub const METRICS_ON: &str = "would tell metrics on ";
 
 fn end(child: &mut Child) {
@@ -312,7 +312,7 @@ pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
     }
 }
 
-/// Whether it answers. With TLS a connection has to do.
+/// True if it answers. With TLS an established connection has to do.
 fn is_healthy(running: &Running) -> bool {
     let address = crate::server::callable(running.address);
     let Ok(mut stream) = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2)) else { return false };

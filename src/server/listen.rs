@@ -1,4 +1,4 @@
-//! Where the process listens, and how.
+//! Listening sockets.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::{RunOptions, StartError};
 use crate::config::Server;
 use crate::server::certificate::Certificate;
 
-/// Where clients are listened for.
+/// Listener for clients.
 pub(super) struct Listening {
     pub(super) address: SocketAddr,
     pub(super) certificate: Option<Certificate>,
@@ -19,7 +19,7 @@ pub(super) struct Listening {
 }
 
 impl Listening {
-    /// As the config says; whatever can be wrong with it is found.
+    /// Prepares the listener of a config; every error of it is found here.
     pub(super) fn new(server: &Server, options: &RunOptions) -> Result<Self, StartError> {
         let certificate = server.tls.as_ref().map(Certificate::new).transpose().map_err(StartError)?;
         let takes_over = options.upgrade || options.test;
@@ -32,7 +32,7 @@ impl Listening {
         Ok(Self { address, certificate, reserved: reserved.map(Arc::new) })
     }
 
-    /// For Pingora.
+    /// Returns the listener for Pingora.
     pub(super) fn config(&self) -> Result<ListenerConfig, StartError> {
         let mut socket = TcpSocketOptions::default();
         socket.so_reuseport = self.reserved.as_ref().map(|_| true);

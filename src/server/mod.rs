@@ -1,4 +1,4 @@
-//! From a checked config to a serving process: Pingora's server, its listeners, and the services beside the proxy.
+//! The process: from a checked config to Pingora's server, its listeners, and the services beside the proxy.
 
 mod certificate;
 mod drain;
@@ -45,15 +45,15 @@ const PINGORA_TRIES_MAX: usize = 100 * (16 + 2 + 1);
 /// Idle connections to endpoints that each thread keeps, unless the server conf says otherwise: after a crowd of streams the next
 /// one should not have to connect anew.
 const IDLE_CONNECTIONS_MAX: usize = 1024;
-/// So much of a body may a client send by HTTP/2 before it hears that what it sent was read: over a distance, each of these takes a
-/// round trip. HTTP's own 64 KiB made 20 MB over 50 ms take 18 s.
+/// Flow-control window of an HTTP/2 stream. Over a distance, each of these takes a round trip: HTTP's own 64 KiB made
+/// 20 MB over 50 ms take 18 s.
 const HTTP2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
-/// So much on all streams of a connection together, which bounds what a connection takes that is read too slowly.
+/// Flow-control window of an HTTP/2 connection, which bounds the memory of one that is read too slowly.
 const HTTP2_CONNECTION_WINDOW_BYTES: u32 = 2 * HTTP2_STREAM_WINDOW_BYTES;
 /// A stopping process waits this long for its open requests, unless the server conf says otherwise.
 const GRACE_PERIOD_SECONDS: u64 = 600;
 
-/// How the process is to run, beside its config.
+/// Options of the process, beside its config.
 #[derive(Clone, Debug, Default)]
 pub struct RunOptions {
     /// `-u`: take the sockets over from a running process.
@@ -66,15 +66,15 @@ pub struct RunOptions {
     pub server_conf: Option<PathBuf>,
     /// The config file, if it is to be read again when it changes.
     pub config_file: Option<PathBuf>,
-    /// Where the process was started: it may go into the background, where it would be in another folder.
+    /// Folder that the process was started in: a daemon is in another one.
     pub start_folder: PathBuf,
-    /// What a successor of this process is started with, if one may be.
+    /// Arguments of a successor of this process, if there may be one.
     pub arguments: Option<Vec<OsString>>,
-    /// Where the upgrade socket and the pid file go unless the server conf file says so.
+    /// Folder of the upgrade socket and the pid file, unless the server conf file names others.
     pub runtime_folder: PathBuf,
 }
 
-/// Why the server could not start. Each says what to do about it.
+/// Error at the start, with the way out.
 #[derive(Debug)]
 pub struct StartError(String);
 
@@ -89,13 +89,13 @@ impl std::error::Error for StartError {}
 /// A server that is ready to run.
 pub struct Prepared {
     server: Server,
-    /// Where it will listen.
+    /// Listening address.
     pub address: SocketAddr,
     /// The pool it serves; a new one may be stored at any time.
     pub pool: Arc<ArcSwap<Pool>>,
-    /// Whether it will listen with TLS.
+    /// True if it listens with TLS.
     tls: bool,
-    /// Where it tells of itself, if it may be replaced.
+    /// Runtime folder, if the process may be replaced.
     runtime_folder: Option<PathBuf>,
     writes: FinalWrites,
     /// Keeps a free port ours until Pingora has bound it.

@@ -24,13 +24,13 @@ use crate::telemetry::logger;
 pub(super) struct Reloader {
     /// The config file.
     pub path: PathBuf,
-    /// Where the pool of a good one goes.
+    /// Pool that a good config replaces.
     pub pool: Arc<ArcSwap<Pool>>,
     /// The server's part as the process was started with, some of which stays.
     pub started: Server,
     /// The certificate that clients are shown.
     pub certificate: Option<Certificate>,
-    /// What is told of it.
+    /// State for the status page.
     pub state: ConfigState,
     /// Set by a SIGHUP.
     pub hung_up: Arc<AtomicBool>,

@@ -1,4 +1,4 @@
-//! What runs beside the proxy.
+//! Services beside the proxy.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ use crate::telemetry::log_writer;
 use crate::telemetry::metrics;
 use crate::upstream::RESOLVE_INTERVAL;
 
-/// How often, and how often at most, a starting process looks whether it listens yet.
+/// Interval, and largest number, of a starting process's checks whether it listens.
 const LISTEN_POLL: Duration = Duration::from_millis(5);
 const LISTEN_POLLS_MAX: u32 = 2000;
 
@@ -69,7 +69,7 @@ impl ServeHttp for MetricsService {
 pub(super) struct Announce {
     pub(super) address: SocketAddr,
     pub(super) tls: bool,
-    /// Where the process tells of itself, if it may be replaced.
+    /// Runtime folder, if the process may be replaced.
     pub(super) runtime_folder: Option<PathBuf>,
     pub(super) text: String,
 }

@@ -1,4 +1,4 @@
-//! From an arrived request to its answer.
+//! From a request to its answer.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -130,7 +130,7 @@ fn has_key(handle: &Handle, arrived: &Arrived) -> bool {
     sent.and_then(|value| value.strip_prefix("Bearer ")) == Some(key)
 }
 
-/// Whether the failure rate hits this request: the failures are spread evenly by a counter.
+/// True if the failure rate hits this request: failures are spread evenly by a counter.
 fn fails(handle: &Handle, arrived: &Arrived, chosen: &Chosen) -> bool {
     let rate = u64::from(handle.0.options.failure_rate_percent.min(100));
     if chosen.scripted || arrived.method != Method::POST || rate == 0 {
@@ -141,7 +141,7 @@ fn fails(handle: &Handle, arrived: &Arrived, chosen: &Chosen) -> bool {
     (position + 1) * rate / 100 > position * rate / 100
 }
 
-/// What the end of a path asks for.
+/// Call by the end of a path.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ApiCall<'a> {
     Chat,

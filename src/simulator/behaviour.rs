@@ -1,4 +1,4 @@
-//! What one answer does, and how a model's name spells it.
+//! Behaviour of one answer, and its spelling in a model's name.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 /// Begins model names that spell their behaviour.
 const MODEL_PREFIX: &str = "sim:";
 
-/// How one request is answered. In JSON all fields are optional and in camelCase.
+/// Behaviour of one answer. In JSON all fields are optional and in camelCase.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 // Each flag is one independent fault; an enum would forbid their combinations.
@@ -30,19 +30,19 @@ pub struct Behaviour {
     pub first_chunk_delay_ms: u64,
     /// Milliseconds between two events, and between two pieces of `drip`.
     pub chunk_delay_ms: u64,
-    /// Where the answer stops for ever, until the peer goes.
+    /// Point at which the answer stalls until the peer disconnects.
     pub stall: Option<StallAt>,
-    /// Where the answer breaks off.
+    /// Point at which the answer breaks off.
     pub reset: Option<ResetAt>,
-    /// In which way it breaks off.
+    /// Way in which it breaks off.
     pub reset_how: ResetHow,
-    /// Which kind of empty answer to give.
+    /// Kind of empty answer.
     pub empty: Option<Empty>,
     /// Content deltas of a stream, words of a JSON answer, and completion tokens.
     pub events: usize,
     /// Bytes of text in each delta; by default one English word.
     pub event_bytes: Option<usize>,
-    /// Whether usage is sent. By default as `OpenAI`: always in JSON, in a stream on request.
+    /// Usage in the answer. By default like `OpenAI`: always in JSON, in a stream on request.
     pub usage: Option<bool>,
     /// Status 200, but the first event (or the JSON body) is an error object, and the only one.
     pub first_event_error: bool,
@@ -108,7 +108,7 @@ impl Behaviour {
         Some(parse_list(list))
     }
 
-    /// Whether the answer does not depend on which call was made.
+    /// True if the answer does not depend on the call.
     pub(super) fn answers_any_path(&self) -> bool {
         self.body.is_some() || self.echo || self.status != 200 || self.empty == Some(Empty::Body)
     }
@@ -118,7 +118,7 @@ impl Behaviour {
     }
 }
 
-/// Where an answer falls silent.
+/// Point at which an answer stalls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum StallAt {
@@ -130,7 +130,7 @@ pub enum StallAt {
     AfterEvents(usize),
 }
 
-/// Where an answer breaks off.
+/// Point at which an answer breaks off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum ResetAt {
@@ -144,7 +144,7 @@ pub enum ResetAt {
     MidEvent(usize),
 }
 
-/// In which way an answer breaks off.
+/// Way in which an answer breaks off.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum ResetHow {

@@ -52,7 +52,7 @@ fn pings(interval: Duration) -> Steps {
     Box::new([false, true].into_iter().cycle().map(step))
 }
 
-/// What happens after `index` events; without an event, at the end of all.
+/// Steps after `index` events; without an event, at the end of all.
 fn steps_at(index: usize, event: Option<Bytes>, behaviour: &Behaviour) -> Vec<BodyStep> {
     let mut steps = Vec::new();
     let delay = if index == 0 { behaviour.first_chunk_delay_ms } else { behaviour.chunk_delay_ms };
@@ -107,7 +107,7 @@ pub(super) struct ScriptedBody {
     cutter: Option<Cutter>,
 }
 
-/// Who breaks the answer off, and counts it.
+/// Breaks the answer off, and counts it.
 pub(super) struct Cutter {
     pub(super) guard: Guard,
     pub(super) line: Arc<Line>,

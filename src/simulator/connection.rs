@@ -24,7 +24,7 @@ const MAX_STREAMS: u32 = 1_000;
 /// purpose, and hyper's 20 would take them for an attack.
 const MAX_PENDING_RESETS: usize = 1_000;
 
-/// Which protocol a connection speaks.
+/// Protocol of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Protocol {
     /// HTTP/2 if the client begins with its preface, else HTTP/1.1.
@@ -46,8 +46,8 @@ where
     serve_with_abort(handle, io, protocol, |_| ());
 }
 
-/// As [`serve_stream`]; `abort` is called before the stream is dropped for a scripted `rst`, to
-/// set a zero linger time on the socket within.
+/// Like [`serve_stream`]; `abort` is called before the stream is dropped for a scripted `rst`, to set a zero linger
+/// time on the socket within.
 pub fn serve_with_abort<IO>(handle: &Handle, io: IO, protocol: Protocol, abort: fn(&IO))
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -123,7 +123,7 @@ where
     }
 }
 
-/// What a connection and its requests know of each other.
+/// State that a connection and its requests share.
 pub(super) struct Line {
     pub(super) number: u64,
     /// Requests being answered on it.

@@ -41,9 +41,8 @@
 //!
 //! # Control calls
 //!
-//! For clients in other languages: `PUT /control/script` with
-//! `{"model":"*","behaviours":[…]}`, `GET /control/requests`, `DELETE /control` (forgets scripts
-//! and records). They need no key and are not recorded.
+//! Clients in other languages use `PUT /control/script` with `{"model":"*","behaviours":[…]}`, `GET /control/requests`,
+//! and `DELETE /control` (forgets scripts and records). They need no key and are not recorded.
 
 mod answer;
 mod behaviour;
@@ -121,14 +120,14 @@ impl Deref for Simulator {
     }
 }
 
-/// What a simulator is told at its start.
+/// Options of a simulator.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Sent as `x-sim-name` and as the models' owner, to tell several simulators apart.
     pub name: String,
-    /// What `GET /v1/models` lists.
+    /// Models of `GET /v1/models`.
     pub models: Vec<String>,
-    /// Whether a model not in `models` is answered with 404 `model_not_found`.
+    /// True if a model not in `models` is answered with 404 `model_not_found`.
     pub strict_models: bool,
     /// Answers every request that no script covers.
     pub default: Behaviour,
@@ -140,7 +139,7 @@ pub struct Options {
     pub failure_rate_percent: u8,
     /// Shifts which requests those are.
     pub seed: u64,
-    /// Whether arrived requests are kept for [`Handle::requests`]. Benches turn it off.
+    /// True if requests are kept for [`Handle::requests`]. Benches turn it off.
     pub record: bool,
 }
 
@@ -234,7 +233,7 @@ impl Handle {
     }
 }
 
-/// What all connections of one simulator share.
+/// State that all connections of one simulator share.
 struct Shared {
     addr: SocketAddr,
     options: Options,

@@ -38,7 +38,7 @@ impl Arrived {
         self.headers.get(name)?.to_str().ok()
     }
 
-    /// What `echo` and the control calls show.
+    /// Request as `echo` and the control calls show it.
     pub(super) fn to_json(&self) -> Value {
         json!({
             "method": self.method.as_str(),

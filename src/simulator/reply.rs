@@ -1,4 +1,4 @@
-//! From an answer's content to the response hyper sends: header, length, delays and faults.
+//! From an answer's content to hyper's response: header, length, delays and faults.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ const SSE: &str = "text/event-stream; charset=utf-8";
 /// A stream's events, each with its empty line.
 pub(super) type Events = Box<dyn Iterator<Item = Bytes> + Send>;
 
-/// What the body is made of.
+/// Content of the body.
 enum Content {
     Json(Bytes),
     Stream(Events),

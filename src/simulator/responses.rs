@@ -55,7 +55,7 @@ fn response_field(object: &str) -> String {
     format!(r#""response":{object}"#)
 }
 
-/// Where in the response the text is.
+/// Text in the response.
 fn place(text: &Text) -> String {
     format!(r#""item_id":"msg_sim{}","output_index":0,"content_index":0"#, text.number)
 }

@@ -75,20 +75,20 @@ fn words(value: &Value) -> usize {
     }
 }
 
-/// What an answer says, before it has a shape.
+/// Content of an answer, before it has a shape.
 pub(super) struct Text {
     pub(super) number: u64,
     pub(super) created: u64,
-    /// As a JSON string, with its quotes.
+    /// Returns it as a JSON string, with its quotes.
     pub(super) model: String,
     pub(super) prompt_tokens: usize,
     pub(super) words: usize,
     event_bytes: Option<usize>,
-    /// Whether the counts are sent.
+    /// True if the counts are sent.
     pub(super) usage: bool,
     /// The same for the responses call, which counts without being asked.
     pub(super) responses_usage: bool,
-    /// Whether a stream's other chunks carry `"usage":null`.
+    /// True if a stream's other chunks carry `"usage":null`.
     null_usage: bool,
 }
 

@@ -61,7 +61,7 @@ async fn read_all(stream: &mut TcpStream) -> (String, Option<ErrorKind>) {
     (String::from_utf8(bytes).unwrap(), end.err().map(|error| error.kind()))
 }
 
-/// What has come once nothing more comes.
+/// Returns the bytes that have come once no more come.
 async fn read_until_silent(stream: &mut TcpStream) -> String {
     let mut bytes = vec![0; 1 << 20];
     let mut filled = 0;

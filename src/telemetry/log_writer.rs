@@ -23,7 +23,7 @@ struct WaitingLines {
 
 struct WriterState {
     bytes: Vec<u8>,
-    /// Whether a thread is there to write them.
+    /// True once a thread is there to write them.
     behind: bool,
 }
 
@@ -33,8 +33,8 @@ impl WriterState {
     }
 }
 
-/// From here on lines may wait. To be called once the process is the one that serves: a thread does not outlive going into the
-/// background.
+/// Starts the thread; from here on lines may wait. Call it in the process that serves: a thread does not survive
+/// daemonizing.
 pub(crate) fn start() {
     let mut state = lock(&WAITING.lines);
     if state.behind {

@@ -1,4 +1,4 @@
-//! Where log lines go and what they look like: on standard error, as text (time, level, message) or as one JSON object a line.
+//! The log: on standard error, as text (time, level, message) or as one JSON object a line.
 //!
 //! While the process serves, the lines of requests are written a few milliseconds later by a thread of its own ([`log_writer`]);
 //! every other line is written at once, after those that came before it.
@@ -20,7 +20,7 @@ use serde_json::json;
 use super::log_writer;
 use crate::config::LogFormat;
 
-/// What we say unless told otherwise; of everybody else only what is wrong.
+/// Default levels: ours are info, those of libraries warnings.
 const LEVEL_DEFAULT: &str = "info";
 /// These log request headers, and so keys, at debug and below.
 const TALKATIVE: [&str; 5] = ["pingora", "h2", "hyper", "rustls", "reqwest"];
@@ -33,12 +33,12 @@ const FOLDED_MAX: usize = 64;
 
 static IS_JSON: AtomicBool = AtomicBool::new(false);
 
-/// How lines look from now on.
+/// Sets the format of lines from now on.
 pub(crate) fn set_format(format: LogFormat) {
     IS_JSON.store(format == LogFormat::Json, Ordering::Relaxed);
 }
 
-/// Whether lines are JSON.
+/// True if lines are JSON.
 pub(crate) fn is_json() -> bool {
     IS_JSON.load(Ordering::Relaxed)
 }
@@ -80,7 +80,7 @@ pub(crate) fn start(framework_debug: bool) {
 #[derive(Clone, Copy)]
 struct LogTime([u8; 24]);
 
-/// What of it changes once a second.
+/// Part of it that changes once a second.
 const SECOND_BYTES: usize = "1970-01-01T00:00:00".len();
 
 thread_local! {
@@ -164,7 +164,7 @@ struct Folded {
     more: u64,
 }
 
-/// What becomes of a line.
+/// Treatment of a line.
 #[derive(Debug, PartialEq, Eq)]
 enum Fold {
     /// It is written; so many like it were not before it.

@@ -1,4 +1,5 @@
-//! What Prometheus is told of this process: every name, its labels and its meaning. Nothing else in the program names a metric.
+//! Metrics that are counted as they happen: names, labels and help texts. Gauges that are read at each scrape are in
+//! `admin/metrics`; no other module names a metric.
 //!
 //! Cardinality is bounded by construction: endpoints are those of the config, a model is an exact name of the config or `other`,
 //! everything else is one of a fixed set.
@@ -50,11 +51,11 @@ pub(crate) struct Metrics {
     permit: HistogramVec,
 }
 
-/// What came of a request or an attempt that went well.
+/// Outcome of a request or an attempt that went well.
 pub(crate) const OK: &str = "ok";
 
-/// What nearly every request to one endpoint for one model counts up, so that it is looked up by its labels once. What was never
-/// counted is not told of.
+/// Metrics of requests to one endpoint for one model, looked up by their labels once. A metric that was never counted
+/// is not shown.
 #[derive(Debug, Default)]
 pub struct Counters {
     requests: OnceLock<IntCounter>,
@@ -76,11 +77,11 @@ pub(crate) struct Ended<'a> {
     pub status: Option<u16>,
     /// [`OK`], a fault's label, or `client_gone`.
     pub outcome: &'a str,
-    /// From the request's header to the first of the answer.
+    /// Time from the request's header to the first byte of the answer.
     pub first_byte: Option<Duration>,
-    /// To the last.
+    /// Time from the request's header to the last byte of the answer.
     pub total: Duration,
-    /// Those of the endpoint and the model.
+    /// Metrics of the endpoint and the model.
     pub counters: Option<&'a Counters>,
 }
 

@@ -1,4 +1,4 @@
-//! What operators see of the process: metrics and the log.
+//! The operator's view: metrics and the log.
 
 pub(crate) mod log_writer;
 pub(crate) mod logger;

@@ -1,4 +1,4 @@
-//! Where an endpoint is and how it is reached: addresses, TLS, protocol, timeouts.
+//! Connections to endpoints: addresses, TLS, protocol, timeouts.
 //!
 //! Names are resolved here and never by Pingora, whose own look-up blocks the worker and panics when it fails.
 
@@ -25,11 +25,11 @@ use crate::config;
 use crate::request::rewrite;
 use crate::upstream::tunnel::Tunnel;
 
-/// How often the names of endpoints are looked up anew.
+/// Interval of name look-ups.
 pub(crate) const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 /// A look-up that takes longer is given up; the last good answer stays.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// More addresses than this are not kept of one name.
+/// Addresses kept of one name.
 const ADDRESSES_MAX: usize = 16;
 /// Idle connections are kept this long for the next request.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(90);
@@ -47,16 +47,16 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive {
     user_timeout: Duration::ZERO,
 };
 
-/// Where an endpoint is and how it is reached.
+/// Address of an endpoint, and how it is connected to.
 #[derive(Debug)]
 pub struct Upstream {
-    /// What the `Host` header says.
+    /// `Host` header.
     pub authority: HeaderValue,
     /// The endpoint's key, as its requests carry it.
     pub authorization: HeaderValue,
-    /// For messages.
+    /// Name for messages.
     name: String,
-    /// What is connected to: the endpoint, or the proxy before it.
+    /// Host that is connected to: the endpoint, or its proxy.
     host: String,
     port: u16,
     template: HttpPeer,
@@ -121,7 +121,7 @@ impl Upstream {
         &self.name
     }
 
-    /// How many addresses are known.
+    /// Number of known addresses.
     pub fn addresses_known(&self) -> usize {
         self.resolved.load().as_ref().map_or(0, |addresses| addresses.len())
     }

@@ -26,7 +26,7 @@ pub(super) struct Tunnel {
     /// The endpoint.
     host: String,
     port: u16,
-    /// For a proxy that is spoken to in TLS.
+    /// TLS settings for a proxy that is spoken to in TLS.
     tls: Option<TlsConnector>,
 }
 
@@ -37,7 +37,7 @@ impl fmt::Debug for Tunnel {
 }
 
 impl Tunnel {
-    /// To this endpoint through this proxy.
+    /// Returns the tunnel to this endpoint through this proxy.
     pub(super) fn new(proxy: Proxy, host: String, port: u16) -> io::Result<Self> {
         let tls = match proxy.scheme {
             ProxyScheme::Https => Some(connector()?),

@@ -3,17 +3,17 @@
 /// Tokens of one answer, or of many.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tokens {
-    /// Of the prompt.
+    /// Tokens of the prompt.
     pub prompt: u64,
-    /// Of the answer.
+    /// Tokens of the answer.
     pub completion: u64,
-    /// Of both, as the endpoint says.
+    /// Total, as the endpoint reports it.
     pub total: u64,
-    /// Of the prompt, from a cache.
+    /// Tokens of the prompt that came from a cache.
     pub cached: u64,
-    /// Of the answer, thought and never shown.
+    /// Tokens of the answer that were thought and never shown.
     pub reasoning: u64,
-    /// Of both, sound.
+    /// Audio tokens of both.
     pub audio: u64,
 }
 
@@ -26,27 +26,27 @@ pub struct Sum {
     pub tokens: Tokens,
 }
 
-/// How fast streams were, summed up.
+/// Speed of streams, summed up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Speed {
     /// Streams whose tokens were told.
     pub streams: u64,
     /// The tokens of their answers.
     pub tokens: u64,
-    /// From each request to the first token of its answer, in milliseconds.
+    /// Time from each request to the first token of its answer, in milliseconds.
     pub first_token_ms: u64,
-    /// From there to the end, likewise.
+    /// Time from there to the end, in milliseconds.
     pub ms: u64,
 }
 
-/// What an answer cost, or many.
+/// Tokens of one answer or of many, and their speed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// What endpoints told.
+    /// Reported by endpoints.
     pub exact: Sum,
-    /// What was estimated where they told nothing.
+    /// Estimated where endpoints reported none.
     pub estimated: Sum,
-    /// How fast they were.
+    /// Speed.
     pub speed: Speed,
 }
 
@@ -69,18 +69,18 @@ impl Cost {
         "stream_ms",
     ];
 
-    /// Of one answer that told its tokens.
+    /// Returns the cost of one answer that reported its tokens.
     pub fn exact(tokens: Tokens, speed: Speed) -> Self {
         Self { exact: Sum { requests: 1, tokens }, speed, ..Self::default() }
     }
 
-    /// Of one answer whose tokens were estimated.
+    /// Returns the cost of one answer whose tokens were estimated.
     pub fn estimated(prompt: u64, completion: u64) -> Self {
         let tokens = Tokens { prompt, completion, total: prompt + completion, ..Tokens::default() };
         Self { estimated: Sum { requests: 1, tokens }, ..Self::default() }
     }
 
-    /// All tokens, which token limits go by: an estimate is better than to take what is not told for nothing.
+    /// Returns all tokens, which count for token limits: an estimate is better than nothing.
     pub fn tokens(&self) -> u64 {
         self.exact.tokens.total.saturating_add(self.estimated.tokens.total)
     }
@@ -92,7 +92,7 @@ impl Cost {
         *self = Self::from_columns(columns);
     }
 
-    /// In the order of [`Cost::COLUMNS`].
+    /// Returns its numbers in the order of [`Cost::COLUMNS`].
     pub(crate) fn to_columns(self) -> [u64; Self::COLUMNS.len()] {
         let Self { exact, estimated, speed } = self;
         let Tokens { prompt, completion, total, cached, reasoning, audio } = exact.tokens;

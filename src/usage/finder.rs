@@ -11,14 +11,14 @@ const KEY_BYTES_MAX: usize = 16;
 /// A key that matters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum UsageKey {
-    /// Whatever else.
+    /// Any other key.
     #[default]
     Other,
     /// `usage`.
     Usage,
     /// `timings`, which stand in for a usage.
     Timings,
-    /// What may have a usage within: `response`, `message`, `x_groq`.
+    /// A key that may hold a usage: `response`, `message`, `x_groq`.
     Holder,
 }
 
@@ -52,7 +52,7 @@ pub struct Finder {
 #[derive(Debug)]
 struct Capture {
     key: UsageKey,
-    /// Where its end is looked for.
+    /// Depth at which its end is looked for.
     depth: u32,
     bytes: Vec<u8>,
 }
@@ -66,12 +66,12 @@ impl Finder {
         }
     }
 
-    /// Whether every bracket and string that was opened is closed.
+    /// True if every bracket and string that was opened is closed.
     pub fn is_whole(&self) -> bool {
         self.depth == 0 && !self.in_string
     }
 
-    /// What was found so far.
+    /// Returns the usage found so far.
     pub fn usage(&self) -> Option<Usage> {
         self.usage.or(self.timings)
     }
@@ -161,7 +161,7 @@ impl Finder {
         }
     }
 
-    /// Of the value that is being copied, or of a string that may be a key.
+    /// Keeps bytes of the value that is being copied, or of a string that may be a key.
     fn keep(&mut self, bytes: &[u8]) {
         match &mut self.capture {
             Some(capture) if capture.bytes.len() + bytes.len() > VALUE_BYTES_MAX => {

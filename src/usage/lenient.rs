@@ -23,7 +23,7 @@ impl<'de, T: Members<'de>> Deserialize<'de> for Lenient<T> {
     }
 }
 
-/// What is made of any JSON value.
+/// Reader of any JSON value.
 pub(super) trait Reads<'de> {
     type Value: Default;
 

@@ -13,7 +13,7 @@ use crate::json::part;
 use crate::json::scan::{has_member, strings};
 use crate::request::call::Call;
 
-/// So much of a stream's text is kept, in case that its tokens have to be estimated; the rest is taken to be like it.
+/// Bytes of a stream's text that are kept for an estimate; the rest is taken to be like them.
 pub const SAMPLE_BYTES_MAX: usize = 16 * 1024;
 /// A JSON answer is kept up to this size and so many pieces, likewise. They are not copied.
 pub const BODY_BYTES_MAX: usize = 256 * 1024;
@@ -24,29 +24,29 @@ static TIMINGS: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"tim
 static FINISH: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"finish_reason\""));
 static DELTA: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"delta\""));
 
-/// Whether an event may have a usage in it, or a null in its place.
+/// True if an event may hold a usage, or a null in its place.
 pub fn mentions_usage(data: &[u8]) -> bool {
     USAGE.find(data).is_some()
 }
 
-/// Whether it may say what the answer cost: many endpoints have a null in every chunk but one.
+/// True if an event may report tokens: many endpoints have a null in every chunk but one.
 fn says_usage(data: &[u8]) -> bool {
     has_member(data, &USAGE, b"{") || TIMINGS.find(data).is_some()
 }
 
-/// What is measured of one answer. Bounded, and can neither change nor fail it.
+/// Measurements of one answer. Bounded; they can neither change nor fail it.
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own about the answer")]
 pub struct Meter {
     call: Call,
-    /// Whether text is kept for an estimate.
+    /// True if text is kept for an estimate.
     estimates: bool,
     /// Reads JSON that comes in pieces, and events that are too long to be read whole; none until there is one.
     finder: Option<Box<Finder>>,
     /// The first piece of JSON, which is read when there is another one, or no more.
     first: Bytes,
     usage: Option<Usage>,
-    /// Whether all that was told so far is what the prompt cost, as the first event of Anthropic's messages does.
+    /// True if only the prompt's tokens have been reported, as in the first event of Anthropic's messages.
     reported_prompt_only: bool,
     text: AnswerText,
     has_timings: bool,
@@ -56,7 +56,7 @@ pub struct Meter {
     end: End,
 }
 
-/// What an answer turned out to be.
+/// Form of the answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Fed {
     /// Nothing that can be read, so far.
@@ -66,13 +66,13 @@ enum Fed {
     Events,
 }
 
-/// What the endpoint has said of its answer's end.
+/// What the endpoint said of the answer's end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum End {
     /// Nothing.
     #[default]
     Open,
-    /// Why it ends.
+    /// A reason for the end.
     Finished,
     /// That it is whole.
     Complete,
@@ -81,29 +81,29 @@ enum End {
 /// The text of an answer, as far as it is kept.
 #[derive(Debug, Default)]
 pub enum AnswerText {
-    /// None came, or none is kept.
+    /// No text, or none that is kept.
     #[default]
     None,
     /// The beginning of a stream's, in the form that JSON strings have.
     Sample {
         /// At most [`SAMPLE_BYTES_MAX`].
         sample: Vec<u8>,
-        /// How much there was, in bytes.
+        /// Length of the whole text in bytes.
         bytes: u64,
     },
     /// A JSON answer.
     Json {
-        /// Its pieces.
+        /// Pieces.
         pieces: Vec<Bytes>,
-        /// How long they are together, at most [`BODY_BYTES_MAX`].
+        /// Their length together, at most [`BODY_BYTES_MAX`].
         kept: usize,
-        /// How long the answer is.
+        /// Length of the answer.
         bytes: u64,
     },
 }
 
 impl Meter {
-    /// For the answer to this call.
+    /// Returns a meter for the answer to this call.
     pub fn new(call: Call, estimates: bool) -> Self {
         Self {
             call,
@@ -152,7 +152,7 @@ impl Meter {
         }
     }
 
-    /// What the answer is to.
+    /// Returns the call.
     pub fn call(&self) -> Call {
         self.call
     }
@@ -268,7 +268,7 @@ impl Meter {
         }
     }
 
-    /// What the endpoint told of the answer's cost.
+    /// Returns the usage that the endpoint reported.
     pub fn reported(&self) -> Option<Usage> {
         self.usage.filter(|_| !self.reported_prompt_only)
     }
@@ -283,23 +283,23 @@ impl Meter {
         self.has_token
     }
 
-    /// Whether any text came that can be estimated.
+    /// True if any text came that can be estimated.
     pub fn has_text(&self) -> bool {
         !matches!(self.text, AnswerText::None)
     }
 
-    /// Whether the endpoint told its usage in a way that it needs not be asked for.
+    /// True if the endpoint reports its usage without being asked.
     pub fn has_timings(&self) -> bool {
         self.has_timings
     }
 
-    /// Whether the endpoint has said that its answer is whole.
+    /// True if the endpoint said that its answer is complete.
     pub fn is_complete(&self) -> bool {
         self.end == End::Complete
     }
 
-    /// Whether an answer that has ended may be whole, going by its content: JSON ends with its last bracket, a chat says why it ends,
-    /// a response or message has a last event.
+    /// True if an answer that has ended may be complete, going by its content: JSON ends with its last bracket, a chat
+    /// gives a finish reason, a response or message has a last event.
     pub fn is_whole(&self) -> bool {
         match (self.fed, self.call) {
             (Fed::Json, _) | (Fed::Events, Call::Responses | Call::Messages) => self.end == End::Complete,
@@ -318,7 +318,7 @@ fn to_u64(length: usize) -> u64 {
     u64::try_from(length).unwrap_or(u64::MAX)
 }
 
-/// So much of a text that no character and no escape of it is cut.
+/// Returns the beginning of a text so that no character and no escape of it is cut.
 fn beginning(raw: &[u8], room: usize) -> &[u8] {
     /// `\u` and four digits, of a pair.
     const ESCAPE_BYTES_MAX: usize = 12;
@@ -339,12 +339,12 @@ fn beginning(raw: &[u8], room: usize) -> &[u8] {
     part(raw, ..end)
 }
 
-/// Whether a chunk of a chat says why it ends.
+/// True if a chunk of a chat has a finish reason.
 fn finishes(data: &[u8]) -> bool {
     has_member(data, &FINISH, b"\"") && !has_member(data, &FINISH, b"\"\"")
 }
 
-/// Whether an event is the last of a response, or of Anthropic's message.
+/// True if an event is the last of a response, or of Anthropic's message.
 fn is_last(data: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Event<'a> {

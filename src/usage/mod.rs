@@ -1,4 +1,4 @@
-//! What an answer says that it cost, in whatever dialect.
+//! Tokens that an answer reports, in any dialect.
 //!
 //! | dialect | where | what |
 //! |---|---|---|
@@ -38,12 +38,12 @@ pub struct Usage {
     /// `output_tokens`, likewise.
     output: Option<u64>,
     total: Option<u64>,
-    /// Of the prompt, from a cache.
+    /// Tokens of the prompt that came from a cache.
     cached: Option<u64>,
     /// Read from a cache and written to it, both of which Anthropic leaves out of `input_tokens`.
     cache_read: Option<u64>,
     cache_written: Option<u64>,
-    /// Of the answer, never shown.
+    /// Tokens of the answer that were never shown.
     reasoning: Option<u64>,
     audio_in: Option<u64>,
     audio_out: Option<u64>,
@@ -68,7 +68,7 @@ impl Usage {
         };
     }
 
-    /// Whether it counts a prompt and not one token of an answer.
+    /// True if it counts a prompt and not one token of an answer.
     pub fn is_of_empty_answer(&self) -> bool {
         self.completion == Some(0) && self.total.is_some_and(|total| total > 0) && self.total == self.prompt
     }

@@ -1,14 +1,14 @@
 //! Reads an object of counts as nearly all endpoints write it: whole numbers, nulls and objects of such, under keys without
 //! escapes. Whatever else there is in it is a surprise, and has to be read by a JSON parser.
 
-/// Longer numbers are left to a parser: a `u64` holds any of so many digits.
+/// Digits that a `u64` always holds; longer numbers are left to a parser.
 const DIGITS_MAX: usize = 18;
 
-/// Something else came than was hoped for.
+/// The input is not of the plain form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Surprise;
 
-/// What is left to be read.
+/// Rest of the input.
 pub(super) struct Plain<'a>(&'a [u8]);
 
 impl<'a> Plain<'a> {
@@ -16,7 +16,7 @@ impl<'a> Plain<'a> {
         Self(json)
     }
 
-    /// What follows what was read.
+    /// Returns the rest of the input.
     pub(super) fn rest(&self) -> &'a [u8] {
         self.0
     }
@@ -40,7 +40,7 @@ impl<'a> Plain<'a> {
         }
     }
 
-    /// Whether an object comes next.
+    /// True if an object comes next.
     pub(super) fn is_at_object(&self) -> bool {
         self.0.trim_ascii_start().first() == Some(&b'{')
     }

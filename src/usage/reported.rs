@@ -12,19 +12,19 @@ use super::plain::{Plain, Surprise};
 use super::{TOKENS_MAX, Usage};
 use crate::json::scan::ends_outermost;
 
-/// What an event of a stream, or a whole JSON answer, says.
+/// Usage in an event of a stream, or in a whole JSON answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reported {
     /// The counts.
     pub usage: Usage,
-    /// Whether it is the first event of Anthropic's messages, which tells the prompt's alone.
+    /// True for the first event of Anthropic's messages, which reports the prompt's tokens alone.
     pub begins_message: bool,
-    /// Whether there are `timings`, as llama.cpp has them.
+    /// True if there are llama.cpp's `timings`.
     pub has_timings: bool,
 }
 
 impl Reported {
-    /// What JSON says, if it says anything of tokens.
+    /// Reads the usage of JSON; `None` if there is none.
     pub fn from_json(json: &[u8]) -> Option<Self> {
         let Lenient(outer) = serde_json::from_slice::<Lenient<Outer>>(json).ok()?;
         let usage = outer.usage.usage();
@@ -36,7 +36,8 @@ impl Reported {
     }
 }
 
-/// Of a whole answer whose `usage` stands near its end, as nearly all do: only that part of it is read. None says nothing.
+/// Reads the usage of a whole answer if it stands near its end, as nearly all do: only that part is read. `None` is no
+/// answer either way.
 pub(super) fn near_the_end(json: &[u8]) -> Option<Usage> {
     let after_key = last_usage(json)? + KEY.len();
     let value = json.get(after_key..)?.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start();
@@ -55,7 +56,7 @@ const KEY: &[u8] = b"\"usage\"";
 static FROM_BEGIN: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 static FROM_END: LazyLock<FinderRev<'static>> = LazyLock::new(|| FinderRev::new(KEY));
 
-/// Where the last `usage` is mentioned.
+/// Returns the place of the last `usage`.
 fn last_usage(json: &[u8]) -> Option<usize> {
     /// It is nearly always there, and looking forwards is so much faster that it pays to do that first.
     const END_BYTES: usize = 1024;
@@ -64,12 +65,12 @@ fn last_usage(json: &[u8]) -> Option<usize> {
     in_end.map(|at| end + at).or_else(|| FROM_END.rfind(json))
 }
 
-/// Of the value of a `usage`.
+/// Reads the value of a `usage`.
 pub(super) fn usage(json: &[u8]) -> Option<Usage> {
     serde_json::from_slice::<Lenient<UsageCounts>>(json).ok()?.0.usage()
 }
 
-/// Of the value of llama.cpp's `timings`.
+/// Reads the value of llama.cpp's `timings`.
 pub(super) fn timings(json: &[u8]) -> Option<Usage> {
     serde_json::from_slice::<Lenient<Timings>>(json).ok()?.0.usage()
 }
@@ -104,7 +105,7 @@ impl<'de> Deserialize<'de> for Count {
     }
 }
 
-/// Whether a text is `message_start`.
+/// True for the text `message_start`.
 struct BeginsMessage(bool);
 
 impl<'de> Deserialize<'de> for BeginsMessage {
@@ -199,7 +200,7 @@ impl<'de> Members<'de> for UsageCounts {
 }
 
 impl UsageCounts {
-    /// Those of an object, and what follows it.
+    /// Reads the counts of an object, and returns the rest.
     fn plain(json: &[u8]) -> Result<(Self, &[u8]), Surprise> {
         let mut counts = Self::default();
         let mut plain = Plain::new(json);
@@ -275,7 +276,7 @@ fn read_count(plain: &mut Plain<'_>, count: Option<&mut Count>) -> Result<(), Su
     Ok(())
 }
 
-/// What a prompt or an answer is made up of.
+/// Parts of a prompt or an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Details {
     cached: Count,

@@ -1,5 +1,5 @@
-//! Who gets a permit. All who ask at one moment are served in one batch: decided one after the other, written together,
-//! and answered once it is committed.
+//! Grants permits. All draws of one moment are served in one batch: decided one after the other, written together, and
+//! answered once the batch is committed.
 //!
 //! The allocator keeps a mirror of what the ledger counts for each endpoint, so that a batch reads only what another process has
 //! changed since the last one.
@@ -24,14 +24,14 @@ use replies::answer_others;
 
 /// Views are renewed so often while anything counts, so that they show what has freed and what other processes did.
 const RENEW: Duration = Duration::from_secs(1);
-/// Those who wait are looked through at least so often, as another process may give permits back.
+/// Longest time between two looks at the queue, as another process may give permits back.
 const SCAN: Duration = Duration::from_millis(250);
 /// Slots that no longer count are removed so often.
 const CLEAN: Duration = Duration::from_secs(10);
 /// Statistics that are too old, so often.
 const CLEAN_STATS: Duration = Duration::from_hours(1);
 
-/// What the allocator did without the ledger, or could not do.
+/// Draws and answers that the allocator served without the ledger, or could not serve.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Draws that were refused because the ledger could not be used.
@@ -50,7 +50,7 @@ pub struct Allocator {
     tally: Arc<Tally>,
     /// The endpoints of the current config, and those of earlier ones that are still in use.
     endpoints: Vec<(Arc<Account>, Arc<Limits>)>,
-    /// Those who wait for their turn, in the order of arrival; as many as the queue has places.
+    /// Draws that wait in the queue, in the order of arrival; as many as the queue has places.
     waiting: BTreeMap<u64, Draw>,
     scan_at: Stamp,
     write_behind: WriteBehind,
@@ -61,7 +61,7 @@ pub struct Allocator {
     clean_stats_at: Stamp,
 }
 
-/// Whether serving took the ledger, so that it is known to work.
+/// Result of serving: it shows if the ledger works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Used {
     /// It did, and all went well.
@@ -70,7 +70,7 @@ pub enum Used {
     Nothing,
 }
 
-/// What of the work behind the permits is due, by the clock at which the messages were taken in.
+/// Background work that is due, by the clock at which the messages were taken in.
 #[derive(Clone, Copy, Debug)]
 struct Due {
     writes: bool,
@@ -95,13 +95,13 @@ impl Allocator {
         }
     }
 
-    /// When there is something to do even if nobody asks.
+    /// Returns when there is something to do even without a message.
     pub fn next_due(&self) -> Stamp {
         let stale_at = self.prefetched.iter().map(|(_, until)| *until).min().unwrap_or(Stamp::NEVER);
         self.scan_at.min(self.write_behind.due_at).min(self.renew_at).min(stale_at)
     }
 
-    /// Whether everything that was counted is in the ledger.
+    /// True if everything that was counted is in the ledger.
     pub fn is_all_written(&self) -> bool {
         self.write_behind.is_empty() && self.prefetched.is_empty()
     }

@@ -1,4 +1,4 @@
-//! What those who asked the allocator are told.
+//! Replies to those who asked the allocator.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -36,7 +36,7 @@ impl Allocator {
         }
     }
 
-    /// What was drawn ahead is there for whoever comes next.
+    /// Keeps prefetched permits for the requests that come next.
     fn keep_prefetched(&mut self, draw: &Draw, at: usize, counted: Counted, permits: u64, clock: &Clock) {
         let Some(Wanted { account, limits, .. }) = draw.wanted.get(at) else { return };
         // What is there holds no more, be it for another config's limits.
@@ -108,7 +108,7 @@ impl Allocator {
     }
 }
 
-/// Whoever does not want a permit.
+/// Replies to messages that do not ask for a permit.
 pub(super) fn answer_others(messages: Messages, clock: &Clock, written: bool) {
     let view = |(account, limits): &(Arc<Account>, Arc<Limits>)| -> View { account.mirror().quota.view(limits, clock) };
     // Whoever is gone meanwhile needs no answer, here and below.

@@ -16,11 +16,12 @@ use crate::ledger::{FaultKind, LedgerError};
 
 /// Small pages, since a commit writes every page that it touches, and touches two or three.
 const PAGE_BYTES: u32 = 1024;
-/// How long a batch waits for another process's, which takes a fraction of a millisecond, or another program's.
+/// Longest wait for another process's batch, which takes a fraction of a millisecond, or for another program.
 pub const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
-/// Between two looks whether the lock is free. SQLite's own handler backs off up to 100 ms.
+/// Time between two attempts to take the lock. SQLite's own handler backs off up to 100 ms.
 const LOCK_POLL: Duration = Duration::from_micros(50);
-/// To begin the log anew the writer's lock is held while readers are waited for, no longer than this: batches wait meanwhile.
+/// Longest time for which the writer's lock is held to restart the log while readers are waited for: batches wait
+/// meanwhile.
 const CHECKPOINT_LOCK_WAIT: Duration = Duration::from_millis(10);
 /// A log longer than this is written back even if the next batch has to wait for it.
 const LOG_BYTES_MAX: i64 = 16 * 1024 * 1024;

@@ -29,10 +29,10 @@ const APPLICATION_ID: i64 = 0x6170_7467;
 const MIGRATIONS: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
 static OPENED: AtomicU64 = AtomicU64::new(0);
 
-/// When and after what a ledger is opened.
+/// Circumstances in which a ledger is opened.
 #[derive(Clone, Copy, Debug)]
 pub struct Opening<'a> {
-    /// Which start of the machine this is ([`boot_id`]).
+    /// Boot of the machine ([`boot_id`]).
     pub boot_id: Option<&'a str>,
     /// The moment, counted from that start.
     pub now: Stamp,
@@ -50,11 +50,11 @@ pub struct SqliteLedger {
     unknown_until: Stamp,
     /// Tells the connections of one process apart: each begins to count the changes of others anew.
     opened: u64,
-    /// In microseconds; 0 for the longest.
+    /// Longest wait for a lock in microseconds; 0 for the default.
     lock_wait: Arc<AtomicU64>,
 }
 
-/// Which start of the machine this is; none where the system does not tell.
+/// Returns an id of this boot of the machine; `None` where the system has none.
 pub fn boot_id() -> Option<String> {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     Some(id.trim().to_owned()).filter(|id| !id.is_empty())
@@ -90,12 +90,12 @@ impl SqliteLedger {
         self.lock_wait.store(micros, Ordering::Relaxed);
     }
 
-    /// Whether the file of this name is another one by now: deleted, or moved aside by another process.
+    /// True if the file of this name is another one by now: deleted, or moved aside by another process.
     pub fn was_replaced(&self) -> bool {
         identity(&self.path).ok() != Some(self.identity)
     }
 
-    /// Which file this is, whatever becomes of its name.
+    /// Device and inode of the file, which stay the same if its name changes.
     pub fn identity(&self) -> (u64, u64) {
         self.identity
     }
