@@ -56,7 +56,7 @@ impl Drop for OpenRequest {
     }
 }
 
-/// Set once the process is on its way out, so that busy connections are told to close.
+/// Set once the process shuts down, so that busy connections are asked to close.
 #[derive(Clone, Debug, Default)]
 pub struct Draining(Arc<AtomicBool>);
 

@@ -1,4 +1,4 @@
-//! `GET /health` and `GET /health/ready`: for whoever starts, stops and balances processes. Neither needs the key.
+//! `GET /health` and `GET /health/ready`, for process managers and load balancers. Neither needs the key.
 
 use std::time::SystemTime;
 

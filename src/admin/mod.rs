@@ -15,8 +15,8 @@ use crate::fault::Fault;
 use crate::process::Process;
 use crate::routing::pool::Pool;
 
-/// A client that is told to wait longer is told not to wait: OpenAI's Node SDK would sleep for as long as it is told, be it
-/// until tomorrow.
+/// Longest wait after which SDKs should retry by themselves: OpenAI's Node SDK would sleep through any `Retry-After`, even until
+/// the next day.
 const SDK_WAIT_MAX: Duration = Duration::from_mins(1);
 
 /// An answer of our own.
@@ -147,7 +147,7 @@ impl From<&Fault> for Answer {
         let mut answer = Self::json(fault.status(), fault.json());
         if let Some(wait) = fault.retry_after() {
             let millis = wait.as_millis().max(1);
-            // Whole seconds, rounded up: a client that waits as told must not come too early.
+            // Whole seconds, rounded up: a client that waits that long must not come too early.
             let seconds = millis.div_ceil(1000);
             let number = |value: u128| HeaderValue::from(u64::try_from(value).unwrap_or(u64::MAX));
             answer.headers.push((header::RETRY_AFTER, number(seconds)));

@@ -1,8 +1,8 @@
-//! Estimates the tokens of answers whose endpoint does not tell them, or that broke off before it could: on a thread of its
-//! own, never on a request's way, and never mixed with what endpoints told.
+//! Estimates the tokens of answers whose endpoint does not report them, or that broke off before it could: on a thread of its
+//! own, never on a request's way, and never mixed with reported tokens.
 //!
-//! An estimate counts text, as OpenAI's own tokenizers would; pictures and sound are left out. For models of other vendors
-//! it is of the right size and no more.
+//! An estimate counts text, as OpenAI's own tokenizers would; pictures and audio are left out. For models of other vendors it
+//! is a rough estimate.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -23,7 +23,7 @@ use crate::routing::router::Candidates;
 use crate::telemetry::metrics::metrics;
 use crate::usage::{AnswerText, Cost, answer_texts};
 
-/// Answers that may wait for their estimate, and the bytes that they may hold. More are dropped, and told.
+/// Answers that may wait for their estimate, and the bytes that they may hold. More are dropped and counted.
 const JOBS_MAX: usize = 1000;
 const BYTES_MAX: usize = 64 * 1024 * 1024;
 /// A process that leaves waits no longer than this for the estimates that are due.
@@ -48,7 +48,7 @@ pub struct Job {
     pub call: Call,
     /// The request's body; empty if it is too long to be estimated.
     pub prompt: Bytes,
-    /// The prompt's tokens, if at least those were told.
+    /// The prompt's tokens, if at least those were reported.
     pub prompt_reported: Option<u64>,
     /// Text of the answer.
     pub answer: AnswerText,

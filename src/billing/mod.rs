@@ -16,7 +16,7 @@ use crate::usage::{Cost, Speed, Tokens};
 /// Measurements of a request's answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Measured {
-    /// The tokens that the endpoint told.
+    /// Tokens that the endpoint reported.
     pub tokens: Option<Tokens>,
     /// Time from the request to the first token of a stream.
     pub first_token: Option<Duration>,
@@ -43,7 +43,7 @@ impl Measured {
     }
 }
 
-/// Counts what an answer cost that was not good enough for the client, as far as the endpoint told.
+/// Charges for an answer that was not good enough for the client, as far as the endpoint reported its tokens.
 pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
     let meter = &attempt.meter;
     match (meter.reported(), meter.prompt_reported()) {
@@ -53,7 +53,7 @@ pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
     }
 }
 
-/// Counts what the last answer cost. What the endpoint did not tell is estimated later, if anything came of the answer.
+/// Charges for the last answer. Unreported tokens are estimated later, if the answer had any content.
 ///
 /// `id` and `arrived` are the request's, which may have been at other endpoints before; `ended` is when its answer was whole.
 pub fn bill(

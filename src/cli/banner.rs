@@ -32,7 +32,7 @@ impl Banner {
         Self { scheme, key: config.server.api_key.to_string(), endpoints }
     }
 
-    /// The whole text. Colours are left out by whoever prints it to something that is no terminal.
+    /// Returns the whole text. The printer leaves colours out if its output is not a terminal.
     pub(super) fn text(&self, address: SocketAddr) -> String {
         let Self { scheme, key, endpoints } = self;
         let local = callable(address);

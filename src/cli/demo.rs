@@ -15,7 +15,7 @@ use crate::telemetry::logger;
 const CLIENT_KEY: &str = "sk-demo";
 const PORT: u16 = 3001;
 
-/// Serves the demo until it is told to stop. The error says why it cannot start.
+/// Serves the demo until it is stopped. The error says why it cannot start.
 pub(super) fn run() -> Result<(), String> {
     logger::start(false);
     let bases = start_endpoints().map_err(|error| format!("the simulated endpoints cannot start: {error}"))?;

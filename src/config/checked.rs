@@ -1,5 +1,5 @@
-//! The configuration as meant: what was typed, converted to types that hold only what can be used. All
-//! problems are collected before any is told.
+//! The checked configuration: the typed one, converted to types that hold only usable values. All problems are collected
+//! before any is reported.
 
 use std::collections::BTreeMap;
 use std::io::Read;

@@ -7,9 +7,9 @@ use super::endpoint::Endpoint;
 use super::proxy::Proxy;
 use super::server::Server;
 
-/// A change of a thousand endpoints is told by its first lines.
+/// Lines about a change; a change of a thousand endpoints is shown by its first ones.
 const LINES_MAX: usize = 50;
-/// A longer list is told by what it has more and less.
+/// Characters of a value that is shown; of a longer list, only additions and removals are.
 const VALUE_CHARS_MAX: usize = 120;
 
 /// Returns a line for each difference, at most fifty, and a last one with the number of the others.

@@ -193,7 +193,7 @@ fn base_url(typed: Option<&str>, path: &str, check: &mut Check<'_>) -> Option<Ba
     Some(base_url)
 }
 
-/// The endpoint's own, or the environment's. The outer `None` is an error that was told.
+/// The endpoint's own, or the environment's. The outer `None` is an error that was reported.
 #[expect(clippy::option_option, reason = "absent, and wrong, are two things")]
 fn proxy(typed: Option<&Secret>, to: Option<&BaseUrl>, path: &str, check: &mut Check<'_>) -> Option<Option<Proxy>> {
     let (named_by, text) = match typed.map(Secret::expose) {

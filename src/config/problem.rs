@@ -10,7 +10,7 @@ pub enum ProblemKind {
     Error,
     /// It can be used, but probably does not do what was meant.
     Warning,
-    /// A key nobody reads: a warning when running, an error for `check`.
+    /// A key that the program does not know: a warning when running, an error for `check`.
     UnknownKey,
 }
 

@@ -33,7 +33,7 @@ impl Secret {
     }
 }
 
-/// A start and an end let an operator tell two keys apart; seven characters are not enough to use one.
+/// A start and an end let an operator distinguish two keys; seven characters are not enough to use one.
 impl fmt::Display for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let length = self.0.chars().count();

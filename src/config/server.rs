@@ -353,7 +353,7 @@ pub(super) fn timezone(typed: Option<&str>, path: &str, check: &mut Check<'_>) -
     zone.map(Some)
 }
 
-/// The outer `None` is an error that was told.
+/// The outer `None` is an error that was reported.
 #[expect(clippy::option_option, reason = "absent, and wrong, are two things")]
 fn metrics_listen(typed: Option<&str>, check: &mut Check<'_>) -> Option<Option<SocketAddr>> {
     let Some(typed) = typed else { return Some(None) };

@@ -1,8 +1,8 @@
-//! Tells when a configuration may have changed on the disk.
+//! Notices when a configuration may have changed on the disk.
 //!
 //! Folders are watched, not files: editors write a new file and rename it over the old one, and Kubernetes swaps a symbolic link
-//! in the folder. What no watch tells of (a link's target in another folder, a network's file system, a folder that is itself
-//! replaced) is found by a look every few seconds.
+//! in the folder. Changes that no watch reports (a link's target in another folder, a network file system, a folder that is
+//! itself replaced) are found by a check every few seconds.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -83,7 +83,7 @@ impl Watch {
             while Instant::now() < latest
                 && timeout_at(latest.min(Instant::now() + QUIET), self.events.recv()).await == Ok(Some(()))
             {
-                // Whoever writes without a pause must not keep this busy.
+                // A file that is written without a pause must not keep this busy.
                 sleep(QUIET / 20).await;
             }
         }

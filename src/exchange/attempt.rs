@@ -46,7 +46,7 @@ pub struct Attempt {
     /// Timeout until the first byte.
     pub first_byte_timeout: Duration,
     stage: Stage,
-    /// The endpoint refused the `stream_options` that were added to this attempt, so it is made once more without.
+    /// The endpoint refused the `stream_options` that were added to this attempt, so it is repeated without.
     pub usage_refused: bool,
     /// True if the answer ends when the connection does.
     pub ends_with_connection: bool,
@@ -131,7 +131,7 @@ impl Attempt {
         self.permit.never_sent();
     }
 
-    /// Prepares to be sent once more. The endpoint may have counted the first time, so that takes another permit.
+    /// Prepares to be sent again. The endpoint may have counted the first time, so that takes another permit.
     pub async fn begin_anew(&mut self, ledger: &Client) -> Result<(), Drawn> {
         self.stage = Stage::Waiting;
         self.first_byte = None;
@@ -194,8 +194,8 @@ impl Attempt {
         self.report_first_byte(now);
     }
 
-    /// An endpoint that refused to be asked for its usage, and has answered now that it is not, is not asked next time; nor is one
-    /// that compresses its streams, from which nothing can be taken out.
+    /// Remembers an endpoint that refused `stream_options` and has answered now without them, and one that compresses its
+    /// streams, from which the usage cannot be taken out.
     fn remember_refusal(&self, pool: &Pool) {
         let endpoint = &self.endpoint;
         if self.usage_refused || self.terms.usage_injected && self.encoding.is_some() {
@@ -217,7 +217,7 @@ impl Attempt {
     }
 
     /// The endpoint's answer has ended and is good: it has room for another request before the client sees this one's last byte,
-    /// so that whoever asks for one thing after the other finds it so.
+    /// so that a client that sends one request after the other finds it free.
     pub fn body_ended(&mut self) {
         self.request_ended();
         self.in_flight = None;

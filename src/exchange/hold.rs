@@ -16,13 +16,13 @@ use crate::exchange::judge::{HOLD_TIME_MAX, Head, Judge, Terms, Verdict};
 use crate::exchange::{Committed, Exchange, ExchangeState, Kept};
 use crate::request::call::Call;
 use crate::response::decode::{Decoder, Encoding};
-use crate::response::redact::{Blotter, Secrets};
+use crate::response::redact::{Redactor, Secrets};
 use crate::routing::health;
 use crate::routing::retry::Outcome;
 use crate::upstream::cork::Cork;
 
-/// A stream whose endpoint has said that it is whole, and holds it open all the same, is ended after this time: clients that
-/// read to the end should not wait for it. Ended by us, the endpoint's connection is lost for the next request.
+/// Time after which a stream is ended whose endpoint has said that it is complete but holds it open: clients that read to the
+/// end should not wait for it. The endpoint's connection is then lost for the next request.
 const LINGER_MAX: Duration = Duration::from_millis(80);
 
 /// Pieces that are sent together are copied into one up to this size.
@@ -313,7 +313,7 @@ impl HeldResponse {
 
     /// Adds the pieces that go on, those that came together as one if they are small: each is a chunk, or a frame, of its own.
     fn push_pieces(&mut self, out: &mut Vec<HttpTask>, end: bool) {
-        // An empty piece that ends nothing would be taken for the last chunk.
+        // An empty piece that ends nothing would count as the last chunk.
         self.pieces.retain(|piece| !piece.is_empty());
         let bytes = self.pieces.iter().map(Bytes::len).sum();
         if self.pieces.len() > 1 && bytes <= JOINED_BYTES_MAX {
@@ -348,7 +348,7 @@ impl HeldResponse {
             reading.end(&mut attempt.meter, pieces);
             is_cut = attempt.is_cut();
             if is_cut {
-                // Half an event, which nobody can use.
+                // Half an event, which is useless.
                 pieces.truncate(whole);
             }
         }
@@ -415,7 +415,7 @@ impl HeldResponse {
     }
 }
 
-/// The header and body of an error answer, framed anew, with the endpoint's secrets blotted out.
+/// Keeps the header and body of an error answer, framed again, with the endpoint's secrets redacted.
 fn keep(tasks: Vec<HttpTask>, encoding: Option<Encoding>, secrets: &Secrets) -> Option<Kept> {
     let mut kept: Option<Kept> = None;
     let mut body = Vec::new();
@@ -444,7 +444,7 @@ fn keep(tasks: Vec<HttpTask>, encoding: Option<Encoding>, secrets: &Secrets) -> 
         ended &= !decoder.is_broken();
     }
     if ended {
-        let body = Blotter::new(secrets.clone()).piece(&body, true);
+        let body = Redactor::new(secrets.clone()).piece(&body, true);
         kept.header.insert_header(CONTENT_LENGTH, body.len()).ok()?;
         kept.body = Some(body);
     }

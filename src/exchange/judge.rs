@@ -120,12 +120,13 @@ impl Judge {
         }
     }
 
-    /// Takes the header. `retryable` tells whether an outcome may be tried elsewhere.
+    /// Takes the header. `retryable` says whether an outcome may be tried elsewhere.
     pub fn header(&mut self, head: Head<'_>, retryable: impl FnOnce(&Outcome) -> bool) -> Verdict {
         let outcome = Outcome::Status { status: head.status, rest: head.rest };
         self.ends_with_connection = head.ends_with_connection;
         self.kind = if head.status >= 400 {
-            // One that nobody is to take over is held all the same, so that a key quoted in it is found however it is cut.
+            // One that no other endpoint will take over is held too, so that a key quoted in it is found however it is
+            // cut.
             let drop = self.terms.more && retryable(&outcome);
             AnswerKind::Error { outcome, drop }
         } else if head.status != 200 || !self.terms.expects_body {

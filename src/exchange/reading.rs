@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::request::content_type;
 use crate::response::decode::{Decoder, Encoding};
-use crate::response::redact::{Blotter, Secrets};
+use crate::response::redact::{Redactor, Secrets};
 use crate::response::relay::Relay;
 use crate::response::sse::Splitter;
 use crate::usage::Meter;
@@ -23,7 +23,7 @@ pub(super) enum Reading {
     /// It is not.
     Blind,
     /// An error, in plain text, without the endpoint's secrets.
-    Error(Option<Decoder>, Blotter),
+    Error(Option<Decoder>, Redactor),
     Json,
     Stream(Relay),
     /// Compressed: beside the way.
@@ -37,7 +37,7 @@ impl Reading {
         match (header.status, header.encoding.map(Decoder::new)) {
             (400.., decoder) => {
                 let decoder = decoder.filter(|decoder| !decoder.is_broken());
-                Self::Error(decoder, Blotter::new(secrets.clone()))
+                Self::Error(decoder, Redactor::new(secrets.clone()))
             }
             (..=199 | 300..=399, _) => Self::Blind,
             (_, None) if is_stream => Self::Stream(Relay::new(header.usage_injected, secrets.clone())),
@@ -52,10 +52,10 @@ impl Reading {
     pub(super) fn piece(&mut self, piece: Bytes, meter: &mut Meter, out: &mut Vec<Bytes>) {
         match self {
             Self::Blind => {}
-            Self::Error(decoder, blotter) => {
+            Self::Error(decoder, redactor) => {
                 match decoder {
-                    None => out.push(blotter.piece(&piece, false)),
-                    Some(decoder) => decoder.feed(&piece, |plain| out.push(blotter.piece(&plain, false))),
+                    None => out.push(redactor.piece(&piece, false)),
+                    Some(decoder) => decoder.feed(&piece, |plain| out.push(redactor.piece(&plain, false))),
                 }
                 return;
             }
@@ -76,7 +76,7 @@ impl Reading {
     /// The endpoint's body has ended: measures and adds what was kept of it.
     pub(super) fn end(&mut self, meter: &mut Meter, out: &mut Vec<Bytes>) {
         match self {
-            Self::Error(_, blotter) => out.push(blotter.piece(b"", true)),
+            Self::Error(_, redactor) => out.push(redactor.piece(b"", true)),
             Self::Stream(relay) => relay.end(meter, out),
             Self::Json | Self::EncodedJson(_) => meter.json_ended(),
             Self::Blind | Self::EncodedStream(..) => {}

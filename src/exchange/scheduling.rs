@@ -1,8 +1,8 @@
-//! Giving way to other tasks of the same thread, and letting the thread sleep in peace.
+//! Giving way to other tasks of the same thread, and avoiding needless wake-ups of the thread.
 //!
-//! A thread that takes all the requests at hand through one stage, and then all of them through the next, finds each stage's code in
-//! its caches, and whoever it writes to awake. So a request steps aside where a stage ends that others can do without: its
-//! neighbours' answers leave before its own is counted and logged.
+//! A thread that takes all its requests through one stage, and then all of them through the next, finds each stage's code in its
+//! caches, and the receivers of its writes awake. So a request steps aside at the end of a stage: its neighbours' answers leave
+//! before its own is counted and logged.
 
 use std::cell::Cell;
 use std::future::poll_fn;

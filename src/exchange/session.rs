@@ -173,8 +173,8 @@ impl Replay {
                 give_up()
             }
             DueAction::Flush(tasks) => {
-                // Pingora drops this future when the endpoint sends more meanwhile. What is held fits any socket buffer, so the
-                // write does not wait; if it was cut all the same, the flag stays and the answer is given up, not garbled.
+                // Pingora drops this future when the endpoint sends more meanwhile. The held part fits any socket buffer, so the
+                // write does not wait. If it was cut nevertheless, the flag stays, and the answer is given up instead of garbled.
                 self.flushing = true;
                 self.forward(tasks).await?;
                 self.flushing = false;

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use super::part;
 
-/// Reads a member whose absence and null are told apart.
+/// Reads a member, keeping its absence and null apart.
 pub(crate) fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
 }

@@ -1,4 +1,4 @@
-//! Counts of one endpoint as this process knows them, whichever config the endpoint came from.
+//! Account: the counts of one endpoint as this process knows them, whichever config the endpoint came from.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,45 +8,46 @@ use super::Change;
 use super::prefetch::{Demand, PrefetchBuffer};
 use crate::limit::{Counted, Days, Quota, Slot, Stamp, View};
 
-/// Changes that wait to be written while the ledger cannot be; beyond that they are written as if they were as old as the
-/// oldest, which still counts them in the right days.
+/// Upper bound on the changes that wait while the ledger cannot be written. Beyond it, changes are merged into the
+/// oldest one if they count in the same days, so that each day's count stays right.
 const UNWRITTEN_MAX: usize = 1024;
 
-/// An endpoint seems full for no longer than this: what another process gives back, a changed config and a clock that is set
-/// can open it before.
+/// Longest time for which an endpoint seems full. It can have room earlier: another process may give permits back, the
+/// config may change, the clock may be set.
 const HINT_MAX: Duration = Duration::from_secs(1);
 
-/// One endpoint's account.
+/// Account of one endpoint.
 #[derive(Debug)]
 pub struct Account {
     id: Arc<str>,
     /// Attempts sent since the start.
     attempts: AtomicU64,
-    /// Attempts among them that needed no permit and are not written to the ledger yet.
+    /// Attempts sent without a permit from the ledger and not written to it yet.
     unwritten: AtomicU64,
-    /// A hint: the allocator said last that nothing frees before this moment. It puts the endpoint behind others.
+    /// Hint: the moment before which no permit becomes free, as the allocator last found it. Until then the endpoint
+    /// comes after others.
     full_until: AtomicU64,
     view: Mutex<View>,
-    /// Permits drawn ahead.
+    /// Prefetched permits.
     pub(super) prefetch: PrefetchBuffer,
-    /// The allocator's own.
+    /// Used by the allocator only.
     mirror: Mutex<Mirror>,
 }
 
-/// The allocator's part of an account.
+/// The allocator's copy of an endpoint's counts in the ledger.
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
     pub(super) quota: Quota,
-    /// The number of the ledger's state that `quota` was read from; none: it has to be read.
+    /// Generation of the ledger that `quota` was read from; `None` if it has to be read.
     pub(super) read_at: Option<u64>,
-    /// Changes that `quota` has already, to be written to the ledger a little later.
+    /// Changes that `quota` includes already and that are written to the ledger a little later.
     pub(super) unwritten: Vec<Entry>,
-    /// Drawn in the batch under way.
+    /// Changes of the current batch.
     pub(super) drawn: Vec<Entry>,
     pub(super) demand: Demand,
 }
 
-/// Change that is added to the ledger in one step.
+/// A change that is added to the ledger in one step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
     pub(super) slot: Slot,
@@ -59,7 +60,7 @@ impl Entry {
         Self { slot: counted.slot(), days: counted.days, change }
     }
 
-    /// Adds it to a list, to what is there for the same slot and days.
+    /// Adds the change to a list, merged with the entry of the same slot and days if there is one.
     pub(super) fn merge_into(self, entries: &mut Vec<Self>) {
         let same = |entry: &&mut Self| entry.slot == self.slot && entry.days == self.days;
         if let Some(entry) = entries.iter_mut().rev().find(same) {
@@ -79,7 +80,7 @@ impl Entry {
 }
 
 impl Account {
-    /// The account of an endpoint that nothing is known of yet.
+    /// Returns the account of an endpoint without any counts yet.
     pub(super) fn new(id: Arc<str>) -> Self {
         Self {
             id,
@@ -92,29 +93,29 @@ impl Account {
         }
     }
 
-    /// The endpoint's id.
+    /// Returns the endpoint's id.
     pub fn id(&self) -> &Arc<str> {
         &self.id
     }
 
-    /// Attempts sent since the start of this process.
+    /// Returns the number of attempts sent since the start of this process.
     pub fn attempts(&self) -> u64 {
         self.attempts.load(Ordering::Relaxed)
     }
 
-    /// True if the allocator found nothing free when it last looked. It may be wrong by what other processes have given
-    /// back since.
+    /// True if the allocator found no free permit when it last looked. Permits that other processes have given back
+    /// since are not considered.
     pub fn seems_full(&self, now: Stamp) -> bool {
         self.full_until.load(Ordering::Relaxed) > now.0
     }
 
-    /// Forgets that it seemed full, as its limits may be others.
+    /// Clears the hint that the endpoint is full, because its limits or counts may have changed.
     pub fn look_again(&self) {
         self.full_until.store(0, Ordering::Relaxed);
     }
 
-    /// Limits and their remaining parts when the allocator last looked, at most about a second ago while anything
-    /// counts.
+    /// Returns the limits and what is left of them, as the allocator last found them: about a second old at most while
+    /// anything counts.
     pub fn view(&self) -> View {
         *lock(&self.view)
     }
@@ -127,7 +128,7 @@ impl Account {
         self.attempts.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Counts an attempt that is to be written behind. True if nobody else's waits for that already.
+    /// Counts an attempt that is to be written behind. True if no other attempt waits for that already.
     pub(super) fn count_unwritten(&self) -> bool {
         self.unwritten.fetch_add(1, Ordering::Relaxed) == 0
     }
@@ -136,7 +137,7 @@ impl Account {
         self.unwritten.swap(0, Ordering::Relaxed)
     }
 
-    /// True if attempts wait to be collected.
+    /// True if attempts wait to be collected by the allocator.
     pub(super) fn has_unwritten(&self) -> bool {
         self.unwritten.load(Ordering::Relaxed) > 0
     }
@@ -152,7 +153,7 @@ impl Account {
     }
 }
 
-/// A poisoned lock is taken all the same: what it guards is read from the ledger again at the next doubt.
+/// Takes a poisoned lock as well: what it guards is read from the ledger again at the next doubt.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

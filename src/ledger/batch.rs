@@ -1,4 +1,4 @@
-//! Deciding one batch of draws: each counts for the first endpoint of its list that has a permit.
+//! Decisions on one batch of draws: each draw counts for the first endpoint of its list that has a permit.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ pub(super) struct Served {
 }
 
 pub(super) enum Decision {
-    /// Granted by the endpoint at this place, counted like this, with this many permits prefetched.
+    /// Granted by the endpoint at this position in the list; how it was counted; number of permits prefetched with it.
     Granted(usize, Counted, u64),
     Held(Vec<(usize, Held)>),
 }
@@ -24,19 +24,19 @@ pub(super) struct Batch<'a> {
     pub(super) ledger: &'a mut dyn Ledger,
     pub(super) generation: u64,
     pub(super) clock: Clock,
-    /// Accounts that something was drawn from.
+    /// Accounts from which permits were drawn.
     pub(super) drawn: Vec<Arc<Account>>,
-    /// True if permits may be prefetched: no draw waits in the queue.
+    /// True if permits may be prefetched: no draw waits in the queue and the thread is not closing.
     pub(super) may_prefetch: bool,
 }
 
 impl Batch<'_> {
-    /// Writes what was drawn.
+    /// Writes the permits drawn in this batch.
     pub(super) fn write_drawn(&mut self) -> Result<(), LedgerError> {
         self.drawn.iter().try_for_each(|account| write(self.ledger, account, &account.mirror().drawn))
     }
 
-    /// It was committed.
+    /// Clears the list of drawn permits after the commit.
     pub(super) fn forget_drawn(&mut self) {
         self.drawn.drain(..).for_each(|account| account.mirror().drawn.clear());
     }
@@ -72,7 +72,8 @@ impl Batch<'_> {
         Ok(Decision::Held(held))
     }
 
-    /// Reads what the ledger counts for an endpoint, if anybody else has written since it was read, or the day has turned.
+    /// Reads the counts of an endpoint from the ledger if another process has written since the last read, or if the
+    /// day has changed.
     pub(super) fn refresh(&mut self, account: &Account, limits: &Limits) -> Result<(), LedgerError> {
         let mut mirror = account.mirror();
         let days = limits.calendar.days(self.clock.wall);
@@ -115,12 +116,12 @@ impl Batch<'_> {
     }
 }
 
-/// True if anything that the draw does is kept in the ledger.
+/// True if the ledger keeps any limit of the draw's endpoints.
 pub(super) fn needs_ledger(draw: &Draw) -> bool {
     draw.wanted.iter().any(|wanted| wanted.limits.in_ledger())
 }
 
-/// Decides where no endpoint has limits that the ledger keeps.
+/// Decides a draw none of whose endpoints has a limit that the ledger keeps.
 pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
     let mut held = Vec::new();
     for (at, wanted) in draw.wanted.iter().enumerate() {
@@ -133,13 +134,14 @@ pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
     Served { draw, decision: Decision::Held(held) }
 }
 
-/// True if a draw is for the strategy's choice, which is nearly always granted. All others need the exact number that
-/// is left.
+/// True if a draw is for the strategy's first choice, which is nearly always granted. All other draws need the exact
+/// number of permits left.
 pub(super) fn is_first_choice(draw: &Draw) -> bool {
     draw.wanted.len() == 1 && draw.otherwise == Otherwise::LookElsewhere
 }
 
-/// Counts as many permits more as the endpoint is about to be asked for. Of requests at once each has to be counted when it begins.
+/// Counts additional permits for the requests expected next, and returns their number. Permits of endpoints that limit
+/// concurrent requests are never prefetched: such a request has to be counted when it begins.
 fn prefetch(wanted: &Wanted, mirror: &mut Mirror, counted: Counted, clock: &Clock) -> u64 {
     let Wanted { account, limits, .. } = wanted;
     if !limits.in_ledger() || limits.is_concurrency_limited() {
@@ -158,7 +160,7 @@ fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, 
     mirror.quota.take(&wanted.limits, clock)
 }
 
-/// Like `take`, by limits that need no ledger only.
+/// Like `take`, but checks only the limits that need no ledger.
 pub(super) fn enter(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
     rests(wanted, clock)?;
     wanted.account.mirror().quota.enter(&wanted.limits, clock)
@@ -171,7 +173,7 @@ fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
     Ok(())
 }
 
-/// The first moment at which any of them frees a permit that nobody else was promised, promised to the one who asks now.
+/// Returns the first moment at which any of them frees a permit that is not promised yet, and promises it.
 pub(super) fn promise(wanted: &[Wanted], clock: &Clock) -> Option<Stamp> {
     let next = |wanted: &Wanted| {
         wanted.account.mirror().quota.next_free(&wanted.limits, clock, wanted.not_before.max(clock.boot))
@@ -181,7 +183,7 @@ pub(super) fn promise(wanted: &[Wanted], clock: &Clock) -> Option<Stamp> {
     Some(at)
 }
 
-/// Writes entries of an account.
+/// Writes the entries of an account, without those that change nothing.
 pub(super) fn write(ledger: &mut dyn Ledger, account: &Account, entries: &[Entry]) -> Result<(), LedgerError> {
     let changes = entries.iter().filter(|entry| !entry.change.is_none());
     changes.into_iter().try_for_each(|entry| ledger.add(account.id(), entry.slot, entry.days, entry.change))

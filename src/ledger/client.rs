@@ -1,4 +1,4 @@
-//! The way to the ledger's thread, and what comes back: permits.
+//! Client of the ledger's thread: sends messages to it and returns permits.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -13,11 +13,12 @@ use super::{Account, Permit, Spent};
 use crate::limit::{Clock, Limits, Stamp, View};
 use crate::telemetry::metrics::metrics;
 
-/// Requests that may wait for the ledger's thread at one moment, which serves them all in one batch. What follows an attempt (a
-/// permit given back, its end, its tokens) always has room: there is one at most of each for every request that is open.
+/// Upper bound on the draws that wait for the ledger's thread, which serves them in one batch. Messages that follow an
+/// attempt (a permit given back, its end, its tokens) always have room: there is at most one of each for every open
+/// request.
 const DRAWS_MAX: usize = 65_536;
 
-/// An answer of the ledger's thread is awaited no longer than this: a disk may hang, and a client should not.
+/// Longest wait for a reply of the ledger's thread: a disk may hang, and a client must not wait for it.
 const ANSWER_MAX: Duration = Duration::from_secs(3);
 
 /// State that the allocator and its clients share.
@@ -25,7 +26,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(3);
 struct Inbox {
     messages: Mutex<(Messages, Sleep)>,
     wake: Condvar,
-    /// The accounts that are in use, by id; those of endpoints that are gone leave with the next new one.
+    /// Accounts in use, by id. Accounts of removed endpoints are dropped when the next new account is added.
     accounts: Mutex<HashMap<Arc<str>, Weak<Account>>>,
     tickets: AtomicU64,
     queued: AtomicUsize,
@@ -37,13 +38,13 @@ struct Inbox {
 enum Sleep {
     #[default]
     Awake,
-    /// It wakes at this moment by itself.
+    /// Asleep until this moment, unless it is woken.
     Until(Stamp),
-    /// The thread has ended; nobody answers any more.
+    /// The thread has ended; there are no more replies.
     Gone,
 }
 
-/// The way to the ledger's thread. Cheap to clone.
+/// Handle to the ledger's thread. Cheap to clone.
 #[derive(Clone)]
 pub struct Client {
     inbox: Arc<Inbox>,
@@ -56,7 +57,7 @@ impl std::fmt::Debug for Client {
     }
 }
 
-/// A place among those who wait for a permit; dropped, it is free for another.
+/// A place in the queue for a permit. Dropping it frees the place.
 #[derive(Debug)]
 pub struct QueuePlace(Arc<Inbox>);
 
@@ -72,13 +73,13 @@ impl Client {
         Self { inbox: Arc::default(), clocks: Arc::new(clocks) }
     }
 
-    /// The clocks as they are now.
+    /// Returns the current clocks.
     pub fn clock(&self) -> Clock {
         (self.clocks)()
     }
 
-    /// The account of an endpoint. There is one for each id, even if an endpoint leaves the config and comes back while old
-    /// requests still use it: two would not see what was drawn from the other.
+    /// Returns the account of an endpoint. There is only one for each id, even if an endpoint leaves the config and
+    /// comes back while old requests still use it: two accounts would not see each other's draws.
     pub fn account(&self, id: &Arc<str>) -> Arc<Account> {
         let mut accounts = self.inbox.accounts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(account) = accounts.get(id).and_then(Weak::upgrade) {
@@ -90,12 +91,12 @@ impl Client {
         account
     }
 
-    /// A place in the order of arrival.
+    /// Returns the next number in the order of arrival.
     pub fn ticket(&self) -> u64 {
         self.inbox.tickets.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// A place among those who wait for a permit, if there are fewer than this.
+    /// Returns a place in the queue for a permit, if fewer than `requests_max` places are taken.
     pub fn enter_queue(&self, requests_max: usize) -> Option<QueuePlace> {
         let entered = self
             .inbox
@@ -104,12 +105,12 @@ impl Client {
         entered.ok().map(|_| QueuePlace(Arc::clone(&self.inbox)))
     }
 
-    /// Requests that wait for a permit.
+    /// Returns the number of requests in the queue for a permit.
     pub fn queued(&self) -> usize {
         self.inbox.queued.load(Ordering::Relaxed)
     }
 
-    /// True if the ledger could not be used the last time, and limited endpoints are not asked without it.
+    /// True if the ledger could not be used the last time and limited endpoints take no requests without it.
     pub fn is_down(&self) -> bool {
         self.inbox.down.load(Ordering::Relaxed)
     }
@@ -118,13 +119,13 @@ impl Client {
         self.inbox.down.store(down, Ordering::Relaxed);
     }
 
-    /// Draws a permit of the first endpoint in the list that has one.
+    /// Draws a permit from the first endpoint in the list that has one.
     pub async fn draw(&self, ticket: u64, wanted: Vec<Wanted>, otherwise: Otherwise) -> Drawn {
         self.send_draw(ticket, wanted, otherwise, None).await
     }
 
-    /// Draws a fresh permit in place of one that is too old, or spent on an attempt that has to be made once more. What the old
-    /// one held is given back in the same step, so that nobody comes between.
+    /// Draws a fresh permit in place of one that is too old, or spent on an attempt that has to be repeated. The old one is
+    /// given back in the same step, so that no other request comes between.
     pub async fn swap(&self, old: &mut Permit) -> Drawn {
         let wanted = vec![old.wanted()];
         let returned = old.take_return();
@@ -157,7 +158,7 @@ impl Client {
         let begun = Instant::now();
         let drawn = match tokio::time::timeout(patience, answer).await {
             Ok(Ok(drawn)) => drawn,
-            // What is granted later finds nobody and gives itself back.
+            // A permit that is granted later finds no client and gives itself back.
             Ok(Err(_)) | Err(_) => Drawn::Unavailable,
         };
         if let (Some(metrics), false) = (metrics(), matches!(otherwise, Otherwise::WaitUntil(_))) {
@@ -166,18 +167,18 @@ impl Client {
         drawn
     }
 
-    /// A permit that was drawn ahead, if there is one: nobody waits for it.
+    /// Takes a prefetched permit, if there is one, without waiting.
     pub fn draw_at_once(&self, account: &Arc<Account>, limits: &Arc<Limits>, clock: &Clock) -> Option<Permit> {
         let counted = account.prefetch.take(limits, clock)?;
         Some(Permit::new(self, account, limits, Some(counted)))
     }
 
-    /// A permit of an endpoint that has no limits.
+    /// Returns a permit of an endpoint without limits.
     pub fn unlimited(&self, account: &Arc<Account>, limits: &Arc<Limits>) -> Permit {
         Permit::new(self, account, limits, None)
     }
 
-    /// Counts the tokens of an answer that has ended now.
+    /// Counts the tokens of an answer that has just ended.
     pub fn spend_tokens(&self, account: &Arc<Account>, limits: &Arc<Limits>, spent: Spent, now: Stamp) {
         let bill = Bill { account: Arc::clone(account), limits: Arc::clone(limits), spent };
         if self.push_until(now + WRITE_DELAY, |messages| messages.bills.push(bill)).is_none() {
@@ -185,49 +186,51 @@ impl Client {
         }
     }
 
-    /// Returns what counts for these endpoints according to the ledger; `None` if it is closed.
+    /// Returns the counts of these endpoints from the ledger; `None` if it is closed.
     pub async fn look(&self, accounts: Vec<(Arc<Account>, Arc<Limits>)>) -> Option<Vec<View>> {
         let (reply, answer) = oneshot::channel();
         self.push(|messages| messages.looks.push(Look { accounts, reply }))?;
         answer.await.ok()
     }
 
-    /// Forgets the token statistics of an endpoint, or of all. False if the ledger could not be written.
+    /// Deletes the token statistics of one endpoint, or of all if `None`. Returns false if the ledger could not be
+    /// written.
     pub async fn reset_tokens(&self, endpoint: Option<Arc<str>>) -> bool {
         let (reply, answer) = oneshot::channel();
         let sent = self.push(|messages| messages.resets.push(Reset { endpoint, reply }));
         sent.is_some() && answer.await.unwrap_or(false)
     }
 
-    /// Waits until everything that was counted so far is written. False if it could not be.
+    /// Waits until everything counted so far is written. Returns false if it could not be written.
     pub async fn flush(&self) -> bool {
         let (reply, answer) = oneshot::channel();
         let sent = self.push(|messages| messages.flushes.push(reply));
         sent.is_some() && answer.await.unwrap_or(false)
     }
 
-    /// Says which endpoints there are.
+    /// Sets the endpoints of the current config.
     pub fn set_endpoints(&self, endpoints: Vec<(Arc<Account>, Arc<Limits>)>) {
-        // None is a thread that has ended, which wants to know nothing.
+        // `None`: the thread has ended and does not need to know.
         self.push(|messages| messages.endpoints = Some(endpoints));
     }
 
-    /// Everything is written, and the thread ends.
+    /// Asks the thread to write everything and to end.
     pub(super) fn close(&self) {
         self.push(|messages| messages.closing = true);
     }
 
-    /// Sends something that is handled at once. `None` if the thread has ended.
+    /// Sends a message that is handled at once. Returns `None` if the thread has ended.
     pub(super) fn push<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
         self.push_until(Stamp::default(), add)
     }
 
-    /// Sends something that may wait until it is written behind, so that not every answer wakes the thread.
+    /// Sends a message that can wait for the next write behind, so that not every answer wakes the thread. Returns
+    /// `None` if the thread has ended.
     pub(super) fn push_behind<T>(&self, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
         self.push_until(self.clock().boot + WRITE_DELAY, add)
     }
 
-    /// The thread is woken unless it wakes by then.
+    /// Sends a message, and wakes the thread unless it wakes before `moment` anyway.
     fn push_until<T>(&self, moment: Stamp, add: impl FnOnce(&mut Messages) -> T) -> Option<T> {
         let mut guard = self.lock();
         let (messages, sleep) = &mut *guard;
@@ -245,14 +248,14 @@ impl Client {
     }
 
     fn lock(&self) -> MutexGuard<'_, (Messages, Sleep)> {
-        // Nothing panics while it is held.
+        // The code that holds the lock does not panic.
         self.inbox.messages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The thread's side.
+/// Methods for the ledger's thread.
 impl Client {
-    /// Takes all messages. If there are none, waits for one, but not beyond this moment.
+    /// Takes all messages. If there are none, waits for one until `until` at most.
     pub(super) fn receive(&self, until: Stamp) -> Messages {
         let wait = self.clock().boot.until(until);
         let mut guard = self.lock();
@@ -274,7 +277,7 @@ impl Client {
         std::mem::take(&mut self.lock().0)
     }
 
-    /// Stops answering; messages that came in meanwhile are returned.
+    /// Closes the inbox: later messages are refused. Returns those that came in before.
     pub(super) fn end(&self) -> Messages {
         let mut guard = self.lock();
         guard.1 = Sleep::Gone;

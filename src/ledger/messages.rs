@@ -8,34 +8,34 @@ use tokio::sync::oneshot;
 use super::{Account, Permit, Spent};
 use crate::limit::{Counted, LimitReason, Limits, Stamp, View};
 
-/// An endpoint that would do.
+/// An endpoint that can serve the request.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// Account.
+    /// Account of the endpoint.
     pub account: Arc<Account>,
-    /// Limits in the config that the request runs under.
+    /// Limits by the config that the request runs under.
     pub limits: Arc<Limits>,
-    /// It asked to be left alone until then.
+    /// It asked for a pause until then.
     pub not_before: Stamp,
 }
 
 /// Result of a draw.
 #[derive(Debug)]
 pub enum Drawn {
-    /// A permit of the endpoint at this place in the list.
+    /// A permit of the endpoint at this position in the list.
     Granted(usize, Permit),
     /// Every endpoint is at a limit.
     Refused(Refusal),
-    /// The ledger cannot be used, and limited endpoints are not asked without it.
+    /// The ledger cannot be used, and limited endpoints take no requests without it.
     Unavailable,
 }
 
 /// Refusal: no endpoint has a permit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// Time until a permit frees that is promised to no other client.
+    /// Time until a permit becomes free that is not promised to another client.
     pub wait: Duration,
-    /// Reason for each endpoint, by its place in the list.
+    /// Reason for each endpoint, by its position in the list.
     pub held: Vec<(usize, LimitReason)>,
 }
 
@@ -45,33 +45,33 @@ pub(super) struct Draw {
     pub(super) ticket: u64,
     pub(super) wanted: Vec<Wanted>,
     pub(super) otherwise: Otherwise,
-    /// The permit that the new one is to stand for.
+    /// The permit that is given back for the new one.
     pub(super) instead_of: Option<Return>,
     pub(super) reply: oneshot::Sender<Drawn>,
 }
 
-/// Alternative if no endpoint of the list has a permit.
+/// Reaction if no endpoint of the list has a permit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Otherwise {
-    /// The request has other places to go to.
+    /// The request has other candidates to try.
     LookElsewhere,
-    /// It is refused, and told when to come back.
+    /// It is refused, with the moment to come back.
     Refuse,
-    /// It waits for its turn until this moment.
+    /// The request waits in the queue until this moment at most.
     WaitUntil(Stamp),
 }
 
-/// An attempt is over, or never was one.
+/// An attempt that has ended, or a permit that was never used.
 #[derive(Debug)]
 pub(super) struct Return {
     pub(super) account: Arc<Account>,
-    /// Count to take back.
+    /// Count to take back; `None` if the attempt was sent or needed no count.
     pub(super) counted: Option<Counted>,
-    /// True if it was counted as in flight.
+    /// True if the request was counted as in flight.
     pub(super) concurrent: bool,
 }
 
-/// Tokens that were spent.
+/// Tokens that an answer has spent.
 #[derive(Debug)]
 pub(super) struct Bill {
     pub(super) account: Arc<Account>,
@@ -79,14 +79,14 @@ pub(super) struct Bill {
     pub(super) spent: Spent,
 }
 
-/// A question for what counts.
+/// A question for the current counts of endpoints.
 #[derive(Debug)]
 pub(super) struct Look {
     pub(super) accounts: Vec<(Arc<Account>, Arc<Limits>)>,
     pub(super) reply: oneshot::Sender<Vec<View>>,
 }
 
-/// The token statistics of an endpoint, or of all, are to be forgotten.
+/// A request to delete the token statistics of one endpoint, or of all if `None`.
 #[derive(Debug)]
 pub(super) struct Reset {
     pub(super) endpoint: Option<Arc<str>>,
@@ -101,11 +101,11 @@ pub(super) struct Messages {
     pub(super) bills: Vec<Bill>,
     pub(super) looks: Vec<Look>,
     pub(super) resets: Vec<Reset>,
-    /// Replies due once everything so far is written.
+    /// Senders to be answered once everything so far is written.
     pub(super) flushes: Vec<oneshot::Sender<bool>>,
-    /// The endpoints of the config that is current, if it is another one.
+    /// Endpoints of the new config; `None` if it has not changed.
     pub(super) endpoints: Option<Vec<(Arc<Account>, Arc<Limits>)>>,
-    /// True if an account has attempts to be written behind.
+    /// True if an account has attempts that are to be written behind.
     pub(super) unwritten: bool,
     pub(super) closing: bool,
 }

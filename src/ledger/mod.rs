@@ -1,8 +1,8 @@
 //! Every count on disk: permits and tokens.
 //!
-//! The ledger is the only authority. A permit is drawn from it before the attempt is sent, so a process that is killed leaves
-//! nothing uncounted, and all processes that share a ledger share the limits exactly. All who wait at one moment are served
-//! in one batch, so that many requests cost one commit.
+//! The ledger is the only authority. A permit is drawn from it before the attempt is sent, so a process that is killed
+//! leaves no attempt uncounted, and all processes that share a ledger share the limits exactly. All draws that wait at
+//! one moment are served in one batch, so that many requests cost one commit.
 //!
 //! ```text
 //! request ── Client::draw ──► inbox ──► thread: Allocator ── begin, read, add, commit ──► Ledger (SQLite)
@@ -13,16 +13,16 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | `account` | what a process knows of one endpoint's counts |
-//! | `client` | the way to the ledger's thread |
-//! | `messages` | what goes that way, and what comes back |
-//! | `permit` | the right to one attempt, which gives itself back |
+//! | `account` | one endpoint's counts as this process knows them |
+//! | `client` | the handle to the ledger's thread |
+//! | `messages` | the messages to that thread and its replies |
+//! | `permit` | the right to one attempt, which gives itself back if it is not used |
 //! | `prefetch` | permits drawn ahead of their requests |
-//! | `allocator` | who is served when, and in which order; pure but for the ledger it is given |
-//! | `batch` | which draws of a batch are granted, in one transaction |
-//! | `write_behind` | what is written a little later |
-//! | `thread` | the allocator's thread, its faults, and checkpoints |
-//! | [`sqlite`] | the ledger on one machine |
+//! | `allocator` | the order in which draws are served; pure except for the ledger and the clocks that it is given |
+//! | `batch` | the decision which draws of a batch are granted, in one transaction |
+//! | `write_behind` | changes that are written a little later |
+//! | `thread` | the allocator's thread, its errors, and checkpoints |
+//! | [`sqlite`] | the ledger on one machine, a SQLite file |
 //! | [`stats`] | token statistics |
 
 mod account;
@@ -54,69 +54,70 @@ pub use thread::{Keeper, LedgerState};
 /// Interface between the allocator and a ledger. A batch is one transaction: no other process writes between `begin`
 /// and `commit`.
 pub trait Ledger {
-    /// Begins a batch. The number is another one whenever anybody else has written since the last batch.
+    /// Begins a batch. Returns the generation: a number that differs from the last one if another process has written
+    /// since the last batch.
     fn begin(&mut self) -> Result<u64, LedgerError>;
     /// Returns the counts of an endpoint from a slot on, in any order.
     fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError>;
     /// Returns the counts of an endpoint on a day.
     fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError>;
-    /// Adds to what was counted in a slot and in each of the days, or takes back.
+    /// Adds a change, which may be negative, to the counts of a slot and of each of the days.
     fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError>;
     /// Adds to the token statistics.
     fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError>;
-    /// Forgets the token statistics of an endpoint, or of all.
+    /// Deletes the token statistics of one endpoint, or of all if `None`.
     fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError>;
-    /// Forgets the slots of an endpoint that no longer count.
+    /// Deletes the slots of an endpoint that are older than `oldest`.
     fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError>;
-    /// Forgets hours and days of the token statistics that begin at these seconds of Unix time or before.
+    /// Deletes the hours and days of the token statistics that begin at or before these seconds of Unix time.
     fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError>;
-    /// Ends the batch: all of it counts from here on.
+    /// Commits the batch.
     fn commit(&mut self) -> Result<(), LedgerError>;
-    /// Ends the batch: nothing of it counts.
+    /// Rolls the batch back.
     fn roll_back(&mut self);
-    /// Until then the counts of the minute may be incomplete.
+    /// Returns the moment until which the counts of the minute may be incomplete.
     fn unknown_until(&self) -> Stamp;
 }
 
-/// A change of what was counted.
+/// A change of counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Change {
-    /// Attempts.
+    /// Attempts; negative if they are given back.
     pub attempts: i64,
     /// Tokens.
     pub tokens: i64,
 }
 
 impl Change {
-    /// True if nothing changes.
+    /// True if the change is zero.
     pub fn is_none(&self) -> bool {
         *self == Self::default()
     }
 
-    /// Adds another change to it.
+    /// Adds another change.
     pub fn merge(&mut self, other: Self) {
         self.attempts = self.attempts.saturating_add(other.attempts);
         self.tokens = self.tokens.saturating_add(other.tokens);
     }
 }
 
-/// Kind of an error of the ledger, which decides what is done next.
+/// Kind of a ledger error. It decides how the error is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultKind {
-    /// Another program holds it; it may be free the next time.
+    /// Another program holds the lock. The next attempt may succeed.
     Locked,
-    /// It cannot be written or read: disk full, read-only, gone.
+    /// The ledger cannot be written or read: disk full, read-only, or missing.
     Unusable,
     /// The content of the file cannot be trusted.
     Corrupt,
 }
 
-/// A fault of the ledger.
+/// An error of the ledger.
 #[derive(Clone, Debug)]
 pub struct LedgerError {
     /// Kind.
     pub kind: FaultKind,
-    /// Message, with the way out if there is one.
+    /// Message, with a way to fix the error if there is one.
     pub message: String,
 }
 

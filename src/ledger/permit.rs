@@ -1,4 +1,4 @@
-//! The right to one attempt, which gives itself back if it is never used.
+//! Permit: the right to one attempt, which gives itself back if it is not used.
 
 use std::sync::Arc;
 
@@ -6,13 +6,14 @@ use super::messages::Return;
 use super::{Account, Client, Wanted};
 use crate::limit::{Clock, Counted, Limits, PERMIT_AGE_MAX, Stamp};
 
-/// The right to one attempt. Dropped before it is spent, it is given back: the attempt was never sent.
+/// The right to one attempt. A permit that is dropped before it is spent is given back, since the attempt was never
+/// sent.
 #[derive(Debug)]
 pub struct Permit {
     account: Arc<Account>,
     limits: Arc<Limits>,
     client: Client,
-    /// Count in the ledger; `None` if it did not need one.
+    /// Count in the ledger; `None` without one: the attempt needs none, or the ledger cannot be used.
     counted: Option<Counted>,
     /// True while the request counts as in flight.
     concurrent: bool,
@@ -44,7 +45,7 @@ impl Permit {
         self
     }
 
-    /// The attempt is on its way.
+    /// Marks the attempt as sent.
     pub fn spend(&mut self) {
         if self.stage != PermitStage::Held {
             return;
@@ -52,12 +53,12 @@ impl Permit {
         self.stage = PermitStage::Spent;
         self.account.count_sent();
         if self.counted.is_none() && self.account.count_unwritten() {
-            // None is a thread that has ended; what is unwritten then is lost, as it says when it ends.
+            // `None`: the thread has ended, and the attempt is not written any more.
             self.client.push_behind(|messages| messages.unwritten = true);
         }
     }
 
-    /// True if the permit is too old: limits are about the moment at which a request is sent.
+    /// True if the permit is too old to be spent, because limits apply to the moment at which a request is sent.
     pub fn is_stale(&self, clock: &Clock) -> bool {
         let Some(counted) = self.counted.filter(|_| self.stage == PermitStage::Held) else { return false };
         clock.boot - counted.at >= PERMIT_AGE_MAX || !counted.days.cover(&self.limits.calendar.days(clock.wall))
@@ -68,7 +69,8 @@ impl Permit {
         self.stage == PermitStage::Spent
     }
 
-    /// The endpoint is known never to have had the attempt, so it may be sent again with the same permit.
+    /// Takes back [`Permit::spend`]: the endpoint certainly never received the attempt, so it may be sent again with
+    /// the same permit.
     pub fn never_sent(&mut self) {
         if self.stage == PermitStage::Spent && self.counted.is_some() {
             self.stage = PermitStage::Held;
@@ -76,21 +78,21 @@ impl Permit {
         }
     }
 
-    /// The attempt is over, or never was one.
+    /// Ends the permit, after the attempt or without one.
     pub fn end(&mut self) {
         if let Some(returned) = self.take_return() {
-            // A thread that has ended leaves it counted: too much, never too little.
+            // If the thread has ended, the attempt stays counted: counts may be too high, never too low.
             self.client.push(|messages| messages.returns.push(returned));
         }
     }
 
-    /// Returns the draw for another permit of the same endpoint.
+    /// Returns the input for a draw of another permit of the same endpoint.
     pub(super) fn wanted(&self) -> Wanted {
         let (account, limits) = (Arc::clone(&self.account), Arc::clone(&self.limits));
         Wanted { account, limits, not_before: Stamp::default() }
     }
 
-    /// Takes what is to be given back: the count, unless it is spent, and the place among the requests in flight.
+    /// Takes out what is to be given back: the count, unless it is spent, and the place among the requests in flight.
     pub(super) fn take_return(&mut self) -> Option<Return> {
         let unsent = std::mem::replace(&mut self.stage, PermitStage::GivenBack) == PermitStage::Held;
         let counted = self.counted.take().filter(|_| unsent);

@@ -1,27 +1,27 @@
-//! Prefetched permits, so that of many requests in a short time only the first waits for the ledger.
+//! Prefetched permits: of many requests in a short time, only the first waits for the ledger.
 //!
-//! They are drawn like any other, in the same step as a request's own permit, and are as old as that one: the rules for a permit's
-//! age apply. Permits are prefetched only for an endpoint that is asked all the time and has plenty left. Those that nobody takes
-//! are given back after [`USABLE`]; a process that is killed wastes them.
+//! Permits are prefetched in the same step as a request's own permit and have the same age, so the rules for a permit's
+//! age apply to them. They are prefetched only for an endpoint that gets requests continuously and has plenty left.
+//! Unused ones are given back after [`USABLE`]; a process that is killed wastes them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::limit::{Clock, Counted, Gauge, Limits, PERMIT_AGE_MAX, Stamp, View};
 
-/// Time within which a prefetched permit can be taken; the rest of [`PERMIT_AGE_MAX`] is for its way to the endpoint.
+/// Time within which a prefetched permit can be taken. The rest of [`PERMIT_AGE_MAX`] is for the way to the endpoint.
 pub(super) const USABLE: Duration = Duration::from_millis(100);
-/// The demand for an endpoint's permits is measured over at least this time.
+/// Shortest time over which the demand for an endpoint's permits is measured.
 const WATCHED: Duration = Duration::from_millis(10);
-/// Fewer are not worth prefetching.
+/// Smallest number of permits worth prefetching.
 const PERMITS_MIN: u64 = 8;
-/// Upper bound: so many in [`USABLE`] are 40,000 a second.
+/// Largest number of permits to prefetch: this many in each [`USABLE`] are about 40,000 a second.
 const PERMITS_MAX: u64 = 4096;
-/// No more than this part of what is left is drawn ahead: so much at most is kept from other processes, or wasted by a kill, and of
-/// small limits, and near any, permits are drawn one by one. At the rate that uses up a limit by the minute the buffer is a thousandth
-/// of it, so this holds back nobody who has a quarter of his minute left.
+/// Part of the remaining permits that may be prefetched, which is all that other processes miss or a kill wastes. Small limits, and
+/// limits that are nearly used up, get their permits one by one. At the rate that uses up a minute's limit, the buffer is a
+/// thousandth of it, so this bound is not felt while a quarter of the minute's limit is left.
 const PART_OF_LEFT: u64 = 256;
-/// Token limits are near when less than this part is left.
+/// Token limits count as nearly reached when less than this part (1/8) is left.
 const PART_OF_TOKENS: u64 = 8;
 
 /// The prefetched permits of one endpoint.
@@ -30,25 +30,25 @@ pub(super) struct PrefetchBuffer(Mutex<BufferState>);
 
 #[derive(Debug, Default)]
 struct BufferState {
-    /// Permits; `None` if there are none.
+    /// The permits; `None` if there are none.
     ahead: Option<PrefetchedPermits>,
-    /// Permits taken since they were counted last.
+    /// Permits taken since the last [`PrefetchBuffer::count_taken`].
     taken: u64,
 }
 
-/// Permits of one moment.
+/// Permits that were drawn at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct PrefetchedPermits {
-    /// Count of each of them.
+    /// How each of them was counted.
     pub(super) counted: Counted,
-    /// The limits that they were drawn by.
+    /// Limits by which they were drawn.
     limits: Arc<Limits>,
     /// Number of permits.
     pub(super) permits: u64,
 }
 
 impl PrefetchBuffer {
-    /// Takes one permit out, if there is one that holds at this moment and for these limits.
+    /// Takes out one permit, if there is one that is valid at this moment and for these limits.
     pub(super) fn take(&self, limits: &Arc<Limits>, clock: &Clock) -> Option<Counted> {
         let mut content = self.lock();
         let ahead = content.ahead.as_mut()?;
@@ -64,12 +64,12 @@ impl PrefetchBuffer {
         Some(counted)
     }
 
-    /// Puts permits in, where there are none.
+    /// Puts permits into an empty buffer.
     pub(super) fn put(&self, counted: Counted, limits: &Arc<Limits>, permits: u64) {
         self.lock().ahead = Some(PrefetchedPermits { counted, limits: Arc::clone(limits), permits });
     }
 
-    /// Takes everything out.
+    /// Takes out all permits.
     pub(super) fn take_all(&self) -> Option<PrefetchedPermits> {
         self.lock().ahead.take()
     }
@@ -80,7 +80,7 @@ impl PrefetchBuffer {
     }
 
     fn lock(&self) -> MutexGuard<'_, BufferState> {
-        // Nothing panics while it is held.
+        // The code that holds the lock does not panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -99,7 +99,7 @@ pub(super) struct Demand {
 }
 
 impl Demand {
-    /// A permit was drawn. Tells how many more are to be drawn with it, of an endpoint of which this is left.
+    /// Counts a drawn permit, and returns how many more to prefetch with it. `view` returns what the endpoint has left.
     pub(super) fn drawn(&mut self, buffer: &PrefetchBuffer, view: impl FnOnce() -> View, now: Stamp) -> u64 {
         self.draws += 1;
         let watched = now - self.since;
@@ -120,7 +120,7 @@ impl Demand {
 
 /// Returns how many permits may be prefetched, given what the endpoint has left.
 fn spare(view: &View) -> u64 {
-    // What a request costs in tokens is known only afterwards, so near these limits each is looked at.
+    // The tokens of a request are known only afterwards, so near a token limit each request is checked on its own.
     let is_near = |gauge: Option<Gauge>| gauge.is_some_and(|gauge| gauge.left() < gauge.limit / PART_OF_TOKENS);
     if is_near(view.gauges.tpm) || is_near(view.gauges.tpd) {
         return 0;

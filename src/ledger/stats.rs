@@ -1,4 +1,4 @@
-//! Token statistics: by endpoint and model, in hours and days.
+//! Token statistics by endpoint and model, in hours and days.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,34 +13,35 @@ use super::LedgerError;
 use super::sqlite;
 use crate::usage::Cost;
 
-/// Hours are kept so long.
+/// Time for which hours are kept.
 pub const HOURS_KEPT: Duration = Duration::from_hours(48);
-/// Days are kept so long.
+/// Time for which days are kept.
 pub const DAYS_KEPT: Duration = Duration::from_hours(400 * 24);
-/// Names of models that are told apart for one endpoint; an endpoint of `*` may be asked for any. All others are one.
+/// Model names that are kept apart for one endpoint; an endpoint of `*` may be asked for any. All others are counted
+/// together.
 pub const MODELS_MAX: usize = 256;
-/// The name of all others.
+/// Name that stands for all further models.
 pub const OTHER_MODELS: &str = "other";
 
-/// Tokens spent, and the moment.
+/// Tokens that an answer spent, and when.
 #[derive(Clone, Debug)]
 pub struct Spent {
     /// The endpoint's id.
     pub endpoint: Arc<str>,
-    /// The model that it was asked for.
+    /// The model that the client asked for.
     pub model: Arc<str>,
-    /// The hour, in seconds of Unix time at which it begins.
+    /// Beginning of the hour, in seconds of Unix time.
     pub hour: i64,
-    /// The day, likewise.
+    /// The day, in the same form.
     pub day: i64,
-    /// The moment, in milliseconds of Unix time.
+    /// End of the answer, in milliseconds of Unix time.
     pub at_ms: i64,
-    /// Amount.
+    /// Tokens and speed.
     pub cost: Cost,
 }
 
 impl Spent {
-    /// Returns the entry of one answer at this moment, by the hours and days of a time zone.
+    /// Returns the entry of an answer that ends at this moment, with the hour and the day of a time zone.
     pub fn now(endpoint: &Arc<str>, model: &str, cost: Cost, zone: &TimeZone, wall: SystemTime) -> Self {
         let Begins { hour, day } = Begins::new(wall, zone);
         let at_ms = Timestamp::try_from(wall).unwrap_or_default().as_millisecond();
@@ -49,12 +50,12 @@ impl Spent {
 }
 
 impl Spent {
-    /// True if it has the same model, hour and day.
+    /// True if it has the same endpoint, model, hour and day.
     pub(super) fn is_kind_of(&self, other: &Self) -> bool {
         (self.hour, self.day) == (other.hour, other.day) && self.model == other.model && self.endpoint == other.endpoint
     }
 
-    /// Adds another of the same kind.
+    /// Adds another entry of the same endpoint, model, hour and day.
     pub(super) fn merge(&mut self, other: &Self) {
         self.cost.merge(&other.cost);
         self.at_ms = self.at_ms.max(other.at_ms);
@@ -71,11 +72,11 @@ pub struct Begins {
 }
 
 impl Begins {
-    /// Returns those of a moment in a time zone.
+    /// Returns the beginnings for a moment in a time zone.
     pub fn new(wall: SystemTime, zone: &TimeZone) -> Self {
         let now = Timestamp::try_from(wall).unwrap_or_default().to_zoned_datetime(zone.clone());
         let second = now.timestamp().as_second();
-        // By the clock on the wall, whose hours need not begin with those of UTC.
+        // Local hours, which need not begin with those of UTC.
         let hour = second - i64::from(now.minute()) * 60 - i64::from(now.second());
         Self { hour, day: now.start_of_day().map_or(hour, |day| day.timestamp().as_second()) }
     }
@@ -84,20 +85,20 @@ impl Begins {
 /// Statistics of one model of an endpoint.
 #[derive(Clone, Debug, Default)]
 pub struct ModelStats {
-    /// Since the last reset.
+    /// Tokens and speed since the last reset.
     pub cost: Cost,
-    /// The last one's moment, in milliseconds of Unix time.
+    /// End of the last answer, in milliseconds of Unix time.
     pub last_used_ms: i64,
-    /// Total tokens by the hour's begin, without estimates.
+    /// Total tokens by the beginning of the hour (seconds of Unix time), without estimates.
     pub hours: BTreeMap<i64, u64>,
-    /// Total tokens by the day's beginning, without estimates.
+    /// Total tokens by the beginning of the day (seconds of Unix time), without estimates.
     pub days: BTreeMap<i64, u64>,
 }
 
 /// Statistics by endpoint, then by model.
 pub type Stats = BTreeMap<String, BTreeMap<String, ModelStats>>;
 
-/// Reads the statistics, beside whoever writes them. It takes time: not for the request path.
+/// Reads the statistics, beside the process that writes them. It takes time: not for the request path.
 pub fn read(path: &Path, now: SystemTime) -> Result<Stats, LedgerError> {
     let connection = sqlite::open_to_read(path)?;
     let second = Timestamp::try_from(now).unwrap_or_default().as_second();
@@ -106,7 +107,7 @@ pub fn read(path: &Path, now: SystemTime) -> Result<Stats, LedgerError> {
 
 fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
     let mut stats = Stats::new();
-    // One moment's, whatever is written meanwhile.
+    // A transaction, so that all reads see the same state even if the ledger is written meanwhile.
     let connection = connection.unchecked_transaction()?;
     let columns = Cost::COLUMNS.join(", ");
     let mut totals = connection.prepare(&format!("SELECT endpoint, model, last_used, {columns} FROM token_total"))?;
@@ -133,7 +134,7 @@ fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
     Ok(stats)
 }
 
-/// Returns the last second that is too old to be kept.
+/// Returns the second of Unix time at or before which an hour or a day must begin to be too old to be kept.
 pub(super) fn oldest(now: i64, kept: Duration) -> i64 {
     now.saturating_sub(i64::try_from(kept.as_secs()).unwrap_or(i64::MAX))
 }

@@ -1,4 +1,5 @@
-//! The ledger's thread: it serves the allocator, opens the ledger, and takes up its faults. A second one writes the log back.
+//! The ledger's thread: it runs the allocator, opens the ledger and handles its errors. A second thread writes
+//! checkpoints.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -14,22 +15,22 @@ use super::{Client, FaultKind, Ledger, LedgerError};
 use crate::config::{self, LedgerOnError, LedgerSync};
 use crate::limit::{Clock, Stamp};
 
-/// After a fault the ledger is left alone for so long; meanwhile requests do not wait for it.
+/// Pause after an error of the ledger; meanwhile requests do not wait for it.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
-/// A batch waits no longer than this for another program's lock once it has waited its full time in vain.
+/// Longest wait of a batch for another program's lock, once a batch has waited its full time in vain.
 const LOCK_WAIT_FAILING: Duration = Duration::from_millis(20);
-/// Time between two checks that the file was not replaced, while there is anything to do.
+/// Shortest time between two checks whether the file was replaced.
 const LOOK_AT_FILE: Duration = Duration::from_secs(1);
-/// A batch of so many says that more are coming all the time. Then the next one is begun a little later and serves more of them
-/// at the price of one: at such a rate requests wait for the processor anyway.
+/// A batch with this many draws shows that more are arriving continuously. The next batch then begins [`LINGER`] later
+/// and serves more of them for the price of one; at such a rate, requests wait for the CPU anyway.
 const BUSY_DRAWS: usize = 4;
 const LINGER: Duration = Duration::from_micros(250);
-/// A fault that goes on is told again.
+/// Interval of log lines about an error that lasts.
 const TELL_AGAIN: Duration = Duration::from_mins(1);
-/// The log is written back this long after the first commit that it holds.
+/// Time between the first commit in the write-ahead log and the checkpoint that writes it back.
 const CHECKPOINT_AFTER: Duration = Duration::from_secs(1);
 
-/// Keeps the ledger of one process: its thread, and the way to it.
+/// Owner of the ledger of one process: its thread, and the handle to it.
 #[derive(Debug)]
 pub struct Keeper {
     client: Client,
@@ -54,33 +55,33 @@ pub struct LedgerState {
     fault: Arc<Mutex<Option<Failing>>>,
 }
 
-/// A fault that lasts.
+/// An error that persists.
 #[derive(Clone, Debug)]
 pub struct Failing {
-    /// Since when.
+    /// Time of its first occurrence.
     pub since: SystemTime,
-    /// Message.
+    /// Message of its last occurrence.
     pub message: String,
     told: Instant,
 }
 
 impl LedgerState {
-    /// The file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Behaviour of limited endpoints while it cannot be used.
+    /// Returns the config's `ledgerOnError`: the behaviour of limited endpoints while the ledger cannot be used.
     pub fn on_error(&self) -> LedgerOnError {
         self.on_error
     }
 
-    /// Counts of what was done without it.
+    /// Returns the counts of requests that were served or refused without the ledger.
     pub fn tally(&self) -> &Tally {
         &self.tally
     }
 
-    /// The fault, if it cannot be used.
+    /// Returns the error that makes the ledger unusable; `None` if it works.
     pub fn fault(&self) -> Option<Failing> {
         self.lock().clone()
     }
@@ -102,7 +103,8 @@ impl LedgerState {
         );
     }
 
-    /// An error without words is the one before.
+    /// Records an error, and logs it if it is new or due again. An empty message means that the previous error
+    /// persists.
     fn fails(&self, error: &LedgerError) {
         let mut fault = self.lock();
         let now = Instant::now();
@@ -126,7 +128,8 @@ impl LedgerState {
 }
 
 impl Keeper {
-    /// The keeper of the ledger that a config names. Nothing is opened yet: threads do not outlive going into the background.
+    /// Returns the keeper of the ledger that a config names. It opens nothing and starts no thread: threads do not
+    /// survive the fork into the background.
     pub fn new(server: &config::Server) -> Self {
         let options =
             LedgerOptions { path: server.ledger.clone(), sync: server.ledger_sync, on_error: server.ledger_on_error };
@@ -139,28 +142,28 @@ impl Keeper {
         Self { client: Client::new(Clock::read), options, state, thread: Mutex::default() }
     }
 
-    /// The way to the ledger.
+    /// Returns the handle to the ledger's thread.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// State of the ledger.
+    /// Returns the state of the ledger.
     pub fn state(&self) -> &LedgerState {
         &self.state
     }
 
-    /// Opens the ledger to see if that works; it is created if it does not exist.
+    /// Opens the ledger to check that it works. Creates it if it does not exist.
     pub fn try_out(&self) -> Result<(), LedgerError> {
         open(&self.options, self.client.clock().boot, false).map(|_| ())
     }
 
-    /// Starts the thread.
+    /// Starts the thread. Does nothing if it runs already.
     pub fn start(&self) -> std::io::Result<()> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if thread.is_some() {
             return Ok(());
         }
-        // Made first, so that nobody waits for a thread that could not be started.
+        // Created first, so that no request waits for a thread that could not be started.
         let ends = EndsWithThread(self.client.clone());
         let (checkpoint, due) = sync_channel(1);
         let path = self.options.path.clone();
@@ -183,9 +186,10 @@ impl Keeper {
         Ok(())
     }
 
-    /// Writes everything and ends the thread. Blocks, for a second or two at most if the ledger cannot be written.
+    /// Writes everything and ends the thread. Blocks until then: for a second or two at most if the ledger cannot be
+    /// written.
     pub fn close(&self) {
-        // Held until it has ended, so that whoever comes second waits as well.
+        // Held until the thread has ended, so that a second caller waits as well.
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(thread) = thread.take() else { return };
         self.client.close();
@@ -195,13 +199,13 @@ impl Keeper {
     }
 }
 
-/// Ends all waiting when the thread ends, however it ends.
+/// Ends all waiting for replies when the thread ends, for whatever reason.
 struct EndsWithThread(Client);
 
 impl Drop for EndsWithThread {
     fn drop(&mut self) {
         self.0.set_down(true);
-        // Whatever is still there is dropped, and whoever waits for it is told so.
+        // Messages that are left are dropped, which tells their senders.
         drop(self.0.end());
     }
 }
@@ -212,14 +216,14 @@ fn open(options: &LedgerOptions, now: Stamp, minute_unknown: bool) -> Result<Sql
     SqliteLedger::open(&options.path, options.sync, &opening)
 }
 
-/// The thread's own.
+/// State of the ledger's thread.
 struct Keeping {
     allocator: Allocator,
     client: Client,
     options: LedgerOptions,
     state: LedgerState,
     ledger: Option<SqliteLedger>,
-    /// After a fault, not before this.
+    /// Earliest moment at which the ledger is used again after an error.
     retry_at: Stamp,
     look_at: Stamp,
     checkpoint: SyncSender<()>,
@@ -269,7 +273,8 @@ impl Keeping {
             }
             self.state.works();
         }
-        // Full: one is due already. Gone: so is its thread, and the file grows until the next start; it has said why.
+        // If the channel is full, a checkpoint is due already. If it is closed, the checkpoint thread has ended, after
+        // logging its panic; the write-ahead log grows until the next start.
         self.checkpoint.try_send(()).unwrap_or_default();
     }
 
@@ -309,7 +314,7 @@ impl Keeping {
         }
     }
 
-    /// Moves a ledger that cannot be trusted aside, and begins a new one. `seen` is the file that was found to be so.
+    /// Moves a corrupt ledger aside and begins a new one. `seen` identifies the file that was found to be corrupt.
     fn replace(&mut self, seen: Option<(u64, u64)>) {
         let path = &self.options.path;
         match sqlite::move_aside(path, seen) {
@@ -335,7 +340,7 @@ impl Keeping {
         }
     }
 
-    /// A file that was deleted or replaced would be written on, unseen by every other process.
+    /// Notices that the file was deleted or replaced: other processes would not see what is written to the old one.
     fn look_at_file(&mut self, now: Stamp) {
         if now < self.look_at {
             return;

@@ -1,5 +1,5 @@
-//! Changes that are written behind: tokens, attempts that needed no permit, permits given back. They wait here for a
-//! batch that takes them along, and stay if it fails.
+//! Changes that are written a little later: tokens, attempts without a permit from the ledger, permits given back. They
+//! wait here for the next batch that writes them, and stay if it fails.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -13,20 +13,20 @@ use super::stats::{MODELS_MAX, OTHER_MODELS};
 use super::{Account, Ledger, LedgerError, Spent};
 use crate::limit::{Clock, Stamp};
 
-/// Delay of writes behind.
+/// Time after which a change is written.
 pub(super) const WRITE_DELAY: Duration = Duration::from_millis(100);
-/// Token counts that wait to be written while the ledger cannot be; more are lost, and told.
+/// Token counts that wait while the ledger cannot be written; more are lost, logged and counted.
 const SPENT_MAX: usize = 10_000;
 
 /// Changes that wait to be written.
 #[derive(Debug)]
 pub(super) struct WriteBehind {
-    /// Accounts that hold something.
+    /// Accounts with unwritten changes.
     accounts: Vec<Arc<Account>>,
     spent: HashMap<SpentKey, Spent>,
-    /// Models that were seen, by endpoint; at most [`MODELS_MAX`] of each.
+    /// Models seen so far, by endpoint; at most [`MODELS_MAX`] for each.
     models: HashMap<Arc<str>, HashSet<Arc<str>>>,
-    /// When they are due.
+    /// Moment at which the changes are due.
     pub(super) due_at: Stamp,
 }
 
@@ -40,22 +40,22 @@ impl Default for WriteBehind {
 }
 
 impl WriteBehind {
-    /// True if nothing waits.
+    /// True if no change waits.
     pub(super) fn is_empty(&self) -> bool {
         self.accounts.is_empty() && self.spent.is_empty()
     }
 
-    /// Schedules a write behind.
+    /// Schedules a write, [`WRITE_DELAY`] from now at the latest.
     pub(super) fn due_soon(&mut self, clock: &Clock) {
         self.due_at = self.due_at.min(clock.boot + WRITE_DELAY);
     }
 
-    /// It could not be written; not again at once.
+    /// Postpones the write after a failure, so that it is not retried at once.
     pub(super) fn postpone(&mut self, clock: &Clock) {
         self.due_at = self.due_at.max(clock.boot + WRITE_DELAY);
     }
 
-    /// Adds what the mirror of an account counts already.
+    /// Adds a change that the account's mirror counts already.
     pub(super) fn add(&mut self, account: &Arc<Account>, entry: Entry) {
         let mut mirror = account.mirror();
         if mirror.unwritten.is_empty() {
@@ -64,7 +64,7 @@ impl WriteBehind {
         entry.merge_into(&mut mirror.unwritten);
     }
 
-    /// Adds to the statistics.
+    /// Adds to the token statistics.
     pub(super) fn add_spent(&mut self, mut spent: Spent, tally: &Tally) {
         let seen = self.models.entry(Arc::clone(&spent.endpoint)).or_default();
         if !seen.contains(&spent.model) {
@@ -87,13 +87,13 @@ impl WriteBehind {
         }
     }
 
-    /// Writes all of it, as a part of a batch.
+    /// Writes all changes, as part of a batch.
     pub(super) fn write(&self, ledger: &mut dyn Ledger) -> Result<(), LedgerError> {
         self.accounts.iter().try_for_each(|account| write(ledger, account, &account.mirror().unwritten))?;
         self.spent.values().try_for_each(|spent| ledger.add_tokens(spent))
     }
 
-    /// The batch was committed.
+    /// Clears the changes after the commit.
     pub(super) fn forget_written(&mut self) {
         self.accounts.drain(..).for_each(|account| account.mirror().unwritten.clear());
         self.spent.clear();

@@ -33,9 +33,9 @@ pub struct Limits {
 pub enum LimitReason {
     /// A limit is reached: its kind and its number.
     Full(LimitKind, u64),
-    /// The machine was started anew, or its ledger lost, and the last minute's counts may be gone.
+    /// The machine was restarted, or its ledger lost, and the last minute's counts may be gone.
     MinuteUnknown,
-    /// The endpoint itself asked to be left alone.
+    /// The endpoint itself asked for a pause.
     Rest,
 }
 

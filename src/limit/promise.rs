@@ -7,8 +7,8 @@ use jiff::civil::Date;
 
 use super::{Days, Slot, Stamp};
 
-/// Nobody is told to come back later than this after the next permit frees: a crowd that goes on asking, whatever it is told,
-/// would push everybody's moment out for ever. It begins anew at the first permit then.
+/// Latest promise after the next permit frees: a crowd of clients that keep asking would push all promises out for ever. Beyond
+/// it promises begin again at the first permit.
 pub(super) const HORIZON: Duration = Duration::from_mins(10);
 
 /// The permits that were promised, each to one of a crowd, so that they do not all come back for the first one. Bounded by

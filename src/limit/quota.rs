@@ -267,7 +267,7 @@ impl Quota {
         Stamp::default()
     }
 
-    /// Everything that can be told about the endpoint's limits at this moment.
+    /// Returns the state of the endpoint's limits at this moment.
     pub fn view(&mut self, limits: &Limits, clock: &Clock) -> View {
         let held = self.held(limits, clock);
         let (today, clear) = limits.calendar.today_and_clear(clock.wall);
@@ -451,7 +451,7 @@ mod tests {
         assert!(quota.take(&limits(5, 0), &at(60_500)).is_ok());
     }
 
-    /// What a crowd of so many is told, in seconds from now.
+    /// Waits of a crowd of refused clients, in seconds from now.
     fn crowd(quota: &mut Quota, limits: &Limits, clock: &Clock, count: usize) -> Vec<u64> {
         let one = |_| {
             let at = quota.next_free(limits, clock, clock.boot);

@@ -50,8 +50,8 @@ pub(super) async fn upstream_peer(session: &Session, context: &mut Context) -> P
     Ok(endpoint.upstream.peer(address, switches_protocol, fresh, first_byte.unwrap_or(Duration::MAX)))
 }
 
-/// Begins the next attempt, at an endpoint that was not tried yet. If none takes the request, the client is told of `otherwise`,
-/// an endpoint's own failure, since that says more.
+/// Begins the next attempt, at an endpoint that was not tried yet. If none takes the request, the client gets `otherwise`, an
+/// endpoint's own failure, since that says more.
 async fn next_attempt(context: &mut Context, method: &Method, otherwise: Option<Fault>) -> Result<(), Fault> {
     match begin_attempt(context, method).await {
         Err(fault) => Err(otherwise.unwrap_or(fault)),
@@ -93,7 +93,7 @@ fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> 
     admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried, queue: None }
 }
 
-/// Begins the attempt under way anew. If its endpoint's limit does not allow that, another endpoint is tried.
+/// Repeats the attempt under way. If its endpoint's limit does not allow that, another endpoint is tried.
 async fn repeat_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
     let ledger = context.ask.as_ref().ok_or(Fault::Internal)?.pool.ledger.clone();
     let mut attempt = context.exchange.state().attempt.take().ok_or(Fault::Internal)?;

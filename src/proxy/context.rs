@@ -11,7 +11,7 @@ use crate::exchange::session::Wrapped;
 use crate::exchange::{Ask, Exchange};
 use crate::fault::Fault;
 use crate::process::{OpenRequest, OpenRequests};
-use crate::response::redact::Blotter;
+use crate::response::redact::Redactor;
 use crate::routing::admission::Choice;
 use crate::routing::pool::Endpoint;
 use crate::routing::rate_headers::Rates;
@@ -32,7 +32,7 @@ pub struct Context {
     /// The way back to the real session while it is wrapped.
     pub wrapped: Wrapped,
     /// Redacts the body of a refusal to switch protocols.
-    pub refusal: Option<Blotter>,
+    pub refusal: Option<Redactor>,
 }
 
 /// Arrival of a request.

@@ -29,7 +29,8 @@ pub enum Follow {
     NextAddress,
     /// The same attempt, without asking for its usage, which the endpoint refused.
     WithoutUsage,
-    /// An attempt at another endpoint. If none takes the request, the client is told this fault, or else why none does.
+    /// An attempt at another endpoint. If none takes the request, the client gets this fault, or else the reason why
+    /// none does.
     NextEndpoint { otherwise: Option<Fault> },
     /// No step: the client gets this fault.
     Fail(Fault),
@@ -142,7 +143,7 @@ pub(super) fn fail_to_connect(context: &mut Context, peer: &HttpPeer, error: &Er
 enum PooledClose {
     /// It did not, for all that is known.
     No,
-    /// It had been closed; the endpoint may have taken the request all the same.
+    /// It had been closed; the endpoint may have taken the request nevertheless.
     Closed,
     /// It had been closed, and the endpoint says that it never took the request.
     NeverTaken,
@@ -160,7 +161,7 @@ impl PooledClose {
     }
 }
 
-/// True if the attempt may begin anew on a fresh connection.
+/// True if the attempt may be repeated on a fresh connection.
 fn may_reconnect(context: &mut Context, closed: PooledClose) -> bool {
     let Some(ask) = &context.ask else { return false };
     if closed == PooledClose::No
@@ -178,7 +179,7 @@ fn may_reconnect(context: &mut Context, closed: PooledClose) -> bool {
     true
 }
 
-/// The endpoint refused what was added to the request, which its client has nothing to do with: the attempt begins anew without.
+/// Prepares to repeat the attempt without `stream_options`, which the gateway added and the endpoint refused.
 fn asks_without_usage(context: &Context) -> bool {
     let mut state = context.exchange.state();
     state.kept = None;
@@ -218,7 +219,7 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
         log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
     }
     let fault = match outcome {
-        // If nobody else has room either, the next choice says until when.
+        // If no other endpoint has room either, the next choice says until when.
         Outcome::LimitReached if more => return Follow::default(),
         Outcome::LimitReached => match kept {
             Some(status) => Fault::EndpointError { status },
@@ -266,8 +267,7 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
     if fault == Fault::Internal {
         log::error!("request {}: {error}", context.arrival.id_text());
     }
-    // Pingora closes the connection after a failure, whatever became of it; a client that is not told so may lose its
-    // next request to it.
+    // Pingora closes the connection after a failure in any case; a client that does not know may lose its next request.
     session.set_keepalive(None);
     let sent = match kept {
         Some(Kept { header, body: Some(body) }) => {

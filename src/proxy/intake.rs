@@ -28,8 +28,8 @@ use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::pool::Pool;
 use crate::routing::rates;
 
-/// A body that nobody wants is read up to this size and time before an early answer, since a client that is still sending
-/// may otherwise never see the answer.
+/// Size and time up to which the rest of a body is read before an early answer, since a client that is still sending may
+/// otherwise never see the answer.
 const DRAIN_BYTES_MAX: usize = 1024 * 1024;
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
 
@@ -49,9 +49,9 @@ enum Next {
 
 /// Reason why a request stops before it goes to an endpoint.
 enum Stop {
-    /// The client gets told.
+    /// The client gets this fault.
     Fault(Fault),
-    /// The client gets told, and what else it sends cannot be trusted to be a request.
+    /// The client gets this fault, and what else it sends cannot be trusted to be a request.
     Unframed(Fault),
     /// The client is gone.
     Gone(Box<Error>),
@@ -319,7 +319,7 @@ fn expects_continue(session: &Session) -> bool {
         && expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
-/// Reads what is left of a body that nobody wants, within bounds.
+/// Reads the rest of a body that is not needed, within bounds.
 async fn drain(session: &mut Session) {
     if expects_continue(session) || session.is_upgrade_req() {
         return;
@@ -333,6 +333,6 @@ async fn drain(session: &mut Session) {
             }
         }
     };
-    // Out of time: the answer is sent all the same.
+    // Out of time: the answer is sent anyway.
     tokio::time::timeout(DRAIN_TIME_MAX, rest).await.unwrap_or_default();
 }

@@ -23,7 +23,7 @@ use crate::request::content_type;
 use crate::request::id::REQUEST_ID;
 use crate::request::rewrite::{self, Edit};
 use crate::response::decode::Encoding;
-use crate::response::redact::Blotter;
+use crate::response::redact::Redactor;
 use crate::routing::retry::Outcome;
 use crate::routing::{health, rate_headers};
 use crate::telemetry::metrics::metrics;
@@ -80,7 +80,7 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
     attempt.encoding = Encoding::from_headers(&header.headers);
     let is_error = header.status.as_u16() >= 400;
     if is_error && attempt.encoding.is_some_and(|encoding| encoding != Encoding::Unknown) {
-        // A key quoted in it can be blotted out in plain text only.
+        // A key quoted in it can be redacted in plain text only.
         header.remove_header(&header::CONTENT_ENCODING);
         header.remove_header(&header::CONTENT_LENGTH);
     }
@@ -115,9 +115,9 @@ pub(super) fn response_body_filter(session: &Session, body: &mut Option<Bytes>, 
         && !session.downstream_session.is_custom()
         && let Some(attempt) = &context.exchange.state().attempt
     {
-        let blotter = context.refusal.get_or_insert_with(|| Blotter::new(attempt.endpoint.secrets.clone()));
-        let piece = blotter.piece(body.as_deref().unwrap_or_default(), end);
-        // An empty piece would be taken for the last chunk.
+        let redactor = context.refusal.get_or_insert_with(|| Redactor::new(attempt.endpoint.secrets.clone()));
+        let piece = redactor.piece(body.as_deref().unwrap_or_default(), end);
+        // An empty piece would count as the last chunk.
         *body = Some(piece).filter(|piece| !piece.is_empty());
     }
     // Once committed there is no other attempt, and nothing more to replay.
@@ -215,7 +215,7 @@ fn set_length(request: &mut RequestHeader, method: &Method, bytes: usize) -> Res
 fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> Result<()> {
     let own_words = header.get_reason_phrase().filter(|words| Some(*words) != header.status.canonical_reason());
     let own_words = own_words.map(ToOwned::to_owned);
-    // Names lose their case, which nobody may go by, and changes are much cheaper.
+    // Names lose their case, which carries no meaning, and changes are much cheaper.
     let mut parts: response::Parts = mem::replace(header, ResponseHeader::build_no_case(200_u16, Some(0))?).into();
     let leaving = leaving(&parts, context);
     for name in &leaving {

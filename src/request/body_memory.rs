@@ -69,7 +69,7 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// Sees to it that there is room for so many bytes. False if there is none in time.
+    /// Reserves this many bytes. False if there is no room in time.
     pub async fn reach(&mut self, bytes: usize) -> bool {
         let has = self.bytes();
         if bytes <= has.max(FREE_BYTES) {

@@ -13,7 +13,7 @@ pub enum Call {
     Messages,
     /// `/embeddings`.
     Embeddings,
-    /// Any other call that may tell what it cost.
+    /// Any other call that may report tokens.
     Other,
     /// A call that reports at most the tokens of another call, such as reading a stored answer.
     Unmetered,

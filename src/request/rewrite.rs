@@ -122,8 +122,8 @@ pub fn model_edit<'a>(quoted: &Range<usize>, model: &'a str) -> Edit<'a> {
 /// A stretch of a body up to this size is copied to what stands beside it, which is cheaper than to send it as a piece of its own.
 const JOINED_BYTES_MAX: usize = 16 * 1024;
 
-/// The body with these replacements, which do not overlap, in the pieces that it is sent in; none is empty. A place that is not
-/// there is left alone.
+/// Returns the body with these replacements, which do not overlap, in the pieces that it is sent in; none is empty. A place
+/// outside of the body is ignored.
 pub fn spliced(body: &Bytes, edits: &mut [Edit<'_>]) -> Vec<Bytes> {
     if edits.is_empty() {
         return Some(body.clone()).filter(|body| !body.is_empty()).into_iter().collect();

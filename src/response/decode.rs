@@ -98,7 +98,7 @@ impl Decoder {
         matches!(self.0, DecoderState::Broken)
     }
 
-    /// Takes the next piece, and tells `each` what it says.
+    /// Takes the next piece, and passes what it decodes to to `each`.
     pub(crate) fn feed(&mut self, piece: &[u8], mut each: impl FnMut(Bytes)) {
         for step in piece.chunks(STEP_BYTES) {
             let written = match &mut self.0 {

@@ -9,7 +9,7 @@ use memchr::memmem::Finder;
 
 use crate::json::part;
 
-/// Shorter secrets are none worth the name, and would blot out ordinary words.
+/// Shorter secrets would redact ordinary words.
 const SECRET_BYTES_MIN: usize = 8;
 /// A quoted or masked secret is looked for across the boundary of two pieces up to this length.
 const CARRY_BYTES: usize = 512;
@@ -38,7 +38,7 @@ impl Secrets {
         self.0.iter().any(|secret| secret.find(text).is_some())
     }
 
-    /// The piece with every secret that it quotes whole blotted out; the piece itself if there is none.
+    /// Returns the piece with every secret that it quotes redacted; the piece itself if it quotes none.
     pub fn blot_whole(&self, piece: &Bytes) -> Bytes {
         if !self.are_in(piece) {
             return piece.clone();
@@ -74,13 +74,13 @@ impl Secrets {
 /// Blots out an error that comes in pieces, and holds its last bytes back until the next one, so that a secret which is cut
 /// in two is found.
 #[derive(Debug)]
-pub struct Blotter {
+pub struct Redactor {
     secrets: Secrets,
     carry: Vec<u8>,
 }
 
-impl Blotter {
-    /// A blotter of these secrets.
+impl Redactor {
+    /// Returns a redactor of these secrets.
     pub fn new(secrets: Secrets) -> Self {
         Self { secrets, carry: Vec::new() }
     }
@@ -142,10 +142,10 @@ mod tests {
     }
 
     fn blotted(pieces: &[&str]) -> String {
-        let mut blotter = Blotter::new(secrets());
+        let mut redactor = Redactor::new(secrets());
         let mut out = Vec::new();
         for (index, piece) in pieces.iter().enumerate() {
-            out.extend_from_slice(&blotter.piece(piece.as_bytes(), index + 1 == pieces.len()));
+            out.extend_from_slice(&redactor.piece(piece.as_bytes(), index + 1 == pieces.len()));
         }
         assert_eq!(out.len(), pieces.concat().len(), "the length stays");
         String::from_utf8_lossy(&out).into_owned()

@@ -14,7 +14,7 @@ use crate::json::part;
 use crate::json::scan;
 use crate::request::call::Call;
 use crate::response::event_template::EventTemplate;
-use crate::response::redact::{Blotter, Secrets};
+use crate::response::redact::{Redactor, Secrets};
 use crate::response::sse::{self, Splitter, Step};
 use crate::usage::{Meter, event_texts, mentions_usage};
 
@@ -28,7 +28,7 @@ pub struct Relay {
     /// True if the last block was taken out.
     dropped: bool,
     /// Redaction of an event that is too long to be kept whole.
-    long: Option<Blotter>,
+    long: Option<Redactor>,
     /// The last event that said nothing but text, since the next one is likely to be like it.
     template: Option<EventTemplate>,
     /// Number of events since one was like the last.
@@ -86,8 +86,8 @@ impl Relay {
                     let rest = part(piece, at..end);
                     meter.part(&kept, false);
                     meter.part(rest, last);
-                    let blotter = self.long.get_or_insert_with(|| Blotter::new(self.secrets.clone()));
-                    out.extend([blotter.piece(&kept, false), blotter.piece(rest, last)]);
+                    let redactor = self.long.get_or_insert_with(|| Redactor::new(self.secrets.clone()));
+                    out.extend([redactor.piece(&kept, false), redactor.piece(rest, last)]);
                     if last {
                         self.long = None;
                     }
@@ -105,7 +105,7 @@ impl Relay {
             };
         }
         self.add(out, piece, from, at);
-        // Whoever reads lines waits for no more than this one, and an endpoint may hold the rest back.
+        // A client that reads lines waits for no more than this one, and an endpoint may hold the rest back.
         if is_done_line(self.splitter.kept()) {
             self.end(meter, out);
         }

@@ -1,8 +1,8 @@
 //! An incremental splitter for server-sent events (WHATWG HTML, 9.2.6).
 //!
 //! Right for any chunking, for `\n`, `\r\n` and `\r`, comments, several `data:` lines and a byte-order mark. A block, the lines
-//! of one event with the empty line that ends it, is told as a place in the piece that it came in; only one that is cut across
-//! pieces is put together, once. Memory is bounded: a block longer than [`BLOCK_BYTES_MAX`] is told in parts, as they come.
+//! of one event with the empty line that ends it, is reported as a place in the piece that it came in; only one that is cut
+//! across pieces is put together, once. Memory is bounded: a block longer than [`BLOCK_BYTES_MAX`] is reported in parts.
 
 use std::borrow::Cow;
 use std::mem;
@@ -11,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 
 use crate::json::part;
 
-/// The longest block that is told whole: far more than one of a chat stream, and little to hold.
+/// Length of a block that is handled as a whole: far more than one of a chat stream, and little to hold.
 pub const BLOCK_BYTES_MAX: usize = 64 * 1024;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
@@ -23,7 +23,7 @@ pub enum Step {
     Block(usize),
     /// A whole block that began in earlier pieces.
     Joined(Bytes, usize),
-    /// A part of a block that is too long to be told whole; what was kept of earlier pieces comes before it.
+    /// A part of a block that is too long to be handled as a whole; what was kept of earlier pieces comes before it.
     Part {
         /// Bytes from earlier pieces.
         kept: Bytes,
@@ -94,7 +94,7 @@ impl Splitter {
         self.kept.split().freeze()
     }
 
-    /// Takes the next piece, and tells `each` every event that it completes: its data, or none if it was too long.
+    /// Takes the next piece, and passes each event that it completes to `each`: its data, or `None` if it was too long.
     pub fn feed(&mut self, piece: &Bytes, mut each: impl FnMut(Option<&[u8]>)) {
         let mut at = 0;
         loop {
@@ -210,7 +210,7 @@ mod tests {
         texts.iter().map(|text| Some((*text).to_owned())).collect()
     }
 
-    /// Every byte of the stream as the steps tell it, and whether each step's bytes end a block.
+    /// Every byte of the stream as the steps report it, and whether each step's bytes end a block.
     fn told(chunks: &[&[u8]]) -> (Vec<u8>, usize) {
         let mut splitter = Splitter::default();
         let (mut bytes, mut blocks) = (Vec::new(), 0);

@@ -5,7 +5,7 @@
 //! 2. If it has none, every endpoint that is open is drawn from in one step of the ledger: a request is refused only if all of
 //!    them were full at one moment.
 //! 3. Then those that are cooling down are tried out, one request at a time.
-//! 4. Then the request waits for its turn, if the config lets it, or is told when to come back.
+//! 4. Then the request waits in the queue, if the config allows it, or is refused with the moment to come back.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +23,7 @@ use crate::routing::router::Candidates;
 const GRANTS_MAX: usize = 16;
 /// A request that waits looks so often which endpoints are open; it keeps its place in the order of arrival.
 const WAIT_SLICE: Duration = Duration::from_millis(500);
-/// Endpoints that are tried out for one request, beyond which nobody is left to hope for.
+/// Endpoints that are tried out for one request before it is refused.
 const RESORTS_MAX: usize = 16;
 
 /// The endpoint that a request goes to.
@@ -65,7 +65,7 @@ pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
     }
 }
 
-/// The same if nobody has to be waited for: the strategy's choice has no limits, or permits that were drawn ahead.
+/// Chooses without waiting: the strategy's choice has no limits, or prefetched permits.
 pub fn at_once(request: Request<'_>) -> Result<Choice, Undecided> {
     let Request { pool, candidates, tried, .. } = request;
     let clock = pool.clock();
@@ -99,7 +99,7 @@ pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice
     }
 }
 
-/// The first choice has no permit: whoever else has.
+/// Spills: the first choice has no permit, so the others are asked.
 async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
     let pool = request.pool;
     let turn = Turn { ticket: pool.ledger.ticket(), place: None, until: Stamp::default() };
@@ -121,7 +121,7 @@ async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
         }
     }
     match wait_or_refuse(request, turn).await {
-        // Whoever could be tried out was at a limit, so that is what is to be waited for.
+        // The endpoints that could be tried out were at a limit, so that is what the client has to wait for.
         Err(Fault::NoneAvailable) => Err(limited.unwrap_or(Fault::NoneAvailable)),
         other => other,
     }
@@ -168,7 +168,7 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
     }
 }
 
-/// Draws from candidates. Nobody being left to draw from is a fault.
+/// Draws from candidates. It is a fault if there are none.
 async fn draw(
     request: Request<'_>,
     open: &[(usize, Stamp)],
@@ -190,7 +190,7 @@ fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit, clock: Clock) -> R
     Ok(Choice { candidate, trial: None, permit, at: clock })
 }
 
-/// Tries an endpoint out that is cooling down, if nobody else does. A fault is its limit.
+/// Tries an endpoint out that is cooling down, if no other request does. A fault is its limit.
 async fn try_out(request: Request<'_>, candidate: usize, ticket: u64, clock: Clock) -> Option<Result<Choice, Fault>> {
     let endpoint = balance::endpoint_of(request.pool, request.candidates, candidate)?;
     let trial = Some(endpoint.live.begin_trial()?);

@@ -8,7 +8,7 @@
 //!                                     └───────────── failure ◄──────────────┘
 //! ```
 //!
-//! A rest is something else: the endpoint asked (429) to be left alone until a moment, which is no error of its.
+//! A rest is something else: the endpoint asked for a pause (429) until a moment, which does not count as an error.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -37,14 +37,14 @@ pub enum Gate {
     Open,
     /// The cool-down is over; one request may try.
     TrialDue,
-    /// It failed repeatedly and is left alone, unless nothing else is there.
+    /// It failed repeatedly and gets no requests, unless nothing else is there.
     Cooling {
         /// The end of the cool-down.
         until: Instant,
     },
     /// A trial is under way; nothing else may go there until it ends.
     OnTrial,
-    /// It asked to be left alone.
+    /// It asked for a pause.
     Resting {
         /// The end of the rest.
         until: Instant,
@@ -60,7 +60,7 @@ pub enum Effect {
     Success,
     /// It failed, in a way that its next request may fail as well.
     Failure,
-    /// It asked to be left alone for so long.
+    /// It asked for a pause of this length.
     Rest(Duration),
     /// No effect: the request was at fault, or the client disconnected.
     Neutral,

@@ -281,7 +281,7 @@ impl Average {
     }
 }
 
-/// A poisoned lock is taken all the same: each of these guards plain values that are never left half written.
+/// Takes a poisoned lock as well: each of these guards plain values that are never left half written.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,7 +10,7 @@ use crate::telemetry::metrics;
 /// Outcome of an attempt, or of the answer that it is about to give.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The endpoint answered with this status; `rest` is how long it asked to be left alone if it is a 429.
+    /// The endpoint answered with this status; `rest` is the pause that it asked for if it is a 429.
     Status {
         /// The status.
         status: u16,
@@ -21,13 +21,13 @@ pub enum Outcome {
     Empty,
     /// A stream whose first event is an error.
     ErrorEvent,
-    /// A refusal of the `stream_options` that we added; the endpoint is asked once more without.
+    /// A refusal of the `stream_options` that the gateway added; the attempt is repeated without.
     UsageRefused,
     /// No connection could be made to any of its addresses, or its name could not be resolved.
     ConnectFailed,
     /// The connection or stream broke before the answer could be committed.
     Broken,
-    /// No byte, or no event worth its name, within the first-byte timeout.
+    /// No byte, or no event with content, within the first-byte timeout.
     TooSlow,
     /// It took so long to reach the endpoint that its limit was reached meanwhile; nothing was sent.
     LimitReached,

@@ -111,7 +111,7 @@ struct Match {
     weight: u32,
 }
 
-/// Names stand in the config, so nobody can choose them to collide, and a look-up costs the same in every process.
+/// Names come from the config, so no client can choose them to collide, and a look-up costs the same in every process.
 type Index = HashMap<Box<str>, Arc<Candidates>, BuildHasherDefault<DefaultHasher>>;
 
 /// The index from model names to candidates.

@@ -1,4 +1,5 @@
-//! The certificate that clients are shown. It is read anew while the process serves, since most are renewed every few weeks.
+//! The certificate that clients are shown. It is read again while the process serves, since most are renewed every few
+//! weeks.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ impl Certificate {
         Ok(Self(Arc::new(ArcSwap::from_pointee(read(files)?))))
     }
 
-    /// Reads files anew, for [`Certificate::show`].
+    /// Reads files again, for [`Certificate::show`].
     pub(super) fn read(files: &ServerTls) -> Result<CertifiedKey, String> {
         read(files)
     }

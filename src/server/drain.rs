@@ -68,8 +68,8 @@ impl Drain {
     async fn wait_and_leave(&self, hands_over: bool) {
         self.draining.begin();
         log::info!("stopping: {} requests are open", self.open.count());
-        // Whoever asks a second time does not want to wait. One that hands over has not been asked yet: a service that is stopped
-        // asks all its processes at once.
+        // A second signal means at once. A process that hands over has not had its first one yet: a service that is stopped
+        // signals all its processes at once.
         let mut patience = u32::from(hands_over);
         let mut asked_again = [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| signal(kind).ok());
         let [terminated, interrupted] = &mut asked_again;

@@ -64,7 +64,7 @@ struct HandoverResult {
     error: Option<String>,
 }
 
-/// Makes a folder that nobody else can look into.
+/// Creates a folder that only its owner can look into.
 pub fn make_private(folder: &Path) -> std::io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))
@@ -78,7 +78,7 @@ impl Running {
         Self { pid, began: began(pid).unwrap_or_default(), address, version, tls }
     }
 
-    /// Writes it into the runtime folder, for whoever wants to upgrade or signal the process.
+    /// Writes it into the runtime folder, for commands that upgrade or signal the process.
     pub fn write(&self, folder: &Path) -> std::io::Result<()> {
         write(&folder.join(RUNNING_FILE), self)
     }
@@ -177,7 +177,7 @@ impl Successor {
     fn start_successor(&self) -> Result<u32, String> {
         log::info!("upgrade: {} is checked", self.program.display());
         self.check()?;
-        // What an earlier one left would be taken for the new one's.
+        // A socket that an earlier one left would look like the new one's.
         std::fs::remove_file(&self.upgrade_sock).unwrap_or_default();
         let mut child = Command::new(&self.program)
             .args(&self.arguments)

@@ -39,11 +39,11 @@ use listen::Listening;
 pub use listen::callable;
 use services::{Announce, MetricsService, Resolve, StartThreads};
 
-/// Pingora writes tries over all requests alike; ours are bounded request by request, so this only has to be larger than
-/// any of those: a hundred attempts, each at sixteen addresses, begun anew twice, and once more without `stream_options`.
+/// Pingora has one limit of tries for all requests. Ours are bounded request by request, so this only has to be larger than any
+/// of those: a hundred attempts, each at sixteen addresses, repeated twice, and once without `stream_options`.
 const PINGORA_TRIES_MAX: usize = 100 * (16 + 2 + 1);
-/// Idle connections to endpoints that each thread keeps, unless the server conf says otherwise: after a crowd of streams the next
-/// one should not have to connect anew.
+/// Idle connections to endpoints that each thread keeps, unless the server conf says otherwise: after many streams at once, the
+/// next ones should find connections.
 const IDLE_CONNECTIONS_MAX: usize = 1024;
 /// Flow-control window of an HTTP/2 stream. Over a distance, each of these takes a round trip: HTTP's own 64 KiB made
 /// 20 MB over 50 ms take 18 s.
@@ -152,7 +152,7 @@ impl Prepared {
         let server = &mut self.server;
         let gateway = Gateway { auth: Auth::default(), process: process.clone() };
         let mut http = HttpServerOptions::default();
-        // On the plain port HTTP/2 is told by its preface; HTTP/1.1 works beside it.
+        // On the plain port HTTP/2 is recognised by its preface; HTTP/1.1 works beside it.
         http.h2c = listening.certificate.is_none();
         let mut service =
             ProxyServiceBuilder::new(&server.configuration, gateway).name("api-together").server_options(http).build();
@@ -215,7 +215,7 @@ impl Prepared {
         self.run(RunArgs::default());
     }
 
-    /// Serves until told to stop in another way.
+    /// Serves until stopped in another way.
     pub fn run(self, args: RunArgs) {
         let Self { server, writes, .. } = self;
         server.run(args);

@@ -100,7 +100,7 @@ impl Reloader {
         files
     }
 
-    /// Reads everything anew. `asked`: somebody waits for an answer, be it that nothing has changed.
+    /// Reads everything again. `asked`: a signal came, so the result is logged even if nothing has changed.
     fn take_in(&self, asked: bool) {
         let shown = self.path.display();
         let loaded = match config::load(&self.path, &Environment::from_process(&self.path)) {
@@ -120,7 +120,7 @@ impl Reloader {
         let version = before.version + u64::from(!lines.is_empty());
         match Pool::new(config, before.ledger.clone(), Some(&before)) {
             Ok(pool) if lines.is_empty() => {
-                // A CA file may have changed, which no line tells.
+                // A CA file may have changed, which no line shows.
                 self.pool.store(Arc::new(Pool { version, loaded_at: before.loaded_at, ..pool }));
             }
             Ok(pool) => self.pool.store(Arc::new(Pool { version, ..pool })),
@@ -147,7 +147,7 @@ impl Reloader {
     }
 
     fn refuse(&self, why: &str) {
-        // The same is told once, however often it is looked at again.
+        // The same error is logged once, however often it is found again.
         if !self.state.refused(why) {
             return;
         }

@@ -36,7 +36,7 @@ pub(super) struct StartThreads(pub(super) Arc<Keeper>);
 impl BackgroundService for StartThreads {
     async fn start(&self, _shutdown: ShutdownWatch) {
         log_writer::start();
-        // Whoever has asked already is told, too, if it cannot be.
+        // Requests that wait already are refused, too, if it cannot be started.
         if let Err(error) = self.0.start() {
             log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");
         }
@@ -65,7 +65,7 @@ impl ServeHttp for MetricsService {
     }
 }
 
-/// Says that the server listens when it does, so that whoever waits for it may call at once.
+/// Prints the banner when the server listens, so that scripts that wait for it may call at once.
 pub(super) struct Announce {
     pub(super) address: SocketAddr,
     pub(super) tls: bool,
@@ -92,7 +92,7 @@ impl BackgroundService for Announce {
             log::warn!("{}: {error}; `api-together upgrade` will not find this process", folder.display());
         }
         anstream::print!("{}", self.text);
-        // To a pipe the text would wait for more; whoever waits for it would wait as well.
+        // Output to a pipe is buffered, and its reader would wait.
         std::io::Write::flush(&mut std::io::stdout()).unwrap_or_default();
         systemd::ready();
     }

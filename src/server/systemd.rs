@@ -1,4 +1,4 @@
-//! Tells systemd how the process is doing (`Type=notify`), if it asks to be told.
+//! Notifies systemd of the process's state (`Type=notify`), if it asks for that.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;

@@ -218,7 +218,7 @@ fn forever_stalled() -> Peekable<Steps> {
     steps.peekable()
 }
 
-/// The error by which hyper is told to break an answer off.
+/// The error by which hyper breaks an answer off.
 #[derive(Debug)]
 pub(super) struct BrokenOff;
 

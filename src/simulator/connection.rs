@@ -208,7 +208,7 @@ impl Drop for Guard {
     }
 }
 
-/// The stream under the connection: notes activity, and resets when told so.
+/// The stream under the connection: notes activity, and resets on demand.
 struct Wire<IO> {
     io: IO,
     line: Arc<Line>,

@@ -123,7 +123,7 @@ impl Deref for Simulator {
 /// Options of a simulator.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Sent as `x-sim-name` and as the models' owner, to tell several simulators apart.
+    /// Sent as `x-sim-name` and as the models' owner, to distinguish several simulators.
     pub name: String,
     /// Models of `GET /v1/models`.
     pub models: Vec<String>,

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 /// A line is written this long after it was made; a process that is killed loses no more than that.
 const WRITE_BEHIND: Duration = Duration::from_millis(10);
-/// Beyond so many bytes that wait, whoever has a line writes them all: a log that is read too slowly slows the requests
-/// down, and loses nothing.
+/// Bytes that may wait. Beyond them a request with a line writes them all: a log that is read too slowly slows requests down,
+/// and loses nothing.
 const WAITING_BYTES_MAX: usize = 1024 * 1024;
 
 static WAITING: WaitingLines =

@@ -26,7 +26,7 @@ const LEVEL_DEFAULT: &str = "info";
 const TALKATIVE: [&str; 5] = ["pingora", "h2", "hyper", "rustls", "reqwest"];
 /// The target of a request's own line: its message is the members of a JSON object, if lines are JSON.
 pub(crate) const REQUEST_TARGET: &str = "api_together::request";
-/// A warning that says what one has said so short a time ago is counted instead, and told with the next.
+/// Time within which an equal warning is counted instead of logged; the next one shows the number.
 const FOLD_TIME: Duration = Duration::from_secs(10);
 /// Different warnings that are remembered for it.
 const FOLDED_MAX: usize = 64;

@@ -219,7 +219,7 @@ impl Metrics {
 /// The content type of [`Metrics::text`].
 pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Values that are read at a scrape. Gathered anew for each, so that nothing of an endpoint that is gone is shown.
+/// Values that are read at a scrape. Collected for each scrape, so that no endpoint that is gone is shown.
 #[derive(Debug, Default)]
 pub(crate) struct Scrape(Registry);
 
@@ -271,7 +271,7 @@ fn once<T>(kept: Option<&OnceLock<T>>, use_it: impl FnOnce(&T), look_up: impl Fn
     }
 }
 
-/// Registers a metric. It fails only for a name that is none or is used twice.
+/// Registers a metric. It fails only for an invalid name or one that is used twice.
 fn keep<T: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<T>) -> prometheus::Result<T> {
     let metric = made?;
     registry.register(Box::new(metric.clone()))?;

@@ -33,8 +33,8 @@ impl Cork {
         if self.0 < 0 {
             return false;
         }
-        // SAFETY: the connection that Pingora has named is the exchange's until it ends, and nobody else closes it meanwhile. A
-        // number that is nobody's any more is an error of the call, and one that is another socket's sends what that one holds.
+        // SAFETY: the connection that Pingora has named is the exchange's until it ends, and nothing else closes it meanwhile. A
+        // closed descriptor makes the call fail, and one that is another socket's sends the bytes which that one holds.
         let socket = unsafe { BorrowedFd::borrow_raw(self.0) };
         SockRef::from(&socket).set_tcp_cork(on).is_ok()
     }

@@ -90,7 +90,7 @@ impl Upstream {
         })
     }
 
-    /// The addresses of the endpoint: the last good answer, or a look-up if there is none yet.
+    /// Returns the addresses of the endpoint: the last good answer, or a look-up if there has been none.
     pub async fn addresses(&self) -> io::Result<Arc<Vec<SocketAddr>>> {
         match self.resolved.load_full() {
             Some(known) => Ok(known),

@@ -29,7 +29,7 @@ pub struct Sum {
 /// Speed of streams, summed up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Speed {
-    /// Streams whose tokens were told.
+    /// Streams whose tokens were reported.
     pub streams: u64,
     /// The tokens of their answers.
     pub tokens: u64,
@@ -51,7 +51,7 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Names of its numbers, for whoever keeps them in a table.
+    /// Names of its numbers, for tables that keep them.
     pub(crate) const COLUMNS: [&str; 14] = [
         "requests",
         "prompt",

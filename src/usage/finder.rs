@@ -3,7 +3,7 @@
 use super::{Usage, reported};
 use crate::json::part;
 
-/// A usage is some hundred bytes; a longer one is none.
+/// Longest usage: one is some hundred bytes.
 const VALUE_BYTES_MAX: usize = 16 * 1024;
 /// Longer than any key that matters here.
 const KEY_BYTES_MAX: usize = 16;
@@ -37,7 +37,7 @@ impl UsageKey {
 #[derive(Debug, Default)]
 pub struct Finder {
     depth: u32,
-    /// The key whose value is at hand, at the first depth and at the second.
+    /// The key whose value is being read, at the first depth and at the second.
     keys: [UsageKey; 2],
     in_string: bool,
     escaped: bool,

@@ -1,5 +1,5 @@
-//! Measures one answer as it passes: its tokens, when they came, and, in case that the endpoint does not tell how many they
-//! are, a sample of its text.
+//! Measures one answer as it passes: its tokens, their timing, and a sample of its text for an estimate, in case the endpoint
+//! does not report them.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -15,7 +15,7 @@ use crate::request::call::Call;
 
 /// Bytes of a stream's text that are kept for an estimate; the rest is taken to be like them.
 pub const SAMPLE_BYTES_MAX: usize = 16 * 1024;
-/// A JSON answer is kept up to this size and so many pieces, likewise. They are not copied.
+/// Size and number of pieces up to which a JSON answer is kept for an estimate. They are not copied.
 pub const BODY_BYTES_MAX: usize = 256 * 1024;
 const BODY_PIECES_MAX: usize = 4096;
 
@@ -273,7 +273,7 @@ impl Meter {
         self.usage.filter(|_| !self.reported_prompt_only)
     }
 
-    /// The prompt's tokens, if they were told even though the answer's were not.
+    /// Returns the prompt's tokens, if they were reported even though the answer's were not.
     pub fn prompt_reported(&self) -> Option<u64> {
         self.usage.and_then(|usage| usage.prompt())
     }
@@ -369,7 +369,7 @@ pub fn event_texts<'a>(call: Call, data: &'a [u8], mut each: impl FnMut(&'a [u8]
     strings(data).filter(|(key, _)| keys.contains(key)).for_each(|(_, text)| each(text));
 }
 
-/// Tells the texts of a JSON answer, whole or cut, likewise.
+/// Passes on the texts of a JSON answer, whole or cut.
 pub fn answer_texts<'a>(call: Call, json: &'a [u8], mut each: impl FnMut(&'a [u8])) {
     const KEYS: [&[u8]; 7] =
         [b"content", b"reasoning_content", b"reasoning", b"text", b"arguments", b"refusal", b"thinking"];

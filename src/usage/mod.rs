@@ -26,7 +26,7 @@ pub use reported::Reported;
 /// No answer costs more; a number beyond it is a fault of the endpoint's, and must not spoil every sum.
 const TOKENS_MAX: u64 = 1 << 32;
 
-/// The counts as an answer has them. What it does not say, or says in a way that is no count, is none.
+/// Counts as an answer reports them. A count that is missing or malformed is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// `prompt_tokens`.
@@ -35,7 +35,7 @@ pub struct Usage {
     completion: Option<u64>,
     /// `input_tokens`, which some calls have in place of the prompt's, some endpoints beside them.
     input: Option<u64>,
-    /// `output_tokens`, likewise.
+    /// `output_tokens`, in the same role for the answer.
     output: Option<u64>,
     total: Option<u64>,
     /// Tokens of the prompt that came from a cache.
@@ -73,7 +73,7 @@ impl Usage {
         self.completion == Some(0) && self.total.is_some_and(|total| total > 0) && self.total == self.prompt
     }
 
-    /// The tokens of the prompt, if they are told.
+    /// Returns the tokens of the prompt, if they were reported.
     pub fn prompt(&self) -> Option<u64> {
         let apart = self.cache_read.unwrap_or(0) + self.cache_written.unwrap_or(0);
         self.prompt.or_else(|| self.input.map(|input| input + apart))

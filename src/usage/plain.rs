@@ -21,7 +21,7 @@ impl<'a> Plain<'a> {
         self.0
     }
 
-    /// Reads an object. Each of its values is to be read by `value`, which is told the key.
+    /// Reads an object. `value` reads each of its values, and is passed the key.
     pub(super) fn object(
         &mut self,
         mut value: impl FnMut(&mut Self, &[u8]) -> Result<(), Surprise>,

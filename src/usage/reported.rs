@@ -182,7 +182,7 @@ struct UsageCounts {
     reasoning: Count,
     /// `prompt_tokens_details`, `input_tokens_details` of responses, `input_token_details` of transcriptions.
     of_prompt: [Details; 3],
-    /// Likewise.
+    /// As above.
     of_answer: [Details; 3],
 }
 

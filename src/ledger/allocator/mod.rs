@@ -106,8 +106,8 @@ impl Allocator {
         self.write_behind.is_empty() && self.prefetched.is_empty()
     }
 
-    /// Serves whatever has come and whatever is due, with the ledger or, if it cannot be used, without. The error says that
-    /// it could not; everybody was answered all the same.
+    /// Serves all messages and all work that is due, with the ledger or, if it cannot be used, without. On an error the ledger
+    /// could not be used; every message got a reply nevertheless.
     pub fn serve(&mut self, ledger: Option<&mut dyn Ledger>) -> Result<Used, LedgerError> {
         let messages = self.client.take_messages();
         self.serve_messages(ledger, messages)
@@ -156,7 +156,7 @@ impl Allocator {
         }
     }
 
-    /// Gives back what was drawn ahead: once it is old, and before anybody is told what is left.
+    /// Gives prefetched permits back: once they are old, and before anyone asks how many are left.
     fn clear_prefetched(&mut self, messages: &Messages, clock: &Clock) {
         if self.prefetched.is_empty() {
             return;
@@ -226,7 +226,7 @@ impl Allocator {
         let Some(counted) = counted else { return };
         account.mirror().quota.give_back(counted);
         self.write_behind.add(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
-        // At once, as after a kill it would count for an attempt that nobody made.
+        // At once, as after a kill it would count for an attempt that was never made.
         self.write_behind.due_at = clock.boot;
     }
 
@@ -259,8 +259,8 @@ impl Allocator {
         }
     }
 
-    /// First those who swap a permit for another, then whoever waits, if it is time to look through them, then the newcomers; but
-    /// for those who are gone.
+    /// Returns the draws to serve, without those whose client is gone: first swaps of permits, then the queue, if it is time to
+    /// look through it, then new draws.
     fn draws_due(&mut self, newcomers: Vec<Draw>, clock: &Clock) -> Vec<Draw> {
         let (mut draws, newcomers): (Vec<_>, Vec<_>) =
             newcomers.into_iter().partition(|draw| draw.instead_of.is_some());

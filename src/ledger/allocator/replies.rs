@@ -11,7 +11,8 @@ use crate::ledger::{Account, Permit, prefetch};
 use crate::limit::{Clock, Counted, Held, Limits, View};
 
 impl Allocator {
-    /// Tells everybody, now that it counts; the views first, so that whoever is told sees its own part in them.
+    /// Replies to all draws, now that they count. Views are published first, so that they include the draws of those
+    /// who read them.
     pub(super) fn answer(&mut self, served: Vec<Served>, clock: &Clock) {
         let mut seen: Vec<*const Account> = Vec::new();
         for Wanted { account, limits, .. } in served.iter().flat_map(|served| &served.draw.wanted) {
@@ -39,7 +40,7 @@ impl Allocator {
     /// Keeps prefetched permits for the requests that come next.
     fn keep_prefetched(&mut self, draw: &Draw, at: usize, counted: Counted, permits: u64, clock: &Clock) {
         let Some(Wanted { account, limits, .. }) = draw.wanted.get(at) else { return };
-        // What is there holds no more, be it for another config's limits.
+        // The permits that are there have expired or belong to another config's limits.
         self.give_back_prefetched(account, clock);
         account.prefetch.put(counted, limits, permits);
         // When the last one would have been too old, this one is not.
@@ -52,7 +53,7 @@ impl Allocator {
         let counted = counted.filter(|_| limits.in_ledger());
         let permit = Permit::new(&self.client, account, limits, counted);
         let permit = if limits.is_concurrency_limited() { permit.in_flight() } else { permit };
-        // Whoever is gone meanwhile drops the permit, which gives it back.
+        // If the client is gone, the permit is dropped, which gives it back.
         drop(draw.reply.send(Drawn::Granted(at, permit)));
     }
 
@@ -71,11 +72,11 @@ impl Allocator {
         };
         let held = held.iter().map(|(at, held)| (*at, held.by)).collect();
         let refusal = Refusal { wait: clock.boot.until(free_at), held };
-        // Whoever is gone meanwhile needs no answer.
+        // A client that is gone needs no reply.
         drop(draw.reply.send(Drawn::Refused(refusal)));
     }
 
-    /// Endpoints that need no ledger are asked all the same; the others by what the config says.
+    /// Serves endpoints that need no ledger; the others as the config says.
     pub(super) fn serve_without_ledger(&mut self, draws: Vec<Draw>, clock: &Clock) {
         for mut draw in draws {
             let may_go = |wanted: &Wanted| !wanted.limits.in_ledger() || self.on_error == LedgerOnError::Allow;
@@ -95,7 +96,7 @@ impl Allocator {
                 self.grant(draw, at, None);
             } else if held.is_empty() {
                 self.tally.denied.fetch_add(1, Ordering::Relaxed);
-                // Whoever is gone meanwhile needs no answer.
+                // A client that is gone needs no reply.
                 drop(draw.reply.send(Drawn::Unavailable));
             } else {
                 // Nothing is promised: those that need the ledger may seem free, and are not.
@@ -111,7 +112,7 @@ impl Allocator {
 /// Replies to messages that do not ask for a permit.
 pub(super) fn answer_others(messages: Messages, clock: &Clock, written: bool) {
     let view = |(account, limits): &(Arc<Account>, Arc<Limits>)| -> View { account.mirror().quota.view(limits, clock) };
-    // Whoever is gone meanwhile needs no answer, here and below.
+    // A client that is gone needs no reply, here and below.
     for look in messages.looks {
         drop(look.reply.send(look.accounts.iter().map(view).collect()));
     }

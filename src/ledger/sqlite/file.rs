@@ -1,4 +1,4 @@
-//! The file: made, connected to, told apart from others, written back, moved aside.
+//! The file of the ledger: creating it, connecting to it, identifying it, writing its log back, moving it aside.
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
@@ -26,7 +26,7 @@ const CHECKPOINT_LOCK_WAIT: Duration = Duration::from_millis(10);
 /// A log longer than this is written back even if the next batch has to wait for it.
 const LOG_BYTES_MAX: i64 = 16 * 1024 * 1024;
 
-/// Opens the ledger to read statistics from it, beside whoever writes it.
+/// Opens the ledger to read statistics from it, beside the process that writes it.
 pub fn open_to_read(path: &Path) -> Result<Connection, LedgerError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags).map_err(|error| explain(path, &error))?;
@@ -82,7 +82,7 @@ pub fn checkpoint(path: &Path) -> Result<(), LedgerError> {
     run().map_err(|error| explain(path, &error))
 }
 
-/// `lock_wait` is how long to wait for somebody else's lock, in microseconds; 0 for the longest.
+/// `lock_wait` is the longest wait for another process's lock, in microseconds; 0 for the default.
 pub(super) fn connect(path: &Path, sync: LedgerSync, lock_wait: &Arc<AtomicU64>) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(path, flags)?;

@@ -48,7 +48,7 @@ pub struct SqliteLedger {
     path: PathBuf,
     identity: (u64, u64),
     unknown_until: Stamp,
-    /// Tells the connections of one process apart: each begins to count the changes of others anew.
+    /// Distinguishes the connections of one process: each begins to count the changes of others from zero.
     opened: u64,
     /// Longest wait for a lock in microseconds; 0 for the default.
     lock_wait: Arc<AtomicU64>,
@@ -84,7 +84,7 @@ impl SqliteLedger {
         Ok(ledger)
     }
 
-    /// Waits no longer than this for somebody else's lock, from now on.
+    /// Sets the longest wait for another process's lock.
     pub fn set_lock_wait(&self, wait: Duration) {
         let micros = u64::try_from(wait.as_micros()).unwrap_or_default();
         self.lock_wait.store(micros, Ordering::Relaxed);
@@ -172,7 +172,7 @@ impl SqliteLedger {
         let until = meta(&self.connection, "minute_unknown_until").map_err(fail)?;
         let newest: Option<u64> =
             self.connection.query_row("SELECT max(slot) FROM minute", [], |row| row.get(0)).map_err(fail)?;
-        // Where the system does not tell, a stamp from the future does.
+        // Where the system has no boot id, a stamp from the future shows it.
         let is_other = match (&before, boot_id) {
             (Some(before), Some(boot_id)) => before != boot_id,
             _ => newest.is_some_and(|newest| newest > Slot::new(now).0),
@@ -189,7 +189,7 @@ impl SqliteLedger {
         let until = self.unknown_until.0.to_string();
         self.run("INSERT OR REPLACE INTO meta VALUES ('minute_unknown_until', ?1)", &[&until])?;
         self.run("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?1)", &[&boot_id])?;
-        // Of endpoints that are in no config any more, nobody else forgets them.
+        // Endpoints that are in no config any more are removed only here.
         let oldest = Slot::oldest_that_counts(now).0;
         self.run("DELETE FROM minute WHERE slot < ?1", &[&oldest])?;
         self.commit()
@@ -246,7 +246,7 @@ impl Ledger for SqliteLedger {
     }
 
     fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
-        // What was forgotten meanwhile cannot be taken back: it must not go below nothing.
+        // Counts that were removed meanwhile cannot be taken back: the value must not become negative.
         const MINUTE: &str = "INSERT INTO minute VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
              attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
         const DAY: &str = "INSERT INTO day VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
