@@ -180,66 +180,85 @@ impl Fault {
         }
     }
 
+    /// Message of a fault with details; the others' are [`Fault::plain_message`].
     fn message(&self) -> String {
         match self {
-            Self::KeyMissing => "No API key provided. Send this proxy's key (server.apiKey in its config file) as \
-                'Authorization: Bearer KEY'."
-                .into(),
-            Self::KeyWrong => "Incorrect API key provided. This proxy expects its own key (server.apiKey in its \
-                config file), not an endpoint's."
-                .into(),
-            Self::KeysFailedTooOften => "Too many requests with a wrong API key came from your address. Correct the \
-                key; a right one is taken at once."
-                .into(),
             Self::PathUnknown { path } => {
                 format!("Unknown path {path}. API calls start with /v1: set your client's base URL to end in /v1.")
             }
             Self::MethodNotAllowed { allowed } => format!("This path takes {allowed} only."),
             Self::RequestInvalid { problem } => problem.clone(),
-            Self::BodyTooLarge { bytes_max } => {
-                format!("The request body is longer than the {bytes_max} bytes this proxy takes (server.bodyBytesMax).")
-            }
+            Self::BodyTooLarge { bytes_max } => format!(
+                "The request body is longer than the {bytes_max} bytes this gateway accepts (server.bodyBytesMax)."
+            ),
             Self::PathTooLong { bytes_max } => format!("The path and query are longer than {bytes_max} bytes."),
-            Self::BodyTimeout => "The request body did not arrive in time.".into(),
-            Self::NoRoom => "This proxy holds as many bytes of request bodies as it may (server.memoryBytesMax); try \
-                again in a moment."
-                .into(),
             Self::ModelUnknown { model } => format!(
                 "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
-                 lists what does."
+                 lists the models that are served."
             ),
             Self::EndpointUnknown { id } => {
                 format!("No endpoint has the id `{id}`. GET /v1/status lists the endpoints.")
             }
-            Self::StatsUnavailable => {
-                "The proxy's ledger cannot be used just now. Its log and GET /v1/status say why.".into()
-            }
-            Self::NoEndpoint => "No endpoint is enabled in the proxy's config file.".into(),
             Self::LimitsReached { wait, held } => format!(
                 "Every endpoint that serves this model is at its rate limit{}. Try again in {} s.",
                 holds(held),
                 wait.as_secs_f64().ceil()
             ),
+            Self::EndpointError { status } => format!(
+                "The last endpoint tried answered {status}, but its error was incomplete, or too large to keep."
+            ),
+            plain => plain.plain_message().into(),
+        }
+    }
+
+    fn plain_message(&self) -> &'static str {
+        match self {
+            Self::KeyMissing => {
+                "No API key provided. Send this gateway's key (server.apiKey in its config file) as \
+                 'Authorization: Bearer KEY'."
+            }
+            Self::KeyWrong => {
+                "Incorrect API key provided. This gateway expects its own key (server.apiKey in its config file), \
+                 not an endpoint's."
+            }
+            Self::KeysFailedTooOften => {
+                "Too many requests with a wrong API key came from your address. Correct the key; a right one is \
+                 accepted at once."
+            }
+            Self::BodyTimeout => "The request body did not arrive in time.",
+            Self::NoRoom => {
+                "This gateway holds as many bytes of request bodies as it may (server.memoryBytesMax); try again in \
+                 a moment."
+            }
+            Self::StatsUnavailable => {
+                "The gateway's ledger cannot be used at the moment. Its log and GET /v1/status say why."
+            }
+            Self::NoEndpoint => "No endpoint is enabled in the gateway's config file.",
             Self::LedgerUnavailable => {
-                "The proxy cannot write its ledger, so endpoints with limits take no requests. Its \
-                log and GET /v1/status say why."
-                    .into()
+                "The gateway cannot write its ledger, so endpoints with limits take no requests. Its log and GET \
+                 /v1/status say why."
             }
-            Self::NoneAvailable => "Every endpoint that serves this model failed repeatedly and is cooling down. \
-                GET /v1/status says until when."
-                .into(),
-            Self::EndpointUnreachable => "No endpoint could be reached for this request; the last one failed before \
-                it answered."
-                .into(),
-            Self::EndpointTimeout => "No endpoint answered this request in time.".into(),
-            Self::EndpointEmpty => "Every endpoint tried gave an empty answer.".into(),
-            Self::EndpointError { status } => {
-                format!(
-                    "The last endpoint tried answered {status}, but its error did not come whole, or was too large to keep."
-                )
+            Self::NoneAvailable => {
+                "Every endpoint that serves this model failed repeatedly and is cooling down. GET /v1/status says \
+                 until when."
             }
-            Self::StreamBroken => "The endpoint broke off in the middle of its answer.".into(),
-            Self::Internal => "The proxy failed on this request; its log says why.".into(),
+            Self::EndpointUnreachable => {
+                "No endpoint could be reached for this request; the last one failed before it answered."
+            }
+            Self::EndpointTimeout => "No endpoint answered this request in time.",
+            Self::EndpointEmpty => "Every endpoint tried gave an empty answer.",
+            Self::StreamBroken => "The endpoint broke off before the end of its answer.",
+            Self::Internal => "The gateway failed on this request; its log says why.",
+            // They have messages with details.
+            Self::PathUnknown { .. }
+            | Self::MethodNotAllowed { .. }
+            | Self::RequestInvalid { .. }
+            | Self::BodyTooLarge { .. }
+            | Self::PathTooLong { .. }
+            | Self::ModelUnknown { .. }
+            | Self::EndpointUnknown { .. }
+            | Self::LimitsReached { .. }
+            | Self::EndpointError { .. } => "",
         }
     }
 

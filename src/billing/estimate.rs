@@ -132,7 +132,7 @@ impl Estimator {
         let dropped = self.0.dropped.fetch_add(1, Ordering::Relaxed) + 1;
         if dropped.is_power_of_two() {
             log::warn!(
-                "the tokens of {dropped} answers were neither told by their endpoints nor estimated whole: too many at once, or \
+                "the tokens of {dropped} answers were neither reported by their endpoints nor estimated completely: too many at once, or \
                  too long a prompt"
             );
         }
@@ -196,7 +196,7 @@ fn settle(job: Job) -> Estimated {
     let prompt = prompt_reported.unwrap_or_else(|| prompt_tokens(tokenizer, &prompt));
     let shown = if is_known { prompt.to_string() } else { "unknown".to_owned() };
     log::info!(
-        "request {id}: endpoint {} told no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
+        "request {id}: endpoint {} reported no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
         account.id()
     );
     let cost = Cost::estimated(prompt, completion);

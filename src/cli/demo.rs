@@ -20,7 +20,7 @@ pub(super) fn run() -> Result<(), String> {
     logger::start(false);
     let bases = start_endpoints().map_err(|error| format!("the simulated endpoints cannot start: {error}"))?;
     let (banner, mut prepared) = prepare(&bases, PORT).or_else(|busy| {
-        log::warn!("{busy}; a free port is taken instead");
+        log::warn!("{busy}; using a free port instead");
         prepare(&bases, 0)
     })?;
     let address = prepared.address;
@@ -109,7 +109,7 @@ fn samples(port: u16) -> String {
         )
     };
     format!(
-        "\nTry it; failures of the endpoints are passed over, and the log says so:\n\n{}\n\n{}\n\n\
+        "\nTry it. Failover hides the failures of an endpoint; the log shows them:\n\n{}\n\n{}\n\n\
          curl -s http://127.0.0.1:{port}/v1/status -H 'Authorization: Bearer {CLIENT_KEY}'\n",
         call(""),
         call("N"),

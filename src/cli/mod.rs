@@ -39,9 +39,9 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve (what happens without a subcommand).
+    /// Serve requests (the default).
     Run(Run),
-    /// Check a config file: print every error at once, each with its place in the file. Exit code 1 if there is any.
+    /// Check a config file and print every error, each with its place in the file. Exit code 1 if there are any.
     Check {
         /// The file, JSON or YAML.
         file: PathBuf,
@@ -52,20 +52,21 @@ enum Command {
         #[arg(long, value_enum, default_value_t = SchemaFormat::Json)]
         format: SchemaFormat,
     },
-    /// Replace the running process by this program, without losing a request. Whatever fails leaves it serving; exit code 1.
+    /// Replace the running process by this binary without losing a request. If anything fails, the old process keeps serving and the
+    /// exit code is 1.
     Upgrade {
         /// The config file that it runs with.
         #[arg(long, value_name = "FILE", default_value = CONFIG_DEFAULT)]
         config: PathBuf,
     },
-    /// Print what completes this command in a shell.
+    /// Print a shell completion script.
     Completions {
         /// Shell to complete in.
         shell: clap_complete::Shell,
     },
     /// Print the manual page.
     Man,
-    /// Serve three simulated endpoints, one healthy, one slow, one that fails often, and print commands to try.
+    /// Serve a demo with three simulated endpoints, one healthy, one slow, one that fails often, and print commands to try.
     Demo,
 }
 
@@ -84,16 +85,16 @@ struct Run {
     /// Pingora's server conf file [default: conf/pingora.yaml, if it is there].
     #[arg(short, long, value_name = "FILE")]
     conf: Option<PathBuf>,
-    /// Take the listening sockets over from the running process (which is then sent SIGQUIT).
+    /// Take over the listening sockets of the running process, which is then sent SIGQUIT.
     #[arg(short, long)]
     upgrade: bool,
     /// Run in the background.
     #[arg(short, long)]
     daemon: bool,
-    /// Check everything that a start needs, then leave.
+    /// Check everything that a start needs, then exit.
     #[arg(short, long)]
     test: bool,
-    /// Let the HTTP libraries log at debug level as well. THIS PRINTS KEYS: they log whole request headers.
+    /// Let the HTTP libraries log at debug level, too. THIS PRINTS KEYS: they log whole request headers.
     #[arg(long)]
     log_framework_headers: bool,
 }

@@ -203,8 +203,8 @@ impl Attempt {
         }
         if self.usage_refused {
             log::info!(
-                "endpoint {}: it does not know stream_options, so its streams are not asked for their usage for an hour; set \
-                 \"streamUsage\": \"never\" for it to leave it at that",
+                "endpoint {}: it refused stream_options, so they are not added to its streams for an hour; set \
+                 \"streamUsage\": \"never\" for it to make that permanent",
                 endpoint.config.id
             );
         }

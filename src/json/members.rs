@@ -1,13 +1,15 @@
-//! Goes through the members of a JSON object many times faster than a parser that takes bytes one by one: long texts, which prompts and
-//! pictures are, are skipped with vector instructions. What it accepts is valid JSON; what it is not sure of it leaves to a parser.
+//! Walks through the members of a JSON object, many times faster than a parser that reads byte by byte: it skips long
+//! texts, as in prompts and pictures, with vector instructions. Everything that it accepts is valid JSON; whatever it
+//! is unsure of is left to a parser.
 
 use std::ops::Range;
 
 /// Depth limit, the same as `serde_json`'s.
 const DEPTH_MAX: usize = 127;
 
-/// Tells the keys of the outermost object, without their quotation marks, and where their values stand. None if this is no valid JSON
-/// object, or one with escapes in its keys.
+/// Calls `each` with every key of the outermost object, without its quotation marks, and the range of its value.
+/// Returns `None` if this is not a valid JSON object, or if a key has escapes. `each` may have been called before that
+/// is known.
 pub(crate) fn members<'a>(json: &'a [u8], mut each: impl FnMut(&'a [u8], Range<usize>)) -> Option<()> {
     simdutf8::basic::from_utf8(json).ok()?;
     let mut walk = Walk { json, at: 0 };
@@ -107,13 +109,13 @@ impl Walk<'_> {
         }
     }
 
-    /// The rest of a string, with its quotation mark. Tells whether there are escapes in it.
+    /// Reads the rest of a string with its closing quotation mark. Returns true if it has escapes.
     fn string(&mut self) -> Option<bool> {
         let mut has_escapes = false;
         loop {
             let rest = self.json.get(self.at..)?;
             let found = memchr::memchr2(b'"', b'\\', rest)?;
-            // No control character is allowed. The least of all is found many at a time.
+            // Control characters are not allowed. The minimum is computed from many bytes at a time.
             if rest.get(..found)?.iter().fold(u8::MAX, |least, byte| least.min(*byte)) < b' ' {
                 return None;
             }

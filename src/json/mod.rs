@@ -1,22 +1,22 @@
-//! Readers of JSON text that build no tree, and which reader is for what.
+//! Readers of JSON text that build no tree, and the purpose of each.
 //!
 //! | reader | reads | assumes | for |
 //! |---|---|---|---|
 //! | [`members`] | a whole object, long texts with vector instructions | nothing; what it accepts is valid | request bodies: where `model`, `stream` and `stream_options` stand |
-//! | `request::fields::parse` | the same, by `serde` | nothing; says what is wrong and where | request bodies that [`members`] leaves to a parser |
-//! | [`scan`] | parts of a text, by their look | valid JSON | each event of a stream: does it mention a usage, which texts are in it |
-//! | [`usage::reported`](crate::usage::Reported) | a whole object, by `serde`, numbers by hand where they are plain | nothing; odd values count as absent | events and answers that mention a usage |
-//! | [`usage::Finder`](crate::usage::Finder) | JSON of any length, in pieces, without keeping it | nothing; never fails | long answers, and events too long to hold |
+//! | `request::fields::parse` | the same, by `serde` | nothing; reports what is wrong and where | request bodies that [`members`] leaves to a parser |
+//! | [`scan`] | parts of a text, by searching it | valid JSON | each event of a stream: whether it mentions a usage, and its texts |
+//! | [`usage::reported`](crate::usage::Reported) | a whole object, by `serde`; plain numbers by hand | nothing; odd values count as absent | events and answers that mention a usage |
+//! | [`usage::Finder`](crate::usage::Finder) | JSON of any length, in pieces, without keeping it | nothing; never fails | long answers, and events too long to keep |
 //! | [`response::event_template`](crate::response::event_template) | an event that differs from the last one only in its texts | an equal event was read before | most events of a stream |
-//! | `serde_json::Value` | a whole text, as a tree | nothing | what is read once a request at most: a stream's first events, error bodies, estimates |
+//! | `serde_json::Value` | a whole text, as a tree | nothing | texts read once a request at most: a stream's first events, error bodies, estimates |
 
 pub(crate) mod members;
 pub(crate) mod scan;
 
 use std::slice::SliceIndex;
 
-/// The part of `bytes` at `range`, which lies within them. A range that does not is a bug of the caller's: debug builds, and so the
-/// tests, stop at it; a release takes the part for empty, so that no request panics.
+/// Returns the part of `bytes` at `range`, which must lie within them. A range outside is a bug of the caller: debug
+/// builds, and so the tests, panic; release builds return an empty part, so that no request panics.
 pub(crate) fn part<I: SliceIndex<[u8], Output = [u8]>>(bytes: &[u8], range: I) -> &[u8] {
     let part = bytes.get(range);
     debug_assert!(part.is_some(), "a part that does not lie within {} bytes", bytes.len());

@@ -1,5 +1,5 @@
-//! Looks into JSON without parsing it, where a stream's every event is looked at. It takes JSON for what it says it is: of what is
-//! none it may find anything, but never panics.
+//! Searches JSON without parsing it, for code that looks at every event of a stream. Assumes valid JSON. On anything
+//! else the result is unspecified, but it does not panic.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,12 +11,12 @@ use serde_json::value::RawValue;
 
 use super::part;
 
-/// Reads a member, keeping its absence and null apart.
+/// Reads a member so that null is `Some`, as opposed to an absent member.
 pub(crate) fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
 }
 
-/// A key, borrowed from the JSON unless it is spelt with escapes.
+/// A key, borrowed from the JSON unless it contains escapes.
 #[derive(Debug)]
 pub(crate) struct Key<'a>(pub Cow<'a, str>);
 
@@ -42,7 +42,7 @@ impl<'de> Deserialize<'de> for Key<'de> {
     }
 }
 
-/// True if there is a key (with its quotation marks), at any depth, whose value begins like this.
+/// True if the JSON has this key (given with its quotation marks), at any depth, with a value that begins with `value`.
 pub(crate) fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {
     key.find_iter(data).any(|at| {
         let after = part(data, at + key.needle().len()..).trim_ascii_start();
@@ -50,7 +50,7 @@ pub(crate) fn has_member(data: &[u8], key: &Finder<'_>, value: &[u8]) -> bool {
     })
 }
 
-/// The members of JSON, at any depth, whose values are strings, without their quotation marks.
+/// Returns the members with string values, at any depth: key and value without their quotation marks.
 pub(crate) fn strings(json: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     let mut rest = json;
     std::iter::from_fn(move || {
@@ -66,12 +66,12 @@ pub(crate) fn strings(json: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     })
 }
 
-/// The string that these bytes begin with, and what follows it.
+/// Returns the string that these bytes begin with, and the bytes after it.
 fn text(json: &[u8]) -> Option<(&[u8], &[u8])> {
     if json.first() == Some(&b'"') { string(json) } else { None }
 }
 
-/// The first string, and what follows it.
+/// Returns the first string, and the bytes after it.
 fn string(json: &[u8]) -> Option<(&[u8], &[u8])> {
     let text = json.get(memchr::memchr(b'"', json)? + 1..)?;
     let mut at = 0;
@@ -84,8 +84,8 @@ fn string(json: &[u8]) -> Option<(&[u8], &[u8])> {
     }
 }
 
-/// True if these bytes, which follow a value, end the JSON that it is a member of: only members with text values come
-/// before the last bracket. The value is then a member of the outermost object.
+/// True if the bytes after a value end the JSON that contains it: only members with string values come before the last
+/// bracket. The value is then a member of the outermost object, whose bracket that is.
 pub(crate) fn ends_outermost(after: &[u8]) -> bool {
     let mut rest = after.trim_ascii();
     while rest != b"}" {

@@ -153,7 +153,7 @@ impl Account {
     }
 }
 
-/// Takes a poisoned lock as well: what it guards is read from the ledger again at the next doubt.
+/// Locks a mutex even if it is poisoned: its content is read from the ledger again whenever it may be out of date.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

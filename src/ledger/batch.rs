@@ -160,7 +160,7 @@ fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, 
     mirror.quota.take(&wanted.limits, clock)
 }
 
-/// Like `take`, but checks only the limits that need no ledger.
+/// Counts a request as in flight without the ledger: checks only the endpoint's rest and `maxConcurrent`.
 pub(super) fn enter(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
     rests(wanted, clock)?;
     wanted.account.mirror().quota.enter(&wanted.limits, clock)
@@ -173,7 +173,7 @@ fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
     Ok(())
 }
 
-/// Returns the first moment at which any of them frees a permit that is not promised yet, and promises it.
+/// Returns the first moment at which one of the endpoints has a free permit that is not promised yet, and promises it.
 pub(super) fn promise(wanted: &[Wanted], clock: &Clock) -> Option<Stamp> {
     let next = |wanted: &Wanted| {
         wanted.account.mirror().quota.next_free(&wanted.limits, clock, wanted.not_before.max(clock.boot))

@@ -124,8 +124,8 @@ impl Client {
         self.send_draw(ticket, wanted, otherwise, None).await
     }
 
-    /// Draws a fresh permit in place of one that is too old, or spent on an attempt that has to be repeated. The old one is
-    /// given back in the same step, so that no other request comes between.
+    /// Draws a fresh permit in place of one that is too old, or that was spent on an attempt that has to be repeated.
+    /// The old permit is given back in the same step, so that no other request can take it in between.
     pub async fn swap(&self, old: &mut Permit) -> Drawn {
         let wanted = vec![old.wanted()];
         let returned = old.take_return();

@@ -15,7 +15,7 @@ pub struct Wanted {
     pub account: Arc<Account>,
     /// Limits by the config that the request runs under.
     pub limits: Arc<Limits>,
-    /// It asked for a pause until then.
+    /// End of the pause that the endpoint asked for (its rest).
     pub not_before: Stamp,
 }
 
@@ -55,7 +55,7 @@ pub(super) struct Draw {
 pub enum Otherwise {
     /// The request has other candidates to try.
     LookElsewhere,
-    /// It is refused, with the moment to come back.
+    /// The request is refused, and the reply names a time to come back.
     Refuse,
     /// The request waits in the queue until this moment at most.
     WaitUntil(Stamp),

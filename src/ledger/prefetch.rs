@@ -17,9 +17,10 @@ const WATCHED: Duration = Duration::from_millis(10);
 const PERMITS_MIN: u64 = 8;
 /// Largest number of permits to prefetch: this many in each [`USABLE`] are about 40,000 a second.
 const PERMITS_MAX: u64 = 4096;
-/// Part of the remaining permits that may be prefetched, which is all that other processes miss or a kill wastes. Small limits, and
-/// limits that are nearly used up, get their permits one by one. At the rate that uses up a minute's limit, the buffer is a
-/// thousandth of it, so this bound is not felt while a quarter of the minute's limit is left.
+/// At most this part (1/256) of the permits left is prefetched. It bounds the permits that other processes miss or that
+/// a kill wastes. Permits of small limits, and of limits that are nearly used up, are drawn one by one. At the rate
+/// that uses up `rpm` in exactly a minute, a full buffer is a 600th of the limit; this bound makes it smaller only
+/// while less than 43 % (256/600) of the limit is left.
 const PART_OF_LEFT: u64 = 256;
 /// Token limits count as nearly reached when less than this part (1/8) is left.
 const PART_OF_TOKENS: u64 = 8;
@@ -39,7 +40,7 @@ struct BufferState {
 /// Permits that were drawn at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct PrefetchedPermits {
-    /// How each of them was counted.
+    /// Moment and days in which each of them was counted.
     pub(super) counted: Counted,
     /// Limits by which they were drawn.
     limits: Arc<Limits>,

@@ -17,10 +17,10 @@ use crate::usage::Cost;
 pub const HOURS_KEPT: Duration = Duration::from_hours(48);
 /// Time for which days are kept.
 pub const DAYS_KEPT: Duration = Duration::from_hours(400 * 24);
-/// Model names that are kept apart for one endpoint; an endpoint of `*` may be asked for any. All others are counted
-/// together.
+/// Upper bound on the model names that are kept apart for one endpoint, since an endpoint with `*` may be asked for any
+/// name. All further names are counted together as [`OTHER_MODELS`].
 pub const MODELS_MAX: usize = 256;
-/// Name that stands for all further models.
+/// Name under which all further models are counted.
 pub const OTHER_MODELS: &str = "other";
 
 /// Tokens that an answer spent, and when.
@@ -32,7 +32,7 @@ pub struct Spent {
     pub model: Arc<str>,
     /// Beginning of the hour, in seconds of Unix time.
     pub hour: i64,
-    /// The day, in the same form.
+    /// Beginning of the day, in seconds of Unix time.
     pub day: i64,
     /// End of the answer, in milliseconds of Unix time.
     pub at_ms: i64,
@@ -98,7 +98,8 @@ pub struct ModelStats {
 /// Statistics by endpoint, then by model.
 pub type Stats = BTreeMap<String, BTreeMap<String, ModelStats>>;
 
-/// Reads the statistics, beside the process that writes them. It takes time: not for the request path.
+/// Reads the statistics while another connection may write them. This takes time, so it must not be called on the
+/// request path.
 pub fn read(path: &Path, now: SystemTime) -> Result<Stats, LedgerError> {
     let connection = sqlite::open_to_read(path)?;
     let second = Timestamp::try_from(now).unwrap_or_default().as_second();

@@ -205,7 +205,7 @@ struct EndsWithThread(Client);
 impl Drop for EndsWithThread {
     fn drop(&mut self) {
         self.0.set_down(true);
-        // Messages that are left are dropped, which tells their senders.
+        // Remaining messages are dropped, and their reply channels with them, which ends the wait of their senders.
         drop(self.0.end());
     }
 }
@@ -340,7 +340,8 @@ impl Keeping {
         }
     }
 
-    /// Notices that the file was deleted or replaced: other processes would not see what is written to the old one.
+    /// Opens the ledger again if its file was deleted or replaced: no other process would see what is written to the
+    /// old one.
     fn look_at_file(&mut self, now: Stamp) {
         if now < self.look_at {
             return;
@@ -362,7 +363,7 @@ fn checkpoints(path: &Path, due: &Receiver<()>) {
     while due.recv().is_ok() {
         std::thread::sleep(CHECKPOINT_AFTER);
         if let Err(error) = sqlite::checkpoint(path) {
-            log::warn!("{error}; its log could not be written back and grows meanwhile");
+            log::warn!("{error}; its write-ahead log could not be written back and grows meanwhile");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Days in a time zone: which one it is, and when it ends.
+//! Calendar days in a time zone: the day of a moment, and its end.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -8,12 +8,12 @@ use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan as _};
 
-/// An attempt this close to the turn of the day counts in both days, since the endpoint's clock may go otherwise.
+/// Margin around the turn of the day. An attempt within it counts in both days, since the endpoint's clock may differ.
 const TURN_MARGIN: Duration = Duration::from_secs(1);
-/// At the ends of the calendar there is no tomorrow; an hour from now is as good.
+/// Assumed time to the end of the day if the calendar has no next day. Any value would do.
 const NO_TOMORROW: Duration = Duration::from_hours(1);
 
-/// A time zone's calendar. The day is worked out when it turns, or when the clock is set, and not for every request.
+/// Calendar of a time zone. The day is computed when it changes or when the clock is set, not for each request.
 #[derive(Debug)]
 pub struct Calendar {
     zone: TimeZone,
@@ -25,38 +25,38 @@ struct Today {
     date: Date,
     begins: SystemTime,
     ends: SystemTime,
-    /// Period in which an attempt counts in one day only.
+    /// Period in which an attempt counts in this day only.
     only: (SystemTime, SystemTime),
 }
 
-/// The days that an attempt counts in: one, or two at the turn.
+/// Days that an attempt counts in: one, or two at the turn of the day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Days {
-    /// The day, or the one that ends.
+    /// The day, or the earlier of two.
     pub first: Date,
-    /// The day, or the one that begins.
+    /// The day, or the later of two.
     pub last: Date,
 }
 
 impl Days {
-    /// True if an attempt counted in these days needs no others.
+    /// True if an attempt that was counted in these days needs no other days.
     pub fn cover(&self, other: &Self) -> bool {
         self.first <= other.first && other.last <= self.last
     }
 
-    /// Each of them once.
+    /// Returns each day once.
     pub fn each(self) -> impl Iterator<Item = Date> {
         std::iter::once(self.first).chain((self.last != self.first).then_some(self.last))
     }
 }
 
 impl Calendar {
-    /// The calendar of a time zone.
+    /// Returns the calendar of a time zone.
     pub fn new(zone: TimeZone) -> Self {
         Self { zone, today: ArcSwapOption::empty() }
     }
 
-    /// The days that an attempt at this moment counts in.
+    /// Returns the days that an attempt at this moment counts in.
     pub fn days(&self, wall: SystemTime) -> Days {
         let Today { date, begins, ends, only } = self.today(wall);
         if only.0 <= wall && wall < only.1 {
@@ -75,32 +75,32 @@ impl Calendar {
         }
     }
 
-    /// The first moment at which an attempt no longer counts in this day.
+    /// Returns the first moment at which an attempt no longer counts in this day.
     pub fn clear_of(&self, date: Date) -> SystemTime {
         let ends = date.checked_add(1.day()).ok().and_then(|next| self.begin_of(next));
-        // No calendar's day has more hours.
+        // No day has more than 25 hours.
         let last = || self.begin_of(date).unwrap_or(SystemTime::UNIX_EPOCH) + Duration::from_hours(25);
         ends.unwrap_or_else(last) + TURN_MARGIN
     }
 
-    /// Today, and the first moment at which an attempt no longer counts in it.
+    /// Returns today, and the first moment at which an attempt no longer counts in it.
     pub fn today_and_clear(&self, wall: SystemTime) -> (Date, SystemTime) {
         let Today { date, ends, .. } = self.today(wall);
         (date, ends + TURN_MARGIN)
     }
 
-    /// The moment at which a day begins.
+    /// Returns the moment at which a day begins.
     pub fn begin_of(&self, date: Date) -> Option<SystemTime> {
-        // Midnight, or the first moment after it where the clocks are put forward at midnight.
+        // Midnight, or the first moment after it if the clocks go forward at midnight.
         date.to_zoned_datetime(self.zone.clone()).ok()?.start_of_day().ok().map(|zoned| wall_clock(zoned.timestamp()))
     }
 
-    /// The day of a moment.
+    /// Returns the day of a moment.
     pub fn date(&self, wall: SystemTime) -> Date {
         self.today(wall).date
     }
 
-    /// The name of its time zone, where it has one.
+    /// Returns the name of the time zone; `None` if it has none.
     pub fn zone_name(&self) -> Option<&str> {
         self.zone.iana_name()
     }
@@ -125,7 +125,7 @@ impl Calendar {
 }
 
 fn wall_clock(timestamp: Timestamp) -> SystemTime {
-    // Days begin at whole milliseconds in every zone.
+    // Days begin at whole milliseconds in every time zone.
     let millis = timestamp.as_millisecond();
     let since_1970 = Duration::from_millis(millis.unsigned_abs());
     if millis < 0 { SystemTime::UNIX_EPOCH - since_1970 } else { SystemTime::UNIX_EPOCH + since_1970 }
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn midnight_may_not_exist() {
-        // Clocks in Santiago went from 24:00 to 01:00.
+        // The clocks in Santiago went from 24:00 to 01:00.
         let calendar = Calendar::new(TimeZone::get("America/Santiago").unwrap());
         assert_eq!(calendar.begin_of(date(2026, 9, 6)), Some(wall("2026-09-06T04:00:00Z")));
         assert_eq!(calendar.date(wall("2026-09-06T03:59:59Z")), date(2026, 9, 5));

@@ -1,15 +1,15 @@
-//! The clocks that limits go by.
+//! Clocks by which limits are measured.
 
 use std::ops::{Add, Sub};
 use std::time::{Duration, Instant, SystemTime};
 
-/// A moment in milliseconds since the machine was started, time asleep included (`CLOCK_BOOTTIME`), so that setting the
-/// machine's clock neither opens nor closes a window, and all processes on it mean the same moment.
+/// A moment in milliseconds since the machine's boot, including time asleep (`CLOCK_BOOTTIME`). Setting the wall clock
+/// therefore does not move a window, and all processes on the machine agree on the moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Stamp(pub u64);
 
 impl Stamp {
-    /// No moment that ever comes.
+    /// A moment that never comes.
     pub const NEVER: Self = Self(u64::MAX);
 
     /// Returns the time until a later moment; zero if it is not later.
@@ -21,7 +21,7 @@ impl Stamp {
 impl Add<Duration> for Stamp {
     type Output = Self;
 
-    /// Fractions of a millisecond are rounded up, so that no client comes too early.
+    /// Fractions of a millisecond are rounded up, so that no client comes back too early.
     fn add(self, wait: Duration) -> Self {
         let millis = wait.as_nanos().div_ceil(1_000_000);
         Self(self.0.saturating_add(u64::try_from(millis).unwrap_or(u64::MAX)))
@@ -36,25 +36,25 @@ impl Sub for Stamp {
     }
 }
 
-/// Every clock, read together.
+/// All clocks, read at one moment.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
-    /// For measurements of one process, such as cool-downs; it never steps.
+    /// For durations within one process, such as cool-downs; it never steps.
     pub now: Instant,
-    /// For windows that processes share; it never steps either.
+    /// For windows that processes share; it never steps.
     pub boot: Stamp,
-    /// For calendar days; it may be set.
+    /// For calendar days; it steps when it is set.
     pub wall: SystemTime,
 }
 
 impl Clock {
-    /// The clocks as they are now.
+    /// Reads the clocks.
     pub fn read() -> Self {
         Self { now: Instant::now(), boot: since_boot(), wall: SystemTime::now() }
     }
 
-    /// The clocks at a later moment, unless they were set meanwhile or the machine slept: for what need not be exact, since it costs
-    /// less than to read them.
+    /// Returns the clocks at a later moment, if they were not set meanwhile and the machine did not sleep. For uses
+    /// that need not be exact, since it is cheaper than reading the clocks.
     #[must_use]
     pub fn at(&self, now: Instant) -> Self {
         let since = now.saturating_duration_since(self.now);
@@ -64,7 +64,7 @@ impl Clock {
 
 #[cfg(target_os = "linux")]
 const SINCE_BOOT: rustix::time::ClockId = rustix::time::ClockId::Boottime;
-// Elsewhere this clock runs on while the machine sleeps.
+// On other systems this clock includes time asleep.
 #[cfg(not(target_os = "linux"))]
 const SINCE_BOOT: rustix::time::ClockId = rustix::time::ClockId::Monotonic;
 

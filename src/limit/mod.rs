@@ -1,8 +1,8 @@
-//! Rate limits and quotas of an endpoint: requests and tokens in any 60 seconds and in a calendar day, and requests at
-//! once. Pure; the clock is passed in.
+//! Rate limits and quotas of an endpoint: requests and tokens in any 60 seconds and in a calendar day, and concurrent
+//! requests. Pure; the clock is passed in.
 //!
-//! [`Quota`] holds what counts for one endpoint and says what is still free. Where the counts are kept, and who may change
-//! them, is [`ledger`](crate::ledger)'s business.
+//! [`Quota`] holds the counts of one endpoint and returns what is left. The [`ledger`](crate::ledger) stores the counts
+//! and decides who may change them.
 
 mod calendar;
 mod clock;
@@ -22,16 +22,16 @@ pub use window::{Minute, PERMIT_AGE_MAX, SPAN, Slot};
 /// Limits of an endpoint.
 #[derive(Debug)]
 pub struct Limits {
-    /// Limits by kind; this process alone counts requests at once.
+    /// Limits by kind. Concurrent requests are counted in this process only.
     pub by_kind: PerLimit<Limit>,
-    /// Turn of its day.
+    /// Calendar that determines when its day changes.
     pub calendar: Calendar,
 }
 
-/// Reason why an endpoint cannot be asked.
+/// Reason why an endpoint takes no requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LimitReason {
-    /// A limit is reached: its kind and its number.
+    /// A limit is reached: kind and value.
     Full(LimitKind, u64),
     /// The machine was restarted, or its ledger lost, and the last minute's counts may be gone.
     MinuteUnknown,
@@ -50,7 +50,7 @@ impl std::fmt::Display for LimitReason {
 }
 
 impl Limits {
-    /// The limits of an endpoint, whose day turns in its own time zone or the server's.
+    /// Returns the limits of an endpoint. Its day changes in its own time zone, or the server's if it has none.
     pub fn new(endpoint: &config::Endpoint, server_zone: &TimeZone) -> Self {
         Self {
             by_kind: endpoint.limits,
@@ -58,13 +58,13 @@ impl Limits {
         }
     }
 
-    /// True if attempts need a permit from the ledger.
+    /// True if attempts need a permit from the ledger: any limit except that of concurrent requests is set.
     pub fn in_ledger(&self) -> bool {
         let PerLimit { rpm, rpd, tpm, tpd, max_concurrent: _ } = self.by_kind;
         [rpm, rpd, tpm, tpd].iter().any(|limit| matches!(limit, Limit::AtMost(_)))
     }
 
-    /// True if requests at once are limited.
+    /// True if concurrent requests are limited.
     pub fn is_concurrency_limited(&self) -> bool {
         matches!(self.by_kind.max_concurrent, Limit::AtMost(_))
     }

@@ -1,4 +1,4 @@
-//! Moments that were promised to refused clients.
+//! Promises: the moments at which refused clients were asked to come back.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -7,12 +7,13 @@ use jiff::civil::Date;
 
 use super::{Days, Slot, Stamp};
 
-/// Latest promise after the next permit frees: a crowd of clients that keep asking would push all promises out for ever. Beyond
-/// it promises begin again at the first permit.
+/// Longest time between the next free permit and a promised moment. Clients that keep asking, whatever they are
+/// promised, would otherwise push all promises out without end. Beyond it, promises begin again at the next free
+/// permit.
 pub(super) const HORIZON: Duration = Duration::from_mins(10);
 
-/// The permits that were promised, each to one of a crowd, so that they do not all come back for the first one. Bounded by
-/// [`HORIZON`], as permits free by slots.
+/// Promised permits, each to another one of many clients, so that not all of them come back for the first permit.
+/// [`HORIZON`] bounds their number, since permits become free by slots.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Promises(VecDeque<Promise>);
 
@@ -24,14 +25,14 @@ struct Promise {
 }
 
 impl Promises {
-    /// Drops those whose moment has come.
+    /// Drops promises whose moment has come.
     pub(super) fn forget(&mut self, now: Stamp) {
         while self.0.front().is_some_and(|promise| promise.at <= now) {
             self.0.pop_front();
         }
     }
 
-    /// Promises a permit at this moment, which is not before any promised one.
+    /// Promises a permit at this moment, which must not be earlier than any promised one.
     pub(super) fn add(&mut self, at: Stamp, days: Days) {
         match self.0.back_mut() {
             Some(last) if last.at == at => last.count += 1,
@@ -39,17 +40,17 @@ impl Promises {
         }
     }
 
-    /// The last moment that was promised.
+    /// Returns the last promised moment.
     pub(super) fn last(&self) -> Option<Stamp> {
         self.0.back().map(|promise| promise.at)
     }
 
-    /// The slots in which those promised are going to count, newest first.
+    /// Returns the slots in which the promised permits will count, and how many in each, newest first.
     pub(super) fn newest_first(&self) -> impl Iterator<Item = (Slot, u64)> {
         self.0.iter().rev().map(|promise| (Slot::new(promise.at), promise.count))
     }
 
-    /// Number of promises on a day.
+    /// Returns the number of permits promised on a day.
     pub(super) fn on(&self, date: Date) -> u64 {
         let on_it = |promise: &&Promise| promise.days.first <= date && date <= promise.days.last;
         self.0.iter().filter(on_it).map(|promise| promise.count).sum()

@@ -1,4 +1,4 @@
-//! Counts of one endpoint, and what they leave free.
+//! Quota: the counts of one endpoint, and what they leave free.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,7 +8,8 @@ use super::promise::{HORIZON, Promises};
 use super::{Clock, Days, LimitReason, Limits, Minute, Slot, Stamp};
 use crate::config::{Limit, LimitKind, PerLimit};
 
-/// Guess of the time until a request in flight ends, for clients that are refused because of it.
+/// Assumed time until a request in flight ends. Clients that are refused because of `maxConcurrent` are asked to come
+/// back after it.
 const IN_FLIGHT_GUESS: Duration = Duration::from_secs(1);
 
 /// Attempts and tokens.
@@ -25,47 +26,47 @@ pub struct Counts {
 pub struct Quota {
     attempts: Minute,
     tokens: Minute,
-    /// The days that were asked for last: one, or two at the turn.
+    /// Counts of the days last loaded: one day, or two at the turn of the day.
     days: Vec<(Date, Counts)>,
     concurrent: u64,
-    /// Until then the minute counts as full.
+    /// Moment until which the counts of the minute are unknown and count as full.
     unknown_until: Stamp,
     promises: Promises,
 }
 
-/// One attempt that was counted.
+/// One counted attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counted {
-    /// When.
+    /// Moment at which it was counted.
     pub at: Stamp,
     /// Days that it counts in.
     pub days: Days,
 }
 
 impl Counted {
-    /// The slot of the minute.
+    /// Returns the slot of the minute that it counts in.
     pub fn slot(&self) -> Slot {
         Slot::new(self.at)
     }
 }
 
-/// Reason why an endpoint cannot be asked, and the moment at which it can.
+/// Reason why an endpoint takes no requests, and the moment at which it will.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// The limit that holds it longest.
+    /// The limit that lasts longest.
     pub by: LimitReason,
-    /// When it may be asked, if no other request is faster.
+    /// Moment at which the endpoint takes requests again, if no other request takes the permit first.
     pub until: Stamp,
 }
 
-/// Used part of a limit.
+/// A limit and how much of it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gauge {
     /// The limit.
     pub limit: u64,
     /// Used part.
     pub used: u64,
-    /// When nothing that counts now counts any more.
+    /// Moment at which everything that counts now has expired; `None` if nothing counts, and for concurrent requests.
     pub resets: Option<Stamp>,
 }
 
@@ -76,19 +77,19 @@ impl Gauge {
     }
 }
 
-/// An endpoint's limits and what is left of them, at one moment.
+/// Limits of an endpoint and what is left of them, at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct View {
-    /// Counts for each kind, limited or not.
+    /// Counts of each kind, limited or not.
     pub used: PerLimit<u64>,
-    /// The limits that it has.
+    /// Use of each limit; `None` for kinds without one.
     pub gauges: PerLimit<Option<Gauge>>,
-    /// Reason why the endpoint cannot be asked.
+    /// Reason why the endpoint takes no requests; `None` if it does.
     pub held: Option<Held>,
 }
 
 impl Quota {
-    /// Takes over what the ledger holds; requests in flight and promises are this process's own and stay.
+    /// Replaces the counts with those of the ledger. Requests in flight and promises belong to this process and stay.
     pub fn load(&mut self, attempts: Minute, tokens: Minute, days: Vec<(Date, Counts)>, unknown_until: Stamp) {
         self.attempts = attempts;
         self.tokens = tokens;
@@ -96,14 +97,14 @@ impl Quota {
         self.unknown_until = unknown_until;
     }
 
-    /// Drops what no longer counts.
+    /// Drops counts and promises that have expired.
     pub fn forget(&mut self, now: Stamp) {
         self.attempts.forget(now);
         self.tokens.forget(now);
         self.promises.forget(now);
     }
 
-    /// Counts an attempt, if every limit allows one.
+    /// Counts an attempt if every limit allows it.
     pub fn take(&mut self, limits: &Limits, clock: &Clock) -> Result<Counted, Held> {
         match self.held(limits, clock) {
             Some(held) => Err(held),
@@ -113,13 +114,13 @@ impl Quota {
 
     fn count(&mut self, limits: &Limits, clock: &Clock) -> Counted {
         let counted = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
-        // Attempts that need no permit of the ledger are counted when they are sent.
+        // Attempts without a permit from the ledger are counted when they are sent.
         self.add(counted, Counts { attempts: u64::from(limits.in_ledger()), tokens: 0 });
         self.concurrent += u64::from(limits.is_concurrency_limited());
         counted
     }
 
-    /// Adds to what counts, in the minute and in the days.
+    /// Adds to the counts of the minute and of the days.
     pub fn add(&mut self, when: Counted, counts: Counts) {
         self.attempts.add(when.slot(), counts.attempts);
         self.tokens.add(when.slot(), counts.tokens);
@@ -136,7 +137,7 @@ impl Quota {
         self.change(counted.slot(), counted.days, -1, 0);
     }
 
-    /// Adds to what counts, or takes back.
+    /// Adds a change, which may be negative, to the counts of the minute and of the days.
     pub fn change(&mut self, slot: Slot, days: Days, attempts: i64, tokens: i64) {
         for (minute, change) in [(&mut self.attempts, attempts), (&mut self.tokens, tokens)] {
             if change < 0 {
@@ -153,7 +154,7 @@ impl Quota {
         }
     }
 
-    /// Counts a request as in flight, if there is room for it; whatever else the limits say.
+    /// Counts a request as in flight if `maxConcurrent` allows it; all other limits are ignored.
     pub fn enter(&mut self, limits: &Limits, clock: &Clock) -> Result<(), Held> {
         if let Some(held) = self.concurrency_holds(limits, clock.boot) {
             return Err(held);
@@ -171,12 +172,12 @@ impl Quota {
         }
     }
 
-    /// A request that was counted as in flight has ended.
+    /// Ends a request that was counted as in flight.
     pub fn release(&mut self) {
         self.concurrent = self.concurrent.saturating_sub(1);
     }
 
-    /// Returns why the endpoint cannot be asked; `None` if it can.
+    /// Returns why the endpoint takes no requests; `None` if it does.
     pub fn held(&mut self, limits: &Limits, clock: &Clock) -> Option<Held> {
         self.forget(clock.boot);
         let minute = self.minute_holds(limits, clock.boot);
@@ -221,7 +222,7 @@ impl Quota {
         ]
     }
 
-    /// The moment at which the next permit frees that is not promised to anybody yet, not before the one given.
+    /// Returns the moment, not before `not_before`, at which the next permit becomes free that is not promised yet.
     pub fn next_free(&mut self, limits: &Limits, clock: &Clock, not_before: Stamp) -> Stamp {
         let first = self.held(limits, clock).map_or(clock.boot, |held| held.until).max(not_before);
         let at = self.next_unpromised(first, limits, clock);
@@ -232,13 +233,13 @@ impl Quota {
         self.next_unpromised(first, limits, clock)
     }
 
-    /// Promises the permit that frees at this moment, which is what [`Quota::next_free`] said.
+    /// Promises the permit that becomes free at this moment, as returned by [`Quota::next_free`].
     pub fn promise(&mut self, at: Stamp, limits: &Limits, clock: &Clock) {
         self.promises.add(at, limits.calendar.days(wall_of(at, clock)));
     }
 
     fn next_unpromised(&self, first: Stamp, limits: &Limits, clock: &Clock) -> Stamp {
-        // The minute and the day can push each other on, but every round ends in another day.
+        // Minute and day can push the moment further in turn, but each round moves to another day.
         const ROUNDS_MAX: usize = 4;
         let mut at = first.max(self.promises.last().unwrap_or_default());
         for _ in 0..ROUNDS_MAX {
@@ -254,8 +255,8 @@ impl Quota {
         at
     }
 
-    /// Returns when a minute has room for one more after everything counted and promised: when the `rpm`-th from the
-    /// end has freed.
+    /// Returns when the minute has room for one more attempt after everything counted and promised: when the `rpm`-th
+    /// newest of them expires.
     fn minute_has_room(&self, rpm: u64) -> Stamp {
         let mut seen = 0;
         for (slot, count) in self.promises.newest_first().chain(self.attempts.newest_first()) {
@@ -298,12 +299,12 @@ impl Quota {
         }
     }
 
-    /// True if anything that counts will free by itself.
+    /// True if counts of the minute will expire.
     pub fn is_moving(&self) -> bool {
         !self.attempts.is_empty() || !self.tokens.is_empty()
     }
 
-    /// True if the counts of these days are known.
+    /// True if the counts of these days are loaded.
     pub fn knows(&self, days: Days) -> bool {
         days.each().all(|date| self.days.iter().any(|(known, _)| *known == date))
     }
@@ -317,7 +318,7 @@ impl Quota {
     }
 }
 
-/// The moment at which the machine's clock will show this time, unless it is set.
+/// Returns the stamp at which the wall clock will show this time, unless it is set.
 fn stamp_of(wall: SystemTime, clock: &Clock) -> Stamp {
     clock.boot + wall.duration_since(clock.wall).unwrap_or_default()
 }
@@ -335,7 +336,7 @@ mod tests {
     use jiff::civil::date;
     use jiff::tz::TimeZone;
 
-    /// 2026-11-25, noon, in UTC.
+    /// 2026-11-25, 12:00 UTC.
     const NOON: u64 = 1_795_608_000;
 
     fn limits(rpm: u64, rpd: u64) -> Limits {
@@ -344,7 +345,7 @@ mod tests {
         Limits { by_kind, calendar: Calendar::new(TimeZone::UTC) }
     }
 
-    /// So many milliseconds after the machine was started, which was at noon.
+    /// Returns the clock this many milliseconds after boot, which was at noon.
     fn at(boot_ms: u64) -> Clock {
         let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(NOON) + Duration::from_millis(boot_ms);
         Clock { now: Instant::now(), boot: Stamp(boot_ms), wall }
@@ -367,7 +368,7 @@ mod tests {
         assert_eq!(quota.view(&limits, &at(100)).used.rpd, 2, "what is refused is not counted");
         assert!(quota.take(&limits, &at(61_000)).is_ok());
         let held = quota.take(&limits, &at(61_000)).unwrap_err();
-        // Twelve hours after noon, and the second in which an attempt counts in both days.
+        // Twelve hours after noon, plus the second in which an attempt counts in both days.
         assert_eq!(held, Held { by: LimitReason::Full(LimitKind::Rpd, 3), until: Stamp(12 * 3_600_000 + 1000) });
     }
 
@@ -404,7 +405,7 @@ mod tests {
         for clock in [set(2000, Some(1), None), set(3000, None, Some(1)), set(60_000, Some(1), None)] {
             assert_eq!(quota.take(&limits, &clock).unwrap_err().until, Stamp(60_500), "{clock:?}");
         }
-        // Half a day forward is tomorrow; back again, today's two still count.
+        // Half a day ahead is tomorrow. Back again, today's two attempts still count.
         quota.take(&limits, &set(61_500, Some(13), None)).unwrap();
         quota.take(&limits, &at(62_000)).unwrap();
         let held = quota.take(&limits, &at(200_000)).unwrap_err();
@@ -469,7 +470,7 @@ mod tests {
         }
         let told = crowd(&mut quota, &limits, &at(30_000), 8);
         assert_eq!(told, [30, 40, 50, 91, 101, 111, 151, 161], "then those that they free in turn");
-        // One that comes back as told gets its permit, and the rest of the crowd keeps its place.
+        // A client that comes back at its promised moment gets its permit, and the others keep theirs.
         assert!(quota.take(&limits, &at(60_500)).is_ok());
         assert_eq!(crowd(&mut quota, &limits, &at(60_500), 1), [141]);
     }

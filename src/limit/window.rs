@@ -1,46 +1,46 @@
-//! The sliding minute.
+//! The sliding minute, counted in slots of a quarter of a second.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::Stamp;
 
-/// The width of a slot of the minute.
+/// Width of a slot in milliseconds.
 const SLOT_MS: u64 = 250;
-/// Slots for which a count lasts: 60 seconds, one slot because it may have come at the end of its own, and one more for
-/// the time between counting and sending and for jitter on the way to the endpoint. So a permit frees up to half a
-/// second late, never early.
+/// Slots for which a count lasts: 60 seconds, one slot more because the attempt may have come at the end of its own
+/// slot, and another one for the time between counting and sending and for jitter on the way to the endpoint. A permit
+/// therefore becomes free up to half a second late, never early.
 const SLOTS: u64 = 60 * 1000 / SLOT_MS + 2;
 
-/// A permit older than this when its request is sent is swapped for a fresh one. It takes half of the second spare slot; the
-/// other half is for what happens between the look at the clock and the endpoint's own.
+/// Age at which an unsent permit is swapped for a fresh one. It uses half of the second spare slot; the other half
+/// covers the time from the check of the age until the endpoint counts the request.
 pub const PERMIT_AGE_MAX: Duration = Duration::from_millis(SLOT_MS / 2);
 
 /// Time for which a count lasts.
 pub const SPAN: Duration = Duration::from_millis(SLOTS * SLOT_MS);
 
-/// A quarter of a second since the machine was started.
+/// A quarter of a second, numbered from the machine's boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(pub u64);
 
 impl Slot {
-    /// The slot of a moment.
+    /// Returns the slot of a moment.
     pub fn new(stamp: Stamp) -> Self {
         Self(stamp.0 / SLOT_MS)
     }
 
-    /// The first slot that still counts at this moment.
+    /// Returns the oldest slot that still counts at this moment.
     pub fn oldest_that_counts(now: Stamp) -> Self {
         Self((Self::new(now).0 + 1).saturating_sub(SLOTS))
     }
 
-    /// Returns when counts of this slot stop counting.
+    /// Returns the moment at which counts of this slot expire.
     pub fn frees(self) -> Stamp {
         Stamp(self.0.saturating_add(SLOTS).saturating_mul(SLOT_MS))
     }
 }
 
-/// Counts of the last 60 seconds; at most as many slots as a minute has.
+/// Counts of the last 60 seconds by slot. A minute has a fixed number of slots, which bounds its size.
 #[derive(Clone, Debug, Default)]
 pub struct Minute {
     slots: VecDeque<(Slot, u64)>,
@@ -48,13 +48,13 @@ pub struct Minute {
 }
 
 impl Minute {
-    /// Counts.
+    /// Adds to the count of a slot.
     pub fn add(&mut self, slot: Slot, count: u64) {
         if count == 0 {
             return;
         }
         self.total = self.total.saturating_add(count);
-        // Nearly always it is the newest slot.
+        // Nearly always the newest slot.
         let at = self.slots.partition_point(|(other, _)| *other < slot);
         match self.slots.get_mut(at) {
             Some((same, counted)) if *same == slot => *counted = counted.saturating_add(count),
@@ -62,7 +62,7 @@ impl Minute {
         }
     }
 
-    /// Takes back what was counted in a slot, as far as it still counts.
+    /// Takes back a count of a slot, as far as the slot still holds it.
     pub fn remove(&mut self, slot: Slot, count: u64) {
         let at = self.slots.partition_point(|(other, _)| *other < slot);
         if let Some((same, counted)) = self.slots.get_mut(at)
@@ -74,7 +74,7 @@ impl Minute {
         }
     }
 
-    /// Drops what no longer counts.
+    /// Drops the slots that have expired.
     pub fn forget(&mut self, now: Stamp) {
         let oldest = Slot::oldest_that_counts(now);
         while let Some((slot, count)) = self.slots.front().copied()
@@ -90,12 +90,12 @@ impl Minute {
         self.total
     }
 
-    /// Returns when nothing that counts now counts any more; `None` if nothing counts.
+    /// Returns the moment at which everything that counts now has expired; `None` if nothing counts.
     pub fn empties(&self) -> Option<Stamp> {
         self.slots.iter().rev().find(|(_, count)| *count > 0).map(|(slot, _)| slot.frees())
     }
 
-    /// Returns when less than `limit` counts if nothing is added, not before `now`.
+    /// Returns the moment, not before `now`, at which less than `limit` counts if nothing is added.
     pub fn below(&self, limit: u64, now: Stamp) -> Stamp {
         let mut left = self.total;
         let mut frees = now;
@@ -109,17 +109,17 @@ impl Minute {
         frees.max(now)
     }
 
-    /// Returns the counts, newest first.
+    /// Returns slots and their counts, newest first.
     pub fn newest_first(&self) -> impl Iterator<Item = (Slot, u64)> {
         self.slots.iter().rev().copied()
     }
 
-    /// The slots that are held.
+    /// Returns the number of slots held.
     pub fn len(&self) -> usize {
         self.slots.len()
     }
 
-    /// True if nothing counts.
+    /// True if no slot is held.
     pub fn is_empty(&self) -> bool {
         self.slots.is_empty()
     }
@@ -169,8 +169,8 @@ mod tests {
     }
 
     proptest! {
-        /// Against a plain model that keeps every moment: what is counted, may be sent a little later, and what is sent in any
-        /// 60 seconds is never more than the limit.
+        /// Compares with a plain model that keeps every moment. Counted attempts are sent up to a slot later; the
+        /// attempts sent in any 60 seconds never exceed the limit.
         #[test]
         fn no_sixty_seconds_hold_more_than_the_limit(
             limit in 1u64..6,

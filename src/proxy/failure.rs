@@ -215,7 +215,7 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
         outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
     if let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::Ours) {
         let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
-        let next = if more { "another one is tried" } else { "no other one is left" };
+        let next = if more { "another endpoint is tried" } else { "no other endpoint is left" };
         log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
     }
     let fault = match outcome {

@@ -43,12 +43,12 @@ impl fmt::Display for Outcome {
             Self::Status { status, .. } => write!(f, "answered {status}"),
             Self::Empty => f.write_str("gave an empty answer"),
             Self::ErrorEvent => f.write_str("began its stream with an error"),
-            Self::UsageRefused => f.write_str("does not know stream_options"),
+            Self::UsageRefused => f.write_str("refused stream_options"),
             Self::ConnectFailed => f.write_str("could not be connected to"),
             Self::Broken => f.write_str("broke off before its answer"),
             Self::TooSlow => f.write_str("did not answer in time"),
             Self::LimitReached => f.write_str("reached its limit before it could be asked"),
-            Self::ClientGone => f.write_str("was left by the client"),
+            Self::ClientGone => f.write_str("lost its client, which disconnected"),
             Self::Ours => f.write_str("was not asked"),
         }
     }

@@ -67,7 +67,7 @@ impl Drain {
     /// `hands_over`: a successor serves, and is the service from now on.
     async fn wait_and_leave(&self, hands_over: bool) {
         self.draining.begin();
-        log::info!("stopping: {} requests are open", self.open.count());
+        log::info!("shutting down gracefully: {} requests are open", self.open.count());
         // A second signal means at once. A process that hands over has not had its first one yet: a service that is stopped
         // signals all its processes at once.
         let mut patience = u32::from(hands_over);
@@ -84,7 +84,7 @@ impl Drain {
             }
         }
         if self.open.count() > 0 {
-            log::warn!("stopping at once, as asked: {} requests are cut", self.open.count());
+            log::warn!("stopping at once, on a second signal: {} requests are cut off", self.open.count());
         }
         // The last bytes of an HTTP/2 answer may still be on their way out.
         tokio::time::sleep(LAST_FLUSH).await;

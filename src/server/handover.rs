@@ -158,7 +158,9 @@ impl BackgroundService for Successor {
                 log::error!("{}: {error}", self.runtime_folder.display());
             }
             match outcome {
-                HandoverResult { error: Some(error), .. } => log::error!("upgrade: this process serves on: {error}"),
+                HandoverResult { error: Some(error), .. } => {
+                    log::error!("upgrade failed, this process keeps serving: {error}");
+                }
                 HandoverResult { pid, .. } => {
                     log::info!("upgrade: process {} takes over", pid.unwrap_or_default());
                     // From here on Pingora hands the sockets over.
@@ -175,7 +177,7 @@ impl BackgroundService for Successor {
 impl Successor {
     /// Starts a process that waits for the sockets. Everything that can be wrong with it is found before.
     fn start_successor(&self) -> Result<u32, String> {
-        log::info!("upgrade: {} is checked", self.program.display());
+        log::info!("upgrade: checking {}", self.program.display());
         self.check()?;
         // A socket that an earlier one left would look like the new one's.
         std::fs::remove_file(&self.upgrade_sock).unwrap_or_default();
@@ -297,7 +299,7 @@ pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
         wait("it does not answer")?;
     };
     if let Some(error) = outcome.error {
-        return Err(format!("process {} serves on: {error}", old.pid));
+        return Err(format!("process {} keeps serving: {error}", old.pid));
     }
     loop {
         if let Some(new) = Running::read(folder).filter(|running| Some(running.pid) == outcome.pid)

@@ -142,7 +142,7 @@ impl Reloader {
         if let (Some(shown), Some(read)) = (&self.certificate, certificate)
             && shown.show(read)
         {
-            log::info!("server.tls: another certificate is shown from now on");
+            log::info!("server.tls: a new certificate is in use");
         }
     }
 

@@ -53,7 +53,7 @@ impl ServeHttp for MetricsService {
             let pool = self.0.pool.load_full();
             (StatusCode::OK, admin::metrics::text(Sources { pool: &pool, process: &self.0 }).await)
         } else {
-            (StatusCode::NOT_FOUND, b"there is nothing here but /metrics\n".to_vec())
+            (StatusCode::NOT_FOUND, b"only /metrics is served here\n".to_vec())
         };
         let mut response = Response::new(body);
         *response.status_mut() = status;

@@ -44,7 +44,7 @@ pub(crate) fn start() {
         Ok(_) => state.behind = true,
         Err(error) => {
             drop(state);
-            log::warn!("the log's thread cannot be started, so every request writes its own line: {error}");
+            log::warn!("the log's thread cannot be started, so requests write their own lines: {error}");
         }
     }
 }

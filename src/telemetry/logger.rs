@@ -220,7 +220,7 @@ impl Capped {
                 self.logger.log(
                     &Record::builder()
                         .metadata(record.metadata().clone())
-                        .args(format_args!("{text} (and {more} times more since it was last told)"))
+                        .args(format_args!("{text} (and {more} more times since it was last logged)"))
                         .build(),
                 );
             }

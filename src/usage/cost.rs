@@ -1,52 +1,52 @@
-//! Tokens, and what answers cost, as plain sums.
+//! Tokens and costs of answers, as plain sums.
 
-/// Tokens of one answer, or of many.
+/// Tokens of one answer or of many.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tokens {
     /// Tokens of the prompt.
     pub prompt: u64,
     /// Tokens of the answer.
     pub completion: u64,
-    /// Total, as the endpoint reports it.
+    /// Total of both, as the endpoint reports it.
     pub total: u64,
     /// Tokens of the prompt that came from a cache.
     pub cached: u64,
-    /// Tokens of the answer that were thought and never shown.
+    /// Tokens of the answer spent on reasoning, which is not shown.
     pub reasoning: u64,
-    /// Audio tokens of both.
+    /// Audio tokens of the prompt and the answer.
     pub audio: u64,
 }
 
-/// Answers and their tokens.
+/// Number of answers and their tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sum {
     /// Answers.
     pub requests: u64,
-    /// Their tokens.
+    /// Tokens of these answers.
     pub tokens: Tokens,
 }
 
-/// Speed of streams, summed up.
+/// Speed of streams, as sums.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Speed {
     /// Streams whose tokens were reported.
     pub streams: u64,
-    /// The tokens of their answers.
+    /// Tokens of their answers.
     pub tokens: u64,
-    /// Time from each request to the first token of its answer, in milliseconds.
+    /// Time from the request to the first token of the answer, in milliseconds.
     pub first_token_ms: u64,
-    /// Time from there to the end, in milliseconds.
+    /// Time from the first token to the end of the answer, in milliseconds.
     pub ms: u64,
 }
 
 /// Tokens of one answer or of many, and their speed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// Reported by endpoints.
+    /// Answers whose tokens the endpoint reported.
     pub exact: Sum,
-    /// Estimated where endpoints reported none.
+    /// Answers whose tokens were estimated because the endpoint reported none.
     pub estimated: Sum,
-    /// Speed.
+    /// Speed of the streams among them.
     pub speed: Speed,
 }
 
@@ -80,19 +80,20 @@ impl Cost {
         Self { estimated: Sum { requests: 1, tokens }, ..Self::default() }
     }
 
-    /// Returns all tokens, which count for token limits: an estimate is better than nothing.
+    /// Returns all tokens, reported and estimated. Token limits use this sum: an estimate is better than counting
+    /// unreported tokens as zero.
     pub fn tokens(&self) -> u64 {
         self.exact.tokens.total.saturating_add(self.estimated.tokens.total)
     }
 
-    /// Adds another.
+    /// Adds another cost.
     pub fn merge(&mut self, other: &Self) {
         let mut columns = self.to_columns();
         columns.iter_mut().zip(other.to_columns()).for_each(|(mine, other)| *mine = mine.saturating_add(other));
         *self = Self::from_columns(columns);
     }
 
-    /// Returns its numbers in the order of [`Cost::COLUMNS`].
+    /// Returns the numbers in the order of [`Cost::COLUMNS`].
     pub(crate) fn to_columns(self) -> [u64; Self::COLUMNS.len()] {
         let Self { exact, estimated, speed } = self;
         let Tokens { prompt, completion, total, cached, reasoning, audio } = exact.tokens;

@@ -1,11 +1,11 @@
-//! Finds what JSON of any length says of its tokens, however it is cut into pieces, without keeping it.
+//! Finder: finds the tokens that JSON of any length reports, however it is cut into pieces, without keeping it.
 
 use super::{Usage, reported};
 use crate::json::part;
 
-/// Longest usage: one is some hundred bytes.
+/// Longest value of a `usage`, in bytes. A usage has some hundred bytes; a longer value is ignored.
 const VALUE_BYTES_MAX: usize = 16 * 1024;
-/// Longer than any key that matters here.
+/// Length in bytes that no key that matters here reaches.
 const KEY_BYTES_MAX: usize = 16;
 
 /// A key that matters.
@@ -14,9 +14,9 @@ enum UsageKey {
     /// Any other key.
     #[default]
     Other,
-    /// `usage`.
+    /// The key `usage`.
     Usage,
-    /// `timings`, which stand in for a usage.
+    /// The key `timings`, which replaces a missing usage.
     Timings,
     /// A key that may hold a usage: `response`, `message`, `x_groq`.
     Holder,
@@ -33,7 +33,7 @@ impl UsageKey {
     }
 }
 
-/// The state between two pieces. Whatever the bytes are, it can neither fail nor grow.
+/// State between two pieces. It cannot fail, and its size is bounded, whatever the bytes are.
 #[derive(Debug, Default)]
 pub struct Finder {
     depth: u32,
@@ -41,7 +41,7 @@ pub struct Finder {
     keys: [UsageKey; 2],
     in_string: bool,
     escaped: bool,
-    /// The beginning of the last string.
+    /// Beginning of the last string.
     string: Vec<u8>,
     capture: Option<Capture>,
     usage: Option<Usage>,
@@ -52,13 +52,13 @@ pub struct Finder {
 #[derive(Debug)]
 struct Capture {
     key: UsageKey,
-    /// Depth at which its end is looked for.
+    /// Depth at which the value ends.
     depth: u32,
     bytes: Vec<u8>,
 }
 
 impl Finder {
-    /// Takes the next piece.
+    /// Reads the next piece.
     pub fn feed(&mut self, mut piece: &[u8]) {
         while !piece.is_empty() {
             let used = if self.in_string { self.string(piece) } else { self.structure(piece) };
@@ -66,7 +66,7 @@ impl Finder {
         }
     }
 
-    /// True if every bracket and string that was opened is closed.
+    /// True if all brackets and strings that were opened are closed.
     pub fn is_whole(&self) -> bool {
         self.depth == 0 && !self.in_string
     }
@@ -76,7 +76,7 @@ impl Finder {
         self.usage.or(self.timings)
     }
 
-    /// Within a string: as far as its next escape or its end.
+    /// Reads the inside of a string up to its next escape or its end. Returns the number of bytes read.
     fn string(&mut self, bytes: &[u8]) -> usize {
         if std::mem::take(&mut self.escaped) {
             self.keep(part(bytes, ..1));
@@ -89,16 +89,17 @@ impl Finder {
         let is_end = bytes.get(found) == Some(&b'"');
         self.in_string = !is_end;
         self.escaped = !is_end;
-        // The quotation mark belongs to a copied value, but not to a key.
+        // A copied value includes its quotation mark, a key does not.
         let end = if is_end && self.capture.is_none() { found } else { found + 1 };
         self.keep(part(bytes, ..end));
         found + 1
     }
 
-    /// Outside of strings: one byte, or more where nothing can matter.
+    /// Reads bytes outside of strings: one byte, or more at a depth where nothing matters. Returns the number of bytes
+    /// read.
     fn structure(&mut self, bytes: &[u8]) -> usize {
         if self.depth > 3 && self.capture.is_none() {
-            // Far inside, as in an embedding's numbers: only how deep it is matters.
+            // Deep inside, as in an embedding's numbers, only the depth matters.
             let end = memchr::memchr3(b'"', b'}', b']', bytes).unwrap_or(bytes.len());
             let opened = memchr::memchr2_iter(b'{', b'[', part(bytes, ..end)).count();
             self.depth = self.depth.saturating_add(u32::try_from(opened).unwrap_or(u32::MAX));
@@ -161,11 +162,11 @@ impl Finder {
         }
     }
 
-    /// Keeps bytes of the value that is being copied, or of a string that may be a key.
+    /// Keeps bytes of the value being copied, or of a string that may be a key.
     fn keep(&mut self, bytes: &[u8]) {
         match &mut self.capture {
             Some(capture) if capture.bytes.len() + bytes.len() > VALUE_BYTES_MAX => {
-                // Whatever it is, it is not parsed.
+                // The value is too long to be a usage, so it is not parsed.
                 capture.key = UsageKey::Other;
                 capture.bytes.clear();
             }
@@ -259,7 +260,8 @@ mod tests {
             let text = json.to_string();
             let of = |holder: Option<&Value>| holder.and_then(|value| reported::usage(value.get("usage")?.to_string().as_bytes()));
             let own = of(Some(&json));
-            // Of several holders the last counts; which that is, is the order of the keys.
+            // If several holders have a usage, the last one counts, which depends on the order of the keys. So only the
+            // presence of a usage is compared.
             let held: Vec<_> = ["response", "message"].iter().filter_map(|key| of(json.get(key))).collect();
             let found = find(text.as_bytes(), piece_bytes);
             prop_assert_eq!(found.is_some(), own.is_some() || !held.is_empty(), "{}", text);

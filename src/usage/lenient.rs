@@ -1,4 +1,5 @@
-//! Reads of JSON what matters, whatever else it is: what is not as it should be counts as not said, and spoils nothing else.
+//! Lenient readers: they read the members that matter from any JSON. A value of an unexpected type counts as absent and
+//! does not affect the others.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -8,13 +9,14 @@ use serde::{Deserialize, Deserializer};
 
 use crate::json::scan::Key;
 
-/// The members of an object that matter.
+/// An object of which some members matter.
 pub(super) trait Members<'de>: Default {
-    /// Takes the value of this key out of the map, whether it matters or not. Of a key that is there twice, the last one counts.
+    /// Takes the value of this key out of the map, whether it matters or not. If a key occurs twice, the last one
+    /// counts.
     fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error>;
 }
 
-/// Read from any JSON: from whatever is no object as one without members.
+/// A value read from any JSON. Anything but an object is read as an object without members.
 pub(super) struct Lenient<T>(pub(super) T);
 
 impl<'de, T: Members<'de>> Deserialize<'de> for Lenient<T> {
@@ -23,7 +25,7 @@ impl<'de, T: Members<'de>> Deserialize<'de> for Lenient<T> {
     }
 }
 
-/// Reader of any JSON value.
+/// Conversion of any JSON value. Types without a method of their own give the default.
 pub(super) trait Reads<'de> {
     type Value: Default;
 
@@ -64,7 +66,7 @@ impl<'de, R: Reads<'de>> Visitor<'de> for Any<R> {
     }
 
     fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
-        // Only what is below zero comes here.
+        // `serde_json` calls this for negative numbers only.
         Ok(Self::Value::default())
     }
 
@@ -105,7 +107,7 @@ impl<'de, T: Members<'de>> Reads<'de> for T {
     }
 }
 
-/// The first of a list.
+/// The first element of a list.
 pub(super) struct First<T>(pub(super) T);
 
 impl<'de, T: Members<'de>> Deserialize<'de> for First<T> {

@@ -1,5 +1,5 @@
-//! Measures one answer as it passes: its tokens, their timing, and a sample of its text for an estimate, in case the endpoint
-//! does not report them.
+//! Meter: measures one answer as it passes. It reads the reported tokens, notes when the first token has come, and
+//! keeps a sample of the text for an estimate, in case the endpoint does not report its tokens.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -13,9 +13,10 @@ use crate::json::part;
 use crate::json::scan::{has_member, strings};
 use crate::request::call::Call;
 
-/// Bytes of a stream's text that are kept for an estimate; the rest is taken to be like them.
+/// Bytes of a stream's text that are kept for an estimate. The rest is assumed to be similar.
 pub const SAMPLE_BYTES_MAX: usize = 16 * 1024;
-/// Size and number of pieces up to which a JSON answer is kept for an estimate. They are not copied.
+/// Bytes of a JSON answer that are kept for an estimate, in at most `BODY_PIECES_MAX` pieces, which are not copied. The
+/// rest is assumed to be similar.
 pub const BODY_BYTES_MAX: usize = 256 * 1024;
 const BODY_PIECES_MAX: usize = 4096;
 
@@ -24,33 +25,35 @@ static TIMINGS: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"tim
 static FINISH: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"finish_reason\""));
 static DELTA: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"delta\""));
 
-/// True if an event may hold a usage, or a null in its place.
+/// True if an event may contain a usage, or a null in its place.
 pub fn mentions_usage(data: &[u8]) -> bool {
     USAGE.find(data).is_some()
 }
 
-/// True if an event may report tokens: many endpoints have a null in every chunk but one.
+/// True if an event may report tokens. Many endpoints send a null in every chunk but one.
 fn says_usage(data: &[u8]) -> bool {
     has_member(data, &USAGE, b"{") || TIMINGS.find(data).is_some()
 }
 
-/// Measurements of one answer. Bounded; they can neither change nor fail it.
+/// Measurements of one answer. Their size is bounded, and they can neither change nor fail the answer.
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own about the answer")]
 pub struct Meter {
     call: Call,
     /// True if text is kept for an estimate.
     estimates: bool,
-    /// Reads JSON that comes in pieces, and events that are too long to be read whole; none until there is one.
+    /// Reader for JSON that comes in several pieces, and for events that are too long to be kept; `None` until it is
+    /// needed.
     finder: Option<Box<Finder>>,
-    /// The first piece of JSON, which is read when there is another one, or no more.
+    /// First piece of a JSON answer. It is read when a second piece comes or the answer ends: an answer in one piece is
+    /// first searched near its end.
     first: Bytes,
     usage: Option<Usage>,
     /// True if only the prompt's tokens have been reported, as in the first event of Anthropic's messages.
     reported_prompt_only: bool,
     text: AnswerText,
     has_timings: bool,
-    /// A token of a stream has come.
+    /// True once a token of a stream has come.
     has_token: bool,
     fed: Fed,
     end: End,
@@ -59,45 +62,45 @@ pub struct Meter {
 /// Form of the answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Fed {
-    /// Nothing that can be read, so far.
+    /// Nothing readable so far.
     #[default]
     Nothing,
     Json,
     Events,
 }
 
-/// What the endpoint said of the answer's end.
+/// Report of the endpoint about the answer's end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum End {
-    /// Nothing.
+    /// Nothing so far.
     #[default]
     Open,
-    /// A reason for the end.
+    /// A finish reason.
     Finished,
-    /// That it is whole.
+    /// The answer is complete.
     Complete,
 }
 
-/// The text of an answer, as far as it is kept.
+/// Text of an answer, as far as it is kept.
 #[derive(Debug, Default)]
 pub enum AnswerText {
     /// No text, or none that is kept.
     #[default]
     None,
-    /// The beginning of a stream's, in the form that JSON strings have.
+    /// Beginning of a stream's text, escaped as in JSON strings.
     Sample {
-        /// At most [`SAMPLE_BYTES_MAX`].
+        /// The text, at most [`SAMPLE_BYTES_MAX`] bytes.
         sample: Vec<u8>,
         /// Length of the whole text in bytes.
         bytes: u64,
     },
-    /// A JSON answer.
+    /// A JSON answer, as far as it is kept.
     Json {
-        /// Pieces.
+        /// Its pieces.
         pieces: Vec<Bytes>,
-        /// Their length together, at most [`BODY_BYTES_MAX`].
+        /// Length of the pieces in bytes, at most [`BODY_BYTES_MAX`].
         kept: usize,
-        /// Length of the answer.
+        /// Length of the whole answer in bytes.
         bytes: u64,
     },
 }
@@ -120,7 +123,8 @@ impl Meter {
         }
     }
 
-    /// Takes in the data of an event. Tells whether it said nothing but text.
+    /// Reads the data of an event. Returns true if the event had nothing but text, so that events of the same form need
+    /// not be read.
     pub fn event(&mut self, data: &[u8]) -> bool {
         self.fed = Fed::Events;
         if data.trim_ascii() == b"[DONE]" {
@@ -145,7 +149,7 @@ impl Meter {
         self.call.is_text() && self.end == End::Open && !says_usage
     }
 
-    /// Takes in an event that is like one that said nothing but text.
+    /// Reads the texts of an event that has the same form as an earlier one with nothing but text.
     pub fn like_event<'a>(&mut self, texts: impl Iterator<Item = &'a [u8]>) {
         if self.estimates || !self.has_token {
             texts.for_each(|raw| self.text(raw));
@@ -157,7 +161,7 @@ impl Meter {
         self.call
     }
 
-    /// Takes in a part of an event that is too long to be read whole.
+    /// Reads a part of an event that is too long to be kept.
     pub fn part(&mut self, part: &[u8], last: bool) {
         self.fed = Fed::Events;
         self.finder().feed(part);
@@ -172,7 +176,7 @@ impl Meter {
         }
     }
 
-    /// Takes in a piece of a JSON answer.
+    /// Reads a piece of a JSON answer.
     pub fn json(&mut self, piece: &Bytes) {
         if self.fed == Fed::Json {
             let first = std::mem::take(&mut self.first);
@@ -198,7 +202,7 @@ impl Meter {
         }
     }
 
-    /// A JSON answer came to its end.
+    /// Ends a JSON answer.
     pub fn json_ended(&mut self) {
         let only = std::mem::take(&mut self.first);
         if let Some(usage) = reported::near_the_end(&only) {
@@ -253,7 +257,7 @@ impl Meter {
         self.has_token = true;
     }
 
-    /// Adds so many bytes of text, and keeps of them what there is room for.
+    /// Adds `length` bytes of text, and keeps as many of `raw` as there is room for.
     fn add_text(&mut self, length: usize, raw: &[u8]) {
         if length == 0 {
             return;
@@ -268,7 +272,7 @@ impl Meter {
         }
     }
 
-    /// Returns the usage that the endpoint reported.
+    /// Returns the usage that the endpoint reported; `None` if it reported none, or only the prompt's tokens.
     pub fn reported(&self) -> Option<Usage> {
         self.usage.filter(|_| !self.reported_prompt_only)
     }
@@ -288,18 +292,18 @@ impl Meter {
         !matches!(self.text, AnswerText::None)
     }
 
-    /// True if the endpoint reports its usage without being asked.
+    /// True if the answer had llama.cpp's `timings`: such an endpoint reports its tokens without being asked.
     pub fn has_timings(&self) -> bool {
         self.has_timings
     }
 
-    /// True if the endpoint said that its answer is complete.
+    /// True if the endpoint reported that its answer is complete.
     pub fn is_complete(&self) -> bool {
         self.end == End::Complete
     }
 
-    /// True if an answer that has ended may be complete, going by its content: JSON ends with its last bracket, a chat
-    /// gives a finish reason, a response or message has a last event.
+    /// True if an answer that has ended may be complete, judging by its content: JSON ends with its last bracket, a
+    /// chat gives a finish reason, a response or message has a last event. Other answers always may be.
     pub fn is_whole(&self) -> bool {
         match (self.fed, self.call) {
             (Fed::Json, _) | (Fed::Events, Call::Responses | Call::Messages) => self.end == End::Complete,
@@ -308,7 +312,7 @@ impl Meter {
         }
     }
 
-    /// The text, for an estimate.
+    /// Takes out the text, for an estimate.
     pub fn take_text(&mut self) -> AnswerText {
         std::mem::take(&mut self.text)
     }
@@ -318,9 +322,9 @@ fn to_u64(length: usize) -> u64 {
     u64::try_from(length).unwrap_or(u64::MAX)
 }
 
-/// Returns the beginning of a text so that no character and no escape of it is cut.
+/// Returns at most `room` bytes from the beginning of a text, without cutting a character or an escape.
 fn beginning(raw: &[u8], room: usize) -> &[u8] {
-    /// `\u` and four digits, of a pair.
+    /// Length of an escaped surrogate pair: twice `\u` and four digits.
     const ESCAPE_BYTES_MAX: usize = 12;
     if raw.len() <= room {
         return raw;
@@ -344,7 +348,7 @@ fn finishes(data: &[u8]) -> bool {
     has_member(data, &FINISH, b"\"") && !has_member(data, &FINISH, b"\"\"")
 }
 
-/// True if an event is the last of a response, or of Anthropic's message.
+/// True if an event is the last one of a response or of Anthropic's message.
 fn is_last(data: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Event<'a> {
@@ -352,16 +356,16 @@ fn is_last(data: &[u8]) -> bool {
         kind: Cow<'a, str>,
     }
     const KINDS: [&str; 4] = ["response.completed", "response.incomplete", "response.failed", "message_stop"];
-    // Most events are none of these, and need no parser to say so.
+    // Most events are neither, which a search shows without a parser.
     KINDS.iter().any(|kind| memchr::memmem::find(data, kind.as_bytes()).is_some())
         && serde_json::from_slice::<Event<'_>>(data).is_ok_and(|event| KINDS.contains(&&*event.kind))
 }
 
-/// Tells the texts of an event, as they stand between their quotation marks.
+/// Calls `each` with every text of an event, as it stands between its quotation marks.
 pub fn event_texts<'a>(call: Call, data: &'a [u8], mut each: impl FnMut(&'a [u8])) {
     let keys: &[&[u8]] = match call {
         Call::Completion => &[b"content", b"reasoning_content", b"reasoning", b"text", b"arguments", b"refusal"],
-        // Other events repeat the text whole.
+        // Other events repeat the whole text.
         Call::Responses if DELTA.find(data).is_some() => &[b"delta"],
         Call::Messages if DELTA.find(data).is_some() => &[b"text", b"partial_json", b"thinking"],
         _ => return,
@@ -369,7 +373,7 @@ pub fn event_texts<'a>(call: Call, data: &'a [u8], mut each: impl FnMut(&'a [u8]
     strings(data).filter(|(key, _)| keys.contains(key)).for_each(|(_, text)| each(text));
 }
 
-/// Passes on the texts of a JSON answer, whole or cut.
+/// Calls `each` with every text of a JSON answer, whole or cut, as it stands between its quotation marks.
 pub fn answer_texts<'a>(call: Call, json: &'a [u8], mut each: impl FnMut(&'a [u8])) {
     const KEYS: [&[u8]; 7] =
         [b"content", b"reasoning_content", b"reasoning", b"text", b"arguments", b"refusal", b"thinking"];

@@ -4,11 +4,11 @@
 //! |---|---|---|
 //! | chat, completions, embeddings | `usage` | `prompt_tokens`, `completion_tokens`, `total_tokens`, `*_tokens_details` |
 //! | responses | `usage`, in events `response.usage` | `input_tokens`, `output_tokens`, `*_tokens_details` |
-//! | images, transcriptions | `usage` | the same, or a duration, which is no tokens |
-//! | Anthropic's messages | `usage`, in events also `message.usage` | `input_tokens` without what was cached |
-//! | Groq | also `x_groq.usage` | as chat |
-//! | Moonshot | also `usage` within a choice, `cached_tokens` | as chat |
-//! | `DeepSeek` | `usage` | as chat, `prompt_cache_hit_tokens` |
+//! | images, transcriptions | `usage` | the same, or a duration, which does not count tokens |
+//! | Anthropic's messages | `usage`, in events also `message.usage` | `input_tokens` without cached tokens |
+//! | Groq | also `x_groq.usage` | the same as chat |
+//! | Moonshot | also `usage` within a choice, `cached_tokens` | the same as chat |
+//! | `DeepSeek` | `usage` | the same as chat, and `prompt_cache_hit_tokens` |
 //! | llama.cpp | `timings` | `prompt_n`, `cache_n`, `predicted_n` |
 
 mod cost;
@@ -23,7 +23,8 @@ pub use finder::Finder;
 pub use meter::{AnswerText, BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, answer_texts, event_texts, mentions_usage};
 pub use reported::Reported;
 
-/// No answer costs more; a number beyond it is a fault of the endpoint's, and must not spoil every sum.
+/// Upper bound for a count. No answer has that many tokens: a larger number is an error of the endpoint, and must not
+/// distort the sums.
 const TOKENS_MAX: u64 = 1 << 32;
 
 /// Counts as an answer reports them. A count that is missing or malformed is `None`.
@@ -33,24 +34,24 @@ pub struct Usage {
     prompt: Option<u64>,
     /// `completion_tokens`.
     completion: Option<u64>,
-    /// `input_tokens`, which some calls have in place of the prompt's, some endpoints beside them.
+    /// `input_tokens`: some calls have it instead of `prompt_tokens`, some endpoints send both.
     input: Option<u64>,
     /// `output_tokens`, in the same role for the answer.
     output: Option<u64>,
     total: Option<u64>,
     /// Tokens of the prompt that came from a cache.
     cached: Option<u64>,
-    /// Read from a cache and written to it, both of which Anthropic leaves out of `input_tokens`.
+    /// Tokens read from a cache. Anthropic does not include them, nor those written to a cache, in `input_tokens`.
     cache_read: Option<u64>,
     cache_written: Option<u64>,
-    /// Tokens of the answer that were never shown.
+    /// Tokens of the answer spent on reasoning, which is not shown.
     reasoning: Option<u64>,
     audio_in: Option<u64>,
     audio_out: Option<u64>,
 }
 
 impl Usage {
-    /// Takes in what a later event of the same answer says; what it does not say stays.
+    /// Takes over the counts of a later event of the same answer. Counts that it does not have stay.
     pub fn update(&mut self, later: Self) {
         let of = |later: Option<u64>, mine: Option<u64>| later.or(mine);
         *self = Self {
@@ -68,7 +69,7 @@ impl Usage {
         };
     }
 
-    /// True if it counts a prompt and not one token of an answer.
+    /// True if the prompt has tokens and the answer has none.
     pub fn is_of_empty_answer(&self) -> bool {
         self.completion == Some(0) && self.total.is_some_and(|total| total > 0) && self.total == self.prompt
     }
@@ -79,7 +80,7 @@ impl Usage {
         self.prompt.or_else(|| self.input.map(|input| input + apart))
     }
 
-    /// The tokens, with nothing left open.
+    /// Returns the tokens. Counts that were not reported are derived from the others, or zero.
     pub fn tokens(&self) -> Tokens {
         let prompt = self.prompt().unwrap_or(0);
         let completion = self.completion.or(self.output).unwrap_or(0);
@@ -138,7 +139,7 @@ mod tests {
         let deepseek = json!({ "prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6,
             "prompt_cache_hit_tokens": 4, "prompt_cache_miss_tokens": 1 });
         assert_eq!(of(deepseek), Some(Tokens { cached: 4, ..plain(5, 1, 6) }));
-        // Gemini counts what it thought in the total only.
+        // Gemini counts reasoning tokens in the total only.
         let gemini = json!({ "prompt_tokens": 4, "completion_tokens": 10, "total_tokens": 114 });
         assert_eq!(of(gemini), Some(plain(4, 10, 114)));
         let llama = json!({ "timings": { "cache_n": 3, "prompt_n": 2, "predicted_n": 4, "predicted_ms": 5.5 } });

@@ -1,14 +1,14 @@
-//! Reads an object of counts as nearly all endpoints write it: whole numbers, nulls and objects of such, under keys without
-//! escapes. Whatever else there is in it is a surprise, and has to be read by a JSON parser.
+//! Reader for an object of counts as nearly all endpoints write it: whole numbers, nulls and objects of such, with keys
+//! without escapes. Anything else is a [`Surprise`] and is left to a JSON parser.
 
-/// Digits that a `u64` always holds; longer numbers are left to a parser.
+/// Number of digits that always fit into a `u64`. Longer numbers are left to a parser.
 const DIGITS_MAX: usize = 18;
 
-/// The input is not of the plain form.
+/// Error: the input does not have the plain form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Surprise;
 
-/// Rest of the input.
+/// Reader; holds the rest of the input.
 pub(super) struct Plain<'a>(&'a [u8]);
 
 impl<'a> Plain<'a> {
@@ -45,7 +45,7 @@ impl<'a> Plain<'a> {
         self.0.trim_ascii_start().first() == Some(&b'{')
     }
 
-    /// Reads a number, or a null as none.
+    /// Reads a number; `None` for a null.
     pub(super) fn number(&mut self) -> Result<Option<u64>, Surprise> {
         let text = self.0.trim_ascii_start();
         if let Some(rest) = text.strip_prefix(b"null") {
@@ -70,7 +70,7 @@ impl<'a> Plain<'a> {
         Ok(key)
     }
 
-    /// Reads this sign.
+    /// Reads this character, after any white space.
     fn sign(&mut self, sign: u8) -> Result<(), Surprise> {
         self.0 = self.0.trim_ascii_start().strip_prefix(&[sign]).ok_or(Surprise)?;
         Ok(())

@@ -1,4 +1,4 @@
-//! Reads what JSON says of its tokens into counts, without building a tree of it.
+//! Reader of the tokens that JSON reports. Builds no tree of it.
 
 use std::marker::PhantomData;
 use std::sync::LazyLock;
@@ -12,19 +12,19 @@ use super::plain::{Plain, Surprise};
 use super::{TOKENS_MAX, Usage};
 use crate::json::scan::ends_outermost;
 
-/// Usage in an event of a stream, or in a whole JSON answer.
+/// Usage reported by an event of a stream, or by a whole JSON answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reported {
     /// The counts.
     pub usage: Usage,
-    /// True for the first event of Anthropic's messages, which reports the prompt's tokens alone.
+    /// True for the first event of Anthropic's messages, which reports the prompt's tokens only.
     pub begins_message: bool,
-    /// True if there are llama.cpp's `timings`.
+    /// True if it has llama.cpp's `timings`.
     pub has_timings: bool,
 }
 
 impl Reported {
-    /// Reads the usage of JSON; `None` if there is none.
+    /// Reads the usage from JSON; `None` if it reports none.
     pub fn from_json(json: &[u8]) -> Option<Self> {
         let Lenient(outer) = serde_json::from_slice::<Lenient<Outer>>(json).ok()?;
         let usage = outer.usage.usage();
@@ -36,8 +36,8 @@ impl Reported {
     }
 }
 
-/// Reads the usage of a whole answer if it stands near its end, as nearly all do: only that part is read. `None` is no
-/// answer either way.
+/// Reads the usage of a whole answer if it stands near the end, where nearly all answers have it; only that part is
+/// read. `None` leaves open whether the answer reports a usage.
 pub(super) fn near_the_end(json: &[u8]) -> Option<Usage> {
     let after_key = last_usage(json)? + KEY.len();
     let value = json.get(after_key..)?.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start();
@@ -56,9 +56,10 @@ const KEY: &[u8] = b"\"usage\"";
 static FROM_BEGIN: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 static FROM_END: LazyLock<FinderRev<'static>> = LazyLock::new(|| FinderRev::new(KEY));
 
-/// Returns the place of the last `usage`.
+/// Returns the position of the last `usage`.
 fn last_usage(json: &[u8]) -> Option<usize> {
-    /// It is nearly always there, and looking forwards is so much faster that it pays to do that first.
+    /// Bytes at the end that are searched first. The last `usage` is nearly always there, and a forward search is so
+    /// much faster than a backward one that it pays.
     const END_BYTES: usize = 1024;
     let end = json.len().saturating_sub(END_BYTES);
     let in_end = FROM_BEGIN.find_iter(json.get(end..)?).last();
@@ -129,7 +130,7 @@ struct Outer {
     response: Holder,
     message: Holder,
     x_groq: Holder,
-    /// The first of `choices`.
+    /// First element of `choices`.
     choice: Holder,
     timings: Option<Timings>,
     begins_message: bool,
@@ -151,7 +152,7 @@ impl<'de> Members<'de> for Outer {
     }
 }
 
-/// An object with a `usage` within.
+/// An object that may contain a `usage`.
 #[derive(Default)]
 struct Holder {
     usage: UsageCounts,
@@ -167,7 +168,7 @@ impl<'de> Members<'de> for Holder {
     }
 }
 
-/// A `usage`, in whatever dialect.
+/// A `usage`, in any dialect.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct UsageCounts {
     prompt: Count,
@@ -182,7 +183,7 @@ struct UsageCounts {
     reasoning: Count,
     /// `prompt_tokens_details`, `input_tokens_details` of responses, `input_token_details` of transcriptions.
     of_prompt: [Details; 3],
-    /// As above.
+    /// The same for the answer: `completion_tokens_details`, `output_tokens_details`, `output_token_details`.
     of_answer: [Details; 3],
 }
 
@@ -200,7 +201,7 @@ impl<'de> Members<'de> for UsageCounts {
 }
 
 impl UsageCounts {
-    /// Reads the counts of an object, and returns the rest.
+    /// Reads the counts of an object in the plain form. Returns them and the rest of the input.
     fn plain(json: &[u8]) -> Result<(Self, &[u8]), Surprise> {
         let mut counts = Self::default();
         let mut plain = Plain::new(json);
@@ -267,7 +268,7 @@ impl UsageCounts {
     }
 }
 
-/// Reads a number, whether it matters or not.
+/// Reads a number, and stores it if it matters.
 fn read_count(plain: &mut Plain<'_>, count: Option<&mut Count>) -> Result<(), Surprise> {
     let number = Count::new(plain.number()?);
     if let Some(count) = count {
@@ -305,7 +306,7 @@ impl Details {
     }
 }
 
-/// llama.cpp's `timings`. What came from its cache is not in `prompt_n`.
+/// llama.cpp's `timings`. `prompt_n` does not include tokens from the cache.
 #[derive(Default)]
 struct Timings {
     prompt: Count,

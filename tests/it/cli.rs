@@ -331,7 +331,7 @@ async fn a_stop_waits_for_open_streams_and_then_leaves() {
             let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
             let mut text = String::from_utf8(stream.chunk().await.unwrap().unwrap().to_vec()).unwrap();
             running.signal("TERM");
-            running.logs("stopping: 1 requests are open").await;
+            running.logs("shutting down gracefully: 1 requests are open").await;
             let address = running.address;
             until("nobody new is let in", || std::net::TcpStream::connect(address).is_err()).await;
             while let Some(chunk) = stream.chunk().await.unwrap() {

@@ -195,7 +195,7 @@ async fn a_renewed_certificate_is_shown_without_a_restart() {
         let key = std::fs::read(program.folder.path().join("key.pem")).unwrap();
         let second = certificate(program.folder.path());
         let other_key = std::fs::read(program.folder.path().join("key.pem")).unwrap();
-        program.logs("another certificate is shown").await;
+        program.logs("a new certificate is in use").await;
         assert!(trusts(&second).await && !trusts(&first).await);
         std::fs::write(program.folder.path().join("key.pem"), key).unwrap();
         program.logs("does the key in").await;

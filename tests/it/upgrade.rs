@@ -196,7 +196,10 @@ async fn whatever_is_wrong_with_the_new_one_the_old_one_serves_on() {
             write(text);
             let (code, said) = served.upgrade().await;
             assert_eq!(code, 1, "{said}");
-            assert!(said.contains(&format!("process {pid} serves on")) && said.contains(reason), "{reason}: {said}");
+            assert!(
+                said.contains(&format!("process {pid} keeps serving")) && said.contains(reason),
+                "{reason}: {said}"
+            );
             let call = client(|builder| builder).post(served.url("/v1/chat/completions")).bearer_auth(KEY);
             Reply::of(call.json(&chat("m"))).await.assert_from("a", 1);
             assert_eq!(served.running().pid, pid);
@@ -296,7 +299,7 @@ async fn a_second_sigterm_ends_it_at_once() {
         let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
         stream.chunk().await.unwrap();
         running.signal("TERM");
-        running.logs("stopping: 1 requests are open").await;
+        running.logs("shutting down gracefully: 1 requests are open").await;
         running.signal("TERM");
         assert_eq!(running.exit().await.code(), Some(0));
         while let Ok(Some(_)) = stream.chunk().await {}

@@ -1,8 +1,8 @@
-//! Grants permits. All draws of one moment are served in one batch: decided one after the other, written together, and
-//! answered once the batch is committed.
+//! Allocator: grants permits. All draws of one moment are served in one batch: they are decided one after the other,
+//! written together, and answered once the batch is committed.
 //!
-//! The allocator keeps a mirror of what the ledger counts for each endpoint, so that a batch reads only what another process has
-//! changed since the last one.
+//! The allocator mirrors the ledger's counts of each endpoint, so a batch reads only the counts that another process
+//! has changed since the last batch.
 
 mod replies;
 
@@ -22,27 +22,29 @@ use crate::config::LedgerOnError;
 use crate::limit::{Clock, Counted, Counts, Limits, Slot, Stamp};
 use replies::answer_others;
 
-/// Views are renewed so often while anything counts, so that they show what has freed and what other processes did.
+/// Time between two updates of the views while anything counts, so that they show expired counts and the draws of other
+/// processes.
 const RENEW: Duration = Duration::from_secs(1);
-/// Longest time between two looks at the queue, as another process may give permits back.
+/// Longest time between two passes over the queue, since another process may give permits back.
 const SCAN: Duration = Duration::from_millis(250);
-/// Slots that no longer count are removed so often.
+/// Time between two removals of slots that no longer count.
 const CLEAN: Duration = Duration::from_secs(10);
-/// Statistics that are too old, so often.
+/// Time between two removals of statistics that are too old.
 const CLEAN_STATS: Duration = Duration::from_hours(1);
 
-/// Draws and answers that the allocator served without the ledger, or could not serve.
+/// Draws and answers that were handled without the ledger.
 #[derive(Debug, Default)]
 pub struct Tally {
-    /// Draws that were refused because the ledger could not be used.
+    /// Draws refused because the ledger could not be used.
     pub denied: AtomicU64,
-    /// Attempts that went on without a permit because of that; they are counted once it can be written again.
+    /// Attempts sent without a permit because the ledger could not be used. They are counted once it can be written
+    /// again.
     pub uncounted: AtomicU64,
-    /// Answers whose tokens were lost because of that.
+    /// Answers whose tokens were lost because the ledger could not be written.
     pub lost: AtomicU64,
 }
 
-/// Serves the permits of one process.
+/// Allocator of one process.
 #[derive(Debug)]
 pub struct Allocator {
     client: Client,
@@ -50,27 +52,27 @@ pub struct Allocator {
     tally: Arc<Tally>,
     /// The endpoints of the current config, and those of earlier ones that are still in use.
     endpoints: Vec<(Arc<Account>, Arc<Limits>)>,
-    /// Draws that wait in the queue, in the order of arrival; as many as the queue has places.
+    /// Draws in the queue, in the order of arrival. The places of the queue bound their number.
     waiting: BTreeMap<u64, Draw>,
     scan_at: Stamp,
     write_behind: WriteBehind,
-    /// Accounts with permits drawn ahead, and when those are given back.
+    /// Accounts with prefetched permits, and the moment at which those are given back.
     prefetched: Vec<(Arc<Account>, Stamp)>,
     renew_at: Stamp,
     clean_at: Stamp,
     clean_stats_at: Stamp,
 }
 
-/// Result of serving: it shows if the ledger works.
+/// Result of [`Allocator::serve`]: it shows whether the ledger works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Used {
-    /// It did, and all went well.
+    /// The ledger was used without an error.
     Ledger,
-    /// There was nothing that needed it.
+    /// The ledger was not needed.
     Nothing,
 }
 
-/// Background work that is due, by the clock at which the messages were taken in.
+/// Background work that is due, by the clock at the time the messages were received.
 #[derive(Clone, Copy, Debug)]
 struct Due {
     writes: bool,
@@ -78,7 +80,7 @@ struct Due {
 }
 
 impl Allocator {
-    /// An allocator for the clients of this inbox.
+    /// Returns an allocator for the clients of this inbox.
     pub fn new(client: Client, on_error: LedgerOnError, tally: Arc<Tally>) -> Self {
         Self {
             client,
@@ -95,7 +97,7 @@ impl Allocator {
         }
     }
 
-    /// Returns when there is something to do even without a message.
+    /// Returns the moment at which there is work to do even without a message.
     pub fn next_due(&self) -> Stamp {
         let stale_at = self.prefetched.iter().map(|(_, until)| *until).min().unwrap_or(Stamp::NEVER);
         self.scan_at.min(self.write_behind.due_at).min(self.renew_at).min(stale_at)
@@ -106,8 +108,8 @@ impl Allocator {
         self.write_behind.is_empty() && self.prefetched.is_empty()
     }
 
-    /// Serves all messages and all work that is due, with the ledger or, if it cannot be used, without. On an error the ledger
-    /// could not be used; every message got a reply nevertheless.
+    /// Serves all messages and all work that is due, with the ledger or, if it cannot be used, without. Returns an
+    /// error if the ledger could not be used; every message gets a reply even then.
     pub fn serve(&mut self, ledger: Option<&mut dyn Ledger>) -> Result<Used, LedgerError> {
         let messages = self.client.take_messages();
         self.serve_messages(ledger, messages)
@@ -148,7 +150,7 @@ impl Allocator {
                 self.client.set_down(self.on_error == LedgerOnError::Deny);
                 self.serve_without_ledger(draws, &clock);
                 answer_others(messages, &clock, false);
-                // Not again at once.
+                // The write is not retried at once.
                 self.write_behind.postpone(&clock);
                 self.renew_at = self.renew_at.max(clock.boot + RENEW);
                 Err(error)
@@ -156,7 +158,8 @@ impl Allocator {
         }
     }
 
-    /// Gives prefetched permits back: once they are old, and before anyone asks how many are left.
+    /// Gives prefetched permits back: once they are old, before the number of permits left is reported or needed
+    /// exactly, and on a new config, a flush and the end of the thread.
     fn clear_prefetched(&mut self, messages: &Messages, clock: &Clock) {
         if self.prefetched.is_empty() {
             return;
@@ -184,7 +187,7 @@ impl Allocator {
         self.write_behind.due_at = clock.boot;
     }
 
-    /// Takes in what asks for no answer.
+    /// Handles the messages that need no reply.
     fn take_in(&mut self, messages: &mut Messages, clock: &Clock) {
         if let Some(endpoints) = messages.endpoints.take() {
             self.set_endpoints(endpoints);
@@ -226,7 +229,7 @@ impl Allocator {
         let Some(counted) = counted else { return };
         account.mirror().quota.give_back(counted);
         self.write_behind.add(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
-        // At once, as after a kill it would count for an attempt that was never made.
+        // Written at once: after a kill, the permit would count for an attempt that was never made.
         self.write_behind.due_at = clock.boot;
     }
 
@@ -242,7 +245,7 @@ impl Allocator {
         self.renew_at = self.renew_at.min(clock.boot + RENEW);
     }
 
-    /// Attempts that needed no permit.
+    /// Collects the attempts that were sent without a permit from the ledger.
     fn collect_unwritten(&mut self, clock: &Clock) {
         for (account, limits) in &self.endpoints {
             let attempts = account.take_unwritten();
@@ -259,8 +262,8 @@ impl Allocator {
         }
     }
 
-    /// Returns the draws to serve, without those whose client is gone: first swaps of permits, then the queue, if it is time to
-    /// look through it, then new draws.
+    /// Returns the draws to serve, without those whose client is gone: first swaps of permits, then the queue if it is
+    /// time for a pass over it, then new draws.
     fn draws_due(&mut self, newcomers: Vec<Draw>, clock: &Clock) -> Vec<Draw> {
         let (mut draws, newcomers): (Vec<_>, Vec<_>) =
             newcomers.into_iter().partition(|draw| draw.instead_of.is_some());
@@ -279,7 +282,7 @@ impl Allocator {
         draws
     }
 
-    /// Does everything that is due as one step of the ledger. If that fails, nothing of it was done.
+    /// Does everything that is due in one transaction of the ledger. If it fails, none of it was done.
     fn batch(
         &mut self,
         ledger: &mut dyn Ledger,
@@ -291,7 +294,7 @@ impl Allocator {
             Ok(generation) => generation,
             Err(error) => return Err((error, draws)),
         };
-        // Read now, since another process's batch may have been waited for.
+        // Read only now: the ledger may have waited for another process's batch.
         let clock = self.client.clock();
         let may_prefetch = self.waiting.is_empty() && !messages.closing;
         let mut batch = Batch { ledger, generation, clock, drawn: Vec::new(), may_prefetch };
@@ -318,8 +321,8 @@ impl Allocator {
         Ok((served, clock))
     }
 
-    /// Writes what was drawn and what is due, and commits. Whatever is read comes before: what is read after it was written
-    /// would count twice.
+    /// Writes the drawn permits and everything else that is due, and commits. Reading comes before writing: counts that
+    /// are read after they were written would count twice.
     fn finish_batch(&mut self, batch: &mut Batch<'_>, messages: &Messages, due: Due) -> Result<(), LedgerError> {
         for look in &messages.looks {
             look.accounts.iter().try_for_each(|(account, limits)| batch.refresh(account, limits))?;
@@ -347,7 +350,7 @@ impl Allocator {
         }
     }
 
-    /// Views show what has freed meanwhile; what is too old goes.
+    /// Updates the views, which then show expired counts, and removes what is too old.
     fn renew(&mut self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
         let clock = batch.clock;
         let cleans = clock.boot >= self.clean_at;
@@ -364,7 +367,7 @@ impl Allocator {
         }
         if cleans {
             self.clean_at = clock.boot + CLEAN;
-            // Endpoints that no config and no request has any more, and that have nothing left to be written.
+            // Removes endpoints that no config and no request uses any more, and that have nothing left to be written.
             self.endpoints.retain(|(account, _)| Arc::strong_count(account) > 1 || account.has_unwritten());
         }
         if clock.boot >= self.clean_stats_at {
@@ -376,9 +379,9 @@ impl Allocator {
     }
 }
 
-/// Bills of the same kind as one: when many come together, most are.
+/// Merges bills of the same kind: if many arrive together, most are.
 fn merged(bills: impl Iterator<Item = Bill>) -> Vec<Bill> {
-    /// Kinds that are looked through for each bill.
+    /// Number of kinds that each bill is compared with.
     const KINDS_MAX: usize = 32;
     let mut merged: Vec<Bill> = Vec::new();
     for bill in bills {

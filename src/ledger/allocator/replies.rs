@@ -1,4 +1,4 @@
-//! Replies to those who asked the allocator.
+//! Replies to the clients of the allocator.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,8 +11,8 @@ use crate::ledger::{Account, Permit, prefetch};
 use crate::limit::{Clock, Counted, Held, Limits, View};
 
 impl Allocator {
-    /// Replies to all draws, now that they count. Views are published first, so that they include the draws of those
-    /// who read them.
+    /// Replies to all draws, now that they count. Publishes the views first, so that a client that gets its reply finds
+    /// its own permit counted in them.
     pub(super) fn answer(&mut self, served: Vec<Served>, clock: &Clock) {
         let mut seen: Vec<*const Account> = Vec::new();
         for Wanted { account, limits, .. } in served.iter().flat_map(|served| &served.draw.wanted) {
@@ -43,7 +43,7 @@ impl Allocator {
         // The permits that are there have expired or belong to another config's limits.
         self.give_back_prefetched(account, clock);
         account.prefetch.put(counted, limits, permits);
-        // When the last one would have been too old, this one is not.
+        // The moment noted for the previous permits does not apply to these, which are younger.
         self.prefetched.retain(|(known, _)| !Arc::ptr_eq(known, account));
         self.prefetched.push((Arc::clone(account), counted.at + prefetch::USABLE));
     }
@@ -76,7 +76,8 @@ impl Allocator {
         drop(draw.reply.send(Drawn::Refused(refusal)));
     }
 
-    /// Serves endpoints that need no ledger; the others as the config says.
+    /// Serves draws without the ledger: endpoints that need no ledger as usual, the others as the config's
+    /// `ledgerOnError` says.
     pub(super) fn serve_without_ledger(&mut self, draws: Vec<Draw>, clock: &Clock) {
         for mut draw in draws {
             let may_go = |wanted: &Wanted| !wanted.limits.in_ledger() || self.on_error == LedgerOnError::Allow;
@@ -99,7 +100,7 @@ impl Allocator {
                 // A client that is gone needs no reply.
                 drop(draw.reply.send(Drawn::Unavailable));
             } else {
-                // Nothing is promised: those that need the ledger may seem free, and are not.
+                // Nothing is promised: endpoints that need the ledger may seem to have permits, but cannot be used.
                 if draw.otherwise == Otherwise::Refuse {
                     draw.otherwise = Otherwise::LookElsewhere;
                 }

@@ -13,7 +13,7 @@ use crate::limit::LimitReason;
 use crate::usage::{Cost, Speed, Tokens};
 use jiff::tz::TimeZone;
 
-/// 2026-11-25, noon, in UTC.
+/// 2026-11-25, 12:00 UTC.
 const NOON: u64 = 1_795_608_000;
 
 /// One process: an allocator, its ledger, and a clock that a test moves.
@@ -22,7 +22,7 @@ struct Process {
     allocator: Allocator,
     ledger: SqliteLedger,
     now_ms: Arc<AtomicU64>,
-    /// For timeouts, which never come here: its own clock stands still.
+    /// Runtime for timeouts. None of them ever ends, since the tests do not let its clock run.
     runtime: Arc<tokio::runtime::Runtime>,
 }
 
@@ -140,13 +140,13 @@ fn a_crowd_gets_every_permit_once_and_the_rest_a_moment_each() {
         }
     }
     assert_eq!(granted, [100, 100]);
-    // 200 permits free at once, so 200 are told to come then, the next 200 a minute later, and so on.
+    // 200 permits become free together, so 200 clients are sent to that moment, the next 200 a minute later, and so on.
     let rounds: Vec<_> = waits.chunk_by(|a, b| a == b).map(<[_]>::len).collect();
     assert_eq!(rounds, [200; 4], "{waits:?}");
     assert_eq!(waits[0], 60_500);
     let used = [process.used(&wanted[0]), process.used(&wanted[1])];
     assert_eq!(used, [(100, 100), (100, 100)]);
-    // Whoever comes at the moment it was told gets a permit.
+    // A client that comes back at its promised moment gets a permit.
     process.pass(Duration::from_millis(60_500));
     let mut back: Vec<_> = (0..200).map(|_| process.ask(&wanted, Otherwise::Refuse)).collect();
     process.serve();
@@ -159,7 +159,7 @@ fn a_permit_that_nobody_takes_comes_back() {
     let wanted = [process.wanted("a", r#""rpm":1,"rpd":1"#)];
     let answer = process.ask(&wanted, Otherwise::Refuse);
     process.serve();
-    // The client went away between the grant and its hearing of it.
+    // The client disconnects between the grant and the reply.
     drop(answer);
     process.serve();
     assert_eq!(process.used(&wanted[0]), (0, 0));
@@ -205,25 +205,25 @@ fn those_who_wait_are_served_in_the_order_of_arrival() {
     let mut waiting: Vec<_> = (0..4).map(|_| process.ask(&wanted, Otherwise::WaitUntil(until))).collect();
     process.serve();
     assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
-    // One of them leaves; its place goes to the next.
+    // One of them disconnects; the next one takes its place.
     drop(waiting.remove(0));
     process.pass(Duration::from_mins(1));
     assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
     process.now_ms.fetch_add(500, Ordering::Relaxed);
-    // A newcomer at the very moment does not go before them.
+    // A new draw at the same moment does not overtake them.
     let mut newcomer = process.ask(&wanted, Otherwise::LookElsewhere);
     process.serve();
     assert_eq!(spent(ready(&mut waiting[0])), 0);
     assert_eq!(spent(ready(&mut waiting[1])), 0);
     assert!(poll(&mut waiting[2]).is_pending());
     refused(ready(&mut newcomer));
-    // The last one's time is up before another permit frees.
+    // The last one's time in the queue ends before another permit is free.
     process.pass(Duration::from_secs(40));
     let refusal = refused(ready(&mut waiting[2]));
     assert_eq!(refusal.wait, Duration::from_millis(20_500));
 }
 
-/// Draws one permit a millisecond, until permits are prefetched.
+/// Draws one permit per millisecond until permits are prefetched.
 fn busy(process: &mut Process, wanted: &Wanted) -> usize {
     let mut sent = 0;
     while process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock()).is_none() {
@@ -234,7 +234,7 @@ fn busy(process: &mut Process, wanted: &Wanted) -> usize {
         sent += 1;
         assert!(sent < 100, "nothing is drawn ahead");
     }
-    // The last look has taken one, and dropped it.
+    // The last check of the loop has taken one, and dropped it.
     process.serve();
     sent
 }
@@ -261,18 +261,18 @@ fn what_is_drawn_ahead_counts_until_it_is_given_back() {
     };
     let before = in_ledger();
     assert!(before > sent + 8, "a kill now would waste the rest: {before} of {sent}");
-    // Whoever wants to know what is left is told the truth, and the rest is given back.
+    // A question for the counts gets the exact number, and the rest is given back.
     assert_eq!(process.used(&wanted), (sent, sent));
     assert!(at_once(&process).is_none());
     assert_eq!(in_ledger(), sent);
-    // By itself it is given back when it is old.
+    // Without a question it is given back when it is old.
     let sent = sent + u64::try_from(busy(&mut process, &wanted)).unwrap();
     assert!(in_ledger() > sent + 8);
     assert!(process.allocator.next_due() <= process.client.clock().boot + prefetch::USABLE);
     process.pass(prefetch::USABLE);
     assert!(at_once(&process).is_none());
     assert_eq!((in_ledger(), process.used(&wanted)), (sent, (sent, sent)));
-    // And before the thread ends.
+    // It is given back before the thread ends, too.
     let sent = sent + u64::try_from(busy(&mut process, &wanted)).unwrap();
     process.client.close();
     process.serve();
@@ -288,7 +288,7 @@ fn prefetched_permits_that_follow_others_last_as_long() {
         |process: &Process| process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock());
     busy(&mut process, &wanted);
     let first_ends = process.allocator.next_due();
-    // It is used up early, and another one follows.
+    // The buffer is used up early, and another one follows.
     while let Some(mut permit) = at_once(&process) {
         permit.spend();
     }
@@ -304,12 +304,12 @@ fn nobody_is_refused_for_what_was_drawn_ahead() {
     let (_folder, mut process) = Process::alone();
     let wanted = process.wanted("a", r#""rpm":100000"#);
     busy(&mut process, &wanted);
-    // Others use up all that is left of the minute.
+    // Other clients use up the rest of the minute.
     let clock = process.client.clock();
     let used = wanted.account.mirror().quota.view(&wanted.limits, &clock).used.rpm;
     let now = Counted { at: clock.boot, days: wanted.limits.calendar.days(clock.wall) };
     wanted.account.mirror().quota.add(now, Counts { attempts: 100_000 - used, tokens: 0 });
-    // Whoever asks to be told when to come back gets one of those that were drawn ahead, which are given back first.
+    // A draw that asks for a moment to come back gets one of the prefetched permits, which are given back first.
     assert!(matches!(process.draw(std::slice::from_ref(&wanted)), Drawn::Granted(0, _)));
 }
 
@@ -444,7 +444,7 @@ fn without_the_ledger_only_endpoints_without_limits_are_asked_unless_the_config_
         let counts = [&tally.denied, &tally.uncounted].map(|count| count.load(Ordering::Relaxed));
         assert_eq!(counts, if on_error == LedgerOnError::Deny { [1, 0] } else { [0, 2] });
         assert_eq!(process.client.is_down(), on_error == LedgerOnError::Deny);
-        // What went on uncounted is counted once the ledger can be written again.
+        // Attempts that were sent uncounted are counted once the ledger can be written again.
         process.client.set_endpoints(vec![(Arc::clone(&wanted[0].account), Arc::clone(&wanted[0].limits))]);
         process.pass(RENEW);
         process.pass(RENEW);

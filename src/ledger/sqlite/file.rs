@@ -14,16 +14,16 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use crate::config::LedgerSync;
 use crate::ledger::{FaultKind, LedgerError};
 
-/// Small pages, since a commit writes every page that it touches, and touches two or three.
+/// Page size. Pages are small, because a commit writes every page that it changes, and it changes two or three.
 const PAGE_BYTES: u32 = 1024;
-/// Longest wait for another process's batch, which takes a fraction of a millisecond, or for another program.
+/// Longest wait for a lock: another process's batch takes a fraction of a millisecond, another program may take longer.
 pub const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
-/// Time between two attempts to take the lock. SQLite's own handler backs off up to 100 ms.
+/// Time between two attempts to take the lock. SQLite's own handler waits up to 100 ms between two.
 const LOCK_POLL: Duration = Duration::from_micros(50);
-/// Longest time for which the writer's lock is held to restart the log while readers are waited for: batches wait
-/// meanwhile.
+/// Longest time for which a checkpoint holds the writer's lock to restart the write-ahead log while it waits for
+/// readers. Batches wait meanwhile.
 const CHECKPOINT_LOCK_WAIT: Duration = Duration::from_millis(10);
-/// A log longer than this is written back even if the next batch has to wait for it.
+/// Size beyond which the write-ahead log is written back even if the next batch has to wait for it, in bytes.
 const LOG_BYTES_MAX: i64 = 16 * 1024 * 1024;
 
 /// Opens the ledger to read statistics from it, beside the process that writes it.
@@ -34,10 +34,10 @@ pub fn open_to_read(path: &Path) -> Result<Connection, LedgerError> {
     Ok(connection)
 }
 
-/// Moves a file that cannot be trusted aside, with all that belongs to it, unless another process did so already. Returns
-/// where it went.
+/// Moves a file that cannot be trusted aside, together with its write-ahead log and shared memory, unless another
+/// process has done so already. Returns the new path.
 pub fn move_aside(path: &Path, seen: Option<(u64, u64)>) -> io::Result<Option<PathBuf>> {
-    // Held until it is dropped, so that only one process moves it.
+    // The lock is held until it is dropped, so that only one process moves the file.
     let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(beside(path, ".lock"))?;
     lock.lock()?;
     let now = identity(path)?;
@@ -55,8 +55,8 @@ pub fn move_aside(path: &Path, seen: Option<(u64, u64)>) -> io::Result<Option<Pa
     Ok(Some(aside))
 }
 
-/// Writes the log back into the file, from a connection of its own, so that no batch waits for the disk. What comes in
-/// meanwhile waits for the next time, unless it has become much.
+/// Writes the write-ahead log back into the file. Uses a connection of its own, so that no batch waits for the disk.
+/// Pages that are added meanwhile wait for the next checkpoint, unless the log has become longer than `LOG_BYTES_MAX`.
 pub fn checkpoint(path: &Path) -> Result<(), LedgerError> {
     let run = || {
         let wait = u64::try_from(CHECKPOINT_LOCK_WAIT.as_micros()).unwrap_or_default();
@@ -73,7 +73,7 @@ pub fn checkpoint(path: &Path) -> Result<(), LedgerError> {
         if is_held && pages * i64::from(PAGE_BYTES) > 4 * LOG_BYTES_MAX {
             let mib = pages * i64::from(PAGE_BYTES) / 1024 / 1024;
             log::warn!(
-                "ledger {}: its log has grown to {mib} MiB, since another program reads the file without end",
+                "ledger {}: its write-ahead log has grown to {mib} MiB, since another program keeps reading the file",
                 path.display()
             );
         }
@@ -82,7 +82,8 @@ pub fn checkpoint(path: &Path) -> Result<(), LedgerError> {
     run().map_err(|error| explain(path, &error))
 }
 
-/// `lock_wait` is the longest wait for another process's lock, in microseconds; 0 for the default.
+/// Opens a connection for reading and writing. `lock_wait` is the longest wait for another connection's lock, in
+/// microseconds; 0 for [`LOCK_WAIT_MAX`].
 pub(super) fn connect(path: &Path, sync: LedgerSync, lock_wait: &Arc<AtomicU64>) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(path, flags)?;
@@ -115,7 +116,7 @@ pub(super) fn connect(path: &Path, sync: LedgerSync, lock_wait: &Arc<AtomicU64>)
     Ok(connection)
 }
 
-/// Makes the file, for its owner only, and its folder. Returns whether it was not there.
+/// Creates the file, accessible to its owner only, and its folder. Returns true if the file did not exist.
 pub(super) fn make_file(path: &Path) -> io::Result<bool> {
     if let Some(folder) = path.parent()
         && !folder.as_os_str().is_empty()
@@ -129,7 +130,8 @@ pub(super) fn make_file(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// The file's device and number, whatever becomes of its name. It may not be opened for that: closing it would give up SQLite's locks on it.
+/// Returns device and inode of the file, which stay the same if it is renamed. Reads them without opening the file:
+/// closing it again would release SQLite's locks on it.
 pub fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = fs::metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))

@@ -1,5 +1,5 @@
-//! The ledger on one machine: a SQLite file in WAL mode. Several processes may hold it at once, a person can open it with
-//! `sqlite3`, and a loss of power cannot break it.
+//! The ledger on one machine: a SQLite file in WAL mode. Several processes can use it at once, it can be opened with
+//! `sqlite3`, and a power failure does not corrupt it.
 
 mod file;
 
@@ -22,26 +22,27 @@ pub(super) use file::explain;
 pub use file::{LOCK_WAIT_MAX, checkpoint, identity, move_aside, open_to_read};
 use file::{connect, make_file, unusable};
 
-/// Marks the file as ours: "aptg" in ASCII.
+/// Identifies the file as this program's: "aptg" in ASCII.
 const APPLICATION_ID: i64 = 0x6170_7467;
-/// The steps from one version of the schema to the next. A step may add but never change what is there: while an upgrade is
-/// under way the version before writes to the same file (so long as it does not have to open it again).
+/// Steps from one schema version to the next. A step may add to the schema but must not change what is there: during an
+/// upgrade, the previous version still writes to the same file (it can do so as long as it does not have to open it
+/// again).
 const MIGRATIONS: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
 static OPENED: AtomicU64 = AtomicU64::new(0);
 
 /// Circumstances in which a ledger is opened.
 #[derive(Clone, Copy, Debug)]
 pub struct Opening<'a> {
-    /// Boot of the machine ([`boot_id`]).
+    /// Id of this boot of the machine, from [`boot_id`].
     pub boot_id: Option<&'a str>,
-    /// The moment, counted from that start.
+    /// The current moment, counted from that boot.
     pub now: Stamp,
-    /// The file before it is gone, and the counts of the last minute with it: nothing that goes by them may be sent until they
-    /// cannot count any more.
+    /// True if the previous file is lost, and the counts of the last minute with it. Attempts that depend on these
+    /// counts must wait until the lost ones would no longer count.
     pub minute_unknown: bool,
 }
 
-/// A ledger in a file.
+/// A ledger in a SQLite file.
 #[derive(Debug)]
 pub struct SqliteLedger {
     connection: Connection,
@@ -54,14 +55,14 @@ pub struct SqliteLedger {
     lock_wait: Arc<AtomicU64>,
 }
 
-/// Returns an id of this boot of the machine; `None` where the system has none.
+/// Returns the id of this boot of the machine; `None` if the system has none.
 pub fn boot_id() -> Option<String> {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     Some(id.trim().to_owned()).filter(|id| !id.is_empty())
 }
 
 impl SqliteLedger {
-    /// Opens the ledger, and makes it if it is not there.
+    /// Opens the ledger. Creates it if it does not exist.
     pub fn open(path: &Path, sync: LedgerSync, opening: &Opening<'_>) -> Result<Self, LedgerError> {
         let is_new = make_file(path).map_err(|error| unusable(path, &error.to_string()))?;
         let lock_wait = Arc::default();
@@ -79,7 +80,7 @@ impl SqliteLedger {
         ledger.migrate(&MIGRATIONS)?;
         ledger.begin_boot(opening)?;
         if is_new {
-            log::info!("ledger {}: made", path.display());
+            log::info!("ledger {}: created", path.display());
         }
         Ok(ledger)
     }
@@ -90,17 +91,17 @@ impl SqliteLedger {
         self.lock_wait.store(micros, Ordering::Relaxed);
     }
 
-    /// True if the file of this name is another one by now: deleted, or moved aside by another process.
+    /// True if the path does not name this file any more: it was deleted, or another process moved it aside.
     pub fn was_replaced(&self) -> bool {
         identity(&self.path).ok() != Some(self.identity)
     }
 
-    /// Device and inode of the file, which stay the same if its name changes.
+    /// Returns device and inode of the file, which stay the same if it is renamed.
     pub fn identity(&self) -> (u64, u64) {
         self.identity
     }
 
-    /// Finds a file that was damaged before anything is counted in it.
+    /// Checks the file for damage, before anything is counted in it.
     fn check_pages(&self) -> Result<(), LedgerError> {
         let found: String = self
             .connection
@@ -112,7 +113,7 @@ impl SqliteLedger {
         Err(LedgerError { kind: FaultKind::Corrupt, message: format!("ledger {}: {found}", self.path.display()) })
     }
 
-    /// Brings the schema to the last version.
+    /// Migrates the schema to the newest version.
     fn migrate(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
         self.exec("BEGIN IMMEDIATE")?;
         let migrated = self.migrate_inside(steps);
@@ -152,13 +153,14 @@ impl SqliteLedger {
         }
         self.exec(&format!("PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {}", steps.len()))?;
         if !is_empty {
-            log::info!("ledger {}: schema brought from version {version} to {}", self.path.display(), steps.len());
+            log::info!("ledger {}: schema upgraded from version {version} to {}", self.path.display(), steps.len());
         }
         Ok(())
     }
 
-    /// Stamps count from the machine's start, so those of an earlier one mean nothing now; and the last commits before it may
-    /// be gone. What was sent then is at least as old as this start is, so after [`SPAN`] all is well again.
+    /// Makes the counts of the minute valid for this boot. Slots count from the machine's boot, so slots of an earlier
+    /// boot mean nothing now; and the last commits before a restart may be lost. All attempts before the restart are at
+    /// least as old as this boot, so the minute is known again [`SPAN`] after it.
     fn begin_boot(&mut self, opening: &Opening<'_>) -> Result<(), LedgerError> {
         let Opening { boot_id, now, minute_unknown } = *opening;
         let meta = |connection: &Connection, key: &str| -> rusqlite::Result<Option<String>> {
@@ -172,7 +174,7 @@ impl SqliteLedger {
         let until = meta(&self.connection, "minute_unknown_until").map_err(fail)?;
         let newest: Option<u64> =
             self.connection.query_row("SELECT max(slot) FROM minute", [], |row| row.get(0)).map_err(fail)?;
-        // Where the system has no boot id, a stamp from the future shows it.
+        // Without a boot id, a slot in the future shows that the machine was restarted.
         let is_other = match (&before, boot_id) {
             (Some(before), Some(boot_id)) => before != boot_id,
             _ => newest.is_some_and(|newest| newest > Slot::new(now).0),
@@ -301,7 +303,7 @@ impl Ledger for SqliteLedger {
     }
 
     fn roll_back(&mut self) {
-        // After some faults SQLite has done so already.
+        // SQLite has rolled back by itself after some errors.
         if !self.connection.is_autocommit()
             && let Err(error) = self.exec("ROLLBACK")
         {

@@ -50,7 +50,7 @@ fn what_is_added_is_there_and_what_is_rolled_back_is_not() {
     ledger.add("a", Slot(4000), one_day(), Change { attempts: 5, tokens: 0 }).unwrap();
     ledger.roll_back();
     assert_eq!(minute(&mut ledger), [(4000, 2)]);
-    // What was forgotten meanwhile is not taken below nothing.
+    // If the counts were deleted meanwhile, taking them back does not make them negative.
     add(&mut ledger, 4001, -3);
     assert_eq!(minute(&mut ledger), [(4000, 2), (4001, 0)]);
     ledger.begin().unwrap();
@@ -126,7 +126,7 @@ fn the_schema_is_brought_forward_and_nothing_is_lost() {
     assert_eq!(version, 3);
     ledger.connection.prepare("SELECT note FROM day").unwrap();
     drop(ledger);
-    // The version before does not know what the newer one may have meant.
+    // An older version refuses the file, since it cannot know what a newer schema means.
     let error = SqliteLedger::open(&path, LedgerSync::Normal, &BOOT).unwrap_err();
     assert_eq!(error.kind, FaultKind::Unusable);
     assert!(error.message.contains("schema version 3") && error.message.contains("server.ledger"), "{error}");
@@ -152,7 +152,7 @@ fn a_damaged_file_is_found_out_and_moved_aside_once() {
         add(&mut ledger, slot, 1);
     }
     drop(ledger);
-    // The header is whole, a page within is not.
+    // The header stays intact, a page inside is damaged.
     let mut bytes = fs::read(&path).unwrap();
     let middle = bytes.len() / 2 / 1024 * 1024;
     bytes[middle..middle + 1024].fill(0xA5);
@@ -164,7 +164,7 @@ fn a_damaged_file_is_found_out_and_moved_aside_once() {
     assert_eq!(fs::read(&aside).unwrap(), bytes);
     let ledger = open(&path, &Opening { minute_unknown: true, ..BOOT });
     assert_eq!(ledger.unknown_until(), BOOT.now + SPAN);
-    // Another process that has seen the same file leaves the new one alone.
+    // Another process that has seen the same damaged file does not move the new one.
     assert_eq!(move_aside(&path, Some(seen)).unwrap(), None);
     assert!(!ledger.was_replaced());
     fs::remove_file(&path).unwrap();
