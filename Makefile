@@ -12,11 +12,11 @@ unexport CARGO_TARGET_DIR
 BINARY := target/release/api-together
 
 .PHONY: help
-help: ## Say what there is
+help: ## List the targets
 	grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .PHONY: run
-run: build-tools ## Build the release and serve: conf/apis.json (or .yaml) if you have made one, else the demo
+run: build-tools ## Build the release and serve conf/apis.json (or .yaml), or the demo if there is none
 	echo "==> building the release (the first time takes some minutes)"
 	cargo build --release --locked
 	for config in conf/apis.json conf/apis.yaml; do
@@ -63,20 +63,20 @@ lint: build-tools ## Formatting, lints, documentation, licences, configs and gen
 	target/debug/api-together -t --config conf/apis.example.json --conf conf/pingora.yaml
 	echo "==> generated files"
 	target/debug/api-together schema | diff conf/apis.schema.json - \
-	  || { echo "conf/apis.schema.json is not what the types say: run make generated" >&2; exit 1; }
+	  || { echo "conf/apis.schema.json is out of date: run make generated" >&2; exit 1; }
 	target/debug/api-together schema --format markdown \
 	  | diff <(sed -n '/<!-- generated/,/<!-- end of generated/p' docs/config.md | sed '1d;$$d') - \
-	  || { echo "docs/config.md is not what the types say: run make generated" >&2; exit 1; }
+	  || { echo "docs/config.md is out of date: run make generated" >&2; exit 1; }
 
 FUZZ_SECONDS ?= 60
 
 .PHONY: fuzz
-fuzz: build-tools ## Feed what reads answers with random bytes, for a minute (FUZZ_SECONDS=600 for ten)
-	# What the compiler is told by cargo-fuzz, but for the sanitizers, which need a nightly one.
+fuzz: build-tools ## Feed random bytes to the readers of answers, for a minute (FUZZ_SECONDS=600 for ten)
+	# The flags of cargo-fuzz, without the sanitizers, which need a nightly compiler.
 	export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	  -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 	  -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=4"
-	# Only with a target named are these flags kept from the build scripts, which have no fuzzer to report to.
+	# Only with a target named do these flags not apply to build scripts, which have no fuzzer to report to.
 	target=$$(rustc -vV | sed -n 's/^host: //p')
 	cargo build --release --locked --manifest-path fuzz/Cargo.toml --target "$$target"
 	mkdir -p fuzz/corpus/seeds fuzz/corpus/answer
@@ -89,15 +89,15 @@ fuzz: build-tools ## Feed what reads answers with random bytes, for a minute (FU
 	"fuzz/target/$$target/release/answer" -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=2048 -print_final_stats=1 \
 	  -artifact_prefix=fuzz/artifacts/ fuzz/corpus/answer fuzz/corpus/seeds
 
-# The fastest build: made once so that it counts its steps while benches/train.rs has it serve, and again by what it counted.
-# PROFILE_GUIDED=no builds as cargo does it: less to wait for, and to be installed.
+# The fastest build, by profile-guided optimisation (PGO): an instrumented build serves the load of benches/train.rs, and its
+# profile guides the second build. PROFILE_GUIDED=no builds without a profile, which is faster and needs fewer tools.
 PROFILE_GUIDED ?= yes
 GUIDED := target/guided
 TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 LLVM = $(shell rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p')
 # The compiler's own if it came with one (rustup component add llvm-tools), else Debian's of the same version
 PROFDATA = $(or $(wildcard $(shell rustc --print sysroot)/lib/rustlib/$(TRIPLE)/bin/llvm-profdata),llvm-profdata-$(LLVM))
-# Of api-together or bare: what cargo builds, and where that lies
+# For api-together or bare: cargo's target, and the path of its binary
 cargo-target = $(if $(filter api-together,$(1)),--bin,--example) $(1)
 built = release/$(if $(filter api-together,$(1)),,examples/)$(1)
 # Adds a flag for the compiler to RUSTFLAGS, in the form that allows for a path with spaces. Like RUSTFLAGS itself it stands in for
@@ -110,7 +110,7 @@ release: release-api-together ## Build target/release/api-together as fast as it
 .PHONY: release-api-together release-bare
 ifeq ($(PROFILE_GUIDED),yes)
 release-api-together release-bare: release-%: $(GUIDED)/%.profdata
-	echo "==> building $* by its profile"
+	echo "==> building $* with its profile"
 	$(call with-flag,-Cprofile-use=$(CURDIR)/$<) \
 	  cargo build --release --locked --target $(TRIPLE) --target-dir $(GUIDED)/$* $(call cargo-target,$*)
 	install -D -p $(GUIDED)/$*/$(TRIPLE)/$(call built,$*) target/$(call built,$*)
@@ -126,20 +126,20 @@ $(GUIDED)/api-together.profdata: $(shell find src -name '*.rs')
 $(GUIDED)/bare.profdata: benches/bare.rs
 $(GUIDED)/%.profdata: benches/train.rs tests/it/authority.rs Cargo.toml Cargo.lock $(GUIDED)/compiler | build-tools
 	command -v $(PROFDATA) >/dev/null || \
-	  echo "==> a profile is merged by $(PROFDATA), or by: rustup component add llvm-tools; PROFILE_GUIDED=no builds without"
+	  echo "==> merging a profile needs $(PROFDATA), or: rustup component add llvm-tools; PROFILE_GUIDED=no builds without a profile"
 	$(call install,$(PROFDATA),llvm-$(LLVM))
-	echo "==> building $* so that it counts its steps"
+	echo "==> building $* with instrumentation"
 	$(call with-flag,-Cprofile-generate) \
 	  cargo build --release --locked --target $(TRIPLE) --target-dir $(GUIDED)/counting $(call cargo-target,$*)
-	echo "==> training $*"
+	echo "==> recording a profile of $* under load"
 	cargo build --locked --example train
-	# Cargo does not see that a profile is another one, so what was built by the last one goes too.
+	# Cargo does not notice that a profile has changed, so the build made with the last one is removed.
 	rm -rf $(GUIDED)/$*.counts $(GUIDED)/$*
 	LLVM_PROFILE_FILE="$(CURDIR)/$(GUIDED)/$*.counts/%p.profraw" \
 	  target/debug/examples/train $* $(GUIDED)/counting/$(TRIPLE)/$(call built,$*)
 	$(PROFDATA) merge -o $@ $(GUIDED)/$*.counts
 
-# What was counted fits one version of the compiler.
+# A profile fits one version of the compiler.
 $(GUIDED)/compiler: FORCE | build-tools
 	mkdir -p $(GUIDED)
 	rustc -vV | cmp -s - $@ || rustc -vV > $@
@@ -158,15 +158,15 @@ deb: release ## Build the Debian package, into target/debian/
 	cargo deb --no-build --locked
 
 .PHONY: test-deb
-test-deb: deb ## Install the package, start it, upgrade it, remove it: as root, on a machine that may be changed
+test-deb: deb ## Install, start, upgrade and remove the package: as root, on a machine that may be changed
 	$(call install,curl,curl)
 	packaging/debian/test "$$(ls -t target/debian/*.deb | head -n 1)"
 
 .PHONY: soak
-soak: build-tools ## The tests that are short above, at full length
+soak: build-tools ## Run the long forms of tests that are short in make test
 	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load
 
-# What the benchmarks need: the load generator, nginx, valgrind, and other gateways where their registries can be reached
+# Programs for the benchmarks: the load generator, nginx, and other gateways where their registries can be reached
 LITELLM_VERSION := 1.100.5
 PORTKEY_VERSION := 1.15.2
 
@@ -177,11 +177,11 @@ bench-programs: release-api-together release-bare
 	$(call install,nginx,nginx-light)
 	$(call install,taskset,util-linux)
 	$(call install,python3,python3 python3-venv)
-	echo "==> building what is measured with"
+	echo "==> building the programs to measure with"
 	cargo build --release --locked --example endpoint --example streams
 
 .PHONY: bench-gateways
-bench-gateways: # LiteLLM and Portkey, into target/bench/; one that cannot be installed is left out of the comparison
+bench-gateways: # LiteLLM and Portkey, into target/bench/; the comparison leaves out one that cannot be installed
 	mkdir -p target/bench/portkey
 	if [ ! -x target/bench/litellm/bin/litellm ]; then
 	  echo "==> installing LiteLLM $(LITELLM_VERSION)"
@@ -203,12 +203,12 @@ bench-scale: bench-programs ## Ten thousand streams, two hundred endpoints, five
 	python3 benches/scale.py --write
 
 .PHONY: bench-instructions
-bench-instructions: build-tools ## Count the instructions of each stage and compare them with those that are stored
+bench-instructions: build-tools ## Count the instructions of each stage and compare them with the stored counts
 	$(call install,valgrind,valgrind)
 	cargo bench --locked --bench instructions
 
 .PHONY: bench-instructions-write
-bench-instructions-write: build-tools ## Store the instructions of each stage anew
+bench-instructions-write: build-tools ## Store new instruction counts of each stage
 	$(call install,valgrind,valgrind)
 	cargo bench --locked --bench instructions -- --write
 
@@ -227,7 +227,7 @@ advisories: build-tools ## Look for known vulnerabilities in dependencies; needs
 	cargo deny --locked check advisories
 
 .PHONY: generated
-generated: build-tools ## Write the config's schema and its reference table anew
+generated: build-tools ## Regenerate the config's schema and its reference table
 	cargo build --locked
 	target/debug/api-together schema > conf/apis.schema.json
 	target/debug/api-together schema --format markdown > target/config-table.md
@@ -237,7 +237,7 @@ define install-deny
 	command -v cargo-deny >/dev/null || { echo "==> cargo-deny is missing: installing it with cargo"; cargo install --locked cargo-deny; }
 endef
 
-# Installs Debian packages if it may, else says what to install: $(call install,program,packages)
+# Installs Debian packages if it can, or says what to install: $(call install,program,packages)
 define install
 	if ! command -v '$(1)' >/dev/null; then
 	  echo "==> $(1) is missing: installing $(2)"
@@ -254,7 +254,7 @@ define install
 endef
 
 .PHONY: build-tools
-build-tools: # What the build needs: Rust, a C compiler, cmake
+build-tools: # Tools for the build: Rust, a C compiler, cmake
 	if ! command -v cargo >/dev/null; then
 	  echo "Rust is missing. Install it with" >&2
 	  echo "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh" >&2
@@ -271,7 +271,7 @@ build-tools: # What the build needs: Rust, a C compiler, cmake
 	$(call install,cmake,cmake)
 
 .PHONY: client-tools
-client-tools: # What the client tests need: Python with venv; Node.js comes with their packages
+client-tools: # Tools for the client tests: Python with venv; Node.js comes with their packages
 	$(call install,python3,python3 python3-venv)
 	if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
 	  $(call install,venv (a part of Python),python3-venv)
