@@ -24,15 +24,15 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
         pool.endpoints.iter().map(AsRef::as_ref).zip(views).take(ENDPOINTS_MAX).collect();
     let Some(metrics) = metrics() else { return Vec::new() };
     let scrape = Scrape::default();
-    add_process(&scrape, from);
+    add_gauges(&scrape, from);
+    add_counters(&scrape, from);
     add_endpoints(&scrape, from, &endpoints);
     add_limits(&scrape, &endpoints);
     metrics.text(&scrape)
 }
 
-fn add_process(scrape: &Scrape, from: Sources<'_>) {
+fn add_gauges(scrape: &Scrape, from: Sources<'_>) {
     let Sources { pool, process } = from;
-    let tally = process.ledger.tally();
     let file = process.config.file();
     let loaded = pool.loaded_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
@@ -62,6 +62,18 @@ fn add_process(scrape: &Scrape, from: Sources<'_>) {
     ] {
         scrape.gauge(name, help, value);
     }
+    scrape.gauge_f64(
+        "api_together_config_loaded_timestamp_seconds",
+        "When the config in use was loaded, in Unix time.",
+        loaded.as_secs_f64(),
+    );
+    let version = [([env!("CARGO_PKG_VERSION")], 1)].into_iter();
+    scrape.gauges("api_together_build_info", "Version of the program; always 1.", ["version"], version);
+}
+
+fn add_counters(scrape: &Scrape, from: Sources<'_>) {
+    let process = from.process;
+    let tally = process.ledger.tally();
     for (name, help, value) in [
         (
             "api_together_ledger_denied_total",
@@ -83,17 +95,14 @@ fn add_process(scrape: &Scrape, from: Sources<'_>) {
             "Answers whose tokens were not estimated, or not completely.",
             process.estimator.dropped(),
         ),
-        ("api_together_config_failures_total", "Changed configs that could not be applied.", file.failures),
+        (
+            "api_together_config_failures_total",
+            "Changed configs that could not be applied.",
+            process.config.file().failures,
+        ),
     ] {
         scrape.counter(name, help, value);
     }
-    scrape.gauge_f64(
-        "api_together_config_loaded_timestamp_seconds",
-        "When the config in use was loaded, in Unix time.",
-        loaded.as_secs_f64(),
-    );
-    let version = [([env!("CARGO_PKG_VERSION")], 1)].into_iter();
-    scrape.gauges("api_together_build_info", "Version of the program; always 1.", ["version"], version);
 }
 
 fn add_endpoints(scrape: &Scrape, from: Sources<'_>, endpoints: &[(&Endpoint, View)]) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
+use http::header::{CONTENT_TYPE, TRANSFER_ENCODING};
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
 use pingora::{Error, ErrorType, Result};
@@ -16,7 +16,7 @@ use crate::exchange::judge::{HOLD_TIME_MAX, Head, Judge, Terms, Verdict};
 use crate::exchange::{Committed, Exchange, ExchangeState, Kept};
 use crate::request::call::Call;
 use crate::response::decode::{Decoder, Encoding};
-use crate::response::redact::{Redactor, Secrets};
+use crate::response::redact::Secrets;
 use crate::routing::health;
 use crate::routing::retry::Outcome;
 use crate::upstream::cork::Cork;
@@ -224,7 +224,7 @@ impl HeldResponse {
     pub(super) fn drop_answer(&mut self, outcome: Outcome) {
         self.measure_held();
         let held = mem::take(&mut self.held);
-        let kept = (self.status >= 400).then(|| keep(held, self.encoding, &self.secrets)).flatten();
+        let kept = (self.status >= 400).then(|| Kept::new(held, self.encoding, &self.secrets)).flatten();
         let mut state = self.exchange.state();
         state.kept = kept;
         state.ended = Some(outcome);
@@ -413,40 +413,4 @@ impl HeldResponse {
         self.drop_answer(outcome);
         DueAction::GiveUp
     }
-}
-
-/// Keeps the header and body of an error answer, framed again, with the endpoint's secrets redacted.
-fn keep(tasks: Vec<HttpTask>, encoding: Option<Encoding>, secrets: &Secrets) -> Option<Kept> {
-    let mut kept: Option<Kept> = None;
-    let mut body = Vec::new();
-    let mut ended = false;
-    for task in tasks {
-        match task {
-            HttpTask::Header(mut header, end) => {
-                header.remove_header(&TRANSFER_ENCODING);
-                ended |= end;
-                kept = Some(Kept { header, body: None });
-            }
-            HttpTask::Body(piece, end) => {
-                body.extend_from_slice(&piece.unwrap_or_default());
-                ended |= end;
-            }
-            HttpTask::Done | HttpTask::Trailer(_) => ended = true,
-            _ => {}
-        }
-    }
-    let mut kept = kept?;
-    if let Some(encoding) = encoding {
-        let encoded = mem::take(&mut body);
-        let mut decoder = Decoder::new(encoding);
-        decoder.feed(&encoded, |plain| body.extend_from_slice(&plain));
-        // What cannot be read cannot be searched for secrets either.
-        ended &= !decoder.is_broken();
-    }
-    if ended {
-        let body = Redactor::new(secrets.clone()).piece(&body, true);
-        kept.header.insert_header(CONTENT_LENGTH, body.len()).ok()?;
-        kept.body = Some(body);
-    }
-    Some(kept)
 }

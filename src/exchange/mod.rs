@@ -4,6 +4,7 @@ mod ask;
 mod attempt;
 mod hold;
 pub mod judge;
+mod kept;
 mod reading;
 pub(crate) mod scheduling;
 pub(crate) mod session;
@@ -13,7 +14,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
-use pingora::http::ResponseHeader;
 
 use crate::routing::retry::Outcome;
 use crate::upstream::cork::Cork;
@@ -21,15 +21,7 @@ pub use ask::Ask;
 #[cfg(test)]
 pub(crate) use ask::PROMPT_BYTES_MAX;
 pub use attempt::Attempt;
-
-/// An endpoint's error answer, kept in case that no other endpoint does better.
-#[derive(Debug)]
-pub struct Kept {
-    /// Header, ready for the client.
-    pub header: Box<ResponseHeader>,
-    /// Body; `None` if it was too large to keep or incomplete.
-    pub body: Option<Bytes>,
-}
+pub use kept::Kept;
 
 /// State that the hooks share with the session that holds the response back.
 #[derive(Debug, Default)]

@@ -28,8 +28,15 @@ const ROOMS: [&str; 19] = [
 ];
 
 /// Files and folders that may import Pingora.
-const ON_PINGORA: [&str; 7] =
-    ["server/", "proxy/", "exchange/mod.rs", "exchange/session.rs", "exchange/hold.rs", "upstream/", "request/auth.rs"];
+const ON_PINGORA: [&str; 7] = [
+    "server/",
+    "proxy/",
+    "exchange/kept.rs",
+    "exchange/session.rs",
+    "exchange/hold.rs",
+    "upstream/",
+    "request/auth.rs",
+];
 
 /// Files and folders that read no clock, no file and no socket.
 const PURE: [&str; 13] = [
