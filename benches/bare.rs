@@ -1,6 +1,7 @@
-//! Pingora with nothing in it, the yardstick: a proxy that sends every request to one address. `bare PORT UPSTREAM_PORT`.
+//! A bare Pingora proxy, the yardstick of the benchmarks: it sends every request to one address. `bare PORT UPSTREAM_PORT`.
 //!
-//! It is built with the same features, allocator and profile as api-together, runs as many threads, and listens as it does.
+//! It has the same features of Pingora, allocator and build profile as api-together, as many threads, and the same kind of
+//! listener.
 
 use std::net::{Ipv4Addr, SocketAddr};
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What api-together costs against Pingora with nothing in it, nginx, and other gateways: throughput, latency, CPU.
+"""Compares api-together with a bare Pingora proxy, nginx and other gateways: throughput, latency, CPU time.
 
-Every contender stands between the same load generator (oha) and the same endpoint (benches/endpoint.rs), on processor cores of its
-own; they take turns in rounds, and what is compared are medians of one run. Prints tables, and writes them into BENCHMARKS.md with
---write. `make bench` builds and installs what is needed.
+Every contender runs between the same load generator (oha) and the same endpoint (benches/endpoint.rs), which have other
+processor cores. Contenders take turns in rounds, and the medians of one run are compared. Prints tables, and writes them
+into BENCHMARKS.md with --write. `make bench` builds and installs everything that is needed.
 """
 
 import argparse
@@ -29,9 +29,9 @@ class Scenario:
     stream: bool = False
     connections: int = 32
     headers: dict = dataclasses.field(default_factory=dict)
-    # Requests a second; none for as many as go through.
+    # Requests a second; None for as many as possible.
     rate: int = None
-    # What a request counts for.
+    # Events of one answer; None if requests are counted.
     events: int = None
 
 
@@ -40,23 +40,23 @@ SATURATED = [
     Scenario("json-64k", "JSON, 64 KB request", 64 * 1024),
     Scenario("json-5m", "JSON, 5 MB request", 5 * 1024 * 1024, connections=8),
     Scenario("sse-burst", "SSE, 200 events at once", 1024, stream=True, events=200),
-    # 25,000 events a second, whoever is in between.
+    # 25,000 events a second, whichever contender is in between.
     Scenario("sse-paced", "SSE, 200 events 20 ms apart", 1024, True, 500, {"x-pace-ms": "20"}, events=200),
 ]
-# Requests a second: hardly anything, and what others publish latencies for.
+# Requests a second: a low rate, and a rate for which others publish latencies.
 FIXED_RATES = [1_000, 3_000]
 
 
 @dataclasses.dataclass
 class Run:
-    """What one run of the load generator has shown."""
+    """Results of one run of the load generator."""
 
     rate: float
     p50: float
     p99: float
     cpu_per_1000: float
     cores_used: float
-    # The mean of its own share of a request, in µs; None of one that does not tell.
+    # The mean of the contender's own share of a request, in µs; None if it does not report it.
     own: float
     failed: int
 
@@ -107,7 +107,7 @@ class Results:
         return statistics.median(told) if told else None
 
     def against(self, scenario, name, base, field, compare):
-        """A value for each round, in which both met the same machine; but gateways, which come last."""
+        """A value for each round, in which both met the same machine (except gateways, which come last)."""
         pairs = zip(self.of(scenario, name), self.of(scenario, base))
         return [compare(getattr(ours, field), getattr(theirs, field)) for ours, theirs in pairs if getattr(theirs, field)]
 
@@ -125,12 +125,12 @@ class Results:
 
 
 def middle(values, form):
-    """Their median."""
+    """Returns the median."""
     return form.format(statistics.median(values)) if values else ""
 
 
 def spread(values, form):
-    """Their median, and between what the middle half of them is."""
+    """Returns the median and the range of the middle half."""
     if len(values) < 4:
         return middle(values, form)
     low, _, high = (form.format(quartile) for quartile in statistics.quantiles(values, n=4))
@@ -138,18 +138,18 @@ def spread(values, form):
 
 
 def run_rounds(bench, options):
-    """Everything that was asked for: its results, and the scenarios at saturation and at fixed rates."""
+    """Runs the chosen scenarios. Returns their results, and the scenarios at saturation and at fixed rates."""
     results = Results()
     quick = [one for one in bench.contenders if not one.is_gateway]
 
     def warm_up(contender_list):
-        """Whoever is warm only from the second run on would lose the first round."""
+        """Runs each contender once, so that none is cold in the first round."""
         for contender in contender_list:
             measure(bench, options, contender, SATURATED[0], 2)
 
     def rounds(scenario_list, contender_list):
         for number in range(options.rounds):
-            # Whoever goes second finds a warmer machine, so they take turns at that too.
+            # The second one finds a warmer machine, so the order changes with each round.
             turn = number % len(contender_list)
             for scenario in scenario_list:
                 print(f"round {number + 1} of {options.rounds}: {scenario.title}", file=sys.stderr)

@@ -1,8 +1,8 @@
-//! The cheapest endpoint there can be, for benchmarks in which it must not be what limits: `endpoint PORT [THREADS]`.
+//! A very cheap endpoint for benchmarks, so that it is not the bottleneck: `endpoint PORT [THREADS]`.
 //!
-//! It answers every request with the same chat completion. A body that begins with `"stream":true` in its first
-//! [`LOOK_BYTES`] bytes gets [`EVENTS`] events instead, all at once, or `x-pace-ms` milliseconds apart and then each with the
-//! moment at which it was sent. As `OpenAI`'s does, it tells a stream's usage only if it is asked to.
+//! It answers every request with the same chat completion. A request with `"stream":true` in the first [`LOOK_BYTES`] bytes of
+//! its body gets [`EVENTS`] events instead: all at once, or `x-pace-ms` milliseconds apart, and then each with the moment at
+//! which it was sent. Like `OpenAI`'s endpoint, it reports a stream's usage only if the request asks for it.
 
 #![allow(clippy::expect_used, reason = "a bench that cannot be set up must stop")]
 
@@ -21,11 +21,11 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Where `"stream":true` and `include_usage` are looked for: a body of megabytes is not searched.
+/// Part of a body that is searched for `"stream":true` and `include_usage`, so that bodies of megabytes are not searched.
 const LOOK_BYTES: usize = 512;
 /// Events of a stream, unless `x-events` says otherwise.
 const EVENTS: usize = 200;
-/// So much is read at once.
+/// Largest number of bytes in one read.
 const READ_BYTES: usize = 256 * 1024;
 const HEADER_BYTES_MAX: usize = 64 * 1024;
 
@@ -48,13 +48,13 @@ async fn serve(port: u16) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let answers = Arc::clone(&answers);
         tokio::spawn(async move {
-            // A client that goes away is nothing to speak of.
+            // A client that disconnects is not an error.
             connection(stream, &answers).await.unwrap_or_default();
         });
     }
 }
 
-/// What is sent again and again, made once.
+/// The answers, made once.
 struct Answers {
     json: Vec<u8>,
     /// Without the usage, and with it.
@@ -133,7 +133,7 @@ async fn connection(mut stream: TcpStream, answers: &Answers) -> io::Result<()> 
     }
 }
 
-/// What is looked at of a request.
+/// The parts of a request that decide its answer.
 struct Request {
     stream: bool,
     usage: bool,
@@ -141,7 +141,7 @@ struct Request {
     events: usize,
 }
 
-/// Reads a request to the end of its body, which is thrown away; none if the client has left.
+/// Reads a request to the end of its body, which is discarded. Returns `None` if the client has disconnected.
 async fn read_request(stream: &mut TcpStream, buffer: &mut BytesMut) -> io::Result<Option<Request>> {
     let head_bytes = loop {
         if let Some(end) = memmem::find(buffer, b"\r\n\r\n") {
@@ -151,7 +151,7 @@ async fn read_request(stream: &mut TcpStream, buffer: &mut BytesMut) -> io::Resu
             return Err(io::ErrorKind::InvalidData.into());
         }
         if buffer.is_empty() {
-            // Idle connections hold no memory, so that thousands of them do not weigh in anybody's figures.
+            // Idle connections hold no memory, so that thousands of them do not affect the figures.
             stream.readable().await?;
         }
         buffer.reserve(4096);

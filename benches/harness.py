@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: the programs that are compared, the machine, and where figures are written."""
+"""Common parts of the benchmarks: the programs that are compared, the machine, and the place of the figures."""
 
 import contextlib
 import dataclasses
@@ -26,12 +26,12 @@ MODEL = "bench"
 START_SECONDS = 60
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-# As many as may be: each stream takes two in a proxy.
+# The most that this process may have: each stream takes two in a proxy.
 DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 def json_body(size, stream=False, model=MODEL):
-    """A chat request of about this size, the model where SDKs put it: behind the messages."""
+    """Returns a chat request of about this size, with the model where SDKs put it: behind the messages."""
     begin = '{"stream":true,' if stream else "{"
     frame = f'{begin}"messages":[{{"role":"user","content":""}}],"temperature":0.7,"model":"{model}"}}'
     content = "All work and no play makes Jack a dull boy. "
@@ -41,18 +41,18 @@ def json_body(size, stream=False, model=MODEL):
 
 @dataclasses.dataclass
 class Contender:
-    """A program between the load and the endpoint; without a command, the endpoint itself."""
+    """A program between the load generator and the endpoint; without a command, the endpoint itself."""
 
     name: str
     port: int
     command: list = dataclasses.field(default_factory=list)
     headers: dict = dataclasses.field(default_factory=dict)
     environment: dict = dataclasses.field(default_factory=dict)
-    # Others are so much slower that only their throughput is asked for.
+    # Other gateways are so much slower that only their throughput is measured.
     is_gateway: bool = False
-    # What has to be there, or it is left out.
+    # A file that has to exist; otherwise the contender is left out.
     needs: pathlib.Path = None
-    # Whether it measures its own share of a request's time.
+    # True if it measures its own share of a request's time.
     tells_own: bool = False
     model: str = MODEL
     process: subprocess.Popen = None
@@ -102,7 +102,7 @@ class Contender:
         self.process = None
 
     def processes(self):
-        """Its process and all of its children: the fields of their `stat` files behind the name."""
+        """Yields, for its process and all children, the fields of the `stat` file that follow the name."""
         for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 fields = path.read_text().rpartition(")")[2].split()
@@ -110,11 +110,11 @@ class Contender:
                     yield fields
 
     def cpu_seconds(self):
-        """User and system time."""
+        """Returns user and system time."""
         return sum(int(fields[11]) + int(fields[12]) for fields in self.processes()) / TICKS
 
     def own_seconds(self):
-        """Its own share of all requests so far, as it says itself, and how many they are."""
+        """Returns its own share of all requests so far, as it reports it, and their number."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/metrics", headers=self.all_headers())
         with urllib.request.urlopen(request, timeout=5) as answer:
             lines = answer.read().decode().splitlines()
@@ -122,12 +122,12 @@ class Contender:
         return float(told["api_together_own_seconds_sum"]), int(told["api_together_own_seconds_count"])
 
     def memory_bytes(self):
-        """Resident memory."""
+        """Returns resident memory."""
         return sum(int(fields[21]) for fields in self.processes()) * PAGE_BYTES
 
 
 class Bench:
-    """The endpoint and the contenders, running, each on the cores that are its own."""
+    """The running endpoint and contenders, each on its own cores."""
 
     def __init__(self, names=None):
         resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
@@ -169,14 +169,14 @@ class Bench:
         self.folder_guard.cleanup()
 
     def start_gateways(self):
-        """Starts the other gateways, and returns those that run. They come last, so that nobody else meets what they do unasked."""
+        """Starts the other gateways, and returns those that run. They come last, so that their background work disturbs no other run."""
         running = []
         for gateway in (one for one in self.contenders if one.is_gateway):
             try:
                 gateway.start(self.proxy_cores, self.folder)
                 running.append(gateway)
             except SystemExit as error:
-                # What was measured until here is not to be lost by it.
+                # The figures measured so far must not be lost.
                 gateway.stop()
                 print(f"{error}\n{gateway.name} is left out", file=sys.stderr)
         return running
@@ -190,7 +190,7 @@ class Bench:
         return json.loads(done.stdout)
 
     def preface(self, command):
-        """When, what, where."""
+        """Returns the date, the commit and the machine."""
         commit = first_line(["git", "-C", ROOT, "rev-parse", "--short=10", "HEAD"])
         changed = first_line(["git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no", "src", "benches", "Cargo.toml"])
         model = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
@@ -218,7 +218,7 @@ def first_line(command):
 
 
 def all_contenders(folder):
-    """Everybody, with their configs written into a folder."""
+    """Returns all contenders, with their configs written into a folder."""
     (folder / "apis.json").write_text(json.dumps(api_together_config()))
     (folder / "nginx.conf").write_text(nginx_config(folder))
     (folder / "litellm.yaml").write_text(LITELLM_CONFIG)
@@ -251,7 +251,7 @@ def all_contenders(folder):
 
 
 def api_together_config(port=9103):
-    """Everything on that is on by default, and limits on every endpoint, which no request reaches."""
+    """Returns a config with all defaults, and with limits on every endpoint that are never reached."""
     endpoint = {
         "baseUrl": f"http://127.0.0.1:{ENDPOINT_PORT}/v1",
         "apiKey": "sk-bench-endpoint-key",
@@ -267,7 +267,7 @@ def api_together_config(port=9103):
 
 
 def nginx_config(folder):
-    """As its users put it before an endpoint: connections kept, nothing buffered, requests logged."""
+    """Returns a usual config for a proxy: keep-alive, no buffering, an access log."""
     temporary = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     return f"""
 worker_processes {len(os.sched_getaffinity(0)) // 2};
@@ -313,7 +313,7 @@ def table(head, rows):
 
 
 def write(command, text):
-    """Puts figures into BENCHMARKS.md, at the place that this command has there."""
+    """Writes figures into BENCHMARKS.md, between the markers of this command."""
     path = ROOT / "BENCHMARKS.md"
     begin, end = f"<!-- written by {command} -->", f"<!-- end of {command} -->"
     before, _, rest = path.read_text().partition(begin)

@@ -1,8 +1,8 @@
-//! The stages of a request in instructions, which are the same however busy the machine is.
+//! Counts the instructions of each stage of a request. Unlike time, they do not depend on how busy the machine is.
 //!
-//! Each stage runs under valgrind, once and many times more often, and what one run of it takes is in the difference. The counts are
-//! compared with those that are stored beside this file, with a tolerance for another compiler or processor; `--write` stores them
-//! anew. Needs valgrind: `make bench-instructions` sees to it.
+//! Each stage runs under valgrind, once and then many times, and the difference gives the cost of one run. The counts are
+//! compared with the stored ones beside this file, with a tolerance for another compiler or processor; `--write` stores new
+//! counts. Needs valgrind, which `make bench-instructions` installs.
 
 #![allow(
     clippy::expect_used,
@@ -38,18 +38,18 @@ use http::{HeaderMap, HeaderValue, header};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Per cent that a count may be off what is stored.
+/// Per cent by which a count may differ from the stored one.
 const TOLERANCE: f64 = 5.0;
 /// Per cent by which a choice among a thousand endpoints may cost more than among one.
 const GROWTH_MAX: f64 = 5.0;
 const RUNS: u64 = 200;
-/// A short stage is run more often: its set-up makes maps with random keys, and does not take the same twice.
+/// A stage with fewer instructions is run more often: its set-up makes maps with random keys, so its cost varies.
 const SHORT: u64 = 5000;
 const RUNS_SHORT: u64 = 50_000;
 const STORED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/instructions.txt");
 const EVENTS: usize = 200;
 
-/// One stage: its set-up makes what a run of it does.
+/// A stage's name, and its set-up, which returns the code of one run.
 type Stage = (&'static str, fn() -> Box<dyn FnMut()>);
 
 const STAGES: &[Stage] = &[
@@ -73,7 +73,7 @@ const STAGES: &[Stage] = &[
     ("log line", line),
 ];
 
-/// Choices that must not cost more among many endpoints.
+/// Pairs of stages of which the second, with many endpoints, must not cost more than the first.
 const FLAT: [(&str, &str); 4] = [
     ("route an exact name, 1 endpoint", "route an exact name, 1,000 endpoints"),
     ("route a pattern, 1 endpoint", "route a pattern, 1,000 endpoints"),
@@ -201,7 +201,7 @@ fn line() -> Box<dyn FnMut()> {
     })
 }
 
-/// What one run of a stage takes.
+/// Returns the instructions of one run of a stage.
 fn count(stage: &str) -> u64 {
     let total = |runs: u64| {
         let program = std::env::current_exe().expect("this program has a path");
@@ -218,7 +218,7 @@ fn count(stage: &str) -> u64 {
             std::process::exit(1);
         })
     };
-    // The first run warms what is made once.
+    // The first run includes the work that is done only once.
     let once = total(1);
     let of = |runs: u64| total(runs + 1).saturating_sub(once) / runs;
     match of(RUNS) {

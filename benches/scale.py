@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""How api-together stands a crowd: thousands of open streams, hundreds of endpoints, large bodies all at once.
+"""Measures api-together with thousands of open streams, with hundreds of endpoints, and with many large bodies at once.
 
-Prints tables, and writes them into BENCHMARKS.md with --write. `make bench-scale` builds and installs what is needed.
+Prints tables, and writes them into BENCHMARKS.md with --write. `make bench-scale` builds and installs everything that is
+needed.
 """
 
 import argparse
@@ -19,12 +20,12 @@ import time
 from harness import DESCRIPTORS, KEY, RELEASE, Bench, Contender, api_together_config, json_body, table, write
 
 MIB = 1024 * 1024
-# Before all are open, and in which nothing is measured.
+# Time between two events of a stream.
 PACE_MS = 1000
 
 
 def streams(bench, contender, count, seconds):
-    """Holds this many streams open, one event a second each, and looks on."""
+    """Holds this many streams open, one event a second each, and measures delay, CPU time and memory."""
     before = contender.memory_bytes()
     command = ["taskset", "-c", bench.load_cores, RELEASE / "examples/streams", contender.port, count, seconds, PACE_MS, KEY]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
@@ -46,7 +47,7 @@ def streams_table(bench, count, seconds, rounds):
     for number in range(rounds):
         for contender in racers:
             print(f"{count:,} streams, round {number + 1} of {rounds}: {contender.name}", file=sys.stderr)
-            # A fresh process each time: what memory one has taken it keeps.
+            # A fresh process each time, since a process keeps the memory that it has taken.
             contender.stop()
             contender.start(bench.proxy_cores, bench.folder)
             results[contender.name].append(streams(bench, contender, count, seconds))
@@ -72,7 +73,7 @@ def streams_table(bench, count, seconds, rounds):
 
 
 def many_endpoints(folder, port):
-    """200 endpoints, 2,000 names and 100 patterns, each name served by two."""
+    """Writes a config of 200 endpoints, 2,000 names and 100 patterns, each name served by two endpoints."""
     config = api_together_config(port)
     [endpoint, *_] = config["apis"]
     config["apis"] = [
@@ -89,7 +90,7 @@ def many_endpoints(folder, port):
 
 
 def rate_table(bench, options, rate):
-    """The same load through five endpoints and through two hundred."""
+    """Measures the same load through five endpoints and through two hundred."""
     [few] = [one for one in bench.contenders if one.name == "api-together"]
     many = Contender("200 endpoints", 9106, [RELEASE / "api-together", "--config", many_endpoints(bench.folder, 9106)], model="model-1234")
     many.start(bench.proxy_cores, bench.folder)
@@ -115,7 +116,7 @@ def rate_table(bench, options, rate):
 
 
 def bodies_table(bench, count=500, size=20 * MIB, bound=512 * MIB):
-    """Large bodies all at once, within a bound that a few of them fill."""
+    """Sends many large bodies at once, with a memory bound that a few of them fill."""
     config = api_together_config(9107)
     config["server"]["memoryBytesMax"] = bound
     path = bench.folder / "bodies.json"

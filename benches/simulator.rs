@@ -1,4 +1,4 @@
-//! A simulated endpoint as a process of its own, for benchmarks: `simulator PORT`. It keeps no record of what it is asked.
+//! A simulated endpoint as a separate process, for benchmarks: `simulator PORT`. It keeps no record of its requests.
 
 use std::net::Ipv4Addr;
 

@@ -1,4 +1,4 @@
-//! The stages that every request passes through, one by one.
+//! Measures the time of each stage of a request.
 
 #![allow(
     clippy::expect_used,
@@ -106,7 +106,7 @@ fn events(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// A draw from the ledger without the way to its thread: so many at once, five endpoints, served as one group.
+/// Draws from the ledger, without the way to its thread: several at once from five endpoints, served as one batch.
 fn permits(criterion: &mut Criterion) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
     let _entered = runtime.enter();

@@ -1,8 +1,8 @@
-//! Holds many streams open at once and says how late their events come: `streams PORT STREAMS EVENTS PACE_MS KEY`.
+//! Holds many streams open at once and measures the delay of their events: `streams PORT STREAMS EVENTS PACE_MS KEY`.
 //!
-//! The endpoint (`benches/endpoint.rs`) puts the moment into each event at which it was sent, by the clock that all processes of a
-//! machine share; what is measured is the way from there to here. Only events that come while all streams are open count. Once
-//! they are, `open` is printed on a line of its own, and the figures, as JSON, at the end.
+//! The endpoint (`benches/endpoint.rs`) writes into each event the moment at which it was sent, by the clock that all processes
+//! of a machine share. The delay is the time from then until the event is read here. Only events that arrive while all streams
+//! are open count. A line `open` is printed as soon as all are open, and the figures, as JSON, at the end.
 
 #![allow(
     clippy::expect_used,
@@ -69,7 +69,7 @@ async fn main() {
             if stream(&load, &mut delays).await.is_err() {
                 load.cut.fetch_add(1, Ordering::Relaxed);
             }
-            // From here on not all are open.
+            // From now on not all streams are open.
             load.open.fetch_sub(1, Ordering::Relaxed);
             delays
         });

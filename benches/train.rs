@@ -1,8 +1,8 @@
-//! Sends a program what it will meet, so that a compiler that has counted its steps knows which of them matter:
-//! `train api-together PROGRAM` or `train bare PROGRAM`. `make release` has the program built for that.
+//! The load of profile-guided optimisation (PGO), for a program that is built with instrumentation: `train api-together PROGRAM`
+//! or `train bare PROGRAM`. `make release` runs it.
 //!
-//! What is never run here is later compiled as if it were never run at all. So there is a little of everything: both versions of
-//! HTTP, with TLS and without, on either side; streams, long bodies, endpoints that fail and limits that are reached.
+//! Code that never runs here is later compiled as if it never ran at all. So the load contains some of everything: HTTP/1.1 and
+//! HTTP/2, with TLS and without, on both sides; streams, long bodies, endpoints that fail and limits that are reached.
 
 #![allow(
     clippy::expect_used,
@@ -35,9 +35,9 @@ const KEY: &str = "sk-training-client";
 /// Longest wait for the program to listen, for one answer, and for it to end.
 const PATIENCE: Duration = Duration::from_mins(1);
 const POLL: Duration = Duration::from_millis(20);
-/// Lines of its log that are shown if the training fails.
+/// Lines of the program's log that are shown if the training fails.
 const LAST_WORDS: usize = 15;
-/// Requests at once. The order in which they are served is of no account here, only how often each step is done.
+/// Requests at once. Their order does not matter here, only how often each step runs.
 const AT_ONCE: usize = 16;
 
 #[tokio::main]
@@ -54,7 +54,7 @@ async fn main() {
     }
 }
 
-/// Like what `make bench` measures, and nothing else: the yardstick is to be as good as it can be.
+/// Trains the yardstick with the load that `make bench` measures and nothing else, so that it is as fast as possible.
 async fn train_bare(program: &str) {
     let endpoint = endpoint(0).await;
     let port = free_port().await;
@@ -139,12 +139,12 @@ async fn train_api_together(program: &str) {
     }
 }
 
-/// The program's path from anywhere.
+/// Returns the program's absolute path.
 fn found(program: &str) -> PathBuf {
     std::fs::canonicalize(program).unwrap_or_else(|error| panic!("{program}: {error}"))
 }
 
-/// A chat request of about this size. Streams are asked for their usage, as SDKs do.
+/// Returns a chat request of about this size. Like SDKs, it asks streams for their usage.
 fn chat(model: &str, size: usize, stream: bool) -> Value {
     let content = "All work and no play makes Jack a dull boy. ".repeat(size / 44);
     let mut body = json!({ "messages": [{ "role": "user", "content": content }], "temperature": 0.7, "model": model });
@@ -155,7 +155,7 @@ fn chat(model: &str, size: usize, stream: bool) -> Value {
     body
 }
 
-/// An endpoint of which so many per cent of the answers are 503.
+/// Starts an endpoint that answers this percentage of its requests with 503.
 async fn endpoint(failure_rate_percent: u8) -> Simulator {
     let default = Behaviour { events: 100, ..Behaviour::default() };
     Simulator::bind_local(Options { default, failure_rate_percent, record: false, ..Options::default() }).await.unwrap()
@@ -165,7 +165,7 @@ async fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
 }
 
-/// A program that is looked on.
+/// The program in training, and its log.
 struct Running {
     process: Child,
     log: PathBuf,
@@ -175,7 +175,7 @@ impl Running {
     async fn start(command: &mut Command, port: u16, folder: &Path) -> Self {
         let log = folder.join("log");
         let file = File::create(&log).unwrap();
-        // Nothing of where this is started, and of who starts it, is to change what is counted.
+        // The profile must not depend on the environment in which this is started.
         for name in ["PORT", "RUST_LOG", "LOG_LEVEL", "RUNTIME_DIRECTORY"] {
             command.env_remove(name);
         }
@@ -190,7 +190,7 @@ impl Running {
         running
     }
 
-    /// Lets it end in order, since what was counted is written then.
+    /// Ends the program gracefully, since it writes its profile at exit.
     fn end(mut self) {
         kill_process(Pid::from_child(&self.process), Signal::INT).unwrap();
         let begun = Instant::now();
@@ -206,7 +206,7 @@ impl Running {
 }
 
 impl Drop for Running {
-    /// If the training failed: says why, and leaves nothing behind.
+    /// If the training failed, prints the end of the log. Leaves no process behind.
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = std::fs::read_to_string(&self.log).unwrap_or_default();
@@ -219,7 +219,7 @@ impl Drop for Running {
 
 struct Clients {
     url: String,
-    /// What they have to speak: a client may settle on another one in TLS, and nobody would see what was not trained.
+    /// The version that answers must have. In TLS a client may negotiate another one, which would leave code untrained.
     version: Version,
     client: reqwest::Client,
 }
@@ -230,7 +230,7 @@ impl Clients {
         Self { url: format!("{base}/v1/chat/completions"), version, client }
     }
 
-    /// Sends a body so many times and reads every answer, which has to be a good one.
+    /// Sends a body this many times, and reads and checks every answer.
     async fn send(&self, what: &str, times: usize, body: &Value) {
         let begun = Instant::now();
         let body = Arc::<str>::from(body.to_string());
@@ -253,7 +253,7 @@ impl Clients {
     }
 }
 
-/// Puts TLS before an endpoint. Returns its base URL.
+/// Serves an endpoint over TLS. Returns its base URL.
 async fn secure(authority: &Authority, endpoint: &Simulator, protocols: &[&[u8]]) -> String {
     let (certificate, key) = authority.issue("localhost");
     let port = serve_tls(endpoint.handle(), acceptor(&certificate, &key, protocols)).await;
