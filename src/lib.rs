@@ -19,7 +19,7 @@
 //! | `usage` | tokens of an answer, pure |
 //! | `upstream` | the way to an endpoint |
 //! | `request` | what is asked: key, body, fields, rewriting |
-//! | `fault` | what clients are told when something goes wrong |
+//! | `fault` | the errors that clients get |
 //! | `limit` | rate limits and quotas, pure |
 //! | `json` | readers of JSON that build no tree, pure |
 //! | `config` | from the file's text to checked values |

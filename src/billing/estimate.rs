@@ -26,7 +26,7 @@ use crate::usage::{AnswerText, Cost, answer_texts};
 /// Answers that may wait for their estimate, and the bytes that they may hold. More are dropped and counted.
 const JOBS_MAX: usize = 1000;
 const BYTES_MAX: usize = 64 * 1024 * 1024;
-/// A process that leaves waits no longer than this for the estimates that are due.
+/// Longest time that a process waits at its end for the estimates that are due.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 /// A tokenizer's time may grow with the square of a word's length, so a text is given to it in parts of this size.
 const PART_BYTES: usize = 1024;
@@ -188,7 +188,7 @@ fn settle(job: Job) -> Estimated {
     let Job { id, pool, endpoint: (account, limits), model, candidates, call, prompt, prompt_reported, answer } = job;
     let tokenizer = tokenizer(&model);
     let completion = completion_tokens(tokenizer, call, &answer);
-    // Nothing came of it: an error that calls itself a success, or a response that is made in the background later.
+    // No tokens to estimate: an error with a status of success, or a response that is made in the background later.
     if completion == 0 && prompt_reported.is_none() && call != Call::Embeddings {
         return Estimated::Whole;
     }
@@ -271,7 +271,7 @@ fn text_tokens(tokenizer: &CoreBPE, value: &Value) -> u64 {
     }
 }
 
-/// The tokens of what came of an answer.
+/// The tokens of the part of an answer that was received.
 fn completion_tokens(tokenizer: &CoreBPE, call: Call, answer: &AnswerText) -> u64 {
     match answer {
         AnswerText::None => 0,
@@ -299,7 +299,7 @@ fn unescaped(raw: &[u8]) -> Cow<'_, str> {
     let text = String::from_utf8_lossy(raw);
     match serde_json::from_str::<String>(&format!("\"{text}\"")) {
         Ok(text) => Cow::Owned(text),
-        // Cut somewhere; what is there is near enough.
+        // The text was cut somewhere; the rest is near enough.
         Err(_) => text,
     }
 }

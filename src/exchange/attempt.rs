@@ -102,10 +102,10 @@ impl Attempt {
         }
     }
 
-    /// The request's header goes out now, so late that the permit is worth nothing any more. If no other is to be had, says what
-    /// came of the draw.
+    /// Draws a fresh permit for a header that goes out so late that its first permit has expired. If there is none, returns what
+    /// the draw came to.
     pub async fn send(&mut self, ledger: &Client) -> Result<(), Drawn> {
-        // On a machine that is much too busy a fresh one may be old again when it comes.
+        // On an overloaded machine a fresh permit may have expired again when it arrives.
         const SWAPS_MAX: usize = 3;
         for _ in 0..SWAPS_MAX {
             self.swap_permit(ledger).await?;
@@ -126,7 +126,7 @@ impl Attempt {
         holds
     }
 
-    /// The endpoint is known never to have had the request.
+    /// Gives the permit back: the endpoint is known never to have received the request.
     pub fn never_sent(&mut self) {
         self.permit.never_sent();
     }
@@ -157,7 +157,7 @@ impl Attempt {
         }
     }
 
-    /// The header of its answer has come, which says this.
+    /// Notes the header of the answer.
     pub fn header_came(&mut self, outcome: Outcome) {
         self.stage = Stage::Held(outcome);
     }
@@ -176,7 +176,7 @@ impl Attempt {
         }
     }
 
-    /// The answer is let through. A good one may still break off, so it is concluded at its end.
+    /// Notes that the answer is let through. A good one may still break off, so it is concluded at its end.
     pub fn committed(&mut self, pool: &Pool, now: Instant) {
         let Stage::Held(outcome) = &self.stage else { return };
         let outcome = outcome.clone();
@@ -216,7 +216,7 @@ impl Attempt {
         self.ends_with_connection && !self.meter.is_whole()
     }
 
-    /// The endpoint's answer has ended and is good: it has room for another request before the client sees this one's last byte,
+    /// Releases the endpoint's place once its answer has ended and is good, before the client sees the last byte,
     /// so that a client that sends one request after the other finds it free.
     pub fn body_ended(&mut self) {
         self.request_ended();
@@ -224,7 +224,7 @@ impl Attempt {
         self.permit.end();
     }
 
-    /// The request came to its end, and the answer with it.
+    /// Concludes the attempt at the end of the request.
     pub fn request_ended(&mut self) {
         if let Stage::Held(outcome) | Stage::Committed(outcome) = &self.stage {
             let outcome = outcome.clone();

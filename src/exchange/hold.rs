@@ -1,4 +1,4 @@
-//! The held response, and what is passed on of it.
+//! The held response, and the part of it that is passed on.
 
 use std::mem;
 use std::sync::Arc;
@@ -21,13 +21,13 @@ use crate::routing::health;
 use crate::routing::retry::Outcome;
 use crate::upstream::cork::Cork;
 
-/// Time after which a stream is ended whose endpoint has said that it is complete but holds it open: clients that read to the
+/// Time after which we end a stream that is complete but that its endpoint keeps open: clients that read to the
 /// end should not wait for it. The endpoint's connection is then lost for the next request.
 const LINGER_MAX: Duration = Duration::from_millis(80);
 
 /// Pieces that are sent together are copied into one up to this size.
 const JOINED_BYTES_MAX: usize = 16 * 1024;
-/// Number of tasks at once that shows that the endpoint sends faster than they are taken.
+/// Number of tasks in one batch that shows that the endpoint sends faster than they are taken.
 const TASKS_OF_BURST: usize = 4;
 
 /// The response of the attempt under way.
@@ -91,7 +91,7 @@ impl HeldResponse {
         }
     }
 
-    /// An attempt begins: whatever the last one left is forgotten.
+    /// Begins an attempt, and clears the state of the last one.
     pub(super) fn begin_attempt(&mut self) {
         self.held.clear();
         self.decoder = None;
@@ -115,7 +115,7 @@ impl HeldResponse {
         self.exchange.state().body.pop_front()
     }
 
-    /// Takes the cork that keeps the request's header back.
+    /// Takes the cork that delays the request's header.
     pub(super) fn take_cork(&self) -> Option<Cork> {
         self.exchange.state().cork.take()
     }
@@ -124,7 +124,7 @@ impl HeldResponse {
         self.committed
     }
 
-    /// Takes a task of the response in while it is held back.
+    /// Takes in a task of the response while the response is held.
     pub(super) fn take_in(&mut self, task: HttpTask, now: Instant) -> Result<Verdict> {
         if now > self.plan.budget_ends {
             self.judge.no_more();
@@ -179,7 +179,7 @@ impl HeldResponse {
         self.judge.header(head, |outcome| outcome.is_retryable(retry))
     }
 
-    /// Only what can be read can be judged.
+    /// Decodes a piece for the judge, which reads plain text only.
     fn judge_body(&mut self, piece: &Bytes, end: bool) -> Verdict {
         let Some(decoder) = &mut self.decoder else { return self.judge.body(piece, end) };
         let mut plain = Vec::new();
@@ -282,7 +282,7 @@ impl HeldResponse {
                 }
                 HttpTask::Done | HttpTask::Trailer(_) => {
                     let cut = self.body(Bytes::new(), true);
-                    // The end is the task's own to say.
+                    // The task itself says if it is the last.
                     self.push_pieces(&mut out, false);
                     if cut.is_some() {
                         return (out, cut);
@@ -311,7 +311,7 @@ impl HeldResponse {
         out
     }
 
-    /// Adds the pieces that go on, those that came together as one if they are small: each is a chunk, or a frame, of its own.
+    /// Adds the pieces to pass on; small pieces that came together are joined, since each becomes a chunk or a frame.
     fn push_pieces(&mut self, out: &mut Vec<HttpTask>, end: bool) {
         // An empty piece that ends nothing would count as the last chunk.
         self.pieces.retain(|piece| !piece.is_empty());
@@ -333,7 +333,7 @@ impl HeldResponse {
         }
     }
 
-    /// Takes in a piece, and keeps what of it goes to the client. An error if the endpoint's body has ended and is not whole.
+    /// Takes in a piece, and keeps the part that goes to the client. Fails if the endpoint's body has ended and is not whole.
     fn body(&mut self, piece: Bytes, last: bool) -> Option<Box<Error>> {
         let Self { exchange, reading, pieces, complete, .. } = self;
         let mut state = exchange.state();
@@ -348,7 +348,7 @@ impl HeldResponse {
             reading.end(&mut attempt.meter, pieces);
             is_cut = attempt.is_cut();
             if is_cut {
-                // Half an event, which is useless.
+                // Half an event is of no use to the client.
                 pieces.truncate(whole);
             }
         }
@@ -368,7 +368,7 @@ impl HeldResponse {
         Some(Error::explain(ErrorType::ConnectionClosed, "the answer was cut").into_up())
     }
 
-    /// The endpoint has said that its stream is whole, so that is how it ends for the client, whatever it does then.
+    /// Notes that the stream is complete: for the client it ends whole, whatever the endpoint does next.
     pub(super) fn end_whole(&mut self) -> Vec<HttpTask> {
         let mut rest = Vec::new();
         if let Some(attempt) = &mut self.exchange.state().attempt {
@@ -378,20 +378,20 @@ impl HeldResponse {
         vec![HttpTask::Body(Some(rest.concat().into()), true)]
     }
 
-    /// The client is being written to, which may take as long as it takes.
+    /// Stops the deadlines while the client is being written to, since a slow client is not the endpoint's failure.
     pub(super) fn pause(&mut self) {
         self.deadline = None;
         self.lingers_until = None;
     }
 
-    /// The endpoint is waited for again.
+    /// Starts the deadlines again: the endpoint is waited for.
     pub(super) fn resume(&mut self) {
         let now = Instant::now();
         self.deadline = now.checked_add(self.idle);
         self.lingers_until = now.checked_add(LINGER_MAX).filter(|_| self.complete);
     }
 
-    /// When the next action is due if nothing comes before.
+    /// Returns when the next action is due, unless something arrives before.
     pub(super) fn due_at(&self) -> Option<Instant> {
         [self.held_until, self.lingers_until, self.deadline].into_iter().flatten().min()
     }

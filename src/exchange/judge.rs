@@ -20,11 +20,11 @@ use crate::response::sse::Splitter;
 use crate::routing::retry::Outcome;
 use crate::usage::Reported;
 
-/// The most of an answer that is held back (64 KiB), the last chunk on top.
+/// Most bytes of an answer that are held back (64 KiB), not counting the last chunk.
 pub const HOLD_BYTES_MAX: usize = 64 * 1024;
-/// The body of an error is waited for no longer than this while another endpoint stands ready: the status says enough.
+/// Longest wait for the body of an error while another endpoint is available: the status says enough.
 const ERROR_BODY_WAIT_MAX: Duration = Duration::from_secs(5);
-/// A stream that has begun with data is held this long at most, waiting for an event that says something.
+/// Longest time that a stream that has sent data is held while no event has content.
 pub const HOLD_TIME_MAX: Duration = Duration::from_secs(5);
 
 static COMPLETION: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"completion_tokens\""));
@@ -112,7 +112,7 @@ impl Judge {
         matches!(self.kind, AnswerKind::Error { .. })
     }
 
-    /// No other endpoint can take over any more.
+    /// Notes that no other endpoint can take over any more.
     pub fn no_more(&mut self) {
         self.terms.more = false;
         if let AnswerKind::Error { drop, .. } = &mut self.kind {
@@ -160,7 +160,7 @@ impl Judge {
         if end { self.end() } else { self.so_far() }
     }
 
-    /// The answer ended without another piece.
+    /// Decides about an answer that ended without another piece.
     pub fn end(&mut self) -> Verdict {
         match &self.kind {
             AnswerKind::Error { outcome, .. }
@@ -226,7 +226,7 @@ impl Judge {
         }
     }
 
-    /// Sound and files are passed on as they come; whatever says it is JSON, or says nothing, may turn out empty.
+    /// Sound and files are passed on as they come; JSON, and a body without a content type, may turn out empty.
     fn may_be_empty(&self, content_type: Option<&str>) -> bool {
         content_type.is_none_or(|value| is_json(Some(value))) || self.terms.call == Call::Completion
     }
@@ -259,7 +259,7 @@ fn first_word(splitter: &mut Splitter, piece: &Bytes, has_data: &mut bool) -> Op
     splitter.feed(piece, |data| {
         *has_data = true;
         if first.is_none_or(|word| word == Word::Preface) {
-            // What is too long to be read says something.
+            // An event too long to be read counts as content.
             first = Some(data.map_or(Word::Content, word));
         }
     });
@@ -328,7 +328,7 @@ fn is_empty_answer(body: &[u8], call: Call) -> bool {
     if body.is_empty() || inside.is_some_and(|inside| inside.trim_ascii().is_empty()) {
         return true;
     }
-    // Nearly all say so of themselves, and need no parser.
+    // Nearly all answers show it in their first bytes, and need no parser.
     call == Call::Completion
         && has_member(body, &COMPLETION, b"0")
         && Reported::from_json(body).is_some_and(|reported| reported.usage.is_of_empty_answer())

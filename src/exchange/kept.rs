@@ -45,7 +45,7 @@ impl Kept {
             let encoded = mem::take(&mut body);
             let mut decoder = Decoder::new(encoding);
             decoder.feed(&encoded, |plain| body.extend_from_slice(&plain));
-            // What cannot be read cannot be searched for secrets either.
+            // A body that cannot be decoded cannot be searched for secrets.
             ended &= !decoder.is_broken();
         }
         if ended {

@@ -1,4 +1,4 @@
-//! One request at one endpoint: its data, the attempt under way, and the state of its answer.
+//! One request at one endpoint: its data, the current attempt, and the state of its answer.
 
 mod ask;
 mod attempt;
@@ -36,11 +36,11 @@ pub struct ExchangeState {
     pub ended: Option<Outcome>,
     /// Set once the client has been sent anything.
     pub committed: Option<Committed>,
-    /// The last error answer that was dropped.
+    /// The last error answer that was kept from the client.
     pub kept: Option<Kept>,
     /// Rest of the request's body that the attempt under way has yet to send.
     pub body: VecDeque<Bytes>,
-    /// Keeps the request's header back until its body is written.
+    /// Delays the request's header until its body is written.
     pub cork: Option<Cork>,
 }
 
@@ -53,7 +53,7 @@ pub struct Committed {
     pub event_stream: bool,
     /// True if the last byte sent ended an event.
     pub between_events: bool,
-    /// When the endpoint said that its answer is complete; what comes then is not a break.
+    /// When the endpoint said that its answer is complete; a lost connection after that is not a break.
     pub complete: Option<Instant>,
 }
 

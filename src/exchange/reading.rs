@@ -20,13 +20,13 @@ pub(super) struct BodyHeader<'a> {
 
 /// Way in which a body is read.
 pub(super) enum Reading {
-    /// It is not.
+    /// Not read.
     Blind,
     /// An error, in plain text, without the endpoint's secrets.
     Error(Option<Decoder>, Redactor),
     Json,
     Stream(Relay),
-    /// Compressed: beside the way.
+    /// Compressed: decoded for the meter only, and passed on as it came.
     EncodedJson(Decoder),
     EncodedStream(Decoder, Splitter),
 }
@@ -48,7 +48,7 @@ impl Reading {
         }
     }
 
-    /// Measures a piece, and adds what of it goes on.
+    /// Measures a piece, and adds the part of it that is passed on.
     pub(super) fn piece(&mut self, piece: Bytes, meter: &mut Meter, out: &mut Vec<Bytes>) {
         match self {
             Self::Blind => {}
@@ -73,7 +73,7 @@ impl Reading {
         out.push(piece);
     }
 
-    /// The endpoint's body has ended: measures and adds what was kept of it.
+    /// Measures and adds the rest at the end of the endpoint's body.
     pub(super) fn end(&mut self, meter: &mut Meter, out: &mut Vec<Bytes>) {
         match self {
             Self::Error(_, redactor) => out.push(redactor.piece(b"", true)),

@@ -26,9 +26,9 @@ pub(crate) async fn step_aside() {
     .await;
 }
 
-/// Sees to it that a timer of this thread's runtime is always due soon.
+/// Keeps a timer of this thread's runtime due soon at all times.
 ///
-/// A runtime wakes itself, by a write and a vain wait of the system, whenever a timer is set that is due before all others. Between
+/// A runtime wakes itself, by two system calls, whenever a timer is set that is due before all others. Between
 /// two requests there is no other, so the timer of each request would cost both, unless its deadline is nearer than this one.
 ///
 /// Has to be called inside of a runtime. Each thread spawns one task, once, since each may have a runtime of its own; where threads

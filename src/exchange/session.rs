@@ -33,7 +33,7 @@ use super::judge::Verdict;
 use super::scheduling::step_aside;
 use crate::routing::pool::Pool;
 
-/// The error that ends an attempt whose answer is dropped. Why it is, is in the exchange.
+/// The error that ends an attempt whose answer is dropped. The exchange has the reason.
 fn give_up<T>() -> Result<T> {
     Error::err_up(ErrorType::Custom("the answer is not good enough"))
 }
@@ -154,7 +154,7 @@ impl Replay {
         self.inner_writes().await
     }
 
-    /// Writes what the real session was given to write and was kept from.
+    /// Finishes a write of the real session that was interrupted.
     async fn inner_writes(&mut self) -> Result<()> {
         if self.inner.has_pending_downstream_proxy_tasks() {
             self.inner.write_downstream_proxy_tasks().await?;
@@ -186,7 +186,7 @@ impl Replay {
 
 #[async_trait]
 impl CustomSession for Replay {
-    // What replays the body.
+    // Replay of the body.
 
     fn enable_retry_buffering(&mut self) {
         // Pingora calls this once for each attempt, when its request header is on its way.
@@ -211,7 +211,7 @@ impl CustomSession for Replay {
         !self.has_body
     }
 
-    // What holds the response back.
+    // Hold of the response.
 
     async fn response_duplex_vec(&mut self, tasks: Vec<HttpTask>) -> Result<bool> {
         if self.flushing {
@@ -240,7 +240,7 @@ impl CustomSession for Replay {
     }
 
     fn response_written(&self) -> Option<&ResponseHeader> {
-        // A 100 (Continue) of ours is not yet a response.
+        // Our own 100 (Continue) is not yet a response.
         self.inner.response_written().filter(|header| !header.status.is_informational())
     }
 
@@ -280,7 +280,7 @@ impl CustomSession for Replay {
         }
     }
 
-    // Everything else is the real session's.
+    // Everything else is passed on to the real session.
 
     fn req_header(&self) -> &RequestHeader {
         &self.hold.plan.header

@@ -88,7 +88,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     Ok(())
 }
 
-/// A request that has been on its way once does not wait for its turn again: its client has waited long enough.
+/// A request that was sent once does not queue again: its client has waited long enough.
 fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> {
     admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried, queue: None }
 }
@@ -109,7 +109,7 @@ async fn repeat_attempt(context: &mut Context, method: &Method) -> Result<(), Fa
     }
 }
 
-/// The request's header goes out now. False if its permit is worth nothing any more and no other is to be had.
+/// Spends the permit as the request's header goes out. False if it has expired and there is no other.
 pub(super) async fn send(context: &mut Context, clock: &Clock) -> bool {
     if context.exchange.state().attempt.as_mut().is_some_and(|attempt| attempt.send_now(clock)) {
         return true;
@@ -137,7 +137,7 @@ fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault 
     Fault::LimitsReached { wait: refusal.wait, held: held.collect() }
 }
 
-/// The address that the attempt under way goes to: the endpoint's first one that has not failed it yet.
+/// Returns the address of the current attempt: the endpoint's first one that has not failed it yet.
 pub(super) async fn address(context: &Context) -> Option<(Arc<Endpoint>, SocketAddr)> {
     let endpoint = context.exchange.state().attempt.as_ref()?.endpoint.clone();
     match endpoint.upstream.addresses().await {

@@ -1,4 +1,4 @@
-//! A request comes in: who sends it, its body, what it asks for.
+//! Intake of a request: its client, its body, its call and model.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -146,7 +146,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     Ok(Next::Proxy(ask, choice))
 }
 
-/// Notes who calls, and what every answer to them has to carry.
+/// Notes the client, and the headers that every answer to it carries.
 fn arrive(session: &Session, context: &mut Context, pool: &Pool) {
     let header = session.req_header();
     let peer = session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip);
@@ -172,7 +172,7 @@ fn is_preflight(header: &RequestHeader) -> bool {
         && header.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
-/// Only calls of the API go on, and none that would step out of it.
+/// Refuses methods and paths that are not the API's, and paths with steps that lead out of it.
 fn check_target(header: &RequestHeader) -> Result<(), Fault> {
     let target_bytes = header.uri.path_and_query().map_or(0, |target| target.as_str().len());
     if target_bytes > TARGET_BYTES_MAX {
@@ -200,7 +200,7 @@ fn opens_websocket(session: &Session) -> bool {
         && upgrade.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"))
 }
 
-/// Reads the request to its end and finds what it asks for.
+/// Reads the request to its end and finds its call, model and endpoints.
 async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Result<Box<Ask>, Stop> {
     let switches_protocol = opens_websocket(session);
     let bytes_max = pool.server.body_bytes_max;
@@ -248,7 +248,7 @@ async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> 
     }
 }
 
-/// A client that goes away while it waits for its turn gives its place to the next.
+/// Queues for a permit; a client that disconnects meanwhile gives its place to the next.
 async fn wait_for_choice(
     session: &mut Session,
     request: admission::Request<'_>,

@@ -50,7 +50,7 @@ pub(super) async fn upstream_request_filter(
     let Some(clock) = context.ask.as_ref().map(|ask| ask.pool.clock()) else {
         return Error::err_in(ErrorType::InternalError);
     };
-    // Of the first attempt only; what follows is waited for others.
+    // Of the first attempt only; later ones include the wait for other endpoints.
     if let (Some(own), Some(metrics)) = (context.tries.own.take(), metrics()) {
         metrics.own(own + clock.now.saturating_duration_since(begun));
     }
@@ -86,7 +86,7 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
     }
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     if attempt.terms.usage_injected && content_type::is_event_stream(content_type) {
-        // What only we asked for is taken out, so it will not be as long.
+        // The usage that only we asked for is taken out, so the body gets shorter.
         header.remove_header(&header::CONTENT_LENGTH);
     }
 }
@@ -108,7 +108,7 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
     rewrite_answer(header, context)
 }
 
-/// Blots secrets out of the refusal of a protocol switch, and lets go of a request's body that is needed no more.
+/// Redacts secrets in the refusal of a protocol switch, and frees a request body that is no longer needed.
 pub(super) fn response_body_filter(session: &Session, body: &mut Option<Bytes>, end: bool, context: &mut Context) {
     // A refusal to switch protocols passes here and nowhere else.
     if !session.was_upgraded()
@@ -202,7 +202,7 @@ fn rewrite_body(context: &Context) -> Vec<Bytes> {
     }
 }
 
-/// Says how long the request's body is, where it has one or its method usually does.
+/// Sets the request's `Content-Length`, where it has a body or its method usually does.
 fn set_length(request: &mut RequestHeader, method: &Method, bytes: usize) -> Result<()> {
     let is_usually_bare = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::DELETE);
     if bytes > 0 || !is_usually_bare {
@@ -211,7 +211,7 @@ fn set_length(request: &mut RequestHeader, method: &Method, bytes: usize) -> Res
     Ok(())
 }
 
-/// Takes out of an endpoint's answer what is not for our clients, and puts in what every answer carries.
+/// Removes the headers of an endpoint's answer that are not for clients, and adds those that every answer carries.
 fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> Result<()> {
     let own_words = header.get_reason_phrase().filter(|words| Some(*words) != header.status.canonical_reason());
     let own_words = own_words.map(ToOwned::to_owned);
@@ -309,7 +309,7 @@ async fn write(session: &mut Session, header: Box<ResponseHeader>, body: Bytes, 
     if no_body { Ok(()) } else { session.write_response_body(Some(body), true).await }
 }
 
-/// Tells the reader of a stream that broke that it is not whole. Without `[DONE]`, and with the connection closed after it,
+/// Adds an error event to a stream that broke. Without `[DONE]`, and with the connection closed after it,
 /// no client takes it for a whole one. Readers of Anthropic's messages go by the event's name.
 pub(super) async fn send_error_event(session: &mut Session, fault: &Fault, call: Option<Call>, between_events: bool) {
     let ends_event = if between_events { "" } else { "\n\n" };

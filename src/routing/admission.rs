@@ -19,11 +19,11 @@ use crate::routing::health::Gate;
 use crate::routing::pool::{Pool, Trial};
 use crate::routing::router::Candidates;
 
-/// While a request waits for an endpoint, that may begin to cool down; then it waits again, so often at most.
+/// Most times that a request waits again because the endpoint it waited for began to cool down.
 const GRANTS_MAX: usize = 16;
-/// A request that waits looks so often which endpoints are open; it keeps its place in the order of arrival.
+/// Interval at which a queued request checks which endpoints are open; it keeps its place in the order of arrival.
 const WAIT_SLICE: Duration = Duration::from_millis(500);
-/// Endpoints that are tried out for one request before it is refused.
+/// Most cooling endpoints that are tried for one request before it is refused.
 const RESORTS_MAX: usize = 16;
 
 /// The endpoint that a request goes to.
@@ -39,7 +39,7 @@ pub struct Choice {
     pub at: Clock,
 }
 
-/// A request that wants to go to one of its candidates.
+/// A request that needs one of its candidates.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
     /// The config it runs under.
@@ -121,7 +121,7 @@ async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
         }
     }
     match wait_or_refuse(request, turn).await {
-        // The endpoints that could be tried out were at a limit, so that is what the client has to wait for.
+        // The endpoints that could be tried were at a limit, so the client has to wait for that limit.
         Err(Fault::NoneAvailable) => Err(limited.unwrap_or(Fault::NoneAvailable)),
         other => other,
     }

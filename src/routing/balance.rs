@@ -63,7 +63,7 @@ fn at_once(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock)
     };
     let better = |score: &dyn Fn(usize) -> f64| {
         let (first, second) = (draw()?, draw()?);
-        // Twice the same one is no choice, unless there is no other.
+        // Two draws of the same candidate are no comparison, unless there is no other.
         if first == second && candidates.list().len() > 1 {
             return None;
         }

@@ -18,7 +18,7 @@ use crate::config::Breaker;
 
 /// The rest of an endpoint that answers 429 and does not say for how long.
 pub(crate) const REST_DEFAULT: Duration = Duration::from_secs(5);
-/// No endpoint rests longer than this, whatever it says: longer than any daily quota takes to come back.
+/// Longest rest, whatever the endpoint asks for: longer than any daily quota takes to come back.
 const REST_MAX: Duration = Duration::from_hours(24);
 
 /// Health of one endpoint, by the outcomes of its attempts.
@@ -33,7 +33,7 @@ pub struct Health {
 /// Returns whether health lets a request through now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gate {
-    /// It may.
+    /// Requests may go there.
     Open,
     /// The cool-down is over; one request may try.
     TrialDue,

@@ -41,7 +41,7 @@ fn add_up(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
         let is_open = endpoint.live.gate(clock.now) == Gate::Open;
         let add = |rate: Option<Rate>, gauges: [(Limit, Option<Gauge>); 2]| {
             let rate = rate?;
-            // The tighter one is what a client will run into.
+            // A client reaches the tighter one first.
             let gauge = gauges.into_iter().filter_map(known).min_by_key(Gauge::left)?;
             let reset = gauge.resets.map_or(Duration::ZERO, |resets| clock.boot.until(resets));
             let left = if is_open { gauge.left() } else { 0 };

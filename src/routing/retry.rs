@@ -29,7 +29,7 @@ pub enum Outcome {
     Broken,
     /// No byte, or no event with content, within the first-byte timeout.
     TooSlow,
-    /// It took so long to reach the endpoint that its limit was reached meanwhile; nothing was sent.
+    /// The permit expired while the connection was made, and the limit has no other; nothing was sent.
     LimitReached,
     /// The client went away.
     ClientGone,
@@ -82,7 +82,7 @@ impl Outcome {
                 100..=399 => Effect::Success,
                 429 => Effect::Rest(*rest),
                 401..=403 | 408 | 425 | 500..=599 => Effect::Failure,
-                // Faults of the request: any endpoint would answer so.
+                // Faults of the request: any endpoint would give this answer.
                 _ => Effect::Neutral,
             },
             Self::LimitReached | Self::ClientGone | Self::Ours | Self::UsageRefused => Effect::Neutral,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::limit::Stamp;
 
-/// An endpoint that refused `stream_options` is not sent any of ours for this time, and then tried again: it may have learnt them,
+/// Time for which an endpoint that refused `stream_options` is not sent any; then it is tried again: it may support them by then,
 /// or it was one of its models alone that did not know them.
 const REFUSED: Duration = Duration::from_hours(1);
 

@@ -5,9 +5,9 @@ use std::mem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// A line is written this long after it was made; a process that is killed loses no more than that.
+/// Longest time between a line and its write; a process that is killed loses no more than that.
 const WRITE_BEHIND: Duration = Duration::from_millis(10);
-/// Bytes that may wait. Beyond them a request with a line writes them all: a log that is read too slowly slows requests down,
+/// Most bytes that wait. Beyond them a request with a line writes them all: a log that is read too slowly slows requests down,
 /// and loses nothing.
 const WAITING_BYTES_MAX: usize = 1024 * 1024;
 
@@ -70,7 +70,7 @@ fn write_behind() {
     }
 }
 
-/// A log that cannot be written has nowhere to say so.
+/// There is no other place to report a log that cannot be written.
 fn write(bytes: &[u8]) {
     if !bytes.is_empty() {
         io::stderr().write_all(bytes).unwrap_or_default();

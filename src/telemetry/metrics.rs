@@ -15,18 +15,18 @@ use prometheus::{
 
 use crate::usage::Cost;
 
-/// A request without a model, or an answer that came from no endpoint.
+/// Label of a request without a model, or of an answer that came from no endpoint.
 pub(crate) const NONE: &str = "none";
-/// A model that no exact name of the config is.
+/// Label of a model that is not an exact name of the config.
 pub(crate) const OTHER: &str = "other";
-/// Times of endpoints, in seconds: a fast cache to a long thought.
+/// Buckets for times of endpoints, in seconds: from a fast cache to a long reasoning.
 const ANSWER_BUCKETS: [f64; 15] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0];
-/// Times of our own, in seconds.
+/// Buckets for times of our own, in seconds.
 const OWN_BUCKETS: [f64; 14] =
     [0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5];
 
-/// There is one process, and one set of them.
+/// The metrics of this process.
 static METRICS: LazyLock<Option<Metrics>> = LazyLock::new(|| {
     let metrics = Metrics::new().inspect_err(|error| log::error!("there are no metrics: {error}"));
     metrics.ok()
@@ -141,7 +141,7 @@ impl Metrics {
         })
     }
 
-    /// A request has ended.
+    /// Counts a request that has ended.
     pub(crate) fn request(&self, ended: &Ended<'_>) {
         let status = match ended.status {
             None => NONE,
@@ -168,20 +168,20 @@ impl Metrics {
         }
     }
 
-    /// An attempt has ended so.
+    /// Counts an attempt that has ended.
     pub(crate) fn attempt(&self, endpoint: &str, outcome: &str, counters: Option<&Counters>) {
         let counter = counters.filter(|_| outcome == OK).map(|counters| &counters.attempts);
         once(counter, IntCounter::inc, || self.attempts.with_label_values(&[endpoint, outcome]));
     }
 
-    /// An answer has cost so much.
+    /// Counts the tokens of an answer.
     pub(crate) fn spent(&self, endpoint: &str, model: &str, cost: &Cost, counters: Option<&Counters>) {
         let exact = cost.exact.tokens;
-        let told = [
+        let reported = [
             ("prompt", exact.prompt, counters.map(|counters| &counters.prompt)),
             ("completion", exact.completion, counters.map(|counters| &counters.completion)),
         ];
-        for (kind, tokens, counter) in told.into_iter().filter(|(_, tokens, _)| *tokens > 0) {
+        for (kind, tokens, counter) in reported.into_iter().filter(|(_, tokens, _)| *tokens > 0) {
             let add = |counter: &IntCounter| counter.inc_by(tokens);
             once(counter, add, || self.tokens.with_label_values(&[endpoint, model, kind]));
         }
@@ -199,7 +199,7 @@ impl Metrics {
         self.own.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
     }
 
-    /// A permit was asked for, and the answer took so long.
+    /// Counts a draw of a permit, with the time until it was answered.
     pub(crate) fn permit(&self, took: Duration) {
         self.permit.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
     }
