@@ -23,7 +23,7 @@ pub(super) fn one(pool: &Pool, name: &str) -> Result<String, Fault> {
     }
 }
 
-/// A model in OpenAI's shape. Its owner is the endpoint that is asked first.
+/// A model in OpenAI's format. Its owner is the endpoint that is asked first.
 fn model(pool: &Pool, name: &str) -> Value {
     let first = pool.router.find(name).and_then(|found| found.list().first());
     let owner = first.and_then(|candidate| pool.endpoints.get(candidate.endpoint)).map(|e| e.config.id.as_ref());

@@ -14,7 +14,7 @@ use crate::usage::{Cost, Sum};
 
 /// Counts of every endpoint that ever answered, in any process that shares the ledger.
 pub(super) async fn stats(from: Sources<'_>) -> Result<String, Fault> {
-    // What this process has counted and not yet written; if that fails, what is written is shown.
+    // Writes the counts of this process first; if that fails, the written ones are shown.
     from.pool.ledger.flush().await;
     let path = from.process.ledger.path().to_owned();
     let now = SystemTime::now();

@@ -100,7 +100,7 @@ struct Run {
 }
 
 impl Cli {
-    /// Does what the command line says.
+    /// Runs the command line.
     pub fn execute(self) -> ExitCode {
         match self.command.unwrap_or(Command::Run(self.run)) {
             Command::Run(run) => run.execute(),
@@ -234,7 +234,7 @@ fn runtime_folder(config: &Path) -> PathBuf {
     std::path::absolute(&folder).unwrap_or(folder)
 }
 
-/// Says on standard error why nothing runs.
+/// Prints the reason why nothing runs on standard error.
 fn fail(why: &str) -> ExitCode {
     const ERROR: Style = AnsiColor::Red.on_default().bold();
     eprintln!("{ERROR}error{ERROR:#}: {why}");

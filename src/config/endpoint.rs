@@ -73,10 +73,10 @@ impl Endpoint {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StreamUsage {
-    /// Unless the endpoint refuses it.
+    /// Added unless the endpoint refuses it.
     #[default]
     Auto,
-    /// They do not.
+    /// Never added.
     Never,
 }
 

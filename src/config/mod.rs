@@ -1,4 +1,4 @@
-//! The configuration: from a file's text to values that can be used, or to everything that is wrong with
+//! The configuration: from a file's text to checked values, or to the list of everything wrong with
 //! it.
 //!
 //! A text goes through these stages:
@@ -50,10 +50,10 @@ pub use watch::Watch;
 use checked::Check;
 use problem::Report;
 
-/// A longer file is not a configuration.
+/// Longer files are refused: no configuration has this size.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// A configuration that can be used, and what is odd about it.
+/// A usable configuration and its warnings.
 #[derive(Debug, Clone)]
 pub struct Loaded {
     /// The configuration, ready for use.
@@ -114,7 +114,7 @@ pub fn check_str(text: &str, format: Format, environment: &Environment, base_dir
     let warnings = report.finish()?;
     match config {
         Some(config) => Ok(Loaded { config, warnings }),
-        // Never: what gives no config has reported why. But an empty answer would be worse.
+        // Unreachable: a text without a config has reported the reason. Still better than an empty answer.
         None => Err(Problem::error("", "cannot be used").into()),
     }
 }

@@ -47,7 +47,7 @@ impl Problem {
         Self::new(ProblemKind::Error, path, message)
     }
 
-    /// A problem that does not.
+    /// A problem with which the configuration can still be used.
     pub fn warning(path: impl Into<String>, message: impl Into<String>) -> Self {
         Self::new(ProblemKind::Warning, path, message)
     }
@@ -84,7 +84,7 @@ impl Problems {
         self.0.iter()
     }
 
-    /// Puts a file's name to what is wrong with its text as a whole.
+    /// Adds a file's name to the problems of its text as a whole.
     pub(super) fn name_text(mut self, name: &str) -> Self {
         for problem in self.0.iter_mut().filter(|problem| problem.path.is_empty()) {
             name.clone_into(&mut problem.path);
@@ -138,7 +138,7 @@ impl Report {
         }
     }
 
-    /// Adds an error and mutes whatever else is said about this place.
+    /// Adds an error, and drops later problems of the same place.
     pub(super) fn add_broken(&mut self, problem: Problem) {
         let path = problem.path.clone();
         self.add(problem);

@@ -17,7 +17,7 @@ const SHOWN_AT_END: usize = 4;
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes a key in.
+    /// Wraps a key.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }

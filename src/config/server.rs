@@ -216,7 +216,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     })
 }
 
-/// A body that is allowed has to fit.
+/// The memory must have room for the longest body.
 fn memory_bytes_max(typed: Option<u64>, body_bytes_max: u32, check: &mut Check<'_>) -> Option<u64> {
     let least = u64::from(body_bytes_max);
     match typed {

@@ -15,11 +15,11 @@ use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// Quiet time before a change is looked at, so that a program that writes twice has written both times.
+/// Quiet time before a change is reported, so that a program that writes twice has finished.
 const QUIET: Duration = Duration::from_millis(200);
-/// But it is looked at after this time even if it never becomes quiet.
+/// Longest time before a change is reported, even if the files never become quiet.
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(2);
-/// Time between two looks without an event.
+/// Interval of the checks without an event.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The names of files whose contents matter.
@@ -29,7 +29,7 @@ type Names = Arc<Mutex<BTreeSet<OsString>>>;
 /// file that comes, goes or is renamed may be a link on the way to one.
 fn matters(event: &Event, names: &Names) -> bool {
     match event.kind {
-        // A look after a read would be followed by another, for ever.
+        // Our own reads must not count as events, or each check would cause another.
         EventKind::Access(_) => false,
         EventKind::Modify(ModifyKind::Name(_)) => true,
         EventKind::Modify(_) => {
@@ -54,7 +54,7 @@ pub struct Watch {
 impl Watch {
     /// Watches these files, some of which may not exist.
     pub fn new(files: Vec<PathBuf>) -> Self {
-        // One that waits says all that many would.
+        // One waiting event says as much as many.
         let (tell, events) = mpsc::channel(1);
         let names = Names::default();
         let known = Arc::clone(&names);
@@ -70,7 +70,7 @@ impl Watch {
         watch
     }
 
-    /// Other files are to be watched from now on.
+    /// Watches other files from now on.
     pub fn set_files(&mut self, files: Vec<PathBuf>) {
         self.files = files;
         self.follow();

@@ -6,9 +6,9 @@ use bytes::{Bytes, BytesMut};
 
 use crate::fault::Fault;
 
-/// A client that sends nothing for this long while its body is due has gone or stalls on purpose.
+/// Longest pause between two pieces of a body; a client that pauses longer is gone or stalls on purpose.
 pub(crate) const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// No body takes longer than this, however steadily it trickles.
+/// Longest time for a whole body, however steadily it arrives.
 pub(crate) const BODY_TOTAL_TIMEOUT: Duration = Duration::from_mins(10);
 
 /// Collects a body from its chunks, up to a limit. A body of one chunk is kept as it came, without a copy.

@@ -10,11 +10,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bodies up to this size need no room.
+/// Bodies up to this size are not counted.
 pub(crate) const FREE_BYTES: usize = 64 * 1024;
-/// A body of unknown length is given room for so much at first, and then for twice as much again and again.
+/// First reservation of a body of unknown length; it doubles each time it is used up.
 const FIRST_STEP_BYTES: usize = 1024 * 1024;
-/// A body waits no longer than this for room.
+/// Longest wait of a body for room.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(10);
 /// Unit in which memory is counted.
 const UNIT_BYTES: usize = 1024;
@@ -31,9 +31,9 @@ struct Room {
 }
 
 impl Memory {
-    /// Room for so many bytes.
+    /// Returns the room for this many bytes of bodies.
     pub fn new(bytes_max: usize) -> Self {
-        // What is allowed has to fit, to its last byte.
+        // Rounded up, so that the longest allowed body fits.
         let units = bytes_max.div_ceil(UNIT_BYTES).min(Semaphore::MAX_PERMITS);
         Self(Arc::new(Room { free: Arc::new(Semaphore::new(units)), units, waiting: AtomicUsize::new(0) }))
     }
@@ -75,7 +75,7 @@ impl Reserved {
         if bytes <= has.max(FREE_BYTES) {
             return true;
         }
-        // More than there is at all is waited for in vain.
+        // A request for more than the total would wait in vain.
         let step = (2 * has).max(FIRST_STEP_BYTES).min(self.memory.bytes_max());
         self.add(bytes.max(step) - has).await
     }
@@ -107,7 +107,7 @@ impl Reserved {
     /// The body, which keeps its room until the last of its bytes is dropped.
     pub fn hold(mut self, body: Bytes) -> Bytes {
         let Some(permit) = &mut self.permit else { return body };
-        // What was more than enough is for others.
+        // The unused part is given back.
         drop(permit.split(permit.num_permits().saturating_sub(body.len().div_ceil(UNIT_BYTES))));
         Bytes::from_owner(HeldBody { body, _reserved: self })
     }

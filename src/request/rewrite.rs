@@ -58,7 +58,7 @@ pub fn is_kept_from_client(name: &HeaderName) -> bool {
     name == "set-cookie" || name.starts_with("access-control-") || name == "alt-svc"
 }
 
-/// Tells which of an endpoint's response headers belong to its own connection (RFC 9110, 7.6.1). Those that frame the body
+/// Returns the response headers that belong to the endpoint's own connection (RFC 9110, 7.6.1). Those that frame the body
 /// are Pingora's to replace.
 pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&HeaderName) -> bool + use<> {
     const OTHERS: [&str; 6] = ["keep-alive", "proxy-connection", "proxy-authenticate", "te", "trailer", "upgrade"];
@@ -111,7 +111,7 @@ pub struct Edit<'a> {
 
 /// The replacement of the model's name, which stands at this place in its quotes.
 pub fn model_edit<'a>(quoted: &Range<usize>, model: &'a str) -> Edit<'a> {
-    // Nearly all names are written as they are.
+    // Nearly all names need no escapes.
     let is_plain = model.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\'));
     if is_plain && quoted.len() >= 2 {
         return Edit { range: quoted.start + 1..quoted.end - 1, with: model.into() };
@@ -119,7 +119,7 @@ pub fn model_edit<'a>(quoted: &Range<usize>, model: &'a str) -> Edit<'a> {
     Edit { range: quoted.clone(), with: serde_json::Value::from(model).to_string().into() }
 }
 
-/// A stretch of a body up to this size is copied to what stands beside it, which is cheaper than to send it as a piece of its own.
+/// Parts of a body up to this size are joined with their neighbours, since a copy is cheaper than one more piece to send.
 const JOINED_BYTES_MAX: usize = 16 * 1024;
 
 /// Returns the body with these replacements, which do not overlap, in the pieces that it is sent in; none is empty. A place

@@ -1,4 +1,4 @@
-//! Reads compressed answers beside the way, for endpoints that compress although they are asked not to. The client gets the
+//! Decodes a copy of compressed answers, for endpoints that compress although they are asked not to. The client gets the
 //! bytes as they came.
 
 use std::fmt;
@@ -50,7 +50,7 @@ enum DecoderState {
     Zlib(Box<flate2::write::ZlibDecoder<Sink>>),
     Brotli(Box<brotli::DecompressorWriter<Sink>>),
     Zstd(Box<zstd::stream::write::Decoder<'static, Sink>>),
-    /// It is not what it says, or not made to be read.
+    /// The data is invalid, or expands beyond the bound.
     Broken,
 }
 

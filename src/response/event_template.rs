@@ -1,5 +1,5 @@
-//! Recognises an event of a stream that is like an earlier one but for its texts, as nearly all are: whatever was found out about
-//! that one by reading it holds for this one, too. Pure.
+//! Recognises an event of a stream that differs from an earlier one only in its texts, as nearly all do: the result of reading
+//! that one holds for this one, too. Pure.
 
 use std::ops::Range;
 
@@ -143,7 +143,7 @@ impl EventTemplate {
     }
 }
 
-/// Returns the length of the string that goes on here, as far as its quotation mark.
+/// Returns the length of the rest of the string, up to its quotation mark.
 fn string(rest: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {

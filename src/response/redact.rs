@@ -1,4 +1,4 @@
-//! Blots out an endpoint's secrets wherever its answer quotes them, star by star, so that the length stays what the header
+//! Redacts an endpoint's secrets wherever its answer quotes them: one star for each byte, so that the length stays what the header
 //! says. Pure.
 
 use std::ops::Range;
@@ -48,7 +48,7 @@ impl Secrets {
         text.into()
     }
 
-    /// Blots out every secret, quoted whole or masked by the vendor (`sk-ab***yz`).
+    /// Redacts every secret, quoted whole or masked by the vendor (`sk-ab***yz`).
     fn hide(&self, text: &mut [u8]) {
         self.hide_whole(text);
         for word in key_like_words(text) {
@@ -71,7 +71,7 @@ impl Secrets {
     }
 }
 
-/// Blots out an error that comes in pieces, and holds its last bytes back until the next one, so that a secret which is cut
+/// Redacts an error that comes in pieces, and holds its last bytes back until the next one, so that a secret which is cut
 /// in two is found.
 #[derive(Debug)]
 pub struct Redactor {
@@ -85,7 +85,7 @@ impl Redactor {
         Self { secrets, carry: Vec::new() }
     }
 
-    /// Takes the next piece; gives what can go out.
+    /// Takes the next piece, and returns the bytes that can be sent.
     pub fn piece(&mut self, piece: &[u8], end: bool) -> Bytes {
         let mut text = std::mem::take(&mut self.carry);
         text.extend_from_slice(piece);

@@ -35,7 +35,7 @@ pub struct Relay {
     unlike: u8,
 }
 
-/// A stream whose events are so often not like each other is read event by event.
+/// Number of different events in a row after which a stream is read event by event.
 const UNLIKE_MAX: u8 = 16;
 
 /// Treatment of a block.
@@ -54,10 +54,10 @@ impl Relay {
         Self { splitter: Splitter::default(), strips, secrets, dropped: false, long: None, template: None, unlike: 0 }
     }
 
-    /// Takes the next piece: measures it, and adds to `out` what goes on. Nothing is copied but events that are cut across
+    /// Takes the next piece: measures it, and adds to `out` the part to pass on. Nothing is copied but events that are cut across
     /// pieces, and those that are too long to be kept.
     pub fn piece(&mut self, piece: &Bytes, meter: &mut Meter, out: &mut Vec<Bytes>) {
-        // What goes on from here is not yet in `out`.
+        // From here on nothing is in `out` yet.
         let mut from = 0;
         let mut at = 0;
         loop {
@@ -111,7 +111,7 @@ impl Relay {
         }
     }
 
-    /// The stream has ended: measures and adds what was kept of a last event whose end never came.
+    /// Measures and adds the rest at the end of the stream: a last event that was never completed.
     pub fn end(&mut self, meter: &mut Meter, out: &mut Vec<Bytes>) {
         if let Some(mut long) = self.long.take() {
             out.push(long.piece(b"", true));

@@ -26,7 +26,7 @@ impl Certificate {
         read(files)
     }
 
-    /// Shows this from now on. Whether it is another certificate.
+    /// Shows this from now on. Returns true if it is another certificate.
     pub(super) fn show(&self, read: CertifiedKey) -> bool {
         let is_another = self.0.load().cert != read.cert;
         self.0.store(Arc::new(read));

@@ -16,7 +16,7 @@ use crate::process::{Draining, OpenRequests};
 
 /// Time between two checks of a stopping process for open requests.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
-/// After the last request has ended, time for its last bytes to leave.
+/// Time for the last bytes to leave after the last request has ended.
 const LAST_FLUSH: Duration = Duration::from_millis(200);
 
 /// Ends the process as soon as its last request has ended; Pingora would sleep the whole grace period.
@@ -27,7 +27,7 @@ pub(super) struct Drain {
     pub(super) writes: FinalWrites,
 }
 
-/// Counts that wait to be written; every way out of the process waits for them.
+/// Writers of counts; every way out of the process waits for them.
 #[derive(Clone)]
 pub(super) struct FinalWrites {
     pub(super) estimator: Estimator,
@@ -68,7 +68,7 @@ impl Drain {
     async fn wait_and_leave(&self, hands_over: bool) {
         self.draining.begin();
         log::info!("shutting down gracefully: {} requests are open", self.open.count());
-        // A second signal means at once. A process that hands over has not had its first one yet: a service that is stopped
+        // A second signal ends the process at once. A process that hands over has not had its first one yet: a service that is stopped
         // signals all its processes at once.
         let mut patience = u32::from(hands_over);
         let mut asked_again = [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| signal(kind).ok());

@@ -30,11 +30,11 @@ use tokio::signal::unix::{SignalKind, signal};
 const RUNNING_FILE: &str = "running.json";
 /// File with the result of the last upgrade.
 const OUTCOME_FILE: &str = "outcome.json";
-/// A check that takes longer has failed.
+/// Longest time of the check by the new binary; a longer one has failed.
 const CHECK_MAX: Duration = Duration::from_secs(30);
 /// Longest time until a successor waits for the sockets.
 const START_MAX: Duration = Duration::from_secs(20);
-/// And so long, all in all, an upgrade that was asked for.
+/// Longest time of an upgrade as a whole, for the command that asked for it.
 const UPGRADE_MAX: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(20);
 /// Bytes of the output of a failing program that are kept, from its end.
@@ -131,7 +131,7 @@ pub struct Successor {
     pub runtime_folder: PathBuf,
     /// Listening address of this process.
     pub address: SocketAddr,
-    /// And where for metrics.
+    /// Listening address for metrics.
     pub metrics_listen: Option<SocketAddr>,
 }
 
@@ -199,7 +199,7 @@ impl Successor {
             }
             std::thread::sleep(POLL);
         }
-        // It may end just after: the last look before the sockets go.
+        // It may end just after; this is the last check before the sockets are handed over.
         std::thread::sleep(POLL);
         match child.try_wait() {
             Ok(None) => Ok(child.id()),
@@ -314,7 +314,7 @@ pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
     }
 }
 
-/// True if it answers. With TLS an established connection has to do.
+/// True if it answers. With TLS an established connection is enough.
 fn is_healthy(running: &Running) -> bool {
     let address = crate::server::callable(running.address);
     let Ok(mut stream) = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2)) else { return false };

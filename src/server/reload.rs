@@ -1,4 +1,4 @@
-//! Takes a changed configuration in while the process serves: as a whole, or not at all. Requests in flight keep the one that they
+//! Loads a changed configuration while the process serves: as a whole, or not at all. Requests in flight keep the one that they
 //! began with.
 
 use std::collections::BTreeMap;
@@ -54,11 +54,11 @@ impl BackgroundService for Reloader {
         let mut watch = Watch::new(self.files());
         let mut hangups =
             signal(SignalKind::hangup()).inspect_err(|error| log::error!("SIGHUP cannot be heard: {error}")).ok();
-        // One that came before this could be heard.
+        // A SIGHUP that came before the handler was set.
         if self.hung_up.load(Ordering::Relaxed) {
             self.take_in(true);
         }
-        // What was written since the process read the file is noticed, too.
+        // Notices changes since the process read the file, too.
         let mut seen = Contents::new();
         loop {
             let asked = tokio::select! {

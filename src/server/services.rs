@@ -98,7 +98,7 @@ impl BackgroundService for Announce {
     }
 }
 
-/// Looks the endpoints' names up again and again, so that no request has to wait for it.
+/// Resolves the endpoints' names regularly, so that no request has to wait for it.
 pub(super) struct Resolve(pub(super) Arc<ArcSwap<Pool>>);
 
 #[async_trait]

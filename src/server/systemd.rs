@@ -10,7 +10,7 @@ pub(super) fn ready() {
     tell(&format!("READY=1\nMAINPID={}\n", std::process::id()));
 }
 
-/// It finishes what it has, and takes no more.
+/// The process finishes its open requests, and takes no more.
 pub(super) fn stopping() {
     tell("STOPPING=1\n");
 }

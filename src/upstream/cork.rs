@@ -1,4 +1,4 @@
-//! Keeps the header of a request back in its socket until its body is there as well, so that both leave in one packet.
+//! Delays the header of a request in its socket until its body is there, so that both leave in one packet.
 //!
 //! Pingora writes the header, and then the body. On a connection without delay, which this one has to be, that is two packets, and a
 //! packet costs more than all that is done with a small request here.
@@ -14,14 +14,14 @@ use socket2::SockRef;
 pub struct Cork(RawFd);
 
 impl Cork {
-    /// Keeps back what does not fill a packet, or, if there is nothing to wait for, sees to it that nothing is kept back. The system
-    /// lets go of it by itself after 200 ms.
+    /// Delays bytes that do not fill a packet; without anything to wait for, switches the delay off. The kernel
+    /// sends them by itself after 200 ms.
     pub fn put_in(socket: RawFd, waits: bool) -> Option<Self> {
         let cork = Self(socket);
         (cork.set(waits) && waits).then_some(cork)
     }
 
-    /// Sends what was kept back, and keeps nothing back any more.
+    /// Sends the delayed bytes, and switches the delay off.
     pub fn pull(self) {
         self.set(false);
     }
