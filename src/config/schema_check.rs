@@ -37,7 +37,7 @@ pub(super) fn read(text: &str, format: Format, environment: &Environment, report
 fn parse(text: &str, format: Format, report: &mut Report) -> Option<Value> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let repeated = RefCell::default();
-    let node = Node { path: String::new(), repeated: &repeated };
+    let node = Node { path: String::new(), format, repeated: &repeated };
     let parsed = match format {
         Format::Json => parse_json(text, node),
         Format::Yaml => node
@@ -59,6 +59,7 @@ fn parse_json(text: &str, node: Node<'_>) -> Result<Value, String> {
 /// A value at a place of the text. Like `Value`'s own deserialization, but it notes repeated keys.
 struct Node<'a> {
     path: String,
+    format: Format,
     repeated: &'a RefCell<Vec<String>>,
 }
 
@@ -109,7 +110,7 @@ impl<'de> Visitor<'de> for Node<'_> {
         let mut values = Vec::new();
         loop {
             let path = format!("{}[{}]", self.path, values.len());
-            let node = Node { path, repeated: self.repeated };
+            let node = Node { path, format: self.format, repeated: self.repeated };
             match items.next_element_seed(node)? {
                 Some(value) => values.push(value),
                 None => return Ok(Value::Array(values)),
@@ -124,10 +125,10 @@ impl<'de> Visitor<'de> for Node<'_> {
             if values.contains_key(&key) {
                 self.repeated.borrow_mut().push(path.clone());
             }
-            if key == "<<" {
+            if key == "<<" && self.format == Format::Yaml {
                 return Err(A::Error::custom("merge keys (`<<`) are not supported; write the keys out"));
             }
-            let node = Node { path, repeated: self.repeated };
+            let node = Node { path, format: self.format, repeated: self.repeated };
             let value = entries.next_value_seed(node)?;
             values.insert(key, value);
         }
