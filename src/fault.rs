@@ -53,6 +53,10 @@ pub enum Fault {
         /// The limit in bytes.
         bytes_max: usize,
     },
+    /// The body is compressed in a way that is not known here.
+    EncodingUnknown,
+    /// A WebSocket that does not name its model before it is opened.
+    WebSocketModelUnknown,
     /// The body did not arrive in time.
     BodyTimeout,
     /// There was no room for the body in time.
@@ -122,6 +126,8 @@ impl Fault {
             Self::RequestInvalid { .. }       => (400, INVALID, None, "request_invalid"),
             Self::PathTooLong { .. }       => (414, INVALID, Some("uri_too_long"), "path_too_long"),
             Self::BodyTooLarge { .. }      => (413, INVALID, Some("request_too_large"), "body_too_large"),
+            Self::EncodingUnknown          => (415, INVALID, Some("unsupported_encoding"), "encoding_unknown"),
+            Self::WebSocketModelUnknown    => (426, INVALID, Some("websocket_model_unknown"), "websocket_model_unknown"),
             Self::BodyTimeout              => (408, INVALID, Some("request_timeout"), "body_timeout"),
             Self::NoRoom                   => (503, SERVER, Some("overloaded"), "no_room"),
             Self::ModelUnknown { .. }      => (404, INVALID, Some("model_not_found"), "model_unknown"),
@@ -224,6 +230,14 @@ impl Fault {
             Self::KeysFailedTooOften => {
                 "Too many requests with a wrong API key came from your address. Correct the key; a right one is \
                  accepted at once."
+            }
+            Self::EncodingUnknown => {
+                "The request body's Content-Encoding is not known here. Send it uncompressed, or as gzip, deflate, br or \
+                 zstd."
+            }
+            Self::WebSocketModelUnknown => {
+                "This WebSocket does not name its model, so no endpoint can be chosen. Name it in the URL (?model=NAME), or \
+                 send the call as a POST."
             }
             Self::BodyTimeout => "The request body did not arrive in time.",
             Self::NoRoom => {

@@ -16,8 +16,8 @@ use crate::process::Process;
 use crate::routing::pool::Pool;
 
 /// Longest wait after which SDKs should retry by themselves: OpenAI's Node SDK would sleep through any `Retry-After`, even until
-/// the next day.
-const SDK_WAIT_MAX: Duration = Duration::from_mins(1);
+/// the next day. A minute that has just filled up frees within 60.3 s.
+const SDK_WAIT_MAX: Duration = Duration::from_secs(65);
 
 /// An answer of our own.
 #[derive(Debug)]
@@ -61,20 +61,30 @@ pub(crate) enum Resource<'a> {
 }
 
 impl<'a> Resource<'a> {
-    /// The resource that a path names, if it is one of ours. Only reading a model is ours; deleting one is an endpoint's.
-    pub(crate) fn from_path(path: &'a str, method: &Method) -> Option<Self> {
+    /// The resource that a path names, if it is one of ours: by the path as it came, or, for what is the API's, as it is
+    /// `meant`. Only reading a model is ours; deleting one is an endpoint's.
+    pub(crate) fn from_path(path: &str, meant: &'a str, method: &Method) -> Option<Self> {
         let reads = matches!(*method, Method::GET | Method::HEAD);
+        // The program before this one took a slash at their end as well.
         match path.strip_suffix('/').unwrap_or(path) {
-            "/health" => Some(Self::Health),
-            "/health/ready" => Some(Self::Ready),
-            "/metrics" => Some(Self::Metrics),
-            "/v1/status" => Some(Self::Status),
+            "/health" => return Some(Self::Health),
+            "/health/ready" => return Some(Self::Ready),
+            "/metrics" => return Some(Self::Metrics),
+            "/v1/status" => return Some(Self::Status),
+            "/v1/token/stats" => return Some(Self::TokenStats),
+            "/v1/token/reset" => return Some(Self::TokenReset),
+            _ => {}
+        }
+        match meant {
             "/v1/models" => Some(Self::Models),
-            "/v1/token/stats" => Some(Self::TokenStats),
-            "/v1/token/reset" => Some(Self::TokenReset),
             other if reads => other.strip_prefix("/v1/models/").map(Self::Model),
             _ => None,
         }
+    }
+
+    /// True for paths that are ours to answer and no endpoint's, however they were typed.
+    pub(crate) fn is_reserved(meant: &str) -> bool {
+        meant == "/v1/status" || meant.starts_with("/v1/token/")
     }
 
     /// Checks that it takes the method.
@@ -170,14 +180,17 @@ mod tests {
 
     #[test]
     fn which_paths_are_ours() {
-        let of = |path| Resource::from_path(path, &Method::GET);
+        let of = |path| Resource::from_path(path, path, &Method::GET);
         assert_eq!(of("/health"), Some(Resource::Health));
         assert_eq!(of("/health/ready"), Some(Resource::Ready));
-        assert_eq!(of("/v1/models/"), Some(Resource::Models));
+        assert_eq!(of("/v1/models"), Some(Resource::Models));
+        assert_eq!(Resource::from_path("//models/", "/v1/models", &Method::GET), Some(Resource::Models));
+        assert_eq!(Resource::from_path("//v1/status", "/v1/status", &Method::GET), None, "to its exact path only");
+        assert!(Resource::is_reserved("/v1/status"));
         assert_eq!(of("/v1/models/meta/llama"), Some(Resource::Model("meta/llama")));
         assert_eq!(of("/v1/chat/completions"), None);
-        assert_eq!(Resource::from_path("/v1/models/ft:mine", &Method::DELETE), None);
-        assert_eq!(Resource::from_path("/v1/token/reset/", &Method::POST), Some(Resource::TokenReset));
+        assert_eq!(Resource::from_path("/v1/models/ft:mine", "/v1/models/ft:mine", &Method::DELETE), None);
+        assert_eq!(of("/v1/token/reset"), Some(Resource::TokenReset));
         assert!(Resource::TokenReset.check_method(&Method::GET).is_err());
         assert!(Resource::TokenStats.check_method(&Method::HEAD).is_ok());
     }

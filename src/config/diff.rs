@@ -52,6 +52,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         trusted_proxies: _,
         failed_keys_per_minute: _,
         endpoint_headers: _,
+        forward_headers: _,
         timezone: _,
         queue: _,
         log_format: _,
@@ -88,6 +89,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         trusted_proxies,
         failed_keys_per_minute,
         endpoint_headers,
+        forward_headers,
         timezone,
         queue,
         log_format,
@@ -116,6 +118,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     lines.compare(&at("trustedProxies"), trusted_proxies, &after.trusted_proxies);
     lines.compare(&at("failedKeysPerMinute"), failed_keys_per_minute, &after.failed_keys_per_minute);
     lines.compare(&at("endpointHeaders"), endpoint_headers, &after.endpoint_headers);
+    lines.compare(&at("forwardHeaders"), forward_headers, &after.forward_headers);
     lines.compare(&at("queue"), queue, &after.queue);
     lines.compare(&at("logFormat"), log_format, &after.log_format);
     lines.compare(&at("estimateTokens"), estimate_tokens, &after.estimate_tokens);

@@ -119,6 +119,9 @@ pub(super) struct ServerFile {
     /// Headers `x-api-together-*` in responses, which name the endpoint and the number of attempts.
     #[schemars(extend("default" = ENDPOINT_HEADERS_DEFAULT))]
     pub endpoint_headers: Option<bool>,
+    /// Headers of requests that are forwarded to endpoints besides those that every API call needs: exact names, or the
+    /// beginning of names such as `x-team-*`. Credentials for this gateway are never forwarded. Default: none.
+    pub forward_headers: Option<Vec<String>>,
     /// The file that holds every count: permits and tokens. It is created with its folder if it does not exist. A
     /// relative path starts from this file's folder. All processes that name one file share its limits.
     #[schemars(extend("default" = LEDGER_DEFAULT))]

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::checked::Check;
 use super::cidr::Cidr;
 use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
+use super::header_pattern::HeaderPattern;
 use super::status_set::StatusSet;
 use crate::config::secret::Secret;
 
@@ -45,6 +46,8 @@ pub struct Server {
     pub failed_keys_per_minute: u32,
     /// True if responses carry `x-api-together-*` headers.
     pub endpoint_headers: bool,
+    /// Headers of requests that are forwarded besides those of the API.
+    pub forward_headers: Vec<HeaderPattern>,
     /// The file that holds every count, as an absolute path.
     pub ledger: PathBuf,
     /// Behaviour of endpoints with limits while the ledger cannot be written.
@@ -181,6 +184,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let tls = typed.tls.map(|tls| server_tls(&tls, check));
     let cors = cors(typed.cors, check);
     let trusted_proxies = trusted_proxies(typed.trusted_proxies, check);
+    let forward_headers = forward_headers(typed.forward_headers, check);
     let ledger = ledger(typed.ledger.as_deref(), check);
     let timezone = timezone(typed.timezone.as_deref(), "server.timezone", check);
     let metrics_listen = metrics_listen(typed.metrics_listen.as_deref(), check);
@@ -205,6 +209,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         trusted_proxies,
         failed_keys_per_minute: typed.failed_keys_per_minute.unwrap_or(file::FAILED_KEYS_PER_MINUTE_DEFAULT),
         endpoint_headers: typed.endpoint_headers.unwrap_or(file::ENDPOINT_HEADERS_DEFAULT),
+        forward_headers,
         ledger: ledger?,
         ledger_on_error: typed.ledger_on_error.unwrap_or_default(),
         ledger_sync: typed.ledger_sync.unwrap_or_default(),
@@ -395,4 +400,19 @@ fn trusted_proxies(typed: Option<Vec<String>>, check: &mut Check<'_>) -> Vec<Cid
         }
     }
     ranges
+}
+
+fn forward_headers(typed: Option<Vec<String>>, check: &mut Check<'_>) -> Vec<HeaderPattern> {
+    let mut patterns = Vec::new();
+    for (index, text) in typed.unwrap_or_default().iter().enumerate() {
+        match text.parse() {
+            Ok(pattern) => patterns.push(pattern),
+            Err(_) => check.report.error(
+                &format!("server.forwardHeaders[{index}]"),
+                format!("{text:?} is not the name of a header"),
+                "write a name such as x-team, or the beginning of names such as x-team-*",
+            ),
+        }
+    }
+    patterns
 }

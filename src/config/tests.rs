@@ -434,6 +434,12 @@ fn any_json() -> impl proptest::strategy::Strategy<Value = Value> {
     })
 }
 
+#[test]
+fn in_json_two_angles_are_a_key_like_any_other() {
+    let config = json!({ "server": null, "apis": [{ "<<": null }] });
+    assert_placed(&checked(&config, &no_variables()), &config);
+}
+
 proptest! {
     #[test]
     fn any_value_is_answered_with_places(server in any_json(), endpoint in any_json()) {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
+use http::uri::PathAndQuery;
 
 use crate::request::call::Call;
 use crate::request::fields::UsageEdit;
@@ -24,6 +25,10 @@ pub struct Ask {
     pub candidates: Arc<Candidates>,
     /// Call of the API.
     pub call: Call,
+    /// Path, as it is meant, and query, as far as it is forwarded.
+    pub target: PathAndQuery,
+    /// True if the body is JSON, whatever its content type says.
+    pub is_json: bool,
     /// The model's name as the client sent it.
     pub model: Option<String>,
     /// Range of that name in the body.

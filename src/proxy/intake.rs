@@ -1,18 +1,16 @@
 //! Intake of a request: its client, its body, its call and model.
 
-use std::future::poll_fn;
-use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Version, header};
+use http::uri::PathAndQuery;
+use http::{HeaderValue, Method, Uri, Version, header};
 use pingora::http::RequestHeader;
 use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
-use super::{Gateway, outgoing};
+use super::{Gateway, outgoing, receive};
 use crate::admin::{Answer, Resource, Sources};
 use crate::config::Cors;
 use crate::exchange::Ask;
@@ -20,18 +18,12 @@ use crate::exchange::session::{Plan, Wrapped};
 use crate::fault::{Fault, excerpt};
 use crate::proxy::context::Context;
 use crate::request::auth;
-use crate::request::body::{self, Collector};
 use crate::request::call::Call;
-use crate::request::rewrite;
-use crate::request::{content_type, fields, id};
+use crate::request::fields::Fields;
+use crate::request::{content_type, fields, forward, id, path, rewrite};
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::pool::Pool;
 use crate::routing::rates;
-
-/// Size and time up to which the rest of a body is read before an early answer, since a client that is still sending may
-/// otherwise never see the answer.
-const DRAIN_BYTES_MAX: usize = 1024 * 1024;
-const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// The body of a call to our own resources is a few words.
 const OWN_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -48,7 +40,7 @@ enum Next {
 }
 
 /// Reason why a request stops before it goes to an endpoint.
-enum Stop {
+pub(super) enum Stop {
     /// The client gets this fault.
     Fault(Fault),
     /// The client gets this fault, and what else it sends cannot be trusted to be a request.
@@ -96,7 +88,7 @@ async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer
         }
         Err(Stop::Gone(error)) => return Err(error),
     };
-    drain(session).await;
+    receive::drain(session).await;
     outgoing::send(session, context, answer).await
 }
 
@@ -109,7 +101,7 @@ fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Ch
             pool: Arc::clone(&ask.pool),
             budget_ends: context.arrival.at + ask.pool.server.retry.budget,
             http_10: session.req_header().version <= Version::HTTP_10,
-            header: outgoing::forwarded(session.req_header(), context.arrival.id.as_ref()),
+            header: outgoing::forwarded(session.req_header(), &ask, context.arrival.id.as_ref()),
         };
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
     }
@@ -126,18 +118,20 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
         let requested = header.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS);
         return Ok(Next::Answer(Answer::preflight(requested)));
     }
-    let resource = Resource::from_path(uri.path(), &method);
+    let path = path::as_meant(uri.path());
+    let resource = Resource::from_path(uri.path(), &path, &method);
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
-        gateway.auth.check(&pool.server, &header.headers, context.arrival.address)?;
+        gateway.auth.check(&pool.server, &header.headers, uri.query(), context.arrival.address)?;
     }
     if let Some(resource) = resource {
         resource.check_method(&method)?;
         let takes_body = resource.takes_body();
-        let body = if takes_body { read_body(gateway, session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
+        let body = if takes_body { receive::body(gateway, session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
         return Ok(Next::Answer(resource.answer(Sources { pool: &pool, process: &gateway.process }, &body).await?));
     }
-    check_target(header)?;
-    let ask = ask(gateway, session, pool).await?;
+    check_target(&method, &uri, &path)?;
+    let target = target(&pool, &uri, &path)?;
+    let ask = ask(gateway, session, pool, target).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
@@ -173,21 +167,32 @@ fn is_preflight(header: &RequestHeader) -> bool {
 }
 
 /// Refuses methods and paths that are not the API's, and paths with steps that lead out of it.
-fn check_target(header: &RequestHeader) -> Result<(), Fault> {
-    let target_bytes = header.uri.path_and_query().map_or(0, |target| target.as_str().len());
+fn check_target(method: &Method, uri: &Uri, path: &str) -> Result<(), Fault> {
+    let target_bytes = uri.path_and_query().map_or(0, |target| target.as_str().len());
     if target_bytes > TARGET_BYTES_MAX {
         return Err(Fault::PathTooLong { bytes_max: TARGET_BYTES_MAX });
     }
-    let path = header.uri.path();
-    if !path.starts_with("/v1/") || rewrite::steps_out(path) {
-        return Err(Fault::PathUnknown { path: excerpt(path) });
+    if !path.starts_with("/v1/") || Resource::is_reserved(path) || rewrite::steps_out(path) {
+        return Err(Fault::PathUnknown { path: excerpt(uri.path()) });
     }
     // A TRACE would send our credentials back.
     let known = [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
-    if !known.contains(&header.method) {
+    if !known.contains(method) {
         return Err(Fault::MethodNotAllowed { allowed: "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS" });
     }
     Ok(())
+}
+
+/// Returns the path as it is meant, with the part of the query that is forwarded.
+fn target(pool: &Pool, uri: &Uri, path: &str) -> Result<PathAndQuery, Fault> {
+    if let (None, Some(target)) = (uri.query(), uri.path_and_query())
+        && path.len() == uri.path().len()
+    {
+        return Ok(target.clone());
+    }
+    let query = uri.query().and_then(|query| forward::forwarded_query(query, &pool.server.api_key));
+    let target = query.map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"));
+    target.parse().map_err(|_| Fault::PathUnknown { path: excerpt(uri.path()) })
 }
 
 /// True if the request opens a WebSocket (RFC 6455, 4.1). Any other `Upgrade`, such as curl's h2c, may be ignored, and
@@ -201,20 +206,29 @@ fn opens_websocket(session: &Session) -> bool {
 }
 
 /// Reads the request to its end and finds its call, model and endpoints.
-async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Result<Box<Ask>, Stop> {
+async fn ask(
+    gateway: &Gateway,
+    session: &mut Session,
+    pool: Arc<Pool>,
+    target: PathAndQuery,
+) -> Result<Box<Ask>, Stop> {
     let switches_protocol = opens_websocket(session);
     let bytes_max = pool.server.body_bytes_max;
-    let body = if switches_protocol { Bytes::new() } else { read_body(gateway, session, bytes_max).await? };
+    let body = if switches_protocol { Bytes::new() } else { receive::body(gateway, session, bytes_max).await? };
     let read_at = Instant::now();
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let is_json = !body.is_empty() && content_type::is_json_request(content_type);
-    let fields = if is_json { fields::scan(&body)? } else { fields::Fields::default() };
+    let (body, fields) = read(body, content_type)?;
+    let is_json = fields.is_some();
+    let fields = fields.unwrap_or_default();
     let (model, model_range) = match fields.model {
         Some(field) => (Some(field.value), Some(field.range)),
-        None if switches_protocol => (header.uri.query().and_then(fields::query_model), None),
+        None if switches_protocol => (target.query().and_then(fields::query_model), None),
         None => (None, None),
     };
+    if switches_protocol && model.is_none() {
+        return Err(Fault::WebSocketModelUnknown.into());
+    }
     let candidates = match &model {
         None => pool.router.any(),
         Some(model) => pool.router.find(model).ok_or_else(|| Fault::ModelUnknown { model: excerpt(model) })?,
@@ -224,7 +238,9 @@ async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Resul
     }
     Ok(Box::new(Ask {
         candidates: Arc::clone(candidates),
-        call: Call::new(&header.method, header.uri.path()),
+        call: Call::new(&header.method, target.path()),
+        target,
+        is_json,
         stream: fields.stream,
         usage_edit: fields.usage_edit,
         prompt: Bytes::new(),
@@ -235,6 +251,27 @@ async fn ask(gateway: &Gateway, session: &mut Session, pool: Arc<Pool>) -> Resul
         switches_protocol,
         pool,
     }))
+}
+
+/// Finds the fields of a body, if it is JSON: it says so, says nothing, or begins like it, whatever it says. A byte-order
+/// mark is left off, since no endpoint could read it.
+fn read(body: Bytes, content_type: Option<&str>) -> Result<(Bytes, Option<Fields>), Fault> {
+    const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+    if body.is_empty() {
+        return Ok((body, None));
+    }
+    let declared = content_type::is_json_request(content_type);
+    let marked = body.starts_with(BYTE_ORDER_MARK);
+    let text = if marked { body.slice(BYTE_ORDER_MARK.len()..) } else { body.clone() };
+    if declared || content_type::is_text(content_type) && text.trim_ascii_start().starts_with(b"{") {
+        let fields = fields::scan(&text)?;
+        return Ok((text, Some(fields)));
+    }
+    if !text.trim_ascii_start().starts_with(b"{") {
+        return Ok((body, None));
+    }
+    // A file may begin so, too.
+    Ok(fields::scan(&text).map_or((body, None), |fields| (text, Some(fields))))
 }
 
 /// The first endpoint.
@@ -266,73 +303,4 @@ async fn wait_for_choice(
             Ok(_) => Stop::Gone(Error::new_down(ErrorType::ConnectionClosed)),
         }),
     }
-}
-
-async fn read_body(gateway: &Gateway, session: &mut Session, bytes_max: usize) -> Result<Bytes, Stop> {
-    let headers = &session.req_header().headers;
-    let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    let mut collector = Collector::new(declared, bytes_max)?;
-    // Before it is asked for.
-    let mut room = gateway.process.memory.room(collector.declared()).await.ok_or(Fault::NoRoom)?;
-    if expects_continue(session) {
-        session.downstream_session.write_continue_response().await.map_err(Stop::Gone)?;
-    }
-    let whole = async {
-        while let Some(chunk) = next_chunk(session).await? {
-            if !room.reach((collector.bytes() + chunk.len()).min(bytes_max)).await {
-                return Err(Fault::NoRoom.into());
-            }
-            collector.push(chunk)?;
-        }
-        Ok(room.hold(collector.finish()))
-    };
-    within(body::BODY_TOTAL_TIMEOUT, pin!(whole)).await.unwrap_or(Err(Stop::Unframed(Fault::BodyTimeout)))
-}
-
-/// Runs a future for at most this time. Most bodies have come with their header, and need no timer.
-async fn within<F: Future>(time: Duration, mut future: Pin<&mut F>) -> Option<F::Output> {
-    match poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await {
-        Poll::Ready(output) => Some(output),
-        Poll::Pending => Box::pin(tokio::time::timeout(time, future)).await.ok(),
-    }
-}
-
-async fn next_chunk(session: &mut Session) -> Result<Option<Bytes>, Stop> {
-    let read = session.downstream_session.read_request_body();
-    let Some(chunk) = within(body::BODY_IDLE_TIMEOUT, pin!(read)).await else {
-        return Err(Stop::Unframed(Fault::BodyTimeout));
-    };
-    chunk.map_err(|error| {
-        use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError};
-        if matches!(error.etype(), ConnectionClosed | H2Error | ReadError | ReadTimedout | WriteError) {
-            return Stop::Gone(error);
-        }
-        let problem = format!("The request body is not framed as HTTP says: {}.", error.etype().as_str());
-        Stop::Unframed(Fault::RequestInvalid { problem })
-    })
-}
-
-fn expects_continue(session: &Session) -> bool {
-    let header = session.req_header();
-    let expect = header.headers.get(header::EXPECT);
-    header.version == Version::HTTP_11
-        && expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
-}
-
-/// Reads the rest of a body that is not needed, within bounds.
-async fn drain(session: &mut Session) {
-    if expects_continue(session) || session.is_upgrade_req() {
-        return;
-    }
-    let rest = async {
-        let mut read = 0;
-        while let Ok(Some(chunk)) = session.downstream_session.read_request_body().await {
-            read += chunk.len();
-            if read > DRAIN_BYTES_MAX {
-                break;
-            }
-        }
-    };
-    // Out of time: the answer is sent anyway.
-    tokio::time::timeout(DRAIN_TIME_MAX, rest).await.unwrap_or_default();
 }

@@ -20,6 +20,7 @@ mod ending;
 mod failure;
 mod intake;
 mod outgoing;
+mod receive;
 
 use std::os::fd::RawFd;
 use std::time::Duration;

@@ -17,11 +17,12 @@ use pingora_proxy::Session;
 use super::context::Context;
 use super::{attempts, is_final};
 use crate::admin::Answer;
+use crate::exchange::Ask;
 use crate::fault::Fault;
 use crate::request::call::Call;
-use crate::request::content_type;
 use crate::request::id::REQUEST_ID;
 use crate::request::rewrite::{self, Edit};
+use crate::request::{content_type, forward};
 use crate::response::decode::Encoding;
 use crate::response::redact::Redactor;
 use crate::routing::retry::Outcome;
@@ -41,7 +42,7 @@ pub(super) async fn upstream_request_filter(
     context: &mut Context,
 ) -> Result<()> {
     let begun = Instant::now();
-    rewrite_header(session, request, context)?;
+    rewrite_header(request, context)?;
     if !context.ask.as_ref().is_some_and(|ask| ask.switches_protocol) {
         let body = rewrite_body(context);
         set_length(request, &session.req_header().method, body.iter().map(Bytes::len).sum())?;
@@ -84,7 +85,7 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
         header.remove_header(&header::CONTENT_ENCODING);
         header.remove_header(&header::CONTENT_LENGTH);
     }
-    let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let content_type = text(header.headers.get(header::CONTENT_TYPE));
     if attempt.terms.usage_injected && content_type::is_event_stream(content_type) {
         // The usage that only we asked for is taken out, so the body gets shorter.
         header.remove_header(&header::CONTENT_LENGTH);
@@ -130,12 +131,16 @@ pub(super) fn response_body_filter(session: &Session, body: &mut Option<Bytes>, 
 
 /// Returns the part of a request's header that is forwarded to any endpoint. It is kept without the case of its names,
 /// which makes it cheap to copy for each attempt.
-pub(super) fn forwarded(header: &RequestHeader, id: Option<&HeaderValue>) -> RequestHeader {
+pub(super) fn forwarded(header: &RequestHeader, ask: &Ask, id: Option<&HeaderValue>) -> RequestHeader {
     let mut parts = Request::new(()).into_parts().0;
     parts.method = header.method.clone();
-    parts.uri = header.uri.clone();
+    parts.uri = ask.target.clone().into();
     parts.version = header.version;
-    parts.headers = forwarded_headers(&header.headers, false);
+    parts.headers = forward::forwarded(&header.headers, &ask.pool.server, ask.switches_protocol);
+    if ask.is_json && !content_type::is_json_request(text(parts.headers.get(header::CONTENT_TYPE))) {
+        // It was sent as text, to avoid a preflight or out of habit, and endpoints go by the label.
+        parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
     // Empty answers and usage can be read in plain text only.
     parts.headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     if let Some(id) = id {
@@ -144,35 +149,21 @@ pub(super) fn forwarded(header: &RequestHeader, id: Option<&HeaderValue>) -> Req
     parts.into()
 }
 
-fn forwarded_headers(headers: &HeaderMap, switches_protocol: bool) -> HeaderMap {
-    let named = rewrite::named_in_connection(headers);
-    let keeps = |name: &HeaderName| switches_protocol && matches!(*name, header::CONNECTION | header::UPGRADE);
-    let stays = |name: &HeaderName| (rewrite::stays_behind(name) || named.contains(name)) && !keeps(name);
-    // Room for those that are put in.
-    let mut forwarded = HeaderMap::with_capacity(headers.len() + 6);
-    for (name, value) in headers.iter().filter(|(name, _)| !stays(name)) {
-        forwarded.append(name.clone(), value.clone());
-    }
-    forwarded
+fn text(value: Option<&HeaderValue>) -> Option<&str> {
+    value.and_then(|value| value.to_str().ok())
 }
 
 /// The request's header as the endpoint gets it.
-fn rewrite_header(session: &Session, request: &mut RequestHeader, context: &Context) -> Result<()> {
+fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> {
     let Some(ask) = &context.ask else { return Error::err_in(ErrorType::InternalError) };
     let state = context.exchange.state();
     let Some(attempt) = &state.attempt else { return Error::err_in(ErrorType::InternalError) };
     let endpoint = &attempt.endpoint;
     let taken = mem::replace(request, RequestHeader::build_no_case(Method::GET, b"/", Some(0))?);
-    let mut parts: Parts = taken.into();
-    if ask.switches_protocol {
-        // Its session is not wrapped, so nothing has been left out yet.
-        parts.headers = forwarded_headers(&parts.headers, true);
-        if let Some(id) = &context.arrival.id {
-            parts.headers.insert(REQUEST_ID, id.clone());
-        }
-    }
-    let target = session.req_header().uri.path_and_query().map_or("/", |target| target.as_str());
-    let path = rewrite::path_and_query(&endpoint.config.base_url.path, target);
+    // The session of a request that switches protocols is not wrapped, so nothing has been left out yet.
+    let whole = if ask.switches_protocol { forwarded(&taken, ask, context.arrival.id.as_ref()) } else { taken };
+    let mut parts: Parts = whole.into();
+    let path = rewrite::path_and_query(&endpoint.config.base_url.path, ask.target.as_str());
     if parts.uri != *path {
         parts.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
     }
@@ -231,9 +222,9 @@ fn leaving(answer: &response::Parts, context: &Context) -> Vec<HeaderName> {
     let secrets = state.attempt.as_ref().map(|attempt| &attempt.endpoint.secrets);
     let quotes_key = |value: &HeaderValue| secrets.is_some_and(|secrets| secrets.are_in(value.as_bytes()));
     let switches_protocol = answer.status == StatusCode::SWITCHING_PROTOCOLS;
-    let is_hop_by_hop = rewrite::hop_by_hop(&answer.headers);
+    let is_hop_by_hop = forward::hop_by_hop(&answer.headers);
     let leaves = |name: &HeaderName, value: &HeaderValue| {
-        rewrite::is_kept_from_client(name)
+        forward::is_kept_from_client(name)
             || name.as_str().starts_with(rate_headers::PREFIX)
             || quotes_key(value)
             || !switches_protocol && is_hop_by_hop(name)

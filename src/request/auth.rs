@@ -1,13 +1,27 @@
 //! Key → caller: who may call, and how those who guess are slowed.
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderName, header};
+use percent_encoding::percent_decode;
 use pingora_limits::rate::Rate;
 
 use crate::config;
 use crate::fault::Fault;
+
+/// Headers in which SDKs send a key: OpenAI's and most others', Anthropic's, Azure's, Google's.
+const KEY_HEADERS: [HeaderName; 4] = [
+    header::AUTHORIZATION,
+    HeaderName::from_static("x-api-key"),
+    HeaderName::from_static("api-key"),
+    HeaderName::from_static("x-goog-api-key"),
+];
+/// Begins the subprotocol in which OpenAI's clients send a key from a browser, which can set no headers of a WebSocket.
+pub(crate) const SUBPROTOCOL_KEY: &str = "openai-insecure-api-key.";
+/// Query parameter in which Google's clients send a key.
+pub(crate) const KEY_PARAMETER: &str = "key";
 
 /// Checks the key of every request.
 pub struct Auth {
@@ -29,31 +43,52 @@ impl Default for Auth {
 }
 
 impl Auth {
-    /// Lets a request with the right key pass, at once and whatever went before. Wrong ones are refused, and counted
-    /// against the address that they come from.
-    pub fn check(&self, server: &config::Server, headers: &HeaderMap, address: Option<IpAddr>) -> Result<(), Fault> {
-        let given = key_given(headers);
-        if given.is_some_and(|key| server.api_key.matches(key)) {
-            return Ok(());
+    /// Lets a request with the right key pass, wherever it stands, at once and whatever went before. Wrong ones are
+    /// refused, and counted against the address that they come from.
+    pub fn check(
+        &self,
+        server: &config::Server,
+        headers: &HeaderMap,
+        query: Option<&str>,
+        address: Option<IpAddr>,
+    ) -> Result<(), Fault> {
+        let mut is_given = false;
+        for key in keys_given(headers, query) {
+            if server.api_key.matches(&key) {
+                return Ok(());
+            }
+            is_given = true;
         }
         let limit = isize::try_from(server.failed_keys_per_minute).unwrap_or(isize::MAX);
         if limit > 0 && self.failed.observe(&address, 1) > limit {
             return Err(Fault::KeysFailedTooOften);
         }
-        Err(if given.is_some() { Fault::KeyWrong } else { Fault::KeyMissing })
+        Err(if is_given { Fault::KeyWrong } else { Fault::KeyMissing })
     }
 }
 
-/// The key a request carries: `Authorization: Bearer KEY` or the bare key, else the headers that other SDKs use.
-fn key_given(headers: &HeaderMap) -> Option<&[u8]> {
-    let authorization = headers.get(http::header::AUTHORIZATION).map(|value| value.as_bytes().trim_ascii());
-    let other = || ["x-api-key", "api-key"].iter().find_map(|name| headers.get(*name)).map(HeaderValue::as_bytes);
-    let value = authorization.or_else(other)?;
+/// The keys that a request carries, in the order of the places where they may stand.
+fn keys_given<'a>(headers: &'a HeaderMap, query: Option<&'a str>) -> impl Iterator<Item = Cow<'a, [u8]>> {
+    let of_headers = KEY_HEADERS.into_iter().flat_map(|name| headers.get_all(name)).map(|value| bare(value.as_bytes()));
+    let offered = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    let of_subprotocols = offered
+        .flat_map(|value| value.split(','))
+        .filter_map(|protocol| protocol.trim().strip_prefix(SUBPROTOCOL_KEY))
+        .map(str::as_bytes);
+    let pairs = query.into_iter().flat_map(|query| query.split('&')).filter_map(|pair| pair.split_once('='));
+    let of_query = pairs.filter(|(name, _)| *name == KEY_PARAMETER);
+    let of_query = of_query.map(|(_, value)| Cow::from(percent_decode(value.as_bytes())));
+    of_headers.chain(of_subprotocols).map(Cow::Borrowed).chain(of_query).filter(|key| !key.is_empty())
+}
+
+/// The key of a header's value: `Bearer KEY`, or the bare key.
+fn bare(value: &[u8]) -> &[u8] {
+    let value = value.trim_ascii();
     let key = match value.split_at_checked(7) {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => key.trim_ascii(),
         _ => value,
     };
-    (!key.is_empty() && !key.eq_ignore_ascii_case(b"bearer")).then_some(key)
+    if key.eq_ignore_ascii_case(b"bearer") { b"" } else { key }
 }
 
 /// The client's address: the peer's, or, where the peer is a trusted proxy, the last hop of `X-Forwarded-For` that is
@@ -101,20 +136,34 @@ mod tests {
         let server = config("[]").server;
         let key = server.api_key.expose().to_owned();
         let auth = Auth::default();
-        for (name, value) in [
+        let places = [
             ("authorization", format!("Bearer {key}")),
             ("authorization", format!("bearer  {key}")),
             ("authorization", key.clone()),
             ("x-api-key", key.clone()),
             ("api-key", key.clone()),
-        ] {
-            assert_eq!(auth.check(&server, &headers(&[(name, &value)]), None), Ok(()), "{name}: {value}");
+            ("x-goog-api-key", key.clone()),
+            ("sec-websocket-protocol", format!("realtime, openai-insecure-api-key.{key}, openai-beta.realtime-v1")),
+        ];
+        for (name, value) in &places {
+            assert_eq!(auth.check(&server, &headers(&[(name, value)]), None, None), Ok(()), "{name}: {value}");
+            // Whatever stands in the other places, and before it in the same.
+            for (other, _) in &places {
+                let mixed = headers(&[(other, "wrong"), (name, value)]);
+                assert_eq!(auth.check(&server, &mixed, Some("key=wrong"), None), Ok(()), "{other}, {name}: {value}");
+            }
+        }
+        let wrong = headers(&[("authorization", "Bearer wrong")]);
+        for query in [format!("key={key}"), format!("a=1&key={}&b=2", key.replace('-', "%2D"))] {
+            assert_eq!(auth.check(&server, &wrong, Some(&query), None), Ok(()), "{query}");
         }
         for value in ["", "Bearer", "Bearer ", "Bearer"] {
-            assert_eq!(auth.check(&server, &headers(&[("authorization", value)]), None), Err(Fault::KeyMissing));
+            let none = headers(&[("authorization", value)]);
+            assert_eq!(auth.check(&server, &none, Some("key=&a"), None), Err(Fault::KeyMissing));
         }
         for value in ["Bearer wrong", "Basic abc", &key[1..], &format!("{key}x")] {
-            assert_eq!(auth.check(&server, &headers(&[("authorization", value)]), None), Err(Fault::KeyWrong));
+            let wrong = headers(&[("authorization", value)]);
+            assert_eq!(auth.check(&server, &wrong, Some("keys=a"), None), Err(Fault::KeyWrong));
         }
     }
 
@@ -125,12 +174,12 @@ mod tests {
         let address = Some("192.0.2.1".parse().unwrap());
         let wrong = headers(&[("authorization", "Bearer wrong")]);
         for _ in 0..3 {
-            assert_eq!(auth.check(&server, &wrong, address), Err(Fault::KeyWrong));
+            assert_eq!(auth.check(&server, &wrong, None, address), Err(Fault::KeyWrong));
         }
-        assert_eq!(auth.check(&server, &wrong, address), Err(Fault::KeysFailedTooOften));
-        assert_eq!(auth.check(&server, &wrong, Some("192.0.2.2".parse().unwrap())), Err(Fault::KeyWrong));
+        assert_eq!(auth.check(&server, &wrong, None, address), Err(Fault::KeysFailedTooOften));
+        assert_eq!(auth.check(&server, &wrong, None, Some("192.0.2.2".parse().unwrap())), Err(Fault::KeyWrong));
         let right = headers(&[("authorization", &format!("Bearer {}", server.api_key.expose()))]);
-        assert_eq!(auth.check(&server, &right, address), Ok(()));
+        assert_eq!(auth.check(&server, &right, None, address), Ok(()));
     }
 
     #[test]

@@ -113,7 +113,9 @@ impl Found {
             let problem = format!("The request body has two `model` keys; the second value is at {at}.");
             return Err(Fault::RequestInvalid { problem });
         }
-        let model = self.model.map(|range| {
+        // Some clients send null, or nothing, for no model.
+        let named = self.model.filter(|range| !matches!(text(range), b"null" | b"\"\""));
+        let model = named.map(|range| {
             let value = serde_json::from_slice(text(&range)).map_err(|_| Fault::RequestInvalid {
                 problem: format!("`model` must be a string, at {} of the request body.", position(body, range.start)),
             })?;
@@ -286,7 +288,9 @@ mod tests {
             "The request body has two `model` keys; the second value is at line 2 column 10."
         );
         assert_eq!(problem(r#"{"model":5}"#), "`model` must be a string, at line 1 column 10 of the request body.");
-        assert!(problem(r#"{"model":null}"#).contains("must be a string"));
+        for none in [r#"{"model":null}"#, r#"{"model":""}"#] {
+            assert_eq!(scan(none.as_bytes()).unwrap().model, None, "{none}");
+        }
     }
 
     #[test]

@@ -6,5 +6,7 @@ pub(crate) mod body_memory;
 pub mod call;
 pub(crate) mod content_type;
 pub mod fields;
+pub mod forward;
 pub mod id;
+pub(crate) mod path;
 pub mod rewrite;

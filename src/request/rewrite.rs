@@ -1,71 +1,11 @@
-//! Rewriting of a request for an endpoint: path, headers, key, model. Bodies are spliced, never serialised anew, so
+//! Rewriting of a request for an endpoint: path, key, model. Bodies are spliced, never serialised anew, so
 //! every byte but the model's name stays as it came.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, header};
-
-/// True if a request header belongs to the way to the gateway and is not forwarded: hop-by-hop headers (RFC 9110,
-/// 7.6.1), credentials, and what earlier proxies said about the client.
-pub fn stays_behind(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection"
-            | "keep-alive"
-            | "proxy-connection"
-            | "proxy-authorization"
-            | "proxy-authenticate"
-            | "te"
-            | "trailer"
-            | "transfer-encoding"
-            | "upgrade"
-            | "expect"
-            | "host"
-            | "content-length"
-            | "authorization"
-            | "api-key"
-            | "x-api-key"
-            | "cookie"
-            | "forwarded"
-            | "x-forwarded-for"
-            | "x-forwarded-host"
-            | "x-forwarded-port"
-            | "x-forwarded-proto"
-            | "x-forwarded-server"
-            | "x-real-ip"
-            | "via"
-            | "x-request-id"
-    )
-}
-
-/// The header names that the client's `Connection` header makes hop-by-hop.
-pub fn named_in_connection(headers: &HeaderMap) -> Vec<HeaderName> {
-    headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        .collect()
-}
-
-/// Response headers that an endpoint may not hand to our clients: its cookies, and what it says of other origins, which is
-/// ours to say.
-pub fn is_kept_from_client(name: &HeaderName) -> bool {
-    let name = name.as_str();
-    name == "set-cookie" || name.starts_with("access-control-") || name == "alt-svc"
-}
-
-/// Returns the response headers that belong to the endpoint's own connection (RFC 9110, 7.6.1). Those that frame the body
-/// are Pingora's to replace.
-pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&HeaderName) -> bool + use<> {
-    const OTHERS: [&str; 6] = ["keep-alive", "proxy-connection", "proxy-authenticate", "te", "trailer", "upgrade"];
-    const FRAMING: [HeaderName; 3] = [header::CONNECTION, header::CONTENT_LENGTH, header::TRANSFER_ENCODING];
-    let named = named_in_connection(headers);
-    move |name| OTHERS.contains(&name.as_str()) || named.contains(name) && !FRAMING.contains(name)
-}
+use http::HeaderValue;
 
 /// The path an endpoint is asked for. A base URL without a path leaves the client's own; one with a path puts it in place
 /// of the client's `/v1`.
@@ -259,18 +199,5 @@ mod tests {
         let value = bearer("sk-1").unwrap();
         assert_eq!(value.to_str().unwrap(), "Bearer sk-1");
         assert!(!format!("{value:?}").contains("sk-1"));
-    }
-
-    #[test]
-    fn headers_named_in_connection_are_hop_by_hop() {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::CONNECTION, HeaderValue::from_static("close, X-Private, content-length"));
-        assert_eq!(named_in_connection(&headers), ["close", "x-private", "content-length"]);
-        let is_hop_by_hop = hop_by_hop(&headers);
-        for (name, expected) in
-            [("x-private", true), ("keep-alive", true), ("x-public", false), ("content-length", false)]
-        {
-            assert_eq!(is_hop_by_hop(&HeaderName::from_static(name)), expected, "{name}");
-        }
     }
 }

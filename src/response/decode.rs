@@ -1,5 +1,5 @@
-//! Decodes a copy of compressed answers, for endpoints that compress although they are asked not to. The client gets the
-//! bytes as they came.
+//! Decodes compressed bodies: requests, and a copy of answers whose endpoints compress although they are asked not to. The
+//! client gets those bytes as they came.
 
 use std::fmt;
 use std::io::Write;
@@ -12,7 +12,7 @@ use http::{HeaderMap, header};
 const STEP_BYTES: usize = 4 * 1024;
 const EXPANSION_MAX: usize = 256;
 
-/// Compression of an answer.
+/// Compression of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
     /// RFC 1952.
@@ -28,7 +28,7 @@ pub enum Encoding {
 }
 
 impl Encoding {
-    /// Returns the compression by an answer's headers; `None` if it is plain.
+    /// Returns the compression by a message's headers; `None` if it is plain.
     pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
         let value = headers.get(header::CONTENT_ENCODING)?.to_str().unwrap_or("?").trim().to_ascii_lowercase();
         match value.as_str() {
@@ -42,7 +42,7 @@ impl Encoding {
     }
 }
 
-/// Decodes one answer.
+/// Decodes one body.
 pub(crate) struct Decoder(DecoderState);
 
 enum DecoderState {

@@ -124,7 +124,6 @@ async fn bodies_that_no_endpoint_could_understand_are_refused_with_the_place() {
             ("{\"model\":7}", "`model` must be a string, at line 1 column 10"),
             ("{\"model\":[\"m\"]}", "`model` must be a string"),
             ("{\"model\":{}}", "`model` must be a string"),
-            ("{\"model\":null}", "`model` must be a string"),
         ] {
             let reply = proxy.post_text("/v1/chat/completions", body).await;
             let message = reply.assert_error(400, "invalid_request_error", None);
@@ -144,7 +143,8 @@ async fn other_content_types_and_empty_bodies_pass_as_they_are() {
         let form = "--b\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper-1\r\n--b--\r\n";
         for (method, content_type, body, length) in [
             (Method::POST, Some("multipart/form-data; boundary=b"), form, Some("73")),
-            (Method::POST, Some("text/plain"), "{ not json", Some("10")),
+            (Method::POST, Some("text/plain"), "not json", Some("8")),
+            (Method::POST, Some("application/octet-stream"), "{ not json", Some("10")),
             (Method::POST, Some("application/octet-stream"), "\u{0}\u{1}", Some("2")),
             (Method::POST, Some("application/json"), "", Some("0")),
             (Method::POST, None, "", Some("0")),
@@ -163,6 +163,118 @@ async fn other_content_types_and_empty_bodies_pass_as_they_are() {
             assert_eq!(arrived.header("content-length"), length.as_deref(), "{content_type:?} {body}");
             assert_eq!(arrived.header("content-type"), content_type);
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn json_is_json_whatever_its_label_says() {
+    within(async {
+        let simulator = simulator().await;
+        let mapping = json!({ "modelMapping": { "mine": "theirs" }, "models": [] });
+        let proxy = Proxy::start(json!({}), &[endpoint_with("a", &simulator.base_url(), mapping)]).await;
+        let (sent, expected) = (r#" {"model":"mine","messages":[]}"#, r#" {"model":"theirs","messages":[]}"#);
+        for label in [
+            None,
+            Some("application/json"),
+            Some("application/x-www-form-urlencoded"),
+            Some("text/plain;charset=UTF-8"),
+            Some("application/octet-stream"),
+            Some("json"),
+        ] {
+            for mark in ["", "\u{feff}"] {
+                simulator.clear();
+                let mut call = proxy.request(Method::POST, "/v1/chat/completions").body(format!("{mark}{sent}"));
+                if let Some(label) = label {
+                    call = call.header("content-type", label);
+                }
+                Reply::of(call).await.assert_from("a", 1);
+                let arrived = &simulator.requests()[0];
+                assert_eq!(std::str::from_utf8(&arrived.body).unwrap(), expected, "{label:?}");
+                assert!(arrived.header("content-type").is_none_or(|label| label == "application/json"), "{label:?}");
+            }
+        }
+        let broken = proxy.request(Method::POST, "/v1/chat/completions").header("content-type", "text/plain");
+        let message = Reply::of(broken.body("{'model':'mine'}")).await.assert_error(400, "invalid_request_error", None);
+        assert!(message.contains("not valid JSON"), "{message}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_is_null_or_empty_is_none() {
+    within(async {
+        let simulator = behaving(Behaviour { echo: true, ..Behaviour::default() }).await;
+        let proxy =
+            Proxy::start(json!({}), &[endpoint_with("a", &simulator.base_url(), json!({ "models": ["m"] }))]).await;
+        for body in [r#"{"model":null}"#, r#"{"model":""}"#, "{}"] {
+            simulator.clear();
+            assert_eq!(proxy.post_text("/v1/files/x", body).await.status, 200, "{body}");
+            assert_eq!(simulator.requests()[0].body, body);
+        }
+    })
+    .await;
+}
+
+/// A body as a client compresses it.
+fn compressed(encoding: &str, body: &[u8]) -> Vec<u8> {
+    use std::io::Write as _;
+    match encoding {
+        "gzip" => {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            encoder.write_all(body).unwrap();
+            encoder.finish().unwrap()
+        }
+        "deflate" => {
+            let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+            encoder.write_all(body).unwrap();
+            encoder.finish().unwrap()
+        }
+        "br" => {
+            let mut encoded = Vec::new();
+            brotli::CompressorWriter::new(&mut encoded, 4096, 5, 20).write_all(body).unwrap();
+            encoded
+        }
+        "zstd" => zstd::encode_all(body, 3).unwrap(),
+        other => panic!("{other}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compressed_body_is_read_within_bounds_and_sent_on_plain() {
+    within(async {
+        let simulator = simulator().await;
+        let mapping = json!({ "modelMapping": { "mine": "theirs" }, "models": [] });
+        let limit = json!({ "bodyBytesMax": 200_000 });
+        let proxy = Proxy::start(limit, &[endpoint_with("a", &simulator.base_url(), mapping)]).await;
+        let body = |length: usize| format!(r#"{{"model":"mine","x":"{}"}}"#, "x".repeat(length));
+        let call = |encoding: &str, bytes: Vec<u8>| {
+            let call = proxy.request(Method::POST, "/v1/chat/completions").header("content-type", "application/json");
+            Reply::of(call.header("content-encoding", encoding).body(bytes))
+        };
+        for encoding in ["gzip", "deflate", "br", "zstd"] {
+            for length in [10, 150_000] {
+                simulator.clear();
+                call(encoding, compressed(encoding, body(length).as_bytes())).await.assert_from("a", 1);
+                let arrived = &simulator.requests()[0];
+                assert_eq!(arrived.body, body(length).replace("mine", "theirs"), "{encoding}");
+                assert_eq!(arrived.header("content-encoding"), None);
+            }
+            simulator.clear();
+            // A bomb: small to send, large to hold.
+            let bomb = call(encoding, compressed(encoding, body(50_000_000).as_bytes())).await;
+            assert!(matches!(bomb.status, 400 | 413), "{encoding}: {bomb:?}");
+            let broken = call(encoding, b"no such thing".to_vec()).await;
+            let message = broken.assert_error(400, "invalid_request_error", None);
+            assert!(message.contains("Content-Encoding") || message.contains("JSON"), "{encoding}: {message}");
+            assert!(simulator.requests().is_empty());
+        }
+        for unknown in ["compress", "gzip, br", "aws-chunked"] {
+            let reply = call(unknown, body(10).into_bytes()).await;
+            let message = reply.assert_error(415, "invalid_request_error", "unsupported_encoding");
+            assert!(message.contains("gzip"), "{message}");
+        }
+        call("identity", body(10).into_bytes()).await.assert_from("a", 1);
     })
     .await;
 }

@@ -348,6 +348,53 @@ async fn a_websocket_goes_to_its_models_endpoint_and_both_ways() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_without_a_model_is_sent_to_http() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let apis = [endpoint_with("a", &by_hand.base_url(), json!({ "models": ["*"] }))];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        for path in ["/v1/responses", "/responses", "/v1/realtime", "/v1/realtime?model=", "/v1/realtime?call_id=x"] {
+            let mut wire = proxy.wire().await;
+            wire.send(websocket(path)).await;
+            let (head, body) = wire.message().await;
+            assert_eq!(head.status(), 426, "{path}: {head:?}");
+            let error: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(error["error"]["code"], "websocket_model_unknown", "{path}");
+        }
+        assert_eq!(proxy.status_of("a").await["usage"]["rpd"], 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browsers_websocket_carries_its_key_in_a_subprotocol() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let proxy = before_by_hand(&by_hand).await;
+        let offered = format!("realtime, openai-insecure-api-key.{KEY}, openai-beta.realtime-v1");
+        let request = websocket("/v1/realtime?model=vendor%2Ftalk");
+        let (line, rest) = request.split_once("\r\n").unwrap();
+        let rest: Vec<&str> = rest.split("\r\n").filter(|line| !line.starts_with("authorization")).collect();
+        let request = format!(
+            "{line}\r\norigin: https://page.example\r\nsec-websocket-protocol: {offered}\r\n{}",
+            rest.join("\r\n")
+        );
+        let mut wire = proxy.wire().await;
+        wire.send(request).await;
+        let (mut endpoint, head, _) = by_hand.call().await;
+        assert_eq!(head.header("sec-websocket-protocol").as_deref(), Some("realtime, openai-beta.realtime-v1"));
+        assert_eq!(head.header("authorization"), Some(format!("Bearer {}", key_of("a"))));
+        assert_eq!(head.header("origin"), None);
+        let answer = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+                      sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nsec-websocket-protocol: realtime\r\n\r\n";
+        endpoint.send(answer).await;
+        let head = wire.head().await.unwrap();
+        assert_eq!((head.status(), head.header("sec-websocket-protocol").as_deref()), (101, Some("realtime")));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_websocket_that_is_refused_tells_no_key() {
     within(async {
         let by_hand = ByHand::bind().await;

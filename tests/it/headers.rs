@@ -20,7 +20,7 @@ async fn the_endpoint_gets_its_own_key_and_none_of_the_clients_secrets() {
             let call = call.header("proxy-authorization", "Basic secret").header("x-forwarded-for", "192.0.2.1");
             let call = call.header("x-forwarded-host", "inside.example").header("forwarded", "for=192.0.2.1");
             let call = call.header("x-real-ip", "192.0.2.1").header("via", "1.1 inside");
-            let call = call.header("openai-organization", "org-1").header("openai-beta", "assistants=v2");
+            let call = call.header("traceparent", "00-1-2-01").header("openai-beta", "assistants=v2");
             let call = call.header("user-agent", "client/1.0").header("accept-encoding", "gzip, br");
             Reply::of(call).await.assert_from("a", 1);
             let arrived = &simulator.requests()[0];
@@ -44,7 +44,7 @@ async fn the_endpoint_gets_its_own_key_and_none_of_the_clients_secrets() {
             let key = format!("{:?}", KEY.as_bytes());
             assert!(!all.contains(key.trim_matches(['[', ']'])), "the client's key goes nowhere");
             for (name, value) in [
-                ("openai-organization", "org-1"),
+                ("traceparent", "00-1-2-01"),
                 ("openai-beta", "assistants=v2"),
                 ("user-agent", "client/1.0"),
                 ("content-type", "application/json"),
@@ -61,7 +61,8 @@ async fn the_endpoint_gets_its_own_key_and_none_of_the_clients_secrets() {
 async fn hop_by_hop_headers_of_the_client_stay_behind() {
     within(async {
         let by_hand = ByHand::bind().await;
-        let proxy = Proxy::start(json!({}), &in_order([by_hand.base_url().as_str()])).await;
+        let forward = json!({ "forwardHeaders": ["x-*"] });
+        let proxy = Proxy::start(forward, &in_order([by_hand.base_url().as_str()])).await;
         let mut wire = proxy.wire().await;
         let headers = [
             "connection: keep-alive, X-Private, close",
@@ -96,6 +97,133 @@ async fn hop_by_hop_headers_of_the_client_stay_behind() {
     .await;
 }
 
+/// Headers that browsers, proxies, content networks and SDKs put in, none of which an endpoint is to see.
+const OF_THE_WAY: [(&str, &str); 24] = [
+    ("origin", "https://page.example"),
+    ("referer", "https://page.example/chat"),
+    ("sec-fetch-mode", "cors"),
+    ("sec-fetch-site", "cross-site"),
+    ("sec-ch-ua", "\"Chromium\";v=\"140\""),
+    ("sec-ch-ua-platform", "\"Linux\""),
+    ("dnt", "1"),
+    ("cache-control", "no-cache"),
+    ("accept-language", "de"),
+    ("cookie", "session=1"),
+    ("cf-connecting-ip", "192.0.2.1"),
+    ("cf-ray", "8f1"),
+    ("cf-visitor", "{}"),
+    ("cdn-loop", "cloudflare"),
+    ("true-client-ip", "192.0.2.1"),
+    ("x-forwarded-for", "192.0.2.1"),
+    ("x-forwarded-proto", "https"),
+    ("x-real-ip", "192.0.2.1"),
+    ("forwarded", "for=192.0.2.1"),
+    ("via", "1.1 inside"),
+    ("openai-organization", "org-1"),
+    ("openai-project", "proj-1"),
+    ("x-csrf-token", "t"),
+    ("authorization", "Bearer of-somebody-else"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_belongs_to_the_way_to_us_stays_with_us() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        // The key stands elsewhere, and opens nevertheless.
+        let mut call = proxy.request_without_key(Method::POST, "/v1/chat/completions").header("x-goog-api-key", KEY);
+        for (name, value) in OF_THE_WAY {
+            call = call.header(name, value);
+        }
+        let call = call.header("anthropic-version", "2023-06-01").header("http-referer", "https://app.example");
+        Reply::of(call.json(&chat("m"))).await.assert_from("a", 1);
+        let arrived = &simulator.requests()[0];
+        for (name, _) in OF_THE_WAY {
+            let own = if name == "authorization" { Some(format!("Bearer {}", key_of("a"))) } else { None };
+            assert_eq!(arrived.header(name), own.as_deref(), "{name}");
+        }
+        assert_eq!(arrived.header("anthropic-version"), Some("2023-06-01"));
+        assert_eq!(arrived.header("http-referer"), Some("https://app.example"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_opens_wherever_it_stands_and_goes_nowhere() {
+    within(async {
+        let simulator = simulator().await;
+        let proxy = Proxy::before([&simulator]).await;
+        let quoted = format!("mine is {KEY}");
+        for (name, query) in [
+            ("authorization", ""),
+            ("x-api-key", ""),
+            ("api-key", ""),
+            ("x-goog-api-key", ""),
+            ("sec-websocket-protocol", ""),
+            ("x-title", &format!("?key={KEY}&beta=true")),
+        ] {
+            simulator.clear();
+            let path = format!("/v1/chat/completions{query}");
+            let mut call = proxy.request_without_key(Method::POST, &path);
+            for other in ["authorization", "x-api-key", "api-key", "x-goog-api-key"] {
+                if other != name {
+                    call = call.header(other, "wrong");
+                }
+            }
+            let value = match name {
+                "sec-websocket-protocol" => format!("openai-insecure-api-key.{KEY}"),
+                _ => KEY.to_owned(),
+            };
+            Reply::of(call.header(name, value).header("user-agent", &quoted).json(&chat("m")))
+                .await
+                .assert_from("a", 1);
+            let arrived = &simulator.requests()[0];
+            let expected = if query.is_empty() { "/v1/chat/completions" } else { "/v1/chat/completions?beta=true" };
+            assert_eq!(arrived.path_and_query, expected);
+            for (header, value) in &arrived.headers {
+                assert!(!value.to_str().unwrap().contains(KEY), "{name}: {header}");
+            }
+        }
+        let wrong = proxy.request_without_key(Method::POST, "/v1/chat/completions?key=wrong").json(&chat("m"));
+        Reply::of(wrong).await.assert_error(401, "invalid_request_error", "invalid_api_key");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_belongs_to_a_vendors_site_stays_with_it() {
+    within(async {
+        let gone = [
+            "strict-transport-security",
+            "report-to",
+            "nel",
+            "set-cookie",
+            "cf-ray",
+            "server",
+            "openai-organization",
+            "anthropic-organization-id",
+            "clear-site-data",
+            "content-security-policy",
+            "www-authenticate",
+        ];
+        let kept = ["openai-processing-ms", "openai-version", "retry-after", "x-should-retry", "request-id"];
+        for status in [200, 400, 503] {
+            let behaviour = gone.iter().chain(&kept).fold(Behaviour::status(status), |b, name| b.header(name, "1"));
+            let simulator = behaving(behaviour).await;
+            let proxy = Proxy::before([&simulator]).await;
+            let reply = proxy.chat("m").await;
+            assert_eq!(reply.status, status);
+            for name in gone {
+                assert_eq!(reply.header(name), None, "{name}");
+            }
+            for name in kept {
+                assert_eq!(reply.header(name), Some("1"), "{name}");
+            }
+        }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endpoints_extra_headers_stand_in_place_of_the_clients() {
     within(async {
@@ -103,7 +231,7 @@ async fn an_endpoints_extra_headers_stand_in_place_of_the_clients() {
         let headers =
             json!({ "headers": { "X-Title": "ours", "OpenAI-Organization": "org-2", "Authorization": "Token t" } });
         let proxy = Proxy::start(json!({}), &[endpoint_with("a", &simulator.base_url(), headers)]).await;
-        let call = proxy.request(Method::POST, "/v1/chat/completions").header("openai-organization", "org-1");
+        let call = proxy.request(Method::POST, "/v1/chat/completions").header("x-title", "theirs");
         Reply::of(call.json(&chat("m"))).await.assert_from("a", 1);
         let arrived = &simulator.requests()[0];
         assert_eq!(arrived.headers.get_all("openai-organization").iter().count(), 1);
@@ -215,7 +343,11 @@ async fn paths_that_step_out_and_methods_that_echo_keys_are_refused() {
             "/v1/./x",
             "/v2/chat",
             "/v1x/chat",
-            "//v1/chat",
+            "//v2/chat",
+            "/v1/v1/../admin",
+            "//v1/status",
+            "/v1/v1/token/reset",
+            "//metrics",
             "/",
         ] {
             let mut wire = proxy.wire().await;
@@ -237,6 +369,44 @@ async fn paths_that_step_out_and_methods_that_echo_keys_are_refused() {
         }
         until("nothing is open", || simulator.open_requests() == 0).await;
         assert!(simulator.requests().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paths_that_are_typed_wrongly_are_served_as_they_are_meant() {
+    within(async {
+        let simulator = simulator().await;
+        for (base, root) in [("", "/v1"), ("/api/v3", "/api/v3")] {
+            let api = endpoint_with("a", &format!("{}{base}", simulator.base_url()), json!({ "models": ["m"] }));
+            let proxy = Proxy::start(json!({}), &[api]).await;
+            for call in ["chat/completions", "completions", "embeddings", "responses", "moderations"] {
+                for typed in [
+                    format!("/v1/{call}"),
+                    format!("/v1/v1/{call}"),
+                    format!("//v1/{call}"),
+                    format!("/v1//{call}"),
+                    format!("/{call}"),
+                    format!("//{call}/"),
+                    format!("/v1/{call}/"),
+                    format!("/v1/v1//v1/{call}?x=1"),
+                ] {
+                    simulator.clear();
+                    let body = json!({ "model": "m", "input": "x", "messages": [], "prompt": "x" });
+                    let mut wire = proxy.wire().await;
+                    wire.send(request("POST", &typed, &["content-type: application/json"], &body.to_string())).await;
+                    let (head, _) = wire.message().await;
+                    assert_eq!(head.status(), 200, "{typed}: {head:?}");
+                    let query = if typed.contains('?') { "?x=1" } else { "" };
+                    assert_eq!(simulator.requests()[0].path_and_query, format!("{root}/{call}{query}"), "{typed}");
+                }
+            }
+            for typed in ["/models", "/v1/v1/models", "//v1/models/", "/models/m", "/v1//models/m"] {
+                let mut wire = proxy.wire().await;
+                wire.send(request("GET", typed, &[], "")).await;
+                assert_eq!(wire.message().await.0.status(), 200, "{typed}");
+            }
+        }
     })
     .await;
 }

@@ -1,0 +1,117 @@
+//! Paths as clients mean them: people type base URLs with `/v1` twice, without it, or with a slash too many.
+
+use std::borrow::Cow;
+
+/// Prefix of every call of the API.
+const ROOT: &str = "/v1";
+
+/// First segments of the API's calls, OpenAI's and those of endpoints that have more. A path that begins with one of them
+/// lacks its `/v1`.
+const COLLECTIONS: [&str; 34] = [
+    "assistants",
+    "audio",
+    "batches",
+    "chat",
+    "classify",
+    "completions",
+    "containers",
+    "conversations",
+    "detokenize",
+    "edits",
+    "embeddings",
+    "evals",
+    "files",
+    "fim",
+    "fine_tuning",
+    "images",
+    "messages",
+    "models",
+    "moderations",
+    "ocr",
+    "organization",
+    "pooling",
+    "realtime",
+    "rerank",
+    "reranks",
+    "responses",
+    "score",
+    "skills",
+    "threads",
+    "tokenize",
+    "uploads",
+    "vector_stores",
+    "videos",
+    "voices",
+];
+
+/// Returns the path as it is meant: one slash in place of several, one `/v1` at its beginning, none at its end.
+pub(crate) fn as_meant(path: &str) -> Cow<'_, str> {
+    let mut meant = Cow::Borrowed(path);
+    if meant.contains("//") {
+        let mut single = String::with_capacity(path.len());
+        for byte in path.chars() {
+            if byte != '/' || !single.ends_with('/') {
+                single.push(byte);
+            }
+        }
+        meant = Cow::Owned(single);
+    }
+    if under_root(&meant).is_none_or(starts_with_root) || meant.ends_with('/') {
+        meant = Cow::Owned(rooted(&meant));
+    }
+    meant
+}
+
+fn rooted(path: &str) -> String {
+    let mut rest = path;
+    while let Some(inner) = under_root(rest) {
+        rest = inner;
+    }
+    let is_call = rest.len() < path.len() || COLLECTIONS.contains(&rest.split('/').nth(1).unwrap_or_default());
+    let rest = if is_call { rest.trim_end_matches('/') } else { rest };
+    if is_call { [ROOT, rest].concat() } else { rest.to_owned() }
+}
+
+/// What follows `/v1` in a path, if it begins so.
+fn under_root(path: &str) -> Option<&str> {
+    path.strip_prefix(ROOT).filter(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+fn starts_with_root(path: &str) -> bool {
+    under_root(path).is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_served_as_meant() {
+        for (typed, meant) in [
+            ("/v1/chat/completions", "/v1/chat/completions"),
+            ("/v1/v1/chat/completions", "/v1/chat/completions"),
+            ("/v1/v1/v1/embeddings", "/v1/embeddings"),
+            ("//v1//chat///completions", "/v1/chat/completions"),
+            ("/chat/completions", "/v1/chat/completions"),
+            ("//responses/", "/v1/responses"),
+            ("/v1/responses/", "/v1/responses"),
+            ("/models", "/v1/models"),
+            ("/models/meta/llama", "/v1/models/meta/llama"),
+            ("/messages/count_tokens", "/v1/messages/count_tokens"),
+            ("/v1/", "/v1"),
+            ("/v1", "/v1"),
+            // Not ours to guess.
+            ("/", "/"),
+            ("/status", "/status"),
+            ("/metrics", "/metrics"),
+            ("/v2/chat/completions", "/v2/chat/completions"),
+            ("/v1x/chat", "/v1x/chat"),
+            ("/chatter", "/chatter"),
+            ("/v1/files/v1/x", "/v1/files/v1/x"),
+            ("/v1/v1x", "/v1/v1x"),
+        ] {
+            assert_eq!(as_meant(typed), meant, "{typed}");
+        }
+        assert!(matches!(as_meant("/v1/chat/completions"), Cow::Borrowed(_)), "the usual path is not copied");
+    }
+}
