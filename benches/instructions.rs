@@ -29,7 +29,7 @@ use api_together::request::id;
 use api_together::request::rewrite;
 use api_together::response::redact::Secrets;
 use api_together::response::relay::Relay;
-use api_together::routing::balance;
+use api_together::routing::balance::{self, Options};
 use api_together::routing::pool::Pool;
 use api_together::usage::Meter;
 use bytes::Bytes;
@@ -136,7 +136,8 @@ fn pick(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
     let pool = pool(endpoints);
     let (clock, candidates) = (pool.clock(), Arc::clone(pool.router.find(model).expect("it is served")));
     Box::new(move || {
-        black_box(balance::pick(&pool, black_box(&candidates), &[], &clock));
+        let options = Options { pool: &pool, candidates: black_box(&candidates), model: Some(model), tried: &[] };
+        black_box(balance::pick(&options, &clock));
     })
 }
 
@@ -195,6 +196,7 @@ fn line() -> Box<dyn FnMut()> {
             first_byte: None,
             total: std::time::Duration::from_millis(1234),
             measured: Measured::default(),
+            meaning: None,
             fault: None,
         };
         black_box(record.text().len());

@@ -21,7 +21,7 @@ use api_together::request::{fields, rewrite};
 use api_together::response::redact::Secrets;
 use api_together::response::relay::Relay;
 use api_together::response::sse::Splitter;
-use api_together::routing::balance;
+use api_together::routing::balance::{self, Options};
 use api_together::routing::pool::Pool;
 use api_together::usage::Meter;
 use bytes::Bytes;
@@ -72,7 +72,10 @@ fn choice(criterion: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new("pick", endpoints), |b| {
             let candidates = pool.router.find("model-0").expect("it is served");
-            b.iter(|| balance::pick(&pool, candidates, &[], &pool.clock()).is_some());
+            b.iter(|| {
+                balance::pick(&Options { pool: &pool, candidates, model: Some("model-0"), tried: &[] }, &pool.clock())
+                    .is_some()
+            });
         });
     }
     group.finish();

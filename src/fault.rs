@@ -17,6 +17,8 @@ pub struct HeldBy {
     pub endpoint: Option<Arc<str>>,
     /// Reason.
     pub reason: LimitReason,
+    /// Time until it is over.
+    pub wait: Duration,
 }
 
 /// A fault that the proxy itself reports to a client, as opposed to an error that an endpoint answered.
@@ -92,6 +94,10 @@ pub enum Fault {
     EndpointTimeout,
     /// The last endpoint tried answered with nothing in it.
     EndpointEmpty,
+    /// The last endpoint tried answered 200 with something that is no answer.
+    EndpointUnrecognised,
+    /// The last endpoint tried refused the key or the account that the gateway has there.
+    EndpointKeyRefused,
     /// The last endpoint tried answered an error that did not come whole or was too large to keep.
     EndpointError {
         /// The endpoint's status.
@@ -140,6 +146,8 @@ impl Fault {
             Self::EndpointUnreachable      => (502, SERVER, Some("endpoint_unreachable"), "endpoint_unreachable"),
             Self::EndpointTimeout          => (504, SERVER, Some("endpoint_timeout"), "endpoint_timeout"),
             Self::EndpointEmpty            => (502, SERVER, Some("endpoint_empty_answer"), "endpoint_empty"),
+            Self::EndpointUnrecognised     => (502, SERVER, Some("endpoint_unrecognised_answer"), "endpoint_unrecognised"),
+            Self::EndpointKeyRefused       => (502, SERVER, Some("endpoint_key_refused"), "endpoint_key_refused"),
             Self::EndpointError { status } => (*status, SERVER, Some("endpoint_error"), "endpoint_error"),
             Self::StreamBroken             => (502, SERVER, Some("stream_broken"), "stream_broken"),
             Self::Internal                 => (500, SERVER, Some("internal_error"), "internal"),
@@ -206,7 +214,7 @@ impl Fault {
                 format!("No endpoint has the id `{id}`. GET /v1/status lists the endpoints.")
             }
             Self::LimitsReached { wait, held } => format!(
-                "Every endpoint that serves this model is at its rate limit{}. Try again in {} s.",
+                "Every endpoint that serves this model is at a rate limit or out of service{}. Try again in {} s.",
                 holds(held),
                 wait.as_secs_f64().ceil()
             ),
@@ -261,6 +269,14 @@ impl Fault {
             }
             Self::EndpointTimeout => "No endpoint answered this request in time.",
             Self::EndpointEmpty => "Every endpoint tried gave an empty answer.",
+            Self::EndpointUnrecognised => {
+                "The last endpoint tried answered with something that is no answer to this call, such as a web page. Its \
+                 baseUrl may be wrong; the gateway's log names it."
+            }
+            Self::EndpointKeyRefused => {
+                "No endpoint took this request; the last one refused the key or account that this gateway has there. Your own \
+                 key is right; the gateway's log has the endpoint's words."
+            }
             Self::StreamBroken => "The endpoint broke off before the end of its answer.",
             Self::Internal => "The gateway failed on this request; its log says why.",
             // They have messages with details.
@@ -290,12 +306,13 @@ impl Fault {
     }
 }
 
-/// Lists the limits that hold the endpoints: ` (api1: 60 requests a minute; api2: 500 requests a day)`.
+/// Lists what holds the endpoints: ` (api1: 60 requests a minute, for 12 s; api2: it asked for a pause, for 3600 s)`.
 fn holds(held: &[HeldBy]) -> String {
     const SHOWN_MAX: usize = 10;
     let mut shown: Vec<String> = Vec::new();
-    for HeldBy { endpoint, reason } in held {
-        let text = endpoint.as_ref().map_or_else(|| reason.to_string(), |endpoint| format!("{endpoint}: {reason}"));
+    for HeldBy { endpoint, reason, wait } in held {
+        let reason = format!("{reason}, for {} s", wait.as_secs_f64().ceil());
+        let text = endpoint.as_ref().map_or_else(|| reason.clone(), |endpoint| format!("{endpoint}: {reason}"));
         // Without ids they may well be the same.
         if !shown.contains(&text) && shown.len() <= SHOWN_MAX {
             shown.push(text);

@@ -32,7 +32,7 @@ fn no_endpoint(from: Sources<'_>) -> Option<&'static str> {
     let usable = || pool.endpoints.iter().filter(|endpoint| endpoint.config.usable());
     let denies = pool.ledger.is_down();
     let is_open = |endpoint: &Endpoint| {
-        matches!(endpoint.live.gate(clock.now), Gate::Open | Gate::TrialDue)
+        matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
             && !endpoint.seems_full(clock.boot)
             && !(denies && endpoint.limits.in_ledger())
     };

@@ -1,12 +1,13 @@
 //! `GET /metrics`: what [`crate::telemetry::metrics`] has counted, and the values that are read at each scrape.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use super::Sources;
 use super::status::is_available;
 use crate::config::{Limit, LimitKind, PerLimit};
-use crate::limit::View;
+use crate::limit::{Clock, View};
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
 use crate::telemetry::metrics::{Scrape, metrics};
@@ -119,13 +120,30 @@ fn add_endpoints(scrape: &Scrape, from: Sources<'_>, endpoints: &[(&Endpoint, Vi
     add(
         "api_together_endpoint_cooling_down",
         "1 while the circuit breaker keeps the endpoint out.",
-        each(&|endpoint, _| matches!(endpoint.live.gate(clock.now), Gate::Cooling { .. } | Gate::OnTrial).into()),
+        each(&|endpoint, _| matches!(endpoint.gate(clock.now), Gate::Cooling { .. } | Gate::OnTrial).into()),
+    );
+    scrape.gauges(
+        "api_together_model_available",
+        "0 for a model that rests or cools down at an endpoint, while it does.",
+        ["endpoint", "model"],
+        models_in_trouble(endpoints, &clock).iter().map(|(endpoint, model)| ([endpoint.as_ref(), model.as_str()], 0)),
     );
     add(
         "api_together_endpoint_in_flight",
         "Requests that the endpoint is answering.",
         each(&|endpoint, _| endpoint.live.in_flight().into()),
     );
+}
+
+/// Models that take no requests at an endpoint, though others may. Bounded by the health that is kept.
+fn models_in_trouble(endpoints: &[(&Endpoint, View)], clock: &Clock) -> Vec<(Arc<str>, String)> {
+    let mut all = Vec::new();
+    for (endpoint, _) in endpoints {
+        let health = endpoint.live.health();
+        let closed = health.models().filter(|(_, health)| health.gate(clock.now) != Gate::Open);
+        all.extend(closed.map(|(model, _)| (Arc::clone(&endpoint.config.id), model.to_owned())));
+    }
+    all
 }
 
 fn add_limits(scrape: &Scrape, endpoints: &[(&Endpoint, View)]) {

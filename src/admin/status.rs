@@ -12,7 +12,7 @@ use crate::config::{Limit, PerLimit, StreamUsage};
 use crate::ledger;
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::process::{ConfigState, FileState, Process};
-use crate::routing::health::Gate;
+use crate::routing::health::{EndpointHealth, Gate, Health};
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::usage_injection::UsageInjection;
 
@@ -74,14 +74,14 @@ pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, view: &View, clock:
     endpoint.config.usable()
         && view.held.is_none()
         && !denied
-        && matches!(endpoint.live.gate(clock.now), Gate::Open | Gate::TrialDue)
+        && matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
 }
 
 fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
     let now = clock.now;
     let config = &endpoint.config;
     let live = &endpoint.live;
-    let gate = live.gate(now);
+    let gate = endpoint.gate(now);
     let available = is_available(pool, endpoint, view, clock);
     let health = live.health();
     let limits = &endpoint.limits;
@@ -101,7 +101,6 @@ fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
         "limitFrees": view.held.map(|held| time_of(held.until, clock)),
         "timezone": limits.calendar.zone_name(),
         "baseUrl": config.base_url.to_string(),
-        "models": config.models,
         "modelMapping": config.model_mapping,
         "weight": config.weight,
         "priority": config.priority,
@@ -109,10 +108,46 @@ fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
         "inFlight": in_flight,
         "attempts": live.account.attempts(),
         "meanFirstByteMs": live.first_byte_mean().map(|mean| mean.as_secs_f64() * 1e3),
-        "coolDownEnds": health.cooling_until().filter(|until| *until > now).map(|until| iso(wall_clock(until, now))),
-        "restEnds": health.resting_until().filter(|until| *until > now).map(|until| iso(wall_clock(until, now))),
+        "coolDownEnds": cool_down_ends(gate, now),
+        "restEnds": rest_ends(gate, now),
+        "models": models(endpoint, &health, now),
         "lastError": live.last_error().map(|error| json!({ "at": iso(error.at), "what": error.what })),
     })
+}
+
+fn cool_down_ends(gate: Gate, now: Instant) -> Option<String> {
+    match gate {
+        Gate::Cooling { until } => Some(iso(wall_clock(until, now))),
+        _ => None,
+    }
+}
+
+fn rest_ends(gate: Gate, now: Instant) -> Option<String> {
+    match gate {
+        Gate::Resting { until, .. } => Some(iso(wall_clock(until, now))),
+        _ => None,
+    }
+}
+
+/// State of each model, by the name that the endpoint is sent: those of the config, and others that anything is held against.
+fn models(endpoint: &Endpoint, health: &EndpointHealth, now: Instant) -> Value {
+    let state = |health: &Health| {
+        let gate = health.gate(now);
+        json!({
+            "available": matches!(gate, Gate::Open | Gate::TrialDue),
+            "temporarilyDisabled": matches!(gate, Gate::Cooling { .. } | Gate::OnTrial),
+            "errorCount": health.errors_in_row(),
+            "coolDownEnds": cool_down_ends(gate, now),
+            "restEnds": rest_ends(gate, now),
+        })
+    };
+    let spotless = state(&Health::default());
+    let config = &endpoint.config;
+    let names = config.models.iter().filter(|name| !config.model_mapping.contains_key(*name));
+    let names = names.chain(config.model_mapping.values());
+    let mut models: serde_json::Map<String, Value> = names.map(|name| (name.clone(), spotless.clone())).collect();
+    models.extend(health.models().map(|(model, health)| (model.to_owned(), state(health))));
+    Value::Object(models)
 }
 
 fn stream_usage(endpoint: &Endpoint, clock: &Clock) -> &'static str {

@@ -69,7 +69,7 @@ pub fn bill(
         first_token: first_token.map(|first| first.saturating_duration_since(arrived)),
         generation: first_token.map(|first| ended.saturating_duration_since(first)),
     };
-    if attempt.terms.usage_injected && attempt.meter.has_timings() {
+    if attempt.terms.usage.injected && attempt.meter.has_timings() {
         // Asked, it moves its timings from the last chunk with choices into the one that is taken out.
         attempt.endpoint.live.usage_injection.note_unneeded();
     }
@@ -99,7 +99,7 @@ pub fn bill(
 
 /// The model that answered; a client may call it anything.
 fn model_name(attempt: &Attempt, ask: &Ask) -> String {
-    excerpt(attempt.model.as_deref().or(ask.model.as_deref()).unwrap_or("-"))
+    excerpt(attempt.model.mapped.as_deref().or(ask.model.as_deref()).unwrap_or("-"))
 }
 
 /// Adds to the statistics, by hours and days of the server's time zone.

@@ -53,6 +53,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         failed_keys_per_minute: _,
         endpoint_headers: _,
         forward_headers: _,
+        stream_ping: _,
         timezone: _,
         queue: _,
         log_format: _,
@@ -90,6 +91,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         failed_keys_per_minute,
         endpoint_headers,
         forward_headers,
+        stream_ping,
         timezone,
         queue,
         log_format,
@@ -119,6 +121,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     lines.compare(&at("failedKeysPerMinute"), failed_keys_per_minute, &after.failed_keys_per_minute);
     lines.compare(&at("endpointHeaders"), endpoint_headers, &after.endpoint_headers);
     lines.compare(&at("forwardHeaders"), forward_headers, &after.forward_headers);
+    lines.compare(&at("streamPingSeconds"), stream_ping, &after.stream_ping);
     lines.compare(&at("queue"), queue, &after.queue);
     lines.compare(&at("logFormat"), log_format, &after.log_format);
     lines.compare(&at("estimateTokens"), estimate_tokens, &after.estimate_tokens);
@@ -146,6 +149,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         proxy,
         http2,
         tls,
+        errors,
     } = before;
     let at = |key: &str| format!("endpoint {id}: {key}");
     if *enabled != after.enabled {
@@ -172,6 +176,9 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     proxies(lines, &at("proxy"), proxy.as_ref(), after.proxy.as_ref());
     lines.compare(&at("http2"), http2, &after.http2);
     lines.compare(&at("tls"), tls, &after.tls);
+    if *errors != after.errors {
+        lines.add(at("errors changed"));
+    }
     if *timezone != after.timezone {
         lines.add(at("timezone changed"));
     }

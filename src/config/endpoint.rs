@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::base_url::BaseUrl;
 use super::checked::Check;
-use super::file::{self, EndpointFile, EndpointTlsFile, TimeoutsFile};
+use super::errors::{ErrorRule, MessagePattern};
+use super::file::{self, EndpointFile, EndpointTlsFile, ErrorRuleFile, TimeoutsFile};
 use super::limits::{Limit, PerLimit};
 use super::problem::join;
 use super::proxy::Proxy;
@@ -60,6 +61,8 @@ pub struct Endpoint {
     pub http2: Option<bool>,
     /// Certificate checks.
     pub tls: EndpointTls,
+    /// Meaning of its errors, before what is known of vendors.
+    pub errors: Vec<ErrorRule>,
 }
 
 impl Endpoint {
@@ -89,6 +92,8 @@ pub struct Timeouts {
     pub first_byte_stream: Duration,
     /// Until the first byte of any other answer.
     pub first_byte: Duration,
+    /// Until an answer that has begun says something.
+    pub thinking: Duration,
     /// Between two pieces of the answer.
     pub idle: Duration,
 }
@@ -122,6 +127,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     }
     let headers = headers(typed.headers, &at("headers"), check);
     let tls = endpoint_tls(typed.tls.unwrap_or_default(), &at("tls"), check);
+    let errors = errors(typed.errors, &at("errors"), check);
     let proxy = proxy(typed.proxy.as_ref(), base_url.as_ref(), &at("proxy"), check);
     let timezone = super::server::timezone(typed.timezone.as_deref(), &at("timezone"), check);
     let limits = PerLimit {
@@ -150,6 +156,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         proxy: proxy?,
         http2: typed.http2,
         tls,
+        errors,
     })
 }
 
@@ -223,6 +230,24 @@ fn endpoint_key(typed: Option<Secret>, path: &str, check: &mut Check<'_>) -> Opt
         check.report.warning(path, "looks like a placeholder", hint);
     }
     Some(key)
+}
+
+fn errors(typed: Option<Vec<ErrorRuleFile>>, path: &str, check: &mut Check<'_>) -> Vec<ErrorRule> {
+    let mut rules = Vec::new();
+    for (index, ErrorRuleFile { status, code, kind, message, means }) in
+        typed.unwrap_or_default().into_iter().enumerate()
+    {
+        let path = format!("{path}[{index}]");
+        if status.is_none() && code.is_none() && kind.is_none() && message.is_none() {
+            check.report.error(&path, "fits every error", "say which: set status, code, type or message");
+        }
+        let Some(means) = means else {
+            check.report.error(&join(&path, "means"), "is missing", "say whose trouble it is, such as \"model_limit\"");
+            continue;
+        };
+        rules.push(ErrorRule { status, code, kind, message: message.map(MessagePattern::new), means });
+    }
+    rules
 }
 
 fn models(typed: Option<Vec<String>>, path: &str, check: &mut Check<'_>) -> Vec<String> {
@@ -315,6 +340,7 @@ fn timeouts(typed: &TimeoutsFile) -> Timeouts {
         connect: duration(typed.connect_ms, file::CONNECT_MS_DEFAULT),
         first_byte_stream: duration(typed.first_byte_ms, file::FIRST_BYTE_STREAM_MS_DEFAULT),
         first_byte: duration(typed.first_byte_ms, file::FIRST_BYTE_MS_DEFAULT),
+        thinking: duration(typed.thinking_ms, file::THINKING_MS_DEFAULT),
         idle: duration(typed.idle_ms, file::IDLE_MS_DEFAULT),
     }
 }

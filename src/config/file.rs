@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::endpoint::StreamUsage;
+use super::errors::Trouble;
 use super::server::{LedgerOnError, LedgerSync, LogFormat, Strategy};
 use crate::config::secret::Secret;
 
@@ -20,6 +21,9 @@ pub(super) const BODY_BYTES_MIN: u32 = 1024;
 pub(super) const BODY_BYTES_MAX: u32 = 1024 * 1024 * 1024;
 pub(super) const FAILED_KEYS_PER_MINUTE_DEFAULT: u32 = 30;
 pub(super) const ENDPOINT_HEADERS_DEFAULT: bool = true;
+pub(super) const STREAM_PING_SECONDS_DEFAULT: u32 = 30;
+pub(super) const STREAM_PING_SECONDS_MAX: u32 = 3600;
+pub(super) const TOKENS_PER_SECOND_MAX: u32 = 10_000;
 pub(super) const CORS_ORIGIN_DEFAULT: &str = "*";
 
 pub(super) const LEDGER_DEFAULT: &str = "data/ledger.db";
@@ -50,6 +54,7 @@ pub(super) const PRIORITY_MAX: u32 = 65_535;
 pub(super) const CONNECT_MS_DEFAULT: u32 = 5_000;
 pub(super) const FIRST_BYTE_STREAM_MS_DEFAULT: u32 = 60_000;
 pub(super) const FIRST_BYTE_MS_DEFAULT: u32 = 600_000;
+pub(super) const THINKING_MS_DEFAULT: u32 = 600_000;
 pub(super) const IDLE_MS_DEFAULT: u32 = 120_000;
 /// A day: no timeout is meant to be longer.
 pub(super) const TIMEOUT_MS_MAX: u32 = 86_400_000;
@@ -116,6 +121,10 @@ pub(super) struct ServerFile {
     /// Wrong keys that one address may send in a minute before it is answered 429. 0: no limit.
     #[schemars(range(min = 0, max = COUNT_MAX), extend("default" = FAILED_KEYS_PER_MINUTE_DEFAULT))]
     pub failed_keys_per_minute: Option<u32>,
+    /// Longest silence of a stream in seconds before its client is sent a comment (`: ping`), so that load balancers and content
+    /// networks on the way do not cut it. Failover goes on behind it. 0: none.
+    #[schemars(range(min = 0, max = STREAM_PING_SECONDS_MAX), extend("default" = STREAM_PING_SECONDS_DEFAULT))]
+    pub stream_ping_seconds: Option<u32>,
     /// Headers `x-api-together-*` in responses, which name the endpoint and the number of attempts.
     #[schemars(extend("default" = ENDPOINT_HEADERS_DEFAULT))]
     pub endpoint_headers: Option<bool>,
@@ -189,6 +198,13 @@ pub(super) struct RetryFile {
     /// Network errors are always retried.
     #[schemars(extend("default" = StatusFile::defaults()))]
     pub statuses: Option<Vec<StatusFile>>,
+    /// Fewest tokens a second of a stream, over its first two seconds, before it goes to another endpoint. 0: no limit.
+    #[schemars(range(min = 0, max = TOKENS_PER_SECOND_MAX), extend("default" = 0))]
+    pub min_tokens_per_second: Option<u32>,
+    /// `true`: an endpoint's own complaint about its key reaches the client as it came. Otherwise it becomes a 502, since
+    /// clients take a 401 for a complaint about theirs.
+    #[schemars(extend("default" = false))]
+    pub show_endpoint_key_errors: Option<bool>,
     /// No new attempt begins later than this many milliseconds after the request came.
     #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = BUDGET_MS_DEFAULT))]
     pub budget_ms: Option<u32>,
@@ -210,13 +226,9 @@ pub enum StatusClass {
 }
 
 impl StatusFile {
-    /// Statuses that another endpoint may not answer: keys, quotas, models, timeouts and failures of the endpoint.
+    /// Statuses that another endpoint may not answer: keys, quotas, timeouts and failures of the endpoint.
     pub fn defaults() -> Vec<Self> {
-        [401, 402, 403, 404, 408, 425, 429]
-            .into_iter()
-            .map(Self::Status)
-            .chain([Self::Class(StatusClass::Server)])
-            .collect()
+        [401, 402, 403, 408, 425, 429].into_iter().map(Self::Status).chain([Self::Class(StatusClass::Server)]).collect()
     }
 }
 
@@ -296,6 +308,27 @@ pub(super) struct EndpointFile {
     pub http2: Option<bool>,
     /// Certificate checks of the endpoint.
     pub tls: Option<EndpointTlsFile>,
+    /// Meaning of errors of this endpoint that are not known here, or known wrongly. The first rule that fits counts.
+    pub errors: Option<Vec<ErrorRuleFile>>,
+}
+
+/// A rule fits an error that has everything that is set here.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ErrorRuleFile {
+    /// Status of the answer, or the numeric code in the body of a 200.
+    #[schemars(range(min = 400, max = 599))]
+    pub status: Option<u16>,
+    /// The error's `code`; in other dialects its `status` or `reason`.
+    pub code: Option<String>,
+    /// The error's `type`.
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    /// The whole message; `*` stands for any text.
+    pub message: Option<String>,
+    /// Whose trouble it is.
+    #[schemars(required)]
+    pub means: Option<Trouble>,
 }
 
 #[derive(Deserialize, JsonSchema, Default)]
@@ -309,6 +342,10 @@ pub(super) struct TimeoutsFile {
     /// other answers, which send nothing before their end; a value given here holds for both.
     #[schemars(range(min = 1, max = TIMEOUT_MS_MAX))]
     pub first_byte_ms: Option<u32>,
+    /// Until the first event with content of a stream that sends comments or empty events meanwhile, and until the first
+    /// byte that is not blank of any other answer, in milliseconds.
+    #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = THINKING_MS_DEFAULT))]
+    pub thinking_ms: Option<u32>,
     /// Between two pieces of the answer, in milliseconds.
     #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = IDLE_MS_DEFAULT))]
     pub idle_ms: Option<u32>,

@@ -44,6 +44,8 @@ pub struct Server {
     pub trusted_proxies: Vec<Cidr>,
     /// Wrong keys one address may send in a minute; 0 for any number.
     pub failed_keys_per_minute: u32,
+    /// Longest silence of a stream before its client is sent a comment; none if it is sent none.
+    pub stream_ping: Option<Duration>,
     /// True if responses carry `x-api-together-*` headers.
     pub endpoint_headers: bool,
     /// Headers of requests that are forwarded besides those of the API.
@@ -158,6 +160,10 @@ pub struct Retry {
     pub attempts: u32,
     /// Statuses that another endpoint is tried after.
     pub statuses: StatusSet,
+    /// Fewest tokens a second of a stream before it is let through, if any.
+    pub tokens_per_second_min: Option<u32>,
+    /// True if an endpoint's complaint about its own key is shown to the client.
+    pub show_endpoint_key_errors: bool,
     /// No new attempt begins later than this after the request came.
     pub budget: Duration,
 }
@@ -209,6 +215,9 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         trusted_proxies,
         failed_keys_per_minute: typed.failed_keys_per_minute.unwrap_or(file::FAILED_KEYS_PER_MINUTE_DEFAULT),
         endpoint_headers: typed.endpoint_headers.unwrap_or(file::ENDPOINT_HEADERS_DEFAULT),
+        stream_ping: Some(typed.stream_ping_seconds.unwrap_or(file::STREAM_PING_SECONDS_DEFAULT))
+            .filter(|seconds| *seconds > 0)
+            .map(|seconds| Duration::from_secs(seconds.into())),
         forward_headers,
         ledger: ledger?,
         ledger_on_error: typed.ledger_on_error.unwrap_or_default(),
@@ -321,6 +330,8 @@ fn retry(typed: RetryFile) -> Retry {
     Retry {
         attempts: typed.attempts.unwrap_or(file::ATTEMPTS_DEFAULT),
         statuses: typed.statuses.unwrap_or_else(StatusFile::defaults).into_iter().collect(),
+        tokens_per_second_min: typed.min_tokens_per_second.filter(|least| *least > 0),
+        show_endpoint_key_errors: typed.show_endpoint_key_errors.unwrap_or_default(),
         budget: Duration::from_millis(typed.budget_ms.unwrap_or(file::BUDGET_MS_DEFAULT).into()),
     }
 }

@@ -161,9 +161,9 @@ fn what_is_left_out_has_its_default() {
     assert!(endpoint.model_mapping.is_empty() && endpoint.headers.is_empty());
     assert_eq!(endpoint.tls, EndpointTls::default());
     let seconds = |seconds| Duration::from_secs(seconds);
-    let Timeouts { connect, first_byte_stream, first_byte, idle } = endpoint.timeouts;
+    let Timeouts { connect, first_byte_stream, first_byte, thinking, idle } = endpoint.timeouts;
     assert_eq!((connect, first_byte_stream), (seconds(5), seconds(60)));
-    assert_eq!((first_byte, idle), (seconds(600), seconds(120)));
+    assert_eq!((first_byte, thinking, idle), (seconds(600), seconds(600), seconds(120)));
 }
 
 #[test]
@@ -400,7 +400,13 @@ fn the_schema_and_the_types_agree_at_every_bound() {
                 let mut config = minimal();
                 if config.pointer(&place).is_none() {
                     let (outer, inner_key) = place.rsplit_once('/').unwrap();
-                    config.pointer_mut(outer).unwrap()[inner_key] = json!({});
+                    match outer.rsplit_once('/') {
+                        // The first item of a list that is not there either.
+                        Some((object, list)) if inner_key == "0" => {
+                            config.pointer_mut(object).unwrap()[list] = json!([{}]);
+                        }
+                        _ => config.pointer_mut(outer).unwrap()[inner_key] = json!({}),
+                    }
                 }
                 config.pointer_mut(&place).unwrap()[key] = value.clone();
                 assert_placed(&checked(&config, &no_variables()), &config);

@@ -8,10 +8,12 @@ use std::time::Instant;
 use bytes::Bytes;
 use http::uri::PathAndQuery;
 
+use super::AskedModel;
 use crate::request::call::Call;
 use crate::request::fields::UsageEdit;
+use crate::routing::balance::Options;
 use crate::routing::pool::Pool;
-use crate::routing::router::Candidates;
+use crate::routing::router::{Candidate, Candidates, ModelName};
 
 /// Prompts of more than 256 KiB are not kept, and not estimated.
 pub(crate) const PROMPT_BYTES_MAX: usize = 256 * 1024;
@@ -30,7 +32,7 @@ pub struct Ask {
     /// True if the body is JSON, whatever its content type says.
     pub is_json: bool,
     /// The model's name as the client sent it.
-    pub model: Option<String>,
+    pub model: Option<Arc<str>>,
     /// Range of that name in the body.
     pub model_range: Option<Range<usize>>,
     /// True if the answer is to be streamed.
@@ -48,6 +50,17 @@ pub struct Ask {
 }
 
 impl Ask {
+    /// The choices that are left after these endpoints.
+    pub fn options<'a>(&'a self, tried: &'a [usize]) -> Options<'a> {
+        Options { pool: &self.pool, candidates: &self.candidates, model: self.model.as_deref(), tried }
+    }
+
+    /// The model that a candidate is asked for.
+    pub fn model_for(&self, candidate: &Candidate) -> AskedModel {
+        let ModelName { in_config, .. } = self.candidates.model_of(candidate, self.model.as_deref());
+        AskedModel { mapped: candidate.model.clone(), named: self.model.clone(), in_config }
+    }
+
     /// True if its tokens are estimated when the endpoint reports none.
     pub fn is_estimated(&self) -> bool {
         self.pool.server.estimate_tokens && (self.call.is_text() || self.call == Call::Embeddings)

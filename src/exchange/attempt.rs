@@ -1,19 +1,21 @@
 //! One attempt at one endpoint: the guards it holds, and what it reports to the endpoint's health.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::Ask;
-use crate::config::{Breaker, Server, StreamUsage};
+use crate::config::{Breaker, Server, StreamUsage, Trouble};
 use crate::exchange::judge::Terms;
 use crate::ledger::{Client, Drawn, Permit};
 use crate::limit::Clock;
 use crate::request::call::Call;
+use crate::response::classify::Meaning;
 use crate::response::decode::Encoding;
 use crate::routing::admission::Choice;
-use crate::routing::health::Effect;
+use crate::routing::health::{Effect, Scope, Seen};
 use crate::routing::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::routing::retry::Outcome;
+use crate::routing::router::ModelName;
 use crate::routing::usage_injection::UsageInjection;
 use crate::telemetry::metrics::{Counters, metrics};
 use crate::usage::Meter;
@@ -34,13 +36,70 @@ enum Stage {
     },
 }
 
+/// A failure that may turn out to be the request's: it is held against the endpoint only if no other endpoint says the same.
+#[derive(Debug)]
+pub struct Charge {
+    endpoint: Arc<Endpoint>,
+    model: AskedModel,
+    outcome: Outcome,
+    effect: Effect,
+    began: Instant,
+    trial: Option<Trial>,
+    record: u32,
+    breaker: Breaker,
+}
+
+impl Charge {
+    /// Status that two endpoints may have in common.
+    pub fn status(&self) -> Option<u16> {
+        self.outcome.meaning().map(|meaning| meaning.status)
+    }
+
+    /// Holds it against the endpoint.
+    pub fn apply(self) {
+        let Self { endpoint, model, outcome, effect, began, trial, record, breaker } = self;
+        if matches!(effect, Effect::Failure(_) | Effect::KeyRefused) {
+            endpoint.live.note_error(outcome.to_string());
+        }
+        let seen = Seen { effect, began, trial: trial.as_ref().map(Trial::scope) };
+        let cools = endpoint.live.learn(model.name(), &seen, record, Instant::now, &breaker);
+        if let Some(scope) = cools {
+            let id = &endpoint.config.id;
+            let whom = match (scope, model.name().name) {
+                (Scope::Model, name) if !name.is_empty() => format!("endpoint {id}, model {name:?}"),
+                _ => format!("endpoint {id}"),
+            };
+            log::warn!("{whom}: cooling down; it {outcome}");
+        }
+    }
+}
+
+/// The model that an attempt asks its endpoint for.
+#[derive(Clone, Debug, Default)]
+pub struct AskedModel {
+    /// The name it is mapped to, where that is not the client's own.
+    pub mapped: Option<Arc<str>>,
+    /// The name that the client sent, if it sent one.
+    pub named: Option<Arc<str>>,
+    /// True if the config has the name that the endpoint is sent.
+    pub in_config: bool,
+}
+
+impl AskedModel {
+    /// The name that the endpoint is sent.
+    pub fn name(&self) -> ModelName<'_> {
+        let name = self.mapped.as_deref().or(self.named.as_deref()).unwrap_or_default();
+        ModelName { name, in_config: self.in_config }
+    }
+}
+
 /// One attempt at one endpoint. Its outcome is counted once; an attempt that is dropped before that counts for nothing.
 #[derive(Debug)]
 pub struct Attempt {
     /// The endpoint.
     pub endpoint: Arc<Endpoint>,
-    /// The model it is asked for, where that is not the client's own name.
-    pub model: Option<Arc<str>>,
+    /// The model it is asked for.
+    pub model: AskedModel,
     /// Terms by which the answer is judged.
     pub terms: Terms,
     /// Timeout until the first byte.
@@ -63,6 +122,12 @@ pub struct Attempt {
     /// When the header was sent.
     pub sent_at: Instant,
     trial: Option<Trial>,
+    /// The endpoint's record of health at the beginning.
+    record: u32,
+    /// Its failure, as long as it may be the request's.
+    charge: Option<Charge>,
+    /// What its error meant, if it ended with one.
+    meaning: Option<Meaning>,
     breaker: Breaker,
     first_byte: Option<Duration>,
     first_token: Option<Instant>,
@@ -73,7 +138,7 @@ impl Attempt {
     /// An attempt that begins now.
     pub fn new(
         endpoint: &Arc<Endpoint>,
-        model: Option<Arc<str>>,
+        model: AskedModel,
         terms: Terms,
         choice: Choice,
         server: &Server,
@@ -96,6 +161,9 @@ impl Attempt {
             started: now,
             sent_at: now,
             trial: choice.trial,
+            record: endpoint.live.record(),
+            charge: None,
+            meaning: None,
             breaker: server.breaker.clone(),
             first_byte: None,
             first_token: None,
@@ -162,6 +230,23 @@ impl Attempt {
         self.stage = Stage::Held(outcome);
     }
 
+    /// Notes what the answer means, once its body has been read, or an event of it that says otherwise.
+    pub fn means(&mut self, outcome: Outcome) {
+        if let Stage::Held(known) | Stage::Committed(known) = &mut self.stage {
+            *known = outcome;
+        }
+    }
+
+    /// What the error meant that it ended with.
+    pub fn meaning(&self) -> Option<Meaning> {
+        self.meaning
+    }
+
+    /// Takes the failure that may be the request's.
+    pub fn take_charge(&mut self) -> Option<Charge> {
+        self.charge.take()
+    }
+
     /// True once the header of its answer has come.
     pub fn has_header(&self) -> bool {
         !matches!(self.stage, Stage::Waiting)
@@ -170,7 +255,7 @@ impl Attempt {
     /// True once an answer with a status of success has been let through.
     pub fn has_succeeded(&self) -> bool {
         match &self.stage {
-            Stage::Committed(outcome) => is_success(outcome),
+            Stage::Committed(outcome) => outcome.is_success(),
             Stage::Concluded { succeeded } => *succeeded,
             Stage::Waiting | Stage::Held(_) => false,
         }
@@ -178,16 +263,15 @@ impl Attempt {
 
     /// Notes that the answer is let through. A good one may still break off, so it is concluded at its end.
     pub fn committed(&mut self, pool: &Pool, now: Instant) {
-        let Stage::Held(outcome) = &self.stage else { return };
-        let outcome = outcome.clone();
-        if !matches!(outcome, Outcome::Status { status: 100..=399, .. }) {
+        let Stage::Held(outcome) = self.stage else { return };
+        if !matches!(outcome, Outcome::Answered { .. }) {
             self.conclude(&outcome);
             return;
         }
         self.stage = Stage::Committed(outcome);
         self.remember_refusal(pool);
         let trial = self.trial.is_some();
-        self.report_to_health(Effect::Answers);
+        self.report_to_health(&outcome, Effect::Answers);
         if trial {
             log::info!("endpoint {}: answers again", self.endpoint.config.id);
         }
@@ -198,8 +282,11 @@ impl Attempt {
     /// streams, from which the usage cannot be taken out.
     fn remember_refusal(&self, pool: &Pool) {
         let endpoint = &self.endpoint;
-        if self.usage_refused || self.terms.usage_injected && self.encoding.is_some() {
+        if self.usage_refused || self.terms.usage.injected && self.encoding.is_some() {
             endpoint.live.usage_injection.note_refused(pool.clock().boot);
+        }
+        if self.terms.usage.injected && self.encoding.is_none() {
+            endpoint.live.usage_injection.note_accepted(self.chosen_at.boot);
         }
         if self.usage_refused {
             log::info!(
@@ -226,8 +313,7 @@ impl Attempt {
 
     /// Concludes the attempt at the end of the request.
     pub fn request_ended(&mut self) {
-        if let Stage::Held(outcome) | Stage::Committed(outcome) = &self.stage {
-            let outcome = outcome.clone();
+        if let Stage::Held(outcome) | Stage::Committed(outcome) = self.stage {
             self.conclude(&outcome);
         }
     }
@@ -235,12 +321,14 @@ impl Attempt {
     /// Decides if `stream_options` are added to the request.
     pub fn inject_usage(&mut self, ask: &Ask) -> bool {
         let endpoint = &self.endpoint;
-        self.terms.usage_injected = ask.call == Call::Completion
+        let now = self.chosen_at.boot;
+        self.terms.usage.injected = ask.call == Call::Completion
             && ask.usage_edit.is_some()
             && endpoint.config.stream_usage == StreamUsage::Auto
             && !self.usage_refused
-            && endpoint.live.usage_injection.state(ask.pool.clock().boot) == UsageInjection::Wanted;
-        self.terms.usage_injected
+            && endpoint.live.usage_injection.state(now) == UsageInjection::Wanted;
+        self.terms.usage.is_proven = endpoint.live.usage_injection.has_accepted(now);
+        self.terms.usage.injected
     }
 
     /// Counts how the attempt ended, once: in the metrics, the log, and the endpoint's health.
@@ -249,30 +337,69 @@ impl Attempt {
             return;
         }
         self.stage = Stage::Concluded { succeeded: self.has_succeeded() };
+        self.meaning = outcome.meaning().copied();
         if let Some(metrics) = metrics() {
             metrics.attempt(&self.endpoint.config.id, outcome.label(), self.counters.as_deref());
+            if let Some(meaning) = outcome.meaning() {
+                metrics.error(&self.endpoint.config.id, meaning.trouble.name(), meaning.rule);
+            }
         }
-        let endpoint = &self.endpoint;
-        let id = &endpoint.config.id;
-        if let Outcome::Status { status: status @ (401 | 403), .. } = outcome {
-            log::warn!("endpoint {id}: its key is refused (status {status}); check its apiKey");
+        let effect = outcome.effect(|| self.day_left());
+        self.log_effect(outcome, effect);
+        if outcome.is_shared_by_request() {
+            self.charge = Some(self.charge(outcome, effect));
+        } else {
+            self.report_to_health(outcome, effect);
         }
-        let effect = outcome.effect();
-        match effect {
-            Effect::Failure => endpoint.live.note_error(outcome.to_string()),
-            Effect::Rest(wait) => log::info!("endpoint {id}: rests for {:.1} s, as it asked", wait.as_secs_f64()),
-            Effect::Answers | Effect::Success | Effect::Neutral => {}
-        }
-        self.report_to_health(effect);
     }
 
-    fn report_to_health(&mut self, effect: Effect) {
-        let trial = self.trial.take();
-        let live = &self.endpoint.live;
-        if live.learn(effect, trial.is_some(), Instant::now, &self.breaker) {
-            let seconds = self.breaker.cool_down.as_secs();
-            let (id, errors) = (&self.endpoint.config.id, live.health().errors_in_row());
-            log::warn!("endpoint {id}: {errors} errors in a row; cooling down for {seconds} s");
+    fn log_effect(&self, outcome: &Outcome, effect: Effect) {
+        let id = &self.endpoint.config.id;
+        match effect {
+            Effect::Rest { scope, wait, guessed } => {
+                let name = self.model.name().name;
+                let whom =
+                    if scope == Scope::Model && !name.is_empty() { format!(", model {name:?}") } else { String::new() };
+                let why = if guessed { "it does not say for how long" } else { "as it asked" };
+                log::info!("endpoint {id}{whom}: rests for {:.1} s, {why}", wait.as_secs_f64());
+            }
+            Effect::KeyRefused | Effect::Failure(Scope::Endpoint) => {
+                if outcome.meaning().is_some_and(|meaning| meaning.trouble == Trouble::Key) {
+                    log::warn!("endpoint {id}: its key is refused; it {outcome}; check its apiKey and its account");
+                }
+            }
+            Effect::Answers | Effect::Success | Effect::Neutral | Effect::Failure(Scope::Model) => {}
+        }
+    }
+
+    /// The rest of the endpoint's day, but an hour at most: its day may turn at another time than is known here.
+    fn day_left(&self) -> Duration {
+        const DAY_LEFT_MAX: Duration = Duration::from_hours(1);
+        let wall = SystemTime::now();
+        let (_, ends) = self.endpoint.limits.calendar.today_and_clear(wall);
+        ends.duration_since(wall).unwrap_or_default().min(DAY_LEFT_MAX)
+    }
+
+    fn charge(&mut self, outcome: &Outcome, effect: Effect) -> Charge {
+        Charge {
+            endpoint: Arc::clone(&self.endpoint),
+            model: self.model.clone(),
+            outcome: *outcome,
+            effect,
+            began: self.started,
+            trial: self.trial.take(),
+            record: self.record,
+            breaker: self.breaker.clone(),
+        }
+    }
+
+    fn report_to_health(&mut self, outcome: &Outcome, effect: Effect) {
+        if matches!(effect, Effect::Answers | Effect::Success | Effect::Neutral) {
+            let trial = self.trial.take();
+            let seen = Seen { effect, began: self.started, trial: trial.as_ref().map(Trial::scope) };
+            self.endpoint.live.learn(self.model.name(), &seen, self.record, Instant::now, &self.breaker);
+        } else {
+            self.charge(outcome, effect).apply();
         }
     }
 
@@ -305,8 +432,4 @@ impl Attempt {
     pub fn clock_at(&self, now: Instant) -> Clock {
         self.chosen_at.at(now)
     }
-}
-
-fn is_success(outcome: &Outcome) -> bool {
-    matches!(outcome, Outcome::Status { status: 200..=299, .. })
 }

@@ -1,34 +1,33 @@
-//! The held response, and the part of it that is passed on.
+//! The held response: it is judged as it comes in, and let through or dropped.
 
 use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_TYPE, TRANSFER_ENCODING};
+use bytes::Bytes;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, TRANSFER_ENCODING};
+use http::{HeaderValue, Response};
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
-use pingora::{Error, ErrorType, Result};
+use pingora::{Error, Result};
 
+use super::outlet::Outlet;
 use super::reading::{BodyHeader, Reading};
-use super::session::Plan;
-use crate::exchange::judge::{HOLD_TIME_MAX, Head, Judge, Terms, Verdict};
-use crate::exchange::{Committed, Exchange, ExchangeState, Kept};
+use super::session::{Framing, Plan};
+use super::timers::{Due, Timers};
+use crate::exchange::judge::{Form, HOLD_TIME_MAX, Head, Judge, Rules, Terms, UsageTerms, Verdict};
+use crate::exchange::{Committed, Exchange, Kept};
 use crate::request::call::Call;
+use crate::request::content_type::is_event_stream;
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::Secrets;
-use crate::routing::health;
-use crate::routing::retry::Outcome;
+use crate::response::wait;
+use crate::routing::pool::Endpoint;
+use crate::routing::retry::{Outcome, Place};
 use crate::upstream::cork::Cork;
 
-/// Time after which we end a stream that is complete but that its endpoint keeps open: clients that read to the
-/// end should not wait for it. The endpoint's connection is then lost for the next request.
-const LINGER_MAX: Duration = Duration::from_millis(80);
-
-/// Pieces that are sent together are copied into one up to this size.
-const JOINED_BYTES_MAX: usize = 16 * 1024;
-/// Number of tasks in one batch that shows that the endpoint sends faster than they are taken.
-const TASKS_OF_BURST: usize = 4;
+/// A comment, which every reader of streams skips and every proxy on the way takes for life.
+const PING: Bytes = Bytes::from_static(b": ping\n\n");
 
 /// The response of the attempt under way.
 pub(super) struct HeldResponse {
@@ -38,55 +37,60 @@ pub(super) struct HeldResponse {
     /// Held tasks; bounded by the judge.
     held: Vec<HttpTask>,
     committed: bool,
-    status: u16,
-    /// When the attempt is given up unless something comes.
-    deadline: Option<Instant>,
-    /// When a stream that has begun, but has had no content yet, is let through anyway.
-    held_until: Option<Instant>,
-    /// True once the endpoint has said that its stream is complete.
-    complete: bool,
-    /// When such a stream is ended.
-    lingers_until: Option<Instant>,
-    /// Timeout between two pieces of the answer.
-    idle: Duration,
+    header: HeaderSeen,
+    pub(super) timers: Timers,
+    /// Endpoint of the attempt.
+    endpoint: Option<Arc<Endpoint>>,
     secrets: Secrets,
-    /// Reader of the body on its way to the client.
-    reading: Reading,
-    /// Pieces to pass on of the tasks under way.
-    pieces: Vec<Bytes>,
-    encoding: Option<Encoding>,
+    pub(super) outlet: Outlet,
     /// Decoder for the judge, which reads a compressed answer separately.
     decoder: Option<Decoder>,
+}
+
+/// What the header of the attempt's answer said.
+#[derive(Debug, Default)]
+struct HeaderSeen {
+    status: u16,
+    content_type: Option<HeaderValue>,
+    encoding: Option<Encoding>,
+    usage_injected: bool,
 }
 
 /// Action that is due when a deadline has passed.
 pub(super) enum DueAction {
     /// This goes out.
     Flush(Vec<HttpTask>),
+    /// These go out as they are: a header of our own, comments. Nothing is committed by them.
+    Raw(Vec<HttpTask>),
     /// The response is whole and ends now, with this.
     End(Vec<HttpTask>),
     /// The attempt is over.
     GiveUp,
+    /// Nothing yet.
+    Wait,
 }
 
 impl HeldResponse {
     pub(super) fn new(plan: Plan, exchange: &Arc<Exchange>) -> Self {
+        let nothing = Terms {
+            call: Call::Other,
+            streams: false,
+            expects_body: true,
+            more: false,
+            more_if_empty: false,
+            usage: UsageTerms::default(),
+        };
         Self {
             exchange: Arc::clone(exchange),
+            outlet: Outlet::new(exchange, plan.framing),
             plan,
-            judge: Judge::new(Terms { call: Call::Other, expects_body: true, more: false, usage_injected: false }),
+            judge: Judge::new(nothing),
             held: Vec::new(),
             committed: false,
-            status: 0,
-            deadline: None,
-            held_until: None,
-            complete: false,
-            lingers_until: None,
-            idle: Duration::MAX,
+            header: HeaderSeen::default(),
+            timers: Timers::default(),
+            endpoint: None,
             secrets: Secrets::default(),
-            reading: Reading::Blind,
-            pieces: Vec::new(),
-            encoding: None,
             decoder: None,
         }
     }
@@ -95,14 +99,30 @@ impl HeldResponse {
     pub(super) fn begin_attempt(&mut self) {
         self.held.clear();
         self.decoder = None;
-        self.held_until = None;
+        let ping_at = self.timers.ping_at;
+        self.timers = Timers::default();
         let state = self.exchange.state();
         if let Some(attempt) = &state.attempt {
             self.judge = Judge::new(attempt.terms);
-            self.deadline = attempt.sent_at.checked_add(attempt.first_byte_timeout);
-            self.idle = attempt.endpoint.config.timeouts.idle;
+            self.timers.deadline = attempt.sent_at.checked_add(attempt.first_byte_timeout);
+            if let Some(ping) = self.plan.ping {
+                // The silence of an attempt before counts as well.
+                self.timers.ping_at = ping_at.or_else(|| attempt.sent_at.checked_add(ping));
+            }
             self.secrets = attempt.endpoint.secrets.clone();
+            self.endpoint = Some(Arc::clone(&attempt.endpoint));
         }
+    }
+
+    fn idle(&self) -> Duration {
+        self.endpoint.as_ref().map_or(Duration::MAX, |endpoint| endpoint.config.timeouts.idle)
+    }
+
+    /// Judges, by the rules of the config.
+    fn judged(&mut self, judge: impl FnOnce(&mut Judge, &Rules<'_>) -> Verdict) -> Verdict {
+        let errors = self.endpoint.as_ref().map_or(&[][..], |endpoint| &endpoint.config.errors);
+        let rules = Rules { retry: &self.plan.pool.server.retry, errors };
+        judge(&mut self.judge, &rules)
     }
 
     /// True once the attempt has sent all of the request's body.
@@ -122,6 +142,11 @@ impl HeldResponse {
 
     pub(super) fn is_committed(&self) -> bool {
         self.committed
+    }
+
+    /// True if the client has a header of ours and nothing but comments, so that another endpoint may still take over.
+    pub(super) fn is_merely_opened(&self) -> bool {
+        self.outlet.opened && !self.committed
     }
 
     /// Takes in a task of the response while the response is held.
@@ -144,50 +169,54 @@ impl HeldResponse {
                 if !piece.is_empty() =>
             {
                 self.note_byte(now);
-                self.judge_body(piece, end)
+                self.judge_body(piece, end, now)
             }
             HttpTask::Body(_, false) | HttpTask::UpgradedBody(_, false) => return Ok(Verdict::Hold),
             HttpTask::Body(_, true) | HttpTask::UpgradedBody(_, true) | HttpTask::Trailer(_) | HttpTask::Done => {
-                self.judge.end()
+                self.judged(Judge::end)
             }
         };
         self.held.push(task);
         self.move_deadline(now);
+        if verdict == Verdict::Commit && self.is_merely_opened() && !self.goes_on_as_stream() {
+            // The client has the header of a stream already.
+            return Ok(Verdict::Drop(Outcome::Unrecognised));
+        }
         Ok(verdict)
     }
 
+    fn goes_on_as_stream(&self) -> bool {
+        self.header.status == 200 && self.judge.form() == Some(Form::Stream) && self.header.encoding.is_none()
+    }
+
     fn take_in_header(&mut self, header: &ResponseHeader, end: bool) -> Verdict {
-        self.status = header.status.as_u16();
-        let content_type = header.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        let rest = match self.status {
-            429 => health::rest_asked(&header.headers, SystemTime::now()),
-            _ => Duration::ZERO,
-        };
-        let mut head = Head { status: self.status, content_type, rest, end, ends_with_connection: false };
-        let (mut usage_injected, mut encoding) = (false, None);
+        let status = header.status.as_u16();
+        let content_type = header.headers.get(CONTENT_TYPE);
+        let wait = if status < 400 { None } else { wait::in_headers(&header.headers, SystemTime::now()) };
+        let content_type_text = content_type.and_then(|value| value.to_str().ok());
+        let mut head = Head { status, content_type: content_type_text, wait, end, ends_with_connection: false };
+        self.header = HeaderSeen { status, content_type: content_type.cloned(), encoding: None, usage_injected: false };
         if let Some(attempt) = &mut self.exchange.state().attempt {
-            attempt.header_came(Outcome::Status { status: self.status, rest });
+            attempt.header_came(Outcome::of_status(status, wait));
             head.ends_with_connection = attempt.ends_with_connection;
-            usage_injected = attempt.terms.usage_injected;
-            encoding = attempt.encoding;
+            self.header.usage_injected = attempt.terms.usage.injected;
+            self.header.encoding = attempt.encoding;
         }
-        let header = BodyHeader { status: self.status, content_type, encoding, usage_injected };
-        self.reading = Reading::new(&header, &self.secrets);
-        self.encoding = encoding.filter(|encoding| *encoding != Encoding::Unknown);
-        self.decoder = encoding.map(Decoder::new);
-        let retry = &self.plan.pool.server.retry;
-        self.judge.header(head, |outcome| outcome.is_retryable(retry))
+        self.decoder = self.header.encoding.map(Decoder::new);
+        self.judged(|judge, rules| judge.header(head, rules))
     }
 
     /// Decodes a piece for the judge, which reads plain text only.
-    fn judge_body(&mut self, piece: &Bytes, end: bool) -> Verdict {
-        let Some(decoder) = &mut self.decoder else { return self.judge.body(piece, end) };
+    fn judge_body(&mut self, piece: &Bytes, end: bool, now: Instant) -> Verdict {
+        let Some(decoder) = &mut self.decoder else {
+            return self.judged(|judge, rules| judge.body(piece, end, rules, now));
+        };
         let mut plain = Vec::new();
         decoder.feed(piece, |part| plain.extend_from_slice(&part));
         if decoder.is_broken() && !self.judge.is_error() {
             return self.judge.commit();
         }
-        self.judge.body(&plain.into(), end)
+        self.judged(|judge, rules| judge.body(&plain.into(), end, rules, now))
     }
 
     fn note_byte(&self, now: Instant) {
@@ -197,34 +226,87 @@ impl HeldResponse {
     }
 
     fn move_deadline(&mut self, now: Instant) {
-        if self.judge.waits_for_word() {
-            self.held_until = self.held_until.or_else(|| now.checked_add(HOLD_TIME_MAX));
-        } else if let Some(wait) = self.judge.patience(self.idle) {
-            self.deadline = now.checked_add(wait);
+        if self.judge.holds_stream() {
+            let was_held_for_data = self.judge.has_data();
+            self.timers.held_until = match self.timers.held_until {
+                // Once opened, only data bounds the hold again.
+                None if was_held_for_data || !self.outlet.opened => now.checked_add(HOLD_TIME_MAX),
+                held_until => held_until,
+            };
+            self.timers.pace_known_at = self.judge.pace_known_at();
         }
+        if let Some(wait) = self.judge.patience(self.idle()) {
+            self.timers.deadline = now.checked_add(wait);
+            if self.judge.has_bytes() && !self.judge.is_error() {
+                self.timers.thinking_ends = self.timers.thinking_ends.or_else(|| self.thinking_ends());
+            }
+        }
+    }
+
+    fn thinking_ends(&self) -> Option<Instant> {
+        let thinking = self.endpoint.as_ref()?.config.timeouts.thinking;
+        self.exchange.state().attempt.as_ref()?.sent_at.checked_add(thinking)
+    }
+
+    /// Chooses how the body is read on its way, now that its form is known.
+    fn choose_reading(&mut self) {
+        let HeaderSeen { status, ref content_type, encoding, usage_injected } = self.header;
+        let content_type = content_type.as_ref().and_then(|value| value.to_str().ok());
+        let header = BodyHeader { status, content_type, form: self.judge.form(), encoding, usage_injected };
+        self.outlet.reading = Reading::new(&header, &self.secrets);
     }
 
     /// Commits the answer, and returns the held tasks.
     pub(super) fn commit(&mut self, now: Instant) -> Vec<HttpTask> {
         self.committed = true;
-        self.held_until = None;
+        self.timers.committed();
         self.decoder = None;
+        self.choose_reading();
+        self.label_stream();
+        let outcome = self.judge.take_outcome();
         self.judge.commit();
-        let event_stream = self.reading.takes_events();
+        let event_stream = self.outlet.reading.takes_events();
         let mut state = self.exchange.state();
         state.committed = Some(Committed { at: now, event_stream, between_events: true, complete: None });
         state.kept = None;
         if let Some(attempt) = &mut state.attempt {
+            if let Some(outcome) = outcome {
+                attempt.means(outcome);
+            }
             attempt.committed(&self.plan.pool, now);
         }
+        state.settle_charges();
+        drop(state);
         mem::take(&mut self.held)
+    }
+
+    /// A stream that its endpoint calls something else is called one: some clients go by the label.
+    fn label_stream(&mut self) {
+        let content_type = self.header.content_type.as_ref().and_then(|value| value.to_str().ok());
+        if self.judge.form() != Some(Form::Stream) || is_event_stream(content_type) {
+            return;
+        }
+        if let Some(HttpTask::Header(header, _)) = self.held.first_mut() {
+            // The name is known to be valid.
+            header.insert_header(CONTENT_TYPE, HeaderValue::from_static("text/event-stream")).unwrap_or_default();
+        }
     }
 
     /// Ends the attempt; an error answer is kept in case that nothing better comes.
     pub(super) fn drop_answer(&mut self, outcome: Outcome) {
         self.measure_held();
         let held = mem::take(&mut self.held);
-        let kept = (self.status >= 400).then(|| Kept::new(held, self.encoding, &self.secrets)).flatten();
+        let error_body = self.judge.take_error_body();
+        let kept = match (outcome, error_body) {
+            (Outcome::Error { meaning, place: Place::Body | Place::Event }, Some(body)) => {
+                Kept::of_error(held, meaning.status, &body, &self.secrets)
+            }
+            _ if self.header.status >= 400 => {
+                let encoding = self.header.encoding.filter(|encoding| *encoding != Encoding::Unknown);
+                Kept::new(held, encoding, &self.secrets)
+            }
+            _ => None,
+        };
         let mut state = self.exchange.state();
         state.kept = kept;
         state.ended = Some(outcome);
@@ -232,185 +314,134 @@ impl HeldResponse {
 
     /// Measures the held tasks, which never reach the client but may report tokens.
     pub(super) fn measure_held(&mut self) {
-        let Some(attempt) = &mut self.exchange.state().attempt else { return };
-        if self.committed || self.status >= 400 {
+        if self.committed || self.header.status >= 400 || self.held.is_empty() {
             return;
         }
+        self.choose_reading();
+        let Some(attempt) = &mut self.exchange.state().attempt else { return };
         let mut unseen = Vec::new();
         for task in &self.held {
             if let HttpTask::Body(Some(piece), _) = task {
-                self.reading.piece(piece.clone(), &mut attempt.meter, &mut unseen);
+                self.outlet.reading.piece(piece.clone(), &mut attempt.meter, &mut unseen);
             }
         }
-        self.reading.end(&mut attempt.meter, &mut unseen);
+        self.outlet.reading.end(&mut attempt.meter, &mut unseen);
         attempt.note_measured();
+    }
+
+    /// Takes what may go to a client that has the header of a stream: the comments that have come.
+    pub(super) fn take_comments(&mut self) -> Option<HttpTask> {
+        if !self.is_merely_opened() || self.judge.has_data() || self.judge.form() != Some(Form::Stream) {
+            return None;
+        }
+        let all: Vec<u8> = self.held.iter().filter_map(body_of).flatten().copied().collect();
+        let incomplete = self.judge.incomplete_event().to_vec();
+        let comments = all.len().checked_sub(incomplete.len()).filter(|length| *length > 0)?;
+        self.held.retain(|task| body_of(task).is_none());
+        if !incomplete.is_empty() {
+            self.held.push(HttpTask::Body(Some(incomplete.into()), false));
+        }
+        Some(HttpTask::Body(Some(Bytes::copy_from_slice(all.get(..comments)?)), false))
+    }
+
+    /// Opens the stream to the client with a header of our own, unless it is open.
+    fn open(&mut self) -> Option<HttpTask> {
+        if mem::replace(&mut self.outlet.opened, true) || self.committed {
+            return None;
+        }
+        self.exchange.state().opened = true;
+        let mut parts = Response::new(()).into_parts().0;
+        parts.headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+        parts.headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        if self.plan.framing == Framing::Chunks {
+            parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
+        self.plan.own_headers.add_to(&mut parts.headers);
+        Some(HttpTask::Header(Box::new(parts.into()), false))
     }
 
     /// Returns the tasks to write, and the error that follows them, if one does.
-    ///
-    /// With `gathers`, a burst of events is not written yet: the next tasks are there already, and a write costs more
-    /// than a hundred events.
     pub(super) fn outgoing(&mut self, tasks: Vec<HttpTask>, gathers: bool) -> (Vec<HttpTask>, Option<Box<Error>>) {
-        let gathers = gathers && tasks.len() >= TASKS_OF_BURST && self.reading.is_stream();
-        let mut out = Vec::with_capacity(tasks.len());
-        for task in tasks {
-            match task {
-                HttpTask::Failed(error) => {
-                    self.push_pieces(&mut out, false);
-                    if self.complete {
-                        out.extend(self.end_whole());
-                    }
-                    return (out, Some(error));
-                }
-                HttpTask::Header(mut header, end) => {
-                    if self.plan.http_10 {
-                        header.remove_header(&TRANSFER_ENCODING);
-                    }
-                    if end && let Some(attempt) = &mut self.exchange.state().attempt {
-                        attempt.body_ended();
-                    }
-                    out.push(HttpTask::Header(header, end));
-                }
-                HttpTask::Body(piece, last) => {
-                    let cut = self.body(piece.unwrap_or_default(), last);
-                    if last || cut.is_some() {
-                        self.push_pieces(&mut out, cut.is_none());
-                    }
-                    if cut.is_some() {
-                        return (out, cut);
-                    }
-                }
-                HttpTask::Done | HttpTask::Trailer(_) => {
-                    let cut = self.body(Bytes::new(), true);
-                    // The task itself says if it is the last.
-                    self.push_pieces(&mut out, false);
-                    if cut.is_some() {
-                        return (out, cut);
-                    }
-                    out.push(task);
-                }
-                task @ HttpTask::UpgradedBody(..) => out.push(task),
-            }
-        }
-        let gathered: usize = self.pieces.iter().map(Bytes::len).sum();
-        if !(gathers && out.is_empty() && gathered < JOINED_BYTES_MAX) {
-            self.push_pieces(&mut out, false);
-        }
-        (out, None)
+        self.outlet.outgoing(tasks, gathers)
     }
 
-    /// True if gathered pieces have to be written when nothing follows them.
-    pub(super) fn has_gathered(&self) -> bool {
-        !self.pieces.is_empty()
-    }
-
-    /// Takes the gathered pieces.
-    pub(super) fn take_gathered(&mut self) -> Vec<HttpTask> {
-        let mut out = Vec::new();
-        self.push_pieces(&mut out, false);
-        out
-    }
-
-    /// Adds the pieces to pass on; small pieces that came together are joined, since each becomes a chunk or a frame.
-    fn push_pieces(&mut self, out: &mut Vec<HttpTask>, end: bool) {
-        // An empty piece that ends nothing would count as the last chunk.
-        self.pieces.retain(|piece| !piece.is_empty());
-        let bytes = self.pieces.iter().map(Bytes::len).sum();
-        if self.pieces.len() > 1 && bytes <= JOINED_BYTES_MAX {
-            let mut joined = BytesMut::with_capacity(bytes);
-            for piece in self.pieces.drain(..) {
-                joined.extend_from_slice(&piece);
-            }
-            self.pieces.push(joined.freeze());
-        }
-        let before = out.len();
-        out.extend(self.pieces.drain(..).map(|piece| HttpTask::Body(Some(piece), false)));
-        if end {
-            match out.get_mut(before..).and_then(<[HttpTask]>::last_mut) {
-                Some(HttpTask::Body(_, last)) => *last = true,
-                _ => out.push(HttpTask::Body(Some(Bytes::new()), true)),
-            }
-        }
-    }
-
-    /// Takes in a piece, and keeps the part that goes to the client. Fails if the endpoint's body has ended and is not whole.
-    fn body(&mut self, piece: Bytes, last: bool) -> Option<Box<Error>> {
-        let Self { exchange, reading, pieces, complete, .. } = self;
-        let mut state = exchange.state();
-        let ExchangeState { attempt: Some(attempt), committed: Some(committed), ended, .. } = &mut *state else {
-            pieces.push(piece);
-            return None;
-        };
-        reading.piece(piece, &mut attempt.meter, pieces);
-        let mut is_cut = false;
-        if last {
-            let whole = pieces.len();
-            reading.end(&mut attempt.meter, pieces);
-            is_cut = attempt.is_cut();
-            if is_cut {
-                // Half an event is of no use to the client.
-                pieces.truncate(whole);
-            }
-        }
-        attempt.note_measured();
-        committed.between_events = !reading.is_within_event();
-        if reading.is_stream() && attempt.meter.is_complete() && committed.complete.is_none() {
-            committed.complete = Some(Instant::now());
-            *complete = true;
-        }
-        if !is_cut {
-            if last {
-                attempt.body_ended();
-            }
-            return None;
-        }
-        *ended = Some(Outcome::Broken);
-        Some(Error::explain(ErrorType::ConnectionClosed, "the answer was cut").into_up())
-    }
-
-    /// Notes that the stream is complete: for the client it ends whole, whatever the endpoint does next.
-    pub(super) fn end_whole(&mut self) -> Vec<HttpTask> {
-        let mut rest = Vec::new();
-        if let Some(attempt) = &mut self.exchange.state().attempt {
-            self.reading.end(&mut attempt.meter, &mut rest);
-            attempt.note_measured();
-        }
-        vec![HttpTask::Body(Some(rest.concat().into()), true)]
-    }
-
-    /// Stops the deadlines while the client is being written to, since a slow client is not the endpoint's failure.
-    pub(super) fn pause(&mut self) {
-        self.deadline = None;
-        self.lingers_until = None;
-    }
-
-    /// Starts the deadlines again: the endpoint is waited for.
+    /// Starts the deadlines again after a write: the endpoint is waited for.
     pub(super) fn resume(&mut self) {
-        let now = Instant::now();
-        self.deadline = now.checked_add(self.idle);
-        self.lingers_until = now.checked_add(LINGER_MAX).filter(|_| self.complete);
-    }
-
-    /// Returns when the next action is due, unless something arrives before.
-    pub(super) fn due_at(&self) -> Option<Instant> {
-        [self.held_until, self.lingers_until, self.deadline].into_iter().flatten().min()
+        let ping = self.plan.ping.filter(|_| self.outlet.opened || self.outlet.reading.takes_events());
+        let (idle, now) = (self.idle(), Instant::now());
+        if self.committed {
+            self.timers.resume(now, idle, self.outlet.complete, ping);
+        } else {
+            self.timers.ping_at = ping.and_then(|ping| now.checked_add(ping));
+        }
     }
 
     /// Returns the action that is due now.
     pub(super) fn due(&mut self) -> DueAction {
-        let held_enough = self.held_until.is_some_and(|until| until <= Instant::now());
-        if self.lingers_until.is_some_and(|until| until <= Instant::now()) {
-            return DueAction::End(self.end_whole());
+        let now = Instant::now();
+        match self.timers.due(now) {
+            None => DueAction::Wait,
+            Some(Due::End) => DueAction::End(self.outlet.end_whole()),
+            Some(Due::Pace) => self.pace_is_known(now),
+            Some(Due::Release) => self.release(now),
+            Some(Due::Ping) => self.ping(now),
+            Some(Due::GiveUp) => self.give_up(now),
         }
+    }
+
+    fn pace_is_known(&mut self, now: Instant) -> DueAction {
+        self.timers.pace_known_at = None;
+        let verdict = self.judged(|judge, rules| judge.pace(rules, now).unwrap_or(Verdict::Hold));
+        match verdict {
+            Verdict::Hold => DueAction::Wait,
+            Verdict::Commit => DueAction::Flush(self.commit(now)),
+            Verdict::Drop(outcome) => {
+                self.drop_answer(outcome);
+                DueAction::GiveUp
+            }
+        }
+    }
+
+    /// A stream has been held long enough: what has said anything goes out whole; of one that only thinks, the comments do.
+    fn release(&mut self, now: Instant) -> DueAction {
+        self.timers.held_until = None;
+        if self.judge.has_data() || !self.judge.may_drop() {
+            return DueAction::Flush(self.commit(now));
+        }
+        if !self.plan.streams || self.header.encoding.is_some() {
+            return DueAction::Wait;
+        }
+        let header = self.open();
+        DueAction::Raw(header.into_iter().chain(self.take_comments()).collect())
+    }
+
+    fn ping(&mut self, now: Instant) -> DueAction {
+        let Some(ping) = self.plan.ping else { return DueAction::Wait };
+        self.timers.ping_at = now.checked_add(ping);
+        if self.committed && self.outlet.reading.is_within_event() {
+            return DueAction::Wait;
+        }
+        let header = self.open();
+        DueAction::Raw(header.into_iter().chain([HttpTask::Body(Some(PING), false)]).collect())
+    }
+
+    fn give_up(&mut self, now: Instant) -> DueAction {
         if self.committed {
             self.exchange.state().ended = Some(Outcome::TooSlow);
             return DueAction::GiveUp;
         }
-        if self.judge.waits_for_word() && (held_enough || !self.judge.may_drop()) {
-            return DueAction::Flush(self.commit(Instant::now()));
+        if self.judge.has_data() && !self.judge.may_drop() {
+            return DueAction::Flush(self.commit(now));
         }
         let outcome = self.judge.outcome_if_cut().unwrap_or(Outcome::TooSlow);
         self.drop_answer(outcome);
         DueAction::GiveUp
+    }
+}
+
+fn body_of(task: &HttpTask) -> Option<&Bytes> {
+    match task {
+        HttpTask::Body(Some(piece), _) => Some(piece),
+        _ => None,
     }
 }

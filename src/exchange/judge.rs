@@ -1,24 +1,22 @@
 //! Hold or commit: what of an endpoint's answer the client may see, and when. Pure; bytes in, verdict out.
 //!
-//! Nothing has reached the client before commit, so until then another endpoint can take over. Errors that may be
-//! retried are held to their end, streams until their first event with content, JSON answers until it is known that
-//! they are not empty. Audio, files and the rest are never held.
+//! Nothing has reached the client before commit, so until then another endpoint can take over. A status is not believed: errors
+//! are held to their end and classified, streams until their first event with content, JSON answers until it is known that they
+//! are answers. Audio, files and the rest are never held.
 
 use std::borrow::Cow;
-use std::sync::LazyLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use memchr::memmem::Finder as Needle;
 use serde::de::IgnoredAny;
-use serde_json::Value;
 
-use crate::json::scan::has_member;
+use crate::config::{ErrorRule, Retry, Trouble};
 use crate::request::call::Call;
 use crate::request::content_type::{is_event_stream, is_json};
+use crate::response::answer::{self, Says};
+use crate::response::classify::{self, Meaning};
 use crate::response::sse::Splitter;
-use crate::routing::retry::Outcome;
-use crate::usage::Reported;
+use crate::routing::retry::{Outcome, Place};
 
 /// Most bytes of an answer that are held back (64 KiB), not counting the last chunk.
 pub const HOLD_BYTES_MAX: usize = 64 * 1024;
@@ -26,8 +24,8 @@ pub const HOLD_BYTES_MAX: usize = 64 * 1024;
 const ERROR_BODY_WAIT_MAX: Duration = Duration::from_secs(5);
 /// Longest time that a stream that has sent data is held while no event has content.
 pub const HOLD_TIME_MAX: Duration = Duration::from_secs(5);
-
-static COMPLETION: LazyLock<Needle<'static>> = LazyLock::new(|| Needle::new(b"\"completion_tokens\""));
+/// Time over which the pace of a stream is measured if the config sets a lowest one.
+const PACE_TIME: Duration = Duration::from_secs(2);
 
 /// Parts of an answer's header that matter here.
 #[derive(Clone, Copy, Debug)]
@@ -36,8 +34,8 @@ pub struct Head<'a> {
     pub status: u16,
     /// The `Content-Type`.
     pub content_type: Option<&'a str>,
-    /// Pause that the endpoint asked for, if this is a 429.
-    pub rest: Duration,
+    /// Pause that the headers ask for, if this is an error.
+    pub wait: Option<Duration>,
     /// True if no body follows.
     pub end: bool,
     /// True if the answer ends when the connection does, so that HTTP cannot tell its end from a break.
@@ -46,19 +44,42 @@ pub struct Head<'a> {
 
 /// Terms of an attempt.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent: any combination can occur")]
 pub struct Terms {
-    /// Call of the API: only a completion can be empty by its usage.
+    /// Call of the API.
     pub call: Call,
+    /// True if the client asked for a stream.
+    pub streams: bool,
     /// True if the answer should have a body (not for a HEAD).
     pub expects_body: bool,
     /// True if another endpoint could take over.
     pub more: bool,
-    /// True if `stream_options` were added to the request.
-    pub usage_injected: bool,
+    /// True if another endpoint may take over from an answer that is merely empty.
+    pub more_if_empty: bool,
+    /// The `stream_options` of the request.
+    pub usage: UsageTerms,
+}
+
+/// Whether `stream_options` were added to the request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UsageTerms {
+    /// True if they were.
+    pub injected: bool,
+    /// True if the endpoint took some lately, so that it does not refuse them now.
+    pub is_proven: bool,
+}
+
+/// Rules of the config by which an answer is judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
+    /// What is retried.
+    pub retry: &'a Retry,
+    /// Meaning of the endpoint's errors.
+    pub errors: &'a [ErrorRule],
 }
 
 /// Decision about the answer so far.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Wait for more.
     Hold,
@@ -68,19 +89,39 @@ pub enum Verdict {
     Drop(Outcome),
 }
 
+/// Form of a body, as its first byte shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Server-sent events.
+    Stream,
+    /// JSON, or something that was to be JSON.
+    Json,
+}
+
 /// Kind of answer that is being held.
 #[derive(Debug)]
 enum AnswerKind {
     /// Nothing has come yet.
     Nothing,
-    /// An error, held whole; dropped at its end if another endpoint is to be tried instead.
-    Error { outcome: Outcome, drop: bool },
+    /// An error, held whole. `likely` says whether its status is one that is retried.
+    Error { status: u16, wait: Option<Duration>, likely: bool },
+    /// A body whose first byte has not come; `labelled` says whether its label calls it a stream.
+    Unseen { labelled: bool },
     /// An event stream, held until it says something.
-    Stream(Box<Splitter>),
+    Stream(Box<HeldStream>),
     /// A JSON answer, held until its end.
     Json,
     /// Committed.
     Open,
+}
+
+/// A stream that has not said anything yet.
+#[derive(Debug, Default)]
+struct HeldStream {
+    splitter: Splitter,
+    has_data: bool,
+    /// Events with content since the first one, while their pace is measured.
+    paced: Option<(Instant, u32)>,
 }
 
 /// Judges one attempt's answer as it comes in.
@@ -88,10 +129,15 @@ enum AnswerKind {
 pub struct Judge {
     terms: Terms,
     kind: AnswerKind,
+    form: Option<Form>,
     held: Vec<Bytes>,
     held_bytes: usize,
-    has_data: bool,
+    has_bytes: bool,
     ends_with_connection: bool,
+    /// Outcome of an answer that is let through although it is an error.
+    outcome: Option<Outcome>,
+    /// Body of an error that stood in a 200.
+    error_body: Option<Bytes>,
 }
 
 impl Judge {
@@ -100,10 +146,13 @@ impl Judge {
         Self {
             terms,
             kind: AnswerKind::Nothing,
+            form: None,
             held: Vec::new(),
             held_bytes: 0,
-            has_data: false,
+            has_bytes: false,
             ends_with_connection: false,
+            outcome: None,
+            error_body: None,
         }
     }
 
@@ -112,71 +161,216 @@ impl Judge {
         matches!(self.kind, AnswerKind::Error { .. })
     }
 
+    /// Form of the body, once it is known.
+    pub fn form(&self) -> Option<Form> {
+        self.form
+    }
+
     /// Notes that no other endpoint can take over any more.
     pub fn no_more(&mut self) {
         self.terms.more = false;
-        if let AnswerKind::Error { drop, .. } = &mut self.kind {
-            *drop = false;
-        }
     }
 
-    /// Takes the header. `retryable` says whether an outcome may be tried elsewhere.
-    pub fn header(&mut self, head: Head<'_>, retryable: impl FnOnce(&Outcome) -> bool) -> Verdict {
-        let outcome = Outcome::Status { status: head.status, rest: head.rest };
+    /// Takes the outcome of an error that is let through.
+    pub fn take_outcome(&mut self) -> Option<Outcome> {
+        self.outcome.take()
+    }
+
+    /// Takes the body of an error that stood in a 200.
+    pub fn take_error_body(&mut self) -> Option<Bytes> {
+        self.error_body.take()
+    }
+
+    /// Takes the header.
+    pub fn header(&mut self, head: Head<'_>, rules: &Rules<'_>) -> Verdict {
         self.ends_with_connection = head.ends_with_connection;
+        let labelled = is_event_stream(head.content_type);
+        let is_judged = answer::is_judged(self.terms.call);
         self.kind = if head.status >= 400 {
-            // One that no other endpoint will take over is held too, so that a key quoted in it is found however it is
-            // cut.
-            let drop = self.terms.more && retryable(&outcome);
-            AnswerKind::Error { outcome, drop }
+            // One that no other endpoint will take over is held too, so that it can be classified, and a key quoted in it is found
+            // however it is cut.
+            let likely = self.terms.more && rules.retry.statuses.contains(head.status);
+            AnswerKind::Error { status: head.status, wait: head.wait, likely }
         } else if head.status != 200 || !self.terms.expects_body {
             AnswerKind::Open
-        } else if is_event_stream(head.content_type) {
-            AnswerKind::Stream(Box::default())
-        } else if self.terms.more && self.may_be_empty(head.content_type) {
+        } else if labelled {
+            if self.terms.more {
+                AnswerKind::Unseen { labelled }
+            } else {
+                self.form = Some(Form::Stream);
+                AnswerKind::Open
+            }
+        } else if is_judged {
+            AnswerKind::Unseen { labelled }
+        } else if self.terms.more && head.content_type.is_none_or(|value| is_json(Some(value))) {
+            // Of other calls it is known only that an empty answer is none.
+            self.form = Some(Form::Json);
             AnswerKind::Json
         } else {
             AnswerKind::Open
         };
-        if head.end { self.end() } else { self.so_far() }
+        if head.end { self.end(rules) } else { self.so_far(rules) }
     }
 
     /// Takes a piece of the body.
-    pub fn body(&mut self, piece: &Bytes, end: bool) -> Verdict {
-        match &mut self.kind {
-            AnswerKind::Open | AnswerKind::Nothing => return self.so_far(),
-            AnswerKind::Stream(splitter) => {
-                let said = first_word(splitter, piece, &mut self.has_data);
-                match said {
-                    Some(Word::Error) if self.terms.more => return Verdict::Drop(Outcome::ErrorEvent),
-                    Some(Word::Done) if self.terms.more => return Verdict::Drop(Outcome::Empty),
-                    Some(Word::Content | Word::Error | Word::Done) => return self.commit(),
-                    Some(Word::Preface) | None => {}
-                }
-            }
-            AnswerKind::Json | AnswerKind::Error { .. } => self.held.push(piece.clone()),
-        }
+    pub fn body(&mut self, piece: &Bytes, end: bool, rules: &Rules<'_>, now: Instant) -> Verdict {
+        self.has_bytes = true;
         self.held_bytes += piece.len();
-        if end { self.end() } else { self.so_far() }
+        let piece = match self.kind {
+            AnswerKind::Open | AnswerKind::Nothing => return self.so_far(rules),
+            AnswerKind::Unseen { labelled } => {
+                self.held.push(piece.clone());
+                let Some(form) = form(&self.joined(), labelled, self.terms.streams, end) else {
+                    return if end { self.end(rules) } else { self.so_far(rules) };
+                };
+                self.begin(form)
+            }
+            AnswerKind::Stream(_) => piece.clone(),
+            AnswerKind::Json | AnswerKind::Error { .. } => {
+                self.held.push(piece.clone());
+                return if end { self.end(rules) } else { self.so_far(rules) };
+            }
+        };
+        if let Some(verdict) = self.events(&piece, rules, now) {
+            return verdict;
+        }
+        if end { self.end(rules) } else { self.so_far(rules) }
+    }
+
+    /// Begins to read a body of this form. Returns what of it the stream has yet to read.
+    fn begin(&mut self, form: Form) -> Bytes {
+        self.form = Some(form);
+        if form == Form::Json {
+            self.kind = AnswerKind::Json;
+            return Bytes::new();
+        }
+        self.kind = AnswerKind::Stream(Box::default());
+        let first = self.joined().into_owned().into();
+        self.held.clear();
+        first
+    }
+
+    /// Reads the events that a piece completes. None if they do not decide.
+    fn events(&mut self, piece: &Bytes, rules: &Rules<'_>, now: Instant) -> Option<Verdict> {
+        let AnswerKind::Stream(stream) = &mut self.kind else { return None };
+        let HeldStream { splitter, has_data, paced } = &mut **stream;
+        let (call, pace) = (self.terms.call, rules.retry.tokens_per_second_min.filter(|_| self.terms.more));
+        let mut decided = None;
+        splitter.feed(piece, |data| {
+            *has_data = true;
+            if decided.is_some() {
+                return;
+            }
+            // An event too long to be read counts as content.
+            match data.map_or(Says::Content, |data| answer::event(call, data)) {
+                Says::Nothing => {}
+                Says::Content if pace.is_some() => {
+                    let (_, tokens) = paced.get_or_insert((now, 0));
+                    *tokens += 1;
+                }
+                says => decided = Some((says, Bytes::copy_from_slice(data.unwrap_or_default()))),
+            }
+        });
+        if let Some((says, data)) = decided {
+            return Some(self.said(says, data, rules));
+        }
+        self.pace(rules, now)
+    }
+
+    /// Decides about a stream whose pace is measured. None if it is too early.
+    pub fn pace(&mut self, rules: &Rules<'_>, now: Instant) -> Option<Verdict> {
+        let AnswerKind::Stream(stream) = &self.kind else { return None };
+        let ((since, tokens), least) = (stream.paced?, rules.retry.tokens_per_second_min?);
+        let enough = f64::from(least) * PACE_TIME.as_secs_f64();
+        if f64::from(tokens) >= enough {
+            return Some(self.commit());
+        }
+        let is_over = now.saturating_duration_since(since) >= PACE_TIME;
+        is_over.then(|| if self.terms.more { Verdict::Drop(Outcome::TooSlow) } else { self.commit() })
+    }
+
+    /// When the pace of a stream is known, if it is being measured.
+    pub fn pace_known_at(&self) -> Option<Instant> {
+        let AnswerKind::Stream(stream) = &self.kind else { return None };
+        stream.paced?.0.checked_add(PACE_TIME)
+    }
+
+    fn said(&mut self, says: Says, data: Bytes, rules: &Rules<'_>) -> Verdict {
+        match says {
+            Says::End if self.has_paced() => self.commit(),
+            Says::End => self.empty(),
+            Says::Error(error) => self.error_in_200(classify::of_error(&error, rules.errors), Place::Event, data),
+            Says::Unknown if self.terms.more => Verdict::Drop(Outcome::Unrecognised),
+            Says::Content | Says::Nothing | Says::Unknown => self.commit(),
+        }
+    }
+
+    fn has_paced(&self) -> bool {
+        matches!(&self.kind, AnswerKind::Stream(stream) if stream.paced.is_some())
+    }
+
+    /// An error that stood in a 200 is none of an answer, whoever is left: its own status says more than the 200.
+    fn error_in_200(&mut self, meaning: Meaning, place: Place, body: Bytes) -> Verdict {
+        if self.refuses_usage(&meaning, &body) {
+            return Verdict::Drop(Outcome::UsageRefused);
+        }
+        self.error_body = Some(body);
+        Verdict::Drop(Outcome::Error { meaning, place })
+    }
+
+    /// True if an error may be about the `stream_options` that were added to the request, and not about something the client
+    /// sent: it names them, or the endpoint has not shown that it takes them.
+    fn refuses_usage(&self, meaning: &Meaning, body: &[u8]) -> bool {
+        let names = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
+        let is_refusal = matches!(meaning.status, 400 | 422) && meaning.trouble == Trouble::Request;
+        let is_named = || names("stream_options") || names("include_usage");
+        self.terms.usage.injected && is_refusal && (!self.terms.usage.is_proven || is_named())
+    }
+
+    /// A whole answer with nothing in it.
+    fn empty(&mut self) -> Verdict {
+        if self.terms.more && self.terms.more_if_empty { Verdict::Drop(Outcome::Empty) } else { self.commit() }
     }
 
     /// Decides about an answer that ended without another piece.
-    pub fn end(&mut self) -> Verdict {
-        match &self.kind {
-            AnswerKind::Error { outcome, .. }
-                if self.terms.usage_injected && refuses_usage(outcome, &self.joined()) =>
-            {
-                Verdict::Drop(Outcome::UsageRefused)
+    pub fn end(&mut self, rules: &Rules<'_>) -> Verdict {
+        match self.kind {
+            AnswerKind::Error { status, wait, .. } => self.error_ended(status, wait, rules),
+            AnswerKind::Stream(_) if self.has_paced() => self.commit(),
+            AnswerKind::Stream(_) => self.empty(),
+            AnswerKind::Unseen { .. } | AnswerKind::Json => self.json_ended(rules),
+            AnswerKind::Nothing | AnswerKind::Open => self.commit(),
+        }
+    }
+
+    fn error_ended(&mut self, status: u16, wait: Option<Duration>, rules: &Rules<'_>) -> Verdict {
+        let meaning = classify::of_answer(status, &self.joined(), wait, rules.errors);
+        if self.refuses_usage(&meaning, &self.joined()) {
+            return Verdict::Drop(Outcome::UsageRefused);
+        }
+        let outcome = Outcome::Error { meaning, place: Place::Status };
+        if self.terms.more && outcome.is_retryable(rules.retry) || outcome.is_hidden(rules.retry) {
+            return Verdict::Drop(outcome);
+        }
+        self.outcome = Some(outcome);
+        self.commit()
+    }
+
+    fn json_ended(&mut self, rules: &Rules<'_>) -> Verdict {
+        let body = self.joined();
+        let says = answer::answer(self.terms.call, &body);
+        let is_blank = is_blank(&body);
+        match says {
+            Says::Content if !answer::is_judged(self.terms.call) && is_blank => self.empty(),
+            Says::Content | Says::End => self.commit(),
+            Says::Nothing => self.empty(),
+            Says::Error(error) => {
+                let body = body.into_owned().into();
+                self.error_in_200(classify::of_error(&error, rules.errors), Place::Body, body)
             }
-            AnswerKind::Error { outcome, drop: true } => Verdict::Drop(outcome.clone()),
-            AnswerKind::Stream(_) if self.terms.more => Verdict::Drop(Outcome::Empty),
-            AnswerKind::Json if self.terms.more && is_empty_answer(&self.joined(), self.terms.call) => {
-                Verdict::Drop(Outcome::Empty)
-            }
-            AnswerKind::Json if self.terms.more && self.ends_with_connection && is_cut(&self.joined()) => {
-                Verdict::Drop(Outcome::Broken)
-            }
-            _ => self.commit(),
+            Says::Unknown if is_blank => Verdict::Drop(Outcome::Empty),
+            Says::Unknown if self.ends_with_connection && is_cut(&body) => Verdict::Drop(Outcome::Broken),
+            Says::Unknown => Verdict::Drop(Outcome::Unrecognised),
         }
     }
 
@@ -192,43 +386,70 @@ impl Judge {
         self.terms.more
     }
 
-    /// True while a stream that has sent data has had no event with content, which bounds the wait.
-    pub fn waits_for_word(&self) -> bool {
-        matches!(self.kind, AnswerKind::Stream(_)) && self.has_data
+    /// True once a byte of the body has come.
+    pub fn has_bytes(&self) -> bool {
+        self.has_bytes
     }
 
-    /// Timeout for the next piece of an answer whose header has come and whose end is awaited; `idle` is the endpoint's
-    /// timeout between any two pieces.
+    /// True while a stream is held that has sent something; `has_data` of [`Judge::has_data`] says what.
+    pub fn holds_stream(&self) -> bool {
+        matches!(self.kind, AnswerKind::Stream(_)) && self.has_bytes
+    }
+
+    /// True if the stream that is held has had an event with data, which bounds the wait for one with content.
+    pub fn has_data(&self) -> bool {
+        matches!(&self.kind, AnswerKind::Stream(stream) if stream.has_data)
+    }
+
+    /// The bytes of a stream's event that is not complete yet. Whatever came before it, without data, were comments.
+    pub fn incomplete_event(&self) -> &[u8] {
+        match &self.kind {
+            AnswerKind::Stream(stream) => stream.splitter.kept_event(),
+            _ => &[],
+        }
+    }
+
+    /// Timeout for the next piece of an answer whose header has come; `idle` is the endpoint's timeout between any two pieces.
+    /// None while the one for the first byte holds.
     pub fn patience(&self, idle: Duration) -> Option<Duration> {
         match self.kind {
-            AnswerKind::Error { drop: true, .. } => Some(idle.min(ERROR_BODY_WAIT_MAX)),
-            AnswerKind::Error { drop: false, .. } | AnswerKind::Json => Some(idle),
-            AnswerKind::Nothing | AnswerKind::Stream(_) | AnswerKind::Open => None,
+            AnswerKind::Error { likely: true, .. } => Some(idle.min(ERROR_BODY_WAIT_MAX)),
+            AnswerKind::Error { likely: false, .. } | AnswerKind::Json => Some(idle),
+            AnswerKind::Unseen { labelled: false } if !self.terms.streams => Some(idle),
+            AnswerKind::Unseen { .. } | AnswerKind::Stream(_) if self.has_bytes => Some(idle),
+            AnswerKind::Nothing | AnswerKind::Unseen { .. } | AnswerKind::Stream(_) | AnswerKind::Open => None,
         }
     }
 
     /// Returns the outcome of an answer that stops here, if its header decided it.
     pub fn outcome_if_cut(&self) -> Option<Outcome> {
-        match &self.kind {
-            AnswerKind::Error { outcome, .. } => Some(outcome.clone()),
+        match self.kind {
+            AnswerKind::Error { status, wait, .. } => Some(Outcome::of_status(status, wait)),
             _ => None,
         }
     }
 
-    fn so_far(&mut self) -> Verdict {
-        match &self.kind {
+    fn so_far(&mut self, rules: &Rules<'_>) -> Verdict {
+        let is_full = self.held_bytes >= HOLD_BYTES_MAX;
+        match self.kind {
             AnswerKind::Open => Verdict::Commit,
-            AnswerKind::Error { outcome, drop: true } if self.held_bytes >= HOLD_BYTES_MAX => {
-                Verdict::Drop(outcome.clone())
+            AnswerKind::Error { status, wait, likely: true } if is_full => {
+                Verdict::Drop(Outcome::of_status(status, wait))
             }
-            _ if self.held_bytes >= HOLD_BYTES_MAX => self.commit(),
+            AnswerKind::Error { status, wait, likely: false } if is_full => {
+                let outcome = Outcome::of_status(status, wait);
+                if outcome.is_hidden(rules.retry) {
+                    return Verdict::Drop(outcome);
+                }
+                self.outcome = Some(outcome);
+                self.commit()
+            }
+            AnswerKind::Json if is_full && !answer::begins_well(self.terms.call, &self.joined()) => {
+                Verdict::Drop(Outcome::Unrecognised)
+            }
+            _ if is_full => self.commit(),
             _ => Verdict::Hold,
         }
-    }
-
-    /// Sound and files are passed on as they come; JSON, and a body without a content type, may turn out empty.
-    fn may_be_empty(&self, content_type: Option<&str>) -> bool {
-        content_type.is_none_or(|value| is_json(Some(value))) || self.terms.call == Call::Completion
     }
 
     fn joined(&self) -> Cow<'_, [u8]> {
@@ -240,80 +461,30 @@ impl Judge {
     }
 }
 
-/// Meaning of an event of a stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Word {
-    /// A role, an identifier, a ping: nothing that the client waits for.
-    Preface,
-    /// `[DONE]`.
-    Done,
-    /// An error.
-    Error,
-    /// Text, a tool call, reasoning, a finish.
-    Content,
+/// The form of a body by its first bytes, whatever its label says. None if they do not show it yet.
+fn form(bytes: &[u8], labelled: bool, asked: bool, end: bool) -> Option<Form> {
+    const FIELDS: [&[u8]; 5] = [b":", b"data", b"event", b"id:", b"retry:"];
+    let text = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes).trim_ascii_start();
+    let first = text.first()?;
+    if matches!(first, b'{' | b'[' | b'<') {
+        return Some(Form::Json);
+    }
+    if labelled || FIELDS.iter().any(|field| text.starts_with(field)) {
+        return Some(Form::Stream);
+    }
+    // The rest of a field's name may come with the next piece.
+    let may_be_field = FIELDS.iter().any(|field| field.starts_with(text));
+    if may_be_field && !end {
+        return None;
+    }
+    Some(if asked && may_be_field { Form::Stream } else { Form::Json })
 }
 
-/// The first event that is more than a preface, if the piece completes one.
-fn first_word(splitter: &mut Splitter, piece: &Bytes, has_data: &mut bool) -> Option<Word> {
-    let mut first = None;
-    splitter.feed(piece, |data| {
-        *has_data = true;
-        if first.is_none_or(|word| word == Word::Preface) {
-            // An event too long to be read counts as content.
-            first = Some(data.map_or(Word::Content, word));
-        }
-    });
-    first
-}
-
-fn word(data: &[u8]) -> Word {
-    if data.trim_ascii() == b"[DONE]" {
-        return Word::Done;
-    }
-    let Ok(Value::Object(event)) = serde_json::from_slice::<Value>(data) else { return Word::Content };
-    if event.get("error").is_some_and(|error| !error.is_null()) {
-        return Word::Error;
-    }
-    if let Some(choices) = event.get("choices").and_then(Value::as_array) {
-        return if choices.iter().any(choice_says_something) { Word::Content } else { Word::Preface };
-    }
-    match event.get("type").and_then(Value::as_str) {
-        Some("error" | "response.failed") => Word::Error,
-        Some(
-            "response.created"
-            | "response.queued"
-            | "response.in_progress"
-            | "message_start"
-            | "content_block_start"
-            | "ping",
-        ) => Word::Preface,
-        _ => Word::Content,
-    }
-}
-
-fn choice_says_something(choice: &Value) -> bool {
-    let delta = choice.get("delta").and_then(Value::as_object);
-    delta.is_some_and(|delta| delta.iter().any(|(key, value)| key != "role" && !is_blank(value)))
-        || choice.get("finish_reason").is_some_and(|reason| !reason.is_null())
-        || choice.get("text").is_some_and(|text| !is_blank(text))
-        || choice.get("message").is_some_and(|message| !is_blank(message))
-}
-
-fn is_blank(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::String(text) => text.is_empty(),
-        Value::Array(items) => items.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
-        Value::Bool(_) | Value::Number(_) => false,
-    }
-}
-
-/// True if an error is about the `stream_options` that were added to the request, and not about something the client
-/// sent.
-fn refuses_usage(outcome: &Outcome, body: &[u8]) -> bool {
-    let names = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
-    matches!(outcome, Outcome::Status { status: 400 | 422, .. }) && (names("stream_options") || names("include_usage"))
+/// True for no body, and for `{}`.
+fn is_blank(body: &[u8]) -> bool {
+    let body = body.trim_ascii();
+    let inside = body.strip_prefix(b"{").and_then(|rest| rest.strip_suffix(b"}"));
+    body.is_empty() || inside.is_some_and(|inside| inside.trim_ascii().is_empty())
 }
 
 /// True if a JSON answer stops before its end.
@@ -321,154 +492,5 @@ fn is_cut(body: &[u8]) -> bool {
     serde_json::from_slice::<IgnoredAny>(body).is_err_and(|error| error.is_eof())
 }
 
-/// Empty means: no body or `{}`; for completions also a usage that counts a prompt and not one token of an answer.
-fn is_empty_answer(body: &[u8], call: Call) -> bool {
-    let body = body.trim_ascii();
-    let inside = body.strip_prefix(b"{").and_then(|rest| rest.strip_suffix(b"}"));
-    if body.is_empty() || inside.is_some_and(|inside| inside.trim_ascii().is_empty()) {
-        return true;
-    }
-    // Nearly all answers show it in their first bytes, and need no parser.
-    call == Call::Completion
-        && has_member(body, &COMPLETION, b"0")
-        && Reported::from_json(body).is_some_and(|reported| reported.usage.is_of_empty_answer())
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const JSON: Option<&str> = Some("application/json");
-    const SSE: Option<&str> = Some("text/event-stream; charset=utf-8");
-    const ROLE: &str =
-        "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n";
-    const TEXT: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"Hi\"}}]}\n\n";
-
-    fn judge(more: bool) -> Judge {
-        Judge::new(terms(more))
-    }
-
-    fn terms(more: bool) -> Terms {
-        Terms { call: Call::Completion, expects_body: true, more, usage_injected: false }
-    }
-
-    fn header(judge: &mut Judge, status: u16, content_type: Option<&str>) -> Verdict {
-        let rest = Duration::ZERO;
-        let head = Head { status, content_type, rest, end: false, ends_with_connection: false };
-        judge.header(head, |_| status != 400)
-    }
-
-    fn body(judge: &mut Judge, text: &str, end: bool) -> Verdict {
-        judge.body(&Bytes::copy_from_slice(text.as_bytes()), end)
-    }
-
-    fn stream(more: bool, first: &str) -> Verdict {
-        let mut judge = judge(more);
-        assert_eq!(header(&mut judge, 200, SSE), Verdict::Hold);
-        body(&mut judge, first, false)
-    }
-
-    #[test]
-    fn a_stream_is_held_until_it_says_something() {
-        assert_eq!(stream(true, ROLE), Verdict::Hold);
-        assert_eq!(stream(true, ": ping\n\n"), Verdict::Hold);
-        assert_eq!(stream(true, &TEXT[..20]), Verdict::Hold);
-        assert_eq!(stream(true, &format!("{ROLE}{TEXT}")), Verdict::Commit);
-        for said in [
-            r#"{"choices":[{"delta":{"tool_calls":[{"index":0}]}}]}"#,
-            r#"{"choices":[{"delta":{"reasoning_content":"hm"}}]}"#,
-            r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#,
-            r#"{"choices":[{"text":"x"}]}"#,
-            r#"{"type":"response.output_text.delta","delta":"x"}"#,
-            r#"{"type":"content_block_delta"}"#,
-            "not json",
-        ] {
-            assert_eq!(stream(true, &format!("data: {said}\n\n")), Verdict::Commit, "{said}");
-        }
-        for preface in [r#"{"choices":[]}"#, r#"{"type":"response.created"}"#, r#"{"type":"message_start"}"#] {
-            assert_eq!(stream(true, &format!("data: {preface}\n\n")), Verdict::Hold, "{preface}");
-        }
-    }
-
-    #[test]
-    fn a_stream_that_begins_with_an_error_or_is_empty_is_dropped() {
-        assert_eq!(stream(true, "data: {\"error\":{\"message\":\"x\"}}\n\n"), Verdict::Drop(Outcome::ErrorEvent));
-        assert_eq!(stream(true, "data: {\"type\":\"response.failed\"}\n\n"), Verdict::Drop(Outcome::ErrorEvent));
-        assert_eq!(stream(true, "data: [DONE]\n\n"), Verdict::Drop(Outcome::Empty));
-        assert_eq!(stream(false, "data: [DONE]\n\n"), Verdict::Commit, "nobody else is left");
-        let mut judge = judge(true);
-        header(&mut judge, 200, SSE);
-        assert_eq!(body(&mut judge, ROLE, true), Verdict::Drop(Outcome::Empty));
-    }
-
-    #[test]
-    fn empty_answers_are_dropped_while_another_endpoint_is_left() {
-        let zero = r#"{"usage":{"prompt_tokens":5,"completion_tokens":0,"total_tokens":5}}"#;
-        for empty in ["", " { }\n", "{}", zero] {
-            let mut judge = judge(true);
-            assert_eq!(header(&mut judge, 200, JSON), Verdict::Hold);
-            assert_eq!(body(&mut judge, empty, true), Verdict::Drop(Outcome::Empty), "{empty}");
-        }
-        let mut judge = judge(false);
-        assert_eq!(header(&mut judge, 200, JSON), Verdict::Commit, "nobody else is left");
-    }
-
-    #[test]
-    fn once_nobody_can_take_over_everything_is_let_through() {
-        let zero = r#"{"usage":{"prompt_tokens":5,"completion_tokens":0,"total_tokens":5}}"#;
-        for (status, text) in [(200, zero), (503, "{}")] {
-            let mut judge = judge(true);
-            assert_eq!(header(&mut judge, status, JSON), Verdict::Hold);
-            judge.no_more();
-            assert_eq!(body(&mut judge, text, true), Verdict::Commit, "{status}");
-        }
-    }
-
-    #[test]
-    fn an_embedding_is_never_empty_by_its_usage() {
-        let zero = r#"{"usage":{"prompt_tokens":5,"completion_tokens":0,"total_tokens":5}}"#;
-        let mut judge = Judge::new(Terms { call: Call::Other, ..terms(true) });
-        header(&mut judge, 200, JSON);
-        assert_eq!(body(&mut judge, zero, true), Verdict::Commit);
-    }
-
-    #[test]
-    fn whole_answers_are_committed_at_their_end_or_at_64_kib() {
-        let mut judge = judge(true);
-        header(&mut judge, 200, JSON);
-        assert_eq!(body(&mut judge, r#"{"id":1,"#, false), Verdict::Hold);
-        assert_eq!(body(&mut judge, r#""usage":{"completion_tokens":2}}"#, true), Verdict::Commit);
-        let mut large = self::judge(true);
-        header(&mut large, 200, JSON);
-        assert_eq!(body(&mut large, &"x".repeat(HOLD_BYTES_MAX), false), Verdict::Commit);
-    }
-
-    #[test]
-    fn errors_are_held_whole_and_dropped_if_another_may_do_better() {
-        let status = |status| Outcome::Status { status, rest: Duration::ZERO };
-        let mut retried = judge(true);
-        assert_eq!(header(&mut retried, 503, JSON), Verdict::Hold);
-        assert_eq!(body(&mut retried, "{", false), Verdict::Hold);
-        assert_eq!(body(&mut retried, "}", true), Verdict::Drop(status(503)));
-        let mut fault = judge(true);
-        assert_eq!(header(&mut fault, 400, JSON), Verdict::Hold);
-        assert_eq!(body(&mut fault, "{}", true), Verdict::Commit);
-        let mut last = judge(false);
-        assert_eq!(header(&mut last, 503, None), Verdict::Hold);
-        assert_eq!(last.end(), Verdict::Commit);
-        let mut large = judge(true);
-        header(&mut large, 503, JSON);
-        assert_eq!(body(&mut large, &"x".repeat(HOLD_BYTES_MAX), false), Verdict::Drop(status(503)));
-    }
-
-    #[test]
-    fn other_answers_are_never_held() {
-        let mut sound = Judge::new(Terms { call: Call::Other, ..terms(true) });
-        assert_eq!(header(&mut sound, 200, Some("audio/mpeg")), Verdict::Commit);
-        assert_eq!(header(&mut judge(true), 302, None), Verdict::Commit);
-        let mut head = Judge::new(Terms { call: Call::Other, expects_body: false, ..terms(true) });
-        let end =
-            Head { status: 200, content_type: None, rest: Duration::ZERO, end: true, ends_with_connection: false };
-        assert_eq!(head.header(end, |_| true), Verdict::Commit);
-    }
-}
+mod tests;

@@ -3,9 +3,10 @@
 use std::mem;
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
+use serde_json::Value;
 
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::{Redactor, Secrets};
@@ -20,6 +21,28 @@ pub struct Kept {
 }
 
 impl Kept {
+    /// Returns the body as the data of an event, if it is JSON that readers of streams take for an error.
+    pub fn error_object(&self) -> Option<String> {
+        let value: Value = serde_json::from_slice(self.body.as_ref()?).ok()?;
+        value.get("error").is_some_and(Value::is_object).then(|| value.to_string())
+    }
+
+    /// Keeps an error that stood in a 200, as an answer with the status that it says itself.
+    pub(super) fn of_error(tasks: Vec<HttpTask>, status: u16, body: &[u8], secrets: &Secrets) -> Option<Self> {
+        let header = tasks.into_iter().find_map(|task| match task {
+            HttpTask::Header(header, _) => Some(header),
+            _ => None,
+        });
+        let mut header = header?;
+        let body = Redactor::new(secrets.clone()).piece(body, true);
+        header.remove_header(&TRANSFER_ENCODING);
+        header.remove_header(&CONTENT_ENCODING);
+        header.set_status(status).ok()?;
+        header.insert_header(CONTENT_TYPE, "application/json").ok()?;
+        header.insert_header(CONTENT_LENGTH, body.len()).ok()?;
+        Some(Self { header, body: Some(body) })
+    }
+
     /// Keeps the header and body of an error answer, framed again, with the endpoint's secrets redacted.
     pub(super) fn new(tasks: Vec<HttpTask>, encoding: Option<Encoding>, secrets: &Secrets) -> Option<Self> {
         let mut kept: Option<Self> = None;

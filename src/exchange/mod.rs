@@ -5,9 +5,12 @@ mod attempt;
 mod hold;
 pub mod judge;
 mod kept;
+mod outlet;
+mod own_headers;
 mod reading;
 pub(crate) mod scheduling;
 pub(crate) mod session;
+mod timers;
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,8 +23,9 @@ use crate::upstream::cork::Cork;
 pub use ask::Ask;
 #[cfg(test)]
 pub(crate) use ask::PROMPT_BYTES_MAX;
-pub use attempt::Attempt;
+pub use attempt::{AskedModel, Attempt, Charge};
 pub use kept::Kept;
+pub use own_headers::OwnHeaders;
 
 /// State that the hooks share with the session that holds the response back.
 #[derive(Debug, Default)]
@@ -36,8 +40,12 @@ pub struct ExchangeState {
     pub ended: Option<Outcome>,
     /// Set once the client has been sent anything.
     pub committed: Option<Committed>,
+    /// True once the client has a header of ours and comments, of an answer that has not come yet.
+    pub opened: bool,
     /// The last error answer that was kept from the client.
     pub kept: Option<Kept>,
+    /// Failures that may be the request's; at most one for each attempt.
+    pub charges: Vec<Charge>,
     /// Rest of the request's body that the attempt under way has yet to send.
     pub body: VecDeque<Bytes>,
     /// Delays the request's header until its body is written.
@@ -55,6 +63,22 @@ pub struct Committed {
     pub between_events: bool,
     /// When the endpoint said that its answer is complete; a lost connection after that is not a break.
     pub complete: Option<Instant>,
+}
+
+impl ExchangeState {
+    /// Holds the failures against their endpoints, but for those that two or more endpoints gave alike: these are the
+    /// request's own.
+    pub fn settle_charges(&mut self) {
+        self.charges.extend(self.attempt.as_mut().and_then(Attempt::take_charge));
+        let charges = std::mem::take(&mut self.charges);
+        let statuses: Vec<Option<u16>> = charges.iter().map(Charge::status).collect();
+        for charge in charges {
+            let alike = statuses.iter().filter(|status| **status == charge.status()).count();
+            if alike < 2 {
+                charge.apply();
+            }
+        }
+    }
 }
 
 impl Exchange {

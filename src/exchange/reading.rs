@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use super::judge::Form;
 use crate::request::content_type;
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::{Redactor, Secrets};
@@ -13,6 +14,8 @@ use crate::usage::Meter;
 pub(super) struct BodyHeader<'a> {
     pub(super) status: u16,
     pub(super) content_type: Option<&'a str>,
+    /// Form of the body, where it has shown.
+    pub(super) form: Option<Form>,
     pub(super) encoding: Option<Encoding>,
     /// True if the gateway asked for the usage in the client's place.
     pub(super) usage_injected: bool,
@@ -33,7 +36,11 @@ pub(super) enum Reading {
 
 impl Reading {
     pub(super) fn new(header: &BodyHeader<'_>, secrets: &Secrets) -> Self {
-        let is_stream = content_type::is_event_stream(header.content_type);
+        let is_stream = match header.form {
+            Some(form) => form == Form::Stream,
+            None => content_type::is_event_stream(header.content_type),
+        };
+        let is_json = header.form == Some(Form::Json) || content_type::is_json(header.content_type);
         match (header.status, header.encoding.map(Decoder::new)) {
             (400.., decoder) => {
                 let decoder = decoder.filter(|decoder| !decoder.is_broken());
@@ -42,8 +49,8 @@ impl Reading {
             (..=199 | 300..=399, _) => Self::Blind,
             (_, None) if is_stream => Self::Stream(Relay::new(header.usage_injected, secrets.clone())),
             (_, Some(decoder)) if is_stream => Self::EncodedStream(decoder, Splitter::default()),
-            (_, None) if content_type::is_json(header.content_type) => Self::Json,
-            (_, Some(decoder)) if content_type::is_json(header.content_type) => Self::EncodedJson(decoder),
+            (_, None) if is_json => Self::Json,
+            (_, Some(decoder)) if is_json => Self::EncodedJson(decoder),
             _ => Self::Blind,
         }
     }
@@ -80,6 +87,14 @@ impl Reading {
             Self::Stream(relay) => relay.end(meter, out),
             Self::Json | Self::EncodedJson(_) => meter.json_ended(),
             Self::Blind | Self::EncodedStream(..) => {}
+        }
+    }
+
+    /// Takes the first event that may be an error.
+    pub(super) fn take_error(&mut self) -> Option<Bytes> {
+        match self {
+            Self::Stream(relay) => relay.take_error(),
+            _ => None,
         }
     }
 

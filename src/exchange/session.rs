@@ -30,12 +30,24 @@ use tokio::time::{Sleep, sleep_until};
 use super::Exchange;
 use super::hold::{DueAction, HeldResponse};
 use super::judge::Verdict;
+use super::own_headers::OwnHeaders;
 use super::scheduling::step_aside;
 use crate::routing::pool::Pool;
 
 /// The error that ends an attempt whose answer is dropped. The exchange has the reason.
 fn give_up<T>() -> Result<T> {
     Error::err_up(ErrorType::Custom("the answer is not good enough"))
+}
+
+/// Framing of an answer of unknown length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// HTTP/1.0: it ends with the connection.
+    Connection,
+    /// HTTP/1.1: it comes in chunks, and its header says so.
+    Chunks,
+    /// HTTP/2.
+    Frames,
 }
 
 /// Plan of a request: its body is replayed by it, its response held.
@@ -47,8 +59,14 @@ pub struct Plan {
     pub pool: Arc<Pool>,
     /// After this moment no other attempt begins.
     pub budget_ends: Instant,
-    /// True if the client speaks HTTP/1.0, which has no chunked encoding.
-    pub http_10: bool,
+    /// How the client's answer is framed.
+    pub framing: Framing,
+    /// True if the client asked for a stream, so that it may be sent comments.
+    pub streams: bool,
+    /// Longest silence of a stream before its client is sent a ping.
+    pub ping: Option<Duration>,
+    /// Headers of our own.
+    pub own_headers: OwnHeaders,
     /// Header that is forwarded to any endpoint; Pingora makes each attempt's out of it.
     pub header: RequestHeader,
 }
@@ -123,7 +141,7 @@ impl Replay {
         // Writing nothing at all would end the response.
         let mut ended = false;
         if !out.is_empty() {
-            self.hold.pause();
+            self.hold.timers.pause();
             ended = match &mut *self.inner {
                 ServerSession::H1(session) => session.response_duplex_vec(out).await?,
                 // Boxed, since it would make every write's future larger.
@@ -148,7 +166,7 @@ impl Replay {
         for _ in 0..LOOKS {
             step_aside().await;
         }
-        for task in self.hold.take_gathered() {
+        for task in self.hold.outlet.take_gathered() {
             self.inner.send_downstream_proxy_task(task);
         }
         self.inner_writes().await
@@ -162,10 +180,25 @@ impl Replay {
         Ok(())
     }
 
+    /// Writes a header of our own, or comments, which commit nothing. A write that is cut leaves the flag, as below.
+    async fn write_raw(&mut self, tasks: Vec<HttpTask>) -> Result<()> {
+        if tasks.is_empty() {
+            return Ok(());
+        }
+        self.flushing = true;
+        self.inner_writes().await?;
+        self.inner.response_duplex_vec(tasks).await?;
+        self.flushing = false;
+        self.hold.resume();
+        Ok(())
+    }
+
     /// A deadline has passed: either what is held goes out, or the attempt is over.
     async fn deadline_passed(&mut self) -> Result<()> {
         match self.hold.due() {
+            DueAction::Wait => Ok(()),
             DueAction::GiveUp => give_up(),
+            DueAction::Raw(tasks) => self.write_raw(tasks).await,
             DueAction::End(tasks) => {
                 self.flushing = true;
                 self.inner.response_duplex_vec(tasks).await?;
@@ -236,11 +269,19 @@ impl CustomSession for Replay {
                 }
             }
         }
+        if self.hold.is_merely_opened()
+            && let Some(comments) = self.hold.take_comments()
+        {
+            Box::pin(self.write_raw(vec![comments])).await?;
+        }
         Ok(false)
     }
 
     fn response_written(&self) -> Option<&ResponseHeader> {
-        // Our own 100 (Continue) is not yet a response.
+        // Our own 100 (Continue) is not yet a response, nor is a header that was sent to keep the client waiting.
+        if self.hold.is_merely_opened() {
+            return None;
+        }
         self.inner.response_written().filter(|header| !header.status.is_informational())
     }
 
@@ -254,11 +295,11 @@ impl CustomSession for Replay {
             cork.pull();
         }
         self.inner_writes().await?;
-        if self.hold.has_gathered() {
+        if self.hold.outlet.has_gathered() {
             self.write_gathered().await?;
         }
         loop {
-            let Some(due_at) = self.hold.due_at() else { return self.inner.read_body_or_idle(true).await };
+            let Some(due_at) = self.hold.timers.due_at() else { return self.inner.read_body_or_idle(true).await };
             let due_at = due_at.into();
             let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due_at)));
             if alarm.deadline() > due_at {

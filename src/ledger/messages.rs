@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::{Account, Permit, Spent};
-use crate::limit::{Counted, LimitReason, Limits, Stamp, View};
+use crate::limit::{Counted, Held, Limits, Stamp, View};
 
 /// An endpoint that can serve the request.
 #[derive(Clone, Debug)]
@@ -35,8 +35,8 @@ pub enum Drawn {
 pub struct Refusal {
     /// Time until a permit becomes free that is not promised to another client.
     pub wait: Duration,
-    /// Reason for each endpoint, by its position in the list.
-    pub held: Vec<(usize, LimitReason)>,
+    /// Reason for each endpoint and its end, by its position in the list.
+    pub held: Vec<(usize, Held)>,
 }
 
 /// A request for a permit.

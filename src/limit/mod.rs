@@ -37,6 +37,8 @@ pub enum LimitReason {
     MinuteUnknown,
     /// The endpoint itself asked for a pause.
     Rest,
+    /// It failed repeatedly, and is left alone.
+    CoolingDown,
 }
 
 impl std::fmt::Display for LimitReason {
@@ -45,6 +47,7 @@ impl std::fmt::Display for LimitReason {
             Self::Full(kind, limit) => write!(f, "{limit} {}", kind.unit()),
             Self::MinuteUnknown => f.write_str("the last minute's requests are not known"),
             Self::Rest => f.write_str("it asked for a pause"),
+            Self::CoolingDown => f.write_str("it failed and is cooling down"),
         }
     }
 }

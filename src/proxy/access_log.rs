@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::billing::Measured;
+use crate::response::classify::Meaning;
 use crate::usage::Tokens;
 
 /// Data of a finished request.
@@ -38,6 +39,8 @@ pub struct Record<'a> {
     pub total: Duration,
     /// Tokens and speed of the answer.
     pub measured: Measured,
+    /// What the last endpoint's error meant, if it gave one.
+    pub meaning: Option<Meaning>,
     /// Label of the fault, if there was one.
     pub fault: Option<&'static str>,
 }
@@ -67,6 +70,8 @@ impl Record<'_> {
             ("cached_tokens", tokens(|tokens| tokens.cached)),
             ("reasoning_tokens", tokens(|tokens| tokens.reasoning)),
             ("tokens_per_second", self.measured.tokens_per_second().map(|rate| json!((rate * 10.0).round() / 10.0))),
+            ("trouble", self.meaning.map(|meaning| json!(meaning.trouble.name()))),
+            ("rule", self.meaning.map(|meaning| json!(meaning.rule))),
             ("fault", self.fault.map(|fault| json!(fault))),
         ];
         let known: Vec<String> =
@@ -127,6 +132,10 @@ impl Record<'_> {
         }
         if let Some(rate) = self.measured.tokens_per_second() {
             line.shown("tokens_per_second", format_args!("{rate:.1}"));
+        }
+        if let Some(Meaning { trouble, rule, .. }) = self.meaning {
+            line.plain("trouble", trouble.name());
+            line.plain("rule", rule);
         }
         if let Some(fault) = self.fault {
             line.plain("fault", fault);
@@ -240,6 +249,7 @@ mod tests {
             first_byte: Some(Duration::from_micros(1500)),
             total: Duration::from_millis(20),
             measured: Measured::default(),
+            meaning: None,
             fault: None,
         };
         assert_eq!(
@@ -256,10 +266,14 @@ mod tests {
         let tokens = Tokens { prompt: 5, completion: 9, total: 14, cached: 2, reasoning: 3, audio: 0 };
         let seconds = |seconds| Some(Duration::from_secs(seconds));
         let measured = Measured { tokens: Some(tokens), first_token: seconds(1), generation: seconds(2) };
-        assert!(Record { measured, ..record }.text().ends_with(
+        let record = Record { measured, meaning: None, fault: None, ..record };
+        assert!(record.text().ends_with(
             " total_ms=20.0 first_token_ms=1000.0 prompt_tokens=5 completion_tokens=9 total_tokens=14 \
                  cached_tokens=2 reasoning_tokens=3 tokens_per_second=4.5"
         ),);
+        let refused = Meaning::of_status(401, None);
+        let refused = Record { meaning: Some(refused), fault: Some("endpoint_key_refused"), ..record };
+        assert!(refused.text().ends_with(" trouble=key rule=status fault=endpoint_key_refused"));
         let line = |fill: &dyn Fn(&mut LogLine)| {
             let mut line = LogLine(String::new());
             fill(&mut line);

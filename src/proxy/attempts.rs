@@ -12,11 +12,11 @@ use pingora_proxy::Session;
 
 use super::context::Context;
 use super::failure::{self, Follow};
-use crate::exchange::judge::Terms;
+use crate::exchange::judge::{Terms, UsageTerms};
 use crate::exchange::{Ask, Attempt};
 use crate::fault::{Fault, HeldBy};
 use crate::ledger::Drawn;
-use crate::limit::Clock;
+use crate::limit::{Clock, Held};
 use crate::routing::admission;
 use crate::routing::pool::Endpoint;
 use crate::routing::retry::Outcome;
@@ -74,9 +74,16 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     tries.addresses_failed = 0;
     tries.reconnected = 0;
     let more = failure::has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
-    let terms = Terms { call: ask.call, expects_body: *method != Method::HEAD, more, usage_injected: false };
+    let terms = Terms {
+        call: ask.call,
+        streams: ask.stream,
+        expects_body: *method != Method::HEAD,
+        more,
+        more_if_empty: tries.empties < failure::EMPTIES_MAX,
+        usage: UsageTerms::default(),
+    };
     let now = Instant::now();
-    let mut attempt = Attempt::new(endpoint, candidate.model.clone(), terms, choice, &ask.pool.server, now);
+    let mut attempt = Attempt::new(endpoint, ask.model_for(candidate), terms, choice, &ask.pool.server, now);
     attempt.counters = counters;
     if ask.stream {
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
@@ -90,7 +97,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
 
 /// A request that was sent once does not queue again: its client has waited long enough.
 fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> {
-    admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried, queue: None }
+    admission::Request { options: ask.options(tried), queue: None }
 }
 
 /// Repeats the attempt under way. If its endpoint's limit does not allow that, another endpoint is tried.
@@ -133,7 +140,9 @@ async fn send_with_another_permit(context: &mut Context) -> bool {
 fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault {
     let Drawn::Refused(refusal) = drawn else { return Fault::LedgerUnavailable };
     let shown = context.arrival.endpoint_headers.then(|| Arc::clone(&endpoint.config.id));
-    let held = refusal.held.into_iter().map(|(_, reason)| HeldBy { endpoint: shown.clone(), reason });
+    let now = context.ask.as_ref().map(|ask| ask.pool.clock().boot).unwrap_or_default();
+    let held_by = |held: Held| HeldBy { endpoint: shown.clone(), reason: held.by, wait: now.until(held.until) };
+    let held = refusal.held.into_iter().map(|(_, held)| held_by(held));
     Fault::LimitsReached { wait: refusal.wait, held: held.collect() }
 }
 

@@ -4,17 +4,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::HeaderValue;
-
 use super::failure::Follow;
 use crate::exchange::session::Wrapped;
-use crate::exchange::{Ask, Exchange};
+use crate::exchange::{Ask, Exchange, OwnHeaders};
 use crate::fault::Fault;
 use crate::process::{OpenRequest, OpenRequests};
+use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
 use crate::routing::admission::Choice;
 use crate::routing::pool::Endpoint;
-use crate::routing::rate_headers::Rates;
 
 /// One request, from its header to its last byte.
 #[derive(Debug)]
@@ -40,23 +38,19 @@ pub struct Context {
 pub struct Arrival {
     /// When the header was read.
     pub at: Instant,
-    /// Request id, the client's own or ours.
-    pub id: Option<HeaderValue>,
+    /// Headers of our own for its answer, the request's id among them.
+    pub own: OwnHeaders,
     /// The client's address, behind trusted proxies.
     pub address: Option<IpAddr>,
-    /// The origin that may read the answer, for `Access-Control-Allow-Origin`.
-    pub origin: Option<HeaderValue>,
     /// True if our own `x-api-together-*` headers are sent.
     pub endpoint_headers: bool,
-    /// Rates of the model that it asks for.
-    pub rates: Rates,
     _open: OpenRequest,
 }
 
 impl Arrival {
     /// The request's id, for the log.
     pub fn id_text(&self) -> &str {
-        self.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or("-")
+        self.own.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or("-")
     }
 }
 
@@ -76,6 +70,10 @@ pub struct Tries {
     /// Number of times that the current attempt was repeated on a fresh connection, because its pooled one had been
     /// closed.
     pub reconnected: u32,
+    /// What the error of the last attempt meant, if it was one.
+    pub meaning: Option<Meaning>,
+    /// Number of answers that were merely empty.
+    pub empties: u32,
     /// Fault of a limit that was reached on the way, for the client if no other endpoint takes the request.
     pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.
@@ -88,11 +86,9 @@ impl Context {
         Self {
             arrival: Arrival {
                 at: Instant::now(),
-                id: None,
+                own: OwnHeaders::default(),
                 address: None,
-                origin: None,
                 endpoint_headers: true,
-                rates: Rates::default(),
                 _open: open.enter(),
             },
             ask: None,

@@ -10,6 +10,7 @@ use super::context::Context;
 use super::is_final;
 use crate::billing::estimate::Estimator;
 use crate::billing::{self, Measured};
+use crate::exchange::Attempt;
 use crate::exchange::scheduling::step_aside;
 use crate::fault::Fault;
 use crate::telemetry::logger::{self, REQUEST_TARGET};
@@ -40,6 +41,8 @@ fn conclude(context: &mut Context, went_well: bool, complete: Option<Instant>, e
     if went_well {
         attempt.request_ended();
     }
+    state.settle_charges();
+    let Some(attempt) = &mut state.attempt else { return Measured::default() };
     let Some(ask) = &mut context.ask else { return Measured::default() };
     ask.keep_for_estimate();
     let ended = complete.unwrap_or_else(Instant::now);
@@ -59,7 +62,7 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
         method: header.method.as_str(),
         path: header.uri.path(),
         model: ask.and_then(|ask| ask.model.as_deref()).or(context.fault.as_ref().and_then(Fault::model)),
-        endpoint_model: attempt.and_then(|attempt| attempt.model.as_deref()),
+        endpoint_model: attempt.and_then(|attempt| attempt.model.mapped.as_deref()),
         endpoint: endpoint.map(|endpoint| endpoint.config.id.as_ref()),
         attempts: context.tries.tried.len(),
         status: session.response_written().filter(|header| is_final(header)).map(|h| h.status.as_u16()),
@@ -67,6 +70,7 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
         first_byte: state.committed.map(|committed| committed.at.saturating_duration_since(context.arrival.at)),
         total: context.arrival.at.elapsed(),
         measured,
+        meaning: attempt.map_or(context.tries.meaning, Attempt::meaning),
         fault: if client_gone { Some("client_gone") } else { context.fault.as_ref().map(Fault::label) },
     };
     if let Some(metrics) = metrics() {

@@ -17,6 +17,8 @@ use crate::limit::Clock;
 use crate::routing::balance;
 use crate::routing::retry::{self, Outcome};
 
+/// Number of times that another endpoint takes over from an answer that was merely empty: it may be what the request gets.
+pub(super) const EMPTIES_MAX: u32 = 2;
 /// Number of times that an attempt is repeated because its pooled connection turns out to be closed.
 const FRESH_CONNECTIONS_MAX: u32 = 2;
 
@@ -83,6 +85,7 @@ fn conclude_committed(context: &mut Context, error: &Error) {
         Some(attempt) if is_complete => attempt.request_ended(),
         Some(attempt) if !from_client => {
             attempt.conclude(&ended.unwrap_or(Outcome::Broken));
+            state.settle_charges();
             context.fault = Some(Fault::StreamBroken);
         }
         _ => {}
@@ -202,17 +205,28 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
     if let Some(mut attempt) = state.attempt.take() {
         billing::bill_dropped(&attempt, ask);
         attempt.conclude(outcome);
+        state.charges.extend(attempt.take_charge());
         context.tries.last = Some(Arc::clone(&attempt.endpoint));
+        context.tries.meaning = attempt.meaning();
     }
+    context.tries.empties += u32::from(*outcome == Outcome::Empty);
     // An error of another endpoint says more than that this one could not be asked.
     let kept = state.kept.as_ref().map(|kept| kept.header.status.as_u16());
-    if !matches!(outcome, Outcome::Status { .. } | Outcome::LimitReached) {
+    if !matches!(outcome, Outcome::Error { .. } | Outcome::LimitReached) {
+        state.kept = None;
+    }
+    let retry = &ask.pool.server.retry;
+    let may_follow =
+        outcome.is_retryable(retry) && (*outcome != Outcome::Empty || context.tries.empties <= EMPTIES_MAX);
+    let more = may_follow && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
+    if !more {
+        state.settle_charges();
+    }
+    // A complaint about our key is not the client's to see.
+    if outcome.is_hidden(retry) {
         state.kept = None;
     }
     drop(state);
-    let retry = &ask.pool.server.retry;
-    let more =
-        outcome.is_retryable(retry) && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
     if let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::Ours) {
         let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
         let next = if more { "another endpoint is tried" } else { "no other endpoint is left" };
@@ -227,11 +241,11 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
         },
         Outcome::TooSlow => Fault::EndpointTimeout,
         Outcome::Empty => Fault::EndpointEmpty,
-        Outcome::Status { status, .. } => Fault::EndpointError { status: *status },
-        Outcome::ConnectFailed | Outcome::Broken | Outcome::ErrorEvent | Outcome::UsageRefused => {
-            Fault::EndpointUnreachable
-        }
-        Outcome::Ours | Outcome::ClientGone => Fault::Internal,
+        Outcome::Unrecognised => Fault::EndpointUnrecognised,
+        Outcome::Error { .. } if outcome.is_hidden(retry) => Fault::EndpointKeyRefused,
+        Outcome::Error { meaning, .. } => Fault::EndpointError { status: meaning.status },
+        Outcome::ConnectFailed | Outcome::Broken | Outcome::UsageRefused => Fault::EndpointUnreachable,
+        Outcome::Ours | Outcome::ClientGone | Outcome::Answered { .. } => Fault::Internal,
     };
     if more { Follow::NextEndpoint { otherwise: Some(fault) } } else { Follow::Fail(fault) }
 }
@@ -240,15 +254,15 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
 pub(super) fn has_more(ask: &Ask, tried: &[usize], came_at: Instant, clock: &Clock) -> bool {
     let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
     retry::may_begin(&ask.pool.server.retry, attempts, clock.now.saturating_duration_since(came_at))
-        && balance::any_left(&ask.pool, &ask.candidates, tried, clock)
+        && balance::any_left(&ask.options(tried), clock)
 }
 
 /// Ends the request: the client gets the last endpoint's own error, or else the fault.
 pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, error: &Error) -> FailToProxy {
     context.wrapped.unwrap_session(session);
-    let (committed, kept) = {
+    let (committed, opened, kept) = {
         let mut state = context.exchange.state();
-        (state.committed, state.kept.take())
+        (state.committed, state.opened, state.kept.take())
     };
     let closed = |error_code| FailToProxy { error_code, can_reuse_downstream: false };
     if committed.is_some() || session.response_written().is_some_and(is_final) {
@@ -256,7 +270,12 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
             && committed.event_stream
         {
             let call = context.ask.as_ref().map(|ask| ask.call);
-            outgoing::send_error_event(session, fault, call, committed.between_events).await;
+            outgoing::send_error_event(session, &fault.json(), call, committed.between_events).await;
+        } else if opened && committed.is_none() {
+            let call = context.ask.as_ref().map(|ask| ask.call);
+            let fault = context.fault.get_or_insert(Fault::Internal).json();
+            let error = kept.as_ref().and_then(Kept::error_object).unwrap_or(fault);
+            outgoing::send_error_event(session, &error, call, true).await;
         }
         return closed(0);
     }

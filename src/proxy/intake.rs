@@ -14,7 +14,7 @@ use super::{Gateway, outgoing, receive};
 use crate::admin::{Answer, Resource, Sources};
 use crate::config::Cors;
 use crate::exchange::Ask;
-use crate::exchange::session::{Plan, Wrapped};
+use crate::exchange::session::{Framing, Plan, Wrapped};
 use crate::fault::{Fault, excerpt};
 use crate::proxy::context::Context;
 use crate::request::auth;
@@ -96,12 +96,20 @@ async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer
 fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Choice) {
     context.tries.first = Some(choice);
     if !ask.switches_protocol {
+        let framing = match session.req_header().version {
+            Version::HTTP_2 => Framing::Frames,
+            Version::HTTP_11 => Framing::Chunks,
+            _ => Framing::Connection,
+        };
         let plan = Plan {
             has_body: !ask.body.is_empty(),
             pool: Arc::clone(&ask.pool),
             budget_ends: context.arrival.at + ask.pool.server.retry.budget,
-            http_10: session.req_header().version <= Version::HTTP_10,
-            header: outgoing::forwarded(session.req_header(), &ask, context.arrival.id.as_ref()),
+            framing,
+            streams: ask.stream,
+            ping: ask.pool.server.stream_ping.filter(|_| ask.stream),
+            own_headers: context.arrival.own.clone(),
+            header: outgoing::forwarded(session.req_header(), &ask, context.arrival.own.id.as_ref()),
         };
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
     }
@@ -135,7 +143,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
-    context.arrival.rates = rates::of_model(&ask.pool, &ask.candidates, &clock);
+    context.arrival.own.rates = rates::of_model(&ask.options(&[]), &clock);
     let choice = choice?;
     Ok(Next::Proxy(ask, choice))
 }
@@ -146,9 +154,9 @@ fn arrive(session: &Session, context: &mut Context, pool: &Pool) {
     let peer = session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip);
     let arrival = &mut context.arrival;
     arrival.address = auth::client_address(&pool.server, &header.headers, peer);
-    arrival.id = Some(id::request_id(header.headers.get(id::REQUEST_ID)));
+    arrival.own.id = Some(id::request_id(header.headers.get(id::REQUEST_ID)));
     arrival.endpoint_headers = pool.server.endpoint_headers;
-    arrival.origin = allowed_origin(&pool.server.cors, header.headers.get(header::ORIGIN));
+    arrival.own.origin = allowed_origin(&pool.server.cors, header.headers.get(header::ORIGIN));
 }
 
 /// Returns `Access-Control-Allow-Origin` for a page of this origin, if it may read the answer.
@@ -277,8 +285,8 @@ fn read(body: Bytes, content_type: Option<&str>) -> Result<(Bytes, Option<Fields
 /// The first endpoint.
 async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> {
     let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
-    let request = admission::Request { pool: &ask.pool, candidates: &ask.candidates, tried: &[], queue };
-    match admission::at_once(request) {
+    let request = admission::Request { options: ask.options(&[]), queue };
+    match admission::at_once(&request) {
         Ok(choice) => Ok(choice),
         // Boxed, since it is rare and would make every request's future larger.
         Err(undecided) => Box::pin(wait_for_choice(session, request, undecided)).await,

@@ -18,15 +18,15 @@ use super::context::Context;
 use super::{attempts, is_final};
 use crate::admin::Answer;
 use crate::exchange::Ask;
-use crate::fault::Fault;
 use crate::request::call::Call;
 use crate::request::id::REQUEST_ID;
 use crate::request::rewrite::{self, Edit};
 use crate::request::{content_type, forward};
 use crate::response::decode::Encoding;
 use crate::response::redact::Redactor;
+use crate::response::wait;
+use crate::routing::rate_headers;
 use crate::routing::retry::Outcome;
-use crate::routing::{health, rate_headers};
 use crate::telemetry::metrics::metrics;
 use crate::upstream::cork::Cork;
 
@@ -85,8 +85,7 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
         header.remove_header(&header::CONTENT_ENCODING);
         header.remove_header(&header::CONTENT_LENGTH);
     }
-    let content_type = text(header.headers.get(header::CONTENT_TYPE));
-    if attempt.terms.usage_injected && content_type::is_event_stream(content_type) {
+    if attempt.terms.usage.injected && !is_error {
         // The usage that only we asked for is taken out, so the body gets shorter.
         header.remove_header(&header::CONTENT_LENGTH);
     }
@@ -100,8 +99,8 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
     let is_wrapped = session.downstream_session.is_custom();
     if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {
         // A request that switches protocols is not held, so this is its answer.
-        let rest = health::rest_asked(&header.headers, SystemTime::now());
-        attempt.header_came(Outcome::Status { status: header.status.as_u16(), rest });
+        let wait = wait::in_headers(&header.headers, SystemTime::now());
+        attempt.header_came(Outcome::of_status(header.status.as_u16(), wait));
         if let Some(ask) = &context.ask {
             attempt.committed(&ask.pool, Instant::now());
         }
@@ -161,7 +160,7 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
     let endpoint = &attempt.endpoint;
     let taken = mem::replace(request, RequestHeader::build_no_case(Method::GET, b"/", Some(0))?);
     // The session of a request that switches protocols is not wrapped, so nothing has been left out yet.
-    let whole = if ask.switches_protocol { forwarded(&taken, ask, context.arrival.id.as_ref()) } else { taken };
+    let whole = if ask.switches_protocol { forwarded(&taken, ask, context.arrival.own.id.as_ref()) } else { taken };
     let mut parts: Parts = whole.into();
     let path = rewrite::path_and_query(&endpoint.config.base_url.path, ask.target.as_str());
     if parts.uri != *path {
@@ -182,7 +181,7 @@ fn rewrite_body(context: &Context) -> Vec<Bytes> {
     let mut state = context.exchange.state();
     let Some(attempt) = &mut state.attempt else { return Vec::new() };
     let asks = attempt.inject_usage(ask);
-    let model = attempt.model.as_ref().zip(ask.model_range.as_ref());
+    let model = attempt.model.mapped.as_ref().zip(ask.model_range.as_ref());
     let model = model.map(|(model, range)| rewrite::model_edit(range, model));
     let usage = ask.usage_edit.as_ref().filter(|_| asks);
     let usage = usage.map(|usage| Edit { range: usage.range.clone(), with: usage.with.into() });
@@ -234,23 +233,8 @@ fn leaving(answer: &response::Parts, context: &Context) -> Vec<HeaderName> {
 
 /// Adds the headers of every answer, ours and the endpoints'.
 fn add_our_headers(headers: &mut HeaderMap, context: &Context) {
-    /// Usual number of these headers, so that the map grows once at most.
-    const COUNT: usize = 8;
     let arrival = &context.arrival;
-    headers.reserve(COUNT);
-    if let Some(id) = &arrival.id {
-        headers.insert(REQUEST_ID, id.clone());
-    }
-    if let Some(origin) = &arrival.origin {
-        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
-        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("*"));
-        if origin != "*" {
-            headers.append(header::VARY, HeaderValue::from_static("origin"));
-        }
-    }
-    for (name, value) in arrival.rates.headers() {
-        headers.insert(name, value);
-    }
+    arrival.own.add_to(headers);
     if arrival.endpoint_headers
         && let Some(attempt) = &context.exchange.state().attempt
     {
@@ -302,9 +286,8 @@ async fn write(session: &mut Session, header: Box<ResponseHeader>, body: Bytes, 
 
 /// Adds an error event to a stream that broke. Without `[DONE]`, and with the connection closed after it,
 /// no client takes it for a whole one. Readers of Anthropic's messages go by the event's name.
-pub(super) async fn send_error_event(session: &mut Session, fault: &Fault, call: Option<Call>, between_events: bool) {
+pub(super) async fn send_error_event(session: &mut Session, error: &str, call: Option<Call>, between_events: bool) {
     let ends_event = if between_events { "" } else { "\n\n" };
-    let error = fault.json();
     let event = match (call, error.strip_prefix('{')) {
         (Some(Call::Messages), Some(members)) => format!("event: error\ndata: {{\"type\":\"error\",{members}"),
         _ => format!("data: {error}"),

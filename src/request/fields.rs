@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
@@ -29,7 +30,7 @@ pub struct UsageEdit {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Fields {
     /// The model asked for.
-    pub model: Option<Field<String>>,
+    pub model: Option<Field<Arc<str>>>,
     /// True if the answer is to be streamed.
     pub stream: bool,
     /// Edit that asks for the usage; `None` if the client asks itself, or if it cannot be done.
@@ -116,10 +117,12 @@ impl Found {
         // Some clients send null, or nothing, for no model.
         let named = self.model.filter(|range| !matches!(text(range), b"null" | b"\"\""));
         let model = named.map(|range| {
-            let value = serde_json::from_slice(text(&range)).map_err(|_| Fault::RequestInvalid {
-                problem: format!("`model` must be a string, at {} of the request body.", position(body, range.start)),
-            })?;
-            Ok(Field { value, range })
+            let Ok(Key(value)) = serde_json::from_slice(text(&range)) else {
+                let at = position(body, range.start);
+                let problem = format!("`model` must be a string, at {at} of the request body.");
+                return Err(Fault::RequestInvalid { problem });
+            };
+            Ok(Field { value: value.into(), range })
         });
         let stream = self.stream.filter(|range| text(range) == b"true");
         let usage_edit = stream.as_ref().filter(|_| !self.stream_again).and_then(|stream| {
@@ -199,9 +202,9 @@ impl<'de> Visitor<'de> for FieldsVisitor<'_> {
 }
 
 /// The `model` of a query string.
-pub fn query_model(query: &str) -> Option<String> {
+pub fn query_model(query: &str) -> Option<Arc<str>> {
     let value = query.split('&').find_map(|pair| pair.strip_prefix("model="))?;
-    (!value.is_empty()).then(|| percent_decode_str(value).decode_utf8_lossy().into_owned())
+    (!value.is_empty()).then(|| percent_decode_str(value).decode_utf8_lossy().into())
 }
 
 #[cfg(test)]
@@ -221,7 +224,7 @@ mod tests {
         let body = br#"{"messages":[{"model":"inner"}], "model" : "gpt-4" ,"stream":true}"#;
         let fields = scan(body).unwrap();
         let model = fields.model.unwrap();
-        assert_eq!(model.value, "gpt-4");
+        assert_eq!(&*model.value, "gpt-4");
         assert_eq!(&body[model.range], b"\"gpt-4\"");
         assert!(fields.stream);
     }
@@ -273,7 +276,7 @@ mod tests {
     fn escapes_in_key_and_value_are_understood() {
         let body = br#"{"mod\u0065l":"gpt\u002d4"}"#;
         let model = scan(body).unwrap().model.unwrap();
-        assert_eq!(model.value, "gpt-4");
+        assert_eq!(&*model.value, "gpt-4");
         assert_eq!(&body[model.range], br#""gpt\u002d4""#);
     }
 
@@ -296,7 +299,7 @@ mod tests {
     #[test]
     fn deep_nesting_neither_overflows_nor_fails() {
         let body = format!(r#"{{"x":{}{},"model":"m"}}"#, "[".repeat(100_000), "]".repeat(100_000));
-        assert_eq!(scan(body.as_bytes()).unwrap().model.unwrap().value, "m");
+        assert_eq!(&*scan(body.as_bytes()).unwrap().model.unwrap().value, "m");
     }
 
     #[test]

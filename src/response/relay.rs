@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 use crate::json::part;
 use crate::json::scan;
 use crate::request::call::Call;
+use crate::response::answer;
 use crate::response::event_template::EventTemplate;
 use crate::response::redact::{Redactor, Secrets};
 use crate::response::sse::{self, Splitter, Step};
@@ -33,6 +34,8 @@ pub struct Relay {
     template: Option<EventTemplate>,
     /// Number of events since one was like the last.
     unlike: u8,
+    /// First event that may be an error.
+    error: Option<Bytes>,
 }
 
 /// Number of different events in a row after which a stream is read event by event.
@@ -51,7 +54,16 @@ impl Relay {
     /// Returns a relay for a stream of an endpoint that has these secrets; `strips` if the gateway asked for a usage
     /// that the client must not see.
     pub fn new(strips: bool, secrets: Secrets) -> Self {
-        Self { splitter: Splitter::default(), strips, secrets, dropped: false, long: None, template: None, unlike: 0 }
+        Self {
+            splitter: Splitter::default(),
+            strips,
+            secrets,
+            dropped: false,
+            long: None,
+            template: None,
+            unlike: 0,
+            error: None,
+        }
     }
 
     /// Takes the next piece: measures it, and adds to `out` the part to pass on. Nothing is copied but events that are cut across
@@ -105,6 +117,9 @@ impl Relay {
             };
         }
         self.add(out, piece, from, at);
+        if let Some(comments) = self.splitter.take_comments() {
+            self.add(out, &comments, 0, comments.len());
+        }
         // A client that reads lines waits for no more than this one, and an endpoint may hold the rest back.
         if is_done_line(self.splitter.kept()) {
             self.end(meter, out);
@@ -118,6 +133,11 @@ impl Relay {
         }
         let rest = self.splitter.take_rest();
         self.block(&rest, meter, out);
+    }
+
+    /// Takes the first event that may be an error.
+    pub fn take_error(&mut self) -> Option<Bytes> {
+        self.error.take()
     }
 
     /// True if the client has been sent a part of an incomplete event.
@@ -154,6 +174,9 @@ impl Relay {
             let says_text_only = meter.event(&data);
             if self.strips && mentions_usage(&data) {
                 fate = without_usage(block, &data);
+            }
+            if answer::mentions_error(&data) && self.error.is_none() {
+                self.error = Some(Bytes::copy_from_slice(&data));
             }
             if says_text_only && self.unlike < UNLIKE_MAX {
                 self.unlike += 1;
@@ -348,6 +371,27 @@ mod tests {
         assert_eq!(out, ["data: a\n\n"]);
         relay.end(&mut meter, &mut out);
         assert_eq!(out, ["data: a\n\n", "data: b\n"]);
+    }
+
+    #[test]
+    fn a_comment_waits_for_no_event() {
+        let (mut relay, mut meter) = (Relay::new(false, Secrets::default()), Meter::new(Call::Completion, false));
+        let mut out = Vec::new();
+        for (piece, sent) in [
+            (": PROC", ""),
+            ("ESSING\n", ": PROCESSING\n"),
+            (": again\r\n", ": again\r\n"),
+            ("data: a\n", ""),
+            (": within\n", ""),
+            ("\n", "data: a\n: within\n\n"),
+            (": ping\n\n", ": ping\n\n"),
+            ("data: b\n\n: c\n", "data: b\n\n: c\n"),
+            ("\n", "\n"),
+        ] {
+            relay.piece(&Bytes::from_static(piece.as_bytes()), &mut meter, &mut out);
+            assert_eq!(out.concat(), sent.as_bytes(), "{piece}");
+            out.clear();
+        }
     }
 
     #[test]

@@ -89,6 +89,22 @@ impl Splitter {
         &self.kept
     }
 
+    /// Returns the kept bytes of the block under way, without comments that no line but comments has come after.
+    pub fn kept_event(&self) -> &[u8] {
+        if self.keeps_comments_only() { &[] } else { &self.kept }
+    }
+
+    /// Takes whole comment lines that stand alone so far: a comment is part of no event, so nobody has to wait for the rest.
+    pub fn take_comments(&mut self) -> Option<Bytes> {
+        self.keeps_comments_only().then(|| self.kept.split().freeze())
+    }
+
+    fn keeps_comments_only(&self) -> bool {
+        self.kept.first() == Some(&b':')
+            && !self.in_line
+            && lines(&self.kept).all(|line| line.is_empty() || line.starts_with(b":"))
+    }
+
     /// Takes the kept bytes of a block that never ended.
     pub fn take_rest(&mut self) -> Bytes {
         self.kept.split().freeze()

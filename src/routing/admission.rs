@@ -4,7 +4,7 @@
 //! 1. The strategy's choice ([`balance::pick`]) draws a permit, or takes one that was drawn ahead. That is all, nearly always.
 //! 2. If it has none, every endpoint that is open is drawn from in one step of the ledger: a request is refused only if all of
 //!    them were full at one moment.
-//! 3. Then those that are cooling down are tried out, one request at a time.
+//! 3. Then those that are cooling down are tried out, one request at a time; if nobody else is left, by as many as come.
 //! 4. Then the request waits in the queue, if the config allows it, or is refused with the moment to come back.
 
 use std::sync::Arc;
@@ -13,11 +13,10 @@ use std::time::Duration;
 use crate::config::Queue;
 use crate::fault::{Fault, HeldBy};
 use crate::ledger::{Drawn, Otherwise, Permit, QueuePlace, Refusal};
-use crate::limit::{Clock, Stamp};
-use crate::routing::balance::{self, Pick};
+use crate::limit::{Clock, Held, LimitReason, Stamp};
+use crate::routing::balance::{self, Options, Pick};
 use crate::routing::health::Gate;
-use crate::routing::pool::{Pool, Trial};
-use crate::routing::router::Candidates;
+use crate::routing::pool::Trial;
 
 /// Most times that a request waits again because the endpoint it waited for began to cool down.
 const GRANTS_MAX: usize = 16;
@@ -42,12 +41,8 @@ pub struct Choice {
 /// A request that needs one of its candidates.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
-    /// The config it runs under.
-    pub pool: &'a Pool,
-    /// Candidates.
-    pub candidates: &'a Candidates,
-    /// Endpoints it has been to, by their place in the pool.
-    pub tried: &'a [usize],
+    /// The choices it has.
+    pub options: Options<'a>,
     /// Queue, if the request may wait.
     pub queue: Option<Queue>,
 }
@@ -58,7 +53,7 @@ pub struct Undecided(Option<(Pick, Clock)>);
 
 /// Gives a request an endpoint and a permit of it.
 pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
-    match at_once(request) {
+    match at_once(&request) {
         Ok(choice) => Ok(choice),
         // Boxed, since it is rare and would make every request's future larger.
         Err(undecided) => Box::pin(decide(request, undecided)).await,
@@ -66,11 +61,12 @@ pub async fn admit(request: Request<'_>) -> Result<Choice, Fault> {
 }
 
 /// Chooses without waiting: the strategy's choice has no limits, or prefetched permits.
-pub fn at_once(request: Request<'_>) -> Result<Choice, Undecided> {
-    let Request { pool, candidates, tried, .. } = request;
+pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
+    let options = &request.options;
+    let pool = options.pool;
     let clock = pool.clock();
-    let pick = balance::pick(pool, candidates, tried, &clock);
-    let Some(endpoint) = pick.as_ref().and_then(|pick| balance::endpoint_of(pool, candidates, pick.candidate)) else {
+    let pick = balance::pick(options, &clock);
+    let Some(endpoint) = pick.as_ref().and_then(|pick| options.endpoint(pick.candidate)) else {
         return Err(Undecided(None));
     };
     let permit = if endpoint.limits.any() {
@@ -86,9 +82,9 @@ pub fn at_once(request: Request<'_>) -> Result<Choice, Undecided> {
 
 /// Gives an endpoint and a permit to a request that [`at_once`] had none for.
 pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice, Fault> {
-    let Request { pool, candidates, .. } = request;
+    let Options { pool, .. } = request.options;
     let Some((Pick { candidate, trial }, clock)) = undecided.0 else { return spill(request).await };
-    let endpoint = balance::endpoint_of(pool, candidates, candidate).ok_or(Fault::Internal)?;
+    let endpoint = request.options.endpoint(candidate).ok_or(Fault::Internal)?;
     let wanted = vec![endpoint.wanted(Stamp::default())];
     match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
         Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
@@ -101,20 +97,22 @@ pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice
 
 /// Spills: the first choice has no permit, so the others are asked.
 async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
-    let pool = request.pool;
+    let pool = request.options.pool;
     let turn = Turn { ticket: pool.ledger.ticket(), place: None, until: Stamp::default() };
     let clock = pool.clock();
-    let resorts = balance::last_resorts(pool, request.candidates, request.tried, &clock);
-    if resorts.is_empty() {
+    let resorts = balance::last_resorts(&request.options, &clock);
+    let floor = balance::floor(&request.options, &clock);
+    if resorts.is_empty() && floor.is_empty() {
         return wait_or_refuse(request, turn).await;
     }
-    let open = balance::open(pool, request.candidates, request.tried, &clock);
+    let open = balance::open(&request.options, &clock);
     if let Ok(Drawn::Granted(at, permit)) = draw(request, &open, turn.ticket, Otherwise::LookElsewhere).await {
         return choice(&open, at, permit, clock);
     }
     let mut limited = None;
-    for candidate in resorts.into_iter().take(RESORTS_MAX) {
-        match try_out(request, candidate, turn.ticket, clock).await {
+    let tries = resorts.into_iter().map(|candidate| (candidate, true)).take(RESORTS_MAX);
+    for (candidate, as_trial) in tries.chain(floor.into_iter().map(|candidate| (candidate, false)).take(RESORTS_MAX)) {
+        match try_out(request, candidate, as_trial, turn.ticket, clock).await {
             Some(Ok(choice)) => return Ok(choice),
             Some(Err(fault)) => limited = Some(fault),
             None => {}
@@ -136,7 +134,7 @@ struct Turn {
 
 /// Every endpoint that is open is drawn from in one step; if none has a permit, the request waits, or is refused.
 async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, Fault> {
-    let pool = request.pool;
+    let pool = request.options.pool;
     if let Some(queue) = request.queue {
         turn.place = pool.ledger.enter_queue(queue.requests_max);
         turn.until = pool.clock().boot + queue.wait_max;
@@ -145,21 +143,20 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
     loop {
         let clock = pool.clock();
         let waits = turn.place.is_some() && clock.boot < turn.until;
-        let open = balance::open(pool, request.candidates, request.tried, &clock);
+        let open = balance::open(&request.options, &clock);
         let otherwise =
             if waits { Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE)) } else { Otherwise::Refuse };
         match draw(request, &open, turn.ticket, otherwise).await? {
             Drawn::Granted(at, permit) => {
                 let choice = choice(&open, at, permit, clock)?;
                 // It may have failed others while this one waited for it; then the permit is given back.
-                let endpoint = balance::endpoint_of(pool, request.candidates, choice.candidate);
                 grants += 1;
-                if endpoint.is_some_and(|endpoint| endpoint.live.gate(pool.clock().now) == Gate::Open) {
+                if request.options.gate(choice.candidate, pool.clock().now) == Some(Gate::Open) {
                     return Ok(choice);
                 }
             }
             Drawn::Refused(_) if waits => {}
-            Drawn::Refused(refusal) => return Err(limits_reached(request, &open, refusal)),
+            Drawn::Refused(refusal) => return Err(limits_reached(request, &open, &refusal)),
             Drawn::Unavailable => return Err(Fault::LedgerUnavailable),
         }
         if grants > GRANTS_MAX {
@@ -175,14 +172,12 @@ async fn draw(
     ticket: u64,
     otherwise: Otherwise,
 ) -> Result<Drawn, Fault> {
-    let endpoint = |(candidate, from): &(usize, Stamp)| {
-        Some(balance::endpoint_of(request.pool, request.candidates, *candidate)?.wanted(*from))
-    };
+    let endpoint = |(candidate, from): &(usize, Stamp)| Some(request.options.endpoint(*candidate)?.wanted(*from));
     let wanted: Vec<_> = open.iter().filter_map(endpoint).collect();
     if wanted.is_empty() {
         return Err(Fault::NoneAvailable);
     }
-    Ok(request.pool.ledger.draw(ticket, wanted, otherwise).await)
+    Ok(request.options.pool.ledger.draw(ticket, wanted, otherwise).await)
 }
 
 fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit, clock: Clock) -> Result<Choice, Fault> {
@@ -190,27 +185,48 @@ fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit, clock: Clock) -> R
     Ok(Choice { candidate, trial: None, permit, at: clock })
 }
 
-/// Tries an endpoint out that is cooling down, if no other request does. A fault is its limit.
-async fn try_out(request: Request<'_>, candidate: usize, ticket: u64, clock: Clock) -> Option<Result<Choice, Fault>> {
-    let endpoint = balance::endpoint_of(request.pool, request.candidates, candidate)?;
-    let trial = Some(endpoint.live.begin_trial()?);
+/// Tries an endpoint out that is cooling down or rests by our guess: as the one trial, if no other request is that, or as one
+/// that has nobody else left. A fault is its limit.
+async fn try_out(
+    request: Request<'_>,
+    candidate: usize,
+    as_trial: bool,
+    ticket: u64,
+    clock: Clock,
+) -> Option<Result<Choice, Fault>> {
+    let endpoint = request.options.endpoint(candidate)?;
+    let trial = if as_trial { Some(request.options.begin_trial(candidate)?) } else { None };
     if !endpoint.limits.any() {
-        return Some(Ok(Choice { candidate, trial, permit: request.pool.unlimited(endpoint), at: clock }));
+        let permit = request.options.pool.unlimited(endpoint);
+        return Some(Ok(Choice { candidate, trial, permit, at: clock }));
     }
     let open = [(candidate, Stamp::default())];
     match draw(request, &open, ticket, Otherwise::LookElsewhere).await.ok()? {
         Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit, at: clock })),
-        Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, refusal))),
+        Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, &refusal))),
         Drawn::Unavailable => Some(Err(Fault::LedgerUnavailable)),
     }
 }
 
-fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: Refusal) -> Fault {
-    let shows_ids = request.pool.server.endpoint_headers;
-    let held_by = |(at, reason)| {
-        let (candidate, _) = open.get(at)?;
-        let endpoint = balance::endpoint_of(request.pool, request.candidates, *candidate)?;
-        Some(HeldBy { endpoint: shows_ids.then(|| Arc::clone(&endpoint.config.id)), reason })
+/// Names everybody who could have taken the request, why it does not, and for how long.
+fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: &Refusal) -> Fault {
+    let options = request.options;
+    let clock = options.pool.clock();
+    let shows_ids = options.pool.server.endpoint_headers;
+    let id = |candidate: usize| Some(Arc::clone(&options.endpoint(candidate)?.config.id)).filter(|_| shows_ids);
+    let held = |(at, held): &(usize, Held)| {
+        let (candidate, _) = *open.get(*at)?;
+        Some(HeldBy { endpoint: id(candidate), reason: held.by, wait: clock.boot.until(held.until) })
     };
-    Fault::LimitsReached { wait: refusal.wait, held: refusal.held.into_iter().filter_map(held_by).collect() }
+    let mut all: Vec<HeldBy> = refusal.held.iter().filter_map(held).collect();
+    for (candidate, _) in options.candidates.list().iter().enumerate() {
+        let reason = LimitReason::CoolingDown;
+        let wait = match options.gate(candidate, clock.now) {
+            Some(Gate::Cooling { until }) => until.saturating_duration_since(clock.now),
+            Some(Gate::OnTrial | Gate::TrialDue) => Duration::ZERO,
+            _ => continue,
+        };
+        all.push(HeldBy { endpoint: id(candidate), reason, wait });
+    }
+    Fault::LimitsReached { wait: refusal.wait, held: all }
 }

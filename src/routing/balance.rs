@@ -8,7 +8,54 @@ use crate::config::Strategy;
 use crate::limit::{Clock, Stamp};
 use crate::routing::health::Gate;
 use crate::routing::pool::{Endpoint, Pool, Trial};
-use crate::routing::router::{Candidate, Candidates};
+use crate::routing::router::{Candidate, Candidates, ModelName};
+
+/// A request among its candidates.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// The config it runs under.
+    pub pool: &'a Pool,
+    /// Candidates.
+    pub candidates: &'a Candidates,
+    /// The model it asks for.
+    pub model: Option<&'a str>,
+    /// Endpoints it has been to, by their place in the pool.
+    pub tried: &'a [usize],
+}
+
+impl<'a> Options<'a> {
+    /// The endpoint of a candidate.
+    pub fn endpoint(&self, index: usize) -> Option<&'a Endpoint> {
+        self.pool.endpoints.get(self.candidates.list().get(index)?.endpoint).map(AsRef::as_ref)
+    }
+
+    /// The model that a candidate is asked for.
+    pub fn model_of(&self, index: usize) -> Option<ModelName<'a>> {
+        Some(self.candidates.model_of(self.candidates.list().get(index)?, self.model))
+    }
+
+    /// Whether health lets the request through to a candidate.
+    pub fn gate(&self, index: usize, now: Instant) -> Option<Gate> {
+        Some(self.endpoint(index)?.live.gate(self.model_of(index)?, now))
+    }
+
+    /// Begins to try out a candidate that is cooling down; none if another request does.
+    pub fn begin_trial(&self, index: usize) -> Option<Trial> {
+        self.endpoint(index)?.live.begin_trial(self.model_of(index)?)
+    }
+
+    fn untried(&self, candidate: &'a Candidate) -> Option<(&'a Endpoint, ModelName<'a>)> {
+        if self.tried.contains(&candidate.endpoint) {
+            return None;
+        }
+        let endpoint = self.pool.endpoints.get(candidate.endpoint)?;
+        Some((endpoint, self.candidates.model_of(candidate, self.model)))
+    }
+
+    fn seems_full(&self, endpoint: &Endpoint, clock: &Clock) -> bool {
+        endpoint.seems_full(clock.boot) || endpoint.limits.in_ledger() && self.pool.ledger.is_down()
+    }
+}
 
 /// The candidate that was chosen.
 #[derive(Debug)]
@@ -27,39 +74,41 @@ struct Eligible {
 }
 
 /// Picks one of the candidates that were not tried yet and do not seem to be at a limit.
-pub fn pick(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Option<Pick> {
-    if let Some(candidate) = at_once(pool, candidates, tried, clock) {
+pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
+    if let Some(candidate) = at_once(options, clock) {
         return Some(Pick { candidate, trial: None });
     }
-    let mut eligible = Vec::with_capacity(candidates.list().len());
+    let mut eligible = Vec::with_capacity(options.candidates.list().len());
     let mut tier = 0;
-    for (index, candidate) in candidates.list().iter().enumerate() {
+    for (index, candidate) in options.candidates.list().iter().enumerate() {
         if candidate.tier != tier {
-            if let Some(pick) = choose(pool, candidates, &mut eligible, clock) {
+            if let Some(pick) = choose(options, &mut eligible, clock) {
                 return Some(pick);
             }
             tier = candidate.tier;
         }
-        let Some(endpoint) = untried(pool, candidate, tried) else { continue };
-        if seems_full(pool, endpoint, clock) {
+        let Some((endpoint, model)) = options.untried(candidate) else { continue };
+        if options.seems_full(endpoint, clock) {
             continue;
         }
-        match endpoint.live.gate(clock.now) {
+        match endpoint.live.gate(model, clock.now) {
             Gate::Open => eligible.push(Eligible { index, trial: false }),
             Gate::TrialDue => eligible.push(Eligible { index, trial: true }),
             Gate::Cooling { .. } | Gate::OnTrial | Gate::Resting { .. } => {}
         }
     }
-    choose(pool, candidates, &mut eligible, clock)
+    choose(options, &mut eligible, clock)
 }
 
 /// The choice of a strategy that draws, if all that it draws could take the request: then it is the same as if every candidate had
 /// been looked at, and costs as much for a thousand of them as for one.
-fn at_once(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Option<usize> {
+fn at_once(options: &Options<'_>, clock: &Clock) -> Option<usize> {
+    let Options { pool, candidates, .. } = *options;
     let draw = || {
         let drawn = candidates.draw()?;
-        let endpoint = untried(pool, candidates.list().get(drawn)?, tried)?;
-        (!seems_full(pool, endpoint, clock) && endpoint.live.gate(clock.now) == Gate::Open).then_some(drawn)
+        let (endpoint, model) = options.untried(candidates.list().get(drawn)?)?;
+        let is_open = !options.seems_full(endpoint, clock) && endpoint.live.gate(model, clock.now) == Gate::Open;
+        is_open.then_some(drawn)
     };
     let better = |score: &dyn Fn(usize) -> f64| {
         let (first, second) = (draw()?, draw()?);
@@ -72,26 +121,26 @@ fn at_once(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock)
     match pool.server.strategy {
         Strategy::Random => draw(),
         Strategy::RoundRobin => None,
-        Strategy::LeastBusy => better(&|index| busyness(pool, candidates, index)),
-        Strategy::Fastest => better(&|index| slowness(pool, candidates, index, clock.now)),
+        Strategy::LeastBusy => better(&|index| busyness(options, index)),
+        Strategy::Fastest => better(&|index| slowness(options, index, clock.now)),
     }
 }
 
 /// Every candidate that was not tried yet and could take the request if its limits allow it, each with the moment from which
 /// it may be asked: the first tier first, each tier from a random place on, so that what spills over is spread.
-pub fn open(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Vec<(usize, Stamp)> {
-    let mut open = Vec::with_capacity(candidates.list().len());
+pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Stamp)> {
+    let mut open = Vec::with_capacity(options.candidates.list().len());
     let mut tier_begins = 0;
     let mut tier = 0;
-    for (index, candidate) in candidates.list().iter().enumerate() {
+    for (index, candidate) in options.candidates.list().iter().enumerate() {
         if candidate.tier != tier {
             rotate(&mut open, tier_begins);
             (tier, tier_begins) = (candidate.tier, open.len());
         }
-        let Some(endpoint) = untried(pool, candidate, tried) else { continue };
-        match endpoint.live.gate(clock.now) {
+        let Some((endpoint, model)) = options.untried(candidate) else { continue };
+        match endpoint.live.gate(model, clock.now) {
             Gate::Open => open.push((index, Stamp::default())),
-            Gate::Resting { until } => open.push((index, clock.boot + until.saturating_duration_since(clock.now))),
+            Gate::Resting { until, .. } => open.push((index, clock.boot + until.saturating_duration_since(clock.now))),
             Gate::TrialDue | Gate::OnTrial | Gate::Cooling { .. } => {}
         }
     }
@@ -107,48 +156,55 @@ fn rotate<T>(list: &mut [T], begins: usize) {
     }
 }
 
-/// Endpoints that may be tried when nothing is open, one request at a time, the one first whose cool-down ends first.
-pub fn last_resorts(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> Vec<usize> {
+/// Candidates that may be tried when nothing is open, one request at a time: those that cool down, and those whose rest is our own
+/// guess. The one first whose time ends first.
+pub fn last_resorts(options: &Options<'_>, clock: &Clock) -> Vec<usize> {
     let mut resorts = Vec::new();
-    for (index, candidate) in candidates.list().iter().enumerate() {
-        let Some(endpoint) = untried(pool, candidate, tried) else { continue };
-        match endpoint.live.gate(clock.now) {
+    for (index, candidate) in options.candidates.list().iter().enumerate() {
+        let Some((endpoint, model)) = options.untried(candidate) else { continue };
+        match endpoint.live.gate(model, clock.now) {
             Gate::TrialDue => resorts.push((clock.now, index)),
-            Gate::Cooling { until } => resorts.push((until, index)),
-            Gate::Open | Gate::OnTrial | Gate::Resting { .. } => {}
+            Gate::Cooling { until } | Gate::Resting { until, may_try: true } => resorts.push((until, index)),
+            Gate::Open | Gate::OnTrial | Gate::Resting { may_try: false, .. } => {}
         }
     }
     resorts.sort_unstable();
     resorts.into_iter().map(|(_, index)| index).collect()
 }
 
-/// True if an untried candidate could take the request, as far as is known.
-pub fn any_left(pool: &Pool, candidates: &Candidates, tried: &[usize], clock: &Clock) -> bool {
-    candidates.list().iter().filter_map(|candidate| untried(pool, candidate, tried)).any(|endpoint| {
-        !seems_full(pool, endpoint, clock)
-            && matches!(endpoint.live.gate(clock.now), Gate::Open | Gate::TrialDue | Gate::Cooling { .. })
-    })
-}
-
-fn seems_full(pool: &Pool, endpoint: &Endpoint, clock: &Clock) -> bool {
-    endpoint.seems_full(clock.boot) || endpoint.limits.in_ledger() && pool.ledger.is_down()
-}
-
-fn untried<'a>(pool: &'a Pool, candidate: &Candidate, tried: &[usize]) -> Option<&'a Endpoint> {
-    if tried.contains(&candidate.endpoint) {
-        return None;
+/// The floor: candidates that are asked although they cool down and somebody tries them out, since nobody else is left. The one
+/// that failed longest ago goes first, unless it has more to do for this gateway than the next. Empty if any candidate is open.
+pub fn floor(options: &Options<'_>, clock: &Clock) -> Vec<usize> {
+    let mut floor = Vec::new();
+    for (index, candidate) in options.candidates.list().iter().enumerate() {
+        let Some((endpoint, model)) = options.untried(candidate) else { continue };
+        match endpoint.live.gate(model, clock.now) {
+            Gate::Open => return Vec::new(),
+            Gate::TrialDue | Gate::Cooling { .. } | Gate::OnTrial => {
+                floor.push((endpoint.live.in_flight(), endpoint.live.failed_at(model), index));
+            }
+            Gate::Resting { .. } => {}
+        }
     }
-    pool.endpoints.get(candidate.endpoint).map(AsRef::as_ref)
+    floor.sort_unstable();
+    floor.into_iter().map(|(.., index)| index).collect()
+}
+
+/// True if an untried candidate could take the request, as far as is known.
+pub fn any_left(options: &Options<'_>, clock: &Clock) -> bool {
+    options.candidates.list().iter().filter_map(|candidate| options.untried(candidate)).any(|(endpoint, model)| {
+        let gate = || endpoint.live.gate(model, clock.now);
+        !options.seems_full(endpoint, clock) && !matches!(gate(), Gate::Resting { may_try: false, .. })
+    })
 }
 
 /// Chooses one of the eligible candidates of a tier, which are used up. If another request took its trial meanwhile,
 /// the choice is made among the rest.
-fn choose(pool: &Pool, candidates: &Candidates, eligible: &mut Vec<Eligible>, clock: &Clock) -> Option<Pick> {
+fn choose(options: &Options<'_>, eligible: &mut Vec<Eligible>, clock: &Clock) -> Option<Pick> {
     while !eligible.is_empty() {
-        let at = if eligible.len() == 1 { 0 } else { by_strategy(pool, candidates, eligible, clock.now) };
+        let at = if eligible.len() == 1 { 0 } else { by_strategy(options, eligible, clock.now) };
         let Eligible { index: candidate, trial } = eligible.swap_remove(at);
-        let begun =
-            if trial { endpoint_of(pool, candidates, candidate).and_then(|e| e.live.begin_trial()) } else { None };
+        let begun = if trial { options.begin_trial(candidate) } else { None };
         if begun.is_some() == trial {
             eligible.clear();
             return Some(Pick { candidate, trial: begun });
@@ -157,18 +213,14 @@ fn choose(pool: &Pool, candidates: &Candidates, eligible: &mut Vec<Eligible>, cl
     None
 }
 
-/// The endpoint of a candidate.
-pub fn endpoint_of<'a>(pool: &'a Pool, candidates: &Candidates, index: usize) -> Option<&'a Endpoint> {
-    pool.endpoints.get(candidates.list().get(index)?.endpoint).map(AsRef::as_ref)
-}
-
 /// The place, among the eligible ones, of the one that the strategy takes.
-fn by_strategy(pool: &Pool, candidates: &Candidates, eligible: &[Eligible], now: Instant) -> usize {
-    match pool.server.strategy {
+fn by_strategy(options: &Options<'_>, eligible: &[Eligible], now: Instant) -> usize {
+    let candidates = options.candidates;
+    match options.pool.server.strategy {
         Strategy::Random => by_weight(candidates, eligible),
         Strategy::RoundRobin => by_turn(candidates, eligible),
-        Strategy::LeastBusy => better_of_two(candidates, eligible, |index| busyness(pool, candidates, index)),
-        Strategy::Fastest => better_of_two(candidates, eligible, |index| slowness(pool, candidates, index, now)),
+        Strategy::LeastBusy => better_of_two(candidates, eligible, |index| busyness(options, index)),
+        Strategy::Fastest => better_of_two(candidates, eligible, |index| slowness(options, index, now)),
     }
 }
 
@@ -223,14 +275,14 @@ fn better_of_two(candidates: &Candidates, eligible: &[Eligible], score: impl Fn(
     if score_at(second) < score_at(first) { second } else { first }
 }
 
-fn busyness(pool: &Pool, candidates: &Candidates, index: usize) -> f64 {
-    let in_flight = endpoint_of(pool, candidates, index).map_or(0, |endpoint| endpoint.live.in_flight());
-    f64::from(in_flight) / f64::from(weight(candidates, index).max(1))
+fn busyness(options: &Options<'_>, index: usize) -> f64 {
+    let in_flight = options.endpoint(index).map_or(0, |endpoint| endpoint.live.in_flight());
+    f64::from(in_flight) / f64::from(weight(options.candidates, index).max(1))
 }
 
 /// The time to the first byte. One that has never answered is tried before any other, but by one request at a time.
-fn slowness(pool: &Pool, candidates: &Candidates, index: usize, now: Instant) -> f64 {
-    let Some(endpoint) = endpoint_of(pool, candidates, index) else { return f64::MAX };
+fn slowness(options: &Options<'_>, index: usize, now: Instant) -> f64 {
+    let Some(endpoint) = options.endpoint(index) else { return f64::MAX };
     match endpoint.live.first_byte(now) {
         Some(time) => time.as_secs_f64(),
         None if endpoint.live.in_flight() == 0 => -1.0,
@@ -245,7 +297,7 @@ mod tests {
 
     use crate::config::test_support::config;
     use crate::ledger::Client;
-    use crate::routing::health::Effect;
+    use crate::routing::health::{Effect, Scope, Seen};
 
     fn pool(strategy: Strategy, apis: &str) -> Pool {
         let mut config = config(apis);
@@ -253,20 +305,32 @@ mod tests {
         Pool::new(config, Client::new(Clock::read), None).unwrap()
     }
 
+    fn options<'a>(pool: &'a Pool, tried: &'a [usize]) -> Options<'a> {
+        Options { pool, candidates: pool.router.find("m").unwrap(), model: Some("m"), tried }
+    }
+
     fn picks(pool: &Pool, times: usize) -> Vec<usize> {
-        let candidates = pool.router.find("m").unwrap();
+        let options = options(pool, &[]);
         let mut counts = vec![0; pool.endpoints.len()];
         for _ in 0..times {
-            let pick = pick(pool, candidates, &[], &pool.clock()).expect("one is open");
-            counts[candidates.list()[pick.candidate].endpoint] += 1;
+            let pick = pick(&options, &pool.clock()).expect("one is open");
+            counts[options.candidates.list()[pick.candidate].endpoint] += 1;
         }
         counts
     }
 
     fn learn(pool: &Pool, index: usize, effect: Effect, times: usize) {
         for _ in 0..times {
-            pool.endpoints[index].live.learn(effect, false, Instant::now, &pool.server.breaker);
+            let seen = Seen { effect, began: Instant::now(), trial: None };
+            let model = ModelName { name: "m", in_config: true };
+            pool.endpoints[index].live.learn(model, &seen, 0, Instant::now, &pool.server.breaker);
         }
+    }
+
+    const FAILURE: Effect = Effect::Failure(Scope::Model);
+
+    fn rest(guessed: bool) -> Effect {
+        Effect::Rest { scope: Scope::Model, wait: Duration::from_mins(1), guessed }
     }
 
     const TWO: &str = r#"[{"id":"a","models":["m"],"weight":3},{"id":"b","models":["m"]}]"#;
@@ -280,8 +344,7 @@ mod tests {
     #[test]
     fn round_robin_is_smooth_and_exact() {
         let pool = pool(Strategy::RoundRobin, TWO);
-        let candidates = pool.router.find("m").unwrap();
-        let next = || pick(&pool, candidates, &[], &pool.clock()).expect("both are open").candidate;
+        let next = || pick(&options(&pool, &[]), &pool.clock()).expect("both are open").candidate;
         let order: Vec<usize> = (0..8).map(|_| next()).collect();
         assert_eq!(order, [0, 0, 1, 0, 0, 0, 1, 0]);
     }
@@ -309,33 +372,59 @@ mod tests {
     fn lower_tiers_are_for_when_nothing_above_can_take_it() {
         let pool = pool(Strategy::Random, r#"[{"id":"a","models":["m"]},{"id":"b","models":["m"],"priority":1}]"#);
         assert_eq!(picks(&pool, 20), [20, 0]);
-        learn(&pool, 0, Effect::Rest(Duration::from_mins(1)), 1);
+        learn(&pool, 0, rest(false), 1);
         assert_eq!(picks(&pool, 20), [0, 20]);
     }
 
     #[test]
     fn when_all_cool_down_the_first_due_is_the_first_resort() {
         let pool = pool(Strategy::Random, r#"[{"id":"a","models":["m"]},{"id":"b","models":["m"]}]"#);
-        let candidates = pool.router.find("m").unwrap();
-        learn(&pool, 1, Effect::Failure, 3);
+        let options = options(&pool, &[]);
+        learn(&pool, 1, FAILURE, 3);
         std::thread::sleep(Duration::from_millis(2));
-        learn(&pool, 0, Effect::Failure, 3);
-        assert!(any_left(&pool, candidates, &[], &pool.clock()));
-        assert!(pick(&pool, candidates, &[], &pool.clock()).is_none());
-        assert!(open(&pool, candidates, &[], &pool.clock()).is_empty());
-        assert_eq!(last_resorts(&pool, candidates, &[], &pool.clock()), [1, 0]);
-        let _trials: Vec<_> = pool.endpoints.iter().map(|endpoint| endpoint.live.begin_trial().unwrap()).collect();
-        assert!(last_resorts(&pool, candidates, &[], &pool.clock()).is_empty());
-        assert!(!any_left(&pool, candidates, &[], &pool.clock()));
+        learn(&pool, 0, FAILURE, 3);
+        assert!(any_left(&options, &pool.clock()));
+        assert!(pick(&options, &pool.clock()).is_none());
+        assert!(open(&options, &pool.clock()).is_empty());
+        assert_eq!(last_resorts(&options, &pool.clock()), [1, 0]);
+        let _trials: Vec<_> = (0..2).map(|index| options.begin_trial(index).unwrap()).collect();
+        assert!(last_resorts(&options, &pool.clock()).is_empty());
+        // The last ones are never refused: the one first that failed longest ago, or that has less to do.
+        assert!(any_left(&options, &pool.clock()));
+        assert_eq!(floor(&options, &pool.clock()), [1, 0]);
+        let _busy = pool.endpoints[1].live.enter();
+        assert_eq!(floor(&options, &pool.clock()), [0, 1]);
+    }
+
+    #[test]
+    fn while_one_is_open_nothing_that_cools_down_is_the_floor() {
+        let pool = pool(Strategy::Random, TWO);
+        learn(&pool, 0, FAILURE, 3);
+        assert!(floor(&options(&pool, &[]), &pool.clock()).is_empty());
+        assert_eq!(floor(&options(&pool, &[1]), &pool.clock()), [0]);
+        learn(&pool, 1, rest(false), 1);
+        assert_eq!(floor(&options(&pool, &[]), &pool.clock()), [0], "one that rests by its own word is left alone");
+    }
+
+    #[test]
+    fn a_rest_that_is_a_guess_is_tried_by_one_request() {
+        let pool = pool(Strategy::Random, TWO);
+        learn(&pool, 0, rest(true), 1);
+        learn(&pool, 1, rest(false), 1);
+        let options = options(&pool, &[]);
+        assert_eq!(last_resorts(&options, &pool.clock()), [0]);
+        let _trial = options.begin_trial(0).unwrap();
+        assert!(last_resorts(&options, &pool.clock()).is_empty());
+        assert!(!any_left(&options, &pool.clock()));
+        assert_eq!(open(&options, &pool.clock()).len(), 2, "both may be waited for");
     }
 
     #[test]
     fn whoever_rests_may_be_waited_for() {
         let pool = pool(Strategy::Random, TWO);
-        learn(&pool, 0, Effect::Rest(Duration::from_mins(1)), 1);
-        let candidates = pool.router.find("m").unwrap();
+        learn(&pool, 0, rest(false), 1);
         let clock = pool.clock();
-        let mut open = open(&pool, candidates, &[], &clock);
+        let mut open = open(&options(&pool, &[]), &clock);
         open.sort_unstable();
         let [(0, rests), (1, is_open)] = open[..] else { panic!("{open:?}") };
         assert!((59_000..=60_001).contains(&(rests - clock.boot).as_millis()), "{rests:?}");
@@ -346,10 +435,9 @@ mod tests {
     fn what_spills_over_is_spread_within_its_tier() {
         let apis = r#"[{"id":"a","models":["m"]},{"id":"b","models":["m"]},{"id":"c","models":["m"],"priority":1}]"#;
         let pool = pool(Strategy::Random, apis);
-        let candidates = pool.router.find("m").unwrap();
         let mut firsts = [0, 0, 0];
         for _ in 0..100 {
-            let open = open(&pool, candidates, &[], &pool.clock());
+            let open = open(&options(&pool, &[]), &pool.clock());
             assert_eq!(open.len(), 3);
             assert_eq!(open[2].0, 2, "the second tier comes last");
             firsts[open[0].0] += 1;
@@ -360,9 +448,8 @@ mod tests {
     #[test]
     fn what_was_tried_is_not_picked_again() {
         let pool = pool(Strategy::Random, TWO);
-        let candidates = pool.router.find("m").unwrap();
-        assert!(pick(&pool, candidates, &[0, 1], &pool.clock()).is_none());
-        assert!(any_left(&pool, candidates, &[0], &pool.clock()));
-        assert!(!any_left(&pool, candidates, &[0, 1], &pool.clock()));
+        assert!(pick(&options(&pool, &[0, 1]), &pool.clock()).is_none());
+        assert!(any_left(&options(&pool, &[0]), &pool.clock()));
+        assert!(!any_left(&options(&pool, &[0, 1]), &pool.clock()));
     }
 }

@@ -1,4 +1,5 @@
-//! Health of an endpoint: errors in a row, cool-down, half-open trial, rest. Pure; the clock is passed in.
+//! Health of an endpoint and of each of its models: errors in a row, cool-down, half-open trial, rest. Pure; the clock is passed
+//! in.
 //!
 //! ```text
 //!            `failures` in a row                 cool-down over, one request at a time
@@ -8,29 +9,58 @@
 //!                                     └───────────── failure ◄──────────────┘
 //! ```
 //!
-//! A rest is something else: the endpoint asked for a pause (429) until a moment, which does not count as an error.
+//! Vendors limit and fail by model, so each model has a health of its own. Trouble of the key, the account or the connection
+//! belongs to the endpoint as a whole, and so does trouble that most of its models show at once.
+//!
+//! A rest is something else: the endpoint asked for a pause until a moment, which does not count as an error. Where it did not say
+//! how long, the length is a guess, and one request at a time may try in spite of it when nobody else is left. A longer rest is not
+//! shortened by a later one, and an answer that began before a rest or a cool-down ends neither.
 
-use std::time::{Duration, Instant, SystemTime};
-
-use http::HeaderMap;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use crate::config::Breaker;
 
-/// The rest of an endpoint that answers 429 and does not say for how long.
-pub(crate) const REST_DEFAULT: Duration = Duration::from_secs(5);
-/// Longest rest, whatever the endpoint asks for: longer than any daily quota takes to come back.
-const REST_MAX: Duration = Duration::from_hours(24);
+/// The rest of a model or an endpoint that is at its limit and does not say for how long.
+pub(crate) const REST_GUESS: Duration = Duration::from_secs(5);
+/// The rest of a model that the endpoint does not have: its owner may add it.
+pub(crate) const MISSING_REST: Duration = Duration::from_mins(10);
+/// Time for which an endpoint is left alone whose key was refused, doubled each time up to a limit.
+const KEY_REST: Duration = Duration::from_mins(10);
+const KEY_REST_MAX: Duration = Duration::from_hours(6);
+/// Models of one endpoint whose health is kept apart; all others share one.
+pub(crate) const MODELS_MAX: usize = 256;
+/// Requests that a model must have had before its trouble counts as the endpoint's.
+const USES_MIN: u32 = 2;
 
-/// Health of one endpoint, by the outcomes of its attempts.
-#[derive(Debug, Default)]
+/// Health of one endpoint, or of one of its models, by the outcomes of attempts.
+#[derive(Clone, Debug, Default)]
 pub struct Health {
     errors_in_row: u32,
-    cooling_until: Option<Instant>,
+    cooling: Option<Closed>,
+    resting: Option<Rest>,
     trial_under_way: bool,
-    resting_until: Option<Instant>,
+    /// Refusals of the key in a row.
+    refusals: u32,
+    failed_at: Option<Instant>,
+    /// Outcomes since there was any trouble at the endpoint.
+    uses: u32,
 }
 
-/// Returns whether health lets a request through now.
+/// A time without requests.
+#[derive(Clone, Copy, Debug)]
+struct Closed {
+    since: Instant,
+    until: Instant,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    closed: Closed,
+    guessed: bool,
+}
+
+/// Whether health lets a request through now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gate {
     /// Requests may go there.
@@ -42,16 +72,27 @@ pub enum Gate {
         /// The end of the cool-down.
         until: Instant,
     },
-    /// A trial is under way; nothing else may go there until it ends.
+    /// A trial is under way; nothing else may go there until it ends, unless nothing else is there.
     OnTrial,
     /// It asked for a pause.
     Resting {
         /// The end of the rest.
         until: Instant,
+        /// True if it did not say for how long, and no request tries it in spite of that.
+        may_try: bool,
     },
 }
 
-/// Effect of an attempt on the health of its endpoint.
+/// What an effect or a state belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// The endpoint as a whole.
+    Endpoint,
+    /// The model that was asked for.
+    Model,
+}
+
+/// Effect of an attempt on health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// It has begun to answer as it should.
@@ -59,56 +100,107 @@ pub enum Effect {
     /// It answered as it should, to the end.
     Success,
     /// It failed, in a way that its next request may fail as well.
-    Failure,
-    /// It asked for a pause of this length.
-    Rest(Duration),
+    Failure(Scope),
+    /// It asked for a pause.
+    Rest {
+        /// What rests.
+        scope: Scope,
+        /// How long.
+        wait: Duration,
+        /// True if the length is our guess.
+        guessed: bool,
+    },
+    /// It refused the key, or its account has no credit.
+    KeyRefused,
     /// No effect: the request was at fault, or the client disconnected.
     Neutral,
 }
 
+/// An attempt, as far as health is concerned with it.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    /// Its effect.
+    pub effect: Effect,
+    /// When it began.
+    pub began: Instant,
+    /// Set if it was a trial.
+    pub trial: Option<Scope>,
+}
+
 impl Health {
-    /// Answer of an endpoint's health to a request.
+    /// Returns whether it lets a request through.
     pub fn gate(&self, now: Instant) -> Gate {
-        if let Some(until) = self.resting_until.filter(|until| *until > now) {
-            return Gate::Resting { until };
+        if let Some(Rest { closed, guessed }) = self.resting.filter(|rest| rest.closed.until > now) {
+            return Gate::Resting { until: closed.until, may_try: guessed && !self.trial_under_way };
         }
-        match self.cooling_until {
+        match self.cooling {
             None => Gate::Open,
             Some(_) if self.trial_under_way => Gate::OnTrial,
-            Some(until) if until > now => Gate::Cooling { until },
+            Some(Closed { until, .. }) if until > now => Gate::Cooling { until },
             Some(_) => Gate::TrialDue,
         }
     }
 
-    /// Lets one request through to an endpoint that is cooling down. False if one is there already.
-    pub fn begin_trial(&mut self) -> bool {
-        let begun = self.cooling_until.is_some() && !self.trial_under_way;
-        self.trial_under_way |= begun;
-        begun
+    /// Lets one request through. False if one is there already.
+    fn begin_trial(&mut self) -> bool {
+        !std::mem::replace(&mut self.trial_under_way, true)
     }
 
-    /// Ends the trial, whatever it showed.
-    pub fn end_trial(&mut self) {
+    fn end_trial(&mut self) {
         self.trial_under_way = false;
     }
 
-    /// Takes in what an attempt showed. `trial` says whether it was the trial.
-    pub fn learn(&mut self, effect: Effect, trial: bool, now: Instant, breaker: &Breaker) {
-        match effect {
-            // Others may come again, but the errors stand until an answer has come to its end: an endpoint whose streams all
-            // break would never cool down otherwise.
-            Effect::Answers => self.cooling_until = None,
-            Effect::Success => *self = Self { trial_under_way: self.trial_under_way, ..Self::default() },
-            Effect::Rest(wait) => self.resting_until = now.checked_add(wait.min(REST_MAX)),
-            Effect::Neutral => {}
-            Effect::Failure => {
-                self.errors_in_row = self.errors_in_row.saturating_add(1);
-                // An attempt that began before the cool-down and fails in it does not make it longer.
-                let begins = self.cooling_until.is_none() || trial;
-                if self.errors_in_row >= breaker.failures && begins {
-                    self.cooling_until = now.checked_add(breaker.cool_down);
-                }
-            }
+    /// It answers. Others may come again, but the errors stand until an answer has come to its end: an endpoint whose streams
+    /// all break would never cool down otherwise.
+    fn answers(&mut self, began: Instant) {
+        self.cooling = self.cooling.filter(|closed| began < closed.since);
+    }
+
+    fn succeeded(&mut self, began: Instant) {
+        self.answers(began);
+        self.resting = self.resting.filter(|rest| began < rest.closed.since);
+        if self.cooling.is_none() {
+            self.errors_in_row = 0;
+            self.refusals = 0;
+        }
+    }
+
+    /// Returns true if it begins to cool down.
+    fn failed(&mut self, seen: &Seen, is_trial: bool, now: Instant, breaker: &Breaker) -> bool {
+        self.errors_in_row = self.errors_in_row.saturating_add(1);
+        self.failed_at = Some(now);
+        // An attempt that began before the cool-down, or that went there for want of another, does not make it longer.
+        let begins = (self.cooling.is_none() || is_trial) && self.errors_in_row >= breaker.failures;
+        if begins {
+            self.close(seen.began, now, breaker.cool_down);
+        }
+        begins
+    }
+
+    fn close(&mut self, began: Instant, now: Instant, how_long: Duration) {
+        // Answers that begin from now on show something new.
+        let since = if self.cooling.is_some() { began.max(now) } else { now };
+        self.cooling = now.checked_add(how_long).map(|until| Closed { since, until });
+    }
+
+    fn key_refused(&mut self, is_trial: bool, began: Instant, now: Instant) -> bool {
+        let begins = self.refusals == 0 || is_trial;
+        self.failed_at = Some(now);
+        if begins {
+            let doublings = self.refusals.min(16);
+            self.refusals = self.refusals.saturating_add(1);
+            self.errors_in_row = self.errors_in_row.saturating_add(1);
+            self.close(began, now, KEY_REST.saturating_mul(1 << doublings).min(KEY_REST_MAX));
+        }
+        begins
+    }
+
+    /// The longer rest stands.
+    fn rests(&mut self, wait: Duration, guessed: bool, now: Instant) {
+        let Some(until) = now.checked_add(wait).filter(|_| wait > Duration::ZERO) else { return };
+        let stands = self.resting.is_some_and(|rest| rest.closed.until >= until);
+        if !stands {
+            self.resting = Some(Rest { closed: Closed { since: now, until }, guessed });
         }
     }
 
@@ -117,40 +209,183 @@ impl Health {
         self.errors_in_row
     }
 
-    /// True while nothing at all is held against the endpoint, so that a look at it may be skipped.
-    pub fn is_spotless(&self) -> bool {
-        self.errors_in_row == 0 && self.cooling_until.is_none() && self.resting_until.is_none()
+    /// True while nothing at all is held against it, so that a look at it may be skipped.
+    fn is_spotless(&self) -> bool {
+        self.errors_in_row == 0 && self.cooling.is_none() && self.resting.is_none()
+    }
+
+    /// True while it takes no requests, or only one at a time, after failures.
+    pub fn is_cooling(&self) -> bool {
+        self.cooling.is_some()
     }
 
     /// The end of the cool-down, if it is cooling down.
     pub fn cooling_until(&self) -> Option<Instant> {
-        self.cooling_until
+        self.cooling.map(|closed| closed.until)
     }
 
     /// The end of the rest, if one was asked for.
     pub fn resting_until(&self) -> Option<Instant> {
-        self.resting_until
+        self.resting.map(|rest| rest.closed.until)
+    }
+
+    /// When it failed last.
+    pub fn failed_at(&self) -> Option<Instant> {
+        self.failed_at
     }
 }
 
-/// Returns the pause that an endpoint's 429 asks for: `retry-after-ms`, else `Retry-After` in seconds or as a date (RFC
-/// 9110, 10.2.3), else five seconds.
-pub(crate) fn rest_asked(headers: &HeaderMap, wall_clock: SystemTime) -> Duration {
-    let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
-    let millis = text("retry-after-ms").and_then(|text| seconds(text, 1e-3));
-    let asked = millis.or_else(|| {
-        let text = text("retry-after")?;
-        seconds(text, 1.0).or_else(|| {
-            let date = httpdate::parse_http_date(text).ok()?;
-            Some(date.duration_since(wall_clock).unwrap_or_default())
-        })
-    });
-    asked.unwrap_or(REST_DEFAULT).min(REST_MAX)
+/// Health of an endpoint and of its models.
+#[derive(Debug, Default)]
+pub struct EndpointHealth {
+    whole: Health,
+    /// By the name that the endpoint is asked for, of those that were used since there was any trouble.
+    models: HashMap<Box<str>, Health>,
 }
 
-fn seconds(text: &str, unit: f64) -> Option<Duration> {
-    let value: f64 = text.parse().ok()?;
-    Duration::try_from_secs_f64(value * unit).ok()
+impl EndpointHealth {
+    /// Returns whether it lets a request for a model through.
+    pub fn gate(&self, model: &str, now: Instant) -> Gate {
+        match self.whole.gate(now) {
+            Gate::Open => {}
+            closed => return closed,
+        }
+        match self.models.get(model).filter(|health| health.uses >= USES_MIN || !health.is_spotless()) {
+            Some(health) => health.gate(now),
+            None => self.gate_of_most(now).unwrap_or(Gate::Open),
+        }
+    }
+
+    /// The gate of a model that nothing is known of, if most of those that were used are in trouble: the endpoint is then.
+    fn gate_of_most(&self, now: Instant) -> Option<Gate> {
+        let used = || self.models.values().filter(|health| health.uses >= USES_MIN);
+        let closed = || used().map(|health| health.gate(now)).filter(|gate| *gate != Gate::Open);
+        let count = closed().count();
+        if count < 2 || 2 * count <= used().count() {
+            return None;
+        }
+        if self.whole.trial_under_way {
+            return Some(Gate::OnTrial);
+        }
+        // The first of them that may be asked again.
+        closed().min_by_key(|gate| match gate {
+            Gate::Cooling { until } | Gate::Resting { until, .. } => *until,
+            Gate::Open | Gate::TrialDue | Gate::OnTrial => now,
+        })
+    }
+
+    /// Lets one request for a model through in spite of a cool-down or a rest. None if one is there already.
+    pub fn begin_trial(&mut self, model: &str) -> Option<Scope> {
+        let of_model = self.models.get_mut(model).filter(|health| !health.is_spotless());
+        match of_model {
+            Some(health) if self.whole.is_spotless() => health.begin_trial().then_some(Scope::Model),
+            _ => self.whole.begin_trial().then_some(Scope::Endpoint),
+        }
+    }
+
+    /// Ends a trial, whatever it showed.
+    pub fn end_trial(&mut self, scope: Scope, model: &str) {
+        match scope {
+            Scope::Endpoint => self.whole.end_trial(),
+            Scope::Model => {
+                if let Some(health) = self.models.get_mut(model) {
+                    health.end_trial();
+                }
+            }
+        }
+    }
+
+    /// Takes in what an attempt for a model showed. Returns what begins to cool down by it.
+    pub fn learn(&mut self, model: &str, seen: &Seen, now: Instant, breaker: &Breaker) -> Option<Scope> {
+        let Self { whole, models } = self;
+        let room = models.len() < MODELS_MAX || models.contains_key(model);
+        let of_model = if room { models.entry(model.into()).or_default() } else { &mut *whole };
+        of_model.uses = of_model.uses.saturating_add(1);
+        let is_trial = |scope| seen.trial == Some(scope);
+        match seen.effect {
+            Effect::Answers => {
+                of_model.answers(seen.began);
+                whole.answers(seen.began);
+            }
+            Effect::Success => {
+                of_model.succeeded(seen.began);
+                whole.succeeded(seen.began);
+            }
+            Effect::Failure(Scope::Model) => {
+                let begins = of_model.failed(seen, seen.trial.is_some(), now, breaker);
+                // A trial of the whole that fails keeps the whole closed.
+                if is_trial(Scope::Endpoint) && whole.is_cooling() {
+                    whole.failed(seen, true, now, breaker);
+                }
+                return begins.then_some(Scope::Model);
+            }
+            Effect::Failure(Scope::Endpoint) => {
+                let begins = whole.failed(seen, is_trial(Scope::Endpoint), now, breaker);
+                return begins.then_some(Scope::Endpoint);
+            }
+            Effect::Rest { scope, wait, guessed } => {
+                let rests = if scope == Scope::Model { of_model } else { whole };
+                rests.rests(wait, guessed, now);
+            }
+            Effect::KeyRefused => {
+                return whole.key_refused(is_trial(Scope::Endpoint), seen.began, now).then_some(Scope::Endpoint);
+            }
+            Effect::Neutral => {}
+        }
+        None
+    }
+
+    /// True while nothing at all is held against it, so that a look at it may be skipped.
+    pub fn is_spotless(&self) -> bool {
+        self.whole.is_spotless() && self.models.values().all(Health::is_spotless)
+    }
+
+    /// Forgets which models were used, once all is well.
+    pub fn forget_uses(&mut self) {
+        self.models.clear();
+    }
+
+    /// Health of the endpoint as a whole.
+    pub fn whole(&self) -> &Health {
+        &self.whole
+    }
+
+    /// Health of each model that anything is held against, in no order.
+    pub fn models(&self) -> impl Iterator<Item = (&str, &Health)> {
+        self.models.iter().filter(|(_, health)| !health.is_spotless()).map(|(model, health)| (model.as_ref(), health))
+    }
+
+    /// The gate of the endpoint as a whole, for whoever asks about all its models: its own, or, if all of them are closed, that of
+    /// the one which opens first. `models` are its models where all are known; else those count that were used.
+    pub fn gate_of_all<'a>(&self, models: Option<impl Iterator<Item = &'a str>>, now: Instant) -> Gate {
+        let whole = self.whole.gate(now);
+        if whole != Gate::Open {
+            return whole;
+        }
+        let gates: Vec<Gate> = match models {
+            Some(models) => models.map(|model| self.gate(model, now)).collect(),
+            None => self.models.values().map(|health| health.gate(now)).collect(),
+        };
+        if gates.contains(&Gate::Open) {
+            return Gate::Open;
+        }
+        let first = gates.into_iter().min_by_key(|gate| match gate {
+            Gate::Cooling { until } | Gate::Resting { until, .. } => *until,
+            Gate::Open | Gate::TrialDue | Gate::OnTrial => now,
+        });
+        first.unwrap_or(Gate::Open)
+    }
+
+    /// The most errors in a row of any of its models, or of itself.
+    pub fn errors_in_row(&self) -> u32 {
+        let of_models = self.models.values().map(Health::errors_in_row);
+        of_models.chain([self.whole.errors_in_row()]).max().unwrap_or_default()
+    }
+
+    /// When a request for a model failed last, of the model or of the endpoint as a whole.
+    pub fn failed_at(&self, model: &str) -> Option<Instant> {
+        self.whole.failed_at.max(self.models.get(model).and_then(Health::failed_at))
+    }
 }
 
 #[cfg(test)]
@@ -158,102 +393,222 @@ mod tests {
     use super::*;
 
     const BREAKER: Breaker = Breaker { failures: 3, cool_down: Duration::from_mins(10) };
+    const FAILURE: Effect = Effect::Failure(Scope::Model);
 
-    fn failed(health: &mut Health, times: u32, now: Instant) {
-        for _ in 0..times {
-            health.learn(Effect::Failure, false, now, &BREAKER);
+    /// An endpoint's health, and the moment at which things happen.
+    struct Scene {
+        health: EndpointHealth,
+        now: Instant,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            Self { health: EndpointHealth::default(), now: Instant::now() }
+        }
+
+        /// Things happen a moment later.
+        fn later(&mut self, time: Duration) -> &mut Self {
+            self.now += time;
+            self
+        }
+
+        fn seen(&mut self, model: &str, effect: Effect, trial: Option<Scope>) -> Option<Scope> {
+            self.now += Duration::from_millis(1);
+            let seen = Seen { effect, began: self.now, trial };
+            self.now += Duration::from_millis(1);
+            self.health.learn(model, &seen, self.now, &BREAKER)
+        }
+
+        fn times(&mut self, times: u32, model: &str, effect: Effect) -> &mut Self {
+            for _ in 0..times {
+                self.seen(model, effect, None);
+            }
+            self
+        }
+
+        fn gate(&self, model: &str) -> Gate {
+            self.health.gate(model, self.now)
+        }
+
+        fn cools(&self, model: &str) -> bool {
+            matches!(self.gate(model), Gate::Cooling { .. })
         }
     }
 
     #[test]
     fn cools_down_after_errors_in_a_row_only() {
-        let now = Instant::now();
-        let mut health = Health::default();
-        failed(&mut health, 2, now);
-        health.learn(Effect::Success, false, now, &BREAKER);
-        failed(&mut health, 2, now);
-        assert_eq!(health.gate(now), Gate::Open);
-        failed(&mut health, 1, now);
-        let until = now + BREAKER.cool_down;
-        assert_eq!(health.gate(now), Gate::Cooling { until });
-        assert_eq!(health.gate(until), Gate::TrialDue);
+        let mut scene = Scene::new();
+        scene.times(2, "m", FAILURE).times(1, "m", Effect::Success).times(2, "m", FAILURE);
+        assert_eq!(scene.gate("m"), Gate::Open);
+        assert_eq!(scene.seen("m", FAILURE, None), Some(Scope::Model));
+        assert_eq!(scene.gate("m"), Gate::Cooling { until: scene.now + BREAKER.cool_down });
+        scene.later(BREAKER.cool_down);
+        assert_eq!(scene.gate("m"), Gate::TrialDue);
+    }
+
+    #[test]
+    fn one_model_in_trouble_leaves_the_others_alone() {
+        let mut scene = Scene::new();
+        scene.times(3, "m", FAILURE);
+        assert!(scene.cools("m"));
+        assert_eq!(scene.gate("n"), Gate::Open);
+        scene.times(1, "m", Effect::Rest { scope: Scope::Model, wait: Duration::from_hours(1), guessed: false });
+        assert!(matches!(scene.gate("m"), Gate::Resting { .. }));
+        assert_eq!(scene.gate("n"), Gate::Open);
+        let all = |models: [&'static str; 2]| scene.health.gate_of_all(Some(models.into_iter()), scene.now);
+        assert_eq!(all(["m", "n"]), Gate::Open);
+        assert!(matches!(all(["m", "m"]), Gate::Resting { .. }));
+    }
+
+    #[test]
+    fn trouble_of_most_models_is_the_endpoints() {
+        let mut scene = Scene::new();
+        scene.times(3, "a", FAILURE);
+        assert_eq!(scene.gate("c"), Gate::Open, "one is not most");
+        scene.times(3, "b", FAILURE);
+        assert!(scene.cools("c"), "two of two are");
+        assert_eq!(scene.health.begin_trial("c"), Some(Scope::Endpoint));
+        assert_eq!(scene.gate("c"), Gate::OnTrial);
+        assert_eq!(scene.health.begin_trial("c"), None);
+        scene.health.end_trial(Scope::Endpoint, "c");
+        scene.times(2, "c", Effect::Success);
+        assert_eq!(scene.gate("c"), Gate::Open, "it is known to work");
+        scene.times(2, "d", Effect::Success);
+        assert_eq!(scene.gate("e"), Gate::Open, "two of four are not most");
+        let mut once = Scene::new();
+        once.times(3, "a", FAILURE).times(
+            1,
+            "b",
+            Effect::Rest { scope: Scope::Model, wait: REST_GUESS, guessed: true },
+        );
+        assert_eq!(once.gate("c"), Gate::Open, "a single request proves nothing");
+    }
+
+    #[test]
+    fn trouble_of_the_key_or_the_connection_is_the_endpoints_at_once() {
+        for effect in [
+            Effect::Failure(Scope::Endpoint),
+            Effect::KeyRefused,
+            Effect::Rest { scope: Scope::Endpoint, wait: REST_GUESS, guessed: false },
+        ] {
+            let mut scene = Scene::new();
+            scene.times(3, "m", effect);
+            assert_ne!(scene.gate("n"), Gate::Open, "{effect:?}");
+        }
     }
 
     #[test]
     fn one_trial_at_a_time_decides() {
-        let now = Instant::now();
-        let mut health = Health::default();
-        failed(&mut health, 3, now);
-        let due = now + BREAKER.cool_down;
-        assert!(health.begin_trial());
-        assert!(!health.begin_trial(), "a second trial beside the first");
-        assert_eq!(health.gate(due), Gate::OnTrial);
-        health.learn(Effect::Failure, true, due, &BREAKER);
-        health.end_trial();
-        assert_eq!(health.gate(due), Gate::Cooling { until: due + BREAKER.cool_down });
-        assert!(health.begin_trial());
-        health.learn(Effect::Neutral, true, due, &BREAKER);
-        health.end_trial();
-        assert!(health.begin_trial(), "a trial whose client went away leaves room for the next");
-        health.learn(Effect::Success, true, due, &BREAKER);
-        health.end_trial();
-        assert_eq!(health.gate(due), Gate::Open);
-        assert!(health.is_spotless());
+        let mut scene = Scene::new();
+        scene.times(3, "m", FAILURE).later(BREAKER.cool_down);
+        assert_eq!(scene.health.begin_trial("m"), Some(Scope::Model));
+        assert_eq!(scene.health.begin_trial("m"), None, "a second trial beside the first");
+        assert_eq!(scene.gate("m"), Gate::OnTrial);
+        scene.seen("m", FAILURE, Some(Scope::Model));
+        scene.health.end_trial(Scope::Model, "m");
+        assert_eq!(scene.gate("m"), Gate::Cooling { until: scene.now + BREAKER.cool_down });
+        assert!(scene.health.begin_trial("m").is_some());
+        scene.seen("m", Effect::Neutral, Some(Scope::Model));
+        scene.health.end_trial(Scope::Model, "m");
+        assert!(scene.health.begin_trial("m").is_some(), "a trial whose client went away leaves room for the next");
+        scene.seen("m", Effect::Success, Some(Scope::Model));
+        scene.health.end_trial(Scope::Model, "m");
+        assert_eq!(scene.gate("m"), Gate::Open);
+        assert!(scene.health.is_spotless());
     }
 
     #[test]
     fn an_answer_that_breaks_off_is_one_more_error() {
-        let now = Instant::now();
-        let mut health = Health::default();
-        failed(&mut health, 3, now);
-        assert!(health.begin_trial());
-        health.learn(Effect::Answers, true, now, &BREAKER);
-        health.end_trial();
-        assert_eq!(health.gate(now), Gate::Open, "others may come while the trial's stream goes on");
-        failed(&mut health, 1, now);
-        assert_eq!(health.gate(now), Gate::Cooling { until: now + BREAKER.cool_down });
+        let mut scene = Scene::new();
+        scene.times(3, "m", FAILURE);
+        assert!(scene.health.begin_trial("m").is_some());
+        scene.seen("m", Effect::Answers, Some(Scope::Model));
+        scene.health.end_trial(Scope::Model, "m");
+        assert_eq!(scene.gate("m"), Gate::Open, "others may come while the trial's stream goes on");
+        scene.times(1, "m", FAILURE);
+        assert!(scene.cools("m"));
     }
 
     #[test]
     fn late_failures_do_not_prolong_a_cool_down() {
-        let now = Instant::now();
-        let mut health = Health::default();
-        failed(&mut health, 3, now);
-        failed(&mut health, 5, now + Duration::from_mins(1));
-        assert_eq!(health.gate(now), Gate::Cooling { until: now + BREAKER.cool_down });
+        let mut scene = Scene::new();
+        scene.times(3, "m", FAILURE);
+        let until = scene.health.models["m"].cooling_until();
+        scene.later(Duration::from_mins(1)).times(5, "m", FAILURE);
+        assert_eq!(scene.health.models["m"].cooling_until(), until);
     }
 
     #[test]
-    fn a_rest_is_no_error() {
-        let now = Instant::now();
-        let mut health = Health::default();
-        health.learn(Effect::Rest(Duration::from_secs(7)), false, now, &BREAKER);
-        let until = now + Duration::from_secs(7);
-        assert_eq!(health.gate(now), Gate::Resting { until });
-        assert_eq!(health.gate(until), Gate::Open);
-        assert_eq!(health.errors_in_row(), 0);
-    }
-
-    #[test]
-    fn rest_as_asked() {
-        let wall = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
-        let asked = |millis: &str, after: &str| {
-            let mut headers = HeaderMap::new();
-            for (name, value) in [("retry-after-ms", millis), ("retry-after", after)] {
-                if !value.is_empty() {
-                    headers.insert(name, value.parse().unwrap());
-                }
-            }
-            rest_asked(&headers, wall)
-        };
-        let secs = Duration::from_secs;
-        assert_eq!(asked("1500", "9"), Duration::from_millis(1500));
-        assert_eq!(asked("", "9"), secs(9));
-        assert_eq!(asked("", "Sun, 06 Nov 1994 08:50:07 GMT"), secs(30));
-        assert_eq!(asked("", "Sun, 06 Nov 1994 08:00:00 GMT"), secs(0));
-        for nonsense in ["soon", "-3", "1e300", ""] {
-            assert_eq!(asked("", nonsense), REST_DEFAULT, "{nonsense}");
+    fn an_answer_that_began_before_ends_neither_rest_nor_cool_down() {
+        let rest = Effect::Rest { scope: Scope::Model, wait: Duration::from_mins(5), guessed: false };
+        for (times, effect) in [(3, FAILURE), (1, rest), (1, Effect::KeyRefused)] {
+            let mut scene = Scene::new();
+            let long = Seen { effect: Effect::Success, began: scene.now, trial: None };
+            scene.times(times, "m", effect);
+            let closed = scene.gate("m");
+            scene.health.learn("m", &long, scene.now, &BREAKER);
+            assert_eq!(scene.gate("m"), closed, "{effect:?}");
+            scene.times(1, "m", Effect::Success);
+            assert_eq!(scene.gate("m"), Gate::Open, "{effect:?}");
         }
-        assert_eq!(asked("", "999999999"), REST_MAX);
+    }
+
+    #[test]
+    fn the_longer_rest_stands_and_is_no_error() {
+        let mut scene = Scene::new();
+        let rest = |secs, guessed| Effect::Rest { scope: Scope::Model, wait: Duration::from_secs(secs), guessed };
+        scene.times(1, "m", rest(3600, false));
+        let until = scene.now + Duration::from_hours(1);
+        scene.times(3, "m", rest(5, true));
+        assert_eq!(scene.gate("m"), Gate::Resting { until, may_try: false });
+        assert_eq!(scene.health.errors_in_row(), 0);
+        scene.later(Duration::from_hours(1));
+        assert_eq!(scene.gate("m"), Gate::Open);
+        scene.times(1, "m", rest(0, false));
+        assert_eq!(scene.gate("m"), Gate::Open, "not at all");
+    }
+
+    #[test]
+    fn a_guessed_rest_may_be_tried_by_one_at_a_time() {
+        let mut scene = Scene::new();
+        scene.times(1, "m", Effect::Rest { scope: Scope::Model, wait: REST_GUESS, guessed: true });
+        assert!(matches!(scene.gate("m"), Gate::Resting { may_try: true, .. }));
+        assert_eq!(scene.health.begin_trial("m"), Some(Scope::Model));
+        assert!(matches!(scene.gate("m"), Gate::Resting { may_try: false, .. }));
+        scene.seen("m", Effect::Success, Some(Scope::Model));
+        scene.health.end_trial(Scope::Model, "m");
+        assert_eq!(scene.gate("m"), Gate::Open);
+    }
+
+    #[test]
+    fn a_refused_key_is_left_alone_for_longer_each_time() {
+        let mut scene = Scene::new();
+        let mut waits = Vec::new();
+        for round in 0..8 {
+            let trial = (round > 0).then(|| scene.health.begin_trial("m").unwrap());
+            scene.seen("m", Effect::KeyRefused, trial);
+            if let Some(scope) = trial {
+                scene.health.end_trial(scope, "m");
+            }
+            let Gate::Cooling { until } = scene.gate("any") else { panic!("{:?}", scene.gate("any")) };
+            waits.push((until - scene.now).as_secs() / 60);
+            // Others that were on their way change nothing.
+            scene.times(2, "m", Effect::KeyRefused);
+            scene.now = until;
+            assert_eq!(scene.gate("m"), Gate::TrialDue);
+        }
+        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 360, 360]);
+        let trial = scene.health.begin_trial("m");
+        scene.seen("m", Effect::Success, trial);
+        assert!(scene.health.is_spotless());
+    }
+
+    #[test]
+    fn the_number_of_models_is_bounded() {
+        let mut scene = Scene::new();
+        for model in 0..2 * MODELS_MAX {
+            scene.times(1, &model.to_string(), FAILURE);
+        }
+        assert_eq!(scene.health.models.len(), MODELS_MAX);
     }
 }

@@ -2,7 +2,7 @@
 
 pub mod admission;
 pub mod balance;
-pub(crate) mod health;
+pub mod health;
 pub mod pool;
 pub(crate) mod rate_headers;
 pub(crate) mod rates;

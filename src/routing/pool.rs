@@ -1,8 +1,8 @@
 //! The endpoints: an immutable snapshot that a request holds, and the live state behind it that outlives every reload.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use http::HeaderValue;
@@ -11,8 +11,8 @@ use crate::config::{self, Breaker, Config};
 use crate::ledger::{Account, Client, Permit, Wanted};
 use crate::limit::{Clock, Limits, Stamp};
 use crate::response::redact::Secrets;
-use crate::routing::health::{Effect, Gate, Health};
-use crate::routing::router::Router;
+use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
+use crate::routing::router::{ModelName, Router};
 use crate::routing::usage_injection::InjectionMemory;
 use crate::upstream::Upstream;
 
@@ -73,6 +73,9 @@ impl Pool {
                 let upstream = Upstream::new(&config)?;
                 let new = || Arc::new(Live::new(ledger.account(&config.id)));
                 let live = before.map_or_else(new, |before| Arc::clone(&before.live));
+                if before.is_some_and(|before| is_reached_otherwise(&before.config, &config)) {
+                    live.start_anew();
+                }
                 live.account.look_again();
                 let secrets = secrets_of(&config);
                 let limits = Arc::new(Limits::new(&config, &server.timezone));
@@ -119,28 +122,70 @@ impl Endpoint {
         Wanted { account, limits, not_before }
     }
 
+    /// Whether its health lets requests through at all, whatever their model.
+    pub fn gate(&self, now: Instant) -> Gate {
+        if !self.live.troubled.load(Ordering::Acquire) {
+            return Gate::Open;
+        }
+        let config = &self.config;
+        let names = || config.models.iter().chain(config.model_mapping.keys());
+        let has_patterns = names().any(|name| name.ends_with('*'));
+        // What is mapped goes by the name that it is sent.
+        let mapped = |name: &'_ String| config.model_mapping.get(name).cloned().unwrap_or_else(|| name.clone());
+        let models: Vec<String> = names().map(mapped).collect();
+        let models = (!has_patterns && !models.is_empty()).then(|| models.iter().map(String::as_str));
+        self.live.health().gate_of_all(models, now)
+    }
+
     /// True if it seems to be at a limit: a hint for where to look first.
     pub fn seems_full(&self, now: Stamp) -> bool {
         self.limits.any() && self.live.account.seems_full(now)
     }
 }
 
-/// The right to try an endpoint out that is cooling down; dropped, it is free for the next.
+/// True if another key, address or way leads to the endpoint now, so that its record says nothing any more.
+fn is_reached_otherwise(before: &config::Endpoint, now: &config::Endpoint) -> bool {
+    before.api_key != now.api_key
+        || before.base_url != now.base_url
+        || before.proxy != now.proxy
+        || before.headers != now.headers
+        || before.tls != now.tls
+}
+
+/// The right to try out what is cooling down; dropped, it is free for the next.
 #[derive(Debug)]
-pub struct Trial(Arc<Live>);
+pub struct Trial {
+    live: Arc<Live>,
+    scope: Scope,
+    model: Box<str>,
+}
+
+impl Trial {
+    /// What is tried out.
+    pub fn scope(&self) -> Scope {
+        self.scope
+    }
+}
 
 impl Drop for Trial {
     fn drop(&mut self) {
-        lock(&self.0.health).end_trial();
+        lock(&self.live.health).end_trial(self.scope, &self.model);
     }
 }
+
+/// Name under which the health of all models is kept that the config does not have and that have never succeeded.
+const UNKNOWN_MODELS: &str = "*";
 
 /// Live state of an endpoint, shared by every request and every config that has it.
 #[derive(Debug)]
 pub struct Live {
-    health: Mutex<Health>,
+    health: Mutex<EndpointHealth>,
     /// Set while `health` has anything to say, so that the common case takes no lock.
     troubled: AtomicBool,
+    /// Number of times that the record began anew: what an attempt of before shows says nothing.
+    record: AtomicU32,
+    /// Models that matched a pattern and have succeeded, at most [`MODELS_MAX`].
+    served: RwLock<HashSet<Box<str>>>,
     /// Account in the ledger.
     pub account: Arc<Account>,
     in_flight: AtomicU32,
@@ -165,6 +210,8 @@ impl Live {
         Self {
             health: Mutex::default(),
             troubled: AtomicBool::default(),
+            record: AtomicU32::default(),
+            served: RwLock::default(),
             account,
             in_flight: AtomicU32::default(),
             first_byte: Mutex::default(),
@@ -173,32 +220,90 @@ impl Live {
         }
     }
 
-    /// Returns whether a request may go to the endpoint now.
-    pub fn gate(&self, now: Instant) -> Gate {
-        if self.troubled.load(Ordering::Acquire) { lock(&self.health).gate(now) } else { Gate::Open }
+    /// Returns whether a request for a model may go to the endpoint now.
+    pub fn gate(&self, model: ModelName<'_>, now: Instant) -> Gate {
+        if self.troubled.load(Ordering::Acquire) { self.gate_in_trouble(model, now) } else { Gate::Open }
     }
 
-    /// Lets one request through to an endpoint that is cooling down; none if another one was faster.
-    pub fn begin_trial(self: &Arc<Self>) -> Option<Trial> {
-        lock(&self.health).begin_trial().then(|| Trial(Arc::clone(self)))
+    fn gate_in_trouble(&self, model: ModelName<'_>, now: Instant) -> Gate {
+        let key = self.key(model);
+        lock(&self.health).gate(key, now)
     }
 
-    /// Takes in what an attempt showed. Returns true if the endpoint begins to cool down by it.
-    pub fn learn(&self, effect: Effect, trial: bool, now: impl FnOnce() -> Instant, breaker: &Breaker) -> bool {
-        let idle = !trial && matches!(effect, Effect::Answers | Effect::Success | Effect::Neutral);
-        if idle && !self.troubled.load(Ordering::Acquire) {
-            return false;
+    /// Names that clients make up share one entry, so that they can neither fill the memory nor pass for models.
+    fn key<'a>(&self, model: ModelName<'a>) -> &'a str {
+        let is_known = || read(&self.served).contains(model.name);
+        if model.in_config || is_known() { model.name } else { UNKNOWN_MODELS }
+    }
+
+    /// Lets one request through to what is cooling down; none if another one was faster.
+    pub fn begin_trial(self: &Arc<Self>, model: ModelName<'_>) -> Option<Trial> {
+        let key = self.key(model);
+        let scope = lock(&self.health).begin_trial(key)?;
+        Some(Trial { live: Arc::clone(self), scope, model: key.into() })
+    }
+
+    /// The number of the current record, for [`Live::learn`].
+    pub fn record(&self) -> u32 {
+        self.record.load(Ordering::Relaxed)
+    }
+
+    /// Takes in what an attempt of this record showed. Returns what begins to cool down by it.
+    pub fn learn(
+        &self,
+        model: ModelName<'_>,
+        seen: &Seen,
+        record: u32,
+        now: impl FnOnce() -> Instant,
+        breaker: &Breaker,
+    ) -> Option<Scope> {
+        let is_well = matches!(seen.effect, Effect::Answers | Effect::Success | Effect::Neutral);
+        // What a name showed before it was known stands where it was noted.
+        let key = self.key(model);
+        if seen.effect == Effect::Success && !model.in_config {
+            self.note_served(model.name);
+        }
+        if is_well && seen.trial.is_none() && !self.troubled.load(Ordering::Acquire) || record != self.record() {
+            return None;
         }
         let mut health = lock(&self.health);
-        let before = health.cooling_until();
-        health.learn(effect, trial, now(), breaker);
-        self.troubled.store(!health.is_spotless(), Ordering::Release);
-        health.cooling_until() > before
+        let cools = health.learn(key, seen, now(), breaker);
+        let is_spotless = health.is_spotless();
+        if is_spotless {
+            health.forget_uses();
+        }
+        self.troubled.store(!is_spotless, Ordering::Release);
+        cools
+    }
+
+    fn note_served(&self, model: &str) {
+        if read(&self.served).contains(model) {
+            return;
+        }
+        let mut served = self.served.write().unwrap_or_else(PoisonError::into_inner);
+        if served.len() < MODELS_MAX {
+            served.insert(model.into());
+        }
+    }
+
+    /// Forgets what is held against the endpoint.
+    fn start_anew(&self) {
+        let mut health = lock(&self.health);
+        *health = EndpointHealth::default();
+        self.record.fetch_add(1, Ordering::Relaxed);
+        self.troubled.store(false, Ordering::Release);
+        *lock(&self.last_error) = None;
     }
 
     /// Reads the health, for the status page.
-    pub fn health(&self) -> MutexGuard<'_, Health> {
+    pub fn health(&self) -> MutexGuard<'_, EndpointHealth> {
         lock(&self.health)
+    }
+
+    /// When a request for a model failed last.
+    pub fn failed_at(&self, model: ModelName<'_>) -> Option<Instant> {
+        let key = self.key(model);
+        lock(&self.health).failed_at(key)
     }
 
     /// Counts a request in until the guard is dropped, at the last byte of its answer.
@@ -281,6 +386,10 @@ impl Average {
     }
 }
 
+fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Takes a poisoned lock as well: each of these guards plain values that are never left half written.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -296,29 +405,72 @@ mod tests {
     }
 
     const BREAKER: Breaker = Breaker { failures: 1, cool_down: Duration::from_mins(1) };
+    const MODEL: ModelName<'_> = ModelName { name: "m", in_config: true };
+
+    fn learn(live: &Live, effect: Effect, trial: Option<&Trial>) -> Option<Scope> {
+        let seen = Seen { effect, began: Instant::now(), trial: trial.map(Trial::scope) };
+        live.learn(MODEL, &seen, live.record(), Instant::now, &BREAKER)
+    }
 
     #[test]
     fn live_state_outlives_a_reload_by_id() {
         let before = Pool::new(config(r#"[{"id":"a","models":["m"]},{"id":"b"}]"#), client(), None).unwrap();
-        before.endpoints[0].live.learn(Effect::Failure, false, Instant::now, &BREAKER);
+        learn(&before.endpoints[0].live, Effect::Failure(Scope::Model), None);
         let after = Pool::new(config(r#"[{"id":"new"},{"id":"a","models":["n"]}]"#), client(), Some(&before)).unwrap();
         assert!(Arc::ptr_eq(&before.endpoints[0].live, &after.endpoints[1].live));
-        assert!(!matches!(after.endpoints[1].live.gate(Instant::now()), Gate::Open));
-        assert_eq!(after.endpoints[0].live.gate(Instant::now()), Gate::Open);
+        assert_ne!(after.endpoints[1].live.gate(MODEL, Instant::now()), Gate::Open);
+        assert_eq!(after.endpoints[0].live.gate(MODEL, Instant::now()), Gate::Open);
+    }
+
+    #[test]
+    fn another_key_address_or_proxy_begins_a_clean_record() {
+        for repaired in
+            [r#""apiKey":"another-key""#, r#""baseUrl":"http://127.0.0.1:7""#, r#""proxy":"http://127.0.0.1:8""#]
+        {
+            let before = Pool::new(config(r#"[{"id":"a"}]"#), client(), None).unwrap();
+            let live = Arc::clone(&before.endpoints[0].live);
+            let record = live.record();
+            learn(&live, Effect::KeyRefused, None);
+            Pool::new(config(&format!(r#"[{{"id":"a",{repaired}}}]"#)), client(), Some(&before)).unwrap();
+            assert_eq!(live.gate(MODEL, Instant::now()), Gate::Open, "{repaired}");
+            // What an attempt with the old key shows is of the past.
+            let late = Seen { effect: Effect::KeyRefused, began: Instant::now(), trial: None };
+            assert_eq!(live.learn(MODEL, &late, record, Instant::now, &BREAKER), None);
+            assert_eq!(live.gate(MODEL, Instant::now()), Gate::Open);
+        }
     }
 
     #[test]
     fn a_success_closes_the_matter() {
         let live = Arc::new(Live::new(client().account(&"a".into())));
-        let now = Instant::now();
-        assert!(live.learn(Effect::Failure, false, || now, &BREAKER), "it begins to cool down");
-        drop(live.begin_trial());
-        let trial = live.begin_trial().expect("the last one ended");
-        assert!(live.begin_trial().is_none(), "one at a time");
-        assert!(!live.learn(Effect::Success, true, || now, &BREAKER));
+        assert_eq!(learn(&live, Effect::Failure(Scope::Model), None), Some(Scope::Model), "it begins to cool down");
+        drop(live.begin_trial(MODEL));
+        let trial = live.begin_trial(MODEL).expect("the last one ended");
+        assert!(live.begin_trial(MODEL).is_none(), "one at a time");
+        assert_eq!(learn(&live, Effect::Success, Some(&trial)), None);
         drop(trial);
-        assert_eq!(live.gate(now), Gate::Open);
+        assert_eq!(live.gate(MODEL, Instant::now()), Gate::Open);
         assert!(!live.troubled.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn names_that_clients_make_up_share_one_health() {
+        let live = Live::new(client().account(&"a".into()));
+        let name = |name| ModelName { name, in_config: false };
+        let learn = |model, effect| {
+            let seen = Seen { effect, began: Instant::now(), trial: None };
+            live.learn(model, &seen, 0, Instant::now, &BREAKER)
+        };
+        assert_eq!(learn(name("served"), Effect::Success), None);
+        learn(name("made-up-1"), Effect::Failure(Scope::Model));
+        let now = Instant::now();
+        assert_ne!(live.gate(name("made-up-2"), now), Gate::Open);
+        assert_eq!(live.gate(name("served"), now), Gate::Open, "it has succeeded once");
+        assert_eq!(live.gate(MODEL, now), Gate::Open);
+        for n in 0..2 * MODELS_MAX {
+            live.note_served(&n.to_string());
+        }
+        assert_eq!(read(&live.served).len(), MODELS_MAX);
     }
 
     #[test]

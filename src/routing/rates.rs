@@ -5,18 +5,18 @@ use std::time::Duration;
 
 use crate::config::Limit;
 use crate::limit::{Clock, Gauge};
+use crate::routing::balance::Options;
 use crate::routing::health::Gate;
-use crate::routing::pool::Pool;
 use crate::routing::rate_headers::{Rate, Rates};
-use crate::routing::router::Candidates;
 
 /// Rates of a model, as its endpoints were seen last, at most about a second ago.
-pub(crate) fn of_model(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
+pub(crate) fn of_model(options: &Options<'_>, clock: &Clock) -> Rates {
     /// Number of endpoints that are added up for every request; more are added up only now and then.
     const ADDED_UP_MAX: usize = 16;
     const NOW_AND_THEN: Duration = Duration::from_millis(100);
+    let candidates = options.candidates;
     if candidates.list().len() <= ADDED_UP_MAX {
-        return add_up(pool, candidates, clock);
+        return add_up(options, clock);
     }
     let mut told = candidates.rates.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((at, rates)) = *told
@@ -24,21 +24,21 @@ pub(crate) fn of_model(pool: &Pool, candidates: &Candidates, clock: &Clock) -> R
     {
         return rates;
     }
-    let rates = add_up(pool, candidates, clock);
+    let rates = add_up(options, clock);
     *told = Some((clock.boot, rates));
     rates
 }
 
-fn add_up(pool: &Pool, candidates: &Candidates, clock: &Clock) -> Rates {
+fn add_up(options: &Options<'_>, clock: &Clock) -> Rates {
     let nothing = Rate { limit: 0, remaining: 0, reset: Duration::ZERO };
     let mut rates = Rates { requests: Some(nothing), tokens: Some(nothing) };
-    for candidate in candidates.list() {
-        let Some(endpoint) = pool.endpoints.get(candidate.endpoint) else { continue };
+    for index in 0..options.candidates.list().len() {
+        let Some(endpoint) = options.endpoint(index) else { continue };
         if !endpoint.limits.in_ledger() {
             return Rates::default();
         }
         let view = endpoint.live.account.view();
-        let is_open = endpoint.live.gate(clock.now) == Gate::Open;
+        let is_open = options.gate(index, clock.now) == Some(Gate::Open);
         let add = |rate: Option<Rate>, gauges: [(Limit, Option<Gauge>); 2]| {
             let rate = rate?;
             // A client reaches the tighter one first.

@@ -25,12 +25,23 @@ pub struct Candidate {
     pub weight: u32,
 }
 
+/// A model as an endpoint is asked for it; empty for a request without one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelName<'a> {
+    /// Name.
+    pub name: &'a str,
+    /// True if the config has it, so that no client can have made it up.
+    pub in_config: bool,
+}
+
 /// The candidates for a name, ordered by tier.
 #[derive(Debug, Default)]
 pub struct Candidates {
     list: Vec<Candidate>,
     /// The label that metrics have for the name.
     label: Box<str>,
+    /// True if the name is one of the config, false if it matched a pattern.
+    is_exact: bool,
     /// Metrics of each candidate, once there was a request.
     counters: Vec<OnceLock<Arc<Counters>>>,
     /// Running sum of the weights of the first tier.
@@ -68,7 +79,16 @@ impl Candidates {
             })
             .collect();
         let counters = list.iter().map(|_| OnceLock::new()).collect();
-        Self { list, label: label.into(), counters, first_tier, is_even, turns, rates: Mutex::default() }
+        let is_exact = label != metrics::OTHER;
+        Self { list, label: label.into(), is_exact, counters, first_tier, is_even, turns, rates: Mutex::default() }
+    }
+
+    /// The name that a candidate is asked for, of a request for `asked`.
+    pub fn model_of<'a>(&self, candidate: &'a Candidate, asked: Option<&'a str>) -> ModelName<'a> {
+        match &candidate.model {
+            Some(mapped) => ModelName { name: mapped, in_config: true },
+            None => ModelName { name: asked.unwrap_or_default(), in_config: self.is_exact },
+        }
     }
 
     /// The label that metrics have for the name: itself if it is an exact one of the config.

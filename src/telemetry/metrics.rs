@@ -43,6 +43,7 @@ pub(crate) struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     attempts: IntCounterVec,
+    errors: IntCounterVec,
     tokens: IntCounterVec,
     estimated: IntCounterVec,
     first_byte: HistogramVec,
@@ -106,6 +107,11 @@ impl Metrics {
                 "api_together_attempts_total",
                 "Attempts that have ended, by outcome; all but ok are retried if the config and the time allow it.",
                 &["endpoint", "outcome"],
+            )?,
+            errors: counter(
+                "api_together_endpoint_errors_total",
+                "Errors that endpoints answered or streamed, by whose trouble they are and the rule that says so.",
+                &["endpoint", "trouble", "rule"],
             )?,
             tokens: counter("api_together_tokens_total", "Tokens that endpoints reported.", &of_model)?,
             estimated: counter(
@@ -172,6 +178,11 @@ impl Metrics {
     pub(crate) fn attempt(&self, endpoint: &str, outcome: &str, counters: Option<&Counters>) {
         let counter = counters.filter(|_| outcome == OK).map(|counters| &counters.attempts);
         once(counter, IntCounter::inc, || self.attempts.with_label_values(&[endpoint, outcome]));
+    }
+
+    /// Counts an error of an endpoint.
+    pub(crate) fn error(&self, endpoint: &str, trouble: &str, rule: &str) {
+        self.errors.with_label_values(&[endpoint, trouble, rule]).inc();
     }
 
     /// Counts the tokens of an answer.

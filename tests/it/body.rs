@@ -59,7 +59,7 @@ async fn a_small_request_reaches_its_endpoint_in_one_piece_and_at_once() {
             let body = sent.split("\r\n\r\n").last().unwrap();
             assert!(arrived.starts_with("POST ") && arrived.ends_with(body), "{arrived}");
             endpoint
-                .send("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{\"id\":\"\"}")
+                .send("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 26\r\n\r\n{\"choices\":[{\"text\":\"1\"}]}")
                 .await;
             assert_eq!(wire.message().await.0.status(), 200);
         }

@@ -14,7 +14,9 @@ use crate::wire::{ByHand, chunked, post_chat, request};
 #[tokio::test(flavor = "multi_thread")]
 async fn one_connection_serves_requests_of_every_kind_in_turn() {
     within(async {
-        let (bad, good) = (behaving(Behaviour::status(404)).await, simulator().await);
+        let missing = r#"{"error":{"message":"no such model","code":"model_not_found"}}"#;
+        let missing = Behaviour { body: Some(missing.into()), ..Behaviour::status(404) };
+        let (bad, good) = (behaving(missing).await, simulator().await);
         good.script("refused", vec![Behaviour::status(400)]);
         good.script("chunks", vec![Behaviour { chunked: true, ..Behaviour::default() }]);
         good.script("moved", vec![Behaviour::status(307).header("location", "/x")]);

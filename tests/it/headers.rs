@@ -84,11 +84,11 @@ async fn hop_by_hop_headers_of_the_client_stay_behind() {
             (head.header("x-public").as_deref(), head.header("x-upper-case").as_deref()),
             (Some("2"), Some("3"))
         );
-        let answer = "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 2\r\nkeep-alive: timeout=5\r\n\
-                      connection: X-Theirs\r\nx-theirs: 1\r\nproxy-authenticate: Basic\r\nx-public: 2\r\n\r\nok";
+        let answer = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 26\r\nkeep-alive: timeout=5\r\n\
+                      connection: X-Theirs\r\nx-theirs: 1\r\nproxy-authenticate: Basic\r\nx-public: 2\r\n\r\n{\"choices\":[{\"text\":\"1\"}]}";
         endpoint.send(answer).await;
         let (head, body) = wire.message().await;
-        assert_eq!((head.status(), body.as_ref()), (200, b"ok".as_slice()));
+        assert_eq!((head.status(), body.len()), (200, 26));
         assert_eq!(head.header("x-public").as_deref(), Some("2"));
         for gone in ["keep-alive", "proxy-authenticate", "x-theirs"] {
             assert_eq!(head.header(gone), None, "{gone}: {head:?}");

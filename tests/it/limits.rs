@@ -14,7 +14,7 @@ use crate::harness::{
 use crate::wire::ByHand;
 
 /// Waits beyond this are no client's to sit out.
-const WAIT_MAX_MS: u64 = 60_000;
+const WAIT_MAX_MS: u64 = 65_000;
 
 /// Checks that this says that every limit is reached, and returns for how many milliseconds.
 fn assert_full(reply: &Reply) -> u64 {
@@ -119,7 +119,7 @@ async fn a_request_that_is_sent_once_more_counts_once_more() {
         let by_hand = ByHand::bind().await;
         let api = endpoint_with("a", &by_hand.base_url(), json!({ "rpm": 3 }));
         let proxy = Proxy::start(json!({}), &[api]).await;
-        let answer = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\n{\"n\":1}";
+        let answer = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 26\r\n\r\n{\"choices\":[{\"text\":\"1\"}]}";
         let endpoint = async {
             let (mut first, ..) = by_hand.call().await;
             first.send(answer).await;
@@ -151,7 +151,7 @@ async fn a_request_that_may_not_be_sent_once_more_is_not_the_endpoints_fault() {
         let proxy = Proxy::start(json!({}), &[api]).await;
         let endpoint = async {
             let (mut first, ..) = by_hand.call().await;
-            first.send("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\n{\"n\":1}").await;
+            first.send("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 26\r\n\r\n{\"choices\":[{\"text\":\"1\"}]}").await;
             first.message().await;
         };
         let client = async {
@@ -455,7 +455,7 @@ async fn ids_are_kept_from_clients_where_the_config_says_so() {
         }
         let refused = proxy.chat("m").await;
         assert_full(&refused);
-        assert!(refused.text().contains("(1 requests a minute)"), "{}", refused.text());
+        assert!(refused.text().contains("(1 requests a minute, for 61 s)"), "{}", refused.text());
         assert!(!refused.text().contains("x1"), "{}", refused.text());
     })
     .await;

@@ -28,19 +28,21 @@ const ROOMS: [&str; 19] = [
 ];
 
 /// Files and folders that may import Pingora.
-const ON_PINGORA: [&str; 7] = [
+const ON_PINGORA: [&str; 8] = [
     "server/",
     "proxy/",
     "exchange/kept.rs",
     "exchange/session.rs",
     "exchange/hold.rs",
+    "exchange/outlet.rs",
     "upstream/",
     "request/auth.rs",
 ];
 
 /// Files and folders that read no clock, no file and no socket.
-const PURE: [&str; 13] = [
+const PURE: [&str; 14] = [
     "exchange/judge.rs",
+    "exchange/timers.rs",
     "routing/balance.rs",
     "routing/health.rs",
     "routing/retry.rs",

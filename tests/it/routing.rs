@@ -80,7 +80,7 @@ async fn an_unknown_model_is_told_so() {
         let off = endpoint_with("b", &simulator.base_url(), json!({ "models": ["off"], "enabled": false }));
         let none = endpoint_with("c", &simulator.base_url(), json!({ "models": ["none"], "rpm": 0 }));
         let proxy = Proxy::start(json!({}), &[api, off, none]).await;
-        for model in ["unknown", "off", "none", "known2", "kno", ""] {
+        for model in ["unknown", "off", "none", "known2", "kno", " "] {
             let reply = proxy.chat(model).await;
             let message = reply.assert_error(404, "invalid_request_error", "model_not_found");
             assert!(message.contains(&format!("`{model}`")), "{message}");

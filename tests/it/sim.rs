@@ -19,15 +19,17 @@ use std::time::{Duration, Instant, SystemTime};
 use api_together::config::{
     self, Config, Environment, Format, LedgerOnError, LedgerSync, Limit, LimitKind, Queue, Strategy,
 };
-use api_together::exchange::Attempt;
-use api_together::exchange::judge::Terms;
+use api_together::exchange::judge::{Terms, UsageTerms};
+use api_together::exchange::{AskedModel, Attempt};
 use api_together::fault::Fault;
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{Allocator, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally};
 use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
-use api_together::routing::pool::Pool;
+use api_together::routing::balance::Options;
+use api_together::routing::health;
+use api_together::routing::pool::{Pool, Trial};
 use api_together::routing::retry::{self, Outcome};
 use fastrand::Rng;
 use jiff::civil::Date;
@@ -591,7 +593,8 @@ async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, sha
     let began = clocks.true_ms.load(Ordering::Relaxed);
     loop {
         let queue = queue.filter(|_| tried.is_empty());
-        let admission = admission::Request { pool: &pool, candidates, tried: &tried, queue };
+        let admission =
+            admission::Request { options: Options { pool: &pool, candidates, model: Some("m"), tried: &tried }, queue };
         let choice = match admission::admit(admission).await {
             Ok(choice) => choice,
             Err(Fault::LimitsReached { held, wait }) => {
@@ -600,7 +603,8 @@ async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, sha
                 let waited = clocks.true_ms.load(Ordering::Relaxed) - began;
                 shared.seen.waited += u64::from(queue.is_some() && waited > 0);
                 assert!(wait > Duration::ZERO, "refused, and told to come at once");
-                shared.refusals.extend(held.into_iter().map(|held| (held.endpoint.unwrap().to_string(), held.reason)));
+                let limits = held.into_iter().filter(|held| held.reason != LimitReason::CoolingDown);
+                shared.refusals.extend(limits.map(|held| (held.endpoint.unwrap().to_string(), held.reason)));
                 return;
             }
             Err(Fault::LedgerUnavailable) => {
@@ -631,11 +635,21 @@ async fn attempt(
     tried.push(candidate.endpoint);
     let endpoint = &pool.endpoints[candidate.endpoint];
     let id = endpoint.config.id.to_string();
-    let trial = choice.trial.is_some();
+    let trial = choice.trial.as_ref().map(Trial::scope);
+    let record = endpoint.live.record();
     shared.borrow_mut().models.get_mut(&id).unwrap().held += 1;
     let held = HeldPermit { shared: Rc::clone(shared), id: id.clone() };
-    let terms = Terms { call: Call::Completion, expects_body: true, more: true, usage_injected: false };
-    let mut attempt = Attempt::new(endpoint, None, terms, choice, &pool.server, pool.clock().now);
+    let terms = Terms {
+        call: Call::Completion,
+        streams: false,
+        expects_body: true,
+        more: true,
+        more_if_empty: true,
+        usage: UsageTerms::default(),
+    };
+    let asked = AskedModel { mapped: None, named: Some("m".into()), in_config: true };
+    let began = pool.clock().now;
+    let mut attempt = Attempt::new(endpoint, asked.clone(), terms, choice, &pool.server, began);
     let (connect_ms, fate, answer_ms) = {
         let rng = &mut shared.borrow_mut().rng;
         let connect_ms = if rng.u8(..) < 180 { 0 } else { rng.u64(1..2000) };
@@ -652,17 +666,18 @@ async fn attempt(
             shared.borrow_mut().sent(&id, clocks);
             sleep(clocks, answer_ms).await;
             match fate {
-                20..50 => Outcome::Status { status: 500, rest: Duration::ZERO },
-                50..60 => Outcome::Status { status: 429, rest: Duration::from_secs(3) },
+                20..50 => Outcome::of_status(500, None),
+                50..60 => Outcome::of_status(429, (fate < 55).then_some(Duration::from_secs(3))),
                 60..70 => Outcome::Broken,
-                _ => Outcome::Status { status: 200, rest: Duration::ZERO },
+                _ => Outcome::of_status(200, None),
             }
         } else {
             Outcome::LimitReached
         }
     };
     shared.borrow_mut().seen.failed += u64::from(outcome.is_retryable(&pool.server.retry));
-    endpoint.live.learn(outcome.effect(), trial, || clocks.read().now, &pool.server.breaker);
+    let seen = health::Seen { effect: outcome.effect(|| Duration::from_hours(1)), began, trial };
+    endpoint.live.learn(asked.name(), &seen, record, || clocks.read().now, &pool.server.breaker);
     outcome
 }
 

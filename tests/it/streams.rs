@@ -257,8 +257,13 @@ async fn a_stream_that_breaks_tells_so_and_does_not_end_cleanly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_that_breaks_after_its_beginning_does_not_end_cleanly() {
     within(async {
-        // Nobody could take over, so the answer goes through at once.
-        let broken = Behaviour { reset: Some(ResetAt::AfterEvents(1)), chunked: true, ..Behaviour::default() };
+        // It is too long to be held, and breaks off in its middle.
+        let broken = Behaviour {
+            reset: Some(ResetAt::AfterEvents(1)),
+            chunked: true,
+            event_bytes: Some(100_000),
+            ..Behaviour::default()
+        };
         let simulator = behaving(broken).await;
         let proxy = Proxy::before([&simulator]).await;
         let mut wire = proxy.wire().await;

@@ -70,8 +70,7 @@ impl Allocator {
             Otherwise::LookElsewhere | Otherwise::WaitUntil(_) => first,
             Otherwise::Refuse => promise(&draw.wanted, clock).unwrap_or(first),
         };
-        let held = held.iter().map(|(at, held)| (*at, held.by)).collect();
-        let refusal = Refusal { wait: clock.boot.until(free_at), held };
+        let refusal = Refusal { wait: clock.boot.until(free_at), held: held.to_vec() };
         // A client that is gone needs no reply.
         drop(draw.reply.send(Drawn::Refused(refusal)));
     }
