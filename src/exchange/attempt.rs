@@ -109,6 +109,8 @@ pub struct Attempt {
     pub usage_refused: bool,
     /// True if the answer ends when the connection does.
     pub ends_with_connection: bool,
+    /// Pause that an error's headers ask for, as the endpoint sent them.
+    pub wait: Option<Duration>,
     /// Compression of the body; `None` if it is plain.
     pub encoding: Option<Encoding>,
     /// Measurements of the answer.
@@ -153,6 +155,7 @@ impl Attempt {
             stage: Stage::Waiting,
             usage_refused: false,
             ends_with_connection: false,
+            wait: None,
             encoding: None,
             meter: Meter::new(terms.call, server.estimate_tokens),
             counters: None,

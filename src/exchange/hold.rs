@@ -2,7 +2,7 @@
 
 use std::mem;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, TRANSFER_ENCODING};
@@ -21,7 +21,6 @@ use crate::request::call::Call;
 use crate::request::content_type::is_event_stream;
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::Secrets;
-use crate::response::wait;
 use crate::routing::pool::Endpoint;
 use crate::routing::retry::{Outcome, Place};
 use crate::upstream::cork::Cork;
@@ -180,7 +179,8 @@ impl HeldResponse {
         self.move_deadline(now);
         if verdict == Verdict::Commit && self.is_merely_opened() && !self.goes_on_as_stream() {
             // The client has the header of a stream already.
-            return Ok(Verdict::Drop(Outcome::Unrecognised));
+            let outcome = self.judge.take_outcome().unwrap_or(Outcome::Unrecognised);
+            return Ok(Verdict::Drop(outcome));
         }
         Ok(verdict)
     }
@@ -192,12 +192,12 @@ impl HeldResponse {
     fn take_in_header(&mut self, header: &ResponseHeader, end: bool) -> Verdict {
         let status = header.status.as_u16();
         let content_type = header.headers.get(CONTENT_TYPE);
-        let wait = if status < 400 { None } else { wait::in_headers(&header.headers, SystemTime::now()) };
         let content_type_text = content_type.and_then(|value| value.to_str().ok());
-        let mut head = Head { status, content_type: content_type_text, wait, end, ends_with_connection: false };
+        let mut head = Head { status, content_type: content_type_text, wait: None, end, ends_with_connection: false };
         self.header = HeaderSeen { status, content_type: content_type.cloned(), encoding: None, usage_injected: false };
         if let Some(attempt) = &mut self.exchange.state().attempt {
-            attempt.header_came(Outcome::of_status(status, wait));
+            attempt.header_came(Outcome::of_status(status, attempt.wait));
+            head.wait = attempt.wait;
             head.ends_with_connection = attempt.ends_with_connection;
             self.header.usage_injected = attempt.terms.usage.injected;
             self.header.encoding = attempt.encoding;

@@ -358,10 +358,11 @@ impl Judge {
 
     fn json_ended(&mut self, rules: &Rules<'_>) -> Verdict {
         let body = self.joined();
-        let says = answer::answer(self.terms.call, &body);
         let is_blank = is_blank(&body);
-        match says {
-            Says::Content if !answer::is_judged(self.terms.call) && is_blank => self.empty(),
+        if !answer::is_judged(self.terms.call) {
+            return if is_blank { self.empty() } else { self.commit() };
+        }
+        match answer::answer(self.terms.call, &body) {
             Says::Content | Says::End => self.commit(),
             Says::Nothing => self.empty(),
             Says::Error(error) => {

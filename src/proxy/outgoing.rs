@@ -80,6 +80,8 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
         && !header.headers.contains_key(header::TRANSFER_ENCODING);
     attempt.encoding = Encoding::from_headers(&header.headers);
     let is_error = header.status.as_u16() >= 400;
+    // Here, since not all of these headers go on.
+    attempt.wait = if is_error { wait::in_headers(&header.headers, SystemTime::now()) } else { None };
     if is_error && attempt.encoding.is_some_and(|encoding| encoding != Encoding::Unknown) {
         // A key quoted in it can be redacted in plain text only.
         header.remove_header(&header::CONTENT_ENCODING);
@@ -99,8 +101,7 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
     let is_wrapped = session.downstream_session.is_custom();
     if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {
         // A request that switches protocols is not held, so this is its answer.
-        let wait = wait::in_headers(&header.headers, SystemTime::now());
-        attempt.header_came(Outcome::of_status(header.status.as_u16(), wait));
+        attempt.header_came(Outcome::of_status(header.status.as_u16(), attempt.wait));
         if let Some(ask) = &context.ask {
             attempt.committed(&ask.pool, Instant::now());
         }

@@ -151,11 +151,11 @@ fn chunk(event: &Map<String, Value>) -> Option<Says> {
     match event.get("choices") {
         Some(Value::Array(choices)) if choices.iter().any(choice_says_something) => Some(Says::Content),
         Some(Value::Array(_)) => Some(Says::Nothing),
-        // A usage by itself, or a first chunk that only says what model answers.
-        _ if event.contains_key("usage") || event.get("object").is_some_and(|is| is == "chat.completion.chunk") => {
-            Some(Says::Nothing)
+        // A usage by itself, a first chunk that only says what model answers, a ping.
+        _ => {
+            let is_frame = ["usage", "type", "object"].iter().any(|key| event.contains_key(*key));
+            is_frame.then_some(Says::Nothing)
         }
-        _ => None,
     }
 }
 
@@ -431,6 +431,8 @@ mod tests {
                 r#"{"choices":[{"delta":{},"finish_reason":"error"}],"error":{"code":502,"message":"x"}}"#,
                 "error",
             ),
+            (Call::Completion, r#"{"type":"ping"}"#, "nothing"),
+            (Call::Completion, r#"{"object":"chat.completion.chunk","model":"m"}"#, "nothing"),
             (Call::Completion, "upstream went away", "unknown"),
             (Call::Completion, r#"{"hello":1}"#, "unknown"),
             (

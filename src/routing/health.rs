@@ -335,6 +335,14 @@ impl EndpointHealth {
         None
     }
 
+    /// Gives a model the health that it had under another name until now.
+    pub fn inherit(&mut self, model: &str, from: &str) {
+        let known = self.models.get(from).filter(|health| !health.is_spotless()).cloned();
+        if let Some(known) = known.filter(|_| self.models.len() < MODELS_MAX) {
+            self.models.insert(model.into(), Health { trial_under_way: false, ..known });
+        }
+    }
+
     /// True while nothing at all is held against it, so that a look at it may be skipped.
     pub fn is_spotless(&self) -> bool {
         self.whole.is_spotless() && self.models.values().all(Health::is_spotless)

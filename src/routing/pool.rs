@@ -260,14 +260,15 @@ impl Live {
         let is_well = matches!(seen.effect, Effect::Answers | Effect::Success | Effect::Neutral);
         // What a name showed before it was known stands where it was noted.
         let key = self.key(model);
-        if seen.effect == Effect::Success && !model.in_config {
-            self.note_served(model.name);
-        }
+        let is_new = seen.effect == Effect::Success && !model.in_config && self.note_served(model.name);
         if is_well && seen.trial.is_none() && !self.troubled.load(Ordering::Acquire) || record != self.record() {
             return None;
         }
         let mut health = lock(&self.health);
         let cools = health.learn(key, seen, now(), breaker);
+        if is_new {
+            health.inherit(model.name, key);
+        }
         let is_spotless = health.is_spotless();
         if is_spotless {
             health.forget_uses();
@@ -276,14 +277,13 @@ impl Live {
         cools
     }
 
-    fn note_served(&self, model: &str) {
+    /// Notes that a name is a model's. True if that was not known.
+    fn note_served(&self, model: &str) -> bool {
         if read(&self.served).contains(model) {
-            return;
+            return false;
         }
         let mut served = self.served.write().unwrap_or_else(PoisonError::into_inner);
-        if served.len() < MODELS_MAX {
-            served.insert(model.into());
-        }
+        served.len() < MODELS_MAX && served.insert(model.into())
     }
 
     /// Forgets what is held against the endpoint.
