@@ -136,8 +136,11 @@ async fn where_nobody_could_take_over_a_stream_begins_with_its_header() {
 async fn comments_go_on_after_the_holds_own_time_and_failover_behind_them() {
     within(async {
         let spare = simulator().await;
-        for (fails, client) in [(false, client(|b| b.http1_only())), (true, client(|b| b.http1_only())), (true, h2c())]
-        {
+        for (fails, client) in [
+            (false, client(reqwest::ClientBuilder::http1_only)),
+            (true, client(reqwest::ClientBuilder::http1_only)),
+            (true, h2c()),
+        ] {
             let by_hand = ByHand::bind().await;
             let proxy = proxy(json!({}), &by_hand, json!({ "idleMs": 3000 }), Some(&spare.base_url())).await;
             let call = client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat_stream("m"));
@@ -187,14 +190,14 @@ async fn a_silent_stream_is_pinged_and_fails_over_behind_the_pings() {
         let server = json!({ "streamPingSeconds": 1 });
         let timeouts = json!({ "firstByteMs": 2500 });
         let proxy = proxy(server, &by_hand, timeouts, Some(&spare.base_url())).await;
-        for client in [client(|b| b.http1_only()), h2c()] {
+        for client in [client(reqwest::ClientBuilder::http1_only), h2c()] {
             let call = client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat_stream("m"));
             let begun = Instant::now();
             let asked = tokio::spawn(call.send());
             let (_silent, ..) = by_hand.call().await;
             let mut reply = asked.await.unwrap().unwrap();
             let took = begun.elapsed();
-            assert!((Duration::from_millis(900)..Duration::from_millis(2000)).contains(&took), "{took:?}");
+            assert!((Duration::from_millis(900)..Duration::from_secs(2)).contains(&took), "{took:?}");
             assert_eq!(reply.headers()["content-type"], "text/event-stream; charset=utf-8");
             assert_eq!(reply.headers().get("x-api-together-endpoint"), None);
             let mut text = String::new();
@@ -218,7 +221,7 @@ async fn what_fails_behind_a_ping_is_an_error_event() {
             error.len()
         );
         for (answer, code) in [(Some(answer), "busy"), (None, "endpoint_timeout")] {
-            for client in [client(|b| b.http1_only()), h2c()] {
+            for client in [client(reqwest::ClientBuilder::http1_only), h2c()] {
                 let by_hand = ByHand::bind().await;
                 let proxy = proxy(server(), &by_hand, json!({ "firstByteMs": 2500 }), None).await;
                 let call = client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat_stream("m"));
