@@ -184,7 +184,10 @@ impl Relay {
             }
         }
         self.dropped = fate == Fate::Drop;
-        fate
+        match sse::comments_before(block) {
+            comments if self.dropped && comments > 0 => Fate::Cut(comments..block.len()),
+            _ => fate,
+        }
     }
 }
 

@@ -100,9 +100,7 @@ impl Splitter {
     }
 
     fn keeps_comments_only(&self) -> bool {
-        self.kept.first() == Some(&b':')
-            && !self.in_line
-            && lines(&self.kept).all(|line| line.is_empty() || line.starts_with(b":"))
+        self.kept.last() == Some(&b'\n') && comments_before(&self.kept) == self.kept.len()
     }
 
     /// Takes the kept bytes of a block that never ended.
@@ -164,6 +162,20 @@ impl Splitter {
         }
         None
     }
+}
+
+/// Length of the comment lines that a block begins with. They belong to no event, so that whatever becomes of it they go on.
+pub fn comments_before(block: &[u8]) -> usize {
+    let mut length = 0;
+    while let Some(rest) = block.get(length..).filter(|rest| rest.first() == Some(&b':')) {
+        // A line may end in a carriage return alone, but whoever writes comments ends it in a line feed.
+        match memchr::memchr2(b'\n', b'\r', rest) {
+            Some(end) if rest.get(end) == Some(&b'\n') => length += end + 1,
+            Some(end) if rest.get(end + 1) == Some(&b'\n') => length += end + 2,
+            _ => break,
+        }
+    }
+    length
 }
 
 /// The data of a block, its `data:` lines joined by line feeds; none if it has no such line, as a comment.
@@ -283,6 +295,20 @@ mod tests {
         assert_eq!(splitter.next(&piece, 0), Step::LineFeed(1));
         assert_eq!(splitter.next(&piece, 1), Step::Block(3), "an empty block");
         assert_eq!(splitter.next(&piece, 3), Step::Block(14));
+    }
+
+    #[test]
+    fn comments_before_an_event_are_known() {
+        for (block, length) in [
+            (": a\n\n", 4),
+            (": a\r\n: b\ndata: c\n\n", 9),
+            ("data: c\n: a\n\n", 0),
+            (": a\rdata: c\r\r", 0),
+            (": a", 0),
+            ("", 0),
+        ] {
+            assert_eq!(comments_before(block.as_bytes()), length, "{block:?}");
+        }
     }
 
     #[test]
