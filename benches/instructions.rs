@@ -16,15 +16,18 @@ use std::hint::black_box;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
+use std::time::Instant;
 
 use api_together::billing::Measured;
 use api_together::config::{Config, Environment, Format, check_str};
+use api_together::exchange::judge::{Head, Judge, Rules, Terms, UsageTerms};
 use api_together::ledger::Client;
 use api_together::limit::Clock;
 use api_together::proxy::access_log::Record;
 use api_together::request::auth::Auth;
 use api_together::request::call::Call;
 use api_together::request::fields;
+use api_together::request::forward;
 use api_together::request::id;
 use api_together::request::rewrite;
 use api_together::response::redact::Secrets;
@@ -67,6 +70,8 @@ const STAGES: &[Stage] = &[
     ("pick, 3 endpoints of one model", || pick(3, "shared")),
     ("pick, 1,000 endpoints of one model", || pick(1000, "shared")),
     ("permit without limits", permit),
+    ("headers to forward", forward_headers),
+    ("judge a 1 KB answer", judge),
     ("tokens of a 1 KB answer", answer),
     ("200 events: relay and measure", || events(false)),
     ("200 events: and strip the usage", || events(true)),
@@ -136,8 +141,63 @@ fn pick(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
     let pool = pool(endpoints);
     let (clock, candidates) = (pool.clock(), Arc::clone(pool.router.find(model).expect("it is served")));
     Box::new(move || {
-        let options = Options { pool: &pool, candidates: black_box(&candidates), model: Some(model), tried: &[] };
+        let options =
+            Options { pool: &pool, candidates: black_box(&candidates), model: Some(model), shape: None, tried: &[] };
         black_box(balance::pick(&options, &clock));
+    })
+}
+
+/// Headers as OpenAI's Python SDK sends them.
+fn forward_headers() -> Box<dyn FnMut()> {
+    let server = config(1).server;
+    let mut headers = HeaderMap::new();
+    for (name, value) in [
+        ("host", "127.0.0.1:3001"),
+        ("accept-encoding", "gzip, deflate"),
+        ("connection", "keep-alive"),
+        ("accept", "application/json"),
+        ("content-type", "application/json"),
+        ("user-agent", "OpenAI/Python 2.9.0"),
+        ("x-stainless-lang", "python"),
+        ("x-stainless-package-version", "2.9.0"),
+        ("x-stainless-os", "Linux"),
+        ("x-stainless-arch", "x64"),
+        ("x-stainless-runtime", "CPython"),
+        ("x-stainless-runtime-version", "3.13.0"),
+        ("x-stainless-async", "false"),
+        ("x-stainless-retry-count", "0"),
+        ("x-stainless-read-timeout", "600"),
+        ("authorization", "Bearer sk-client-key"),
+        ("content-length", "1024"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    Box::new(move || drop(black_box(forward::forwarded(black_box(&headers), &server, false))))
+}
+
+fn judge() -> Box<dyn FnMut()> {
+    let config = config(1);
+    let content = "All work and no play makes Jack a dull boy. ".repeat(16);
+    let body: Bytes = format!(
+        r#"{{"id":"chatcmpl-9","object":"chat.completion","created":1795608000,"model":"gpt-4o-mini","choices":[{{"index":0,"message":{{"role":"assistant","content":"{content}","refusal":null}},"finish_reason":"stop"}}],"usage":{{"prompt_tokens":9,"completion_tokens":160,"total_tokens":169}}}}"#
+    )
+    .into();
+    let (retry, now) = (config.server.retry, Instant::now());
+    Box::new(move || {
+        let terms = Terms {
+            call: Call::Completion,
+            streams: false,
+            expects_body: true,
+            more: true,
+            more_if_empty: true,
+            usage: UsageTerms::default(),
+        };
+        let rules = Rules { retry: &retry, errors: &[] };
+        let content_type = Some("application/json");
+        let head = Head { status: 200, content_type, wait: None, end: false, ends_with_connection: false };
+        let mut judge = Judge::new(terms);
+        judge.header(head, &rules);
+        black_box(judge.body(black_box(&body), true, &rules, now));
     })
 }
 

@@ -73,8 +73,11 @@ fn choice(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("pick", endpoints), |b| {
             let candidates = pool.router.find("model-0").expect("it is served");
             b.iter(|| {
-                balance::pick(&Options { pool: &pool, candidates, model: Some("model-0"), tried: &[] }, &pool.clock())
-                    .is_some()
+                balance::pick(
+                    &Options { pool: &pool, candidates, model: Some("model-0"), shape: None, tried: &[] },
+                    &pool.clock(),
+                )
+                .is_some()
             });
         });
     }
