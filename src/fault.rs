@@ -35,6 +35,8 @@ pub enum Fault {
         /// The path as it came, cut to a sane length.
         path: String,
     },
+    /// Every endpoint that could take the request has said that it does not have the call.
+    CallUnknown,
     /// The path is one of our own, which takes other methods.
     MethodNotAllowed {
         /// Allowed methods, in the form of the `Allow` header.
@@ -128,6 +130,7 @@ impl Fault {
             Self::KeyWrong                 => (401, INVALID, Some("invalid_api_key"), "key_wrong"),
             Self::KeysFailedTooOften       => (429, "requests", Some("rate_limit_exceeded"), "keys_failed_too_often"),
             Self::PathUnknown { .. }       => (404, INVALID, Some("unknown_url"), "path_unknown"),
+            Self::CallUnknown              => (404, INVALID, Some("call_not_found"), "call_unknown"),
             Self::MethodNotAllowed { .. }  => (405, INVALID, Some("method_not_supported"), "method_not_allowed"),
             Self::RequestInvalid { .. }       => (400, INVALID, None, "request_invalid"),
             Self::PathTooLong { .. }       => (414, INVALID, Some("uri_too_long"), "path_too_long"),
@@ -238,6 +241,9 @@ impl Fault {
             Self::KeysFailedTooOften => {
                 "Too many requests with a wrong API key came from your address. Correct the key; a right one is \
                  accepted at once."
+            }
+            Self::CallUnknown => {
+                "No endpoint that serves this model has this call: each answered 404 within the last minutes."
             }
             Self::EncodingUnknown => {
                 "The request body's Content-Encoding is not known here. Send it uncompressed, or as gzip, deflate, br or \

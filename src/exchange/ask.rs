@@ -9,8 +9,10 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 
 use super::AskedModel;
+use crate::ledger::CallerId;
 use crate::request::call::Call;
 use crate::request::fields::UsageEdit;
+use crate::request::shape::CallShape;
 use crate::routing::balance::Options;
 use crate::routing::pool::Pool;
 use crate::routing::router::{Candidate, Candidates, ModelName};
@@ -29,6 +31,10 @@ pub struct Ask {
     pub call: Call,
     /// Path, as it is meant, and query, as far as it is forwarded.
     pub target: PathAndQuery,
+    /// Shape of the call, if no id stands in its path.
+    pub shape: Option<CallShape>,
+    /// Whoever is told when to come back, if it is refused.
+    pub caller: CallerId,
     /// True if the body is JSON, whatever its content type says.
     pub is_json: bool,
     /// The model's name as the client sent it.
@@ -52,7 +58,13 @@ pub struct Ask {
 impl Ask {
     /// The choices that are left after these endpoints.
     pub fn options<'a>(&'a self, tried: &'a [usize]) -> Options<'a> {
-        Options { pool: &self.pool, candidates: &self.candidates, model: self.model.as_deref(), tried }
+        Options {
+            pool: &self.pool,
+            candidates: &self.candidates,
+            model: self.model.as_deref(),
+            shape: self.shape,
+            tried,
+        }
     }
 
     /// The model that a candidate is asked for.

@@ -9,6 +9,7 @@ use crate::exchange::judge::Terms;
 use crate::ledger::{Client, Drawn, Permit};
 use crate::limit::Clock;
 use crate::request::call::Call;
+use crate::request::shape::CallShape;
 use crate::response::classify::Meaning;
 use crate::response::decode::Encoding;
 use crate::routing::admission::Choice;
@@ -100,6 +101,8 @@ pub struct Attempt {
     pub endpoint: Arc<Endpoint>,
     /// The model it is asked for.
     pub model: AskedModel,
+    /// Shape of the call, if the endpoint is remembered to have it or not.
+    pub shape: Option<CallShape>,
     /// Terms by which the answer is judged.
     pub terms: Terms,
     /// Timeout until the first byte.
@@ -150,6 +153,7 @@ impl Attempt {
             in_flight: Some(endpoint.live.enter()),
             endpoint: Arc::clone(endpoint),
             model,
+            shape: None,
             terms,
             first_byte_timeout: endpoint.config.timeouts.first_byte,
             stage: Stage::Waiting,
@@ -347,12 +351,25 @@ impl Attempt {
                 metrics.error(&self.endpoint.config.id, meaning.trouble.name(), meaning.rule);
             }
         }
+        self.remember_call(outcome);
         let effect = outcome.effect(|| self.day_left());
         self.log_effect(outcome, effect);
         if outcome.is_shared_by_request() {
             self.charge = Some(self.charge(outcome, effect));
         } else {
             self.report_to_health(outcome, effect);
+        }
+    }
+
+    /// Remembers whether the endpoint has the call.
+    fn remember_call(&self, outcome: &Outcome) {
+        let (Some(shape), paths) = (self.shape, &self.endpoint.live.paths) else { return };
+        match outcome {
+            Outcome::Answered { status: 200..=299 } => paths.note_served(shape),
+            Outcome::Error { meaning, .. } if meaning.trouble == Trouble::CallMissing => {
+                paths.note_missing(shape, Instant::now());
+            }
+            _ => {}
         }
     }
 

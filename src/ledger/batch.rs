@@ -173,14 +173,12 @@ fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
     Ok(())
 }
 
-/// Returns the first moment at which one of the endpoints has a free permit that is not promised yet, and promises it.
-pub(super) fn promise(wanted: &[Wanted], clock: &Clock) -> Option<Stamp> {
+/// Returns the first moment at which one of the endpoints has a free permit that is not promised yet.
+pub(super) fn next_free<'a>(wanted: &'a [Wanted], clock: &Clock) -> Option<(Stamp, &'a Wanted)> {
     let next = |wanted: &Wanted| {
         wanted.account.mirror().quota.next_free(&wanted.limits, clock, wanted.not_before.max(clock.boot))
     };
-    let (at, first) = wanted.iter().map(|wanted| (next(wanted), wanted)).min_by_key(|(at, _)| *at)?;
-    first.account.mirror().quota.promise(at, &first.limits, clock);
-    Some(at)
+    wanted.iter().map(|wanted| (next(wanted), wanted)).min_by_key(|(at, _)| *at)
 }
 
 /// Writes the entries of an account, without those that change nothing.

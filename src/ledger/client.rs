@@ -96,6 +96,11 @@ impl Client {
         self.inbox.tickets.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Returns the number that the next one gets.
+    pub(super) fn next_ticket(&self) -> u64 {
+        self.inbox.tickets.load(Ordering::Relaxed)
+    }
+
     /// Returns a place in the queue for a permit, if fewer than `requests_max` places are taken.
     pub fn enter_queue(&self, requests_max: usize) -> Option<QueuePlace> {
         let entered = self
@@ -143,7 +148,7 @@ impl Client {
         let draw = Draw { ticket, wanted, otherwise, instead_of, reply };
         let patience = match otherwise {
             Otherwise::WaitUntil(until) => ANSWER_MAX + self.clock().boot.until(until),
-            Otherwise::LookElsewhere | Otherwise::Refuse => ANSWER_MAX,
+            Otherwise::LookElsewhere | Otherwise::Refuse(_) => ANSWER_MAX,
         };
         let pushed = self.push(|messages| {
             let has_room = messages.draws.len() < DRAWS_MAX;

@@ -50,13 +50,17 @@ pub(super) struct Draw {
     pub(super) reply: oneshot::Sender<Drawn>,
 }
 
+/// Whoever is told when to come back; an address, as far as callers can be told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CallerId(pub u64);
+
 /// Reaction if no endpoint of the list has a permit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Otherwise {
     /// The request has other candidates to try.
     LookElsewhere,
-    /// The request is refused, and the reply names a time to come back.
-    Refuse,
+    /// The request is refused, and the reply names this caller a time to come back.
+    Refuse(CallerId),
     /// The request waits in the queue until this moment at most.
     WaitUntil(Stamp),
 }

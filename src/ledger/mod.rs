@@ -46,7 +46,7 @@ use crate::limit::{Counts, Days, Slot, Stamp};
 pub use account::Account;
 pub use allocator::{Allocator, Tally, Used};
 pub use client::{Client, QueuePlace};
-pub use messages::{Drawn, Otherwise, Refusal, Wanted};
+pub use messages::{CallerId, Drawn, Otherwise, Refusal, Wanted};
 pub use permit::Permit;
 pub use stats::Spent;
 pub use thread::{Keeper, LedgerState};

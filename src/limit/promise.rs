@@ -40,6 +40,17 @@ impl Promises {
         }
     }
 
+    /// Takes back one promise of this moment, if there is one.
+    pub(super) fn remove(&mut self, at: Stamp) {
+        let Some(place) = self.0.iter().position(|promise| promise.at == at) else { return };
+        if let Some(promise) = self.0.get_mut(place) {
+            promise.count -= 1;
+            if promise.count == 0 {
+                self.0.remove(place);
+            }
+        }
+    }
+
     /// Returns the last promised moment.
     pub(super) fn last(&self) -> Option<Stamp> {
         self.0.back().map(|promise| promise.at)

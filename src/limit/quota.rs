@@ -238,6 +238,11 @@ impl Quota {
         self.promises.add(at, limits.calendar.days(wall_of(at, clock)));
     }
 
+    /// Takes a promise back, so that the permit is free for another one.
+    pub fn withdraw(&mut self, at: Stamp) {
+        self.promises.remove(at);
+    }
+
     fn next_unpromised(&self, first: Stamp, limits: &Limits, clock: &Clock) -> Stamp {
         // Minute and day can push the moment further in turn, but each round moves to another day.
         const ROUNDS_MAX: usize = 4;

@@ -85,6 +85,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     let now = Instant::now();
     let mut attempt = Attempt::new(endpoint, ask.model_for(candidate), terms, choice, &ask.pool.server, now);
     attempt.counters = counters;
+    attempt.shape = ask.shape;
     if ask.stream {
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
     }
@@ -97,7 +98,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
 
 /// A request that was sent once does not queue again: its client has waited long enough.
 fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> {
-    admission::Request { options: ask.options(tried), queue: None }
+    admission::Request { options: ask.options(tried), queue: None, caller: ask.caller }
 }
 
 /// Repeats the attempt under way. If its endpoint's limit does not allow that, another endpoint is tried.

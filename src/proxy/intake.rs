@@ -1,5 +1,6 @@
 //! Intake of a request: its client, its body, its call and model.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,10 +17,12 @@ use crate::config::Cors;
 use crate::exchange::Ask;
 use crate::exchange::session::{Framing, Plan, Wrapped};
 use crate::fault::{Fault, excerpt};
+use crate::ledger::CallerId;
 use crate::proxy::context::Context;
 use crate::request::auth;
 use crate::request::call::Call;
 use crate::request::fields::Fields;
+use crate::request::shape::CallShape;
 use crate::request::{content_type, fields, forward, id, path, rewrite};
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::pool::Pool;
@@ -139,7 +142,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     }
     check_target(&method, &uri, &path)?;
     let target = target(&pool, &uri, &path)?;
-    let ask = ask(gateway, session, pool, target).await?;
+    let ask = ask(gateway, session, (pool, caller_id(context.arrival.address)), target).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
@@ -217,7 +220,7 @@ fn opens_websocket(session: &Session) -> bool {
 async fn ask(
     gateway: &Gateway,
     session: &mut Session,
-    pool: Arc<Pool>,
+    (pool, caller): (Arc<Pool>, CallerId),
     target: PathAndQuery,
 ) -> Result<Box<Ask>, Stop> {
     let switches_protocol = opens_websocket(session);
@@ -247,7 +250,9 @@ async fn ask(
     Ok(Box::new(Ask {
         candidates: Arc::clone(candidates),
         call: Call::new(&header.method, target.path()),
+        shape: CallShape::new(&header.method, target.path()).filter(|_| !switches_protocol),
         target,
+        caller,
         is_json,
         stream: fields.stream,
         usage_edit: fields.usage_edit,
@@ -259,6 +264,17 @@ async fn ask(
         switches_protocol,
         pool,
     }))
+}
+
+/// Callers are told apart by their addresses, as long as all have one key.
+fn caller_id(address: Option<IpAddr>) -> CallerId {
+    let bits = match address {
+        None => 0,
+        Some(IpAddr::V4(address)) => u128::from(address.to_bits()),
+        Some(IpAddr::V6(address)) => address.to_bits(),
+    };
+    let [high, low] = [bits >> 64, bits].map(|half| u64::try_from(half & u128::from(u64::MAX)).unwrap_or_default());
+    CallerId(high.rotate_left(32) ^ low)
 }
 
 /// Finds the fields of a body, if it is JSON: it says so, says nothing, or begins like it, whatever it says. A byte-order
@@ -285,7 +301,7 @@ fn read(body: Bytes, content_type: Option<&str>) -> Result<(Bytes, Option<Fields
 /// The first endpoint.
 async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> {
     let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
-    let request = admission::Request { options: ask.options(&[]), queue };
+    let request = admission::Request { options: ask.options(&[]), queue, caller: ask.caller };
     match admission::at_once(&request) {
         Ok(choice) => Ok(choice),
         // Boxed, since it is rare and would make every request's future larger.

@@ -10,3 +10,4 @@ pub mod forward;
 pub mod id;
 pub(crate) mod path;
 pub mod rewrite;
+pub mod shape;

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::config::Queue;
 use crate::fault::{Fault, HeldBy};
-use crate::ledger::{Drawn, Otherwise, Permit, QueuePlace, Refusal};
+use crate::ledger::{CallerId, Drawn, Otherwise, Permit, QueuePlace, Refusal};
 use crate::limit::{Clock, Held, LimitReason, Stamp};
 use crate::routing::balance::{self, Options, Pick};
 use crate::routing::health::Gate;
@@ -45,6 +45,8 @@ pub struct Request<'a> {
     pub options: Options<'a>,
     /// Queue, if the request may wait.
     pub queue: Option<Queue>,
+    /// Whoever is told when to come back.
+    pub caller: CallerId,
 }
 
 /// State if no endpoint could be given at once: the strategy's choice, if it made one.
@@ -98,6 +100,9 @@ pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice
 /// Spills: the first choice has no permit, so the others are asked.
 async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
     let pool = request.options.pool;
+    if request.options.is_call_unknown(pool.clock().now) {
+        return Err(Fault::CallUnknown);
+    }
     let turn = Turn { ticket: pool.ledger.ticket(), place: None, until: Stamp::default() };
     let clock = pool.clock();
     let resorts = balance::last_resorts(&request.options, &clock);
@@ -144,8 +149,11 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
         let clock = pool.clock();
         let waits = turn.place.is_some() && clock.boot < turn.until;
         let open = balance::open(&request.options, &clock);
-        let otherwise =
-            if waits { Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE)) } else { Otherwise::Refuse };
+        let otherwise = if waits {
+            Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE))
+        } else {
+            Otherwise::Refuse(request.caller)
+        };
         match draw(request, &open, turn.ticket, otherwise).await? {
             Drawn::Granted(at, permit) => {
                 let choice = choice(&open, at, permit, clock)?;

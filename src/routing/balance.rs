@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::config::Strategy;
 use crate::limit::{Clock, Stamp};
+use crate::request::shape::CallShape;
 use crate::routing::health::Gate;
 use crate::routing::pool::{Endpoint, Pool, Trial};
 use crate::routing::router::{Candidate, Candidates, ModelName};
@@ -19,6 +20,8 @@ pub struct Options<'a> {
     pub candidates: &'a Candidates,
     /// The model it asks for.
     pub model: Option<&'a str>,
+    /// The shape of its call, if it has one.
+    pub shape: Option<CallShape>,
     /// Endpoints it has been to, by their place in the pool.
     pub tried: &'a [usize],
 }
@@ -44,12 +47,23 @@ impl<'a> Options<'a> {
         self.endpoint(index)?.live.begin_trial(self.model_of(index)?)
     }
 
-    fn untried(&self, candidate: &'a Candidate) -> Option<(&'a Endpoint, ModelName<'a>)> {
+    /// A candidate that the request has not been to, and that is not known to lack its call.
+    fn untried(&self, candidate: &'a Candidate, now: Instant) -> Option<(&'a Endpoint, ModelName<'a>)> {
         if self.tried.contains(&candidate.endpoint) {
             return None;
         }
         let endpoint = self.pool.endpoints.get(candidate.endpoint)?;
-        Some((endpoint, self.candidates.model_of(candidate, self.model)))
+        let model = self.candidates.model_of(candidate, self.model);
+        (!endpoint.live.paths.lacks(self.shape, now)).then_some((endpoint, model))
+    }
+
+    /// True if every candidate is known to lack the call.
+    pub fn is_call_unknown(&self, now: Instant) -> bool {
+        let lacks = |candidate: &Candidate| {
+            let endpoint = self.pool.endpoints.get(candidate.endpoint);
+            endpoint.is_some_and(|endpoint| endpoint.live.paths.lacks(self.shape, now))
+        };
+        self.candidates.list().iter().all(lacks)
     }
 
     fn seems_full(&self, endpoint: &Endpoint, clock: &Clock) -> bool {
@@ -87,7 +101,7 @@ pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
             }
             tier = candidate.tier;
         }
-        let Some((endpoint, model)) = options.untried(candidate) else { continue };
+        let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
         if options.seems_full(endpoint, clock) {
             continue;
         }
@@ -106,7 +120,7 @@ fn at_once(options: &Options<'_>, clock: &Clock) -> Option<usize> {
     let Options { pool, candidates, .. } = *options;
     let draw = || {
         let drawn = candidates.draw()?;
-        let (endpoint, model) = options.untried(candidates.list().get(drawn)?)?;
+        let (endpoint, model) = options.untried(candidates.list().get(drawn)?, clock.now)?;
         let is_open = !options.seems_full(endpoint, clock) && endpoint.live.gate(model, clock.now) == Gate::Open;
         is_open.then_some(drawn)
     };
@@ -137,7 +151,7 @@ pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Stamp)> {
             rotate(&mut open, tier_begins);
             (tier, tier_begins) = (candidate.tier, open.len());
         }
-        let Some((endpoint, model)) = options.untried(candidate) else { continue };
+        let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
         match endpoint.live.gate(model, clock.now) {
             Gate::Open => open.push((index, Stamp::default())),
             Gate::Resting { until, .. } => open.push((index, clock.boot + until.saturating_duration_since(clock.now))),
@@ -161,7 +175,7 @@ fn rotate<T>(list: &mut [T], begins: usize) {
 pub fn last_resorts(options: &Options<'_>, clock: &Clock) -> Vec<usize> {
     let mut resorts = Vec::new();
     for (index, candidate) in options.candidates.list().iter().enumerate() {
-        let Some((endpoint, model)) = options.untried(candidate) else { continue };
+        let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
         match endpoint.live.gate(model, clock.now) {
             Gate::TrialDue => resorts.push((clock.now, index)),
             Gate::Cooling { until } | Gate::Resting { until, may_try: true } => resorts.push((until, index)),
@@ -177,7 +191,7 @@ pub fn last_resorts(options: &Options<'_>, clock: &Clock) -> Vec<usize> {
 pub fn floor(options: &Options<'_>, clock: &Clock) -> Vec<usize> {
     let mut floor = Vec::new();
     for (index, candidate) in options.candidates.list().iter().enumerate() {
-        let Some((endpoint, model)) = options.untried(candidate) else { continue };
+        let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
         match endpoint.live.gate(model, clock.now) {
             Gate::Open => return Vec::new(),
             Gate::TrialDue | Gate::Cooling { .. } | Gate::OnTrial => {
@@ -192,10 +206,12 @@ pub fn floor(options: &Options<'_>, clock: &Clock) -> Vec<usize> {
 
 /// True if an untried candidate could take the request, as far as is known.
 pub fn any_left(options: &Options<'_>, clock: &Clock) -> bool {
-    options.candidates.list().iter().filter_map(|candidate| options.untried(candidate)).any(|(endpoint, model)| {
-        let gate = || endpoint.live.gate(model, clock.now);
-        !options.seems_full(endpoint, clock) && !matches!(gate(), Gate::Resting { may_try: false, .. })
-    })
+    options.candidates.list().iter().filter_map(|candidate| options.untried(candidate, clock.now)).any(
+        |(endpoint, model)| {
+            let gate = || endpoint.live.gate(model, clock.now);
+            !options.seems_full(endpoint, clock) && !matches!(gate(), Gate::Resting { may_try: false, .. })
+        },
+    )
 }
 
 /// Chooses one of the eligible candidates of a tier, which are used up. If another request took its trial meanwhile,
@@ -306,7 +322,7 @@ mod tests {
     }
 
     fn options<'a>(pool: &'a Pool, tried: &'a [usize]) -> Options<'a> {
-        Options { pool, candidates: pool.router.find("m").unwrap(), model: Some("m"), tried }
+        Options { pool, candidates: pool.router.find("m").unwrap(), model: Some("m"), shape: None, tried }
     }
 
     fn picks(pool: &Pool, times: usize) -> Vec<usize> {

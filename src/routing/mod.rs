@@ -3,6 +3,7 @@
 pub mod admission;
 pub mod balance;
 pub mod health;
+pub(crate) mod path_memory;
 pub mod pool;
 pub(crate) mod rate_headers;
 pub(crate) mod rates;

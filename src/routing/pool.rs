@@ -12,6 +12,7 @@ use crate::ledger::{Account, Client, Permit, Wanted};
 use crate::limit::{Clock, Limits, Stamp};
 use crate::response::redact::Secrets;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
+use crate::routing::path_memory::PathMemory;
 use crate::routing::router::{ModelName, Router};
 use crate::routing::usage_injection::InjectionMemory;
 use crate::upstream::Upstream;
@@ -193,6 +194,8 @@ pub struct Live {
     last_error: Mutex<Option<LastError>>,
     /// Memory about `stream_options` that the gateway added.
     pub usage_injection: InjectionMemory,
+    /// Memory of the calls that it does not have.
+    pub paths: PathMemory,
 }
 
 /// The last failure of an endpoint, for the status page.
@@ -217,6 +220,7 @@ impl Live {
             first_byte: Mutex::default(),
             last_error: Mutex::default(),
             usage_injection: InjectionMemory::default(),
+            paths: PathMemory::default(),
         }
     }
 
@@ -293,6 +297,7 @@ impl Live {
         self.record.fetch_add(1, Ordering::Relaxed);
         self.troubled.store(false, Ordering::Release);
         *lock(&self.last_error) = None;
+        self.paths.forget();
     }
 
     /// Reads the health, for the status page.

@@ -166,14 +166,15 @@ async fn a_request_that_may_not_be_sent_once_more_is_not_the_endpoints_fault() {
     .await;
 }
 
-/// So many chats at once, over HTTP/2 so that each does not need a connection of its own.
+/// So many chats at once, each of another caller, over HTTP/2 so that each does not need a connection of its own.
 async fn crowd(proxy: &Proxy, count: usize) -> Vec<Reply> {
     const ON_ONE_CONNECTION: usize = 100;
     let mut calls = JoinSet::new();
-    for _ in 0..count.div_ceil(ON_ONE_CONNECTION) {
+    for connection in 0..count.div_ceil(ON_ONE_CONNECTION) {
         let client = h2c();
-        for _ in 0..ON_ONE_CONNECTION {
+        for caller in 0..ON_ONE_CONNECTION {
             let call = client.post(proxy.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat("m"));
+            let call = call.header("x-forwarded-for", format!("10.0.{connection}.{caller}"));
             calls.spawn(Reply::of(call));
         }
     }
@@ -185,7 +186,7 @@ async fn of_a_thousand_at_once_as_many_are_served_as_the_limits_say() {
     within(async {
         let (a, b) = (simulator().await, simulator().await);
         let apis = [("a", &a), ("b", &b)].map(|(id, s)| endpoint_with(id, &s.base_url(), json!({ "rpm": 100 })));
-        let proxy = Proxy::start(json!({ "threads": 2 }), &apis).await;
+        let proxy = Proxy::start(json!({ "threads": 2, "trustedProxies": ["127.0.0.1"] }), &apis).await;
         let replies = crowd(&proxy, 1000).await;
         let counts = tally(&replies);
         assert_eq!(
@@ -225,7 +226,7 @@ async fn of_a_thousand_at_once_all_are_served_if_anybody_may() {
             .zip(limits)
             .map(|((id, simulator), limits)| endpoint_with(id, &simulator.base_url(), limits))
             .collect();
-        let proxy = Proxy::start(json!({ "threads": 2 }), &apis).await;
+        let proxy = Proxy::start(json!({ "threads": 2, "trustedProxies": ["127.0.0.1"] }), &apis).await;
         let replies = crowd(&proxy, 1000).await;
         assert!(replies.iter().all(|reply| reply.status == 200), "{:?}", tally(&replies));
         let counts = tally(&replies);
@@ -491,6 +492,22 @@ async fn the_status_page_says_all_about_limits() {
         // Midnight in Los Angeles, and the second that counts in both days.
         let day_ends = time(&api["quota"]["rpd"]["resets"]).to_zoned_datetime(jiff::tz::TimeZone::get("America/Los_Angeles").unwrap());
         assert_eq!((day_ends.hour(), day_ends.minute()), (0, 0), "{api}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_again_and_again_is_not_sent_further_and_further_away() {
+    within(async {
+        let simulator = simulator().await;
+        let apis = [endpoint_with("a", &simulator.base_url(), json!({ "rpm": 1 }))];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        assert_eq!(proxy.chat("m").await.status, 200);
+        let first = assert_full(&proxy.chat("m").await);
+        for _ in 0..20 {
+            let again = assert_full(&proxy.chat("m").await);
+            assert!(again <= first, "{again} after {first}");
+        }
     })
     .await;
 }

@@ -226,3 +226,85 @@ async fn in_flight_counts_last_to_the_last_byte_and_no_longer() {
     })
     .await;
 }
+
+/// Simulated endpoints `a`, `b`, `c` that answer any call but chat with 404, ten times a minute at most.
+async fn without_other_calls() -> (Vec<api_together::simulator::Simulator>, Vec<serde_json::Value>) {
+    let mut simulators = Vec::new();
+    for _ in 0..3 {
+        simulators.push(simulator().await);
+    }
+    let api = |(id, simulator): (&str, &api_together::simulator::Simulator)| {
+        endpoint_with(id, &simulator.base_url(), json!({ "rpm": 10 }))
+    };
+    let apis = ["a", "b", "c"].into_iter().zip(&simulators).map(api).collect();
+    (simulators, apis)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_no_endpoint_has_is_asked_of_each_once() {
+    within(async {
+        for path in [
+            "/v1/messages/count_tokens",
+            "/v1/responses/input_tokens",
+            "/v1/rerank",
+            "/v1/unheard_of",
+            "/v1/realtime/sessions",
+        ] {
+            let (simulators, apis) = without_other_calls().await;
+            let proxy = Proxy::start(json!({}), &apis).await;
+            for call in 1..=12 {
+                let reply = proxy.post(path, &chat("m")).await;
+                assert_eq!(reply.status, 404, "{path}");
+                if call > 3 {
+                    reply.assert_error(404, "invalid_request_error", "call_not_found");
+                } else {
+                    assert_eq!(reply.attempts(), Some("1"), "it is not sent to the others at once");
+                }
+            }
+            let asked: Vec<usize> = simulators.iter().map(|simulator| simulator.requests().len()).collect();
+            assert_eq!(asked, [1, 1, 1], "{path}");
+            // Chat is not touched by it.
+            for _ in 0..27 {
+                assert_eq!(proxy.chat("m").await.status, 200, "{path}");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_has_the_call_is_found_and_others_are_left_alone() {
+    within(async {
+        let (simulators, apis) = without_other_calls().await;
+        let answer = Behaviour { body: Some(r#"{"input_tokens":3}"#.into()), ..Behaviour::default() };
+        simulators[1].set_default(answer);
+        let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &apis).await;
+        let mut found = 0;
+        for _ in 0..10 {
+            found += usize::from(proxy.post("/v1/messages/count_tokens", &chat("m")).await.status == 200);
+        }
+        assert!(found >= 8, "{found}");
+        assert!(simulators[0].requests().len() <= 1 && simulators[2].requests().len() <= 1);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_404_of_an_id_or_of_a_call_that_has_worked_is_not_remembered() {
+    within(async {
+        let (simulators, apis) = without_other_calls().await;
+        let proxy = Proxy::start(json!({}), &apis[..1]).await;
+        for path in ["/v1/files/file-abc", "/v1/responses/resp_1", "/v1/containers/mine"] {
+            for _ in 0..2 {
+                let asked = simulators[0].requests().len();
+                assert_eq!(proxy.get(path).await.status, 404);
+                assert_eq!(simulators[0].requests().len(), asked + 1, "{path}");
+            }
+        }
+        proxy.chat("m").await.assert_from("a", 1);
+        simulators[0].script("gone", vec![Behaviour::status(404)]);
+        assert_eq!(proxy.chat("gone").await.status, 404);
+        proxy.chat("m").await.assert_from("a", 1);
+    })
+    .await;
+}

@@ -23,7 +23,7 @@ use api_together::exchange::judge::{Terms, UsageTerms};
 use api_together::exchange::{AskedModel, Attempt};
 use api_together::fault::Fault;
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
-use api_together::ledger::{Allocator, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally};
+use api_together::ledger::{Allocator, CallerId, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally};
 use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
@@ -590,11 +590,15 @@ impl Drop for HeldPermit {
 async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, shared: Rc<RefCell<Shared>>) {
     let Some(candidates) = pool.router.find("m") else { return };
     let mut tried = Vec::new();
+    let caller = CallerId(shared.borrow_mut().rng.u64(..3));
     let began = clocks.true_ms.load(Ordering::Relaxed);
     loop {
         let queue = queue.filter(|_| tried.is_empty());
-        let admission =
-            admission::Request { options: Options { pool: &pool, candidates, model: Some("m"), tried: &tried }, queue };
+        let admission = admission::Request {
+            options: Options { pool: &pool, candidates, model: Some("m"), shape: None, tried: &tried },
+            queue,
+            caller,
+        };
         let choice = match admission::admit(admission).await {
             Ok(choice) => choice,
             Err(Fault::LimitsReached { held, wait }) => {

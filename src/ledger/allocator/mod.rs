@@ -4,6 +4,7 @@
 //! The allocator mirrors the ledger's counts of each endpoint, so a batch reads only the counts that another process
 //! has changed since the last batch.
 
+mod promised;
 mod replies;
 
 use std::collections::BTreeMap;
@@ -54,6 +55,8 @@ pub struct Allocator {
     endpoints: Vec<(Arc<Account>, Arc<Limits>)>,
     /// Draws in the queue, in the order of arrival. The places of the queue bound their number.
     waiting: BTreeMap<u64, Draw>,
+    /// Moments at which refused callers were told to come back.
+    promised: promised::Promised,
     scan_at: Stamp,
     write_behind: WriteBehind,
     /// Accounts with prefetched permits, and the moment at which those are given back.
@@ -88,6 +91,7 @@ impl Allocator {
             tally,
             endpoints: Vec::new(),
             waiting: BTreeMap::new(),
+            promised: promised::Promised::default(),
             scan_at: Stamp::NEVER,
             write_behind: WriteBehind::default(),
             prefetched: Vec::new(),

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::promised::Told;
 use super::{Allocator, RENEW, SCAN};
 use crate::config::LedgerOnError;
-use crate::ledger::batch::{Decision, Served, enter, promise};
-use crate::ledger::messages::{Draw, Drawn, Messages, Otherwise, Refusal, Wanted};
+use crate::ledger::batch::{Decision, Served, enter, next_free};
+use crate::ledger::messages::{CallerId, Draw, Drawn, Messages, Otherwise, Refusal, Wanted};
 use crate::ledger::{Account, Permit, prefetch};
-use crate::limit::{Clock, Counted, Held, Limits, View};
+use crate::limit::{Clock, Counted, Held, Limits, Stamp, View};
 
 impl Allocator {
     /// Replies to all draws, now that they count. Publishes the views first, so that a client that gets its reply finds
@@ -68,11 +69,29 @@ impl Allocator {
                 return;
             }
             Otherwise::LookElsewhere | Otherwise::WaitUntil(_) => first,
-            Otherwise::Refuse => promise(&draw.wanted, clock).unwrap_or(first),
+            Otherwise::Refuse(caller) => self.promise(caller, &draw, clock).unwrap_or(first),
         };
         let refusal = Refusal { wait: clock.boot.until(free_at), held: held.to_vec() };
         // A client that is gone needs no reply.
         drop(draw.reply.send(Drawn::Refused(refusal)));
+    }
+
+    /// Promises a caller the first moment at which one of the endpoints has a free permit that is not promised yet; or the
+    /// one that it was promised before, if that is not later.
+    fn promise(&mut self, caller: CallerId, draw: &Draw, clock: &Clock) -> Option<Stamp> {
+        let known_from = self.client.next_ticket();
+        let before = self.promised.take(caller, draw.ticket, &draw.wanted, clock.boot);
+        let (at, first) = next_free(&draw.wanted, clock)?;
+        if let Some((before, account)) = before.and_then(|before| Some((before.at, before.account()?))) {
+            if before <= at {
+                self.promised.note(caller, Told::new(&account, before, known_from), clock.boot);
+                return Some(before);
+            }
+            account.mirror().quota.withdraw(before);
+        }
+        first.account.mirror().quota.promise(at, &first.limits, clock);
+        self.promised.note(caller, Told::new(&first.account, at, known_from), clock.boot);
+        Some(at)
     }
 
     /// Serves draws without the ledger: endpoints that need no ledger as usual, the others as the config's
@@ -100,7 +119,7 @@ impl Allocator {
                 drop(draw.reply.send(Drawn::Unavailable));
             } else {
                 // Nothing is promised: endpoints that need the ledger may seem to have permits, but cannot be used.
-                if draw.otherwise == Otherwise::Refuse {
+                if matches!(draw.otherwise, Otherwise::Refuse(_)) {
                     draw.otherwise = Otherwise::LookElsewhere;
                 }
                 self.refuse(draw, &held, clock);

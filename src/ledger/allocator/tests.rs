@@ -8,13 +8,16 @@ use crate::config::{LedgerSync, LimitKind};
 use crate::ledger::sqlite::{Opening, SqliteLedger};
 use crate::ledger::stats::{self, MODELS_MAX, OTHER_MODELS};
 use crate::ledger::write_behind::WRITE_DELAY;
-use crate::ledger::{Drawn, Otherwise, Refusal, Spent, Wanted, prefetch};
+use crate::ledger::{CallerId, Drawn, Otherwise, Refusal, Spent, Wanted, prefetch};
 use crate::limit::LimitReason;
 use crate::usage::{Cost, Speed, Tokens};
 use jiff::tz::TimeZone;
 
 /// 2026-11-25, 12:00 UTC.
 const NOON: u64 = 1_795_608_000;
+
+/// Everybody who is refused, unless a test says otherwise.
+const CALLER: CallerId = CallerId(1);
 
 /// One process: an allocator, its ledger, and a clock that a test moves.
 struct Process {
@@ -72,7 +75,7 @@ impl Process {
     }
 
     fn draw(&mut self, wanted: &[Wanted]) -> Drawn {
-        let mut answer = self.ask(wanted, Otherwise::Refuse);
+        let mut answer = self.ask(wanted, Otherwise::Refuse(CALLER));
         self.serve();
         ready(&mut answer)
     }
@@ -124,7 +127,7 @@ fn refused(drawn: Drawn) -> Refusal {
 fn a_crowd_gets_every_permit_once_and_the_rest_a_moment_each() {
     let (_folder, mut process) = Process::alone();
     let wanted = [process.wanted("a", r#""rpm":100"#), process.wanted("b", r#""rpm":100"#)];
-    let mut answers: Vec<_> = (0..1000).map(|_| process.ask(&wanted, Otherwise::Refuse)).collect();
+    let mut answers: Vec<_> = (0..1000).map(|_| process.ask(&wanted, Otherwise::Refuse(CALLER))).collect();
     process.serve();
     let (mut granted, mut waits) = ([0, 0], Vec::new());
     for answer in &mut answers {
@@ -152,16 +155,46 @@ fn a_crowd_gets_every_permit_once_and_the_rest_a_moment_each() {
     assert_eq!(used, [(100, 100), (100, 100)]);
     // A client that comes back at its promised moment gets a permit.
     process.pass(Duration::from_millis(60_500));
-    let mut back: Vec<_> = (0..200).map(|_| process.ask(&wanted, Otherwise::Refuse)).collect();
+    let mut back: Vec<_> = (0..200).map(|_| process.ask(&wanted, Otherwise::Refuse(CALLER))).collect();
     process.serve();
     assert!(back.iter_mut().all(|answer| matches!(ready(answer), Drawn::Granted(..))));
+}
+
+#[test]
+fn who_asks_again_and_again_is_told_the_same_moment() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":1"#)];
+    spent(process.draw(&wanted));
+    let ask = |process: &mut Process, caller| {
+        let mut answer = process.ask(&wanted, Otherwise::Refuse(CallerId(caller)));
+        process.serve();
+        refused(ready(&mut answer)).wait.as_millis()
+    };
+    let first = ask(&mut process, 1);
+    assert_eq!(first, 60_500);
+    let others = [ask(&mut process, 2), ask(&mut process, 3)];
+    assert!(first < others[0] && others[0] < others[1], "each caller has a moment of its own: {others:?}");
+    for _ in 0..5 {
+        process.pass(Duration::from_secs(1));
+        let again = [ask(&mut process, 1), ask(&mut process, 2), ask(&mut process, 3)];
+        assert!(again[0] < first && again[1] < others[0] && again[2] < others[1], "{again:?}");
+    }
+    // Many clients behind one address, that ask at once, get a moment each, and keep those.
+    let crowd = |process: &mut Process| {
+        let mut answers: Vec<_> = (0..4).map(|_| process.ask(&wanted, Otherwise::Refuse(CallerId(4)))).collect();
+        process.serve();
+        answers.iter_mut().map(|answer| refused(ready(answer)).wait.as_millis()).collect::<Vec<_>>()
+    };
+    let moments = crowd(&mut process);
+    assert!(moments.is_sorted_by(|a, b| a < b), "{moments:?}");
+    assert_eq!(crowd(&mut process), moments);
 }
 
 #[test]
 fn a_permit_that_nobody_takes_comes_back() {
     let (_folder, mut process) = Process::alone();
     let wanted = [process.wanted("a", r#""rpm":1,"rpd":1"#)];
-    let answer = process.ask(&wanted, Otherwise::Refuse);
+    let answer = process.ask(&wanted, Otherwise::Refuse(CALLER));
     process.serve();
     // The client disconnects between the grant and the reply.
     drop(answer);
@@ -436,10 +469,10 @@ fn without_the_ledger_only_endpoints_without_limits_are_asked_unless_the_config_
         let folder = tempfile::tempdir().unwrap();
         let mut process = Process::new(folder.path(), &now_ms, on_error);
         let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""rpm":-1"#)];
-        let mut answer = process.ask(&wanted, Otherwise::Refuse);
+        let mut answer = process.ask(&wanted, Otherwise::Refuse(CALLER));
         assert!(process.allocator.serve(None).is_err());
         assert_eq!(spent(ready(&mut answer)), expected);
-        let mut only_limited = process.ask(&wanted[..1], Otherwise::Refuse);
+        let mut only_limited = process.ask(&wanted[..1], Otherwise::Refuse(CALLER));
         assert!(process.allocator.serve(None).is_err());
         let drawn = ready(&mut only_limited);
         assert_eq!(matches!(drawn, Drawn::Unavailable), on_error == LedgerOnError::Deny, "{drawn:?}");
@@ -462,7 +495,7 @@ fn without_the_ledger_a_refusal_names_a_moment_to_come() {
     let (_folder, mut process) = Process::alone();
     let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""maxConcurrent":1"#)];
     let Drawn::Granted(0, _busy) = process.draw(&wanted[1..]) else { panic!("it is free") };
-    let mut answer = process.ask(&wanted, Otherwise::Refuse);
+    let mut answer = process.ask(&wanted, Otherwise::Refuse(CALLER));
     assert!(process.allocator.serve(None).is_err());
     let refusal = refused(ready(&mut answer));
     let full = LimitReason::Full(LimitKind::MaxConcurrent, 1);
@@ -476,7 +509,7 @@ fn a_group_that_fails_counts_nothing() {
     let holder = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
     process.ledger.set_lock_wait(Duration::from_millis(1));
     holder.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let mut answer = process.ask(&wanted, Otherwise::Refuse);
+    let mut answer = process.ask(&wanted, Otherwise::Refuse(CALLER));
     let error = process.allocator.serve(Some(&mut process.ledger)).unwrap_err();
     assert_eq!(error.kind, FaultKind::Locked, "{error}");
     assert!(matches!(ready(&mut answer), Drawn::Unavailable));

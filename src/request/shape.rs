@@ -1,0 +1,116 @@
+//! The shape of a call: method and path, if no id stands in it.
+
+use http::Method;
+
+/// A call, whichever request makes it. Two calls of one shape are had by an endpoint, or neither is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CallShape(u64);
+
+/// Segments of the API's paths behind the first one. Any other is an id, or may be one.
+const WORDS: [&str; 46] = [
+    "batches",
+    "calls",
+    "cancel",
+    "chat",
+    "checkpoints",
+    "client_secrets",
+    "compact",
+    "complete",
+    "completions",
+    "content",
+    "count_tokens",
+    "edits",
+    "embeddings",
+    "events",
+    "file_batches",
+    "files",
+    "fim",
+    "generations",
+    "graders",
+    "input_items",
+    "input_tokens",
+    "items",
+    "jobs",
+    "messages",
+    "parts",
+    "permissions",
+    "ratings",
+    "realtime",
+    "results",
+    "runs",
+    "search",
+    "sessions",
+    "speech",
+    "steps",
+    "submit_tool_outputs",
+    "threads",
+    "transcription_sessions",
+    "transcriptions",
+    "translations",
+    "uploads",
+    "usage",
+    "variations",
+    "vector_stores",
+    "videos",
+    "voice_consents",
+    "voices",
+];
+
+impl CallShape {
+    /// The shape of a method and a path under `/v1`; none if an id may stand in it.
+    pub fn new(method: &Method, path: &str) -> Option<Self> {
+        let mut segments = path.strip_prefix("/v1/")?.split('/');
+        let first = segments.next()?;
+        let is_word = !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+        let has_id = !is_word || segments.any(|segment| !WORDS.contains(&segment));
+        (!has_id).then(|| Self(hash(method.as_str(), path)))
+    }
+
+    /// A number below 64, for a set of shapes in one word.
+    pub fn bit(self) -> u64 {
+        1 << (self.0 & 63)
+    }
+}
+
+/// FNV-1a: paths are short, and what collides is only asked once more.
+fn hash(method: &str, path: &str) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    let hash = method.bytes().chain(path.bytes()).fold(0xcbf2_9ce4_8422_2325, step);
+    // The lower bits alone depend on too little.
+    hash ^ hash >> 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_with_an_id_has_no_shape() {
+        let shape = |path| CallShape::new(&Method::POST, path);
+        for path in [
+            "/v1/chat/completions",
+            "/v1/messages/count_tokens",
+            "/v1/responses/input_tokens",
+            "/v1/unheard_of",
+            "/v1/audio/transcriptions",
+        ] {
+            assert!(shape(path).is_some(), "{path}");
+        }
+        for path in [
+            "/v1/files/file-abc",
+            "/v1/responses/resp_abc",
+            "/v1/responses/resp_abc/cancel",
+            "/v1/threads/thread_x/messages",
+            "/v1/containers/mine",
+            "/v1/Files",
+            "/v1/file-abc",
+            "/v1/",
+            "/v1",
+            "/other",
+        ] {
+            assert_eq!(shape(path), None, "{path}");
+        }
+        assert_ne!(shape("/v1/files"), shape("/v1/batches"));
+        assert_ne!(shape("/v1/files"), CallShape::new(&Method::GET, "/v1/files"));
+    }
+}
