@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use base64::Engine as _;
 use percent_encoding::percent_decode_str;
 
 use super::base_url::{BaseUrl, BaseUrlError};
@@ -13,9 +14,9 @@ use crate::config::secret::Secret;
 /// Protocol of a proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProxyScheme {
-    /// `CONNECT` in plain text.
+    /// HTTP in plain text.
     Http,
-    /// `CONNECT` within TLS.
+    /// HTTP within TLS.
     Https,
     /// RFC 1928; names are resolved by the proxy.
     Socks5,
@@ -67,6 +68,13 @@ impl Proxy {
         Ok(Self { scheme, host: base.host, port: if has_port { base.port } else { port }, login })
     }
 
+    /// The user and password as `Proxy-Authorization` has them.
+    pub fn basic(&self) -> Option<String> {
+        let (user, password) = self.login.as_ref()?;
+        let login = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{}", password.expose()));
+        Some(format!("Basic {login}"))
+    }
+
     /// The variable that names the proxy for an endpoint, and what it says, if one does and `NO_PROXY` does not except it.
     /// Endpoints on this machine are always excepted.
     pub(super) fn of_environment<'a>(environment: &'a Environment, to: &BaseUrl) -> Option<(&'static str, &'a str)> {
@@ -106,18 +114,30 @@ fn is_excepted(list: &str, to: &BaseUrl) -> bool {
         if entry == "*" {
             return true;
         }
-        let ip = to.host.parse::<IpAddr>();
-        if let (Ok(ip), Ok(range)) = (ip, entry.parse::<Cidr>()) {
+        let (name, port) = without_port(entry);
+        if port.is_some_and(|port| port != to.port) {
+            return false;
+        }
+        // As in a URL, an IPv6 address may have brackets.
+        let bare = name.replace(['[', ']'], "");
+        if let (Ok(ip), Ok(range)) = (to.host.parse::<IpAddr>(), bare.parse::<Cidr>()) {
             return range.contains(ip);
         }
-        let (name, port): (&str, Option<u16>) = match entry.rsplit_once(':') {
-            Some((name, port)) if port.parse::<u16>().is_ok() && !name.contains(':') => (name, port.parse().ok()),
-            _ => (entry, None),
-        };
         let name = name.trim_start_matches('*').trim_start_matches('.').to_ascii_lowercase();
         let is_below = to.host.strip_suffix(&name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-        !name.is_empty() && is_below && port.is_none_or(|port| port == to.port)
+        !name.is_empty() && is_below
     })
+}
+
+/// Splits an entry such as `host:8080` or `[::1]:8080`. What follows the last colon of a bare IPv6 address is no port.
+fn without_port(entry: &str) -> (&str, Option<u16>) {
+    match entry.rsplit_once(':') {
+        Some((name, port)) if !name.contains(':') || name.ends_with(']') => match port.parse() {
+            Ok(port) => (name, Some(port)),
+            Err(_) => (entry, None),
+        },
+        _ => (entry, None),
+    }
 }
 
 #[cfg(test)]
@@ -170,6 +190,24 @@ mod tests {
             let set = [("HTTPS_PROXY", "http://p"), ("NO_PROXY", list)];
             assert_eq!(of(&set, "https://api.example.com").is_none(), excepted, "{list}");
         }
-        assert_eq!(of(&[("HTTP_PROXY", "http://p"), ("no_proxy", "10.0.0.0/8")], "http://10.1.2.3"), None);
+        for (list, excepted) in [
+            ("fd00::5", true),
+            ("[fd00::5]", true),
+            ("[fd00::5]:8080", true),
+            ("[fd00::5]:80", false),
+            ("fd00::/8", true),
+            ("[fd00::]/8", true),
+            ("[fe80::]/10, ::1", false),
+            ("[fd00::6]", false),
+        ] {
+            let set = [("HTTP_PROXY", "http://p"), ("NO_PROXY", list)];
+            assert_eq!(of(&set, "http://[fd00::5]:8080").is_none(), excepted, "{list}");
+        }
+        for (list, excepted) in
+            [("10.0.0.0/8", true), ("10.1.2.3:80", true), ("10.1.2.3:8080", false), ("[10.1.2.3]", true)]
+        {
+            let set = [("HTTP_PROXY", "http://p"), ("no_proxy", list)];
+            assert_eq!(of(&set, "http://10.1.2.3").is_none(), excepted, "{list}");
+        }
     }
 }

@@ -24,6 +24,8 @@ pub const HOLD_BYTES_MAX: usize = 64 * 1024;
 const ERROR_BODY_WAIT_MAX: Duration = Duration::from_secs(5);
 /// Longest time that a stream that has sent data is held while no event has content.
 pub const HOLD_TIME_MAX: Duration = Duration::from_secs(5);
+/// Only a proxy says so, and what it wants is between it and us: the client has a login of its own to care for.
+const PROXY_LOGIN_WANTED: u16 = 407;
 /// Time over which the pace of a stream is measured if the config sets a lowest one.
 const PACE_TIME: Duration = Duration::from_secs(2);
 
@@ -183,6 +185,9 @@ impl Judge {
 
     /// Takes the header.
     pub fn header(&mut self, head: Head<'_>, rules: &Rules<'_>) -> Verdict {
+        if head.status == PROXY_LOGIN_WANTED {
+            return Verdict::Drop(Outcome::ProxyRefused);
+        }
         self.ends_with_connection = head.ends_with_connection;
         let labelled = is_event_stream(head.content_type);
         let is_judged = answer::is_judged(self.terms.call);

@@ -228,7 +228,12 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
     }
     drop(state);
     if let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::Ours) {
-        let (id, endpoint) = (context.arrival.id_text(), &endpoint.config.id);
+        let id = context.arrival.id_text();
+        let endpoint = match outcome {
+            // The way matters more than where it leads.
+            Outcome::ProxyRefused => format!("{} ({})", endpoint.config.id, endpoint.upstream.name()),
+            _ => endpoint.config.id.to_string(),
+        };
         let next = if more { "another endpoint is tried" } else { "no other endpoint is left" };
         log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
     }
@@ -244,7 +249,9 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
         Outcome::Unrecognised => Fault::EndpointUnrecognised,
         Outcome::Error { .. } if outcome.is_hidden(retry) => Fault::EndpointKeyRefused,
         Outcome::Error { meaning, .. } => Fault::EndpointError { status: meaning.status },
-        Outcome::ConnectFailed | Outcome::Broken | Outcome::UsageRefused => Fault::EndpointUnreachable,
+        Outcome::ConnectFailed | Outcome::ProxyRefused | Outcome::Broken | Outcome::UsageRefused => {
+            Fault::EndpointUnreachable
+        }
         Outcome::Ours | Outcome::ClientGone | Outcome::Answered { .. } => Fault::Internal,
     };
     if more { Follow::NextEndpoint { otherwise: Some(fault) } } else { Follow::Fail(fault) }

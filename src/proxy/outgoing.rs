@@ -172,7 +172,14 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
     for (name, value) in &endpoint.config.headers {
         parts.headers.insert(name.clone(), value.clone());
     }
+    let forward = endpoint.upstream.forward(ask.switches_protocol);
+    if let Some(login) = forward.and_then(|forward| forward.login.as_ref()) {
+        parts.headers.insert(header::PROXY_AUTHORIZATION, login.clone());
+    }
     *request = parts.into();
+    if let Some(forward) = forward {
+        request.set_raw_path(&forward.target(&path))?;
+    }
     Ok(())
 }
 

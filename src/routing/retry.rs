@@ -31,6 +31,8 @@ pub enum Outcome {
     UsageRefused,
     /// No connection could be made to any of its addresses, or its name could not be resolved.
     ConnectFailed,
+    /// The proxy on the way to it did not take our login (407).
+    ProxyRefused,
     /// The connection or stream broke before the answer could be committed.
     Broken,
     /// No byte, or no event with content, in time, or a stream below `retry.minTokensPerSecond`.
@@ -70,6 +72,7 @@ impl fmt::Display for Outcome {
             Self::Unrecognised => f.write_str("answered 200 with something else than an answer"),
             Self::UsageRefused => f.write_str("refused stream_options"),
             Self::ConnectFailed => f.write_str("could not be connected to"),
+            Self::ProxyRefused => f.write_str("was not reached: its proxy wants another user and password (407)"),
             Self::Broken => f.write_str("broke off before its answer"),
             Self::TooSlow => f.write_str("did not answer in time"),
             Self::LimitReached => f.write_str("reached its limit before it could be asked"),
@@ -115,7 +118,7 @@ impl Outcome {
             Self::Empty => "empty",
             Self::Unrecognised => "unrecognised",
             Self::UsageRefused => "usage_refused",
-            Self::ConnectFailed => "connect_failed",
+            Self::ConnectFailed | Self::ProxyRefused => "connect_failed",
             Self::Broken => "broken",
             Self::TooSlow => "too_slow",
             Self::LimitReached => "limit_reached",
@@ -130,7 +133,7 @@ impl Outcome {
             Self::Answered { .. } => Effect::Success,
             Self::Error { meaning, .. } => effect_of(meaning, day_left),
             Self::LimitReached | Self::ClientGone | Self::Ours | Self::UsageRefused => Effect::Neutral,
-            Self::ConnectFailed => Effect::Failure(Scope::Endpoint),
+            Self::ConnectFailed | Self::ProxyRefused => Effect::Failure(Scope::Endpoint),
             Self::Empty | Self::Unrecognised | Self::Broken | Self::TooSlow => Effect::Failure(Scope::Model),
         }
     }
@@ -144,6 +147,7 @@ impl Outcome {
             | Self::Empty
             | Self::Unrecognised
             | Self::ConnectFailed
+            | Self::ProxyRefused
             | Self::Broken
             | Self::TooSlow
             | Self::LimitReached => true,

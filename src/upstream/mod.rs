@@ -3,6 +3,7 @@
 //! Names are resolved here and never by Pingora, whose own look-up blocks the worker and panics when it fails.
 
 pub(crate) mod cork;
+mod forward;
 mod tunnel;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -23,6 +24,7 @@ use rustls_pki_types::pem::PemObject;
 
 use crate::config;
 use crate::request::rewrite;
+use crate::upstream::forward::Forward;
 use crate::upstream::tunnel::Tunnel;
 
 /// Interval of name look-ups.
@@ -60,6 +62,8 @@ pub struct Upstream {
     host: String,
     port: u16,
     template: HttpPeer,
+    /// The other way to the endpoint: requests that its proxy sends on.
+    forward: Option<Forward>,
     resolved: ArcSwapOption<Vec<SocketAddr>>,
 }
 
@@ -76,6 +80,7 @@ impl Upstream {
         let authority = HeaderValue::from_str(&base.authority()).map_err(io::Error::other)?;
         let authorization = rewrite::bearer(endpoint.api_key.expose())
             .ok_or_else(|| io::Error::other("its apiKey has characters that no HTTP header can carry"))?;
+        let template = template(endpoint)?;
         Ok(Self {
             authority,
             authorization,
@@ -85,7 +90,8 @@ impl Upstream {
             },
             host: host.clone(),
             port,
-            template: template(endpoint)?,
+            forward: Forward::new(endpoint, &template)?,
+            template,
             resolved: ArcSwapOption::new(resolved),
         })
     }
@@ -121,6 +127,12 @@ impl Upstream {
         &self.name
     }
 
+    /// How a proxy is asked to send a request on, if one is.
+    pub fn forward(&self, switches_protocol: bool) -> Option<&Forward> {
+        // A proxy is asked for a tunnel where what follows need not be HTTP, as by every browser.
+        self.forward.as_ref().filter(|_| !switches_protocol)
+    }
+
     /// Number of known addresses.
     pub fn addresses_known(&self) -> usize {
         self.resolved.load().as_ref().map_or(0, |addresses| addresses.len())
@@ -135,7 +147,8 @@ impl Upstream {
         fresh: bool,
         first_byte: Duration,
     ) -> Box<HttpPeer> {
-        let mut peer = Box::new(self.template.clone());
+        let template = self.forward(switches_protocol).map_or(&self.template, |forward| &forward.template);
+        let mut peer = Box::new(template.clone());
         peer._address = address.into();
         let options = &mut peer.options;
         // While a body is written to an HTTP/2 endpoint no other deadline is looked at.
@@ -180,7 +193,7 @@ fn template(endpoint: &config::Endpoint) -> io::Result<HttpPeer> {
     options.verify_cert = !endpoint.tls.insecure;
     options.verify_hostname = !endpoint.tls.insecure;
     if let Some(proxy) = &endpoint.proxy {
-        options.custom_l4 = Some(Arc::new(Tunnel::new(proxy.clone(), base.host.clone(), base.port)?));
+        options.custom_l4 = Some(Arc::new(Tunnel::new(proxy.clone(), Some((base.host.clone(), base.port)))?));
     }
     if let Some(file) = &endpoint.tls.ca_file {
         options.ca = Some(load_ca(file)?);

@@ -1,11 +1,11 @@
 //! The way to an endpoint through a proxy: a connection to the proxy, which makes one to the endpoint and passes bytes on.
+//! Without an endpoint it ends at the proxy.
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use base64::Engine as _;
 use pingora::connectors::l4::Connect;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::protocols::l4::stream::Stream;
@@ -20,52 +20,63 @@ use crate::config::{Proxy, ProxyScheme};
 /// No proxy answers a CONNECT with more than that.
 const ANSWER_BYTES_MAX: usize = 8 * 1024;
 
-/// Connects to one endpoint through one proxy.
+/// Connects to one endpoint through one proxy, or to the proxy itself.
 pub(super) struct Tunnel {
     proxy: Proxy,
-    /// The endpoint.
-    host: String,
-    port: u16,
+    /// The endpoint's host and port, if the tunnel goes on to one.
+    to: Option<(String, u16)>,
     /// TLS settings for a proxy that is spoken to in TLS.
     tls: Option<TlsConnector>,
 }
 
 impl fmt::Debug for Tunnel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tunnel({} to {}:{})", self.proxy, self.host, self.port)
+        write!(f, "Tunnel({self})")
+    }
+}
+
+impl fmt::Display for Tunnel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.to {
+            Some((host, port)) => write!(f, "proxy {} to {host}:{port}", self.proxy),
+            None => write!(f, "proxy {}", self.proxy),
+        }
     }
 }
 
 impl Tunnel {
-    /// Returns the tunnel to this endpoint through this proxy.
-    pub(super) fn new(proxy: Proxy, host: String, port: u16) -> io::Result<Self> {
+    /// Returns the tunnel to this endpoint through this proxy, or to the proxy.
+    pub(super) fn new(proxy: Proxy, to: Option<(String, u16)>) -> io::Result<Self> {
         let tls = match proxy.scheme {
             ProxyScheme::Https => Some(connector()?),
             ProxyScheme::Http | ProxyScheme::Socks5 => None,
         };
-        Ok(Self { proxy, host, port, tls })
+        Ok(Self { proxy, to, tls })
     }
 
     async fn open(&self, address: std::net::SocketAddr) -> io::Result<Stream> {
         let stream = TcpStream::connect(address).await?;
-        match (self.proxy.scheme, &self.tls) {
-            (ProxyScheme::Socks5, _) => Ok(self.socks(stream).await?.into()),
-            (_, None) => {
+        match (self.proxy.scheme, &self.tls, &self.to) {
+            (ProxyScheme::Socks5, _, Some((host, port))) => Ok(self.socks(stream, (host, *port)).await?.into()),
+            (_, None, to) => {
                 let mut stream = stream;
-                self.connect_through(&mut stream).await?;
+                if let Some((host, port)) = to {
+                    self.connect_through(&mut stream, (host, *port)).await?;
+                }
                 Ok(stream.into())
             }
-            (_, Some(tls)) => {
+            (_, Some(tls), to) => {
                 let name = ServerName::try_from(self.proxy.host.clone()).map_err(io::Error::other)?;
                 let mut stream = tls.connect(name, stream).await?;
-                self.connect_through(&mut stream).await?;
+                if let Some((host, port)) = to {
+                    self.connect_through(&mut stream, (host, *port)).await?;
+                }
                 Ok(bridge(stream)?.into())
             }
         }
     }
 
-    async fn socks(&self, stream: TcpStream) -> io::Result<TcpStream> {
-        let target = (self.host.as_str(), self.port);
+    async fn socks(&self, stream: TcpStream, target: (&str, u16)) -> io::Result<TcpStream> {
         let connected = match &self.proxy.login {
             None => Socks5Stream::connect_with_socket(stream, target).await,
             Some((user, password)) => {
@@ -76,12 +87,14 @@ impl Tunnel {
     }
 
     /// RFC 9110, 9.3.6.
-    async fn connect_through<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: &mut S) -> io::Result<()> {
-        let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
-        let mut request = format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n", port = self.port);
-        if let Some((user, password)) = &self.proxy.login {
-            let login = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{}", password.expose()));
-            request.push_str("Proxy-Authorization: Basic ");
+    async fn connect_through<S>(&self, stream: &mut S, (host, port): (&str, u16)) -> io::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+        let mut request = format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n");
+        if let Some(login) = self.proxy.basic() {
+            request.push_str("Proxy-Authorization: ");
             request.push_str(&login);
             request.push_str("\r\n");
         }
@@ -110,10 +123,7 @@ impl Connect for Tunnel {
         let Some(address) = address.as_inet() else {
             return Error::e_explain(ErrorType::InternalError, "a proxy has an address of the internet");
         };
-        self.open(*address).await.map_err(|error| {
-            let why = format!("proxy {} to {}:{}: {error}", self.proxy, self.host, self.port);
-            Error::explain(ErrorType::ConnectError, why)
-        })
+        self.open(*address).await.map_err(|error| Error::explain(ErrorType::ConnectError, format!("{self}: {error}")))
     }
 }
 

@@ -24,7 +24,7 @@ struct Outbound {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    Connect,
+    Http,
     Socks,
 }
 
@@ -41,9 +41,9 @@ impl Outbound {
                     match tls {
                         Some(tls) => {
                             let Ok(stream) = tls.accept(stream).await else { return };
-                            connect(stream, wants_login, to, &names).await;
+                            http(stream, wants_login, to, &names).await;
                         }
-                        None if kind == Kind::Connect => connect(stream, wants_login, to, &names).await,
+                        None if kind == Kind::Http => http(stream, wants_login, to, &names).await,
                         None => socks(stream, wants_login, to, &names).await,
                     }
                 });
@@ -57,25 +57,47 @@ impl Outbound {
     }
 }
 
-async fn connect<S>(stream: S, wants_login: bool, to: SocketAddr, names: &Mutex<Vec<String>>)
+/// Serves one connection as HTTP proxies do: sends on what it is asked for with a whole URL, and makes a tunnel of a CONNECT.
+async fn http<S>(stream: S, wants_login: bool, to: SocketAddr, names: &Mutex<Vec<String>>)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
     let mut stream = BufReader::new(stream);
-    let mut head = String::new();
-    while !head.ends_with("\r\n\r\n") {
-        if stream.read_line(&mut head).await.unwrap_or(0) == 0 {
+    loop {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            if stream.read_line(&mut head).await.unwrap_or(0) == 0 {
+                return;
+            }
+        }
+        let (method, target) = (head.split(' ').next().unwrap(), head.split(' ').nth(1).unwrap());
+        names.lock().unwrap().push(target.to_owned());
+        let lower = head.to_ascii_lowercase();
+        let length = lower.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+        let mut body = vec![0; length.unwrap_or(0)];
+        stream.read_exact(&mut body).await.unwrap();
+        if wants_login && !lower.contains(&BASIC.to_ascii_lowercase()) {
+            stream.write_all(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+            continue;
+        }
+        let mut onward = TcpStream::connect(to).await.unwrap();
+        if method == "CONNECT" {
+            stream.write_all(b"HTTP/1.1 200 Connection established\r\nvia: test\r\n\r\n").await.unwrap();
+            copy_bidirectional(&mut stream, &mut onward).await.map(drop).unwrap_or_default();
             return;
         }
+        let path = target.strip_prefix("http://").and_then(|rest| rest.find('/').map(|at| &rest[at..])).unwrap();
+        let lines =
+            head.trim_end().split("\r\n").skip(1).filter(|line| !line.to_ascii_lowercase().starts_with("proxy-"));
+        let first = format!("{method} {path} HTTP/1.1");
+        let lines: Vec<&str> = [first.as_str(), "connection: close"].into_iter().chain(lines).collect();
+        let head = lines.join("\r\n") + "\r\n\r\n";
+        onward.write_all(&[head.as_bytes(), &body].concat()).await.unwrap();
+        let mut answer = Vec::new();
+        onward.read_to_end(&mut answer).await.unwrap();
+        let answer = String::from_utf8(answer).unwrap().replace("connection: close\r\n", "");
+        stream.write_all(answer.as_bytes()).await.unwrap();
     }
-    names.lock().unwrap().push(head.split(' ').nth(1).unwrap().to_owned());
-    if wants_login && !head.contains(BASIC) {
-        stream.write_all(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n").await.unwrap();
-        return;
-    }
-    stream.write_all(b"HTTP/1.1 200 Connection established\r\nvia: test\r\n\r\n").await.unwrap();
-    let mut onward = TcpStream::connect(to).await.unwrap();
-    copy_bidirectional(&mut stream, &mut onward).await.map(drop).unwrap_or_default();
 }
 
 /// RFC 1928 and 1929, as far as a client needs them.
@@ -116,11 +138,11 @@ async fn socks(mut stream: TcpStream, wants_login: bool, to: SocketAddr, names: 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endpoint_is_reached_through_its_proxy_and_the_connection_kept() {
     within(async {
-        for kind in [Kind::Connect, Kind::Socks] {
+        for kind in [Kind::Http, Kind::Socks] {
             for wants_login in [false, true] {
                 let simulator = simulator().await;
                 let outbound = Outbound::start(kind, wants_login, simulator.addr(), None).await;
-                let scheme = if kind == Kind::Connect { "http" } else { "socks5" };
+                let scheme = if kind == Kind::Http { "http" } else { "socks5" };
                 let login = if wants_login { "me:pa%40ss@" } else { "" };
                 let proxy = format!("{scheme}://{login}{}", outbound.address);
                 // A name that only the proxy knows.
@@ -129,7 +151,13 @@ async fn an_endpoint_is_reached_through_its_proxy_and_the_connection_kept() {
                 for _ in 0..3 {
                     gateway.chat("m").await.assert_from("a", 1);
                 }
-                assert_eq!(outbound.asked(), ["llm.internal:8080"], "one connection for all of them");
+                if kind == Kind::Http {
+                    // Proxies refuse tunnels to ports other than 443.
+                    assert_eq!(outbound.asked(), ["http://llm.internal:8080/v1/chat/completions"; 3]);
+                } else {
+                    assert_eq!(outbound.asked(), ["llm.internal:8080"], "one connection for all of them");
+                }
+                assert!(!simulator.requests()[0].headers.contains_key("proxy-authorization"));
                 assert_eq!(simulator.requests()[0].headers["host"], "llm.internal:8080");
             }
         }
@@ -142,7 +170,7 @@ async fn tls_is_spoken_with_the_endpoint_and_not_with_the_proxy() {
     within(async {
         let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
         let (simulator, port) = secure(&authority, "api.vendor.test", &[b"h2", b"http/1.1"]).await;
-        let outbound = Outbound::start(Kind::Connect, false, SocketAddr::from(([127, 0, 0, 1], port)), None).await;
+        let outbound = Outbound::start(Kind::Http, false, SocketAddr::from(([127, 0, 0, 1], port)), None).await;
         let ca = write(folder.path(), "ca.pem", &authority.pem());
         let proxy = format!("http://{}", outbound.address);
         let api = |name: &str| {
@@ -168,7 +196,7 @@ async fn a_proxy_may_itself_be_spoken_to_in_tls() {
         let simulator = simulator().await;
         let (certificate, key) = authority.issue("localhost");
         let tls = acceptor(&certificate, &key, &[]);
-        let outbound = Outbound::start(Kind::Connect, true, simulator.addr(), Some(tls)).await;
+        let outbound = Outbound::start(Kind::Http, true, simulator.addr(), Some(tls)).await;
         let proxy = format!("https://me:pa%40ss@localhost:{}", outbound.address.port());
         let api = endpoint_with("a", "http://llm.internal", json!({ "proxy": proxy }));
         let config = folder_with("apis.json", &config_text(json!({}), &[api]));
@@ -182,7 +210,7 @@ async fn a_proxy_may_itself_be_spoken_to_in_tls() {
         let reply =
             crate::harness::Reply::of(call.bearer_auth(crate::harness::KEY).json(&crate::harness::chat("m"))).await;
         reply.assert_from("a", 1);
-        assert_eq!(outbound.asked(), ["llm.internal:80"]);
+        assert_eq!(outbound.asked(), ["http://llm.internal/v1/chat/completions"]);
     })
     .await;
 }
@@ -191,7 +219,7 @@ async fn a_proxy_may_itself_be_spoken_to_in_tls() {
 async fn the_environment_names_the_proxy_unless_the_endpoint_does() {
     within(async {
         let simulator = simulator().await;
-        let outbound = Outbound::start(Kind::Connect, false, simulator.addr(), None).await;
+        let outbound = Outbound::start(Kind::Http, false, simulator.addr(), None).await;
         let url = format!("http://{}", outbound.address);
         let text = |more| config_text(json!({}), &[endpoint_with("a", "http://llm.internal", more)]);
         let gateway = Proxy::of_text(&text(json!({})), &[("HTTP_PROXY", &url)]).await;
@@ -213,7 +241,7 @@ async fn the_environment_names_the_proxy_unless_the_endpoint_does() {
 async fn a_proxys_failure_names_the_proxy_and_shows_no_password() {
     within(async {
         let simulator = simulator().await;
-        let outbound = Outbound::start(Kind::Connect, true, simulator.addr(), None).await;
+        let outbound = Outbound::start(Kind::Http, true, simulator.addr(), None).await;
         let proxy = format!("http://me:wrong-password@{}", outbound.address);
         let api = endpoint_with("a", "http://llm.internal", json!({ "proxy": proxy }));
         let running = Running::start(&config_text(json!({}), &[api]), "info");
@@ -223,7 +251,7 @@ async fn a_proxys_failure_names_the_proxy_and_shows_no_password() {
             crate::harness::Reply::of(call.bearer_auth(crate::harness::KEY).json(&crate::harness::chat("m"))).await;
         reply.assert_error(502, "server_error", "endpoint_unreachable");
         let line = running.logs("wants another user and password (407)").await;
-        assert!(line.contains(&format!("proxy http://{} to llm.internal:80", outbound.address)), "{line}");
+        assert!(line.contains(&format!("llm.internal through the proxy http://{}", outbound.address)), "{line}");
         let log = running.killed();
         assert!(!log.contains("wrong-password"), "{log}");
     })
