@@ -1,5 +1,5 @@
-//! What an endpoint's error means: whose trouble it is, by which rule, and for how long. Pure. It serves error answers, errors
-//! in the body of a 200, and events of streams alike.
+//! What an endpoint's error means: whose trouble it is, by which rule, and for how long. Pure, but for the wall clock where an
+//! error says when a limit is reset. It serves error answers, errors in the body of a 200, and events of streams alike.
 //!
 //! The user's own rules (`apis[].errors`) come first, then what is known of vendors ([`vendors`](super::vendors)), then the
 //! status. A verdict against a key, an account or an endpoint needs a code or a type, or a message in the vendor's own words
@@ -195,6 +195,95 @@ mod tests {
             let meaning = classify(status, &error, None, &[]);
             assert_eq!((meaning.trouble, meaning.is_known()), (row.means, true), "{}: {}", row.id, meaning.rule);
         }
+    }
+
+    #[test]
+    fn what_vendors_say_beside_the_status_decides() {
+        for (status, body, trouble, wait) in [
+            // A 402 that is only a wait, and two that a smaller request does not get.
+            (
+                402,
+                r#"{"error":{"code":402,"message":"x","metadata":{"limit_source":"openrouter_in_flight_budget","retry_after_seconds":7}}}"#,
+                Trouble::AccountLimit,
+                Wait::Stated(Duration::from_secs(7)),
+            ),
+            (
+                402,
+                r#"{"error":{"code":402,"message":"This request requires more credits, or fewer max_tokens. You requested up to 9 tokens, but can only afford 3."}}"#,
+                Trouble::AccountLimit,
+                Wait::Not,
+            ),
+            (402, r#"{"error":{"code":402,"message":"Insufficient credits"}}"#, Trouble::Key, Wait::Unsaid),
+            // Azure says a day where no wait would help.
+            (
+                429,
+                r#"{"error":{"code":"429","message":"Requests to the ChatCompletions_Create Operation under Azure OpenAI API version 2024-02-01 have exceeded token rate limit. Please retry after 86400 seconds."}}"#,
+                Trouble::ModelLimit,
+                Wait::Not,
+            ),
+            // Overload that looks like a limit, and the other way round.
+            (
+                429,
+                r#"{"success":false,"errors":[{"code":3040,"message":"No more data centers"}]}"#,
+                Trouble::ModelFailure,
+                Wait::Unsaid,
+            ),
+            (
+                429,
+                r#"{"success":false,"errors":[{"code":3036,"message":"You have used up"}]}"#,
+                Trouble::AccountLimit,
+                Wait::Day,
+            ),
+            (
+                500,
+                r#"{"type":"error","error":{"type":"api_error","message":"Overloaded"}}"#,
+                Trouble::ModelFailure,
+                Wait::Unsaid,
+            ),
+            // Trouble of a key or a model in a 400 or a 401.
+            (
+                400,
+                r#"{"code":"invalid-argument","error":"Incorrect API key provided: xa***. You can obtain an API key from https://console.x.ai."}"#,
+                Trouble::Key,
+                Wait::Unsaid,
+            ),
+            (
+                400,
+                r#"{"status":400,"title":"Bad Request","detail":"Function id 'f': DEGRADED function cannot be invoked"}"#,
+                Trouble::ModelFailure,
+                Wait::Unsaid,
+            ),
+            (
+                400,
+                r#"{"success":false,"errors":[{"code":5007,"message":"No such model m or task"}]}"#,
+                Trouble::ModelMissing,
+                Wait::Unsaid,
+            ),
+            (
+                401,
+                r#"{"error":{"code":"invalid_model","message":"No permission to use the model"}}"#,
+                Trouble::ModelMissing,
+                Wait::Unsaid,
+            ),
+            (
+                400,
+                r#"{"error":{"message":"Organization has been restricted. Please reach out to support.","type":"invalid_request_error"}}"#,
+                Trouble::Key,
+                Wait::Unsaid,
+            ),
+        ] {
+            let meaning = of_answer(status, body.as_bytes(), None, &[]);
+            assert_eq!((meaning.trouble, meaning.wait), (trouble, wait), "{body}: {}", meaning.rule);
+        }
+        let in_body = |body: &str| of_value(&serde_json::from_str(body).unwrap(), &[]).map(|meaning| meaning.trouble);
+        assert_eq!(
+            in_body(r#"{"error_code":110,"error_msg":"Access token invalid or no longer valid"}"#),
+            Some(Trouble::Key)
+        );
+        assert_eq!(
+            in_body(r#"{"error_code":18,"error_msg":"Open api qps request limit reached"}"#),
+            Some(Trouble::ModelLimit)
+        );
     }
 
     #[test]

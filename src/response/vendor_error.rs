@@ -1,4 +1,4 @@
-//! An endpoint's error, in whatever shape its vendor puts it: what it is called, what it says, and how long to wait. Pure.
+//! An endpoint's error, in whatever shape its vendor puts it: what it is called, what it says, and how long to wait.
 //!
 //! | shape | whose |
 //! |---|---|
@@ -15,8 +15,9 @@
 //! | `{"ResponseMetadata":{"Error":{…}}}`, `{"Response":{"Error":{…}}}` | Volcengine's, Tencent's |
 //! | `{"choices":[{"error":{…}}]}` | OpenRouter's, within an answer |
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use http::{HeaderName, HeaderValue};
 use serde_json::{Map, Value};
 
 use super::wait;
@@ -168,10 +169,28 @@ impl VendorError {
             if metadata.get("flagged_input").is_some() {
                 self.codes.push("flagged_input".to_owned());
             }
-            let raw = metadata.get("raw").and_then(Value::as_str);
-            self.wait = self.wait.or_else(|| raw.and_then(wait::in_message));
+            for key in ["limit_source", "error_type"] {
+                self.add_code(metadata.get(key));
+            }
+            self.wait = self.wait.or_else(|| wait_of(metadata));
         }
     }
+}
+
+/// The wait in `OpenRouter`'s `metadata`: its own word, the headers of whoever it asked, or the words of that one's answer.
+fn wait_of(metadata: &Value) -> Option<Duration> {
+    let headers = metadata.get("headers").and_then(Value::as_object).into_iter().flatten();
+    let seconds = metadata.get("retry_after_seconds").and_then(Value::as_f64);
+    let seconds = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let said = seconds.or_else(|| {
+        let pair = |(name, value): (&String, &Value)| {
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            Some((HeaderName::try_from(name).ok()?, HeaderValue::try_from(value).ok()?))
+        };
+        wait::in_headers(&headers.filter_map(pair).collect(), SystemTime::now())
+    });
+    let raw = metadata.get("raw").and_then(Value::as_str);
+    said.or_else(|| raw.and_then(wait::in_message)).map(|wait| wait.min(wait::WAIT_MAX))
 }
 
 /// True for a member `error` that is one: some write null, nothing or false where there is none.

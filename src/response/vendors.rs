@@ -52,6 +52,11 @@ const DASHSCOPE: &str = "help.aliyun.com/zh/model-studio/error-code";
 const ARK: &str = "volcengine.com/docs/82379/1299023";
 const NEW_API: &str = "QuantumNous/new-api types/error.go";
 const KIMI: &str = "platform.kimi.com/docs/api/errors";
+const CLOUDFLARE: &str = "developers.cloudflare.com/workers-ai/platform/errors";
+const QIANFAN: &str = "ai.baidu.com/ai-doc/WENXINWORKSHOP/tlmyncueh";
+const OPENROUTER: &str = "openrouter.ai/docs/api/reference/errors-and-debugging";
+const WANDB: &str = "docs.wandb.ai/inference/api-reference/errors";
+const BEDROCK: &str = "docs.aws.amazon.com/bedrock/latest/userguide/troubleshooting-api-error-codes.html";
 const LLAMA_CPP: &str = "ggml-org/llama.cpp tools/server/server-common.cpp";
 
 /// The table. The order matters only among rows that fit the same error.
@@ -85,7 +90,14 @@ pub(super) const ROWS: &[Row] = &[
     code("openai/context_length", ANY, "context_length_exceeded", Request, OPENAI),
     code("openai/content_policy", ANY, "content_policy_violation", Request, OPENAI),
     code("openai/invalid_prompt", ANY, "invalid_prompt", Request, OPENAI),
+    words("openai/no_organization", &[401], "You must be a member of an organization to use the API*", Key, OPENAI),
+    words("openai/overloaded_words", &[429, 503], "That model is currently overloaded with other requests.*", ModelFailure, "openai/openai-python#414"),
+    words("openai/at_capacity", ANY, "Selected model is at capacity.*", ModelFailure, "openai/codex#19446"),
     // Azure
+    both("azure/request_over_limit", &[429], "429", "Requests to the *Please retry after 86400 seconds*", ModelLimit, "alex-wolf-ps/dbchatprov2#2")
+        .lasting(Lasts::Not),
+    words("azure/key", &[401], "Access denied due to invalid subscription key or wrong API endpoint.*", Key, "microsoft/chat-copilot#738"),
+    words("azure/management", &[429], "Rate limit is exceeded. Try again in *", AccountLimit, "Azure-Samples/azure-search-openai-demo#177"),
     code("azure/deployment_missing", ANY, "DeploymentNotFound", ModelMissing, "learn.microsoft.com/azure/ai-services/openai"),
     code("azure/content_filter", ANY, "content_filter", Request, "learn.microsoft.com/azure/ai-services/openai"),
     // Anthropic
@@ -94,6 +106,7 @@ pub(super) const ROWS: &[Row] = &[
     words("anthropic/credit", &[400], "Your credit balance is too low to access the Anthropic API*", Key, "anthropics/claude-code#66314"),
     kind("anthropic/rate_limit", ANY, "rate_limit_error", ModelLimit, ANTHROPIC),
     kind("anthropic/overloaded", ANY, "overloaded_error", ModelFailure, ANTHROPIC),
+    typed("anthropic/overloaded_500", &[500], "api_error", "Overloaded", ModelFailure, "anthropics/claude-code#4248"),
     typed("anthropic/model_missing", &[404], "not_found_error", "model: *", ModelMissing, ANTHROPIC),
     // Google
     code("google/api_key_invalid", ANY, "API_KEY_INVALID", Key, "can1357/oh-my-pi#449"),
@@ -110,13 +123,24 @@ pub(super) const ROWS: &[Row] = &[
     words("google/model_missing", &[404], "models/* is not found for API version*", ModelMissing, "ai.google.dev/gemini-api/docs/troubleshooting"),
     words("vertex/model_missing", &[404], "Publisher Model `*` was not found*", ModelMissing, "genkit-ai/genkit#4688"),
     // Groq
+    words("groq/restricted", &[400, 401, 403], "Organization has been restricted.*", Key, "kerlig.com/help/groq/troubleshooting"),
     code("groq/decommissioned", ANY, "model_decommissioned", ModelMissing, "console.groq.com/docs/deprecations"),
     // OpenRouter
     code("openrouter/flagged", ANY, "flagged_input", Request, "openrouter.ai/docs/api-reference/errors"),
     words("openrouter/daily_free", &[429], "Rate limit exceeded: free-models-per-day*", AccountLimit, "cline/cline#5301").lasting(Lasts::Day),
     words("openrouter/no_provider", &[404], "No endpoints found*", ModelMissing, "anomalyco/opencode#1558"),
     words("openrouter/no_provider_allowed", &[404], "No endpoints available*", ModelMissing, "truefoundry/models#826"),
-    words("openrouter/too_many_tokens", &[402], "This request requires more credits, or fewer max_tokens*", Key, "anomalyco/opencode#12219"),
+    // Fewer tokens can still be afforded: the account is as it was, and nobody else's requests are hindered.
+    words("openrouter/too_many_tokens", &[402], "This request requires more credits, or fewer max_tokens*", AccountLimit, "anomalyco/opencode#12219")
+        .lasting(Lasts::Not),
+    words("openrouter/too_long_prompt", &[402], "Prompt tokens limit exceeded: *", AccountLimit, "anomalyco/opencode#12219")
+        .lasting(Lasts::Not),
+    code("openrouter/in_flight", ANY, "openrouter_in_flight_budget", AccountLimit, OPENROUTER),
+    code("openrouter/key_limit", ANY, "openrouter_key_limit", Key, OPENROUTER),
+    code("openrouter/credits", ANY, "openrouter_credits", Key, OPENROUTER),
+    code("openrouter/daily_free_source", ANY, "openrouter_free_tier_daily", AccountLimit, "Avarok-Cybersecurity/atlas#543").lasting(Lasts::Day),
+    kind("openrouter/payment", &[402], "payment_required", Key, OPENROUTER),
+    words("openrouter/no_user", &[401], "User not found.", Key, OPENROUTER),
     // Mistral
     words("mistral/capacity", ANY, "Service tier capacity exceeded for this model.", ModelFailure, "continuedev/continue#6185"),
     kind("mistral/rate", ANY, "rate_limited", ModelLimit, "cline/cline#9085"),
@@ -124,10 +148,12 @@ pub(super) const ROWS: &[Row] = &[
     code("mistral/model_invalid", &[400], "invalid_model", ModelMissing, "docs.mistral.ai/api"),
     kind("mistral/model_invalid_type", &[400], "invalid_model", ModelMissing, "docs.mistral.ai/api"),
     // xAI
+    words("xai/key", &[400, 401], "Incorrect API key provided: *console.x.ai*", Key, "docs.x.ai/docs/key-information/debugging"),
     words("xai/no_credit", &[403, 429], "Your newly created team* doesn't have any credits*", Key, "continuedev/continue#12670"),
     words("xai/credit_used", &[403, 429], "Your team * has either used all available credits or reached its monthly spending limit*", Key, "continuedev/continue#10373"),
     code("xai/spending_limit", ANY, "personal-team-blocked:spending-limit", Key, "NousResearch/hermes-agent#26847"),
     // DeepSeek
+    words("deepseek/key", &[401], "Authentication Fails*", Key, "api-docs.deepseek.com/quick_start/error_codes"),
     words("deepseek/balance", ANY, "Insufficient Balance", Key, "continuedev/continue#11387"),
     // Zhipu, Z.ai
     code("zhipu/key", &[401], "100*", Key, ZHIPU),
@@ -154,10 +180,32 @@ pub(super) const ROWS: &[Row] = &[
     code("minimax/parameters", &[502], "2013", Request, MINIMAX),
     code("minimax/invalid_key", &[502], "2049", Key, MINIMAX),
     typed("minimax/balance_500", &[500], "api_error", "insufficient balance (1008)*", Key, "MiniMax-AI/MiniMax-M2#62"),
+    // Baidu Qianfan answers 200 with error_code
+    code("qianfan/call", &[502], "3", CallMissing, QIANFAN),
+    code("qianfan/busy", &[502], "4", ModelFailure, QIANFAN),
+    code("qianfan/service_token", &[502], "13", Key, QIANFAN),
+    code("qianfan/iam", &[502], "14", Key, QIANFAN),
+    code("qianfan/application", &[502], "15", Key, QIANFAN),
+    code("qianfan/daily", &[502], "17", ModelLimit, QIANFAN).lasting(Lasts::Day),
+    code("qianfan/rate", &[502], "18", ModelLimit, QIANFAN),
+    code("qianfan/total", &[502], "19", Key, QIANFAN),
+    code("qianfan/token", &[502], "100", Key, QIANFAN),
+    code("qianfan/token_old", &[502], "110", Key, QIANFAN),
+    code("qianfan/token_expired", &[502], "111", Key, QIANFAN),
+    code("qianfan/requests_minute", ANY, "336501", ModelLimit, "cloud.baidu.com/doc/WENXINWORKSHOP/s/hlzic283e"),
+    code("qianfan/tokens_minute", ANY, "336502", ModelLimit, "cloud.baidu.com/doc/WENXINWORKSHOP/s/hlzic283e"),
+    both("qianfan/model_denied", &[401], "invalid_model", "No permission to use the model*", ModelMissing, "ai.baidu.com/ai-doc/WENXINWORKSHOP/Cm2y4d5ha"),
+    code("qianfan/parameter_denied", &[401], "no_parameter_permission", Request, "ai.baidu.com/ai-doc/WENXINWORKSHOP/Cm2y4d5ha"),
+    code("qianfan/balance", ANY, "BILLING_INSUFFICIENT_BALANCE", Key, "ai.baidu.com/ai-doc/AppBuilder/4m8sgh88y"),
+    code("qianfan/user_daily", ANY, "QUOTA_USER_DAILY_*", AccountLimit, "ai.baidu.com/ai-doc/AppBuilder/4m8sgh88y").lasting(Lasts::Day),
     // Alibaba DashScope
     code("dashscope/key", ANY, "InvalidApiKey", Key, DASHSCOPE),
     code("dashscope/arrears", ANY, "Arrearage", Key, DASHSCOPE),
     code("dashscope/free_tier", ANY, "AllocationQuota.FreeTierOnly", Key, DASHSCOPE),
+    both("dashscope/free_gone", ANY, "Throttling.AllocationQuota", "Free allocated quota exceeded.*", ModelMissing, DASHSCOPE),
+    code("dashscope/overdue", ANY, "PostpaidBillOverdue", Key, DASHSCOPE),
+    code("dashscope/unpurchased", ANY, "AccessDenied.Unpurchased", ModelMissing, DASHSCOPE),
+    both("dashscope/model_not_exist", &[400], "InvalidParameter", "Model not exist.*", ModelMissing, DASHSCOPE),
     code("dashscope/throttling", ANY, "Throttling*", ModelLimit, DASHSCOPE),
     code("dashscope/requests", ANY, "limit_requests", ModelLimit, DASHSCOPE),
     code("dashscope/model_missing", ANY, "ModelNotFound", ModelMissing, DASHSCOPE),
@@ -171,10 +219,16 @@ pub(super) const ROWS: &[Row] = &[
     code("ark/model_not_open", ANY, "ModelNotOpen", ModelMissing, ARK),
     code("ark/closed", ANY, "InvalidEndpoint.ClosedEndpoint", ModelFailure, ARK),
     code("ark/rate", ANY, "RateLimitExceeded.*", ModelLimit, ARK),
-    code("ark/quota", ANY, "QuotaExceeded", ModelLimit, ARK),
-    code("ark/set_limit", ANY, "SetLimitExceeded", Key, ARK),
+    code("ark/free_gone", ANY, "QuotaExceeded", ModelMissing, ARK),
+    // The owner has to open the model again; others are not concerned.
+    code("ark/set_limit", ANY, "SetLimitExceeded", ModelMissing, "volcengine/MineContext#328"),
+    code("ark/service_overdue", ANY, "ServiceOverdue", Key, ARK),
+    code("ark/service_closed", ANY, "ServiceNotOpen", ModelMissing, ARK),
+    code("ark/account_rate", ANY, "*AccountRateLimitExceeded", AccountLimit, ARK),
+    code("ark/account_requests", ANY, "APIAccountRpmRateLimitExceeded", AccountLimit, ARK),
+    code("ark/burst", ANY, "RequestBurstTooFast", ModelLimit, ARK),
     code("ark/overloaded", ANY, "ServerOverloaded", ModelFailure, ARK),
-    code("ark/sensitive", ANY, "SensitiveContentDetected*", Request, ARK),
+    code("ark/sensitive", ANY, "*SensitiveContentDetected*", Request, ARK),
     code("ark/risk", ANY, "Input*RiskDetection", Request, "volcengine.com/docs/82379/1099476"),
     // Moonshot, Kimi
     kind("moonshot/balance", ANY, "exceeded_current_quota_error", Key, "MoonshotAI/Kimi-K2#5"),
@@ -187,6 +241,23 @@ pub(super) const ROWS: &[Row] = &[
     code("cerebras/queue", ANY, "queue_exceeded", ModelFailure, "continuedev/continue#9800"),
     code("cerebras/quota", ANY, "*_quota_exceeded", ModelLimit, "nminaya/grammar-nazi-bot#958"),
     // SiliconFlow
+    code("siliconflow/model_missing", &[400], "20012", ModelMissing, "anyme123/Any-code#1"),
+    words("siliconflow/model_missing_words", &[400], "Model does not exist. Please check it carefully.", ModelMissing, "anyme123/Any-code#1"),
+    code("siliconflow/balance", &[403], "30001", Key, "docs.siliconflow.cn/faqs/error-code"),
+    // Cloudflare Workers AI
+    code("cloudflare/model_missing", &[400], "5007", ModelMissing, CLOUDFLARE),
+    code("cloudflare/model_invalid", &[404], "3042", ModelMissing, CLOUDFLARE),
+    code("cloudflare/model_denied", &[403], "5018", ModelMissing, CLOUDFLARE),
+    code("cloudflare/model_private", &[403], "3041", ModelMissing, CLOUDFLARE),
+    code("cloudflare/terms", &[403], "5016", ModelMissing, CLOUDFLARE),
+    code("cloudflare/account", &[403], "3023", Key, CLOUDFLARE),
+    code("cloudflare/daily", &[429], "3036", AccountLimit, CLOUDFLARE).lasting(Lasts::Day),
+    code("cloudflare/daily_2", &[429], "4006", AccountLimit, "get-engram/engram#34").lasting(Lasts::Day),
+    code("cloudflare/capacity", &[429], "3040", ModelFailure, CLOUDFLARE),
+    // NVIDIA
+    words("nvidia/degraded", &[400], "Function id '*': DEGRADED function cannot be invoked*", ModelFailure, "decolua/9router#2527"),
+    words("nvidia/model_missing", &[404], "Function '*': Not found for account '*'*", ModelMissing, "NVIDIA-AI-Blueprints/rag#44"),
+    words("nvidia/credit", &[402], "Account '*': Cloud credits expired*", Key, "docs.nvidia.com/nim"),
     words("siliconflow/rate", &[429], "Request was rejected due to rate limiting*", ModelLimit, "AIDotNet/OpenDeepWiki#269"),
     // Others that say what the status does not
     code("novita/balance", ANY, "NOT_ENOUGH_BALANCE", Key, "novita.ai/docs/api-reference/basic-error-code"),
@@ -197,18 +268,38 @@ pub(super) const ROWS: &[Row] = &[
     kind("zenmux/model_missing", ANY, "invalid_model", ModelMissing, "docs.zenmux.ai/guide/advanced/error-codes"),
     words("together/context", &[403], "Input token count + max_tokens parameter must be less than the context length*", Request, "docs.together.ai/docs/error-codes"),
     code("github/daily", &[429], "RateLimitReached", ModelLimit, "docs.github.com/github-models"),
+    code("github/busy", &[429], "rate_limited", AccountLimit, "microsoft/vscode-copilot-release#5795"),
+    words("fireworks/suspended", &[412], "Account * is suspended*", Key, "docs.fireworks.ai/troubleshooting/status_error_codes"),
+    words("wandb/quota", &[402], "You exceeded your current quota, please check your plan and billing details*", Key, WANDB),
+    words("wandb/concurrency", &[429], "Concurrency limit reached for requests*", AccountLimit, WANDB),
+    words("huggingface/credit", &[402], "You have exceeded your monthly included credits*", Key, "huggingface/agents-course#386"),
+    words("chutes/balance", &[402, 429], "Quota exceeded and account balance is *", Key, "DaWe35/image-router#33"),
+    words("together/dedicated", &[400], "Unable to access non-serverless model *", ModelMissing, "docs.together.ai/docs/error-codes"),
+    words("bedrock/no_access", &[403], "You don't have access to the model with the specified model ID.*", ModelMissing, BEDROCK),
+    code("bedrock/form", ANY, "FTUFormNotFilled", ModelMissing, BEDROCK),
+    code("bedrock/signature", ANY, "*IncompleteSignature", Key, BEDROCK),
+    words("bedrock/on_demand", &[400], "Invocation of model ID * with on-demand throughput isn*", ModelMissing, "strands-agents/docs#102"),
+    words("tencent/signature", ANY, "The provided credentials could not be validated.*", Key, "tencentcloud.com/document/api/1284/75543"),
     // Servers that people run themselves
     words("ollama/model_missing", &[404], "model * not found, try pulling it first", ModelMissing, "ollama/ollama#2203"),
     words("ollama/model_missing_2", &[404], "model * not found", ModelMissing, "ollama/ollama server/routes.go"),
+    words("ollama/memory", &[500], "model requires more system memory (*", ModelFailure, "continuedev/continue#11715"),
     words("ollama/busy", &[503], "server busy, please try again.  maximum pending requests exceeded", ModelFailure, "ollama/ollama server/sched.go"),
     words("vllm/lora_missing", &[404], "The lora adapter `*` does not exist*", ModelMissing, "vllm-project/vllm entrypoints/openai"),
     kind("llamacpp/not_supported", &[501], "not_supported_error", CallMissing, LLAMA_CPP),
     kind("llamacpp/loading", &[503], "unavailable_error", ModelFailure, LLAMA_CPP),
     kind("llamacpp/context", ANY, "exceed_context_size_error", Request, LLAMA_CPP),
+    words("lmstudio/not_loaded", &[400, 404], "No models loaded. Please load a model*", ModelMissing, "lmstudio-ai/lmstudio-bug-tracker#1492"),
+    words("lmstudio/load", ANY, "Failed to load model*", ModelFailure, "lmstudio-ai/lmstudio-bug-tracker#1492"),
     words("lmstudio/no_call", ANY, "Unexpected endpoint or method. (*", CallMissing, "lmstudio-ai/lmstudio-bug-tracker#239"),
     kind("tgi/overloaded", ANY, "overloaded", ModelFailure, "huggingface/text-generation-inference router/src"),
     kind("tgi/validation", ANY, "validation", Request, "huggingface/text-generation-inference router/src"),
     // Relays
+    kind("litellm/budget", ANY, "budget_exceeded", Key, "BerriAI/litellm#20615"),
+    words("litellm/model_invalid", &[400], "/*: Invalid model name passed in model=*", ModelMissing, "BerriAI/litellm litellm/proxy"),
+    code("litellm/model_denied", ANY, "key_model_access_denied", ModelMissing, "BerriAI/litellm litellm/proxy"),
+    words("litellm/cooling", &[429], "No deployments available for selected model*", ModelFailure, "BerriAI/litellm litellm/types/router.py"),
+    words("litellm/unhealthy", ANY, "There are no healthy deployments*", ModelFailure, "BerriAI/litellm litellm/router.py"),
     kind("new-api/quota", &[403], "insufficient_user_quota", Key, NEW_API),
     code("new-api/quota_code", ANY, "insufficient_user_quota", Key, NEW_API),
     code("new-api/token_quota", ANY, "pre_consume_token_quota_failed", Key, NEW_API),
