@@ -1,5 +1,5 @@
-//! What an endpoint's error means: whose trouble it is, by which rule, and for how long. Pure, but for the wall clock where an
-//! error says when a limit is reset. It serves error answers, errors in the body of a 200, and events of streams alike.
+//! What an endpoint's error means: whose trouble it is, by which rule, and for how long. Pure. It serves error answers, errors
+//! in the body of a 200, and events of streams alike.
 //!
 //! The user's own rules (`apis[].errors`) come first, then what is known of vendors ([`vendors`](super::vendors)), then the
 //! status. A verdict against a key, an account or an endpoint needs a code or a type, or a message in the vendor's own words
@@ -61,7 +61,7 @@ impl Meaning {
 }
 
 /// Returns what an error answer means. `wait` is what its headers ask for.
-pub(crate) fn of_answer(status: u16, body: &[u8], wait: Option<Duration>, rules: &[ErrorRule]) -> Meaning {
+pub fn of_answer(status: u16, body: &[u8], wait: Option<Duration>, rules: &[ErrorRule]) -> Meaning {
     classify(status, &VendorError::from_body(body), wait, rules)
 }
 
@@ -77,21 +77,23 @@ pub(crate) fn of_error(error: &VendorError, rules: &[ErrorRule]) -> Meaning {
 }
 
 fn classify(status: u16, error: &VendorError, wait: Option<Duration>, rules: &[ErrorRule]) -> Meaning {
-    let wait = wait.or(error.wait).map_or(Wait::Unsaid, Wait::Stated);
+    let stated = |wait: Option<Duration>| wait.map_or(Wait::Unsaid, Wait::Stated);
+    let wait = wait.or(error.wait);
     if let Some(rule) = rules.iter().find(|rule| fits(rule, status, error)) {
+        let wait = stated(wait.or(error.wait_in_words));
         return Meaning { status, trouble: rule.means, rule: BY_CONFIG, wait };
     }
-    match vendors::ROWS.iter().find(|row| row_fits(row, status, error)) {
-        Some(row) => {
-            let wait = match row.lasts {
-                Lasts::AsSaid => wait,
-                Lasts::Day => Wait::Day,
-                Lasts::Not => Wait::Not,
-            };
-            Meaning { status, trouble: row.means, rule: row.id, wait }
-        }
-        None => Meaning { status, trouble: by_status(status), rule: BY_STATUS, wait },
+    if let Some(row) = vendors::ROWS.iter().find(|row| row_fits(row, status, error)) {
+        let wait = match row.lasts {
+            Lasts::AsSaid => stated(wait.or(error.wait_in_words)),
+            Lasts::Day => Wait::Day,
+            Lasts::Not => Wait::Not,
+        };
+        return Meaning { status, trouble: row.means, rule: row.id, wait };
     }
+    // Where nothing is known, words may be the prompt's. Whoever says 429 speaks of its own limit.
+    let words = error.wait_in_words.filter(|_| status == 429);
+    Meaning { status, trouble: by_status(status), rule: BY_STATUS, wait: stated(wait.or(words)) }
 }
 
 fn fits(rule: &ErrorRule, status: u16, error: &VendorError) -> bool {
@@ -275,6 +277,10 @@ mod tests {
             let meaning = of_answer(status, body.as_bytes(), None, &[]);
             assert_eq!((meaning.trouble, meaning.wait), (trouble, wait), "{body}: {}", meaning.rule);
         }
+        // A prompt that a failing server quotes is no word of the server's.
+        let quoting = r#"{"error":{"message":"Invalid prompt: try again in 24h0m0s."}}"#;
+        assert_eq!(of_answer(503, quoting.as_bytes(), None, &[]).wait, Wait::Unsaid);
+        assert_eq!(of_answer(429, quoting.as_bytes(), None, &[]).wait, Wait::Stated(Duration::from_hours(24)));
         let in_body = |body: &str| of_value(&serde_json::from_str(body).unwrap(), &[]).map(|meaning| meaning.trouble);
         assert_eq!(
             in_body(r#"{"error_code":110,"error_msg":"Access token invalid or no longer valid"}"#),

@@ -1,4 +1,4 @@
-//! An endpoint's error, in whatever shape its vendor puts it: what it is called, what it says, and how long to wait.
+//! An endpoint's error, in whatever shape its vendor puts it: what it is called, what it says, and how long to wait. Pure.
 //!
 //! | shape | whose |
 //! |---|---|
@@ -15,9 +15,8 @@
 //! | `{"ResponseMetadata":{"Error":{…}}}`, `{"Response":{"Error":{…}}}` | Volcengine's, Tencent's |
 //! | `{"choices":[{"error":{…}}]}` | OpenRouter's, within an answer |
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use http::{HeaderName, HeaderValue};
 use serde_json::{Map, Value};
 
 use super::wait;
@@ -36,8 +35,10 @@ pub(crate) struct VendorError {
     pub(crate) kinds: Vec<String>,
     /// Message; empty if there is none.
     pub(crate) message: String,
-    /// Time to wait that the body says.
+    /// Time to wait that a member of the body says.
     pub(crate) wait: Option<Duration>,
+    /// Time to wait that the message says, which may quote a prompt.
+    pub(crate) wait_in_words: Option<Duration>,
 }
 
 impl VendorError {
@@ -108,7 +109,7 @@ impl VendorError {
             }
             _ => read.add_members(beside),
         }
-        read.wait = read.wait.or_else(|| wait::in_message(&read.message));
+        read.wait_in_words = wait::in_message(&read.message).or(read.wait_in_words);
         read
     }
 
@@ -119,7 +120,7 @@ impl VendorError {
             read.add_members(object);
             read.add_details(object);
         }
-        read.wait = read.wait.or_else(|| wait::in_message(&read.message));
+        read.wait_in_words = wait::in_message(&read.message).or(read.wait_in_words);
         read
     }
 
@@ -173,24 +174,17 @@ impl VendorError {
                 self.add_code(metadata.get(key));
             }
             self.wait = self.wait.or_else(|| wait_of(metadata));
+            self.wait_in_words = metadata.get("raw").and_then(Value::as_str).and_then(wait::in_message);
         }
     }
 }
 
-/// The wait in `OpenRouter`'s `metadata`: its own word, the headers of whoever it asked, or the words of that one's answer.
+/// The wait in `OpenRouter`'s `metadata`: its own word, or the header of whoever it asked.
 fn wait_of(metadata: &Value) -> Option<Duration> {
-    let headers = metadata.get("headers").and_then(Value::as_object).into_iter().flatten();
-    let seconds = metadata.get("retry_after_seconds").and_then(Value::as_f64);
-    let seconds = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    let said = seconds.or_else(|| {
-        let pair = |(name, value): (&String, &Value)| {
-            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            Some((HeaderName::try_from(name).ok()?, HeaderValue::try_from(value).ok()?))
-        };
-        wait::in_headers(&headers.filter_map(pair).collect(), SystemTime::now())
-    });
-    let raw = metadata.get("raw").and_then(Value::as_str);
-    said.or_else(|| raw.and_then(wait::in_message)).map(|wait| wait.min(wait::WAIT_MAX))
+    let header = || metadata.get("headers")?.get("Retry-After");
+    let value = metadata.get("retry_after_seconds").or_else(header)?;
+    let seconds = value.as_f64().or_else(|| value.as_str()?.parse().ok())?;
+    Duration::try_from_secs_f64(seconds).ok().map(|wait| wait.min(wait::WAIT_MAX))
 }
 
 /// True for a member `error` that is one: some write null, nothing or false where there is none.
@@ -343,7 +337,7 @@ mod tests {
     #[test]
     fn an_error_within_a_text_is_read() {
         let read = read(r#"{"error":"{\"error\":{\"code\":429,\"message\":\"Please try again in 7s.\"}}"}"#);
-        assert_eq!((read.status, read.wait), (Some(429), Some(Duration::from_secs(7))));
+        assert_eq!((read.status, read.wait_in_words), (Some(429), Some(Duration::from_secs(7))));
     }
 
     #[test]

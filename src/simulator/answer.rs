@@ -106,7 +106,10 @@ fn reply(handle: &Handle, arrived: &Arrived, early: Option<Chosen>, number: u64)
     let model = ask.as_ref().ok().and_then(|ask| ask.model.as_deref());
     let chosen = match early {
         Some(chosen) => Ok(chosen),
-        None => lock(&handle.0.scripts).take(model),
+        None => match ask.as_ref().ok().and_then(|ask| ask.sim.clone()) {
+            Some(behaviour) => Ok(Chosen { behaviour: Arc::new(behaviour), scripted: true }),
+            None => lock(&handle.0.scripts).take(model),
+        },
     };
     match chosen {
         Err(message) => (Reply::error(400, &message, Some("invalid_sim_model")), None),

@@ -39,6 +39,8 @@ pub(super) struct AskedFor {
     pub(super) input: Option<Value>,
     pub(super) encoding_format: Option<String>,
     pub(super) dimensions: Option<usize>,
+    /// A behaviour that this request alone asks for.
+    pub(super) sim: Option<Behaviour>,
 }
 
 #[derive(Deserialize)]

@@ -21,6 +21,7 @@ mod connections;
 mod crash;
 mod headers;
 mod health;
+mod isolation;
 mod last_error;
 mod ledger;
 mod legacy;
