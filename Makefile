@@ -71,7 +71,7 @@ lint: build-tools ## Formatting, lints, documentation, licences, configs and gen
 FUZZ_SECONDS ?= 60
 
 .PHONY: fuzz
-fuzz: build-tools ## Feed random bytes to the readers of answers, for a minute (FUZZ_SECONDS=600 for ten)
+fuzz: build-tools ## Feed random bytes to the readers of answers and of errors, for a minute each (FUZZ_SECONDS=600 for ten)
 	# The flags of cargo-fuzz, without the sanitizers, which need a nightly compiler.
 	export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	  -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
@@ -79,15 +79,17 @@ fuzz: build-tools ## Feed random bytes to the readers of answers, for a minute (
 	# Only with a target named do these flags not apply to build scripts, which have no fuzzer to report to.
 	target=$$(rustc -vV | sed -n 's/^host: //p')
 	cargo build --release --locked --manifest-path fuzz/Cargo.toml --target "$$target"
-	mkdir -p fuzz/corpus/seeds fuzz/corpus/answer
+	mkdir -p fuzz/corpus/seeds fuzz/corpus/answer fuzz/corpus/error
 	for answer in tests/fixtures/answers/*.{sse,json}; do
 	  for options in '\0\7\1' '\1\377\0'; do
 	    printf "$$options" | cat - "$$answer" > "fuzz/corpus/seeds/$${options//\\/_}-$${answer##*/}"
 	  done
 	done
 	mkdir -p fuzz/artifacts
-	"fuzz/target/$$target/release/answer" -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=2048 -print_final_stats=1 \
-	  -artifact_prefix=fuzz/artifacts/ fuzz/corpus/answer fuzz/corpus/seeds
+	for reader in answer error; do
+	  "fuzz/target/$$target/release/$$reader" -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=2048 -print_final_stats=1 \
+	    -artifact_prefix=fuzz/artifacts/ "fuzz/corpus/$$reader" fuzz/corpus/seeds
+	done
 
 # The fastest build, by profile-guided optimisation (PGO): an instrumented build serves the load of benches/train.rs, and its
 # profile guides the second build. PROFILE_GUIDED=no builds without a profile, which is faster and needs fewer tools.
@@ -163,7 +165,8 @@ test-deb: deb ## Install, start, upgrade and remove the package: as root, on a m
 	packaging/debian/test "$$(ls -t target/debian/*.deb | head -n 1)"
 
 .PHONY: soak
-soak: build-tools ## Run the long forms of tests that are short in make test
+soak: build-tools ## Run the long forms of tests that are short in make test (an hour and a half)
+	ISOLATION_SECONDS=3600 cargo test --locked --test it -- --nocapture isolation
 	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load
 
 # Programs for the benchmarks: the load generator, nginx, and other gateways where their registries can be reached
