@@ -30,6 +30,8 @@ const KEY_REST: Duration = Duration::from_mins(10);
 const KEY_REST_MAX: Duration = Duration::from_hours(6);
 /// Models of one endpoint whose health is kept apart; all others share one.
 pub(crate) const MODELS_MAX: usize = 256;
+/// Name that they share which find no room.
+const OTHERS: &str = "";
 /// Requests that a model must have had before its trouble counts as the endpoint's.
 const USES_MIN: u32 = 2;
 
@@ -183,8 +185,9 @@ impl Health {
         self.cooling = now.checked_add(how_long).map(|until| Closed { since, until });
     }
 
-    fn key_refused(&mut self, is_trial: bool, began: Instant, now: Instant) -> bool {
-        let begins = self.refusals == 0 || is_trial;
+    fn key_refused(&mut self, began: Instant, now: Instant) -> bool {
+        // One that went there before the end for want of another says nothing new.
+        let begins = self.refusals == 0 || self.cooling.is_none_or(|closed| closed.until <= began);
         self.failed_at = Some(now);
         if begins {
             let doublings = self.refusals.min(16);
@@ -239,7 +242,8 @@ impl Health {
 #[derive(Debug, Default)]
 pub struct EndpointHealth {
     whole: Health,
-    /// By the name that the endpoint is asked for, of those that were used since there was any trouble.
+    /// By the name that the endpoint is asked for, of those that were used since there was any trouble. Beyond [`MODELS_MAX`]
+    /// all others share [`OTHERS`].
     models: HashMap<Box<str>, Health>,
 }
 
@@ -250,10 +254,14 @@ impl EndpointHealth {
             Gate::Open => {}
             closed => return closed,
         }
-        match self.models.get(model).filter(|health| health.uses >= USES_MIN || !health.is_spotless()) {
+        match self.models.get(self.key(model)).filter(|health| health.uses >= USES_MIN || !health.is_spotless()) {
             Some(health) => health.gate(now),
             None => self.gate_of_most(now).unwrap_or(Gate::Open),
         }
+    }
+
+    fn key<'a>(&self, model: &'a str) -> &'a str {
+        if self.models.len() < MODELS_MAX || self.models.contains_key(model) { model } else { OTHERS }
     }
 
     /// The gate of a model that nothing is known of, if most of those that were used are in trouble: the endpoint is then.
@@ -276,7 +284,8 @@ impl EndpointHealth {
 
     /// Lets one request for a model through in spite of a cool-down or a rest. None if one is there already.
     pub fn begin_trial(&mut self, model: &str) -> Option<Scope> {
-        let of_model = self.models.get_mut(model).filter(|health| !health.is_spotless());
+        let key = self.key(model);
+        let of_model = self.models.get_mut(key).filter(|health| !health.is_spotless());
         match of_model {
             Some(health) if self.whole.is_spotless() => health.begin_trial().then_some(Scope::Model),
             _ => self.whole.begin_trial().then_some(Scope::Endpoint),
@@ -288,7 +297,8 @@ impl EndpointHealth {
         match scope {
             Scope::Endpoint => self.whole.end_trial(),
             Scope::Model => {
-                if let Some(health) = self.models.get_mut(model) {
+                let key = self.key(model);
+                if let Some(health) = self.models.get_mut(key) {
                     health.end_trial();
                 }
             }
@@ -297,9 +307,9 @@ impl EndpointHealth {
 
     /// Takes in what an attempt for a model showed. Returns what begins to cool down by it.
     pub fn learn(&mut self, model: &str, seen: &Seen, now: Instant, breaker: &Breaker) -> Option<Scope> {
+        let key = self.key(model);
         let Self { whole, models } = self;
-        let room = models.len() < MODELS_MAX || models.contains_key(model);
-        let of_model = if room { models.entry(model.into()).or_default() } else { &mut *whole };
+        let of_model = models.entry(key.into()).or_default();
         of_model.uses = of_model.uses.saturating_add(1);
         let is_trial = |scope| seen.trial == Some(scope);
         match seen.effect {
@@ -328,7 +338,7 @@ impl EndpointHealth {
                 rests.rests(wait, guessed, now);
             }
             Effect::KeyRefused => {
-                return whole.key_refused(is_trial(Scope::Endpoint), seen.began, now).then_some(Scope::Endpoint);
+                return whole.key_refused(seen.began, now).then_some(Scope::Endpoint);
             }
             Effect::Neutral => {}
         }
@@ -392,7 +402,7 @@ impl EndpointHealth {
 
     /// When a request for a model failed last, of the model or of the endpoint as a whole.
     pub fn failed_at(&self, model: &str) -> Option<Instant> {
-        self.whole.failed_at.max(self.models.get(model).and_then(Health::failed_at))
+        self.whole.failed_at.max(self.models.get(self.key(model)).and_then(Health::failed_at))
     }
 }
 
@@ -612,11 +622,26 @@ mod tests {
     }
 
     #[test]
+    fn requests_for_want_of_another_endpoint_make_no_rest_longer() {
+        let mut scene = Scene::new();
+        scene.times(1, "m", Effect::KeyRefused);
+        let Gate::Cooling { until } = scene.gate("m") else { panic!("{:?}", scene.gate("m")) };
+        for _ in 0..5 {
+            let trial = scene.health.begin_trial("m");
+            scene.seen("m", Effect::KeyRefused, trial);
+            scene.health.end_trial(trial.unwrap(), "m");
+        }
+        assert_eq!(scene.gate("m"), Gate::Cooling { until });
+    }
+
+    #[test]
     fn the_number_of_models_is_bounded() {
         let mut scene = Scene::new();
         for model in 0..2 * MODELS_MAX {
             scene.times(1, &model.to_string(), FAILURE);
         }
-        assert_eq!(scene.health.models.len(), MODELS_MAX);
+        assert_eq!(scene.health.models.len(), MODELS_MAX + 1);
+        // What finds no room is in trouble together, and the endpoint as a whole is not.
+        assert!(scene.cools("another") && scene.health.whole().is_spotless());
     }
 }
