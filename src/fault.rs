@@ -243,7 +243,7 @@ impl Fault {
                  accepted at once."
             }
             Self::CallUnknown => {
-                "No endpoint that serves this model has this call: each answered 404 within the last minutes."
+                "No endpoint that serves this model has this call: each said so (by a 404, or a 501) within the last minutes."
             }
             Self::EncodingUnknown => {
                 "The request body's Content-Encoding is not known here. Send it uncompressed, or as gzip, deflate, br or \

@@ -367,10 +367,18 @@ impl Attempt {
         match outcome {
             Outcome::Answered { status: 200..=299 } => paths.note_served(shape),
             Outcome::Error { meaning, .. } if meaning.trouble == Trouble::CallMissing => {
-                paths.note_missing(shape, Instant::now());
+                // Where the words are not known it may be about the model, which any client can make up.
+                let of_model = (!meaning.is_known()).then(|| self.model.name().name);
+                paths.note_missing(shape, of_model, Instant::now());
             }
             _ => {}
         }
+    }
+
+    /// True if its answer, which is one, goes to the client.
+    pub fn answers_well(&self) -> bool {
+        matches!(&self.stage, Stage::Committed(outcome) if outcome.is_success())
+            || matches!(self.stage, Stage::Concluded { succeeded: true })
     }
 
     fn log_effect(&self, outcome: &Outcome, effect: Effect) {

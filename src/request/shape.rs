@@ -66,6 +66,12 @@ impl CallShape {
         (!has_id).then(|| Self(hash(method.as_str(), path)))
     }
 
+    /// The same call for one model alone.
+    #[must_use]
+    pub fn of_model(self, model: &str) -> Self {
+        Self(self.0 ^ hash("model", model))
+    }
+
     /// A number below 64, for a set of shapes in one word.
     pub fn bit(self) -> u64 {
         1 << (self.0 & 63)

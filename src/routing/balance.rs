@@ -54,14 +54,15 @@ impl<'a> Options<'a> {
         }
         let endpoint = self.pool.endpoints.get(candidate.endpoint)?;
         let model = self.candidates.model_of(candidate, self.model);
-        (!endpoint.live.paths.lacks(self.shape, now)).then_some((endpoint, model))
+        (!endpoint.live.paths.lacks(self.shape, model.name, now)).then_some((endpoint, model))
     }
 
     /// True if every candidate is known to lack the call.
     pub fn is_call_unknown(&self, now: Instant) -> bool {
         let lacks = |candidate: &Candidate| {
             let endpoint = self.pool.endpoints.get(candidate.endpoint);
-            endpoint.is_some_and(|endpoint| endpoint.live.paths.lacks(self.shape, now))
+            let model = self.candidates.model_of(candidate, self.model);
+            endpoint.is_some_and(|endpoint| endpoint.live.paths.lacks(self.shape, model.name, now))
         };
         self.candidates.list().iter().all(lacks)
     }

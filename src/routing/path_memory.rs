@@ -8,7 +8,7 @@ use crate::request::shape::CallShape;
 
 /// Time for which it is remembered that an endpoint does not have a call.
 const REMEMBERED: Duration = Duration::from_mins(5);
-/// Calls that are remembered for an endpoint; there are not many more.
+/// Calls that are remembered for an endpoint, the latest.
 const CALLS_MAX: usize = 64;
 
 /// Memory of one endpoint.
@@ -30,23 +30,27 @@ impl PathMemory {
         }
     }
 
-    /// Notes that the endpoint does not have such a call.
-    pub fn note_missing(&self, shape: CallShape, now: Instant) {
+    /// Notes that the endpoint does not have such a call, or not for this model.
+    pub fn note_missing(&self, shape: CallShape, of_model: Option<&str>, now: Instant) {
         if self.served.load(Ordering::Relaxed) & shape.bit() != 0 {
             return;
         }
+        let shape = of_model.map_or(shape, |model| shape.of_model(model));
+        let Some(until) = now.checked_add(REMEMBERED) else { return };
         let mut missing = self.lock();
         missing.retain(|(known, until)| *known != shape && *until > now);
-        if let Some(until) = now.checked_add(REMEMBERED).filter(|_| missing.len() < CALLS_MAX) {
-            missing.push((shape, until));
-            self.is_missing_any.store(true, Ordering::Relaxed);
+        if missing.len() >= CALLS_MAX {
+            missing.remove(0);
         }
+        missing.push((shape, until));
+        self.is_missing_any.store(true, Ordering::Relaxed);
     }
 
-    /// True if the endpoint is known not to have such a call.
-    pub fn lacks(&self, shape: Option<CallShape>, now: Instant) -> bool {
-        self.is_missing_any.load(Ordering::Relaxed)
-            && shape.is_some_and(|shape| self.lock().iter().any(|(known, until)| *known == shape && *until > now))
+    /// True if the endpoint is known not to have such a call for a model.
+    pub fn lacks(&self, shape: Option<CallShape>, model: &str, now: Instant) -> bool {
+        let (true, Some(shape)) = (self.is_missing_any.load(Ordering::Relaxed), shape) else { return false };
+        let shapes = [shape, shape.of_model(model)];
+        self.lock().iter().any(|(known, until)| shapes.contains(known) && *until > now)
     }
 
     /// Forgets everything: the endpoint may be another one.
@@ -71,22 +75,27 @@ mod tests {
         let (memory, now) = (PathMemory::default(), Instant::now());
         let shape = |path| CallShape::new(&Method::POST, path);
         let (count, chat) = (shape("/v1/messages/count_tokens"), shape("/v1/chat/completions"));
-        assert!(!memory.lacks(count, now) && !memory.lacks(None, now));
+        let lacks = |shape, now| memory.lacks(shape, "m", now);
+        assert!(!lacks(count, now) && !lacks(None, now));
         memory.note_served(chat.unwrap());
         for missing in [count, chat] {
-            memory.note_missing(missing.unwrap(), now);
+            memory.note_missing(missing.unwrap(), None, now);
         }
-        assert!(memory.lacks(count, now) && !memory.lacks(chat, now) && !memory.lacks(None, now));
-        assert!(!memory.lacks(count, now + REMEMBERED));
+        assert!(lacks(count, now) && !lacks(chat, now) && !lacks(None, now));
+        assert!(!lacks(count, now + REMEMBERED));
         memory.note_served(count.unwrap());
-        assert!(!memory.lacks(count, now), "it was there after all");
+        assert!(!lacks(count, now), "it was there after all");
         memory.forget();
-        memory.note_missing(chat.unwrap(), now);
-        assert!(memory.lacks(chat, now));
+        memory.note_missing(chat.unwrap(), Some("made-up"), now);
+        assert!(memory.lacks(chat, "made-up", now) && !lacks(chat, now));
+        memory.note_missing(chat.unwrap(), None, now);
+        assert!(lacks(chat, now));
         for number in 0..200 {
             let path = format!("/v1/{}", "x".repeat(number + 1));
-            memory.note_missing(CallShape::new(&Method::POST, &path).unwrap(), now);
+            memory.note_missing(CallShape::new(&Method::POST, &path).unwrap(), None, now);
         }
         assert_eq!(memory.lock().len(), CALLS_MAX);
+        memory.note_missing(count.unwrap(), None, now);
+        assert!(lacks(count, now), "made-up calls keep no room from real ones");
     }
 }
