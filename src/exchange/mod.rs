@@ -67,14 +67,15 @@ pub struct Committed {
 
 impl ExchangeState {
     /// Holds the failures against their endpoints, but for those that two or more endpoints gave alike: these are the
-    /// request's own.
+    /// request's own, unless another endpoint answered it.
     pub fn settle_charges(&mut self) {
         self.charges.extend(self.attempt.as_mut().and_then(Attempt::take_charge));
+        let is_answered = self.attempt.as_ref().is_some_and(Attempt::answers_well);
         let charges = std::mem::take(&mut self.charges);
         let statuses: Vec<Option<u16>> = charges.iter().map(Charge::status).collect();
         for charge in charges {
             let alike = statuses.iter().filter(|status| **status == charge.status()).count();
-            if alike < 2 {
+            if alike < 2 || is_answered {
                 charge.apply();
             }
         }

@@ -165,7 +165,10 @@ impl Outcome {
     /// True if it is the request's own fault once two endpoints have said it alike, since one prompt can make every server fail.
     pub fn is_shared_by_request(&self) -> bool {
         let Self::Error { meaning, .. } = self else { return false };
-        matches!(meaning.status, 400 | 404..=428 | 430..=500) && meaning.trouble == Trouble::ModelFailure
+        let is_page = meaning.trouble == Trouble::Endpoint && meaning.status == 403;
+        let is_failure = meaning.trouble == Trouble::ModelFailure;
+        // A wall before an endpoint may forbid a prompt.
+        is_page || is_failure && matches!(meaning.status, 400 | 404..=428 | 430..=500)
     }
 }
 

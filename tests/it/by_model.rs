@@ -160,6 +160,13 @@ async fn one_prompt_that_makes_servers_fail_is_charged_to_none() {
         let proxy = Proxy::before([&bad, &good]).await;
         proxy.chat("m").await.assert_from("b", 2);
         assert_eq!(proxy.status_of("a").await["errorCount"], 1);
+        // Two that fail alike at what a third answers are at fault.
+        let (first, second) = (behaving(status(500)).await, behaving(status(500)).await);
+        let proxy = Proxy::before([&first, &second, &good]).await;
+        proxy.chat("m").await.assert_from("c", 3);
+        for id in ["a", "b"] {
+            assert_eq!(proxy.status_of(id).await["errorCount"], 1);
+        }
     })
     .await;
 }
@@ -270,8 +277,9 @@ async fn a_daily_quota_that_is_gone_is_not_asked_for_again_at_once() {
 async fn a_shorter_rest_does_not_shorten_a_longer_one() {
     within(async {
         let (resting, spare) = (simulator().await, simulator().await);
-        let slow = |seconds: &str| Behaviour { header_delay_ms: 300, ..status(429).header("retry-after", seconds) };
-        resting.script("m", vec![status(429).header("retry-after", "600"), slow("1")]);
+        let after =
+            |header_delay_ms, seconds| Behaviour { header_delay_ms, ..status(429).header("retry-after", seconds) };
+        resting.script("m", vec![after(300, "600"), after(600, "1")]);
         let proxy = Proxy::before([&resting, &spare]).await;
         // Two at once: the longer rest is told first.
         let body = chat("m");
