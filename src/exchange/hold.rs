@@ -237,15 +237,15 @@ impl HeldResponse {
         }
         if let Some(wait) = self.judge.patience(self.idle()) {
             self.timers.deadline = now.checked_add(wait);
-            if self.judge.has_bytes() && !self.judge.is_error() {
-                self.timers.thinking_ends = self.timers.thinking_ends.or_else(|| self.thinking_ends());
-            }
+            self.timers.thinking_ends = self.thinking_ends(now);
         }
     }
 
-    fn thinking_ends(&self) -> Option<Instant> {
-        let thinking = self.endpoint.as_ref()?.config.timeouts.thinking;
-        self.exchange.state().attempt.as_ref()?.sent_at.checked_add(thinking)
+    /// A stream that has said nothing, or a body of blank lines, thinks. JSON that has begun is being written.
+    fn thinking_ends(&self, now: Instant) -> Option<Instant> {
+        let thinks = self.judge.has_bytes() && !self.judge.is_error() && self.judge.form() != Some(Form::Json);
+        let from_now_on = || now.checked_add(self.endpoint.as_ref()?.config.timeouts.thinking);
+        if thinks { self.timers.thinking_ends.or_else(from_now_on) } else { None }
     }
 
     /// Chooses how the body is read on its way, now that its form is known.

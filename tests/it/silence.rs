@@ -111,6 +111,30 @@ async fn blank_lines_before_json_are_life_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn json_that_has_begun_is_not_thought_about() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let timeouts = json!({ "firstByteMs": 5000, "idleMs": 5000, "thinkingMs": 200 });
+        let proxy = proxy(json!({}), &by_hand, timeouts, None).await;
+        let body = chat("m");
+        let asked = proxy.post("/v1/chat/completions", &body);
+        let answer = async {
+            let (mut endpoint, ..) = by_hand.call().await;
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
+            // It begins later than a stream may think, and takes longer than that.
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            endpoint.send(format!("{head}{}", chunked(r#"{"choices":[{"message":"#))).await;
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            endpoint.send(format!("{}0\r\n\r\n", chunked(r#"{"content":"Hi"}}]}"#))).await;
+        };
+        let (reply, ()) = tokio::join!(asked, answer);
+        reply.assert_from("a", 1);
+        assert_eq!(reply.json()["choices"][0]["message"]["content"], "Hi");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn where_nobody_could_take_over_a_stream_begins_with_its_header() {
     within(async {
         let by_hand = ByHand::bind().await;
