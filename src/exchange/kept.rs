@@ -1,5 +1,6 @@
 //! An endpoint's error answer, kept while other endpoints are tried.
 
+use std::borrow::Cow;
 use std::mem;
 
 use bytes::Bytes;
@@ -8,6 +9,7 @@ use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
 use serde_json::Value;
 
+use crate::fault::excerpt;
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::{Redactor, Secrets};
 
@@ -25,6 +27,18 @@ impl Kept {
     pub fn error_object(&self) -> Option<String> {
         let value: Value = serde_json::from_slice(self.body.as_ref()?).ok()?;
         value.get("error").is_some_and(Value::is_object).then(|| value.to_string())
+    }
+
+    /// The endpoint's words, or the beginning of its body, on one line.
+    pub fn words(&self) -> Option<String> {
+        let body = self.body.as_ref()?;
+        let value: Option<Value> = serde_json::from_slice(body).ok();
+        let message = value.as_ref().and_then(|value| {
+            let error = value.get("error").unwrap_or(value);
+            error.get("message").or(Some(error))?.as_str()
+        });
+        let text = message.map_or_else(|| String::from_utf8_lossy(body), Cow::Borrowed);
+        Some(excerpt(&text.split_whitespace().collect::<Vec<_>>().join(" "))).filter(|text| !text.is_empty())
     }
 
     /// Keeps an error that stood in a 200, as an answer with the status that it says itself.

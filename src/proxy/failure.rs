@@ -222,10 +222,8 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
     if !more {
         state.settle_charges();
     }
-    // A complaint about our key is not the client's to see.
-    if outcome.is_hidden(retry) {
-        state.kept = None;
-    }
+    // A complaint about our key is not the client's to see, but the log has it.
+    let hidden = state.kept.take_if(|_| outcome.is_hidden(retry)).and_then(|kept| kept.words());
     drop(state);
     if let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::Ours) {
         let id = context.arrival.id_text();
@@ -235,7 +233,10 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
             _ => endpoint.config.id.to_string(),
         };
         let next = if more { "another endpoint is tried" } else { "no other endpoint is left" };
-        log::info!("request {id}: endpoint {endpoint} {outcome}; {next}");
+        match hidden {
+            Some(words) => log::info!("request {id}: endpoint {endpoint} {outcome}, with the words {words:?}; {next}"),
+            None => log::info!("request {id}: endpoint {endpoint} {outcome}; {next}"),
+        }
     }
     let fault = match outcome {
         // If no other endpoint has room either, the next choice says until when.

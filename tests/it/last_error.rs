@@ -4,8 +4,10 @@ use api_together::simulator::{Behaviour, Empty, Options, ResetAt, ResetHow, Stal
 use serde_json::json;
 
 use crate::harness::{
-    Proxy, behaving, chat, chat_stream, closed_port, endpoint_with, in_order, key_of, simulator, simulator_with, within,
+    KEY, Proxy, Reply, behaving, chat, chat_stream, client, closed_port, config_text, endpoint_with, in_order, key_of,
+    simulator, simulator_with, within,
 };
+use crate::program::Running;
 use crate::wire::{ByHand, chunked, post_chat};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -79,6 +81,30 @@ async fn what_we_say_when_there_is_nothing_to_show() {
         let empty = behaving(empty).await;
         let proxy = Proxy::before([&empty]).await;
         proxy.chat("m").await.assert_error(502, "server_error", "endpoint_empty_answer");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_endpoint_says_of_its_key_is_in_the_log() {
+    within(async {
+        let body = json!({ "error": {
+            "message": format!("Incorrect API key provided:\n{}.", key_of("a")), "code": "invalid_api_key",
+        } });
+        let refuses = Behaviour { body: Some(body.to_string()), ..Behaviour::status(401) };
+        let refuses = behaving(refuses).await;
+        let api = endpoint_with("a", &refuses.base_url(), json!({}));
+        let program = Running::start(&config_text(json!({}), &[api]), "info");
+        program.ready().await;
+        let call = client(reqwest::ClientBuilder::http1_only).post(program.url("/v1/chat/completions"));
+        let reply = Reply::of(call.bearer_auth(KEY).json(&chat("m"))).await;
+        reply.assert_error(502, "server_error", "endpoint_key_refused");
+        let line = program.logs("with the words").await;
+        assert!(
+            line.contains("key by openai/invalid_api_key") && line.contains("Incorrect API key provided: "),
+            "{line}"
+        );
+        assert!(!line.contains(&key_of("a")), "{line}");
     })
     .await;
 }
