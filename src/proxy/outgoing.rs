@@ -81,7 +81,8 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
     attempt.encoding = Encoding::from_headers(&header.headers);
     let is_error = header.status.as_u16() >= 400;
     // Here, since not all of these headers go on.
-    attempt.wait = if is_error { wait::in_headers(&header.headers, SystemTime::now()) } else { None };
+    let status = header.status.as_u16();
+    attempt.wait = if is_error { wait::in_headers(&header.headers, status, SystemTime::now()) } else { None };
     if is_error && attempt.encoding.is_some_and(|encoding| encoding != Encoding::Unknown) {
         // A key quoted in it can be redacted in plain text only.
         header.remove_header(&header::CONTENT_ENCODING);

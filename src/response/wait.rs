@@ -8,16 +8,18 @@ use jiff::Timestamp;
 /// Longest wait, whatever an endpoint asks for: longer than any daily quota takes to come back.
 pub(crate) const WAIT_MAX: Duration = Duration::from_hours(24);
 
-/// Returns the wait that an error's headers ask for: `retry-after-ms`, else `Retry-After` in seconds or as a date (RFC
-/// 9110, 10.2.3), else the reset of a rate limit that is used up.
-pub(crate) fn in_headers(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+/// Returns the wait that the headers of an error of this status ask for: `retry-after-ms`, else `Retry-After` in seconds or as
+/// a date (RFC 9110, 10.2.3), else, of a refusal by a rate limit (429), the reset of one that is used up.
+pub(crate) fn in_headers(headers: &HeaderMap, status: u16, now: SystemTime) -> Option<Duration> {
     let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
     let millis = text("retry-after-ms").and_then(|text| seconds(text, 1e-3));
     let asked = millis.or_else(|| {
         let text = text("retry-after")?;
         seconds(text, 1.0).or_else(|| duration(text)).or_else(|| until_date(text, now))
     });
-    asked.or_else(|| of_rate_limits(headers, now)).map(|wait| wait.min(WAIT_MAX))
+    // Vendors send their resets with every answer, whatever it says.
+    let reset = || if status == 429 { of_rate_limits(headers, now) } else { None };
+    asked.or_else(reset).map(|wait| wait.min(WAIT_MAX))
 }
 
 /// Time until the rate limits that are used up are reset. Vendors name each limit's rest and reset alike:
@@ -136,11 +138,15 @@ mod tests {
     }
 
     fn asked(pairs: &[(&str, &str)]) -> Option<Duration> {
+        asked_by(429, pairs)
+    }
+
+    fn asked_by(status: u16, pairs: &[(&str, &str)]) -> Option<Duration> {
         let mut headers = HeaderMap::new();
         for (name, value) in pairs {
             headers.insert(HeaderName::try_from(*name).unwrap(), HeaderValue::from_str(value).unwrap());
         }
-        in_headers(&headers, wall())
+        in_headers(&headers, status, wall())
     }
 
     macro_rules! secs {
@@ -181,6 +187,8 @@ mod tests {
         assert_eq!(asked(&[("x-ratelimit-reset", "784111000000")]), secs!(0), "it has passed");
         assert_eq!(asked(&[("x-ratelimit-remaining", "5"), ("x-ratelimit-reset", "60")]), None);
         assert_eq!(asked(&[("x-ratelimit-reset", "whenever")]), None);
+        assert_eq!(asked_by(500, &anthropic), None, "it is no limit that made it fail");
+        assert_eq!(asked_by(503, &[("retry-after", "9")]), secs!(9));
     }
 
     #[test]

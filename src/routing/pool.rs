@@ -298,6 +298,7 @@ impl Live {
         self.troubled.store(false, Ordering::Release);
         *lock(&self.last_error) = None;
         self.paths.forget();
+        self.usage_injection.forget();
     }
 
     /// Reads the health, for the status page.

@@ -43,6 +43,12 @@ impl InjectionMemory {
         }
     }
 
+    /// Forgets everything: the endpoint may be another one.
+    pub fn forget(&self) {
+        self.refused_until.store(0, Ordering::Relaxed);
+        self.accepted_until.store(0, Ordering::Relaxed);
+    }
+
     /// Notes that the endpoint refused them.
     pub fn note_refused(&self, now: Stamp) {
         self.refused_until.store((now + REFUSED).0, Ordering::Relaxed);
