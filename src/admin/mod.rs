@@ -162,10 +162,12 @@ impl From<&Fault> for Answer {
             let number = |value: u128| HeaderValue::from(u64::try_from(value).unwrap_or(u64::MAX));
             answer.headers.push((header::RETRY_AFTER, number(seconds)));
             answer.headers.push((HeaderName::from_static("retry-after-ms"), number(millis)));
-            if wait > SDK_WAIT_MAX {
-                let never = HeaderValue::from_static("false");
-                answer.headers.push((HeaderName::from_static("x-should-retry"), never));
-            }
+        }
+        // OpenAI's SDKs would wait for so long, and ask again for a key that will not be better.
+        let waits_too_long = fault.retry_after().is_some_and(|wait| wait > SDK_WAIT_MAX);
+        if waits_too_long || *fault == Fault::EndpointKeyRefused {
+            let never = HeaderValue::from_static("false");
+            answer.headers.push((HeaderName::from_static("x-should-retry"), never));
         }
         if let Some(allowed) = fault.allow() {
             answer.headers.push((header::ALLOW, HeaderValue::from_static(allowed)));

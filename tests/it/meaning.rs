@@ -328,6 +328,7 @@ async fn an_endpoints_complaint_about_its_key_reaches_the_client_only_if_it_is_w
             let reply = proxy.post("/v1/chat/completions", &body).await;
             let message = reply.assert_error(502, "server_error", "endpoint_key_refused");
             assert!(message.contains("Your own key is right"), "{message}");
+            assert_eq!(reply.header("x-should-retry"), Some("false"), "no client's patience makes the key better");
         }
         let shown = json!({ "retry": { "showEndpointKeyErrors": true } });
         let proxy = Proxy::start(shown, &in_order([bad.base_url().as_str()])).await;
