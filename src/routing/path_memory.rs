@@ -47,8 +47,12 @@ impl PathMemory {
     }
 
     /// True if the endpoint is known not to have such a call for a model.
+    #[inline]
     pub fn lacks(&self, shape: Option<CallShape>, model: &str, now: Instant) -> bool {
-        let (true, Some(shape)) = (self.is_missing_any.load(Ordering::Relaxed), shape) else { return false };
+        self.is_missing_any.load(Ordering::Relaxed) && shape.is_some_and(|shape| self.lacks_one(shape, model, now))
+    }
+
+    fn lacks_one(&self, shape: CallShape, model: &str, now: Instant) -> bool {
         let shapes = [shape, shape.of_model(model)];
         self.lock().iter().any(|(known, until)| shapes.contains(known) && *until > now)
     }
