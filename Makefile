@@ -165,7 +165,8 @@ test-deb: deb ## Install, start, upgrade and remove the package: as root, on a m
 	packaging/debian/test "$$(ls -t target/debian/*.deb | head -n 1)"
 
 .PHONY: soak
-soak: build-tools ## Run the long forms of tests that are short in make test (an hour and a half)
+soak: build-tools ## Run the long forms of tests that are short in make test, and the guided build (an hour and a half)
+	$(MAKE) release
 	ISOLATION_SECONDS=3600 cargo test --locked --test it -- --nocapture isolation
 	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load
 
