@@ -1,4 +1,5 @@
-// Starts and stops the programs that the tests talk to: the proxy, the simulated endpoint, a third party's server.
+// Starts and stops the programs that the tests talk to: the proxy, the simulated endpoint, a third party's server, and the
+// scripted one.
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
@@ -15,6 +16,7 @@ const STOP_MS_MAX = 5_000;
 const THIRD_PARTY_KEY = "sk-third-party";
 
 export const CLIENT_KEY = "sk-client";
+export const SCRIPTED_KEY = "sk-scripted";
 
 const running = new Set();
 const folders = new Set();
@@ -76,7 +78,14 @@ function thirdParty(folder) {
   return start(process.execPath, args, /listening on (http:\/\/\S+)\s/, folder, { AIMOCK_API_KEYS: THIRD_PARTY_KEY });
 }
 
-/** Both endpoints, and the proxy on a copy of one of the config files beside these tests. */
+/** An endpoint in the dialects of coding agents and of Anthropic; what it says stands in scripted.mjs. */
+const scripted = (folder) =>
+  start(process.execPath, [join(HERE, "scripted.mjs")], /listening on (http:\/\/\S+)\s/, folder);
+
+/** What has arrived at the scripted endpoint. */
+export const scriptedRequests = async (url) => (await fetch(`${url}/control/requests`)).json();
+
+/** The endpoints, and the proxy on a copy of one of the config files beside these tests. */
 export async function startAll(config) {
   const folder = await mkdtemp(join(tmpdir(), "api-together-clients-"));
   folders.add(folder);
@@ -85,15 +94,16 @@ export async function startAll(config) {
   try {
     started.push(await simulator(folder));
     started.push(await thirdParty(folder));
-    const [simulated, third] = started;
+    started.push(await scripted(folder));
+    const [simulatorUrl, thirdPartyUrl, scriptedUrl] = started.map((program) => program.found);
     const path = join(folder, config);
     await copyFile(join(HERE, config), path);
-    const urls = { SIMULATOR_URL: simulated.found, THIRD_PARTY_URL: third.found };
+    const urls = { SIMULATOR_URL: simulatorUrl, THIRD_PARTY_URL: thirdPartyUrl, SCRIPTED_URL: scriptedUrl };
     started.push(await start(BINARY, ["--config", path], /^listening\s+(http:\/\/\S+)\s/m, folder, urls));
     const url = started.at(-1).found;
     // The address is printed just before connections are taken.
     assert.ok(await waitUntil(() => isHealthy(url)), `${url}/health does not answer`);
-    return { url, simulatorUrl: simulated.found, thirdPartyUrl: third.found, stop };
+    return { url, simulatorUrl, thirdPartyUrl, scriptedUrl, stop };
   } catch (error) {
     await stop();
     throw error;

@@ -21,12 +21,26 @@ def third_party(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def start_proxy(simulator, third_party, tmp_path_factory):
+def scripted_server(tmp_path_factory):
+    with servers.Scripted(tmp_path_factory.mktemp("scripted")) as running:
+        yield running
+
+
+@pytest.fixture
+def scripted(scripted_server):
+    """The scripted endpoint, which has seen nothing yet."""
+    scripted_server.forget()
+    return scripted_server
+
+
+@pytest.fixture(scope="session")
+def start_proxy(simulator, third_party, scripted_server, tmp_path_factory):
     """Starts a proxy on one of the config files; it is for the caller to stop."""
 
     def start(config):
         folder = tmp_path_factory.mktemp("proxy")
-        return servers.proxy(folder, config, SIMULATOR_URL=simulator.found, THIRD_PARTY_URL=third_party.found)
+        urls = {"SIMULATOR_URL": simulator, "THIRD_PARTY_URL": third_party, "SCRIPTED_URL": scripted_server}
+        return servers.proxy(folder, config, **{name: server.found for name, server in urls.items()})
 
     return start
 
@@ -46,6 +60,13 @@ def strict_proxy(start_proxy):
 @pytest.fixture
 def disabled_proxy(start_proxy):
     with start_proxy("disabled.json") as running:
+        yield running
+
+
+@pytest.fixture
+def scripted_proxy(start_proxy):
+    """A proxy of the test's own, as an endpoint whose key is refused is left alone for minutes, and counts begin at 0."""
+    with start_proxy("scripted.json") as running:
         yield running
 
 
@@ -76,6 +97,30 @@ def async_client(proxy):
 
 def client_options(proxy):
     return {"base_url": f"{proxy.found}/v1", "api_key": servers.CLIENT_KEY, "max_retries": 0, "timeout": 10}
+
+
+@pytest.fixture
+def check_counts(scripted_proxy, connect):
+    """Checks that exactly so many answers of the scripted endpoint were counted, each with its reported tokens."""
+    client = connect(scripted_proxy)
+
+    def check(endpoint, answers):
+        def counted():
+            stats = client.get("/token/stats", cast_to=object)["detailedStats"]
+            assert set(stats) <= {endpoint}, stats
+            models = stats.get(endpoint, {"models": {}})["models"]
+            fields = ("requests", "promptTokens", "completionTokens")
+            return {
+                model: [*(one[field] for field in fields), one["estimated"]["requests"]] for model, one in models.items()
+            }
+
+        expected = {
+            model: [number, number * servers.Scripted.INPUT_TOKENS, number * servers.Scripted.OUTPUT_TOKENS, 0]
+            for model, number in answers.items()
+        }
+        assert servers.wait_until(lambda: counted() == expected), counted()
+
+    return check
 
 
 @pytest.fixture

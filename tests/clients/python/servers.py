@@ -1,5 +1,7 @@
-"""Starts and stops the programs that the tests talk to: the proxy, the simulated endpoint, a third party's server."""
+"""Starts and stops the programs that the tests talk to: the proxy, the simulated endpoint, a third party's server, and the
+scripted one."""
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +18,7 @@ START_SECONDS_MAX = 10
 STOP_SECONDS_MAX = 5
 CLIENT_KEY = "sk-client"
 THIRD_PARTY_KEY = "sk-third-party"
+SCRIPTED_KEY = "sk-scripted"
 
 
 class Program:
@@ -91,6 +94,29 @@ def third_party(folder):
     command = HERE / "node_modules/@copilotkit/aimock/dist/cli.js"
     arguments = ["node", command, "--port", "0", "--fixtures", HERE / "third-party.json", "--chunk-size", "8", "--strict"]
     return Program(arguments, r"listening on (http://\S+)", folder, {"AIMOCK_API_KEYS": THIRD_PARTY_KEY})
+
+
+class Scripted(Program):
+    """An endpoint in the dialects of coding agents and of Anthropic; what it says stands in scripted.mjs."""
+
+    TEXT = "Hello from the scripted endpoint, grüß dich."
+    INPUT_TOKENS = 11
+    OUTPUT_TOKENS = 7
+
+    def __init__(self, folder):
+        super().__init__(["node", HERE / "scripted.mjs"], r"listening on (http://\S+)", folder)
+
+    def requests(self):
+        """What has arrived since it was told to forget."""
+        return self._control("GET")
+
+    def forget(self):
+        self._control("DELETE")
+
+    def _control(self, method):
+        request = urllib.request.Request(f"{self.found}/control/requests", method=method)
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return json.load(answer)
 
 
 def proxy(folder, config, **environment):

@@ -31,15 +31,27 @@ def test_mapped_model_is_renamed_for_the_endpoint(client):
     assert answer.usage.completion_tokens == 7
 
 
-def test_endpoint_gets_its_own_key_and_the_body_as_sent(client):
+def arrived(simulator, path):
+    """The requests for a path that have reached the simulator, in their order."""
+    with urllib.request.urlopen(f"{simulator.found}/control/requests", timeout=5) as answer:
+        return [request for request in json.load(answer) if request["path"] == path]
+
+
+@pytest.mark.parametrize("path", ["", "/v1/v1"])
+def test_base_url_without_v1_or_with_two_is_served_as_meant(proxy, connect, path):
+    client = connect(proxy, base_url=f"{proxy.found}{path}")
+    answer = client.chat.completions.create(model="gpt-mapped", messages=HELLO)
+    assert answer.model == "sim:events=7"
+
+
+def test_endpoint_gets_its_own_key_and_the_body_as_sent(client, simulator):
     # Key order, spaces and number forms that no JSON library would write like this.
-    body = b'{ "top_p":1.0,"messages" : [],\n"model":"sim:echo=true", "x":1e2 }'
-    answer = client.post("/chat/completions", cast_to=object, content=body, options=json_header())
-    echo = answer["echo"]
-    assert echo["path"] == "/v1/chat/completions"
-    assert echo["headers"]["authorization"] == "Bearer sk-endpoint"
-    assert echo["body"] == body.decode()
-    assert servers.CLIENT_KEY not in json.dumps(echo)
+    body = b'{ "top_p":1.0,"messages" : [],\n"model":"sim:events=1", "x":1e2 }'
+    client.post("/chat/completions", cast_to=object, content=body, options=json_header())
+    request = arrived(simulator, "/v1/chat/completions")[-1]
+    assert request["headers"]["authorization"] == "Bearer sk-endpoint"
+    assert request["body"] == body.decode()
+    assert servers.CLIENT_KEY not in json.dumps(request)
 
 
 def json_header():
@@ -127,9 +139,8 @@ def test_embeddings_as_the_sdk_asks_by_default(client, simulator):
     assert decoded.data[0].embedding != decoded.data[1].embedding
     for ours, theirs in zip(decoded.data, plain.data, strict=True):
         assert ours.embedding == pytest.approx(theirs.embedding)
-    with urllib.request.urlopen(f"{simulator.found}/control/requests", timeout=5) as answer:
-        sent = [json.loads(request["body"]) for request in json.load(answer) if request["path"] == "/v1/embeddings"]
-    assert [body["encoding_format"] for body in sent[-2:]] == ["base64", "float"]
+    sent = arrived(simulator, "/v1/embeddings")[-2:]
+    assert [json.loads(request["body"])["encoding_format"] for request in sent] == ["base64", "float"]
 
 
 def test_async_embeddings(async_client):
