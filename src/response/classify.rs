@@ -1,7 +1,7 @@
 //! What an endpoint's error means: whose trouble it is, by which rule, and for how long. Pure. It serves error answers, errors
 //! in the body of a 200, and events of streams alike.
 //!
-//! The user's own rules (`apis[].errors`) come first, then what is known of vendors ([`vendors`](super::vendors)), then the
+//! The user's own rules (`apis[].errors`) come first, then what is known of vendors (`vendors`), then the
 //! status. A verdict against a key, an account or an endpoint needs a code or a type, or a message in the vendor's own words
 //! from its beginning on: vendors quote prompts and model names in their messages, and no caller may steer a verdict.
 
@@ -28,7 +28,7 @@ pub struct Meaning {
     pub status: u16,
     /// Whose trouble it is.
     pub trouble: Trouble,
-    /// Rule that decided: a row of the table of vendors, [`BY_CONFIG`] or [`BY_STATUS`].
+    /// Rule that decided: a row of the table of vendors, `apis[].errors` or `status`.
     pub rule: &'static str,
     /// Time for which the endpoint asks to be left alone.
     pub wait: Wait,
