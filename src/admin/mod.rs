@@ -163,9 +163,9 @@ impl From<&Fault> for Answer {
             answer.headers.push((header::RETRY_AFTER, number(seconds)));
             answer.headers.push((HeaderName::from_static("retry-after-ms"), number(millis)));
         }
-        // OpenAI's SDKs would wait for so long, and ask again for a key that will not be better.
+        // OpenAI's SDKs would wait for so long; and some clients ask again and again, and say nothing of a key that is wrong.
         let waits_too_long = fault.retry_after().is_some_and(|wait| wait > SDK_WAIT_MAX);
-        if waits_too_long || *fault == Fault::EndpointKeyRefused {
+        if waits_too_long || matches!(fault, Fault::KeyWrong | Fault::EndpointKeyRefused) {
             let never = HeaderValue::from_static("false");
             answer.headers.push((HeaderName::from_static("x-should-retry"), never));
         }

@@ -24,6 +24,9 @@ pub struct Measured {
     pub generation: Option<Duration>,
 }
 
+/// Shorter than that is not how long a stream took to be generated: all of it lay ready.
+const GENERATION_MIN: Duration = Duration::from_millis(10);
+
 impl Measured {
     fn speed(&self, tokens: Tokens) -> Speed {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
@@ -37,9 +40,9 @@ impl Measured {
 
     /// Tokens a second, from the first one to the end.
     pub fn tokens_per_second(&self) -> Option<f64> {
-        let (tokens, seconds) = (self.tokens?.completion, self.generation?.as_secs_f64());
+        let (tokens, time) = (self.tokens?.completion, self.generation.filter(|time| *time >= GENERATION_MIN)?);
         #[expect(clippy::cast_precision_loss, reason = "nobody counts that many")]
-        (seconds > 0.0 && tokens > 0).then(|| tokens as f64 / seconds)
+        (tokens > 0).then(|| tokens as f64 / time.as_secs_f64())
     }
 }
 

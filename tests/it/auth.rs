@@ -34,6 +34,7 @@ async fn the_key_opens_and_nothing_else_does() {
                 reply.assert_from("a", 1);
             } else {
                 let message = reply.assert_error(401, "invalid_request_error", "invalid_api_key");
+                assert_eq!(reply.header("x-should-retry"), Some("false"), "clients must not try it for minutes");
                 assert!(message.starts_with("Incorrect API key"), "{header}: {value}: {message}");
             }
         }
