@@ -262,12 +262,15 @@ impl Live {
         breaker: &Breaker,
     ) -> Option<Scope> {
         let is_well = matches!(seen.effect, Effect::Answers | Effect::Success | Effect::Neutral);
+        if is_well && seen.trial.is_none() && !self.troubled.load(Ordering::Acquire) || record != self.record() {
+            if seen.effect == Effect::Success && !model.in_config {
+                self.note_served(model.name);
+            }
+            return None;
+        }
         // What a name showed before it was known stands where it was noted.
         let key = self.key(model);
         let is_new = seen.effect == Effect::Success && !model.in_config && self.note_served(model.name);
-        if is_well && seen.trial.is_none() && !self.troubled.load(Ordering::Acquire) || record != self.record() {
-            return None;
-        }
         let mut health = lock(&self.health);
         let cools = health.learn(key, seen, now(), breaker);
         if is_new {
