@@ -140,7 +140,8 @@ fn models_in_trouble(endpoints: &[(&Endpoint, View)], clock: &Clock) -> Vec<(Arc
     let mut all = Vec::new();
     for (endpoint, _) in endpoints {
         let health = endpoint.live.health();
-        let closed = health.models().filter(|(_, health)| health.gate(clock.now) != Gate::Open);
+        let closed =
+            health.models().filter(|(_, health)| !matches!(health.gate(clock.now), Gate::Open | Gate::TrialDue));
         all.extend(closed.map(|(model, _)| (Arc::clone(&endpoint.config.id), model.to_owned())));
     }
     all

@@ -147,8 +147,14 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let choice = first_choice(session, &ask).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
     context.arrival.own.rates = rates::of_model(&ask.options(&[]), &clock);
-    let choice = choice?;
-    Ok(Next::Proxy(ask, choice))
+    match choice {
+        Ok(choice) => Ok(Next::Proxy(ask, choice)),
+        Err(stop) => {
+            // The log and the metrics name the model of a request that is refused, too.
+            context.ask = Some(ask);
+            Err(stop)
+        }
+    }
 }
 
 /// Notes the client, and the headers that every answer to it carries.

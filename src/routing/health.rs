@@ -31,7 +31,7 @@ const KEY_REST_MAX: Duration = Duration::from_hours(6);
 /// Models of one endpoint whose health is kept apart; all others share one.
 pub(crate) const MODELS_MAX: usize = 256;
 /// Name that they share which find no room.
-const OTHERS: &str = "";
+const OTHERS: &str = "(others)";
 /// Requests that a model must have had before its trouble counts as the endpoint's.
 const USES_MIN: u32 = 2;
 

@@ -89,6 +89,31 @@ async fn readiness_tells_why_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_refused_is_logged_and_counted_with_its_model() {
+    within(async {
+        let good = behaving(Behaviour::default()).await;
+        let api = endpoint_with("a", &good.base_url(), json!({ "models": ["m"], "rpm": 1 }));
+        let program = Running::start(&config_text(json!({}), &[api]), "info");
+        program.ready().await;
+        let client = client(reqwest::ClientBuilder::http1_only);
+        for status in [200, 429] {
+            let call = client.post(program.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat("m"));
+            assert_eq!(Reply::of(call).await.status, status);
+        }
+        let line = program.logs("status=429").await;
+        assert!(line.contains(" model=m "), "{line}");
+        let metrics = Reply::of(client.get(program.url("/metrics")).bearer_auth(KEY)).await;
+        let refused = |line: &&str| line.contains("requests_total") && line.contains("4xx");
+        assert!(
+            metrics.text().lines().any(|line| refused(&line) && line.contains("model=\"m\"")),
+            "{}",
+            metrics.text()
+        );
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn lines_are_json_if_the_config_says_so_and_text_again_after_a_reload() {
     within(async {
         let good = behaving(Behaviour::default()).await;

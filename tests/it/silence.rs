@@ -9,6 +9,7 @@ use crate::harness::{KEY, Proxy, chat, chat_stream, client, endpoint_with, h2c, 
 use crate::wire::{ByHand, STREAM_HEAD, Wire, chunked, event, post_chat};
 
 const ROLE: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n";
+const JSON_HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
 const DONE: &str = "data: [DONE]\n\n";
 
 /// Settings under which the test's endpoint is asked first, and a simulated one, if wanted, after it.
@@ -97,9 +98,7 @@ async fn blank_lines_before_json_are_life_too() {
         let asked = proxy.post("/v1/chat/completions", &body);
         let answer = async {
             let (mut endpoint, ..) = by_hand.call().await;
-            endpoint
-                .send("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
-                .await;
+            endpoint.send(JSON_HEAD).await;
             for_a_while(&mut endpoint, "\n", Duration::from_millis(900)).await;
             endpoint.send(format!("{}0\r\n\r\n", chunked(r#"{"choices":[{"message":{"content":"Hi"}}]}"#))).await;
         };
@@ -120,10 +119,9 @@ async fn json_that_has_begun_is_not_thought_about() {
         let asked = proxy.post("/v1/chat/completions", &body);
         let answer = async {
             let (mut endpoint, ..) = by_hand.call().await;
-            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
             // It begins later than a stream may think, and takes longer than that.
             tokio::time::sleep(Duration::from_millis(400)).await;
-            endpoint.send(format!("{head}{}", chunked(r#"{"choices":[{"message":"#))).await;
+            endpoint.send(format!("{JSON_HEAD}{}", chunked(r#"{"choices":[{"message":"#))).await;
             tokio::time::sleep(Duration::from_millis(400)).await;
             endpoint.send(format!("{}0\r\n\r\n", chunked(r#"{"content":"Hi"}}]}"#))).await;
         };
