@@ -178,8 +178,8 @@ impl HeldResponse {
         self.held.push(task);
         self.move_deadline(now);
         if verdict == Verdict::Commit && self.is_merely_opened() && !self.goes_on_as_stream() {
-            // The client has the header of a stream already.
-            let outcome = self.judge.take_outcome().unwrap_or(Outcome::Unrecognised);
+            // The client has the header of a stream already, which the endpoint could not know of.
+            let outcome = self.judge.take_outcome().unwrap_or(Outcome::NotStreamed);
             return Ok(Verdict::Drop(outcome));
         }
         Ok(verdict)
@@ -367,13 +367,22 @@ impl HeldResponse {
 
     /// Starts the deadlines again after a write: the endpoint is waited for.
     pub(super) fn resume(&mut self) {
-        let ping = self.plan.ping.filter(|_| self.outlet.opened || self.outlet.reading.takes_events());
+        let ping = self.ping_time();
         let (idle, now) = (self.idle(), Instant::now());
         if self.committed {
             self.timers.resume(now, idle, self.outlet.complete, ping);
         } else {
             self.timers.ping_at = ping.and_then(|ping| now.checked_add(ping));
         }
+    }
+
+    /// A ping or comments have been written. The endpoint's deadlines stand: it has said nothing.
+    pub(super) fn pinged(&mut self) {
+        self.timers.ping_at = self.ping_time().and_then(|ping| Instant::now().checked_add(ping));
+    }
+
+    fn ping_time(&self) -> Option<Duration> {
+        self.plan.ping.filter(|_| self.outlet.opened || self.outlet.reading.takes_events())
     }
 
     /// Returns the action that is due now.

@@ -189,7 +189,7 @@ impl Replay {
         self.inner_writes().await?;
         self.inner.response_duplex_vec(tasks).await?;
         self.flushing = false;
-        self.hold.resume();
+        self.hold.pinged();
         Ok(())
     }
 
@@ -207,7 +207,8 @@ impl Replay {
             }
             DueAction::Flush(tasks) => {
                 // Pingora drops this future when the endpoint sends more meanwhile. The held part fits any socket buffer, so the
-                // write does not wait. If it was cut nevertheless, the flag stays, and the answer is given up instead of garbled.
+                // write waits only for a client whose HTTP/2 window is shut. The flag stays then, and the answer is given up instead
+                // of garbled.
                 self.flushing = true;
                 self.forward(tasks).await?;
                 self.flushing = false;
@@ -248,7 +249,8 @@ impl CustomSession for Replay {
 
     async fn response_duplex_vec(&mut self, tasks: Vec<HttpTask>) -> Result<bool> {
         if self.flushing {
-            return Err(Error::explain(ErrorType::InternalError, "a write was cut"));
+            // The client takes nothing: no endpoint has a part in that.
+            return Err(Error::explain(ErrorType::WriteTimedout, "the client takes no more").into_down());
         }
         if self.hold.is_committed() {
             return self.forward(tasks).await;

@@ -247,7 +247,7 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
         },
         Outcome::TooSlow => Fault::EndpointTimeout,
         Outcome::Empty => Fault::EndpointEmpty,
-        Outcome::Unrecognised => Fault::EndpointUnrecognised,
+        Outcome::Unrecognised | Outcome::NotStreamed => Fault::EndpointUnrecognised,
         Outcome::Error { .. } if outcome.is_hidden(retry) => Fault::EndpointKeyRefused,
         Outcome::Error { meaning, .. } => Fault::EndpointError { status: meaning.status },
         Outcome::ConnectFailed | Outcome::ProxyRefused | Outcome::Broken | Outcome::UsageRefused => {
@@ -273,13 +273,14 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
         (state.committed, state.opened, state.kept.take())
     };
     let closed = |error_code| FailToProxy { error_code, can_reuse_downstream: false };
+    let is_client_gone = *error.esource() == ErrorSource::Downstream && context.fault.is_none();
     if committed.is_some() || session.response_written().is_some_and(is_final) {
         if let (Some(fault), Some(committed)) = (&context.fault, committed)
             && committed.event_stream
         {
             let call = context.ask.as_ref().map(|ask| ask.call);
             outgoing::send_error_event(session, &fault.json(), call, committed.between_events).await;
-        } else if opened && committed.is_none() {
+        } else if opened && committed.is_none() && !is_client_gone {
             let call = context.ask.as_ref().map(|ask| ask.call);
             let fault = context.fault.get_or_insert(Fault::Internal).json();
             let error = kept.as_ref().and_then(Kept::error_object).unwrap_or(fault);
@@ -287,7 +288,7 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
         }
         return closed(0);
     }
-    if *error.esource() == ErrorSource::Downstream && context.fault.is_none() {
+    if is_client_gone {
         return closed(0);
     }
     let fault = context.fault.get_or_insert(Fault::Internal).clone();

@@ -110,7 +110,8 @@ fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Ch
             budget_ends: context.arrival.at + ask.pool.server.retry.budget,
             framing,
             streams: ask.stream,
-            ping: ask.pool.server.stream_ping.filter(|_| ask.stream),
+            // What else says `stream` may be answered with anything.
+            ping: ask.pool.server.stream_ping.filter(|_| ask.stream && ask.call.is_text()),
             own_headers: context.arrival.own.clone(),
             header: outgoing::forwarded(session.req_header(), &ask, context.arrival.own.id.as_ref()),
         };

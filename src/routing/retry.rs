@@ -27,6 +27,8 @@ pub enum Outcome {
     Empty,
     /// A 200 that is no answer to the call.
     Unrecognised,
+    /// A good answer, but no stream, after the gateway had begun one for its client.
+    NotStreamed,
     /// A refusal of the `stream_options` that the gateway added; the attempt is repeated without.
     UsageRefused,
     /// No connection could be made to any of its addresses, or its name could not be resolved.
@@ -70,6 +72,7 @@ impl fmt::Display for Outcome {
             }
             Self::Empty => f.write_str("gave an empty answer"),
             Self::Unrecognised => f.write_str("answered 200 with something else than an answer"),
+            Self::NotStreamed => f.write_str("answered without the stream that its client has the header of"),
             Self::UsageRefused => f.write_str("refused stream_options"),
             Self::ConnectFailed => f.write_str("could not be connected to"),
             Self::ProxyRefused => f.write_str("was not reached: its proxy wants another user and password (407)"),
@@ -116,7 +119,7 @@ impl Outcome {
                 _ => "status_5xx",
             },
             Self::Empty => "empty",
-            Self::Unrecognised => "unrecognised",
+            Self::Unrecognised | Self::NotStreamed => "unrecognised",
             Self::UsageRefused => "usage_refused",
             Self::ConnectFailed | Self::ProxyRefused => "connect_failed",
             Self::Broken => "broken",
@@ -132,7 +135,9 @@ impl Outcome {
         match self {
             Self::Answered { .. } => Effect::Success,
             Self::Error { meaning, .. } => effect_of(meaning, day_left),
-            Self::LimitReached | Self::ClientGone | Self::Ours | Self::UsageRefused => Effect::Neutral,
+            Self::LimitReached | Self::ClientGone | Self::Ours | Self::UsageRefused | Self::NotStreamed => {
+                Effect::Neutral
+            }
             Self::ConnectFailed | Self::ProxyRefused => Effect::Failure(Scope::Endpoint),
             Self::Empty | Self::Unrecognised | Self::Broken | Self::TooSlow => Effect::Failure(Scope::Model),
         }
@@ -142,7 +147,8 @@ impl Outcome {
     pub fn is_retryable(&self, retry: &Retry) -> bool {
         match self {
             Self::Error { meaning, .. } => is_error_retryable(meaning, retry),
-            Self::Answered { .. } | Self::ClientGone | Self::Ours => false,
+            // Another one would have to be paid for as well.
+            Self::Answered { .. } | Self::NotStreamed | Self::ClientGone | Self::Ours => false,
             Self::UsageRefused
             | Self::Empty
             | Self::Unrecognised

@@ -301,6 +301,59 @@ async fn a_stream_that_falls_silent_in_its_middle_is_pinged_too() {
     .await;
 }
 
+/// All that comes of an answer that is cut after an error event.
+async fn until_cut(mut response: reqwest::Response) -> String {
+    let mut text = Vec::new();
+    while let Ok(Some(piece)) = response.chunk().await {
+        text.extend_from_slice(&piece);
+    }
+    String::from_utf8(text).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pings_do_not_keep_a_dead_endpoint_alive() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let timeouts = json!({ "idleMs": 2500 });
+        let proxy = proxy(json!({ "streamPingSeconds": 1 }), &by_hand, timeouts, None).await;
+        let begun = Instant::now();
+        let asked = proxy.open_stream("m");
+        let answer = async {
+            let (mut endpoint, ..) = by_hand.call().await;
+            endpoint.send(format!("{STREAM_HEAD}{}", chunked(&event("one")))).await;
+            endpoint
+        };
+        let (reply, _endpoint) = tokio::join!(asked, answer);
+        let text = until_cut(reply).await;
+        assert!(text.contains(": ping\n\n") && text.contains("stream_broken"), "{text}");
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_no_stream_behind_a_ping_is_nobodys_failure() {
+    within(async {
+        let (by_hand, spare) = (ByHand::bind().await, simulator().await);
+        let server = json!({ "streamPingSeconds": 1 });
+        let proxy = proxy(server, &by_hand, json!({}), Some(&spare.base_url())).await;
+        let asked = proxy.open_stream("m");
+        let answer = async {
+            let (mut endpoint, ..) = by_hand.call().await;
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            let json = r#"{"choices":[{"message":{"content":"Hi"},"finish_reason":"stop"}]}"#;
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length:";
+            endpoint.send(format!("{head} {}\r\n\r\n{json}", json.len())).await;
+        };
+        let (reply, ()) = tokio::join!(asked, answer);
+        let text = until_cut(reply).await;
+        assert!(text.contains("endpoint_unrecognised_answer"), "{text}");
+        assert!(spare.requests().is_empty(), "it is not paid for twice");
+        assert_eq!(proxy.status_of("a").await["errorCount"], 0);
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn json_is_sent_no_pings_and_neither_is_anybody_where_they_are_off() {
     within(async {
