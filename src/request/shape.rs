@@ -1,5 +1,7 @@
 //! The shape of a call: method and path, if no id stands in it.
 
+use std::sync::LazyLock;
+
 use http::Method;
 
 /// A call, whichever request makes it. Two calls of one shape are had by an endpoint, or neither is.
@@ -78,10 +80,11 @@ impl CallShape {
     }
 }
 
-/// FNV-1a: paths are short, and what collides is only asked once more.
+/// FNV-1a, as paths are short, from a beginning of this process's own: nobody can look for paths that collide.
 fn hash(method: &str, path: &str) -> u64 {
+    static BASIS: LazyLock<u64> = LazyLock::new(|| fastrand::u64(..));
     let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    let hash = method.bytes().chain(path.bytes()).fold(0xcbf2_9ce4_8422_2325, step);
+    let hash = method.bytes().chain(path.bytes()).fold(*BASIS, step);
     // The lower bits alone depend on too little.
     hash ^ hash >> 32
 }

@@ -53,6 +53,9 @@ impl PathMemory {
     }
 
     fn lacks_one(&self, shape: CallShape, model: &str, now: Instant) -> bool {
+        if self.served.load(Ordering::Relaxed) & shape.bit() != 0 {
+            return false;
+        }
         let shapes = [shape, shape.of_model(model)];
         self.lock().iter().any(|(known, until)| shapes.contains(known) && *until > now)
     }
