@@ -33,7 +33,7 @@ pub struct Ask {
     pub target: PathAndQuery,
     /// Shape of the call, if no id stands in its path.
     pub shape: Option<CallShape>,
-    /// Whoever is told when to come back, if it is refused.
+    /// The caller, which is promised a time if the request is refused.
     pub caller: CallerId,
     /// True if the body is JSON, whatever its content type says.
     pub is_json: bool,

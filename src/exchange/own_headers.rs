@@ -1,4 +1,4 @@
-//! Headers of our own that every answer carries, whoever gave it.
+//! Headers of our own that every answer carries.
 
 use http::{HeaderMap, HeaderValue, header};
 

@@ -50,7 +50,7 @@ pub(super) struct Draw {
     pub(super) reply: oneshot::Sender<Drawn>,
 }
 
-/// Whoever is told when to come back; an address, as far as callers can be told apart.
+/// A caller: its address, as long as nothing else distinguishes callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CallerId(pub u64);
 

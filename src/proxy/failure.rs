@@ -225,19 +225,7 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
     // A complaint about our key is not the client's to see, but the log has it.
     let hidden = state.kept.take_if(|_| outcome.is_hidden(retry)).and_then(|kept| kept.words());
     drop(state);
-    if let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::Ours) {
-        let id = context.arrival.id_text();
-        let endpoint = match outcome {
-            // The way matters more than where it leads.
-            Outcome::ProxyRefused => format!("{} ({})", endpoint.config.id, endpoint.upstream.name()),
-            _ => endpoint.config.id.to_string(),
-        };
-        let next = if more { "another endpoint is tried" } else { "no other endpoint is left" };
-        match hidden {
-            Some(words) => log::info!("request {id}: endpoint {endpoint} {outcome}, with the words {words:?}; {next}"),
-            None => log::info!("request {id}: endpoint {endpoint} {outcome}; {next}"),
-        }
-    }
+    log_end(context, outcome, hidden, more);
     let fault = match outcome {
         // If no other endpoint has room either, the next choice says until when.
         Outcome::LimitReached if more => return Follow::default(),
@@ -245,17 +233,39 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
             Some(status) => Fault::EndpointError { status },
             None => context.tries.limit.take().unwrap_or(Fault::NoneAvailable),
         },
+        Outcome::Error { .. } if outcome.is_hidden(retry) => Fault::EndpointKeyRefused,
+        _ => fault_of(outcome),
+    };
+    if more { Follow::NextEndpoint { otherwise: Some(fault) } } else { Follow::Fail(fault) }
+}
+
+/// Logs how an attempt ended. `hidden` are the endpoint's words, if the client is not shown them.
+fn log_end(context: &Context, outcome: &Outcome, hidden: Option<String>, more: bool) {
+    let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::Ours) else { return };
+    let id = context.arrival.id_text();
+    let endpoint = match outcome {
+        // The way matters more than where it leads.
+        Outcome::ProxyRefused => format!("{} ({})", endpoint.config.id, endpoint.upstream.name()),
+        _ => endpoint.config.id.to_string(),
+    };
+    let words = hidden.map(|words| format!(", with the words {words:?}")).unwrap_or_default();
+    let next = if more { "another endpoint is tried" } else { "no other endpoint is left" };
+    log::info!("request {id}: endpoint {endpoint} {outcome}{words}; {next}");
+}
+
+/// The fault of an attempt that nothing follows.
+fn fault_of(outcome: &Outcome) -> Fault {
+    match outcome {
         Outcome::TooSlow => Fault::EndpointTimeout,
         Outcome::Empty => Fault::EndpointEmpty,
         Outcome::Unrecognised | Outcome::NotStreamed => Fault::EndpointUnrecognised,
-        Outcome::Error { .. } if outcome.is_hidden(retry) => Fault::EndpointKeyRefused,
         Outcome::Error { meaning, .. } => Fault::EndpointError { status: meaning.status },
         Outcome::ConnectFailed | Outcome::ProxyRefused | Outcome::Broken | Outcome::UsageRefused => {
             Fault::EndpointUnreachable
         }
+        Outcome::LimitReached => Fault::NoneAvailable,
         Outcome::Ours | Outcome::ClientGone | Outcome::Answered { .. } => Fault::Internal,
-    };
-    if more { Follow::NextEndpoint { otherwise: Some(fault) } } else { Follow::Fail(fault) }
+    }
 }
 
 /// True if another attempt may begin and an endpoint is left for it.

@@ -273,7 +273,7 @@ async fn ask(
     }))
 }
 
-/// Callers are told apart by their addresses, as long as all have one key.
+/// Callers are distinguished by their addresses, as long as all have one key.
 fn caller_id(address: Option<IpAddr>) -> CallerId {
     let bits = match address {
         None => 0,

@@ -91,7 +91,7 @@ fn classify(status: u16, error: &VendorError, wait: Option<Duration>, rules: &[E
         };
         return Meaning { status, trouble: row.means, rule: row.id, wait };
     }
-    // Where nothing is known, words may be the prompt's. Whoever says 429 speaks of its own limit.
+    // Where nothing is known, words may be the prompt's. A 429 is about the vendor's own limit.
     let words = error.wait_in_words.filter(|_| status == 429);
     Meaning { status, trouble: by_status(status), rule: BY_STATUS, wait: stated(wait.or(words)) }
 }

@@ -179,7 +179,7 @@ impl VendorError {
     }
 }
 
-/// The wait in `OpenRouter`'s `metadata`: its own word, or the header of whoever it asked.
+/// The wait in `OpenRouter`'s `metadata`: its own word, or a header of the provider that it asked.
 fn wait_of(metadata: &Value) -> Option<Duration> {
     let header = || metadata.get("headers")?.get("Retry-After");
     let value = metadata.get("retry_after_seconds").or_else(header)?;

@@ -312,7 +312,7 @@ pub(super) const ROWS: &[Row] = &[
     // Amazon Bedrock
     code("bedrock/throttling", ANY, "*ThrottlingException", ModelLimit, "docs.aws.amazon.com/bedrock/latest/APIReference"),
     code("bedrock/not_ready", ANY, "*ModelNotReadyException", ModelFailure, "docs.aws.amazon.com/bedrock/latest/APIReference"),
-    // A page of whoever stands before the endpoint: a wall or a gateway, not the API
+    // A page of a firewall or gateway before the endpoint, not of the API
     words("page/forbidden", &[403], "<!DOCTYPE*", Endpoint, "cloudflare/cloudflare-docs#8066"),
     words("page/forbidden_2", &[403], "<html*", Endpoint, "cloudflare/cloudflare-docs#8066"),
     words("page/forbidden_3", &[403], "<!doctype*", Endpoint, "cloudflare/cloudflare-docs#8066"),

@@ -45,7 +45,7 @@ pub struct Request<'a> {
     pub options: Options<'a>,
     /// Queue, if the request may wait.
     pub queue: Option<Queue>,
-    /// Whoever is told when to come back.
+    /// The caller, which is promised a time if it is refused.
     pub caller: CallerId,
 }
 

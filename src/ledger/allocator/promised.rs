@@ -1,5 +1,5 @@
-//! Moments that each caller was told to come back at. Who asks again before its moment is told the same one, or a better one, so
-//! that asking again and again does not push the moment out.
+//! Moments promised to each caller. A caller that asks again too early gets the same moment, or an earlier one, so that asking
+//! again and again does not push it out.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -19,7 +19,7 @@ pub(super) struct Told {
     account: Weak<Account>,
     /// The moment.
     pub(super) at: Stamp,
-    /// Number of the draws before it was told. Whoever came before that did not know of it.
+    /// Ticket of the first draw that can know of the promise. Earlier ones are requests of their own.
     known_from: u64,
 }
 
