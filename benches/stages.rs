@@ -23,6 +23,7 @@ use api_together::response::relay::Relay;
 use api_together::response::sse::Splitter;
 use api_together::routing::balance::{self, Options};
 use api_together::routing::pool::Pool;
+use api_together::routing::router::ModelName;
 use api_together::usage::Meter;
 use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -135,7 +136,8 @@ fn permits(criterion: &mut Criterion) {
             b.iter(|| {
                 let mut draws: Vec<_> = (pool.endpoints.iter().cycle().take(count))
                     .map(|endpoint| {
-                        let wanted = vec![endpoint.wanted(Stamp::default())];
+                        let model = ModelName { name: "m", in_config: true };
+                        let wanted = vec![endpoint.wanted(model, Stamp::default())];
                         Box::pin(client.draw(client.ticket(), wanted, Otherwise::LookElsewhere))
                     })
                     .collect();

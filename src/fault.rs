@@ -15,6 +15,8 @@ use crate::limit::LimitReason;
 pub struct HeldBy {
     /// Its id, if clients may know it.
     pub endpoint: Option<Arc<str>>,
+    /// The models whose limit it is, as `modelLimits` has them; `None` if it is the whole endpoint's.
+    pub models: Option<Arc<str>>,
     /// Reason.
     pub reason: LimitReason,
     /// Time until it is over.
@@ -316,8 +318,9 @@ impl Fault {
 fn holds(held: &[HeldBy]) -> String {
     const SHOWN_MAX: usize = 10;
     let mut shown: Vec<String> = Vec::new();
-    for HeldBy { endpoint, reason, wait } in held {
-        let reason = format!("{reason}, for {} s", wait.as_secs_f64().ceil());
+    for HeldBy { endpoint, models, reason, wait } in held {
+        let models = models.as_ref().map_or_else(String::new, |models| format!(" for {models}"));
+        let reason = format!("{reason}{models}, for {} s", wait.as_secs_f64().ceil());
         let text = endpoint.as_ref().map_or_else(|| reason.clone(), |endpoint| format!("{endpoint}: {reason}"));
         // Without ids they may well be the same.
         if !shown.contains(&text) && shown.len() <= SHOWN_MAX {

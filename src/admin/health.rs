@@ -32,9 +32,10 @@ fn no_endpoint(from: Sources<'_>) -> Option<&'static str> {
     let usable = || pool.endpoints.iter().filter(|endpoint| endpoint.config.usable());
     let denies = pool.ledger.is_down();
     let is_open = |endpoint: &Endpoint| {
+        let accounts = endpoint.accounts.of_endpoint();
         matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
-            && !endpoint.seems_full(clock.boot)
-            && !(denies && endpoint.limits.in_ledger())
+            && !accounts.seems_full(clock.boot)
+            && !(denies && accounts.in_ledger())
     };
     if usable().any(|endpoint| is_open(endpoint)) {
         None

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use super::Sources;
-use super::status::is_available;
+use super::status::{Views, is_available};
 use crate::config::{Limit, LimitKind, PerLimit};
-use crate::limit::{Clock, View};
+use crate::limit::{Clock, Limits};
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
 use crate::telemetry::metrics::{Scrape, metrics};
@@ -18,17 +18,15 @@ const ENDPOINTS_MAX: usize = 2000;
 /// All metrics in Prometheus's text format.
 pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     let pool = from.pool;
-    let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
-    let views = pool.ledger.look(accounts).await.unwrap_or_default();
-    let views = views.into_iter().chain(std::iter::repeat_with(View::default));
-    let endpoints: Vec<(&Endpoint, View)> =
-        pool.endpoints.iter().map(AsRef::as_ref).zip(views).take(ENDPOINTS_MAX).collect();
+    let views = Views::look(pool).await;
+    let endpoints: Vec<&Endpoint> = pool.endpoints.iter().map(AsRef::as_ref).take(ENDPOINTS_MAX).collect();
     let Some(metrics) = metrics() else { return Vec::new() };
     let scrape = Scrape::default();
     add_gauges(&scrape, from);
     add_counters(&scrape, from);
-    add_endpoints(&scrape, from, &endpoints);
-    add_limits(&scrape, &endpoints);
+    add_endpoints(&scrape, from, &endpoints, &views);
+    add_limits(&scrape, &endpoints, &views);
+    add_model_limits(&scrape, &endpoints, &views);
     metrics.text(&scrape)
 }
 
@@ -106,21 +104,21 @@ fn add_counters(scrape: &Scrape, from: Sources<'_>) {
     }
 }
 
-fn add_endpoints(scrape: &Scrape, from: Sources<'_>, endpoints: &[(&Endpoint, View)]) {
+fn add_endpoints(scrape: &Scrape, from: Sources<'_>, endpoints: &[&Endpoint], views: &Views) {
     let clock = from.pool.clock();
-    let each = |value: &dyn Fn(&Endpoint, &View) -> u64| -> Vec<([&str; 1], u64)> {
-        endpoints.iter().map(|(endpoint, view)| ([endpoint.config.id.as_ref()], value(endpoint, view))).collect()
+    let each = |value: &dyn Fn(&Endpoint) -> u64| -> Vec<([&str; 1], u64)> {
+        endpoints.iter().map(|endpoint| ([endpoint.config.id.as_ref()], value(endpoint))).collect()
     };
     let add = |name, help, values: Vec<_>| scrape.gauges(name, help, ["endpoint"], values.into_iter());
     add(
         "api_together_endpoint_available",
         "1 if the endpoint would be sent a request now.",
-        each(&|endpoint, view| is_available(from.pool, endpoint, view, &clock).into()),
+        each(&|endpoint| is_available(from.pool, endpoint, views, &clock).into()),
     );
     add(
         "api_together_endpoint_cooling_down",
         "1 while the circuit breaker keeps the endpoint out.",
-        each(&|endpoint, _| matches!(endpoint.gate(clock.now), Gate::Cooling { .. } | Gate::OnTrial).into()),
+        each(&|endpoint| matches!(endpoint.gate(clock.now), Gate::Cooling { .. } | Gate::OnTrial).into()),
     );
     scrape.gauges(
         "api_together_model_available",
@@ -131,14 +129,14 @@ fn add_endpoints(scrape: &Scrape, from: Sources<'_>, endpoints: &[(&Endpoint, Vi
     add(
         "api_together_endpoint_in_flight",
         "Requests that the endpoint is answering.",
-        each(&|endpoint, _| endpoint.live.in_flight().into()),
+        each(&|endpoint| endpoint.live.in_flight().into()),
     );
 }
 
 /// Models that take no requests at an endpoint, though others may. Bounded by the health that is kept.
-fn models_in_trouble(endpoints: &[(&Endpoint, View)], clock: &Clock) -> Vec<(Arc<str>, String)> {
+fn models_in_trouble(endpoints: &[&Endpoint], clock: &Clock) -> Vec<(Arc<str>, String)> {
     let mut all = Vec::new();
-    for (endpoint, _) in endpoints {
+    for endpoint in endpoints {
         let health = endpoint.live.health();
         let closed =
             health.models().filter(|(_, health)| !matches!(health.gate(clock.now), Gate::Open | Gate::TrialDue));
@@ -147,15 +145,13 @@ fn models_in_trouble(endpoints: &[(&Endpoint, View)], clock: &Clock) -> Vec<(Arc
     all
 }
 
-fn add_limits(scrape: &Scrape, endpoints: &[(&Endpoint, View)]) {
+fn add_limits(scrape: &Scrape, endpoints: &[&Endpoint], views: &Views) {
     let mut all = Vec::new();
-    for (endpoint, view) in endpoints {
-        let used = PerLimit { max_concurrent: u64::from(endpoint.live.in_flight()), ..view.used };
-        let known = |(kind, (limit, used)): (LimitKind, (Limit, u64))| match limit {
-            Limit::AtMost(limit) => Some(([endpoint.config.id.as_ref(), kind.label()], limit, used)),
-            Limit::Unlimited | Limit::Off => None,
-        };
-        all.extend(endpoint.limits.by_kind.zip(used).each().filter_map(known));
+    for endpoint in endpoints {
+        let whole = endpoint.accounts.whole();
+        let used = PerLimit { max_concurrent: u64::from(endpoint.live.in_flight()), ..views.of(whole).used };
+        let labels = |kind: LimitKind| [endpoint.config.id.as_ref(), kind.label()];
+        all.extend(known(&whole.limits, used).map(|(kind, limit, used)| (labels(kind), limit, used)));
     }
     let add = |name, help, value: fn(u64, u64) -> u64| {
         let values = all.iter().map(|(labels, limit, used)| (*labels, value(*limit, *used)));
@@ -168,6 +164,37 @@ fn add_limits(scrape: &Scrape, endpoints: &[(&Endpoint, View)]) {
         |_, used| used,
     );
     add("api_together_limit_left", "Remaining part of each limit.", u64::saturating_sub);
+}
+
+/// Bounded by the accounts that an endpoint has for its models.
+fn add_model_limits(scrape: &Scrape, endpoints: &[&Endpoint], views: &Views) {
+    let mut all = Vec::new();
+    for of in endpoints.iter().flat_map(|endpoint| endpoint.accounts.models()) {
+        let Some(models) = of.account.id().models() else { continue };
+        let labels = |kind: LimitKind| [of.account.id().endpoint().as_ref(), models.as_ref(), kind.label()];
+        all.extend(known(&of.limits, views.of(of).used).map(|(kind, limit, used)| (labels(kind), limit, used)));
+    }
+    let add = |name, help, value: fn(u64, u64) -> u64| {
+        let values = all.iter().map(|(labels, limit, used)| (*labels, value(*limit, *used)));
+        scrape.gauges(name, help, ["endpoint", "model", "limit"], values);
+    };
+    add("api_together_model_limit", "Limits of models at the endpoint, as configured in modelLimits.", |limit, _| {
+        limit
+    });
+    add(
+        "api_together_model_limit_used",
+        "Used part of each limit of models; as api_together_limit_used.",
+        |_, used| used,
+    );
+    add("api_together_model_limit_left", "Remaining part of each limit of models.", u64::saturating_sub);
+}
+
+/// The kinds that are limited, each with its limit and the used part of it.
+fn known(limits: &Limits, used: PerLimit<u64>) -> impl Iterator<Item = (LimitKind, u64, u64)> {
+    limits.by_kind.zip(used).each().filter_map(|(kind, (limit, used))| match limit {
+        Limit::AtMost(limit) => Some((kind, limit, used)),
+        Limit::Unlimited | Limit::Off => None,
+    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! `GET /v1/status`.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::Sources;
 use crate::config::{Limit, PerLimit, StreamUsage};
-use crate::ledger;
+use crate::ledger::{self, AccountId, LimitedAccount};
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::process::{ConfigState, FileState, Process};
 use crate::routing::health::{EndpointHealth, Gate, Health};
@@ -20,13 +20,9 @@ pub(super) const SERVICE: &str = "api-together";
 
 pub(super) async fn status(from: Sources<'_>) -> String {
     let Sources { pool, process: Process { open, ledger, estimator, config, .. } } = from;
-    // Asked of the ledger, since other processes may count for the same endpoints.
-    let accounts = pool.endpoints.iter().map(|endpoint| endpoint.account()).collect();
-    let views = pool.ledger.look(accounts).await.unwrap_or_default();
+    let views = Views::look(pool).await;
     let clock = pool.clock();
-    let views = views.into_iter().chain(std::iter::repeat_with(View::default));
-    let api = |(endpoint, view): (&Arc<Endpoint>, View)| api(pool, endpoint, &view, &clock);
-    let apis: Vec<Value> = pool.endpoints.iter().zip(views).map(api).collect();
+    let apis: Vec<Value> = pool.endpoints.iter().map(|endpoint| api(pool, endpoint, &views, &clock)).collect();
     json!({
         "service": SERVICE,
         "timestamp": iso(SystemTime::now()),
@@ -67,24 +63,43 @@ fn ledger_state(ledger: &ledger::LedgerState, pool: &Pool) -> Value {
     })
 }
 
-/// True if the endpoint would be sent a request now.
-pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> bool {
+/// What is left of every limit, asked of the ledger, since other processes may count as well.
+pub(super) struct Views(HashMap<AccountId, View>);
+
+impl Views {
+    pub(super) async fn look(pool: &Pool) -> Self {
+        let accounts = || pool.endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned();
+        let accounts: Vec<LimitedAccount> = accounts().collect();
+        let ids: Vec<AccountId> = accounts.iter().map(|of| of.account.id().clone()).collect();
+        let views = pool.ledger.look(accounts).await.unwrap_or_default();
+        Self(ids.into_iter().zip(views).collect())
+    }
+
+    pub(super) fn of(&self, account: &LimitedAccount) -> View {
+        self.0.get(account.account.id()).copied().unwrap_or_default()
+    }
+}
+
+/// True if the endpoint would be sent a request now, though maybe not for each of its models.
+pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> bool {
+    let whole = endpoint.accounts.whole();
     // Without the ledger endpoints with limits take nothing, unless the config says otherwise.
-    let denied = pool.ledger.is_down() && endpoint.limits.in_ledger();
+    let denied = pool.ledger.is_down() && whole.limits.in_ledger();
     endpoint.config.usable()
-        && view.held.is_none()
+        && views.of(whole).held.is_none()
         && !denied
         && matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
 }
 
-fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
+fn api(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value {
     let now = clock.now;
     let config = &endpoint.config;
     let live = &endpoint.live;
     let gate = endpoint.gate(now);
-    let available = is_available(pool, endpoint, view, clock);
+    let available = is_available(pool, endpoint, views, clock);
     let health = live.health();
-    let limits = &endpoint.limits;
+    let whole = endpoint.accounts.whole();
+    let (limits, view) = (&whole.limits, views.of(whole));
     let in_flight = u64::from(live.in_flight());
     let used = PerLimit { max_concurrent: in_flight, ..view.used };
     json!({
@@ -96,9 +111,10 @@ fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
         "errorCount": health.errors_in_row(),
         "limits": by_kind(&limits.by_kind.map(Limit::as_number)),
         "usage": by_kind(&used),
-        "quota": quota(limits, view, used, clock),
+        "quota": quota(limits, &view, used, clock),
         "heldBy": view.held.map(|held| held.by.to_string()),
         "limitFrees": view.held.map(|held| time_of(held.until, clock)),
+        "modelLimits": model_limits(endpoint, views, clock),
         "timezone": limits.calendar.zone_name(),
         "baseUrl": config.base_url.to_string(),
         "modelMapping": config.model_mapping,
@@ -113,6 +129,23 @@ fn api(pool: &Pool, endpoint: &Endpoint, view: &View, clock: &Clock) -> Value {
         "models": models(endpoint, &health, now),
         "lastError": live.last_error().map(|error| json!({ "at": iso(error.at), "what": error.what })),
     })
+}
+
+/// Limits of models and what is left of them, by the pattern of the config; where each model has its own, by its name as well,
+/// once it was asked for.
+fn model_limits(endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value {
+    let one = |of: &LimitedAccount| {
+        let view = views.of(of);
+        let limits = json!({
+            "limits": by_kind(&of.limits.by_kind.map(Limit::as_number)),
+            "usage": by_kind(&view.used),
+            "quota": quota(&of.limits, &view, view.used, clock),
+            "heldBy": view.held.map(|held| held.by.to_string()),
+            "limitFrees": view.held.map(|held| time_of(held.until, clock)),
+        });
+        Some((of.account.id().models()?.to_string(), limits))
+    };
+    Value::Object(endpoint.accounts.models().filter_map(one).collect())
 }
 
 fn cool_down_ends(gate: Gate, now: Instant) -> Option<String> {

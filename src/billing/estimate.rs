@@ -15,8 +15,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use tiktoken_rs::CoreBPE;
 
-use crate::ledger::{Account, Spent};
-use crate::limit::Limits;
+use crate::ledger::{AccountSet, Spent};
 use crate::request::call::Call;
 use crate::routing::pool::Pool;
 use crate::routing::router::Candidates;
@@ -38,8 +37,10 @@ pub struct Job {
     pub id: String,
     /// The config it ran under.
     pub pool: Arc<Pool>,
-    /// Account that the tokens are charged to, and its limits.
-    pub endpoint: (Arc<Account>, Arc<Limits>),
+    /// The endpoint's id.
+    pub endpoint: Arc<str>,
+    /// Accounts that the tokens are charged to.
+    pub accounts: Arc<AccountSet>,
     /// The model that answered, cut to a sane length.
     pub model: String,
     /// Candidates of the client's request.
@@ -185,7 +186,7 @@ enum Estimated {
 
 /// Estimates an answer and counts it.
 fn settle(job: Job) -> Estimated {
-    let Job { id, pool, endpoint: (account, limits), model, candidates, call, prompt, prompt_reported, answer } = job;
+    let Job { id, pool, endpoint, accounts, model, candidates, call, prompt, prompt_reported, answer } = job;
     let tokenizer = tokenizer(&model);
     let completion = completion_tokens(tokenizer, call, &answer);
     // No tokens to estimate: an error with a status of success, or a response that is made in the background later.
@@ -196,16 +197,15 @@ fn settle(job: Job) -> Estimated {
     let prompt = prompt_reported.unwrap_or_else(|| prompt_tokens(tokenizer, &prompt));
     let shown = if is_known { prompt.to_string() } else { "unknown".to_owned() };
     log::info!(
-        "request {id}: endpoint {} reported no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
-        account.id()
+        "request {id}: endpoint {endpoint} reported no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
     );
     let cost = Cost::estimated(prompt, completion);
     if let Some(metrics) = metrics() {
-        metrics.spent(account.id(), candidates.label(), &cost, None);
+        metrics.spent(&endpoint, candidates.label(), &cost, None);
     }
     let clock = pool.clock();
-    let spent = Spent::now(account.id(), &model, cost, &pool.server.timezone, clock.wall);
-    pool.ledger.spend_tokens(&account, &limits, spent, clock.boot);
+    let spent = Spent::now(&endpoint, &model, cost, &pool.server.timezone, clock.wall);
+    pool.ledger.spend_tokens(&accounts, spent, clock.boot);
     if is_known { Estimated::Whole } else { Estimated::Partly }
 }
 

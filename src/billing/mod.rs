@@ -90,7 +90,8 @@ pub fn bill(
             pool: Arc::clone(&ask.pool),
             prompt_reported: meter.prompt_reported(),
             answer: meter.take_text(),
-            endpoint: attempt.endpoint.account(),
+            endpoint: Arc::clone(&attempt.endpoint.config.id),
+            accounts: Arc::clone(attempt.accounts()),
             model: model_name(attempt, ask),
             call: ask.call,
             candidates: Arc::clone(&ask.candidates),
@@ -107,12 +108,12 @@ fn model_name(attempt: &Attempt, ask: &Ask) -> String {
 
 /// Adds to the statistics, by hours and days of the server's time zone.
 fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, ended: Instant) {
-    let (account, limits) = attempt.endpoint.account();
+    let endpoint = &attempt.endpoint.config.id;
     let pool = &ask.pool;
     if let Some(metrics) = metrics() {
-        metrics.spent(account.id(), ask.candidates.label(), &cost, attempt.counters.as_deref());
+        metrics.spent(endpoint, ask.candidates.label(), &cost, attempt.counters.as_deref());
     }
     let clock = attempt.clock_at(ended);
-    let spent = Spent::now(account.id(), &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall);
-    pool.ledger.spend_tokens(&account, &limits, spent, clock.boot);
+    let spent = Spent::now(endpoint, &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall);
+    pool.ledger.spend_tokens(attempt.accounts(), spent, clock.boot);
 }

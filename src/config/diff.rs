@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 
-use super::endpoint::Endpoint;
+use super::endpoint::{Endpoint, ModelLimits};
 use super::proxy::Proxy;
 use super::server::Server;
 
@@ -137,6 +137,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         base_url,
         api_key,
         limits,
+        model_limits,
         timezone,
         enabled,
         models,
@@ -167,6 +168,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     for (kind, (before, after)) in limits.zip(after.limits).each() {
         lines.compare(&at(kind.key()), &before.as_number(), &after.as_number());
     }
+    models_limits(lines, id, model_limits, &after.model_limits);
     lines.compare_lists(&at("models"), models, &after.models);
     lines.compare_lists(&at("modelMapping"), &pairs(model_mapping), &pairs(&after.model_mapping));
     lines.compare(&at("weight"), weight, &after.weight);
@@ -181,6 +183,24 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     }
     if *timezone != after.timezone {
         lines.add(at("timezone changed"));
+    }
+}
+
+fn models_limits(
+    lines: &mut ChangeLines,
+    id: &str,
+    before: &BTreeMap<String, ModelLimits>,
+    after: &BTreeMap<String, ModelLimits>,
+) {
+    let names = |limits: &BTreeMap<String, ModelLimits>| limits.keys().cloned().collect::<Vec<_>>();
+    lines.compare_lists(&format!("endpoint {id}: modelLimits"), &names(before), &names(after));
+    for (model, before) in before {
+        let Some(after) = after.get(model) else { continue };
+        let at = |key: &str| format!("endpoint {id}: modelLimits {model} {key}");
+        for (kind, (before, after)) in before.limits.zip(after.limits).each() {
+            lines.compare(&at(kind.key()), &before.as_number(), &after.as_number());
+        }
+        lines.compare(&at("each"), &before.each, &after.each);
     }
 }
 

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::base_url::BaseUrl;
 use super::checked::Check;
 use super::errors::{ErrorRule, MessagePattern};
-use super::file::{self, EndpointFile, EndpointTlsFile, ErrorRuleFile, TimeoutsFile};
+use super::file::{self, EndpointFile, EndpointTlsFile, ErrorRuleFile, ModelLimitsFile, TimeoutsFile};
 use super::limits::{Limit, PerLimit};
 use super::problem::join;
 use super::proxy::Proxy;
@@ -23,6 +23,9 @@ use crate::config::secret::Secret;
 pub(super) const ID_CHARS_MAX: usize = 64;
 /// Names are shown in tables.
 pub(super) const NAME_CHARS_MAX: usize = 200;
+
+/// Patterns of models with limits of their own: an endpoint has a few families of models.
+pub(super) const MODEL_LIMITS_MAX: usize = 256;
 
 /// An upstream endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +40,8 @@ pub struct Endpoint {
     pub api_key: Secret,
     /// Limits.
     pub limits: PerLimit<Limit>,
+    /// Limits of models, by exact name or beginning that ends in `*`, of names as the endpoint is sent them.
+    pub model_limits: BTreeMap<String, ModelLimits>,
     /// Time zone whose midnight ends its day; the server's if `None`.
     pub timezone: Option<TimeZone>,
     /// `false`: it takes nothing.
@@ -70,6 +75,15 @@ impl Endpoint {
     pub fn usable(&self) -> bool {
         self.enabled && self.limits.each().all(|(_, limit)| limit != Limit::Off)
     }
+}
+
+/// Limits of the models that match a pattern; none of them is [`Limit::Off`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelLimits {
+    /// Limits.
+    pub limits: PerLimit<Limit>,
+    /// True if each model has them for itself, false if all share them.
+    pub each: bool,
 }
 
 /// Policy for `stream_options` that the client did not send.
@@ -130,6 +144,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let errors = errors(typed.errors, &at("errors"), check);
     let proxy = proxy(typed.proxy.as_ref(), base_url.as_ref(), &at("proxy"), check);
     let timezone = super::server::timezone(typed.timezone.as_deref(), &at("timezone"), check);
+    let model_limits = model_limits(typed.model_limits, (&models, &model_mapping), &at("modelLimits"), check);
     let limits = PerLimit {
         rpm: typed.rpm,
         rpd: typed.rpd,
@@ -143,7 +158,8 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         id,
         base_url: base_url?,
         api_key: api_key?,
-        limits: limits.map(|typed| Limit::from_number(typed.unwrap_or(file::LIMIT_DEFAULT))),
+        limits: limits.map(limit),
+        model_limits,
         timezone: timezone?,
         enabled,
         models,
@@ -158,6 +174,72 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         tls,
         errors,
     })
+}
+
+fn limit(typed: Option<i64>) -> Limit {
+    Limit::from_number(typed.unwrap_or(file::LIMIT_DEFAULT))
+}
+
+/// Models that an endpoint has, as clients ask for them, and the names that some of them are sent under.
+type Served<'a> = (&'a [String], &'a BTreeMap<String, String>);
+
+fn model_limits(
+    typed: Option<BTreeMap<String, ModelLimitsFile>>,
+    served: Served<'_>,
+    path: &str,
+    check: &mut Check<'_>,
+) -> BTreeMap<String, ModelLimits> {
+    let typed = typed.unwrap_or_default();
+    if typed.len() > MODEL_LIMITS_MAX {
+        let message = format!("has {} entries", typed.len());
+        check.report.error(path, message, &format!("use {MODEL_LIMITS_MAX} at most; a prefix covers many models"));
+    }
+    let mut all = BTreeMap::new();
+    for (pattern, typed) in typed {
+        let path = join(path, &pattern);
+        let ModelLimitsFile { rpm, rpd, tpm, tpd, max_concurrent, each } = typed;
+        let limits = PerLimit { rpm, rpd, tpm, tpd, max_concurrent }.map(limit);
+        for (kind, limit) in limits.each() {
+            if limit == Limit::Off {
+                let hint = "leave the model out of models, or write -1 for no limit";
+                check.report.error(&join(&path, kind.key()), "is 0, but a model cannot be switched off here", hint);
+            }
+        }
+        if pattern.trim().is_empty() {
+            check.report.error(&path, "names no model", "name a model that the endpoint is sent, or * for all");
+        } else if check_pattern(&pattern, &path, check) {
+            warn_of_no_match(&pattern, served, &path, check);
+        }
+        let each = each.unwrap_or(file::EACH_DEFAULT);
+        if each && !pattern.ends_with('*') {
+            check.report.warning(
+                &join(&path, "each"),
+                "has no effect on an exact name",
+                "it is for prefixes, such as gpt-4o*",
+            );
+        }
+        all.insert(pattern, ModelLimits { limits, each });
+    }
+    all
+}
+
+/// Limits of a model that the endpoint is never sent hold nothing: most likely the name is the one that clients ask for.
+fn warn_of_no_match(pattern: &str, (models, mapping): Served<'_>, path: &str, check: &mut Check<'_>) {
+    let meet = |one: &str, other: &str| match (one.strip_suffix('*'), other.strip_suffix('*')) {
+        (None, None) => one == other,
+        (Some(prefix), None) => other.starts_with(prefix),
+        (None, Some(prefix)) => one.starts_with(prefix),
+        (Some(one), Some(other)) => one.starts_with(other) || other.starts_with(one),
+    };
+    let unmapped = models.iter().filter(|model| !mapping.contains_key(*model));
+    if unmapped.chain(mapping.values()).any(|sent| meet(pattern, sent)) {
+        return;
+    }
+    let hint = match mapping.iter().find(|(asked, _)| meet(pattern, asked)) {
+        Some((asked, sent)) => format!("modelMapping sends {asked} as {sent}: name that one"),
+        None => "name a model of models, or one that modelMapping sends".to_owned(),
+    };
+    check.report.warning(path, "matches no model that the endpoint is sent, so it limits nothing", &hint);
 }
 
 fn id(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Option<String> {
@@ -274,11 +356,13 @@ fn check_mapping(mapping: &BTreeMap<String, String>, path: &str, check: &mut Che
     }
 }
 
-fn check_pattern(model: &str, path: &str, check: &mut Check<'_>) {
-    if model.strip_suffix('*').unwrap_or(model).contains('*') {
+fn check_pattern(model: &str, path: &str, check: &mut Check<'_>) -> bool {
+    let is_good = !model.strip_suffix('*').unwrap_or(model).contains('*');
+    if !is_good {
         let message = format!("{model:?} has a `*` that is not at the end");
         check.report.error(path, message, "only a `*` at the end: gpt-4*, or * alone for all");
     }
+    is_good
 }
 
 /// Headers that frame a message are the gateway's business: a configured value would break or smuggle requests.

@@ -45,6 +45,7 @@ pub(super) const MEMORY_BYTES_DEFAULT_MAX: u64 = 1024 * 1024 * 1024;
 /// The largest integer that a JavaScript number, and so the old program, holds exactly.
 pub(super) const LIMIT_MAX: i64 = 9_007_199_254_740_991;
 pub(super) const LIMIT_DEFAULT: i64 = -1;
+pub(super) const EACH_DEFAULT: bool = false;
 pub(super) const ENABLED_DEFAULT: bool = true;
 pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
 pub(super) const WEIGHT_DEFAULT: u16 = 1;
@@ -275,6 +276,10 @@ pub(super) struct EndpointFile {
     /// limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub max_concurrent: Option<i64>,
+    /// Limits of models, beside the endpoint's own: a request needs room in both. By the name that the endpoint is sent, after
+    /// `modelMapping`: an exact name, a prefix such as `gpt-4o*`, or `*`; the closest one counts. At most 256.
+    #[schemars(extend("maxProperties" = super::endpoint::MODEL_LIMITS_MAX))]
+    pub model_limits: Option<BTreeMap<String, ModelLimitsFile>>,
     /// The time zone whose midnight ends this endpoint's day, such as `America/Los_Angeles`. Default:
     /// `server.timezone`.
     pub timezone: Option<String>,
@@ -310,6 +315,29 @@ pub(super) struct EndpointFile {
     pub tls: Option<EndpointTlsFile>,
     /// Meaning of errors of this endpoint that are not known here, or known wrongly. The first rule that fits counts.
     pub errors: Option<Vec<ErrorRuleFile>>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ModelLimitsFile {
+    /// Requests in any 60 seconds. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpm: Option<i64>,
+    /// Requests a day. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpd: Option<i64>,
+    /// Tokens in any 60 seconds; requests in flight may exceed the limit. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpm: Option<i64>,
+    /// Tokens a day; requests in flight may exceed the limit. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpd: Option<i64>,
+    /// Requests at once, counted by each process for itself. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub max_concurrent: Option<i64>,
+    /// `true`: each model that a prefix matches has these limits for itself. `false`: all of them share these limits.
+    #[schemars(extend("default" = EACH_DEFAULT))]
+    pub each: Option<bool>,
 }
 
 /// A rule fits an error that has everything that is set here.

@@ -39,7 +39,7 @@ pub use base_url::{BaseUrl, BaseUrlError};
 pub use checked::Config;
 pub use cidr::{Cidr, CidrError};
 pub use diff::{changes, needs_upgrade};
-pub use endpoint::{Endpoint, EndpointTls, StreamUsage, Timeouts};
+pub use endpoint::{Endpoint, EndpointTls, ModelLimits, StreamUsage, Timeouts};
 pub use environment::Environment;
 pub use errors::{ErrorRule, MessagePattern, Trouble, matches_glob};
 pub use header_pattern::{HeaderPattern, HeaderPatternError};

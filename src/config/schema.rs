@@ -154,6 +154,9 @@ fn section(schema: &Value, path: &str, out: &mut String) {
         if let Some(items) = row.schema.get("items").filter(|items| properties(items).is_some()) {
             section(items, &format!("{path}[]"), out);
         }
+        if let Some(values) = map_values(row.schema).filter(|values| properties(values).is_some()) {
+            section(values, &format!("{path}.*"), out);
+        }
     }
 }
 
@@ -219,8 +222,8 @@ mod tests {
             let path = format!("{path}.{key}");
             visit(&path, inner);
             each_property(inner, &path, visit);
-            if let Some(items) = inner.get("items") {
-                each_property(items, &path, visit);
+            if let Some(inner) = inner.get("items").or_else(|| map_values(inner)) {
+                each_property(inner, &path, visit);
             }
         }
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::Ask;
 use crate::config::{Breaker, Server, StreamUsage, Trouble};
 use crate::exchange::judge::Terms;
-use crate::ledger::{Client, Drawn, Permit};
+use crate::ledger::{AccountSet, Client, Drawn, Permit};
 use crate::limit::Clock;
 use crate::request::call::Call;
 use crate::request::shape::CallShape;
@@ -214,12 +214,16 @@ impl Attempt {
         if !self.permit.is_spent() {
             return Ok(());
         }
-        if self.endpoint.limits.any() {
+        if self.accounts().is_limited() {
             return self.swap_permit(ledger).await;
         }
-        let (account, limits) = self.endpoint.account();
-        self.permit = ledger.unlimited(&account, &limits);
+        self.permit = ledger.unlimited(self.accounts());
         Ok(())
+    }
+
+    /// The accounts that it counts in.
+    pub fn accounts(&self) -> &Arc<AccountSet> {
+        self.permit.accounts()
     }
 
     async fn swap_permit(&mut self, ledger: &Client) -> Result<(), Drawn> {
@@ -404,7 +408,7 @@ impl Attempt {
     fn day_left(&self) -> Duration {
         const DAY_LEFT_MAX: Duration = Duration::from_hours(1);
         let wall = SystemTime::now();
-        let (_, ends) = self.endpoint.limits.calendar.today_and_clear(wall);
+        let (_, ends) = self.endpoint.accounts.whole().limits.calendar.today_and_clear(wall);
         ends.duration_since(wall).unwrap_or_default().min(DAY_LEFT_MAX)
     }
 

@@ -1,40 +1,78 @@
-//! Account: the counts of one endpoint as this process knows them, whichever config the endpoint came from.
+//! Account: what limits belong to, and its counts as this process knows them, whichever config the limits came from.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Change;
-use super::prefetch::{Demand, PrefetchBuffer};
 use crate::limit::{Counted, Days, Quota, Slot, Stamp, View};
 
 /// Upper bound on the changes that wait while the ledger cannot be written. Beyond it, changes are merged into the
 /// oldest one if they count in the same days, so that each day's count stays right.
 const UNWRITTEN_MAX: usize = 1024;
 
-/// Longest time for which an endpoint seems full. It can have room earlier: another process may give permits back, the
+/// Longest time for which an account seems full. It can have room earlier: another process may give permits back, the
 /// config may change, the clock may be set.
 const HINT_MAX: Duration = Duration::from_secs(1);
 
-/// Account of one endpoint.
+/// What an account's limits belong to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AccountId {
+    /// All requests to an endpoint, by its id.
+    Endpoint(Arc<str>),
+    /// Requests to an endpoint for some of its models.
+    Models {
+        /// The endpoint's id.
+        endpoint: Arc<str>,
+        /// A pattern of its `modelLimits`, or one name that matches it.
+        models: Arc<str>,
+    },
+}
+
+impl AccountId {
+    /// Returns the id of its endpoint.
+    pub fn endpoint(&self) -> &Arc<str> {
+        match self {
+            Self::Endpoint(endpoint) | Self::Models { endpoint, .. } => endpoint,
+        }
+    }
+
+    /// Returns the models that it is of; `None` if it is of all.
+    pub fn models(&self) -> Option<&Arc<str>> {
+        match self {
+            Self::Endpoint(_) => None,
+            Self::Models { models, .. } => Some(models),
+        }
+    }
+}
+
+impl fmt::Display for AccountId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Endpoint(endpoint) => f.write_str(endpoint),
+            Self::Models { endpoint, models } => write!(f, "{endpoint}, model {models}"),
+        }
+    }
+}
+
+/// An account.
 #[derive(Debug)]
 pub struct Account {
-    id: Arc<str>,
+    id: AccountId,
     /// Attempts sent since the start.
     attempts: AtomicU64,
     /// Attempts sent without a permit from the ledger and not written to it yet.
     unwritten: AtomicU64,
-    /// Hint: the moment before which no permit becomes free, as the allocator last found it. Until then the endpoint
-    /// comes after others.
+    /// Hint: the moment before which no permit becomes free, as the allocator last found it. Until then what needs one comes
+    /// after others.
     full_until: AtomicU64,
     view: Mutex<View>,
-    /// Prefetched permits.
-    pub(super) prefetch: PrefetchBuffer,
     /// Used by the allocator only.
     mirror: Mutex<Mirror>,
 }
 
-/// The allocator's copy of an endpoint's counts in the ledger.
+/// The allocator's copy of an account's counts in the ledger.
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
     pub(super) quota: Quota,
@@ -44,7 +82,6 @@ pub(super) struct Mirror {
     pub(super) unwritten: Vec<Entry>,
     /// Changes of the current batch.
     pub(super) drawn: Vec<Entry>,
-    pub(super) demand: Demand,
 }
 
 /// A change that is added to the ledger in one step.
@@ -80,21 +117,20 @@ impl Entry {
 }
 
 impl Account {
-    /// Returns the account of an endpoint without any counts yet.
-    pub(super) fn new(id: Arc<str>) -> Self {
+    /// Returns an account without any counts yet.
+    pub(super) fn new(id: AccountId) -> Self {
         Self {
             id,
             attempts: AtomicU64::default(),
             unwritten: AtomicU64::default(),
             full_until: AtomicU64::default(),
             view: Mutex::default(),
-            prefetch: PrefetchBuffer::default(),
             mirror: Mutex::default(),
         }
     }
 
-    /// Returns the endpoint's id.
-    pub fn id(&self) -> &Arc<str> {
+    /// Returns what its limits belong to.
+    pub fn id(&self) -> &AccountId {
         &self.id
     }
 
@@ -109,7 +145,7 @@ impl Account {
         self.full_until.load(Ordering::Relaxed) > now.0
     }
 
-    /// Clears the hint that the endpoint is full, because its limits or counts may have changed.
+    /// Clears the hint that it is full, because its limits or counts may have changed.
     pub fn look_again(&self) {
         self.full_until.store(0, Ordering::Relaxed);
     }
@@ -154,6 +190,6 @@ impl Account {
 }
 
 /// Locks a mutex even if it is poisoned: its content is read from the ledger again whenever it may be out of date.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use super::account::{Entry, Mirror};
-use super::messages::{Draw, Otherwise};
-use super::{Account, Change, Ledger, LedgerError, Wanted};
-use crate::limit::{Clock, Counted, Counts, Held, LimitReason, Limits, Minute, Slot, Stamp};
+use super::account_set::HeldAccount;
+use super::messages::{Draw, HeldEndpoint, Otherwise};
+use super::prefetch::spare;
+use super::{Account, AccountSet, Change, Ledger, LedgerError, LimitedAccount, Wanted};
+use crate::limit::{Clock, CountedAt, Held, LimitReason, Minute, Slot, Stamp};
 
 /// A draw and its decision.
 pub(super) struct Served {
@@ -14,9 +16,9 @@ pub(super) struct Served {
 }
 
 pub(super) enum Decision {
-    /// Granted by the endpoint at this position in the list; how it was counted; number of permits prefetched with it.
-    Granted(usize, Counted, u64),
-    Held(Vec<(usize, Held)>),
+    /// Granted by the endpoint at this position in the list; when it was counted; number of permits prefetched with it.
+    Granted(usize, CountedAt, u64),
+    Held(Vec<HeldEndpoint>),
 }
 
 /// State of one batch.
@@ -41,29 +43,21 @@ impl Batch<'_> {
         self.drawn.drain(..).for_each(|account| account.mirror().drawn.clear());
     }
 
-    /// Counts the draw for the first endpoint of its list that has a permit.
+    /// Counts the draw for the first endpoint of its list all of whose accounts have a permit.
     pub(super) fn decide(&mut self, draw: &Draw) -> Result<Decision, LedgerError> {
         let mut held = Vec::new();
         for (at, wanted) in draw.wanted.iter().enumerate() {
-            let in_ledger = wanted.limits.in_ledger();
-            if in_ledger {
-                self.refresh(&wanted.account, &wanted.limits)?;
+            let accounts = &wanted.accounts;
+            if accounts.in_ledger() {
+                accounts.accounts().iter().try_for_each(|of| self.refresh(of))?;
             }
-            let mut mirror = wanted.account.mirror();
-            match take(wanted, &mut mirror, &self.clock) {
-                Err(by) => held.push((at, by)),
+            match take(at, wanted, &self.clock) {
+                Err(by) => held.push(by),
                 Ok(counted) => {
-                    let ahead = if self.may_prefetch && is_first_choice(draw) {
-                        prefetch(wanted, &mut mirror, counted, &self.clock)
-                    } else {
-                        0
-                    };
-                    if in_ledger {
-                        if mirror.drawn.is_empty() {
-                            self.drawn.push(Arc::clone(&wanted.account));
-                        }
-                        let attempts = 1 + i64::try_from(ahead).unwrap_or_default();
-                        Entry::new(counted, Change { attempts, tokens: 0 }).merge_into(&mut mirror.drawn);
+                    let may_prefetch = self.may_prefetch && is_first_choice(draw);
+                    let ahead = if may_prefetch { prefetch(accounts, counted, &self.clock) } else { 0 };
+                    if accounts.in_ledger() {
+                        self.note_drawn(accounts, counted, 1 + ahead);
                     }
                     return Ok(Decision::Granted(at, counted, ahead));
                 }
@@ -72,9 +66,21 @@ impl Batch<'_> {
         Ok(Decision::Held(held))
     }
 
-    /// Reads the counts of an endpoint from the ledger if another process has written since the last read, or if the
+    /// Notes what [`Batch::write_drawn`] writes.
+    fn note_drawn(&mut self, accounts: &AccountSet, counted: CountedAt, attempts: u64) {
+        let attempts = i64::try_from(attempts).unwrap_or(i64::MAX);
+        for LimitedAccount { account, limits } in accounts.accounts() {
+            let mut mirror = account.mirror();
+            if mirror.drawn.is_empty() {
+                self.drawn.push(Arc::clone(account));
+            }
+            Entry::new(limits.counted(counted), Change { attempts, tokens: 0 }).merge_into(&mut mirror.drawn);
+        }
+    }
+
+    /// Reads the counts of an account from the ledger if another process has written since the last read, or if the
     /// day has changed.
-    pub(super) fn refresh(&mut self, account: &Account, limits: &Limits) -> Result<(), LedgerError> {
+    pub(super) fn refresh(&mut self, LimitedAccount { account, limits }: &LimitedAccount) -> Result<(), LedgerError> {
         let mut mirror = account.mirror();
         let days = limits.calendar.days(self.clock.wall);
         if mirror.read_at == Some(self.generation) && mirror.quota.knows(days) {
@@ -108,9 +114,8 @@ impl Batch<'_> {
         for Served { draw, decision } in served {
             if let Decision::Granted(at, ..) = decision
                 && let Some(wanted) = draw.wanted.get(*at)
-                && wanted.limits.is_concurrency_limited()
             {
-                wanted.account.mirror().quota.release();
+                wanted.accounts.release();
             }
         }
     }
@@ -118,17 +123,16 @@ impl Batch<'_> {
 
 /// True if the ledger keeps any limit of the draw's endpoints.
 pub(super) fn needs_ledger(draw: &Draw) -> bool {
-    draw.wanted.iter().any(|wanted| wanted.limits.in_ledger())
+    draw.wanted.iter().any(|wanted| wanted.accounts.in_ledger())
 }
 
 /// Decides a draw none of whose endpoints has a limit that the ledger keeps.
 pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
     let mut held = Vec::new();
     for (at, wanted) in draw.wanted.iter().enumerate() {
-        let taken = take(wanted, &mut wanted.account.mirror(), clock);
-        match taken {
+        match take(at, wanted, clock) {
             Ok(counted) => return Served { draw, decision: Decision::Granted(at, counted, 0) },
-            Err(by) => held.push((at, by)),
+            Err(by) => held.push(by),
         }
     }
     Served { draw, decision: Decision::Held(held) }
@@ -140,45 +144,48 @@ pub(super) fn is_first_choice(draw: &Draw) -> bool {
     draw.wanted.len() == 1 && draw.otherwise == Otherwise::LookElsewhere
 }
 
-/// Counts additional permits for the requests expected next, and returns their number. Permits of endpoints that limit
+/// Counts additional permits for the requests expected next, and returns their number. Permits of accounts that limit
 /// concurrent requests are never prefetched: such a request has to be counted when it begins.
-fn prefetch(wanted: &Wanted, mirror: &mut Mirror, counted: Counted, clock: &Clock) -> u64 {
-    let Wanted { account, limits, .. } = wanted;
-    if !limits.in_ledger() || limits.is_concurrency_limited() {
+fn prefetch(accounts: &AccountSet, counted: CountedAt, clock: &Clock) -> u64 {
+    if !accounts.in_ledger() || accounts.is_concurrency_limited() {
         return 0;
     }
-    let Mirror { quota, demand, .. } = mirror;
-    let ahead = demand.drawn(&account.prefetch, || quota.view(limits, clock), clock.boot);
+    let all_spare = || accounts.accounts().iter().filter_map(|of| spare(&of.count_up(clock))).min();
+    let ahead = accounts.demand().drawn(&accounts.prefetch, || all_spare().unwrap_or_default(), clock.boot);
     if ahead > 0 {
-        quota.add(counted, Counts { attempts: ahead, tokens: 0 });
+        accounts.add(counted, ahead);
     }
     ahead
 }
 
-fn take(wanted: &Wanted, mirror: &mut Mirror, clock: &Clock) -> Result<Counted, Held> {
-    rests(wanted, clock)?;
-    mirror.quota.take(&wanted.limits, clock)
+fn take(at: usize, wanted: &Wanted, clock: &Clock) -> Result<CountedAt, HeldEndpoint> {
+    rests(at, wanted, clock)?;
+    wanted.accounts.take(clock).map_err(|by| full(at, by))
 }
 
 /// Counts a request as in flight without the ledger: checks only the endpoint's rest and `maxConcurrent`.
-pub(super) fn enter(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
-    rests(wanted, clock)?;
-    wanted.account.mirror().quota.enter(&wanted.limits, clock)
+pub(super) fn enter(at: usize, wanted: &Wanted, clock: &Clock) -> Result<(), HeldEndpoint> {
+    rests(at, wanted, clock)?;
+    wanted.accounts.enter(clock).map_err(|by| full(at, by))
 }
 
-fn rests(wanted: &Wanted, clock: &Clock) -> Result<(), Held> {
+fn rests(at: usize, wanted: &Wanted, clock: &Clock) -> Result<(), HeldEndpoint> {
     if wanted.not_before > clock.boot {
-        return Err(Held { by: LimitReason::Rest, until: wanted.not_before });
+        let held = Held { by: LimitReason::Rest, until: wanted.not_before };
+        return Err(HeldEndpoint { at, account: None, held });
     }
     Ok(())
 }
 
-/// Returns the first moment at which one of the endpoints has a free permit that is not promised yet.
-pub(super) fn next_free<'a>(wanted: &'a [Wanted], clock: &Clock) -> Option<(Stamp, &'a Wanted)> {
-    let next = |wanted: &Wanted| {
-        wanted.account.mirror().quota.next_free(&wanted.limits, clock, wanted.not_before.max(clock.boot))
-    };
-    wanted.iter().map(|wanted| (next(wanted), wanted)).min_by_key(|(at, _)| *at)
+fn full(at: usize, (account, held): HeldAccount) -> HeldEndpoint {
+    HeldEndpoint { at, account: Some(account), held }
+}
+
+/// Returns the first moment at which one of the endpoints has a free permit that is not promised yet, and its account that
+/// is free last.
+pub(super) fn next_free<'a>(wanted: &'a [Wanted], clock: &Clock) -> Option<(Stamp, &'a LimitedAccount)> {
+    let next = |wanted: &'a Wanted| wanted.accounts.next_free(clock, wanted.not_before.max(clock.boot));
+    wanted.iter().filter_map(next).min_by_key(|(at, _)| *at)
 }
 
 /// Writes the entries of an account, without those that change nothing.

@@ -9,8 +9,8 @@ use tokio::sync::oneshot;
 
 use super::messages::{Bill, Draw, Drawn, Look, Messages, Otherwise, Reset, Return, Wanted};
 use super::write_behind::WRITE_DELAY;
-use super::{Account, Permit, Spent};
-use crate::limit::{Clock, Limits, Stamp, View};
+use super::{Account, AccountId, AccountSet, LimitedAccount, Permit, Spent};
+use crate::limit::{Clock, Stamp, View};
 use crate::telemetry::metrics::metrics;
 
 /// Upper bound on the draws that wait for the ledger's thread, which serves them in one batch. Messages that follow an
@@ -26,8 +26,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(3);
 struct Inbox {
     messages: Mutex<(Messages, Sleep)>,
     wake: Condvar,
-    /// Accounts in use, by id. Accounts of removed endpoints are dropped when the next new account is added.
-    accounts: Mutex<HashMap<Arc<str>, Weak<Account>>>,
+    /// Accounts in use. Those that no config has any more are dropped when the next new account is added.
+    accounts: Mutex<HashMap<AccountId, Weak<Account>>>,
     tickets: AtomicU64,
     queued: AtomicUsize,
     down: AtomicBool,
@@ -78,16 +78,16 @@ impl Client {
         (self.clocks)()
     }
 
-    /// Returns the account of an endpoint. There is only one for each id, even if an endpoint leaves the config and
-    /// comes back while old requests still use it: two accounts would not see each other's draws.
-    pub fn account(&self, id: &Arc<str>) -> Arc<Account> {
+    /// Returns an account. There is only one for each id, even if it leaves the config and comes back while old requests
+    /// still use it: two accounts would not see each other's draws.
+    pub fn account(&self, id: &AccountId) -> Arc<Account> {
         let mut accounts = self.inbox.accounts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(account) = accounts.get(id).and_then(Weak::upgrade) {
             return account;
         }
         accounts.retain(|_, account| account.strong_count() > 0);
-        let account = Arc::new(Account::new(Arc::clone(id)));
-        accounts.insert(Arc::clone(id), Arc::downgrade(&account));
+        let account = Arc::new(Account::new(id.clone()));
+        accounts.insert(id.clone(), Arc::downgrade(&account));
         account
     }
 
@@ -173,26 +173,27 @@ impl Client {
     }
 
     /// Takes a prefetched permit, if there is one, without waiting.
-    pub fn draw_at_once(&self, account: &Arc<Account>, limits: &Arc<Limits>, clock: &Clock) -> Option<Permit> {
-        let counted = account.prefetch.take(limits, clock)?;
-        Some(Permit::new(self, account, limits, Some(counted)))
+    pub fn draw_at_once(&self, accounts: &Arc<AccountSet>, clock: &Clock) -> Option<Permit> {
+        let counted = accounts.prefetch.take(clock, |counted| accounts.days_last(counted, clock))?;
+        Some(Permit::new(self, accounts, Some(counted)))
     }
 
-    /// Returns a permit of an endpoint without limits.
-    pub fn unlimited(&self, account: &Arc<Account>, limits: &Arc<Limits>) -> Permit {
-        Permit::new(self, account, limits, None)
+    /// Returns a permit of accounts without limits.
+    pub fn unlimited(&self, accounts: &Arc<AccountSet>) -> Permit {
+        Permit::new(self, accounts, None)
     }
 
     /// Counts the tokens of an answer that has just ended.
-    pub fn spend_tokens(&self, account: &Arc<Account>, limits: &Arc<Limits>, spent: Spent, now: Stamp) {
-        let bill = Bill { account: Arc::clone(account), limits: Arc::clone(limits), spent };
+    pub fn spend_tokens(&self, accounts: &Arc<AccountSet>, spent: Spent, now: Stamp) {
+        let endpoint = Arc::clone(&spent.endpoint);
+        let bill = Bill { accounts: Arc::clone(accounts), spent };
         if self.push_until(now + WRITE_DELAY, |messages| messages.bills.push(bill)).is_none() {
-            log::error!("endpoint {}: an answer's tokens are not counted: the ledger is closed", account.id());
+            log::error!("endpoint {endpoint}: an answer's tokens are not counted: the ledger is closed");
         }
     }
 
-    /// Returns the counts of these endpoints from the ledger; `None` if it is closed.
-    pub async fn look(&self, accounts: Vec<(Arc<Account>, Arc<Limits>)>) -> Option<Vec<View>> {
+    /// Returns the counts of these accounts from the ledger; `None` if it is closed.
+    pub async fn look(&self, accounts: Vec<LimitedAccount>) -> Option<Vec<View>> {
         let (reply, answer) = oneshot::channel();
         self.push(|messages| messages.looks.push(Look { accounts, reply }))?;
         answer.await.ok()
@@ -213,10 +214,15 @@ impl Client {
         sent.is_some() && answer.await.unwrap_or(false)
     }
 
-    /// Sets the endpoints of the current config.
-    pub fn set_endpoints(&self, endpoints: Vec<(Arc<Account>, Arc<Limits>)>) {
-        // `None`: the thread has ended and does not need to know.
-        self.push(|messages| messages.endpoints = Some(endpoints));
+    /// Sets the accounts of the current config.
+    pub fn set_accounts(&self, accounts: Vec<LimitedAccount>) {
+        // `None`, here and below: the thread has ended and does not need to know.
+        self.push(|messages| messages.accounts = Some(accounts));
+    }
+
+    /// Adds an account to those of the current config.
+    pub fn add_account(&self, account: LimitedAccount) {
+        self.push_behind(|messages| messages.more_accounts.push(account));
     }
 
     /// Asks the thread to write everything and to end.

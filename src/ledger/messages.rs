@@ -5,16 +5,15 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::{Account, Permit, Spent};
-use crate::limit::{Counted, Held, Limits, Stamp, View};
+use super::{AccountId, AccountSet, LimitedAccount, Permit, Spent};
+use crate::fault::HeldBy;
+use crate::limit::{CountedAt, Held, Stamp, View};
 
 /// An endpoint that can serve the request.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// Account of the endpoint.
-    pub account: Arc<Account>,
-    /// Limits by the config that the request runs under.
-    pub limits: Arc<Limits>,
+    /// The accounts that the request counts in if it goes there.
+    pub accounts: Arc<AccountSet>,
     /// End of the pause that the endpoint asked for (its rest).
     pub not_before: Stamp,
 }
@@ -24,7 +23,7 @@ pub struct Wanted {
 pub enum Drawn {
     /// A permit of the endpoint at this position in the list.
     Granted(usize, Permit),
-    /// Every endpoint is at a limit.
+    /// No endpoint of the list has a permit.
     Refused(Refusal),
     /// The ledger cannot be used, and limited endpoints take no requests without it.
     Unavailable,
@@ -35,8 +34,27 @@ pub enum Drawn {
 pub struct Refusal {
     /// Time until a permit becomes free that is not promised to another client.
     pub wait: Duration,
-    /// Reason for each endpoint and its end, by its position in the list.
-    pub held: Vec<(usize, Held)>,
+    /// Reason for each endpoint of the list.
+    pub held: Vec<HeldEndpoint>,
+}
+
+/// Why an endpoint has no permit for the request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldEndpoint {
+    /// Its position in the list.
+    pub at: usize,
+    /// The account that is at a limit; of several the one for longest. `None` if the endpoint rests.
+    pub account: Option<AccountId>,
+    /// Reason, and its end.
+    pub held: Held,
+}
+
+impl HeldEndpoint {
+    /// Returns it as a fault tells it, with the endpoint's id if clients may know it.
+    pub fn held_by(&self, endpoint: Option<Arc<str>>, now: Stamp) -> HeldBy {
+        let models = self.account.as_ref().and_then(AccountId::models).cloned();
+        HeldBy { endpoint, models, reason: self.held.by, wait: now.until(self.held.until) }
+    }
 }
 
 /// A request for a permit.
@@ -68,9 +86,9 @@ pub enum Otherwise {
 /// An attempt that has ended, or a permit that was never used.
 #[derive(Debug)]
 pub(super) struct Return {
-    pub(super) account: Arc<Account>,
-    /// Count to take back; `None` if the attempt was sent or needed no count.
-    pub(super) counted: Option<Counted>,
+    pub(super) accounts: Arc<AccountSet>,
+    /// When it was counted, if that is to be taken back; `None` if the attempt was sent or needed no count.
+    pub(super) counted: Option<CountedAt>,
     /// True if the request was counted as in flight.
     pub(super) concurrent: bool,
 }
@@ -78,15 +96,14 @@ pub(super) struct Return {
 /// Tokens that an answer has spent.
 #[derive(Debug)]
 pub(super) struct Bill {
-    pub(super) account: Arc<Account>,
-    pub(super) limits: Arc<Limits>,
+    pub(super) accounts: Arc<AccountSet>,
     pub(super) spent: Spent,
 }
 
-/// A question for the current counts of endpoints.
+/// A question for the current counts of accounts.
 #[derive(Debug)]
 pub(super) struct Look {
-    pub(super) accounts: Vec<(Arc<Account>, Arc<Limits>)>,
+    pub(super) accounts: Vec<LimitedAccount>,
     pub(super) reply: oneshot::Sender<Vec<View>>,
 }
 
@@ -107,8 +124,10 @@ pub(super) struct Messages {
     pub(super) resets: Vec<Reset>,
     /// Senders to be answered once everything so far is written.
     pub(super) flushes: Vec<oneshot::Sender<bool>>,
-    /// Endpoints of the new config; `None` if it has not changed.
-    pub(super) endpoints: Option<Vec<(Arc<Account>, Arc<Limits>)>>,
+    /// Accounts of the new config; `None` if it has not changed.
+    pub(super) accounts: Option<Vec<LimitedAccount>>,
+    /// Accounts that the config has since then: each is of a model that was asked for the first time.
+    pub(super) more_accounts: Vec<LimitedAccount>,
     /// True if an account has attempts that are to be written behind.
     pub(super) unwritten: bool,
     pub(super) closing: bool,
@@ -122,7 +141,8 @@ impl Messages {
             && self.looks.is_empty()
             && self.resets.is_empty()
             && self.flushes.is_empty()
-            && self.endpoints.is_none()
+            && self.accounts.is_none()
+            && self.more_accounts.is_empty()
             && !self.unwritten
             && !self.closing
     }

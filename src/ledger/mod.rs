@@ -13,7 +13,8 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | `account` | one endpoint's counts as this process knows them |
+//! | `account` | what limits belong to, and its counts as this process knows them |
+//! | `account_set` | the accounts that one attempt counts in, all or none |
 //! | `client` | the handle to the ledger's thread |
 //! | `messages` | the messages to that thread and its replies |
 //! | `permit` | the right to one attempt, which gives itself back if it is not used |
@@ -26,6 +27,7 @@
 //! | [`stats`] | token statistics |
 
 mod account;
+mod account_set;
 mod allocator;
 mod batch;
 mod client;
@@ -43,10 +45,11 @@ use jiff::civil::Date;
 
 use crate::limit::{Counts, Days, Slot, Stamp};
 
-pub use account::Account;
+pub use account::{Account, AccountId};
+pub use account_set::{AccountSet, LimitedAccount};
 pub use allocator::{Allocator, Tally, Used};
 pub use client::{Client, QueuePlace};
-pub use messages::{CallerId, Drawn, Otherwise, Refusal, Wanted};
+pub use messages::{CallerId, Drawn, HeldEndpoint, Otherwise, Refusal, Wanted};
 pub use permit::Permit;
 pub use stats::Spent;
 pub use thread::{Keeper, LedgerState};
@@ -57,20 +60,22 @@ pub trait Ledger {
     /// Begins a batch. Returns the generation: a number that differs from the last one if another process has written
     /// since the last batch.
     fn begin(&mut self) -> Result<u64, LedgerError>;
-    /// Returns the counts of an endpoint from a slot on, in any order.
-    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError>;
-    /// Returns the counts of an endpoint on a day.
-    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError>;
+    /// Returns the counts of an account from a slot on, in any order.
+    fn minute(&mut self, account: &AccountId, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError>;
+    /// Returns the counts of an account on a day.
+    fn day(&mut self, account: &AccountId, date: Date) -> Result<Counts, LedgerError>;
     /// Adds a change, which may be negative, to the counts of a slot and of each of the days.
-    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError>;
+    fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError>;
     /// Adds to the token statistics.
     fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError>;
     /// Deletes the token statistics of one endpoint, or of all if `None`.
     fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError>;
-    /// Deletes the slots of an endpoint that are older than `oldest`.
-    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError>;
+    /// Deletes the slots of an account that are older than `oldest`.
+    fn forget(&mut self, account: &AccountId, oldest: Slot) -> Result<(), LedgerError>;
     /// Deletes the hours and days of the token statistics that begin at or before these seconds of Unix time.
     fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError>;
+    /// Deletes the counts of days before this one, of all accounts.
+    fn forget_days(&mut self, before: Date) -> Result<(), LedgerError>;
     /// Commits the batch.
     fn commit(&mut self) -> Result<(), LedgerError>;
     /// Rolls the batch back.

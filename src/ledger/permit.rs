@@ -3,18 +3,17 @@
 use std::sync::Arc;
 
 use super::messages::Return;
-use super::{Account, Client, Wanted};
-use crate::limit::{Clock, Counted, Limits, PERMIT_AGE_MAX, Stamp};
+use super::{AccountSet, Client, Wanted};
+use crate::limit::{Clock, CountedAt, PERMIT_AGE_MAX, Stamp};
 
-/// The right to one attempt. A permit that is dropped before it is spent is given back, since the attempt was never
+/// The right to one attempt, of every account of its set. A permit that is dropped before it is spent is given back, since the attempt was never
 /// sent.
 #[derive(Debug)]
 pub struct Permit {
-    account: Arc<Account>,
-    limits: Arc<Limits>,
+    accounts: Arc<AccountSet>,
     client: Client,
-    /// Count in the ledger; `None` without one: the attempt needs none, or the ledger cannot be used.
-    counted: Option<Counted>,
+    /// When it was counted in the ledger; `None` without a count: the attempt needs none, or the ledger cannot be used.
+    counted: Option<CountedAt>,
     /// True while the request counts as in flight.
     concurrent: bool,
     stage: PermitStage,
@@ -28,10 +27,9 @@ enum PermitStage {
 }
 
 impl Permit {
-    pub(super) fn new(client: &Client, account: &Arc<Account>, limits: &Arc<Limits>, counted: Option<Counted>) -> Self {
+    pub(super) fn new(client: &Client, accounts: &Arc<AccountSet>, counted: Option<CountedAt>) -> Self {
         Self {
-            account: Arc::clone(account),
-            limits: Arc::clone(limits),
+            accounts: Arc::clone(accounts),
             client: client.clone(),
             counted,
             concurrent: false,
@@ -45,14 +43,18 @@ impl Permit {
         self
     }
 
+    /// Returns the accounts that the attempt counts in.
+    pub fn accounts(&self) -> &Arc<AccountSet> {
+        &self.accounts
+    }
+
     /// Marks the attempt as sent.
     pub fn spend(&mut self) {
         if self.stage != PermitStage::Held {
             return;
         }
         self.stage = PermitStage::Spent;
-        self.account.count_sent();
-        if self.counted.is_none() && self.account.count_unwritten() {
+        if self.accounts.count_sent(self.counted.is_none()) {
             // `None`: the thread has ended, and the attempt is not written any more.
             self.client.push_behind(|messages| messages.unwritten = true);
         }
@@ -61,7 +63,7 @@ impl Permit {
     /// True if the permit is too old to be spent, because limits apply to the moment at which a request is sent.
     pub fn is_stale(&self, clock: &Clock) -> bool {
         let Some(counted) = self.counted.filter(|_| self.stage == PermitStage::Held) else { return false };
-        clock.boot - counted.at >= PERMIT_AGE_MAX || !counted.days.cover(&self.limits.calendar.days(clock.wall))
+        clock.boot - counted.boot >= PERMIT_AGE_MAX || !self.accounts.days_last(counted, clock)
     }
 
     /// True once the attempt has been sent.
@@ -74,7 +76,7 @@ impl Permit {
     pub fn never_sent(&mut self) {
         if self.stage == PermitStage::Spent && self.counted.is_some() {
             self.stage = PermitStage::Held;
-            self.account.take_back_sent();
+            self.accounts.take_back_sent();
         }
     }
 
@@ -86,10 +88,9 @@ impl Permit {
         }
     }
 
-    /// Returns the input for a draw of another permit of the same endpoint.
+    /// Returns the input for a draw of another permit of the same accounts.
     pub(super) fn wanted(&self) -> Wanted {
-        let (account, limits) = (Arc::clone(&self.account), Arc::clone(&self.limits));
-        Wanted { account, limits, not_before: Stamp::default() }
+        Wanted { accounts: Arc::clone(&self.accounts), not_before: Stamp::default() }
     }
 
     /// Takes out what is to be given back: the count, unless it is spent, and the place among the requests in flight.
@@ -97,8 +98,7 @@ impl Permit {
         let unsent = std::mem::replace(&mut self.stage, PermitStage::GivenBack) == PermitStage::Held;
         let counted = self.counted.take().filter(|_| unsent);
         let concurrent = std::mem::take(&mut self.concurrent);
-        let returned = Return { account: Arc::clone(&self.account), counted, concurrent };
-        (counted.is_some() || concurrent).then_some(returned)
+        (counted.is_some() || concurrent).then(|| Return { accounts: Arc::clone(&self.accounts), counted, concurrent })
     }
 }
 

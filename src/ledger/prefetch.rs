@@ -1,17 +1,17 @@
 //! Prefetched permits: of many requests in a short time, only the first waits for the ledger.
 //!
 //! Permits are prefetched in the same step as a request's own permit and have the same age, so the rules for a permit's
-//! age apply to them. They are prefetched only for an endpoint that gets requests continuously and has plenty left.
+//! age apply to them. They are prefetched only for accounts that get requests continuously and have plenty left.
 //! Unused ones are given back after [`USABLE`]; a process that is killed wastes them.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::limit::{Clock, Counted, Gauge, Limits, PERMIT_AGE_MAX, Stamp, View};
+use crate::limit::{Clock, CountedAt, Gauge, PERMIT_AGE_MAX, Stamp, View};
 
 /// Time within which a prefetched permit can be taken. The rest of [`PERMIT_AGE_MAX`] is for the way to the endpoint.
 pub(super) const USABLE: Duration = Duration::from_millis(100);
-/// Shortest time over which the demand for an endpoint's permits is measured.
+/// Shortest time over which the demand for permits is measured.
 const WATCHED: Duration = Duration::from_millis(10);
 /// Smallest number of permits worth prefetching.
 const PERMITS_MIN: u64 = 8;
@@ -25,7 +25,7 @@ const PART_OF_LEFT: u64 = 256;
 /// Token limits count as nearly reached when less than this part (1/8) is left.
 const PART_OF_TOKENS: u64 = 8;
 
-/// The prefetched permits of one endpoint.
+/// The prefetched permits of one set of accounts.
 #[derive(Debug, Default)]
 pub(super) struct PrefetchBuffer(Mutex<BufferState>);
 
@@ -38,25 +38,24 @@ struct BufferState {
 }
 
 /// Permits that were drawn at one moment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct PrefetchedPermits {
-    /// Moment and days in which each of them was counted.
-    pub(super) counted: Counted,
-    /// Limits by which they were drawn.
-    limits: Arc<Limits>,
+    /// When each of them was counted.
+    pub(super) counted: CountedAt,
     /// Number of permits.
     pub(super) permits: u64,
 }
 
 impl PrefetchBuffer {
-    /// Takes out one permit, if there is one that is valid at this moment and for these limits.
-    pub(super) fn take(&self, limits: &Arc<Limits>, clock: &Clock) -> Option<Counted> {
+    /// Takes out one permit, if there is one that is young enough. `days_last` tells whether permits that were counted at
+    /// a moment count in today's days.
+    pub(super) fn take(&self, clock: &Clock, days_last: impl FnOnce(CountedAt) -> bool) -> Option<CountedAt> {
         let mut content = self.lock();
         let ahead = content.ahead.as_mut()?;
-        if !Arc::ptr_eq(&ahead.limits, limits) || !ahead.is_usable(clock) {
+        let counted = ahead.counted;
+        if clock.boot - counted.boot >= USABLE || !days_last(counted) {
             return None;
         }
-        let counted = ahead.counted;
         ahead.permits -= 1;
         if ahead.permits == 0 {
             content.ahead = None;
@@ -66,8 +65,8 @@ impl PrefetchBuffer {
     }
 
     /// Puts permits into an empty buffer.
-    pub(super) fn put(&self, counted: Counted, limits: &Arc<Limits>, permits: u64) {
-        self.lock().ahead = Some(PrefetchedPermits { counted, limits: Arc::clone(limits), permits });
+    pub(super) fn put(&self, counted: CountedAt, permits: u64) {
+        self.lock().ahead = Some(PrefetchedPermits { counted, permits });
     }
 
     /// Takes out all permits.
@@ -86,13 +85,7 @@ impl PrefetchBuffer {
     }
 }
 
-impl PrefetchedPermits {
-    fn is_usable(&self, clock: &Clock) -> bool {
-        clock.boot - self.counted.at < USABLE && self.counted.days.cover(&self.limits.calendar.days(clock.wall))
-    }
-}
-
-/// Demand for an endpoint's permits.
+/// Demand for the permits of one set of accounts.
 #[derive(Debug, Default)]
 pub(super) struct Demand {
     since: Stamp,
@@ -100,8 +93,9 @@ pub(super) struct Demand {
 }
 
 impl Demand {
-    /// Counts a drawn permit, and returns how many more to prefetch with it. `view` returns what the endpoint has left.
-    pub(super) fn drawn(&mut self, buffer: &PrefetchBuffer, view: impl FnOnce() -> View, now: Stamp) -> u64 {
+    /// Counts a drawn permit, and returns how many more to prefetch with it. `spare` returns how many may be, for which
+    /// [`spare`] is asked about each account.
+    pub(super) fn drawn(&mut self, buffer: &PrefetchBuffer, spare: impl FnOnce() -> u64, now: Stamp) -> u64 {
         self.draws += 1;
         let watched = now - self.since;
         if watched < WATCHED {
@@ -114,20 +108,21 @@ impl Demand {
         if expected < PERMITS_MIN {
             return 0;
         }
-        let permits = expected.min(PERMITS_MAX).min(spare(&view()));
+        let permits = expected.min(PERMITS_MAX).min(spare());
         if permits < PERMITS_MIN { 0 } else { permits }
     }
 }
 
-/// Returns how many permits may be prefetched, given what the endpoint has left.
-fn spare(view: &View) -> u64 {
+/// Returns how many permits of an account may be prefetched, given what it has left; `None` if that does not matter, since it
+/// has no limit.
+pub(super) fn spare(view: &View) -> Option<u64> {
     // The tokens of a request are known only afterwards, so near a token limit each request is checked on its own.
     let is_near = |gauge: Option<Gauge>| gauge.is_some_and(|gauge| gauge.left() < gauge.limit / PART_OF_TOKENS);
     if is_near(view.gauges.tpm) || is_near(view.gauges.tpd) {
-        return 0;
+        return Some(0);
     }
     let left = [view.gauges.rpm, view.gauges.rpd].into_iter().flatten().map(|gauge| gauge.left()).min();
-    left.unwrap_or_default() / PART_OF_LEFT
+    left.map(|left| left / PART_OF_LEFT)
 }
 
 const _: () =
@@ -137,13 +132,6 @@ const _: () =
 mod tests {
     use super::*;
     use crate::config::PerLimit;
-    use crate::config::test_support::config;
-    use jiff::tz::TimeZone;
-
-    fn limits() -> Arc<Limits> {
-        let endpoint = config(r#"[{"id":"a","rpm":1000}]"#).endpoints.remove(0);
-        Arc::new(Limits::new(&endpoint, &TimeZone::UTC))
-    }
 
     fn left(rpm: u64, tpm: Option<u64>) -> View {
         let gauge = |left: u64| Gauge { limit: 1_000_000, used: 1_000_000 - left, resets: None };
@@ -153,19 +141,20 @@ mod tests {
         }
     }
 
+    fn at(clock: &Clock) -> CountedAt {
+        CountedAt { boot: clock.boot, wall: clock.wall }
+    }
+
     #[test]
     fn permits_are_taken_while_they_are_young() {
-        let (buffer, limits, clock) = (PrefetchBuffer::default(), limits(), Clock::read());
-        assert!(buffer.take(&limits, &clock).is_none());
-        let counted = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
-        buffer.put(counted, &limits, 3);
-        assert_eq!(buffer.take(&limits, &clock), Some(counted));
-        assert!(buffer.take(&self::limits(), &clock).is_none(), "the config is another one");
+        let (buffer, clock) = (PrefetchBuffer::default(), Clock::read());
+        assert!(buffer.take(&clock, |_| true).is_none());
+        buffer.put(at(&clock), 3);
+        assert_eq!(buffer.take(&clock, |_| true), Some(at(&clock)));
         let later = |millis| Clock { boot: clock.boot + Duration::from_millis(millis), ..clock };
-        assert_eq!(buffer.take(&limits, &later(99)), Some(counted));
-        assert!(buffer.take(&limits, &later(100)).is_none());
-        let tomorrow = Clock { wall: clock.wall + Duration::from_hours(24), ..clock };
-        assert!(buffer.take(&limits, &tomorrow).is_none(), "the day has turned");
+        assert_eq!(buffer.take(&later(99), |_| true), Some(at(&clock)));
+        assert!(buffer.take(&later(100), |_| true).is_none());
+        assert!(buffer.take(&clock, |_| false).is_none(), "the day has turned");
         assert_eq!(buffer.take_all().map(|ahead| ahead.permits), Some(1));
         assert!(buffer.take_all().is_none());
     }
@@ -173,11 +162,11 @@ mod tests {
     #[test]
     fn as_many_are_drawn_ahead_as_will_be_wanted() {
         let ahead = |draws: u64, taken: u64, millis: u64, view: View| {
-            let (buffer, limits, clock) = (PrefetchBuffer::default(), limits(), Clock::read());
+            let (buffer, clock) = (PrefetchBuffer::default(), Clock::read());
             let mut demand = Demand { since: clock.boot, draws: draws - 1 };
-            buffer.put(Counted { at: clock.boot, days: limits.calendar.days(clock.wall) }, &limits, 5000);
-            assert!((0..taken).all(|_| buffer.take(&limits, &clock).is_some()));
-            demand.drawn(&buffer, || view, clock.boot + Duration::from_millis(millis))
+            buffer.put(at(&clock), 5000);
+            assert!((0..taken).all(|_| buffer.take(&clock, |_| true).is_some()));
+            demand.drawn(&buffer, || spare(&view).unwrap(), clock.boot + Duration::from_millis(millis))
         };
         let plenty = left(900_000, None);
         assert_eq!(ahead(10, 0, 10, plenty), 100);

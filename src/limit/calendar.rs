@@ -75,6 +75,13 @@ impl Calendar {
         }
     }
 
+    /// True if an attempt that was counted at one moment needs no other days at another.
+    pub fn covers(&self, counted: SystemTime, now: SystemTime) -> bool {
+        let (begins, ends) = self.today(now).only;
+        let is_within = |moment: SystemTime| begins <= moment && moment < ends;
+        is_within(counted) && is_within(now) || self.days(counted).cover(&self.days(now))
+    }
+
     /// Returns the first moment at which an attempt no longer counts in this day.
     pub fn clear_of(&self, date: Date) -> SystemTime {
         let ends = date.checked_add(1.day()).ok().and_then(|next| self.begin_of(next));

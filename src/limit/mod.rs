@@ -1,7 +1,7 @@
-//! Rate limits and quotas of an endpoint: requests and tokens in any 60 seconds and in a calendar day, and concurrent
-//! requests. Pure; the clock is passed in.
+//! Rate limits and quotas: requests and tokens in any 60 seconds and in a calendar day, and concurrent requests. Pure; the
+//! clock is passed in.
 //!
-//! [`Quota`] holds the counts of one endpoint and returns what is left. The [`ledger`](crate::ledger) stores the counts
+//! [`Quota`] holds the counts of one account (an endpoint, or models of it) and returns what is left. The [`ledger`](crate::ledger) stores the counts
 //! and decides who may change them.
 
 mod calendar;
@@ -16,10 +16,10 @@ use crate::config::{self, Limit, LimitKind, PerLimit};
 
 pub use calendar::{Calendar, Days};
 pub use clock::{Clock, Stamp};
-pub use quota::{Counted, Counts, Gauge, Held, Quota, View};
+pub use quota::{Counted, CountedAt, Counts, Gauge, Held, Quota, View};
 pub use window::{Minute, PERMIT_AGE_MAX, SPAN, Slot};
 
-/// Limits of an endpoint.
+/// Limits of an account.
 #[derive(Debug)]
 pub struct Limits {
     /// Limits by kind. Concurrent requests are counted in this process only.
@@ -55,10 +55,17 @@ impl std::fmt::Display for LimitReason {
 impl Limits {
     /// Returns the limits of an endpoint. Its day changes in its own time zone, or the server's if it has none.
     pub fn new(endpoint: &config::Endpoint, server_zone: &TimeZone) -> Self {
-        Self {
-            by_kind: endpoint.limits,
-            calendar: Calendar::new(endpoint.timezone.as_ref().unwrap_or(server_zone).clone()),
-        }
+        Self::in_days_of(endpoint, endpoint.limits, server_zone)
+    }
+
+    /// Returns limits of some of an endpoint's models, whose day is the endpoint's.
+    pub fn in_days_of(endpoint: &config::Endpoint, by_kind: PerLimit<Limit>, server_zone: &TimeZone) -> Self {
+        Self { by_kind, calendar: Calendar::new(endpoint.timezone.as_ref().unwrap_or(server_zone).clone()) }
+    }
+
+    /// Returns the days that an attempt of this moment counts in by these limits' calendar.
+    pub fn counted(&self, at: CountedAt) -> Counted {
+        Counted { at: at.boot, days: self.calendar.days(at.wall) }
     }
 
     /// True if attempts need a permit from the ledger: any limit except that of concurrent requests is set.

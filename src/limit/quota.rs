@@ -1,4 +1,4 @@
-//! Quota: the counts of one endpoint, and what they leave free.
+//! Quota: the counts of one account, and what they leave free.
 
 use std::time::{Duration, SystemTime};
 
@@ -21,7 +21,7 @@ pub struct Counts {
     pub tokens: u64,
 }
 
-/// Counts of one endpoint.
+/// Counts of one account.
 #[derive(Clone, Debug, Default)]
 pub struct Quota {
     attempts: Minute,
@@ -34,7 +34,16 @@ pub struct Quota {
     promises: Promises,
 }
 
-/// One counted attempt.
+/// Moment of an attempt that is counted, by the clocks of the minute and of the day.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CountedAt {
+    /// For the minute.
+    pub boot: Stamp,
+    /// For the day, which each account's calendar makes of it.
+    pub wall: SystemTime,
+}
+
+/// One attempt as an account counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counted {
     /// Moment at which it was counted.
@@ -50,12 +59,12 @@ impl Counted {
     }
 }
 
-/// Reason why an endpoint takes no requests, and the moment at which it will.
+/// Reason why an account takes no requests, and the moment at which it will.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The limit that lasts longest.
     pub by: LimitReason,
-    /// Moment at which the endpoint takes requests again, if no other request takes the permit first.
+    /// Moment at which it takes requests again, if no other request takes the permit first.
     pub until: Stamp,
 }
 
@@ -77,14 +86,14 @@ impl Gauge {
     }
 }
 
-/// Limits of an endpoint and what is left of them, at one moment.
+/// Limits of an account and what is left of them, at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct View {
     /// Counts of each kind, limited or not.
     pub used: PerLimit<u64>,
     /// Use of each limit; `None` for kinds without one.
     pub gauges: PerLimit<Option<Gauge>>,
-    /// Reason why the endpoint takes no requests; `None` if it does.
+    /// Reason why the account takes no requests; `None` if it does.
     pub held: Option<Held>,
 }
 
@@ -104,22 +113,6 @@ impl Quota {
         self.promises.forget(now);
     }
 
-    /// Counts an attempt if every limit allows it.
-    pub fn take(&mut self, limits: &Limits, clock: &Clock) -> Result<Counted, Held> {
-        match self.held(limits, clock) {
-            Some(held) => Err(held),
-            None => Ok(self.count(limits, clock)),
-        }
-    }
-
-    fn count(&mut self, limits: &Limits, clock: &Clock) -> Counted {
-        let counted = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
-        // Attempts without a permit from the ledger are counted when they are sent.
-        self.add(counted, Counts { attempts: u64::from(limits.in_ledger()), tokens: 0 });
-        self.concurrent += u64::from(limits.is_concurrency_limited());
-        counted
-    }
-
     /// Adds to the counts of the minute and of the days.
     pub fn add(&mut self, when: Counted, counts: Counts) {
         self.attempts.add(when.slot(), counts.attempts);
@@ -130,11 +123,6 @@ impl Quota {
                 day.tokens = day.tokens.saturating_add(counts.tokens);
             }
         }
-    }
-
-    /// Takes back what was counted for an attempt that was never sent.
-    pub fn give_back(&mut self, counted: Counted) {
-        self.change(counted.slot(), counted.days, -1, 0);
     }
 
     /// Adds a change, which may be negative, to the counts of the minute and of the days.
@@ -154,16 +142,13 @@ impl Quota {
         }
     }
 
-    /// Counts a request as in flight if `maxConcurrent` allows it; all other limits are ignored.
-    pub fn enter(&mut self, limits: &Limits, clock: &Clock) -> Result<(), Held> {
-        if let Some(held) = self.concurrency_holds(limits, clock.boot) {
-            return Err(held);
-        }
+    /// Counts a request as in flight, if these limits count those.
+    pub fn enter(&mut self, limits: &Limits) {
         self.concurrent += u64::from(limits.is_concurrency_limited());
-        Ok(())
     }
 
-    fn concurrency_holds(&self, limits: &Limits, now: Stamp) -> Option<Held> {
+    /// Returns the limit of concurrent requests if it is reached; all other limits are ignored.
+    pub fn concurrency_holds(&self, limits: &Limits, now: Stamp) -> Option<Held> {
         match limits.by_kind.max_concurrent {
             Limit::AtMost(limit) if self.concurrent >= limit => {
                 Some(Held { by: LimitReason::Full(LimitKind::MaxConcurrent, limit), until: now + IN_FLIGHT_GUESS })
@@ -172,12 +157,12 @@ impl Quota {
         }
     }
 
-    /// Ends a request that was counted as in flight.
-    pub fn release(&mut self) {
-        self.concurrent = self.concurrent.saturating_sub(1);
+    /// Ends a request that [`Quota::enter`] counted by the same limits.
+    pub fn release(&mut self, limits: &Limits) {
+        self.concurrent = self.concurrent.saturating_sub(u64::from(limits.is_concurrency_limited()));
     }
 
-    /// Returns why the endpoint takes no requests; `None` if it does.
+    /// Returns why the account takes no requests; `None` if it does.
     pub fn held(&mut self, limits: &Limits, clock: &Clock) -> Option<Held> {
         self.forget(clock.boot);
         let minute = self.minute_holds(limits, clock.boot);
@@ -273,7 +258,7 @@ impl Quota {
         Stamp::default()
     }
 
-    /// Returns the state of the endpoint's limits at this moment.
+    /// Returns the state of the account's limits at this moment.
     pub fn view(&mut self, limits: &Limits, clock: &Clock) -> View {
         let held = self.held(limits, clock);
         let (today, clear) = limits.calendar.today_and_clear(clock.wall);
@@ -344,6 +329,19 @@ mod tests {
     /// 2026-11-25, 12:00 UTC.
     const NOON: u64 = 1_795_608_000;
 
+    impl Quota {
+        /// Counts an attempt if every limit allows it, as an account of its own.
+        fn take(&mut self, limits: &Limits, clock: &Clock) -> Result<Counted, Held> {
+            if let Some(held) = self.held(limits, clock) {
+                return Err(held);
+            }
+            let counted = limits.counted(CountedAt { boot: clock.boot, wall: clock.wall });
+            self.add(counted, Counts { attempts: u64::from(limits.in_ledger()), tokens: 0 });
+            self.enter(limits);
+            Ok(counted)
+        }
+    }
+
     fn limits(rpm: u64, rpd: u64) -> Limits {
         let limit = |limit| if limit == 0 { Limit::Unlimited } else { Limit::AtMost(limit) };
         let by_kind = PerLimit { rpm: limit(rpm), rpd: limit(rpd), ..PerLimit::default() };
@@ -382,7 +380,7 @@ mod tests {
         let (limits, mut quota) = (limits(1, 1), quota([25]));
         let counted = quota.take(&limits, &at(0)).unwrap();
         assert!(quota.take(&limits, &at(0)).is_err());
-        quota.give_back(counted);
+        quota.change(counted.slot(), counted.days, -1, 0);
         assert!(quota.take(&limits, &at(0)).is_ok());
     }
 
@@ -441,8 +439,9 @@ mod tests {
         let mut quota = quota([25]);
         assert!(quota.take(&limits, &at(0)).is_ok());
         assert_eq!(quota.take(&limits, &at(0)).unwrap_err().by, LimitReason::Full(LimitKind::MaxConcurrent, 1));
-        assert_eq!(quota.enter(&limits, &at(0)).unwrap_err().by, LimitReason::Full(LimitKind::MaxConcurrent, 1));
-        quota.release();
+        let held = quota.concurrency_holds(&limits, Stamp(0)).unwrap();
+        assert_eq!(held.by, LimitReason::Full(LimitKind::MaxConcurrent, 1));
+        quota.release(&limits);
         assert!(quota.take(&limits, &at(0)).is_ok());
         assert_eq!(quota.view(&limits, &at(0)).used.rpm, 0, "it is counted when it is sent");
     }

@@ -14,9 +14,9 @@ use super::context::Context;
 use super::failure::{self, Follow};
 use crate::exchange::judge::{Terms, UsageTerms};
 use crate::exchange::{Ask, Attempt};
-use crate::fault::{Fault, HeldBy};
+use crate::fault::Fault;
 use crate::ledger::Drawn;
-use crate::limit::{Clock, Held};
+use crate::limit::Clock;
 use crate::routing::admission;
 use crate::routing::pool::Endpoint;
 use crate::routing::retry::Outcome;
@@ -142,8 +142,7 @@ fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault 
     let Drawn::Refused(refusal) = drawn else { return Fault::LedgerUnavailable };
     let shown = context.arrival.endpoint_headers.then(|| Arc::clone(&endpoint.config.id));
     let now = context.ask.as_ref().map(|ask| ask.pool.clock().boot).unwrap_or_default();
-    let held_by = |held: Held| HeldBy { endpoint: shown.clone(), reason: held.by, wait: now.until(held.until) };
-    let held = refusal.held.into_iter().map(|(_, held)| held_by(held));
+    let held = refusal.held.iter().map(|held| held.held_by(shown.clone(), now));
     Fault::LimitsReached { wait: refusal.wait, held: held.collect() }
 }
 

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use crate::config::Queue;
 use crate::fault::{Fault, HeldBy};
-use crate::ledger::{CallerId, Drawn, Otherwise, Permit, QueuePlace, Refusal};
-use crate::limit::{Clock, Held, LimitReason, Stamp};
+use crate::ledger::{CallerId, Drawn, HeldEndpoint, Otherwise, Permit, QueuePlace, Refusal, Wanted};
+use crate::limit::{Clock, LimitReason, Stamp};
 use crate::routing::balance::{self, Options, Pick};
 use crate::routing::health::Gate;
 use crate::routing::pool::Trial;
@@ -68,13 +68,13 @@ pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
     let pool = options.pool;
     let clock = pool.clock();
     let pick = balance::pick(options, &clock);
-    let Some(endpoint) = pick.as_ref().and_then(|pick| options.endpoint(pick.candidate)) else {
+    let Some(accounts) = pick.as_ref().and_then(|pick| options.accounts(pick.candidate)) else {
         return Err(Undecided(None));
     };
-    let permit = if endpoint.limits.any() {
-        pool.ledger.draw_at_once(&endpoint.live.account, &endpoint.limits, &clock)
+    let permit = if accounts.is_limited() {
+        pool.ledger.draw_at_once(accounts, &clock)
     } else {
-        Some(pool.unlimited(endpoint))
+        Some(pool.ledger.unlimited(accounts))
     };
     match (pick, permit) {
         (Some(Pick { candidate, trial }), Some(permit)) => Ok(Choice { candidate, trial, permit, at: clock }),
@@ -86,9 +86,8 @@ pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
 pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice, Fault> {
     let Options { pool, .. } = request.options;
     let Some((Pick { candidate, trial }, clock)) = undecided.0 else { return spill(request).await };
-    let endpoint = request.options.endpoint(candidate).ok_or(Fault::Internal)?;
-    let wanted = vec![endpoint.wanted(Stamp::default())];
-    match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
+    let wanted = wanted(&request.options, candidate, Stamp::default()).ok_or(Fault::Internal)?;
+    match pool.ledger.draw(pool.ledger.ticket(), vec![wanted], Otherwise::LookElsewhere).await {
         Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
         Drawn::Refused(_) | Drawn::Unavailable => {
             drop(trial);
@@ -180,12 +179,17 @@ async fn draw(
     ticket: u64,
     otherwise: Otherwise,
 ) -> Result<Drawn, Fault> {
-    let endpoint = |(candidate, from): &(usize, Stamp)| Some(request.options.endpoint(*candidate)?.wanted(*from));
-    let wanted: Vec<_> = open.iter().filter_map(endpoint).collect();
+    let wanted: Vec<_> =
+        open.iter().filter_map(|(candidate, from)| wanted(&request.options, *candidate, *from)).collect();
     if wanted.is_empty() {
         return Err(Fault::NoneAvailable);
     }
     Ok(request.options.pool.ledger.draw(ticket, wanted, otherwise).await)
+}
+
+/// The draw of a permit of a candidate, which may be asked from that moment on.
+fn wanted(options: &Options<'_>, candidate: usize, from: Stamp) -> Option<Wanted> {
+    Some(options.endpoint(candidate)?.wanted(options.model_of(candidate)?, from))
 }
 
 fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit, clock: Clock) -> Result<Choice, Fault> {
@@ -202,10 +206,10 @@ async fn try_out(
     ticket: u64,
     clock: Clock,
 ) -> Option<Result<Choice, Fault>> {
-    let endpoint = request.options.endpoint(candidate)?;
+    let accounts = request.options.accounts(candidate)?;
     let trial = if as_trial { Some(request.options.begin_trial(candidate)?) } else { None };
-    if !endpoint.limits.any() {
-        let permit = request.options.pool.unlimited(endpoint);
+    if !accounts.is_limited() {
+        let permit = request.options.pool.ledger.unlimited(accounts);
         return Some(Ok(Choice { candidate, trial, permit, at: clock }));
     }
     let open = [(candidate, Stamp::default())];
@@ -222,9 +226,9 @@ fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: &Refus
     let clock = options.pool.clock();
     let shows_ids = options.pool.server.endpoint_headers;
     let id = |candidate: usize| Some(Arc::clone(&options.endpoint(candidate)?.config.id)).filter(|_| shows_ids);
-    let held = |(at, held): &(usize, Held)| {
-        let (candidate, _) = *open.get(*at)?;
-        Some(HeldBy { endpoint: id(candidate), reason: held.by, wait: clock.boot.until(held.until) })
+    let held = |held: &HeldEndpoint| {
+        let (candidate, _) = *open.get(held.at)?;
+        Some(held.held_by(id(candidate), clock.boot))
     };
     let mut all: Vec<HeldBy> = refusal.held.iter().filter_map(held).collect();
     for (candidate, _) in options.candidates.list().iter().enumerate() {
@@ -234,7 +238,7 @@ fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: &Refus
             Some(Gate::OnTrial | Gate::TrialDue) => Duration::ZERO,
             _ => continue,
         };
-        all.push(HeldBy { endpoint: id(candidate), reason, wait });
+        all.push(HeldBy { endpoint: id(candidate), models: None, reason, wait });
     }
     Fault::LimitsReached { wait: refusal.wait, held: all }
 }

@@ -1,10 +1,11 @@
 //! Candidates → one: by tier, then by what each endpoint's health allows, then by the strategy. Whether it has a permit is
 //! asked afterwards ([`admission`](crate::routing::admission)); what seems to be at a limit goes last.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use crate::config::Strategy;
+use crate::ledger::AccountSet;
 use crate::limit::{Clock, Stamp};
 use crate::request::shape::CallShape;
 use crate::routing::health::Gate;
@@ -67,8 +68,15 @@ impl<'a> Options<'a> {
         self.candidates.list().iter().all(lacks)
     }
 
-    fn seems_full(&self, endpoint: &Endpoint, clock: &Clock) -> bool {
-        endpoint.seems_full(clock.boot) || endpoint.limits.in_ledger() && self.pool.ledger.is_down()
+    /// The accounts that the request counts in at a candidate.
+    pub fn accounts(&self, index: usize) -> Option<&'a Arc<AccountSet>> {
+        Some(self.endpoint(index)?.accounts_of(self.model_of(index)?))
+    }
+
+    /// True if a candidate seems to be at a limit: a hint for where to look first.
+    fn seems_full(&self, endpoint: &Endpoint, model: ModelName<'_>, clock: &Clock) -> bool {
+        let accounts = endpoint.accounts_of(model);
+        accounts.seems_full(clock.boot) || accounts.in_ledger() && self.pool.ledger.is_down()
     }
 }
 
@@ -103,7 +111,7 @@ pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
             tier = candidate.tier;
         }
         let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
-        if options.seems_full(endpoint, clock) {
+        if options.seems_full(endpoint, model, clock) {
             continue;
         }
         match endpoint.live.gate(model, clock.now) {
@@ -122,7 +130,7 @@ fn at_once(options: &Options<'_>, clock: &Clock) -> Option<usize> {
     let draw = || {
         let drawn = candidates.draw()?;
         let (endpoint, model) = options.untried(candidates.list().get(drawn)?, clock.now)?;
-        let is_open = !options.seems_full(endpoint, clock) && endpoint.live.gate(model, clock.now) == Gate::Open;
+        let is_open = !options.seems_full(endpoint, model, clock) && endpoint.live.gate(model, clock.now) == Gate::Open;
         is_open.then_some(drawn)
     };
     let better = |score: &dyn Fn(usize) -> f64| {
@@ -210,7 +218,7 @@ pub fn any_left(options: &Options<'_>, clock: &Clock) -> bool {
     options.candidates.list().iter().filter_map(|candidate| options.untried(candidate, clock.now)).any(
         |(endpoint, model)| {
             let gate = || endpoint.live.gate(model, clock.now);
-            !options.seems_full(endpoint, clock) && !matches!(gate(), Gate::Resting { may_try: false, .. })
+            !options.seems_full(endpoint, model, clock) && !matches!(gate(), Gate::Resting { may_try: false, .. })
         },
     )
 }

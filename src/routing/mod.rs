@@ -1,5 +1,6 @@
 //! Choice of an endpoint: candidates for a model, strategies, health, and retries.
 
+pub mod accounts;
 pub mod admission;
 pub mod balance;
 pub mod health;

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant, SystemTime};
 use http::HeaderValue;
 
 use crate::config::{self, Breaker, Config};
-use crate::ledger::{Account, Client, Permit, Wanted};
-use crate::limit::{Clock, Limits, Stamp};
+use crate::ledger::{Account, AccountId, AccountSet, Client, Wanted};
+use crate::limit::{Clock, Stamp};
 use crate::response::redact::Secrets;
+use crate::routing::accounts::EndpointAccounts;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
 use crate::routing::path_memory::PathMemory;
 use crate::routing::router::{ModelName, Router};
@@ -45,8 +46,8 @@ pub struct Endpoint {
     pub upstream: Upstream,
     /// Secrets that its answers must not show.
     pub secrets: Secrets,
-    /// Limits.
-    pub limits: Arc<Limits>,
+    /// Accounts of its requests, with the limits of this config.
+    pub accounts: EndpointAccounts,
     /// Live state, whichever config it came from.
     pub live: Arc<Live>,
 }
@@ -72,30 +73,24 @@ impl Pool {
                     return Ok(Arc::clone(before));
                 }
                 let upstream = Upstream::new(&config)?;
-                let new = || Arc::new(Live::new(ledger.account(&config.id)));
+                let new = || Arc::new(Live::new(ledger.account(&AccountId::Endpoint(Arc::clone(&config.id)))));
                 let live = before.map_or_else(new, |before| Arc::clone(&before.live));
                 if before.is_some_and(|before| is_reached_otherwise(&before.config, &config)) {
                     live.start_anew();
                 }
-                live.account.look_again();
                 let secrets = secrets_of(&config);
-                let limits = Arc::new(Limits::new(&config, &server.timezone));
+                let accounts = EndpointAccounts::new(&config, &live.account, &server.timezone, &ledger);
                 let id_header = id_header(&config.id);
-                Ok(Arc::new(Endpoint { config, id_header, upstream, secrets, limits, live }))
+                Ok(Arc::new(Endpoint { config, id_header, upstream, secrets, accounts, live }))
             })
             .collect::<std::io::Result<_>>()?;
-        ledger.set_endpoints(endpoints.iter().map(|endpoint| endpoint.account()).collect());
+        ledger.set_accounts(endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned().collect());
         Ok(Self { server, endpoints, router, ledger, version: 1, loaded_at: SystemTime::now() })
     }
 
     /// The clocks that limits and health go by, as they are now.
     pub fn clock(&self) -> Clock {
         self.ledger.clock()
-    }
-
-    /// A permit of an endpoint that has no limits.
-    pub fn unlimited(&self, endpoint: &Endpoint) -> Permit {
-        self.ledger.unlimited(&endpoint.live.account, &endpoint.limits)
     }
 }
 
@@ -112,15 +107,14 @@ fn secrets_of(config: &config::Endpoint) -> Secrets {
 }
 
 impl Endpoint {
-    /// Returns its account, with the limits of this config.
-    pub fn account(&self) -> (Arc<Account>, Arc<Limits>) {
-        (Arc::clone(&self.live.account), Arc::clone(&self.limits))
+    /// Returns the accounts that a request for a model counts in.
+    pub fn accounts_of(&self, model: ModelName<'_>) -> &Arc<AccountSet> {
+        self.accounts.of_model(model.name, || self.live.is_known(model))
     }
 
-    /// Returns the draw of a permit, if it may be asked from that moment on.
-    pub fn wanted(&self, not_before: Stamp) -> Wanted {
-        let (account, limits) = self.account();
-        Wanted { account, limits, not_before }
+    /// Returns the draw of a permit for a model, if it may be asked from that moment on.
+    pub fn wanted(&self, model: ModelName<'_>, not_before: Stamp) -> Wanted {
+        Wanted { accounts: Arc::clone(self.accounts_of(model)), not_before }
     }
 
     /// Whether its health lets requests through at all, whatever their model.
@@ -136,11 +130,6 @@ impl Endpoint {
         let models: Vec<String> = names().map(mapped).collect();
         let models = (!has_patterns && !models.is_empty()).then(|| models.iter().map(String::as_str));
         self.live.health().gate_of_all(models, now)
-    }
-
-    /// True if it seems to be at a limit: a hint for where to look first.
-    pub fn seems_full(&self, now: Stamp) -> bool {
-        self.limits.any() && self.live.account.seems_full(now)
     }
 }
 
@@ -236,8 +225,12 @@ impl Live {
 
     /// Names that clients make up share one entry, so that they can neither fill the memory nor pass for models.
     fn key<'a>(&self, model: ModelName<'a>) -> &'a str {
-        let is_known = || read(&self.served).contains(model.name);
-        if model.in_config || is_known() { model.name } else { UNKNOWN_MODELS }
+        if self.is_known(model) { model.name } else { UNKNOWN_MODELS }
+    }
+
+    /// True if the name is a model's: the config has it, or it has been answered.
+    fn is_known(&self, model: ModelName<'_>) -> bool {
+        model.in_config || read(&self.served).contains(model.name)
     }
 
     /// Lets one request through to what is cooling down; none if another one was faster.
@@ -451,7 +444,7 @@ mod tests {
 
     #[test]
     fn a_success_closes_the_matter() {
-        let live = Arc::new(Live::new(client().account(&"a".into())));
+        let live = Arc::new(Live::new(client().account(&AccountId::Endpoint("a".into()))));
         assert_eq!(learn(&live, Effect::Failure(Scope::Model), None), Some(Scope::Model), "it begins to cool down");
         drop(live.begin_trial(MODEL));
         let trial = live.begin_trial(MODEL).expect("the last one ended");
@@ -464,7 +457,7 @@ mod tests {
 
     #[test]
     fn names_that_clients_make_up_share_one_health() {
-        let live = Live::new(client().account(&"a".into()));
+        let live = Live::new(client().account(&AccountId::Endpoint("a".into())));
         let name = |name| ModelName { name, in_config: false };
         let learn = |model, effect| {
             let seen = Seen { effect, began: Instant::now(), trial: None };
@@ -484,7 +477,7 @@ mod tests {
 
     #[test]
     fn in_flight_is_exact() {
-        let live = Arc::new(Live::new(client().account(&"a".into())));
+        let live = Arc::new(Live::new(client().account(&AccountId::Endpoint("a".into()))));
         let guards: Vec<_> = (0..3).map(|_| live.enter()).collect();
         assert_eq!(live.in_flight(), 3);
         drop(guards);

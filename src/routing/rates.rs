@@ -4,9 +4,11 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use crate::config::Limit;
+use crate::ledger::AccountSet;
 use crate::limit::{Clock, Gauge};
 use crate::routing::balance::Options;
 use crate::routing::health::Gate;
+use crate::routing::pool::Endpoint;
 use crate::routing::rate_headers::{Rate, Rates};
 
 /// Rates of a model, as its endpoints were seen last, at most about a second ago.
@@ -15,7 +17,9 @@ pub(crate) fn of_model(options: &Options<'_>, clock: &Clock) -> Rates {
     const ADDED_UP_MAX: usize = 16;
     const NOW_AND_THEN: Duration = Duration::from_millis(100);
     let candidates = options.candidates;
-    if candidates.list().len() <= ADDED_UP_MAX {
+    // Models that match one pattern have the same candidates, and may have limits of their own.
+    let differ = || (0..candidates.list().len()).any(|index| options.endpoint(index).is_some_and(has_model_limits));
+    if candidates.list().len() <= ADDED_UP_MAX || options.model.is_some() && differ() {
         return add_up(options, clock);
     }
     let mut told = candidates.rates.lock().unwrap_or_else(PoisonError::into_inner);
@@ -29,20 +33,21 @@ pub(crate) fn of_model(options: &Options<'_>, clock: &Clock) -> Rates {
     rates
 }
 
+fn has_model_limits(endpoint: &Endpoint) -> bool {
+    endpoint.accounts.has_model_limits()
+}
+
 fn add_up(options: &Options<'_>, clock: &Clock) -> Rates {
     let nothing = Rate { limit: 0, remaining: 0, reset: Duration::ZERO };
     let mut rates = Rates { requests: Some(nothing), tokens: Some(nothing) };
     for index in 0..options.candidates.list().len() {
-        let Some(endpoint) = options.endpoint(index) else { continue };
-        if !endpoint.limits.in_ledger() {
+        let Some(accounts) = options.accounts(index) else { continue };
+        if !accounts.in_ledger() {
             return Rates::default();
         }
-        let view = endpoint.live.account.view();
         let is_open = options.gate(index, clock.now) == Some(Gate::Open);
-        let add = |rate: Option<Rate>, gauges: [(Limit, Option<Gauge>); 2]| {
-            let rate = rate?;
-            // A client reaches the tighter one first.
-            let gauge = gauges.into_iter().filter_map(known).min_by_key(Gauge::left)?;
+        let add = |rate: Option<Rate>, gauge: Option<Gauge>| {
+            let (rate, gauge) = (rate?, gauge?);
             let reset = gauge.resets.map_or(Duration::ZERO, |resets| clock.boot.until(resets));
             let left = if is_open { gauge.left() } else { 0 };
             Some(Rate {
@@ -51,11 +56,25 @@ fn add_up(options: &Options<'_>, clock: &Clock) -> Rates {
                 reset: rate.reset.max(reset),
             })
         };
-        let limits = endpoint.limits.by_kind.zip(view.gauges);
-        rates.requests = add(rates.requests, [limits.rpm, limits.rpd]);
-        rates.tokens = add(rates.tokens, [limits.tpm, limits.tpd]);
+        let (requests, tokens) = tightest(accounts);
+        rates.requests = add(rates.requests, requests);
+        rates.tokens = add(rates.tokens, tokens);
     }
     rates
+}
+
+/// The limits of requests and of tokens that a client reaches first.
+fn tightest(accounts: &AccountSet) -> (Option<Gauge>, Option<Gauge>) {
+    let tighter = |gauge: Option<Gauge>, of: [(Limit, Option<Gauge>); 2]| {
+        of.into_iter().filter_map(known).chain(gauge).min_by_key(Gauge::left)
+    };
+    let mut tightest = (None, None);
+    for of in accounts.accounts() {
+        let limits = of.limits.by_kind.zip(of.account.view().gauges);
+        tightest.0 = tighter(tightest.0, [limits.rpm, limits.rpd]);
+        tightest.1 = tighter(tightest.1, [limits.tpm, limits.tpd]);
+    }
+    tightest
 }
 
 /// Returns the used part of a limit; nothing is used before it was looked at for the first time.

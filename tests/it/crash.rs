@@ -48,7 +48,7 @@ fn load(port: u16, stop: &Arc<AtomicBool>, answered: &Arc<AtomicUsize>) -> Vec<J
 /// One endpoint with a limit by the minute and one by the day, on a ledger that several processes may share.
 fn config(folder: &Path, port: u16, a: &Simulator, b: &Simulator) -> String {
     let apis = [
-        endpoint_with("a", &a.base_url(), json!({ "rpm": RPM })),
+        endpoint_with("a", &a.base_url(), json!({ "rpm": RPM, "modelLimits": { "m": { "rpm": 2 * RPM } } })),
         endpoint_with("b", &b.base_url(), json!({ "rpd": RPD, "timezone": "UTC" })),
     ];
     config_text(json!({ "port": port, "ledger": folder.join("ledger.db") }), &apis)
@@ -61,14 +61,19 @@ fn start(folder: &Path, name: &str, text: &str) -> Running {
     Running::of(command, tempfile::tempdir().unwrap())
 }
 
-/// What the ledger counts, for the endpoints in this order: attempts of the minute, and of all days.
+/// What the ledger counts at one moment, for the endpoints in this order: attempts of the minute, and of all days. A request
+/// counts for the model that all of them ask for and for its endpoint, or for neither.
 fn counted(folder: &Path) -> [(u64, u64); 2] {
-    let ledger = rusqlite::Connection::open(folder.join("ledger.db")).unwrap();
-    let sum = |table: &str, id: &str| {
-        let sql = format!("SELECT coalesce(sum(attempts), 0) FROM {table} WHERE endpoint = ?1");
-        ledger.query_row(&sql, [id], |row| row.get(0)).unwrap()
+    let mut ledger = rusqlite::Connection::open(folder.join("ledger.db")).unwrap();
+    let ledger = ledger.transaction().unwrap();
+    let sum = |table: &str, condition: &str| {
+        let sql = format!("SELECT coalesce(sum(attempts), 0) FROM {table} WHERE {condition}");
+        ledger.query_row(&sql, [], |row| row.get(0)).unwrap()
     };
-    ["a", "b"].map(|id| (sum("minute", id), sum("day", id)))
+    let counted = ["endpoint = 'a'", "endpoint = 'b'"].map(|id| (sum("minute", id), sum("day", id)));
+    let of_model = "owner = 'a' AND part = 'm'";
+    assert_eq!((sum("account_minute", of_model), sum("account_day", of_model)), counted[0]);
+    counted
 }
 
 /// What was sent is within the limits and counted, and no more is counted than was sent or in flight at a kill.
@@ -141,7 +146,12 @@ async fn what_is_drawn_ahead_is_given_back_or_wasted_but_never_sent_uncounted() 
     let folder = TempDir::new().unwrap();
     let endpoint = simulator().await;
     let port = port();
-    let apis = [endpoint_with("a", &endpoint.base_url(), json!({ "rpm": 10_000_000, "rpd": 10_000_000 }))];
+    let limits = json!({ "rpm": 10_000_000, "rpd": 10_000_000 });
+    let apis = [endpoint_with(
+        "a",
+        &endpoint.base_url(),
+        json!({ "rpm": 10_000_000, "rpd": 10_000_000, "modelLimits": { "m": limits } }),
+    )];
     let text = config_text(json!({ "port": port, "ledger": folder.path().join("ledger.db") }), &apis);
     let received = || endpoint.requests().len() as u64;
     let mut wasted = 0;

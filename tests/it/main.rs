@@ -28,6 +28,7 @@ mod legacy;
 mod limits;
 mod meaning;
 mod metrics;
+mod model_limits;
 mod outbound;
 mod own_answers;
 mod reload;

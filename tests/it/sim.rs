@@ -1,7 +1,7 @@
 //! Limits, balance, retry, health and ledger together, on a clock of their own, against a plain model that keeps every moment
 //! at which a request was sent.
 //!
-//! Each schedule is drawn from a seed: endpoints and limits, bursts, slow connects, failures, reloads, crashes, two processes
+//! Each schedule is drawn from a seed: endpoints, their limits and those of their models, bursts, slow connects, failures, reloads, crashes, two processes
 //! on one ledger, a ledger that fails, clocks that are set, days that turn, machines that start anew. A failure prints the seed;
 //! `SIM_SEED=n cargo test sim` runs that schedule alone.
 
@@ -17,13 +17,16 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
 use api_together::config::{
-    self, Config, Environment, Format, LedgerOnError, LedgerSync, Limit, LimitKind, Queue, Strategy,
+    self, Config, Environment, Format, LedgerOnError, LedgerSync, Limit, LimitKind, ModelLimits, PerLimit, Queue,
+    Strategy,
 };
 use api_together::exchange::judge::{Terms, UsageTerms};
 use api_together::exchange::{AskedModel, Attempt};
-use api_together::fault::Fault;
+use api_together::fault::{Fault, HeldBy};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
-use api_together::ledger::{Allocator, CallerId, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally};
+use api_together::ledger::{
+    AccountId, Allocator, CallerId, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally,
+};
 use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
@@ -41,6 +44,9 @@ const SCHEDULES: u64 = 10_000;
 /// Schedules over the one in a file.
 const SCHEDULES_IN_FILE: u64 = 300;
 const STEPS_MAX: usize = 70;
+/// Models that clients ask for, and the patterns that may have limits of their own.
+const MODELS: [&str; 3] = ["m1", "m2", "n"];
+const PATTERNS: [&str; 4] = ["m1", "m*", "*", "n"];
 const ZONES: [&str; 4] = ["UTC", "America/Los_Angeles", "Asia/Kolkata", "Europe/Berlin"];
 
 #[test]
@@ -78,7 +84,7 @@ fn no_limit_is_passed_and_no_permit_withheld() {
         return;
     }
     // What never happens is not tested.
-    let Seen { sent, refused, failed, swapped, crashes, reboots, turned, waited, unavailable } = seen;
+    let Seen { sent, refused, failed, swapped, crashes, reboots, turned, waited, unavailable, in_two_accounts } = seen;
     for (what, often, least) in [
         ("sent", sent, 100_000),
         ("refused", refused, 10_000),
@@ -89,6 +95,7 @@ fn no_limit_is_passed_and_no_permit_withheld() {
         ("days turned", turned, 1000),
         ("waited", waited, 1000),
         ("without the ledger", unavailable, 100),
+        ("in two accounts", in_two_accounts, 10_000),
     ] {
         assert!(often >= least, "{what}: {often} times only");
     }
@@ -115,6 +122,7 @@ struct Seen {
     turned: u64,
     waited: u64,
     unavailable: u64,
+    in_two_accounts: u64,
 }
 
 impl Seen {
@@ -128,6 +136,7 @@ impl Seen {
         self.turned += other.turned;
         self.waited += other.waited;
         self.unavailable += other.unavailable;
+        self.in_two_accounts += other.in_two_accounts;
     }
 }
 
@@ -135,7 +144,7 @@ impl Seen {
 fn template() -> Config {
     static TEMPLATE: OnceLock<Config> = OnceLock::new();
     let read = || {
-        let api = json!({ "id": "e", "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-x", "models": ["m"] });
+        let api = json!({ "id": "e", "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-x", "models": MODELS });
         let text = json!({ "server": { "apiKey": "sk-y", "timezone": "UTC" }, "apis": [api] }).to_string();
         let environment = Environment::fixed::<&str, &str>([]);
         config::check_str(&text, Format::Json, &environment, Path::new("")).unwrap_or_else(|e| panic!("{e}")).config
@@ -194,7 +203,7 @@ impl Clocks {
     }
 }
 
-/// What the model knows of one endpoint.
+/// What the model knows of one account: an endpoint, or some of its models.
 #[derive(Debug, Default)]
 struct Model {
     rpm: Option<u64>,
@@ -209,10 +218,82 @@ struct Model {
     held: u64,
 }
 
+/// True if a name matches a pattern.
+fn covers(pattern: &str, name: &str) -> bool {
+    pattern.strip_suffix('*').map_or(pattern == name, |prefix| name.starts_with(prefix))
+}
+
+/// The accounts that a request for a model counts in.
+fn accounts_of(endpoint: &config::Endpoint, model: &str) -> Vec<AccountId> {
+    let closest = endpoint.model_limits.iter().filter(|(pattern, _)| covers(pattern, model));
+    let closest = closest.max_by_key(|(pattern, _)| (!pattern.ends_with('*'), pattern.len()));
+    let of_models = closest.map(|(pattern, limits)| AccountId::Models {
+        endpoint: Arc::clone(&endpoint.id),
+        models: if limits.each { model.into() } else { pattern.as_str().into() },
+    });
+    std::iter::once(AccountId::Endpoint(Arc::clone(&endpoint.id))).chain(of_models).collect()
+}
+
+fn limit(limit: Option<u64>) -> Limit {
+    limit.map_or(Limit::Unlimited, Limit::AtMost)
+}
+
+fn number(limit: Limit) -> Option<u64> {
+    u64::try_from(limit.as_number()).ok()
+}
+
+/// The looser of each two.
+fn largest(one: PerLimit<Limit>, other: PerLimit<Limit>) -> PerLimit<Limit> {
+    one.zip(other).map(|(one, other)| limit(number(one).and_then(|one| Some(one.max(number(other)?)))))
+}
+
+/// Limits of an account by the next config: limits may be lowered and raised, so the highest that was ever set counts.
+fn account(models: &mut BTreeMap<AccountId, Model>, id: &AccountId, zone: &str, rng: &mut Rng) -> PerLimit<Limit> {
+    let is_known = models.contains_key(id);
+    let model = models.entry(id.clone()).or_default();
+    if !is_known {
+        model.rpm = rng.bool().then(|| rng.u64(1..6));
+        model.rpd = (rng.u8(..) < 80).then(|| rng.u64(3..20));
+        zone.clone_into(&mut model.zone);
+    } else if let (Some(rpm), true) = (model.rpm, rng.u8(..) < 20) {
+        model.rpm = Some(rpm + 1);
+    }
+    PerLimit {
+        rpm: limit(model.rpm),
+        rpd: limit(model.rpd),
+        tpm: limit((rng.u8(..) < 20).then_some(1_000_000)),
+        tpd: Limit::Unlimited,
+        max_concurrent: limit((rng.u8(..) < 40).then(|| rng.u64(1..4))),
+    }
+}
+
+impl Model {
+    fn sent(&mut self, id: &AccountId, now: u64, wall: SystemTime) {
+        self.sent.push(now);
+        if let Some(rpm) = self.rpm {
+            let in_a_minute = self.sent.iter().filter(|at| now - **at < 60_000).count() as u64;
+            assert!(in_a_minute <= rpm, "{id}: {in_a_minute} sent within 60 s, and rpm is {rpm}");
+        }
+        let (days, date) = with_calendar(&self.zone, |calendar| (calendar.days(wall), calendar.date(wall)));
+        for date in days.each() {
+            *self.by_day_at_most.entry(date).or_default() += 1;
+        }
+        let on_this_day = self.by_day.entry(date).or_default();
+        *on_this_day += 1;
+        if let Some(rpd) = self.rpd {
+            assert!(*on_this_day <= rpd, "{id}: {on_this_day} sent on {date}, and rpd is {rpd}");
+        }
+    }
+
+    fn raise(&mut self, limits: PerLimit<Limit>) {
+        (self.rpm, self.rpd) = (number(limits.rpm), number(limits.rpd));
+    }
+}
+
 /// Somebody was refused though by the model permits were free: they must have been given back about then.
 #[derive(Debug)]
 struct Excuse {
-    id: String,
+    id: AccountId,
     at: u64,
     missing: u64,
 }
@@ -220,7 +301,7 @@ struct Excuse {
 /// What requests report to.
 #[derive(Debug, Default)]
 struct Shared {
-    models: BTreeMap<String, Model>,
+    models: BTreeMap<AccountId, Model>,
     seen: Seen,
     /// Until then the ledger may hold more than the model knows: permits of a process that was killed.
     doubtful_until: u64,
@@ -229,7 +310,7 @@ struct Shared {
     /// Until then what was given back may not be written yet.
     failing_until: u64,
     /// What held whoever was refused just now.
-    refusals: Vec<(String, LimitReason)>,
+    refusals: Vec<(AccountId, LimitReason)>,
     excuses: Vec<Excuse>,
     rng: Rng,
 }
@@ -296,7 +377,7 @@ impl World {
         world
     }
 
-    /// A config, and what it means to the model: limits may be lowered and raised, so the highest that was ever set counts.
+    /// A config, and what it means to the model.
     fn config(&mut self) -> Config {
         let mut config = template();
         let template = config.endpoints.remove(0);
@@ -306,24 +387,34 @@ impl World {
             if number > 0 && self.rng.u8(..) < 30 {
                 continue;
             }
-            let id = format!("e{number}");
-            let is_known = shared.models.contains_key(&id);
-            let model = shared.models.entry(id.clone()).or_default();
-            if !is_known {
-                model.rpm = self.rng.bool().then(|| self.rng.u64(1..6));
-                model.rpd = (self.rng.u8(..) < 80).then(|| self.rng.u64(3..20));
-                (*self.rng.choice(&ZONES).unwrap()).clone_into(&mut model.zone);
-            } else if let (Some(rpm), true) = (model.rpm, self.rng.u8(..) < 20) {
-                model.rpm = Some(rpm + 1);
-            }
-            let limit = |limit: Option<u64>| limit.map_or(Limit::Unlimited, Limit::AtMost);
+            let id = AccountId::Endpoint(format!("e{number}").into());
+            let zone = *self.rng.choice(&ZONES).unwrap();
+            let limits = account(&mut shared.models, &id, zone, &mut self.rng);
+            let zone = shared.models[&id].zone.clone();
             let mut endpoint = template.clone();
-            endpoint.id = id.into();
-            endpoint.limits.rpm = limit(model.rpm);
-            endpoint.limits.rpd = limit(model.rpd);
-            endpoint.limits.tpm = limit((self.rng.u8(..) < 20).then_some(1_000_000));
-            endpoint.limits.max_concurrent = limit((self.rng.u8(..) < 40).then(|| self.rng.u64(1..4)));
-            endpoint.timezone = Some(TimeZone::get(&model.zone).unwrap());
+            endpoint.id = Arc::clone(id.endpoint());
+            endpoint.limits = limits;
+            for pattern in PATTERNS {
+                // They come and go with the configs: what was sent without them does not count in them.
+                if self.rng.u8(..) < 40 {
+                    let each = pattern.ends_with('*') && self.rng.bool();
+                    let matched = MODELS.iter().filter(|model| each && covers(pattern, model));
+                    let names = if each { matched.copied().collect() } else { vec![pattern] };
+                    let of =
+                        |models: &str| AccountId::Models { endpoint: Arc::clone(id.endpoint()), models: models.into() };
+                    let limits =
+                        names.into_iter().map(|name| account(&mut shared.models, &of(name), &zone, &mut self.rng));
+                    // Each of them has the same limits, so for the model the largest that any has had.
+                    let limits = limits.reduce(largest).unwrap();
+                    if each {
+                        for model in MODELS.iter().filter(|model| covers(pattern, model)) {
+                            shared.models.get_mut(&of(model)).unwrap().raise(limits);
+                        }
+                    }
+                    endpoint.model_limits.insert(pattern.to_owned(), ModelLimits { limits, each });
+                }
+            }
+            endpoint.timezone = Some(TimeZone::get(&zone).unwrap());
             endpoint.priority = self.rng.u32(..2);
             endpoint.weight = self.rng.u32(1..4);
             config.endpoints.push(endpoint);
@@ -442,7 +533,8 @@ impl World {
             let pool = Arc::clone(&process.pool.borrow());
             let queue = (self.rng.u8(..) < 40)
                 .then(|| Queue { wait_max: Duration::from_millis(self.rng.u64(1..70_000)), requests_max: 5 });
-            let request = request(pool, queue, Arc::clone(&self.clocks), Rc::clone(&self.shared));
+            let model = *self.rng.choice(&MODELS).unwrap();
+            let request = request(pool, model, queue, Arc::clone(&self.clocks), Rc::clone(&self.shared));
             process.requests.push(Box::pin(request));
         }
     }
@@ -575,27 +667,34 @@ async fn sleep(clocks: &Clocks, wait_ms: u64) {
 /// Counts a permit as held for the model, until its request is sent or given up.
 struct HeldPermit {
     shared: Rc<RefCell<Shared>>,
-    id: String,
+    accounts: Vec<AccountId>,
 }
 
 impl Drop for HeldPermit {
     fn drop(&mut self) {
         let mut shared = self.shared.borrow_mut();
-        let model = shared.models.get_mut(&self.id).unwrap();
-        model.held -= 1;
+        for id in &self.accounts {
+            shared.models.get_mut(id).unwrap().held -= 1;
+        }
     }
 }
 
 /// One client's request, as the proxy runs it.
-async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, shared: Rc<RefCell<Shared>>) {
-    let Some(candidates) = pool.router.find("m") else { return };
+async fn request(
+    pool: Arc<Pool>,
+    model: &'static str,
+    queue: Option<Queue>,
+    clocks: Arc<Clocks>,
+    shared: Rc<RefCell<Shared>>,
+) {
+    let Some(candidates) = pool.router.find(model) else { return };
     let mut tried = Vec::new();
     let caller = CallerId(shared.borrow_mut().rng.u64(..3));
     let began = clocks.true_ms.load(Ordering::Relaxed);
     loop {
         let queue = queue.filter(|_| tried.is_empty());
         let admission = admission::Request {
-            options: Options { pool: &pool, candidates, model: Some("m"), shape: None, tried: &tried },
+            options: Options { pool: &pool, candidates, model: Some(model), shape: None, tried: &tried },
             queue,
             caller,
         };
@@ -608,7 +707,11 @@ async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, sha
                 shared.seen.waited += u64::from(queue.is_some() && waited > 0);
                 assert!(wait > Duration::ZERO, "refused, and told to come at once");
                 let limits = held.into_iter().filter(|held| held.reason != LimitReason::CoolingDown);
-                shared.refusals.extend(limits.map(|held| (held.endpoint.unwrap().to_string(), held.reason)));
+                let account = |held: &HeldBy| match (held.endpoint.clone().unwrap(), held.models.clone()) {
+                    (endpoint, None) => AccountId::Endpoint(endpoint),
+                    (endpoint, Some(models)) => AccountId::Models { endpoint, models },
+                };
+                shared.refusals.extend(limits.map(|held| (account(&held), held.reason)));
                 return;
             }
             Err(Fault::LedgerUnavailable) => {
@@ -618,7 +721,7 @@ async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, sha
             Err(Fault::NoneAvailable) => return,
             Err(fault) => panic!("{fault:?}"),
         };
-        let outcome = attempt(&pool, choice, &mut tried, candidates, &clocks, &shared).await;
+        let outcome = attempt(&pool, model, choice, &mut tried, candidates, &clocks, &shared).await;
         let attempts = u32::try_from(tried.len()).unwrap();
         let is_retryable = outcome.is_retryable(&pool.server.retry);
         if !is_retryable || !retry::may_begin(&pool.server.retry, attempts, Duration::ZERO) {
@@ -629,6 +732,7 @@ async fn request(pool: Arc<Pool>, queue: Option<Queue>, clocks: Arc<Clocks>, sha
 
 async fn attempt(
     pool: &Pool,
+    model: &str,
     choice: Choice,
     tried: &mut Vec<usize>,
     candidates: &api_together::routing::router::Candidates,
@@ -638,11 +742,13 @@ async fn attempt(
     let candidate = &candidates.list()[choice.candidate];
     tried.push(candidate.endpoint);
     let endpoint = &pool.endpoints[candidate.endpoint];
-    let id = endpoint.config.id.to_string();
+    let accounts = accounts_of(&endpoint.config, model);
     let trial = choice.trial.as_ref().map(Trial::scope);
     let record = endpoint.live.record();
-    shared.borrow_mut().models.get_mut(&id).unwrap().held += 1;
-    let held = HeldPermit { shared: Rc::clone(shared), id: id.clone() };
+    for id in &accounts {
+        shared.borrow_mut().models.get_mut(id).unwrap().held += 1;
+    }
+    let held = HeldPermit { shared: Rc::clone(shared), accounts: accounts.clone() };
     let terms = Terms {
         call: Call::Completion,
         streams: false,
@@ -651,9 +757,11 @@ async fn attempt(
         more_if_empty: true,
         usage: UsageTerms::default(),
     };
-    let asked = AskedModel { mapped: None, named: Some("m".into()), in_config: true };
+    let asked = AskedModel { mapped: None, named: Some(model.into()), in_config: true };
     let began = pool.clock().now;
     let mut attempt = Attempt::new(endpoint, asked.clone(), terms, choice, &pool.server, began);
+    let drawn: Vec<AccountId> = attempt.accounts().accounts().iter().map(|of| of.account.id().clone()).collect();
+    assert_eq!(drawn, accounts, "{model}");
     let (connect_ms, fate, answer_ms) = {
         let rng = &mut shared.borrow_mut().rng;
         let connect_ms = if rng.u8(..) < 180 { 0 } else { rng.u64(1..2000) };
@@ -667,7 +775,7 @@ async fn attempt(
         if attempt.send(&pool.ledger).await.is_ok() {
             drop(held);
             shared.borrow_mut().seen.swapped += u64::from(was_stale);
-            shared.borrow_mut().sent(&id, clocks);
+            shared.borrow_mut().sent(&accounts, clocks);
             sleep(clocks, answer_ms).await;
             match fate {
                 20..50 => Outcome::of_status(500, None),
@@ -687,29 +795,17 @@ async fn attempt(
 
 impl Shared {
     /// The header of a request goes out.
-    fn sent(&mut self, id: &str, clocks: &Clocks) {
+    fn sent(&mut self, accounts: &[AccountId], clocks: &Clocks) {
         self.seen.sent += 1;
-        let now = clocks.true_ms.load(Ordering::Relaxed);
-        let model = self.models.get_mut(id).unwrap();
-        model.sent.push(now);
-        if let Some(rpm) = model.rpm {
-            let in_a_minute = model.sent.iter().filter(|at| now - **at < 60_000).count() as u64;
-            assert!(in_a_minute <= rpm, "{id}: {in_a_minute} sent within 60 s, and rpm is {rpm}");
-        }
-        let wall = clocks.read().wall;
-        let (days, date) = with_calendar(&model.zone, |calendar| (calendar.days(wall), calendar.date(wall)));
-        for date in days.each() {
-            *model.by_day_at_most.entry(date).or_default() += 1;
-        }
-        let on_this_day = model.by_day.entry(date).or_default();
-        *on_this_day += 1;
-        if let Some(rpd) = model.rpd {
-            assert!(*on_this_day <= rpd, "{id}: {on_this_day} sent on {date}, and rpd is {rpd}");
+        self.seen.in_two_accounts += u64::from(accounts.len() > 1);
+        let (now, wall) = (clocks.true_ms.load(Ordering::Relaxed), clocks.read().wall);
+        for id in accounts {
+            self.models.get_mut(id).unwrap().sent(id, now, wall);
         }
     }
 
     /// Somebody was refused because of this limit: how many permits were free by the model. None, usually.
-    fn free_by_the_model(&self, id: &str, hold: LimitReason, clocks: &Clocks) -> u64 {
+    fn free_by_the_model(&self, id: &AccountId, hold: LimitReason, clocks: &Clocks) -> u64 {
         let now = clocks.true_ms.load(Ordering::Relaxed);
         let model = &self.models[id];
         let clock = clocks.read();
@@ -759,7 +855,7 @@ impl Watched {
 }
 
 /// Whose permits came back, and when, in true time.
-type GivenBack = Rc<RefCell<Vec<(String, u64)>>>;
+type GivenBack = Rc<RefCell<Vec<(AccountId, u64)>>>;
 
 impl Ledger for Watched {
     fn begin(&mut self) -> Result<u64, LedgerError> {
@@ -767,23 +863,23 @@ impl Ledger for Watched {
         self.inner.begin()
     }
 
-    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+    fn minute(&mut self, account: &AccountId, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
         self.call()?;
-        self.inner.minute(endpoint, oldest)
+        self.inner.minute(account, oldest)
     }
 
-    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
+    fn day(&mut self, account: &AccountId, date: Date) -> Result<Counts, LedgerError> {
         self.call()?;
-        self.inner.day(endpoint, date)
+        self.inner.day(account, date)
     }
 
-    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
+    fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
         self.call()?;
         let now = self.clocks.true_ms.load(Ordering::Relaxed);
         for _ in change.attempts..0 {
-            self.given_back.borrow_mut().push((endpoint.to_owned(), now));
+            self.given_back.borrow_mut().push((account.clone(), now));
         }
-        self.inner.add(endpoint, slot, days, change)
+        self.inner.add(account, slot, days, change)
     }
 
     fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
@@ -795,12 +891,16 @@ impl Ledger for Watched {
         self.inner.reset_tokens(endpoint)
     }
 
-    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
-        self.inner.forget(endpoint, oldest)
+    fn forget(&mut self, account: &AccountId, oldest: Slot) -> Result<(), LedgerError> {
+        self.inner.forget(account, oldest)
     }
 
     fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError> {
         self.inner.forget_tokens(hours, days)
+    }
+
+    fn forget_days(&mut self, before: Date) -> Result<(), LedgerError> {
+        self.inner.forget_days(before)
     }
 
     fn commit(&mut self) -> Result<(), LedgerError> {
@@ -823,8 +923,8 @@ struct Pages {
     version: u64,
     boot_id: String,
     unknown_until: Stamp,
-    minutes: BTreeMap<(String, Slot), Counts>,
-    days: BTreeMap<(String, Date), Counts>,
+    minutes: BTreeMap<(AccountId, Slot), Counts>,
+    days: BTreeMap<(AccountId, Date), Counts>,
 }
 
 /// A ledger in memory, which outlives the processes that write it.
@@ -873,22 +973,22 @@ impl Ledger for MemoryLedger {
         Ok(self.generation)
     }
 
-    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
-        let minutes = self.group().minutes.iter().filter(|((id, slot), _)| id == endpoint && *slot >= oldest);
+    fn minute(&mut self, account: &AccountId, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+        let minutes = self.group().minutes.iter().filter(|((id, slot), _)| id == account && *slot >= oldest);
         Ok(minutes.map(|((_, slot), counts)| (*slot, *counts)).collect())
     }
 
-    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
-        Ok(self.group().days.get(&(endpoint.to_owned(), date)).copied().unwrap_or_default())
+    fn day(&mut self, account: &AccountId, date: Date) -> Result<Counts, LedgerError> {
+        Ok(self.group().days.get(&(account.clone(), date)).copied().unwrap_or_default())
     }
 
-    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, by: Change) -> Result<(), LedgerError> {
+    fn add(&mut self, account: &AccountId, slot: Slot, days: Days, by: Change) -> Result<(), LedgerError> {
         let group = self.group();
-        if by.attempts >= 0 || group.minutes.contains_key(&(endpoint.to_owned(), slot)) {
-            change(group.minutes.entry((endpoint.to_owned(), slot)).or_default(), by);
+        if by.attempts >= 0 || group.minutes.contains_key(&(account.clone(), slot)) {
+            change(group.minutes.entry((account.clone(), slot)).or_default(), by);
         }
         for date in days.each() {
-            change(group.days.entry((endpoint.to_owned(), date)).or_default(), by);
+            change(group.days.entry((account.clone(), date)).or_default(), by);
         }
         Ok(())
     }
@@ -901,12 +1001,17 @@ impl Ledger for MemoryLedger {
         Ok(())
     }
 
-    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
-        self.group().minutes.retain(|(id, slot), _| id != endpoint || *slot >= oldest);
+    fn forget(&mut self, account: &AccountId, oldest: Slot) -> Result<(), LedgerError> {
+        self.group().minutes.retain(|(id, slot), _| id != account || *slot >= oldest);
         Ok(())
     }
 
     fn forget_tokens(&mut self, _hours: i64, _days: i64) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn forget_days(&mut self, before: Date) -> Result<(), LedgerError> {
+        self.group().days.retain(|(_, day), _| *day >= before);
         Ok(())
     }
 

@@ -1,13 +1,13 @@
 //! Allocator: grants permits. All draws of one moment are served in one batch: they are decided one after the other,
 //! written together, and answered once the batch is committed.
 //!
-//! The allocator mirrors the ledger's counts of each endpoint, so a batch reads only the counts that another process
+//! The allocator mirrors the ledger's counts of each account, so a batch reads only the counts that another process
 //! has changed since the last batch.
 
 mod promised;
 mod replies;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -18,9 +18,9 @@ use super::messages::{Bill, Draw, Messages, Return};
 use super::prefetch::PrefetchedPermits;
 use super::stats::{self, DAYS_KEPT, HOURS_KEPT};
 use super::write_behind::WriteBehind;
-use super::{Account, Change, Client, FaultKind, Ledger, LedgerError};
+use super::{Account, AccountSet, Change, Client, FaultKind, Ledger, LedgerError, LimitedAccount};
 use crate::config::LedgerOnError;
-use crate::limit::{Clock, Counted, Counts, Limits, Slot, Stamp};
+use crate::limit::{Clock, CountedAt, Counts, Slot, Stamp};
 use replies::answer_others;
 
 /// Time between two updates of the views while anything counts, so that they show expired counts and the draws of other
@@ -51,16 +51,16 @@ pub struct Allocator {
     client: Client,
     on_error: LedgerOnError,
     tally: Arc<Tally>,
-    /// The endpoints of the current config, and those of earlier ones that are still in use.
-    endpoints: Vec<(Arc<Account>, Arc<Limits>)>,
+    /// The accounts of the current config, and those of earlier ones that are still in use.
+    accounts: Vec<LimitedAccount>,
     /// Draws in the queue, in the order of arrival. The places of the queue bound their number.
     waiting: BTreeMap<u64, Draw>,
     /// Moments at which refused callers were told to come back.
     promised: promised::Promised,
     scan_at: Stamp,
     write_behind: WriteBehind,
-    /// Accounts with prefetched permits, and the moment at which those are given back.
-    prefetched: Vec<(Arc<Account>, Stamp)>,
+    /// Account sets with prefetched permits, and the moment at which those are given back.
+    prefetched: Vec<(Arc<AccountSet>, Stamp)>,
     renew_at: Stamp,
     clean_at: Stamp,
     clean_stats_at: Stamp,
@@ -89,7 +89,7 @@ impl Allocator {
             client,
             on_error,
             tally,
-            endpoints: Vec::new(),
+            accounts: Vec::new(),
             waiting: BTreeMap::new(),
             promised: promised::Promised::default(),
             scan_at: Stamp::NEVER,
@@ -168,33 +168,48 @@ impl Allocator {
         if self.prefetched.is_empty() {
             return;
         }
-        let clears_all = messages.closing || messages.endpoints.is_some() || !messages.flushes.is_empty();
-        let looked_at = messages.looks.iter().flat_map(|look| &look.accounts).map(|(account, _)| account);
-        let drawn_from = messages.draws.iter().filter(|draw| !is_first_choice(draw)).flat_map(|draw| &draw.wanted);
-        let asked: Vec<&Arc<Account>> = looked_at.chain(drawn_from.map(|wanted| &wanted.account)).collect();
-        let is_due = |(account, until): &mut (Arc<Account>, Stamp)| {
-            clears_all || *until <= clock.boot || asked.iter().any(|asked| Arc::ptr_eq(asked, account))
+        let clears_all = messages.closing || messages.accounts.is_some() || !messages.flushes.is_empty();
+        let looked_at = messages.looks.iter().flat_map(|look| &look.accounts);
+        let exact_draws = messages.draws.iter().filter(|draw| !is_first_choice(draw)).flat_map(|draw| &draw.wanted);
+        let drawn_from = exact_draws.flat_map(|wanted| wanted.accounts.accounts());
+        let asked: HashSet<*const Account> = looked_at.chain(drawn_from).map(|of| Arc::as_ptr(&of.account)).collect();
+        let is_asked = |of: &LimitedAccount| asked.contains(&Arc::as_ptr(&of.account));
+        let is_due = |(accounts, until): &mut (Arc<AccountSet>, Stamp)| {
+            clears_all || *until <= clock.boot || accounts.accounts().iter().any(is_asked)
         };
-        let cleared: Vec<Arc<Account>> = self.prefetched.extract_if(.., is_due).map(|(account, _)| account).collect();
-        for account in &cleared {
-            self.give_back_prefetched(account, clock);
+        let cleared: Vec<Arc<AccountSet>> =
+            self.prefetched.extract_if(.., is_due).map(|(accounts, _)| accounts).collect();
+        for accounts in &cleared {
+            self.give_back_prefetched(accounts, clock);
         }
     }
 
-    fn give_back_prefetched(&mut self, account: &Arc<Account>, clock: &Clock) {
-        let Some(PrefetchedPermits { counted, permits, .. }) = account.prefetch.take_all() else { return };
-        let attempts = i64::try_from(permits).unwrap_or(i64::MAX);
-        let entry = Entry::new(counted, Change { attempts: -attempts, tokens: 0 });
-        account.mirror().quota.change(entry.slot, entry.days, -attempts, 0);
-        account.look_again();
-        self.write_behind.add(account, entry);
+    fn give_back_prefetched(&mut self, accounts: &AccountSet, clock: &Clock) {
+        let Some(PrefetchedPermits { counted, permits }) = accounts.prefetch.take_all() else { return };
+        self.give_back(accounts, counted, i64::try_from(permits).unwrap_or(i64::MAX), clock);
+    }
+
+    /// Takes attempts back that were counted and never sent.
+    fn give_back(&mut self, accounts: &AccountSet, counted: CountedAt, attempts: i64, clock: &Clock) {
+        for LimitedAccount { account, limits } in accounts.accounts() {
+            let entry = Entry::new(limits.counted(counted), Change { attempts: -attempts, tokens: 0 });
+            account.mirror().quota.change(entry.slot, entry.days, -attempts, 0);
+            account.look_again();
+            self.write_behind.add(account, entry);
+        }
+        // Written at once: after a kill, the permits would count for attempts that were never made.
         self.write_behind.due_at = clock.boot;
     }
 
     /// Handles the messages that need no reply.
     fn take_in(&mut self, messages: &mut Messages, clock: &Clock) {
-        if let Some(endpoints) = messages.endpoints.take() {
-            self.set_endpoints(endpoints);
+        if let Some(accounts) = messages.accounts.take() {
+            self.set_accounts(accounts);
+            self.renew_at = clock.boot;
+        }
+        for added in messages.more_accounts.drain(..) {
+            self.accounts.retain(|known| !Arc::ptr_eq(&known.account, &added.account));
+            self.accounts.push(added);
             self.renew_at = clock.boot;
         }
         if messages.unwritten {
@@ -214,36 +229,34 @@ impl Allocator {
         }
     }
 
-    fn set_endpoints(&mut self, endpoints: Vec<(Arc<Account>, Arc<Limits>)>) {
-        let before = std::mem::replace(&mut self.endpoints, endpoints);
-        for (account, limits) in before {
-            let is_known = self.endpoints.iter().any(|(known, _)| Arc::ptr_eq(known, &account));
-            if !is_known {
-                self.endpoints.push((account, limits));
-            }
-        }
+    fn set_accounts(&mut self, accounts: Vec<LimitedAccount>) {
+        let before = std::mem::replace(&mut self.accounts, accounts);
+        let known: HashSet<*const Account> = self.accounts.iter().map(|of| Arc::as_ptr(&of.account)).collect();
+        self.accounts.extend(before.into_iter().filter(|of| !known.contains(&Arc::as_ptr(&of.account))));
     }
 
     fn take_back(&mut self, returned: Return, clock: &Clock) {
-        let Return { account, counted, concurrent } = returned;
+        let Return { accounts, counted, concurrent } = returned;
         if concurrent {
-            account.mirror().quota.release();
+            accounts.release();
+            accounts.accounts().iter().for_each(|of| of.account.look_again());
         }
-        account.look_again();
-        let Some(counted) = counted else { return };
-        account.mirror().quota.give_back(counted);
-        self.write_behind.add(&account, Entry::new(counted, Change { attempts: -1, tokens: 0 }));
-        // Written at once: after a kill, the permit would count for an attempt that was never made.
-        self.write_behind.due_at = clock.boot;
+        if let Some(counted) = counted {
+            self.give_back(&accounts, counted, 1, clock);
+        }
     }
 
     fn take_bill(&mut self, bill: Bill, clock: &Clock) {
-        let Bill { account, limits, spent } = bill;
-        let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
-        account.mirror().quota.add(now, Counts { attempts: 0, tokens: spent.cost.tokens() });
-        let tokens = i64::try_from(spent.cost.tokens()).unwrap_or(i64::MAX);
-        self.write_behind.add(&account, Entry::new(now, Change { attempts: 0, tokens }));
-        account.publish(account.mirror().quota.view(&limits, clock), clock.boot);
+        let Bill { accounts, spent } = bill;
+        let now = CountedAt { boot: clock.boot, wall: clock.wall };
+        let tokens = spent.cost.tokens();
+        let change = Change { attempts: 0, tokens: i64::try_from(tokens).unwrap_or(i64::MAX) };
+        for of in accounts.accounts() {
+            let counted = of.limits.counted(now);
+            of.account.mirror().quota.add(counted, Counts { attempts: 0, tokens });
+            self.write_behind.add(&of.account, Entry::new(counted, change));
+            of.publish(clock);
+        }
         self.write_behind.add_spent(spent, &self.tally);
         self.write_behind.due_soon(clock);
         self.renew_at = self.renew_at.min(clock.boot + RENEW);
@@ -251,10 +264,10 @@ impl Allocator {
 
     /// Collects the attempts that were sent without a permit from the ledger.
     fn collect_unwritten(&mut self, clock: &Clock) {
-        for (account, limits) in &self.endpoints {
+        for LimitedAccount { account, limits } in &self.accounts {
             let attempts = account.take_unwritten();
             if attempts > 0 {
-                let now = Counted { at: clock.boot, days: limits.calendar.days(clock.wall) };
+                let now = limits.counted(CountedAt { boot: clock.boot, wall: clock.wall });
                 let mut mirror = account.mirror();
                 mirror.quota.forget(clock.boot);
                 mirror.quota.add(now, Counts { attempts, tokens: 0 });
@@ -329,7 +342,7 @@ impl Allocator {
     /// are read after they were written would count twice.
     fn finish_batch(&mut self, batch: &mut Batch<'_>, messages: &Messages, due: Due) -> Result<(), LedgerError> {
         for look in &messages.looks {
-            look.accounts.iter().try_for_each(|(account, limits)| batch.refresh(account, limits))?;
+            look.accounts.iter().try_for_each(|of| batch.refresh(of))?;
         }
         if due.renews {
             self.renew(batch)?;
@@ -349,7 +362,7 @@ impl Allocator {
             self.write_behind.forget_written();
         }
         if due.renews {
-            let is_moving = self.endpoints.iter().any(|(account, _)| account.mirror().quota.is_moving());
+            let is_moving = self.accounts.iter().any(|of| of.account.mirror().quota.is_moving());
             self.renew_at = if is_moving { clock.boot + RENEW } else { Stamp::NEVER };
         }
     }
@@ -358,26 +371,30 @@ impl Allocator {
     fn renew(&mut self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
         let clock = batch.clock;
         let cleans = clock.boot >= self.clean_at;
-        for (account, limits) in &self.endpoints {
-            let is_known = account.mirror().read_at.is_some();
-            if is_known && !account.mirror().quota.is_moving() {
+        for of in &self.accounts {
+            let is_known = of.account.mirror().read_at.is_some();
+            if is_known && !of.account.mirror().quota.is_moving() {
                 continue;
             }
-            batch.refresh(account, limits)?;
-            account.publish(account.mirror().quota.view(limits, &clock), clock.boot);
+            batch.refresh(of)?;
+            of.publish(&clock);
             if cleans {
-                batch.ledger.forget(account.id(), Slot::oldest_that_counts(clock.boot))?;
+                batch.ledger.forget(of.account.id(), Slot::oldest_that_counts(clock.boot))?;
             }
         }
         if cleans {
             self.clean_at = clock.boot + CLEAN;
-            // Removes endpoints that no config and no request uses any more, and that have nothing left to be written.
-            self.endpoints.retain(|(account, _)| Arc::strong_count(account) > 1 || account.has_unwritten());
+            // Removes accounts that no config and no request uses any more, and that have nothing left to be written.
+            self.accounts.retain(|of| Arc::strong_count(&of.account) > 1 || of.account.has_unwritten());
         }
         if clock.boot >= self.clean_stats_at {
             self.clean_stats_at = clock.boot + CLEAN_STATS;
-            let second = jiff::Timestamp::try_from(clock.wall).unwrap_or_default().as_second();
-            batch.ledger.forget_tokens(stats::oldest(second, HOURS_KEPT), stats::oldest(second, DAYS_KEPT))?;
+            let now = jiff::Timestamp::try_from(clock.wall).unwrap_or_default();
+            let oldest = |kept| stats::oldest(now.as_second(), kept);
+            batch.ledger.forget_tokens(oldest(HOURS_KEPT), oldest(DAYS_KEPT))?;
+            if let Ok(oldest) = now.checked_sub(DAYS_KEPT) {
+                batch.ledger.forget_days(jiff::tz::TimeZone::UTC.to_datetime(oldest).date())?;
+            }
         }
         Ok(())
     }
@@ -389,11 +406,8 @@ fn merged(bills: impl Iterator<Item = Bill>) -> Vec<Bill> {
     const KINDS_MAX: usize = 32;
     let mut merged: Vec<Bill> = Vec::new();
     for bill in bills {
-        let same = |known: &&mut Bill| {
-            Arc::ptr_eq(&known.account, &bill.account)
-                && Arc::ptr_eq(&known.limits, &bill.limits)
-                && known.spent.is_kind_of(&bill.spent)
-        };
+        let same =
+            |known: &&mut Bill| Arc::ptr_eq(&known.accounts, &bill.accounts) && known.spent.is_kind_of(&bill.spent);
         match merged.iter_mut().rev().take(KINDS_MAX).find(same) {
             Some(known) => known.spent.merge(&bill.spent),
             None => merged.push(bill),

@@ -35,7 +35,7 @@ impl Told {
     }
 
     fn is_of(&self, wanted: &Wanted) -> bool {
-        std::ptr::eq(self.account.as_ptr(), Arc::as_ptr(&wanted.account))
+        wanted.accounts.accounts().iter().any(|of| std::ptr::eq(self.account.as_ptr(), Arc::as_ptr(&of.account)))
     }
 }
 

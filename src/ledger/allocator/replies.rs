@@ -7,19 +7,20 @@ use super::promised::Told;
 use super::{Allocator, RENEW, SCAN};
 use crate::config::LedgerOnError;
 use crate::ledger::batch::{Decision, Served, enter, next_free};
-use crate::ledger::messages::{CallerId, Draw, Drawn, Messages, Otherwise, Refusal, Wanted};
+use crate::ledger::messages::{CallerId, Draw, Drawn, HeldEndpoint, Messages, Otherwise, Refusal, Wanted};
 use crate::ledger::{Account, Permit, prefetch};
-use crate::limit::{Clock, Counted, Held, Limits, Stamp, View};
+use crate::limit::{Clock, CountedAt, Stamp};
 
 impl Allocator {
     /// Replies to all draws, now that they count. Publishes the views first, so that a client that gets its reply finds
     /// its own permit counted in them.
     pub(super) fn answer(&mut self, served: Vec<Served>, clock: &Clock) {
         let mut seen: Vec<*const Account> = Vec::new();
-        for Wanted { account, limits, .. } in served.iter().flat_map(|served| &served.draw.wanted) {
-            if !seen.contains(&Arc::as_ptr(account)) {
-                seen.push(Arc::as_ptr(account));
-                account.publish(account.mirror().quota.view(limits, clock), clock.boot);
+        let wanted = served.iter().flat_map(|served| &served.draw.wanted);
+        for of in wanted.flat_map(|wanted| wanted.accounts.accounts()) {
+            if !seen.contains(&Arc::as_ptr(&of.account)) {
+                seen.push(Arc::as_ptr(&of.account));
+                of.publish(clock);
             }
         }
         if !seen.is_empty() {
@@ -33,33 +34,33 @@ impl Allocator {
                     }
                     self.grant(draw, at, Some(counted));
                 }
-                Decision::Held(held) => self.refuse(draw, &held, clock),
+                Decision::Held(held) => self.refuse(draw, held, clock),
             }
         }
     }
 
     /// Keeps prefetched permits for the requests that come next.
-    fn keep_prefetched(&mut self, draw: &Draw, at: usize, counted: Counted, permits: u64, clock: &Clock) {
-        let Some(Wanted { account, limits, .. }) = draw.wanted.get(at) else { return };
-        // The permits that are there have expired or belong to another config's limits.
-        self.give_back_prefetched(account, clock);
-        account.prefetch.put(counted, limits, permits);
+    fn keep_prefetched(&mut self, draw: &Draw, at: usize, counted: CountedAt, permits: u64, clock: &Clock) {
+        let Some(Wanted { accounts, .. }) = draw.wanted.get(at) else { return };
+        // The permits that are there have expired.
+        self.give_back_prefetched(accounts, clock);
+        accounts.prefetch.put(counted, permits);
         // The moment noted for the previous permits does not apply to these, which are younger.
-        self.prefetched.retain(|(known, _)| !Arc::ptr_eq(known, account));
-        self.prefetched.push((Arc::clone(account), counted.at + prefetch::USABLE));
+        self.prefetched.retain(|(known, _)| !Arc::ptr_eq(known, accounts));
+        self.prefetched.push((Arc::clone(accounts), counted.boot + prefetch::USABLE));
     }
 
-    fn grant(&self, draw: Draw, at: usize, counted: Option<Counted>) {
-        let Some(Wanted { account, limits, .. }) = draw.wanted.get(at) else { return };
-        let counted = counted.filter(|_| limits.in_ledger());
-        let permit = Permit::new(&self.client, account, limits, counted);
-        let permit = if limits.is_concurrency_limited() { permit.in_flight() } else { permit };
+    fn grant(&self, draw: Draw, at: usize, counted: Option<CountedAt>) {
+        let Some(Wanted { accounts, .. }) = draw.wanted.get(at) else { return };
+        let counted = counted.filter(|_| accounts.in_ledger());
+        let permit = Permit::new(&self.client, accounts, counted);
+        let permit = if accounts.is_concurrency_limited() { permit.in_flight() } else { permit };
         // If the client is gone, the permit is dropped, which gives it back.
         drop(draw.reply.send(Drawn::Granted(at, permit)));
     }
 
-    fn refuse(&mut self, draw: Draw, held: &[(usize, Held)], clock: &Clock) {
-        let first = held.iter().map(|(_, held)| held.until).min().unwrap_or(clock.boot);
+    fn refuse(&mut self, draw: Draw, held: Vec<HeldEndpoint>, clock: &Clock) {
+        let first = held.iter().map(|endpoint| endpoint.held.until).min().unwrap_or(clock.boot);
         let free_at = match draw.otherwise {
             Otherwise::WaitUntil(until) if until > clock.boot => {
                 if !draw.reply.is_closed() {
@@ -71,7 +72,7 @@ impl Allocator {
             Otherwise::LookElsewhere | Otherwise::WaitUntil(_) => first,
             Otherwise::Refuse(caller) => self.promise(caller, &draw, clock).unwrap_or(first),
         };
-        let refusal = Refusal { wait: clock.boot.until(free_at), held: held.to_vec() };
+        let refusal = Refusal { wait: clock.boot.until(free_at), held };
         // A client that is gone needs no reply.
         drop(draw.reply.send(Drawn::Refused(refusal)));
     }
@@ -98,16 +99,16 @@ impl Allocator {
     /// `ledgerOnError` says.
     pub(super) fn serve_without_ledger(&mut self, draws: Vec<Draw>, clock: &Clock) {
         for mut draw in draws {
-            let may_go = |wanted: &Wanted| !wanted.limits.in_ledger() || self.on_error == LedgerOnError::Allow;
+            let may_go = |wanted: &Wanted| !wanted.accounts.in_ledger() || self.on_error == LedgerOnError::Allow;
             let mut held = Vec::new();
             let mut granted = None;
             for (at, wanted) in draw.wanted.iter().enumerate().filter(|(_, wanted)| may_go(wanted)) {
-                match enter(wanted, clock) {
+                match enter(at, wanted, clock) {
                     Ok(()) => {
-                        granted = Some((at, wanted.limits.in_ledger()));
+                        granted = Some((at, wanted.accounts.in_ledger()));
                         break;
                     }
-                    Err(by) => held.push((at, by)),
+                    Err(by) => held.push(by),
                 }
             }
             if let Some((at, without_permit)) = granted {
@@ -122,7 +123,7 @@ impl Allocator {
                 if matches!(draw.otherwise, Otherwise::Refuse(_)) {
                     draw.otherwise = Otherwise::LookElsewhere;
                 }
-                self.refuse(draw, &held, clock);
+                self.refuse(draw, held, clock);
             }
         }
     }
@@ -130,10 +131,9 @@ impl Allocator {
 
 /// Replies to messages that do not ask for a permit.
 pub(super) fn answer_others(messages: Messages, clock: &Clock, written: bool) {
-    let view = |(account, limits): &(Arc<Account>, Arc<Limits>)| -> View { account.mirror().quota.view(limits, clock) };
     // A client that is gone needs no reply, here and below.
     for look in messages.looks {
-        drop(look.reply.send(look.accounts.iter().map(view).collect()));
+        drop(look.reply.send(look.accounts.iter().map(|of| of.count_up(clock)).collect()));
     }
     for reset in messages.resets {
         reset.reply.send(written).unwrap_or_default();

@@ -8,10 +8,12 @@ use crate::config::{LedgerSync, LimitKind};
 use crate::ledger::sqlite::{Opening, SqliteLedger};
 use crate::ledger::stats::{self, MODELS_MAX, OTHER_MODELS};
 use crate::ledger::write_behind::WRITE_DELAY;
-use crate::ledger::{CallerId, Drawn, Otherwise, Refusal, Spent, Wanted, prefetch};
-use crate::limit::LimitReason;
+use crate::ledger::{AccountId, CallerId, Drawn, Otherwise, Refusal, Spent, Wanted, prefetch};
+use crate::limit::{LimitReason, Limits};
 use crate::usage::{Cost, Speed, Tokens};
 use jiff::tz::TimeZone;
+
+mod sets;
 
 /// 2026-11-25, 12:00 UTC.
 const NOON: u64 = 1_795_608_000;
@@ -57,9 +59,18 @@ impl Process {
     }
 
     fn wanted(&self, id: &str, limits: &str) -> Wanted {
-        let endpoint = config(&format!(r#"[{{"id":"{id}",{limits}}}]"#)).endpoints.remove(0);
-        let account = self.client.account(&id.into());
-        Wanted { account, limits: Arc::new(Limits::new(&endpoint, &TimeZone::UTC)), not_before: Stamp::default() }
+        wanted([self.limited(&AccountId::Endpoint(id.into()), limits)])
+    }
+
+    fn limited(&self, id: &AccountId, limits: &str) -> LimitedAccount {
+        let endpoint = config(&format!(r#"[{{"id":"a",{limits}}}]"#)).endpoints.remove(0);
+        LimitedAccount { account: self.client.account(id), limits: Arc::new(Limits::new(&endpoint, &TimeZone::UTC)) }
+    }
+
+    /// A draw of an endpoint's account and of one of some of its models.
+    fn wanted_of_models(&self, id: &str, limits: &str, models: &str, model_limits: &str) -> Wanted {
+        let of_models = AccountId::Models { endpoint: id.into(), models: models.into() };
+        wanted([self.limited(&AccountId::Endpoint(id.into()), limits), self.limited(&of_models, model_limits)])
     }
 
     fn ask(&self, wanted: &[Wanted], otherwise: Otherwise) -> Answer {
@@ -86,7 +97,11 @@ impl Process {
     }
 
     fn used(&mut self, wanted: &Wanted) -> (u64, u64) {
-        let accounts = vec![(Arc::clone(&wanted.account), Arc::clone(&wanted.limits))];
+        self.used_of(&whole(wanted))
+    }
+
+    fn used_of(&mut self, account: &LimitedAccount) -> (u64, u64) {
+        let accounts = vec![account.clone()];
         let client = self.client.clone();
         let mut look = Box::pin(async move { client.look(accounts).await.unwrap()[0] });
         let mut context = Context::from_waker(Waker::noop());
@@ -95,6 +110,15 @@ impl Process {
         let Poll::Ready(view) = look.as_mut().poll(&mut context) else { panic!("no answer") };
         (view.used.rpm, view.used.rpd)
     }
+}
+
+fn wanted<const N: usize>(accounts: [LimitedAccount; N]) -> Wanted {
+    Wanted { accounts: Arc::new(AccountSet::new(accounts.into())), not_before: Stamp::default() }
+}
+
+/// The endpoint's own account.
+fn whole(wanted: &Wanted) -> LimitedAccount {
+    wanted.accounts.accounts()[0].clone()
 }
 
 fn poll(answer: &mut Answer) -> Poll<Drawn> {
@@ -115,7 +139,7 @@ fn spent(drawn: Drawn) -> usize {
 }
 
 fn reasons(refusal: &Refusal) -> Vec<(usize, LimitReason)> {
-    refusal.held.iter().map(|(at, held)| (*at, held.by)).collect()
+    refusal.held.iter().map(|endpoint| (endpoint.at, endpoint.held.by)).collect()
 }
 
 fn refused(drawn: Drawn) -> Refusal {
@@ -263,7 +287,7 @@ fn those_who_wait_are_served_in_the_order_of_arrival() {
 /// Draws one permit per millisecond until permits are prefetched.
 fn busy(process: &mut Process, wanted: &Wanted) -> usize {
     let mut sent = 0;
-    while process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock()).is_none() {
+    while process.client.draw_at_once(&wanted.accounts, &process.client.clock()).is_none() {
         let mut first_choice = process.ask(std::slice::from_ref(wanted), Otherwise::LookElsewhere);
         process.serve();
         spent(ready(&mut first_choice));
@@ -281,8 +305,7 @@ fn what_is_drawn_ahead_counts_until_it_is_given_back() {
     let (folder, mut process) = Process::alone();
     let wanted = process.wanted("a", r#""rpm":1000000,"rpd":1000000"#);
     let sent = busy(&mut process, &wanted);
-    let at_once =
-        |process: &Process| process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock());
+    let at_once = |process: &Process| process.client.draw_at_once(&wanted.accounts, &process.client.clock());
     for _ in 0..20 {
         at_once(&process).expect("there are more").spend();
     }
@@ -321,8 +344,7 @@ fn what_is_drawn_ahead_counts_until_it_is_given_back() {
 fn prefetched_permits_that_follow_others_last_as_long() {
     let (_folder, mut process) = Process::alone();
     let wanted = process.wanted("a", r#""rpm":1000000"#);
-    let at_once =
-        |process: &Process| process.client.draw_at_once(&wanted.account, &wanted.limits, &process.client.clock());
+    let at_once = |process: &Process| process.client.draw_at_once(&wanted.accounts, &process.client.clock());
     busy(&mut process, &wanted);
     let first_ends = process.allocator.next_due();
     // The buffer is used up early, and another one follows.
@@ -343,9 +365,8 @@ fn nobody_is_refused_for_what_was_drawn_ahead() {
     busy(&mut process, &wanted);
     // Other clients use up the rest of the minute.
     let clock = process.client.clock();
-    let used = wanted.account.mirror().quota.view(&wanted.limits, &clock).used.rpm;
-    let now = Counted { at: clock.boot, days: wanted.limits.calendar.days(clock.wall) };
-    wanted.account.mirror().quota.add(now, Counts { attempts: 100_000 - used, tokens: 0 });
+    let used = whole(&wanted).count_up(&clock).used.rpm;
+    wanted.accounts.add(CountedAt { boot: clock.boot, wall: clock.wall }, 100_000 - used);
     // A draw that asks for a moment to come back gets one of the prefetched permits, which are given back first.
     assert!(matches!(process.draw(std::slice::from_ref(&wanted)), Drawn::Granted(0, _)));
 }
@@ -401,7 +422,7 @@ fn an_endpoint_that_rests_may_be_waited_for() {
     wanted.not_before = process.client.clock().boot + Duration::from_secs(3);
     let refusal = refused(process.draw(&[wanted.clone()]));
     assert_eq!((refusal.wait, reasons(&refusal)), (Duration::from_secs(3), vec![(0, LimitReason::Rest)]));
-    assert_eq!(refusal.held[0].1.until, wanted.not_before);
+    assert_eq!(refusal.held[0].held.until, wanted.not_before);
     let until = process.client.clock().boot + Duration::from_secs(5);
     let mut waiting = process.ask(&[wanted], Otherwise::WaitUntil(until));
     process.serve();
@@ -413,19 +434,18 @@ fn an_endpoint_that_rests_may_be_waited_for() {
 fn attempts_without_limits_and_tokens_are_written_a_little_later() {
     let (folder, mut process) = Process::alone();
     let wanted = process.wanted("a", r#""rpm":-1"#);
-    let endpoints = vec![(Arc::clone(&wanted.account), Arc::clone(&wanted.limits))];
-    process.client.set_endpoints(endpoints);
+    process.client.set_accounts(vec![whole(&wanted)]);
     process.serve();
     for _ in 0..3 {
-        process.client.unlimited(&wanted.account, &wanted.limits).spend();
+        process.client.unlimited(&wanted.accounts).spend();
     }
     let tokens = Tokens { prompt: 3, completion: 4, total: 7, cached: 1, reasoning: 2, audio: 5 };
     let speed = Speed { streams: 1, tokens: 4, first_token_ms: 10, ms: 20 };
     let wall = process.client.clock().wall;
     for cost in [Cost::exact(tokens, speed), Cost::exact(tokens, speed), Cost::estimated(100, 200)] {
-        let spent = Spent::now(wanted.account.id(), "m", cost, &TimeZone::UTC, wall);
+        let spent = Spent::now(&"a".into(), "m", cost, &TimeZone::UTC, wall);
         let now = process.client.clock().boot;
-        process.client.spend_tokens(&wanted.account, &wanted.limits, spent, now);
+        process.client.spend_tokens(&wanted.accounts, spent, now);
     }
     process.serve();
     assert!(!process.allocator.is_all_written());
@@ -451,9 +471,9 @@ fn models_beyond_the_bound_are_one() {
     let wall = process.client.clock().wall;
     for number in 0..MODELS_MAX + 10 {
         let cost = Cost::exact(Tokens::default(), Speed::default());
-        let spent = Spent::now(wanted.account.id(), &format!("m{number}"), cost, &TimeZone::UTC, wall);
+        let spent = Spent::now(&"a".into(), &format!("m{number}"), cost, &TimeZone::UTC, wall);
         let now = process.client.clock().boot;
-        process.client.spend_tokens(&wanted.account, &wanted.limits, spent, now);
+        process.client.spend_tokens(&wanted.accounts, spent, now);
     }
     process.serve();
     process.pass(WRITE_DELAY);
@@ -481,7 +501,7 @@ fn without_the_ledger_only_endpoints_without_limits_are_asked_unless_the_config_
         assert_eq!(counts, if on_error == LedgerOnError::Deny { [1, 0] } else { [0, 2] });
         assert_eq!(process.client.is_down(), on_error == LedgerOnError::Deny);
         // Attempts that were sent uncounted are counted once the ledger can be written again.
-        process.client.set_endpoints(vec![(Arc::clone(&wanted[0].account), Arc::clone(&wanted[0].limits))]);
+        process.client.set_accounts(vec![whole(&wanted[0])]);
         process.pass(RENEW);
         process.pass(RENEW);
         let counted = process.used(&wanted[0]).0;

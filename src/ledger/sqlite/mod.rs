@@ -14,7 +14,7 @@ use rusqlite::types::{ToSql, Value};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::stats::Spent;
-use super::{Change, FaultKind, Ledger, LedgerError};
+use super::{AccountId, Change, FaultKind, Ledger, LedgerError};
 use crate::config::LedgerSync;
 use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
 use crate::usage::Cost;
@@ -27,7 +27,10 @@ const APPLICATION_ID: i64 = 0x6170_7467;
 /// Steps from one schema version to the next. A step may add to the schema but must not change what is there: during an
 /// upgrade, the previous version still writes to the same file (it can do so as long as it does not have to open it
 /// again).
-const MIGRATIONS: [&str; 2] = [include_str!("schema/1.sql"), include_str!("schema/2.sql")];
+const MIGRATIONS: [&str; 3] =
+    [include_str!("schema/1.sql"), include_str!("schema/2.sql"), include_str!("schema/3.sql")];
+/// `kind` of [`AccountId::Models`] in the tables `account_minute` and `account_day`.
+const MODELS: &str = "models";
 static OPENED: AtomicU64 = AtomicU64::new(0);
 
 /// Circumstances in which a ledger is opened.
@@ -172,8 +175,14 @@ impl SqliteLedger {
         let fail = |error: rusqlite::Error| explain(&path, &error);
         let before = meta(&self.connection, "boot_id").map_err(fail)?;
         let until = meta(&self.connection, "minute_unknown_until").map_err(fail)?;
-        let newest: Option<u64> =
-            self.connection.query_row("SELECT max(slot) FROM minute", [], |row| row.get(0)).map_err(fail)?;
+        let newest: Option<u64> = self
+            .connection
+            .query_row(
+                "SELECT max(slot) FROM (SELECT slot FROM minute UNION ALL SELECT slot FROM account_minute)",
+                [],
+                |row| row.get(0),
+            )
+            .map_err(fail)?;
         // Without a boot id, a slot in the future shows that the machine was restarted.
         let is_other = match (&before, boot_id) {
             (Some(before), Some(boot_id)) => before != boot_id,
@@ -181,6 +190,7 @@ impl SqliteLedger {
         };
         if is_other {
             self.run("DELETE FROM minute", &[])?;
+            self.run("DELETE FROM account_minute", &[])?;
             self.unknown_until = Stamp::default() + SPAN;
         } else {
             self.unknown_until = until.and_then(|until| until.parse().ok()).map(Stamp).unwrap_or_default();
@@ -191,9 +201,10 @@ impl SqliteLedger {
         let until = self.unknown_until.0.to_string();
         self.run("INSERT OR REPLACE INTO meta VALUES ('minute_unknown_until', ?1)", &[&until])?;
         self.run("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?1)", &[&boot_id])?;
-        // Endpoints that are in no config any more are removed only here.
+        // Accounts that are in no config any more are removed only here.
         let oldest = Slot::oldest_that_counts(now).0;
         self.run("DELETE FROM minute WHERE slot < ?1", &[&oldest])?;
+        self.run("DELETE FROM account_minute WHERE slot < ?1", &[&oldest])?;
         self.commit()
     }
 
@@ -223,39 +234,71 @@ impl Ledger for SqliteLedger {
         }
     }
 
-    fn minute(&mut self, endpoint: &str, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+    fn minute(&mut self, account: &AccountId, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError> {
+        let row =
+            |row: &rusqlite::Row<'_>| Ok((Slot(row.get(0)?), Counts { attempts: row.get(1)?, tokens: row.get(2)? }));
         let read = || -> rusqlite::Result<Vec<(Slot, Counts)>> {
-            let mut statement = self.connection.prepare_cached(
-                "SELECT slot, max(attempts, 0), max(tokens, 0) FROM minute WHERE endpoint = ?1 AND slot >= ?2",
-            )?;
-            let rows = statement.query_map(params![endpoint, oldest.0], |row| {
-                Ok((Slot(row.get(0)?), Counts { attempts: row.get(1)?, tokens: row.get(2)? }))
-            })?;
-            rows.collect()
+            match account {
+                AccountId::Endpoint(id) => {
+                    const SQL: &str = "SELECT slot, max(attempts, 0), max(tokens, 0) FROM minute \
+                         WHERE endpoint = ?1 AND slot >= ?2";
+                    self.connection.prepare_cached(SQL)?.query_map(params![id, oldest.0], row)?.collect()
+                }
+                AccountId::Models { endpoint, models } => {
+                    const SQL: &str = "SELECT slot, max(attempts, 0), max(tokens, 0) FROM account_minute \
+                         WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND slot >= ?4";
+                    let key = params![MODELS, endpoint, models, oldest.0];
+                    self.connection.prepare_cached(SQL)?.query_map(key, row)?.collect()
+                }
+            }
         };
         read().map_err(|error| explain(&self.path, &error))
     }
 
-    fn day(&mut self, endpoint: &str, date: Date) -> Result<Counts, LedgerError> {
+    fn day(&mut self, account: &AccountId, date: Date) -> Result<Counts, LedgerError> {
+        let row = |row: &rusqlite::Row<'_>| Ok(Counts { attempts: row.get(0)?, tokens: row.get(1)? });
+        let date = date.to_string();
         let read = || -> rusqlite::Result<Option<Counts>> {
-            let mut statement = self
-                .connection
-                .prepare_cached("SELECT max(attempts, 0), max(tokens, 0) FROM day WHERE endpoint = ?1 AND day = ?2")?;
-            let counts = |row: &rusqlite::Row<'_>| Ok(Counts { attempts: row.get(0)?, tokens: row.get(1)? });
-            statement.query_row(params![endpoint, date.to_string()], counts).optional()
+            match account {
+                AccountId::Endpoint(id) => {
+                    const SQL: &str =
+                        "SELECT max(attempts, 0), max(tokens, 0) FROM day WHERE endpoint = ?1 AND day = ?2";
+                    self.connection.prepare_cached(SQL)?.query_row(params![id, date], row).optional()
+                }
+                AccountId::Models { endpoint, models } => {
+                    const SQL: &str = "SELECT max(attempts, 0), max(tokens, 0) FROM account_day \
+                         WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND day = ?4";
+                    let key = params![MODELS, endpoint, models, date];
+                    self.connection.prepare_cached(SQL)?.query_row(key, row).optional()
+                }
+            }
         };
         read().map(Option::unwrap_or_default).map_err(|error| explain(&self.path, &error))
     }
 
-    fn add(&mut self, endpoint: &str, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
+    fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
         // Counts that were removed meanwhile cannot be taken back: the value must not become negative.
-        const MINUTE: &str = "INSERT INTO minute VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
-             attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
-        const DAY: &str = "INSERT INTO day VALUES (?1, ?2, max(?3, 0), max(?4, 0)) ON CONFLICT DO UPDATE SET \
-             attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
         let Change { attempts, tokens } = change;
-        self.run(MINUTE, &[&endpoint, &slot.0, &attempts, &tokens])?;
-        days.each().try_for_each(|date| self.run(DAY, &[&endpoint, &date.to_string(), &attempts, &tokens]))
+        match account {
+            AccountId::Endpoint(id) => {
+                const MINUTE: &str = "INSERT INTO minute VALUES (?1, ?2, max(?3, 0), max(?4, 0)) \
+                     ON CONFLICT DO UPDATE SET attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
+                const DAY: &str = "INSERT INTO day VALUES (?1, ?2, max(?3, 0), max(?4, 0)) \
+                     ON CONFLICT DO UPDATE SET attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
+                self.run(MINUTE, &[id, &slot.0, &attempts, &tokens])?;
+                days.each().try_for_each(|date| self.run(DAY, &[id, &date.to_string(), &attempts, &tokens]))
+            }
+            AccountId::Models { endpoint, models } => {
+                const MINUTE: &str = "INSERT INTO account_minute VALUES (?1, ?2, ?3, ?4, max(?5, 0), max(?6, 0)) \
+                     ON CONFLICT DO UPDATE SET attempts = max(attempts + ?5, 0), tokens = max(tokens + ?6, 0)";
+                const DAY: &str = "INSERT INTO account_day VALUES (?1, ?2, ?3, ?4, max(?5, 0), max(?6, 0)) \
+                     ON CONFLICT DO UPDATE SET attempts = max(attempts + ?5, 0), tokens = max(tokens + ?6, 0)";
+                self.run(MINUTE, &[&MODELS, endpoint, models, &slot.0, &attempts, &tokens])?;
+                days.each().try_for_each(|date| {
+                    self.run(DAY, &[&MODELS, endpoint, models, &date.to_string(), &attempts, &tokens])
+                })
+            }
+        }
     }
 
     fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
@@ -289,13 +332,28 @@ impl Ledger for SqliteLedger {
         })
     }
 
-    fn forget(&mut self, endpoint: &str, oldest: Slot) -> Result<(), LedgerError> {
-        self.run("DELETE FROM minute WHERE endpoint = ?1 AND slot < ?2", &[&endpoint, &oldest.0])
+    fn forget(&mut self, account: &AccountId, oldest: Slot) -> Result<(), LedgerError> {
+        match account {
+            AccountId::Endpoint(id) => {
+                self.run("DELETE FROM minute WHERE endpoint = ?1 AND slot < ?2", &[id, &oldest.0])
+            }
+            AccountId::Models { endpoint, models } => {
+                const SQL: &str =
+                    "DELETE FROM account_minute WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND slot < ?4";
+                self.run(SQL, &[&MODELS, endpoint, models, &oldest.0])
+            }
+        }
     }
 
     fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError> {
         self.run("DELETE FROM token_hour WHERE hour <= ?1", &[&hours])?;
         self.run("DELETE FROM token_day WHERE day <= ?1", &[&days])
+    }
+
+    fn forget_days(&mut self, before: Date) -> Result<(), LedgerError> {
+        let before = before.to_string();
+        self.run("DELETE FROM day WHERE day < ?1", &[&before])?;
+        self.run("DELETE FROM account_day WHERE day < ?1", &[&before])
     }
 
     fn commit(&mut self) -> Result<(), LedgerError> {

@@ -16,6 +16,10 @@ fn one_day() -> Days {
     Days { first: date(2026, 11, 25), last: date(2026, 11, 25) }
 }
 
+fn endpoint(id: &str) -> AccountId {
+    AccountId::Endpoint(id.into())
+}
+
 fn batch(ledger: &mut SqliteLedger, work: impl FnOnce(&mut SqliteLedger)) -> u64 {
     let generation = ledger.begin().unwrap();
     work(ledger);
@@ -24,13 +28,13 @@ fn batch(ledger: &mut SqliteLedger, work: impl FnOnce(&mut SqliteLedger)) -> u64
 }
 
 fn add(ledger: &mut SqliteLedger, slot: u64, attempts: i64) -> u64 {
-    batch(ledger, |ledger| ledger.add("a", Slot(slot), one_day(), Change { attempts, tokens: 7 }).unwrap())
+    batch(ledger, |ledger| ledger.add(&endpoint("a"), Slot(slot), one_day(), Change { attempts, tokens: 7 }).unwrap())
 }
 
 fn minute(ledger: &mut SqliteLedger) -> Vec<(u64, u64)> {
     let mut slots = Vec::new();
     batch(ledger, |ledger| {
-        let rows = ledger.minute("a", Slot(0)).unwrap();
+        let rows = ledger.minute(&endpoint("a"), Slot(0)).unwrap();
         slots = rows.into_iter().map(|(slot, counts)| (slot.0, counts.attempts)).collect();
     });
     slots
@@ -47,18 +51,60 @@ fn what_is_added_is_there_and_what_is_rolled_back_is_not() {
     add(&mut ledger, 4000, 1);
     add(&mut ledger, 4000, -1);
     ledger.begin().unwrap();
-    ledger.add("a", Slot(4000), one_day(), Change { attempts: 5, tokens: 0 }).unwrap();
+    ledger.add(&endpoint("a"), Slot(4000), one_day(), Change { attempts: 5, tokens: 0 }).unwrap();
     ledger.roll_back();
     assert_eq!(minute(&mut ledger), [(4000, 2)]);
     // If the counts were deleted meanwhile, taking them back does not make them negative.
     add(&mut ledger, 4001, -3);
     assert_eq!(minute(&mut ledger), [(4000, 2), (4001, 0)]);
     ledger.begin().unwrap();
-    assert_eq!(ledger.day("a", date(2026, 11, 25)).unwrap(), Counts { attempts: 0, tokens: 28 });
-    assert_eq!(ledger.day("b", date(2026, 11, 25)).unwrap(), Counts::default());
-    ledger.forget("a", Slot(4001)).unwrap();
+    assert_eq!(ledger.day(&endpoint("a"), date(2026, 11, 25)).unwrap(), Counts { attempts: 0, tokens: 28 });
+    assert_eq!(ledger.day(&endpoint("b"), date(2026, 11, 25)).unwrap(), Counts::default());
+    ledger.forget(&endpoint("a"), Slot(4001)).unwrap();
     ledger.commit().unwrap();
     assert_eq!(minute(&mut ledger), [(4001, 0)]);
+}
+
+#[test]
+fn accounts_of_models_are_kept_apart_from_their_endpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    let models = |models: &str| AccountId::Models { endpoint: "a".into(), models: models.into() };
+    let counts = |ledger: &mut SqliteLedger, account: &AccountId| {
+        let mut counts = (Vec::new(), Counts::default());
+        batch(ledger, |ledger| {
+            let minute = ledger.minute(account, Slot(0)).unwrap();
+            let minute = minute.iter().map(|(slot, counts)| (slot.0, counts.attempts)).collect();
+            counts = (minute, ledger.day(account, date(2026, 11, 25)).unwrap());
+        });
+        counts
+    };
+    add(&mut ledger, 4000, 5);
+    batch(&mut ledger, |ledger| {
+        for (account, attempts) in [(models("m"), 2), (models("n"), 3), (models("m"), 1), (models("n"), -4)] {
+            ledger.add(&account, Slot(4000), one_day(), Change { attempts, tokens: 1 }).unwrap();
+        }
+    });
+    assert_eq!(counts(&mut ledger, &endpoint("a")).0, [(4000, 5)]);
+    assert_eq!(counts(&mut ledger, &models("m")), (vec![(4000, 3)], Counts { attempts: 3, tokens: 2 }));
+    assert_eq!(counts(&mut ledger, &models("n")).0, [(4000, 0)], "never negative");
+    assert_eq!(counts(&mut ledger, &models("")).0, []);
+    batch(&mut ledger, |ledger| ledger.forget(&models("m"), Slot(4001)).unwrap());
+    assert_eq!(counts(&mut ledger, &models("m")).0, []);
+    assert_eq!(counts(&mut ledger, &endpoint("a")).0, [(4000, 5)]);
+    // A start of the machine closes their minute as well.
+    batch(&mut ledger, |ledger| {
+        ledger.add(&models("m"), Slot(4000), one_day(), Change { attempts: 1, tokens: 0 }).unwrap();
+    });
+    drop(ledger);
+    let mut ledger = open(&path, &Opening { boot_id: Some("another"), now: Stamp(20_000), minute_unknown: false });
+    assert_eq!(counts(&mut ledger, &models("m")), (vec![], Counts { attempts: 4, tokens: 2 }));
+    batch(&mut ledger, |ledger| ledger.forget_days(date(2026, 11, 25)).unwrap());
+    assert_eq!(counts(&mut ledger, &models("m")).1.attempts, 4);
+    batch(&mut ledger, |ledger| ledger.forget_days(date(2026, 11, 26)).unwrap());
+    assert_eq!(counts(&mut ledger, &models("m")).1.attempts, 0);
+    assert_eq!(counts(&mut ledger, &endpoint("a")).1.attempts, 0);
 }
 
 #[test]
@@ -93,7 +139,7 @@ fn a_start_of_the_machine_closes_the_minute_and_keeps_the_day() {
     assert_eq!(ledger.unknown_until(), Stamp(0) + SPAN);
     assert_eq!(minute(&mut ledger), []);
     ledger.begin().unwrap();
-    assert_eq!(ledger.day("a", date(2026, 11, 25)).unwrap().attempts, 3);
+    assert_eq!(ledger.day(&endpoint("a"), date(2026, 11, 25)).unwrap().attempts, 3);
     ledger.roll_back();
     drop(ledger);
     assert_eq!(open(&path, &later).unknown_until(), Stamp(0) + SPAN, "whoever opens it later knows as well");
@@ -118,18 +164,18 @@ fn the_schema_is_brought_forward_and_nothing_is_lost() {
     let path = folder.path().join("ledger.db");
     let mut ledger = open(&path, &BOOT);
     add(&mut ledger, 4000, 3);
-    let newer = [MIGRATIONS[0], MIGRATIONS[1], "ALTER TABLE day ADD COLUMN note TEXT"];
+    let newer = [MIGRATIONS[0], MIGRATIONS[1], MIGRATIONS[2], "ALTER TABLE day ADD COLUMN note TEXT"];
     ledger.migrate(&newer).unwrap();
     ledger.migrate(&newer).unwrap();
     assert_eq!(minute(&mut ledger), [(4000, 3)]);
     let version: i64 = ledger.connection.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
-    assert_eq!(version, 3);
+    assert_eq!(version, 4);
     ledger.connection.prepare("SELECT note FROM day").unwrap();
     drop(ledger);
     // An older version refuses the file, since it cannot know what a newer schema means.
     let error = SqliteLedger::open(&path, LedgerSync::Normal, &BOOT).unwrap_err();
     assert_eq!(error.kind, FaultKind::Unusable);
-    assert!(error.message.contains("schema version 3") && error.message.contains("server.ledger"), "{error}");
+    assert!(error.message.contains("schema version 4") && error.message.contains("server.ledger"), "{error}");
 }
 
 #[test]
@@ -138,7 +184,9 @@ fn a_step_that_fails_leaves_the_schema_as_it_was() {
     let path = folder.path().join("ledger.db");
     let mut ledger = open(&path, &BOOT);
     add(&mut ledger, 4000, 3);
-    ledger.migrate(&[MIGRATIONS[0], MIGRATIONS[1], "ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"]).unwrap_err();
+    ledger
+        .migrate(&[MIGRATIONS[0], MIGRATIONS[1], MIGRATIONS[2], "ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"])
+        .unwrap_err();
     drop(ledger);
     assert_eq!(minute(&mut open(&path, &BOOT)), [(4000, 3)]);
 }
