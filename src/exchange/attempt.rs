@@ -1,5 +1,6 @@
 //! One attempt at one endpoint: the guards it holds, and what it reports to the endpoint's health.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -50,10 +51,18 @@ pub struct Charge {
     breaker: Breaker,
 }
 
+/// Failures of one kind are alike.
+type ChargeKind = (mem::Discriminant<Outcome>, Option<u16>);
+
 impl Charge {
-    /// Status that two endpoints may have in common.
-    pub fn status(&self) -> Option<u16> {
-        self.outcome.meaning().map(|meaning| meaning.status)
+    /// What two endpoints may have in common: how it failed, and the status of an error.
+    pub fn kind(&self) -> ChargeKind {
+        (mem::discriminant(&self.outcome), self.outcome.meaning().map(|meaning| meaning.status))
+    }
+
+    /// True if the answer had nothing in it.
+    pub fn is_of_empty_answer(&self) -> bool {
+        self.outcome == Outcome::Empty
     }
 
     /// Holds it against the endpoint.
@@ -118,6 +127,8 @@ pub struct Attempt {
     pub encoding: Option<Encoding>,
     /// Measurements of the answer.
     pub meter: Meter,
+    /// True if the answer was let through although it has nothing in it.
+    pub is_empty: bool,
     /// Metrics of its endpoint and model.
     pub counters: Option<Arc<Counters>>,
     permit: Permit,
@@ -162,6 +173,7 @@ impl Attempt {
             wait: None,
             encoding: None,
             meter: Meter::new(terms.call, server.estimate_tokens),
+            is_empty: false,
             counters: None,
             permit: choice.permit,
             chosen_at: choice.at,
@@ -383,6 +395,12 @@ impl Attempt {
     pub fn answers_well(&self) -> bool {
         matches!(&self.stage, Stage::Committed(outcome) if outcome.is_success())
             || matches!(self.stage, Stage::Concluded { succeeded: true })
+    }
+
+    /// True if its answer, which has ended, has anything in it. A stream may have been let through before that was known.
+    pub fn has_content(&self) -> bool {
+        let is_silent_stream = self.terms.streams && !self.meter.has_token();
+        self.answers_well() && !self.is_empty && !is_silent_stream
     }
 
     fn log_effect(&self, outcome: &Outcome, effect: Effect) {

@@ -273,9 +273,10 @@ impl HeldResponse {
             if let Some(outcome) = outcome {
                 attempt.means(outcome);
             }
+            attempt.is_empty = self.judge.let_empty_through();
             attempt.committed(&self.plan.pool, now);
         }
-        state.settle_charges();
+        state.settle_charges(false);
         drop(state);
         mem::take(&mut self.held)
     }

@@ -140,6 +140,8 @@ pub struct Judge {
     outcome: Option<Outcome>,
     /// Body of an error that stood in a 200.
     error_body: Option<Bytes>,
+    /// True if an answer with nothing in it is let through.
+    is_empty: bool,
 }
 
 impl Judge {
@@ -155,6 +157,7 @@ impl Judge {
             ends_with_connection: false,
             outcome: None,
             error_body: None,
+            is_empty: false,
         }
     }
 
@@ -334,7 +337,16 @@ impl Judge {
 
     /// A whole answer with nothing in it.
     fn empty(&mut self) -> Verdict {
-        if self.terms.more && self.terms.more_if_empty { Verdict::Drop(Outcome::Empty) } else { self.commit() }
+        if self.terms.more && self.terms.more_if_empty {
+            return Verdict::Drop(Outcome::Empty);
+        }
+        self.is_empty = true;
+        self.commit()
+    }
+
+    /// True if a whole answer with nothing in it was let through, since nobody else was left.
+    pub fn let_empty_through(&self) -> bool {
+        self.is_empty
     }
 
     /// Decides about an answer that ended without another piece.

@@ -67,15 +67,21 @@ pub struct Committed {
 
 impl ExchangeState {
     /// Holds the failures against their endpoints, but for those that two or more endpoints gave alike: these are the
-    /// request's own, unless another endpoint answered it.
-    pub fn settle_charges(&mut self) {
+    /// request's own, unless another endpoint answered it. Whether one did better than with nothing is known once the
+    /// request is over.
+    pub fn settle_charges(&mut self, is_over: bool) {
         self.charges.extend(self.attempt.as_mut().and_then(Attempt::take_charge));
-        let is_answered = self.attempt.as_ref().is_some_and(Attempt::answers_well);
-        let charges = std::mem::take(&mut self.charges);
-        let statuses: Vec<Option<u16>> = charges.iter().map(Charge::status).collect();
-        for charge in charges {
-            let alike = statuses.iter().filter(|status| **status == charge.status()).count();
-            if alike < 2 || is_answered {
+        let attempt = self.attempt.as_ref();
+        let is_answered = attempt.is_some_and(Attempt::answers_well);
+        let has_content = attempt.is_some_and(Attempt::has_content);
+        let kinds: Vec<_> = self.charges.iter().map(Charge::kind).collect();
+        for charge in self.charges.extract_if(.., |charge| is_over || !charge.is_of_empty_answer()) {
+            let others = kinds.iter().filter(|kind| **kind == charge.kind()).count() - 1;
+            let is_of_empty = charge.is_of_empty_answer();
+            // The last empty answer is let through, so it is no charge.
+            let is_alike = others > 0 || is_of_empty && is_answered && !has_content;
+            let did_better = if is_of_empty { has_content } else { is_answered };
+            if !is_alike || did_better {
                 charge.apply();
             }
         }

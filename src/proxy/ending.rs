@@ -41,7 +41,7 @@ fn conclude(context: &mut Context, went_well: bool, complete: Option<Instant>, e
     if went_well {
         attempt.request_ended();
     }
-    state.settle_charges();
+    state.settle_charges(true);
     let Some(attempt) = &mut state.attempt else { return Measured::default() };
     let Some(ask) = &mut context.ask else { return Measured::default() };
     ask.keep_for_estimate();

@@ -85,7 +85,7 @@ fn conclude_committed(context: &mut Context, error: &Error) {
         Some(attempt) if is_complete => attempt.request_ended(),
         Some(attempt) if !from_client => {
             attempt.conclude(&ended.unwrap_or(Outcome::Broken));
-            state.settle_charges();
+            state.settle_charges(false);
             context.fault = Some(Fault::StreamBroken);
         }
         _ => {}
@@ -220,7 +220,7 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
         outcome.is_retryable(retry) && (*outcome != Outcome::Empty || context.tries.empties <= EMPTIES_MAX);
     let more = may_follow && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
     if !more {
-        state.settle_charges();
+        state.settle_charges(true);
     }
     // A complaint about our key is not the client's to see, but the log has it.
     let hidden = state.kept.take_if(|_| outcome.is_hidden(retry)).and_then(|kept| kept.words());

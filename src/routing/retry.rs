@@ -168,9 +168,14 @@ impl Outcome {
         (meaning.trouble == Trouble::Key || refuses_us) && !retry.show_endpoint_key_errors
     }
 
-    /// True if it is the request's own fault once two endpoints have said it alike, since one prompt can make every server fail.
+    /// True if it is the request's own fault once two endpoints have said it alike, since one prompt can make every server fail,
+    /// or say nothing.
     pub fn is_shared_by_request(&self) -> bool {
-        let Self::Error { meaning, .. } = self else { return false };
+        let meaning = match self {
+            Self::Empty | Self::Unrecognised => return true,
+            Self::Error { meaning, .. } => meaning,
+            _ => return false,
+        };
         let is_page = meaning.trouble == Trouble::Endpoint && meaning.status == 403;
         let is_failure = meaning.trouble == Trouble::ModelFailure;
         // A wall before an endpoint may forbid a prompt.

@@ -11,6 +11,11 @@ fn status(status: u16) -> Behaviour {
     Behaviour::status(status)
 }
 
+/// A 200 with this body.
+fn answer(content_type: &str, body: &str) -> Behaviour {
+    Behaviour { body: Some(body.into()), ..status(200).header("content-type", content_type) }
+}
+
 /// An error answer with this body.
 fn error(code: u16, body: &str) -> Behaviour {
     Behaviour { body: Some(body.into()), ..status(code) }
@@ -59,6 +64,49 @@ async fn a_limit_or_a_failure_of_one_model_leaves_the_others_alone() {
             let metrics = proxy.get("/metrics").await;
             let line = r#"api_together_model_available{endpoint="a",model="sick"} 0"#;
             assert!(metrics.text().contains(line), "{what}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_prompt_that_every_endpoint_answers_with_nothing_is_charged_to_none() {
+    within(async {
+        let empty = answer("application/json", r#"{"choices":[{"message":{"content":""},"finish_reason":"stop"}]}"#);
+        let silent = answer(
+            "text/event-stream",
+            "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n\
+             data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n",
+        );
+        let deferred = answer("application/json", r#"{"request_id":"later"}"#);
+        for (behaviour, stream) in [(&empty, false), (&silent, true), (&deferred, false)] {
+            for endpoints in [2, 3] {
+                let mut simulators = Vec::new();
+                for _ in 0..endpoints {
+                    let simulator = simulator().await;
+                    simulator
+                        .script("m", vec![behaviour.clone(); 5].into_iter().chain([Behaviour::default()]).collect());
+                    simulators.push(simulator);
+                }
+                let proxy = Proxy::start(json!({}), &named(&simulators.iter().collect::<Vec<_>>(), &["m"])).await;
+                for _ in 0..5 {
+                    let body = if stream { chat_stream("m") } else { chat("m") };
+                    proxy.post("/v1/chat/completions", &body).await;
+                }
+                for id in ["a", "b", "c"].into_iter().take(endpoints) {
+                    let status = proxy.status_of(id).await;
+                    assert_eq!(status["errorCount"], 0, "{behaviour:?}, {endpoints} endpoints: {status}");
+                }
+                proxy.chat("m").await.assert_from("a", 1);
+            }
+            // One that another did better than is at fault.
+            let (bad, good) = (behaving(behaviour.clone()).await, simulator().await);
+            let proxy = Proxy::start(json!({}), &named(&[&bad, &good], &["m"])).await;
+            let body = if stream { chat_stream("m") } else { chat("m") };
+            proxy.post("/v1/chat/completions", &body).await.assert_from("b", 2);
+            while proxy.status_of("a").await["errorCount"] != 1 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
         }
     })
     .await;
