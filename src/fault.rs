@@ -113,6 +113,40 @@ pub enum Fault {
     Internal,
 }
 
+/// Shape of an error, by the API that the request is a call of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ErrorShape {
+    /// `{"error": {"message", "type", "param", "code"}}`.
+    #[default]
+    OpenAi,
+    /// `{"type": "error", "error": {"type", "message"}}`, where the type goes by the status.
+    Anthropic,
+}
+
+impl ErrorShape {
+    /// Returns the shape that clients of a call expect, by its path as it is meant.
+    pub fn of_path(path: &str) -> Self {
+        let is_messages =
+            path.strip_prefix("/v1/messages").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        if is_messages { Self::Anthropic } else { Self::OpenAi }
+    }
+}
+
+/// Anthropic's `type` of an error of this status (docs.anthropic.com, "Errors").
+fn anthropic_type(status: u16) -> &'static str {
+    match status {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 | 529 => "overloaded_error",
+        504 => "timeout_error",
+        500.. => "api_error",
+        _ => "invalid_request_error",
+    }
+}
+
 /// One row of the table.
 struct Row {
     status: u16,
@@ -300,13 +334,20 @@ impl Fault {
         }
     }
 
-    /// The error object in OpenAI's shape, as one line of JSON.
-    pub fn json(&self) -> String {
-        let Row { kind, code, .. } = self.row();
-        serde_json::json!({
-            "error": { "message": self.message(), "type": kind, "param": self.param(), "code": code }
-        })
-        .to_string()
+    /// The error object, as one line of JSON. `code` stands in both shapes.
+    pub fn json(&self, shape: ErrorShape) -> String {
+        let Row { status, kind, code, .. } = self.row();
+        let message = self.message();
+        let json = match shape {
+            ErrorShape::OpenAi => serde_json::json!({
+                "error": { "message": message, "type": kind, "param": self.param(), "code": code }
+            }),
+            ErrorShape::Anthropic => serde_json::json!({
+                "type": "error",
+                "error": { "type": anthropic_type(status), "message": message, "code": code }
+            }),
+        };
+        json.to_string()
     }
 
     fn param(&self) -> Option<&'static str> {
@@ -354,7 +395,7 @@ mod tests {
     #[test]
     fn shape_is_openais() {
         let fault = Fault::ModelUnknown { model: "nope \"quoted\"".into() };
-        let json: serde_json::Value = serde_json::from_str(&fault.json()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&fault.json(ErrorShape::OpenAi)).unwrap();
         let error = &json["error"];
         assert_eq!(error["type"], "invalid_request_error");
         assert_eq!(error["code"], "model_not_found");
@@ -364,9 +405,35 @@ mod tests {
 
     #[test]
     fn code_is_a_string_or_null() {
-        let json: serde_json::Value =
-            serde_json::from_str(&Fault::RequestInvalid { problem: String::new() }.json()).unwrap();
+        let fault = Fault::RequestInvalid { problem: String::new() };
+        let json: serde_json::Value = serde_json::from_str(&fault.json(ErrorShape::OpenAi)).unwrap();
         assert!(json["error"]["code"].is_null());
+    }
+
+    #[test]
+    fn clients_of_messages_get_anthropics_shape() {
+        for (path, shape) in [
+            ("/v1/messages", ErrorShape::Anthropic),
+            ("/v1/messages/count_tokens", ErrorShape::Anthropic),
+            ("/v1/messages-of-mine", ErrorShape::OpenAi),
+            ("/v1/threads/t/messages", ErrorShape::OpenAi),
+        ] {
+            assert_eq!(ErrorShape::of_path(path), shape, "{path}");
+        }
+        for (fault, kind) in [
+            (Fault::KeyWrong, "authentication_error"),
+            (Fault::ModelUnknown { model: "m".into() }, "not_found_error"),
+            (Fault::BodyTooLarge { bytes_max: 1 }, "request_too_large"),
+            (Fault::LimitsReached { wait: Duration::ZERO, held: Vec::new() }, "rate_limit_error"),
+            (Fault::NoneAvailable, "overloaded_error"),
+            (Fault::EndpointTimeout, "timeout_error"),
+            (Fault::EndpointUnreachable, "api_error"),
+            (Fault::EncodingUnknown, "invalid_request_error"),
+        ] {
+            let json: serde_json::Value = serde_json::from_str(&fault.json(ErrorShape::Anthropic)).unwrap();
+            assert_eq!((&json["type"], &json["error"]["type"]), (&"error".into(), &kind.into()), "{fault:?}");
+            assert!(json["error"]["message"].as_str().is_some_and(|message| !message.is_empty()));
+        }
     }
 
     #[test]

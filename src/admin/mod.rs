@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, header};
 
-use crate::fault::Fault;
+use crate::fault::{ErrorShape, Fault};
 use crate::process::Process;
 use crate::routing::pool::Pool;
 
@@ -152,9 +152,10 @@ impl Answer {
     }
 }
 
-impl From<&Fault> for Answer {
-    fn from(fault: &Fault) -> Self {
-        let mut answer = Self::json(fault.status(), fault.json());
+impl Answer {
+    /// The answer that tells a fault, in the shape that its client reads.
+    pub(crate) fn of_fault(fault: &Fault, shape: ErrorShape) -> Self {
+        let mut answer = Self::json(fault.status(), fault.json(shape));
         if let Some(wait) = fault.retry_after() {
             let millis = wait.as_millis().max(1);
             // Whole seconds, rounded up: a client that waits that long must not come too early.
@@ -199,7 +200,10 @@ mod tests {
 
     #[test]
     fn waits_are_rounded_up() {
-        let answer = Answer::from(&Fault::LimitsReached { wait: Duration::from_millis(1201), held: Vec::new() });
+        let answer = Answer::of_fault(
+            &Fault::LimitsReached { wait: Duration::from_millis(1201), held: Vec::new() },
+            ErrorShape::OpenAi,
+        );
         let value = |name: &str| answer.headers.iter().find(|(n, _)| n.as_str() == name).unwrap().1.to_str().unwrap();
         assert_eq!(value("retry-after"), "2");
         assert_eq!(value("retry-after-ms"), "1201");

@@ -9,7 +9,7 @@ use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
 use serde_json::Value;
 
-use crate::fault::excerpt;
+use crate::fault::{ErrorShape, excerpt};
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::{Redactor, Secrets};
 
@@ -24,9 +24,14 @@ pub struct Kept {
 
 impl Kept {
     /// Returns the body as the data of an event, if it is JSON that readers of streams take for an error.
-    pub fn error_object(&self) -> Option<String> {
-        let value: Value = serde_json::from_slice(self.body.as_ref()?).ok()?;
-        value.get("error").is_some_and(Value::is_object).then(|| value.to_string())
+    pub fn error_object(&self, shape: ErrorShape) -> Option<String> {
+        let mut value: Value = serde_json::from_slice(self.body.as_ref()?).ok()?;
+        let members = value.as_object_mut().filter(|members| members.get("error").is_some_and(Value::is_object))?;
+        if shape == ErrorShape::Anthropic {
+            // The endpoint may speak another vendor's shape.
+            members.entry("type").or_insert_with(|| "error".into());
+        }
+        Some(value.to_string())
     }
 
     /// The endpoint's words, or the beginning of its body, on one line.

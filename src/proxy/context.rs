@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::failure::Follow;
 use crate::exchange::session::Wrapped;
 use crate::exchange::{Ask, Exchange, OwnHeaders};
-use crate::fault::Fault;
+use crate::fault::{ErrorShape, Fault};
 use crate::process::{OpenRequest, OpenRequests};
 use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
@@ -44,6 +44,8 @@ pub struct Arrival {
     pub address: Option<IpAddr>,
     /// True if our own `x-api-together-*` headers are sent.
     pub endpoint_headers: bool,
+    /// Shape of errors that the client reads.
+    pub error_shape: ErrorShape,
     _open: OpenRequest,
 }
 
@@ -89,6 +91,7 @@ impl Context {
                 own: OwnHeaders::default(),
                 address: None,
                 endpoint_headers: true,
+                error_shape: ErrorShape::default(),
                 _open: open.enter(),
             },
             ask: None,

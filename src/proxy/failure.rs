@@ -288,13 +288,13 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
         if let (Some(fault), Some(committed)) = (&context.fault, committed)
             && committed.event_stream
         {
-            let call = context.ask.as_ref().map(|ask| ask.call);
-            outgoing::send_error_event(session, &fault.json(), call, committed.between_events).await;
+            let shape = context.arrival.error_shape;
+            outgoing::send_error_event(session, &fault.json(shape), shape, committed.between_events).await;
         } else if opened && committed.is_none() && !is_client_gone {
-            let call = context.ask.as_ref().map(|ask| ask.call);
-            let fault = context.fault.get_or_insert(Fault::Internal).json();
-            let error = kept.as_ref().and_then(Kept::error_object).unwrap_or(fault);
-            outgoing::send_error_event(session, &error, call, true).await;
+            let shape = context.arrival.error_shape;
+            let fault = context.fault.get_or_insert(Fault::Internal).json(shape);
+            let error = kept.as_ref().and_then(|kept| kept.error_object(shape)).unwrap_or(fault);
+            outgoing::send_error_event(session, &error, shape, true).await;
         }
         return closed(0);
     }
@@ -312,7 +312,9 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
             let status = header.status.as_u16();
             outgoing::send_kept(session, context, header, body).await.map(|()| status)
         }
-        _ => outgoing::send(session, context, Answer::from(&fault)).await.map(|()| fault.status()),
+        _ => outgoing::send(session, context, Answer::of_fault(&fault, context.arrival.error_shape))
+            .await
+            .map(|()| fault.status()),
     };
     sent.map_or(closed(0), closed)
 }

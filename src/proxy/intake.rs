@@ -16,7 +16,7 @@ use crate::admin::{Answer, Resource, Sources};
 use crate::config::Cors;
 use crate::exchange::Ask;
 use crate::exchange::session::{Framing, Plan, Wrapped};
-use crate::fault::{Fault, excerpt};
+use crate::fault::{ErrorShape, Fault, excerpt};
 use crate::ledger::CallerId;
 use crate::proxy::context::Context;
 use crate::request::auth;
@@ -83,10 +83,10 @@ pub(super) async fn request_filter(
 async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer, Stop>) -> PingoraResult<()> {
     let answer = match own {
         Ok(answer) => answer,
-        Err(Stop::Fault(fault)) => Answer::from(&*context.fault.insert(fault)),
+        Err(Stop::Fault(fault)) => Answer::of_fault(context.fault.insert(fault), context.arrival.error_shape),
         Err(Stop::Unframed(fault)) => {
             session.set_keepalive(None);
-            let answer = Answer::from(&*context.fault.insert(fault));
+            let answer = Answer::of_fault(context.fault.insert(fault), context.arrival.error_shape);
             return outgoing::send(session, context, answer).await;
         }
         Err(Stop::Gone(error)) => return Err(error),
@@ -131,6 +131,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
         return Ok(Next::Answer(Answer::preflight(requested)));
     }
     let path = path::as_meant(uri.path());
+    context.arrival.error_shape = ErrorShape::of_path(&path);
     let resource = Resource::from_path(uri.path(), &path, &method);
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
         gateway.auth.check(&pool.server, &header.headers, uri.query(), context.arrival.address)?;

@@ -18,7 +18,7 @@ use super::context::Context;
 use super::{attempts, is_final};
 use crate::admin::Answer;
 use crate::exchange::Ask;
-use crate::request::call::Call;
+use crate::fault::ErrorShape;
 use crate::request::id::REQUEST_ID;
 use crate::request::rewrite::{self, Edit};
 use crate::request::{content_type, forward};
@@ -295,11 +295,11 @@ async fn write(session: &mut Session, header: Box<ResponseHeader>, body: Bytes, 
 
 /// Adds an error event to a stream that broke. Without `[DONE]`, and with the connection closed after it,
 /// no client takes it for a whole one. Readers of Anthropic's messages go by the event's name.
-pub(super) async fn send_error_event(session: &mut Session, error: &str, call: Option<Call>, between_events: bool) {
+pub(super) async fn send_error_event(session: &mut Session, error: &str, shape: ErrorShape, between_events: bool) {
     let ends_event = if between_events { "" } else { "\n\n" };
-    let event = match (call, error.strip_prefix('{')) {
-        (Some(Call::Messages), Some(members)) => format!("event: error\ndata: {{\"type\":\"error\",{members}"),
-        _ => format!("data: {error}"),
+    let event = match shape {
+        ErrorShape::OpenAi => format!("data: {error}"),
+        ErrorShape::Anthropic => format!("event: error\ndata: {error}"),
     };
     let event = Bytes::from(format!("{ends_event}{event}\n\n"));
     let is_h2 = session.downstream_session.is_http2();

@@ -37,6 +37,12 @@ def check_message(message, scripted):
     assert (message.usage.input_tokens, message.usage.output_tokens) == (scripted.INPUT_TOKENS, scripted.OUTPUT_TOKENS)
 
 
+def check_body(raised, kind, code):
+    """The error of the proxy has Anthropic's shape."""
+    assert raised.body["type"] == "error"
+    assert (raised.body["error"]["type"], raised.body["error"]["code"]) == (kind, code)
+
+
 def test_create(claude, scripted, check_counts):
     check_message(claude.messages.create(model="claude-asked", **ASK), scripted)
     check_request(scripted, "/v1/messages")
@@ -97,10 +103,12 @@ def test_wrong_key(scripted_proxy, scripted):
         with pytest.raises(anthropic.AuthenticationError) as raised:
             client.messages.create(model="claude-asked", **ASK)
     assert raised.value.status_code == 401
+    check_body(raised.value, "authentication_error", "invalid_api_key")
     assert scripted.requests() == []
 
 
 def test_unknown_model(claude):
     with pytest.raises(anthropic.NotFoundError) as raised:
         claude.messages.create(model="no-such-model", **ASK)
-    assert "no-such-model" in str(raised.value)
+    assert "no-such-model" in raised.value.body["error"]["message"]
+    check_body(raised.value, "not_found_error", "model_not_found")
