@@ -97,6 +97,28 @@ impl AccountSet {
     }
 }
 
+/// The moment at which a set has a free permit.
+pub(super) struct NextFree<'a> {
+    pub(super) at: Stamp,
+    pub(super) set: &'a AccountSet,
+    /// The accounts whose own next permit it is. Others have one earlier, and a promise of theirs would put off
+    /// requests for which that is enough.
+    promised_by: Vec<&'a LimitedAccount>,
+}
+
+impl NextFree<'_> {
+    /// Promises the permit.
+    pub(super) fn promise(&self, clock: &Clock) {
+        for LimitedAccount { account, limits } in &self.promised_by {
+            account.mirror().quota.promise(self.at, limits, clock);
+        }
+    }
+
+    pub(super) fn is_promised_by(&self, of: &LimitedAccount) -> bool {
+        self.promised_by.iter().any(|promised| Arc::ptr_eq(&promised.account, &of.account))
+    }
+}
+
 /// Why a set has no permit: the account that holds it longest.
 pub(super) type HeldAccount = (AccountId, Held);
 
@@ -108,14 +130,14 @@ impl AccountSet {
         let counted = CountedAt { boot: clock.boot, wall: clock.wall };
         // Attempts without a permit from the ledger are counted when they are sent.
         self.add(counted, u64::from(self.in_ledger));
-        self.begin();
+        self.enter_all();
         Ok(counted)
     }
 
     /// Counts a request as in flight, without the ledger: only concurrent requests are limited.
     pub(super) fn enter(&self, clock: &Clock) -> Result<(), HeldAccount> {
         self.all_free(|of| of.account.mirror().quota.concurrency_holds(&of.limits, clock.boot))?;
-        self.begin();
+        self.enter_all();
         Ok(())
     }
 
@@ -134,7 +156,7 @@ impl AccountSet {
         }
     }
 
-    fn begin(&self) {
+    fn enter_all(&self) {
         self.accounts.iter().for_each(|of| of.account.mirror().quota.enter(&of.limits));
     }
 
@@ -143,10 +165,17 @@ impl AccountSet {
         self.accounts.iter().for_each(|of| of.account.mirror().quota.release(&of.limits));
     }
 
-    /// Returns the moment at which every account has a permit that is not promised yet, and the account that has it last.
-    pub(super) fn next_free(&self, clock: &Clock, not_before: Stamp) -> Option<(Stamp, &LimitedAccount)> {
+    /// Returns the next moment, not before `not_before`, at which every account has a permit that is not promised yet.
+    /// Only accounts that are at a limit put it off: what others have promised for later is no reason to wait for it.
+    pub(super) fn next_free(&self, clock: &Clock, not_before: Stamp) -> NextFree<'_> {
+        let held = |of: &LimitedAccount| of.account.mirror().quota.held(&of.limits, clock).is_some();
+        let is_any_held = self.accounts.iter().any(held);
         let next = |of: &LimitedAccount| of.account.mirror().quota.next_free(&of.limits, clock, not_before);
-        self.accounts.iter().map(|of| (next(of), of)).max_by_key(|(at, _)| *at)
+        let binding = self.accounts.iter().filter(|of| !is_any_held || held(of));
+        let moments: Vec<(Stamp, &LimitedAccount)> = binding.map(|of| (next(of), of)).collect();
+        let at = moments.iter().map(|(at, _)| *at).max().unwrap_or(not_before);
+        let promised_by = moments.into_iter().filter(|(own, _)| *own == at).map(|(_, of)| of).collect();
+        NextFree { at, set: self, promised_by }
     }
 
     pub(super) fn demand(&self) -> MutexGuard<'_, Demand> {

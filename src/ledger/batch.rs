@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::account::{Entry, Mirror};
-use super::account_set::HeldAccount;
+use super::account_set::{HeldAccount, NextFree};
 use super::messages::{Draw, HeldEndpoint, Otherwise};
 use super::prefetch::spare;
 use super::{Account, AccountSet, Change, Ledger, LedgerError, LimitedAccount, Wanted};
-use crate::limit::{Clock, CountedAt, Held, LimitReason, Minute, Slot, Stamp};
+use crate::limit::{Clock, CountedAt, Held, LimitReason, Minute, Slot};
 
 /// A draw and its decision.
 pub(super) struct Served {
@@ -181,11 +181,10 @@ fn full(at: usize, (account, held): HeldAccount) -> HeldEndpoint {
     HeldEndpoint { at, account: Some(account), held }
 }
 
-/// Returns the first moment at which one of the endpoints has a free permit that is not promised yet, and its account that
-/// is free last.
-pub(super) fn next_free<'a>(wanted: &'a [Wanted], clock: &Clock) -> Option<(Stamp, &'a LimitedAccount)> {
+/// Returns the first moment at which one of the endpoints has a free permit that is not promised yet.
+pub(super) fn next_free<'a>(wanted: &'a [Wanted], clock: &Clock) -> Option<NextFree<'a>> {
     let next = |wanted: &'a Wanted| wanted.accounts.next_free(clock, wanted.not_before.max(clock.boot));
-    wanted.iter().filter_map(next).min_by_key(|(at, _)| *at)
+    wanted.iter().map(next).min_by_key(|free| free.at)
 }
 
 /// Writes the entries of an account, without those that change nothing.

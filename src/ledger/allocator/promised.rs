@@ -4,8 +4,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 
-use crate::ledger::Account;
+use crate::ledger::account_set::NextFree;
 use crate::ledger::messages::{CallerId, Wanted};
+use crate::ledger::{Account, LimitedAccount};
 use crate::limit::Stamp;
 
 /// Callers whose moments are remembered; those of others are promised anew each time.
@@ -16,7 +17,8 @@ const MOMENTS_MAX: usize = 1000;
 /// A moment that a caller was told.
 #[derive(Debug)]
 pub(super) struct Told {
-    account: Weak<Account>,
+    /// The accounts that a permit of that moment is of, each with whether it has promised one.
+    accounts: Box<[(Weak<Account>, bool)]>,
     /// The moment.
     pub(super) at: Stamp,
     /// Ticket of the first draw that can know of the promise. Earlier ones are requests of their own.
@@ -24,18 +26,32 @@ pub(super) struct Told {
 }
 
 impl Told {
-    /// A moment of an account, told to everybody who comes from this ticket on.
-    pub(super) fn new(account: &Arc<Account>, at: Stamp, known_from: u64) -> Self {
-        Self { account: Arc::downgrade(account), at, known_from }
+    /// A moment of a set of accounts, told to everybody who comes from this ticket on.
+    pub(super) fn new(free: &NextFree<'_>, known_from: u64) -> Self {
+        let told = |of: &LimitedAccount| (Arc::downgrade(&of.account), free.is_promised_by(of));
+        Self { accounts: free.set.accounts().iter().map(told).collect(), at: free.at, known_from }
     }
 
-    /// The account that it is a moment of, if that is still used.
-    pub(super) fn account(&self) -> Option<Arc<Account>> {
-        self.account.upgrade()
+    /// The same promise, told again.
+    pub(super) fn known_from(self, known_from: u64) -> Self {
+        Self { known_from, ..self }
     }
 
+    /// Takes the promise back, so that its permits are free for others.
+    pub(super) fn withdraw(&self) {
+        let promised = self.accounts.iter().filter(|(_, has_promised)| *has_promised);
+        for account in promised.filter_map(|(account, _)| account.upgrade()) {
+            account.mirror().quota.withdraw(self.at);
+        }
+    }
+
+    /// True if it is a moment of the same accounts: one of fewer of them would not do.
     fn is_of(&self, wanted: &Wanted) -> bool {
-        wanted.accounts.accounts().iter().any(|of| std::ptr::eq(self.account.as_ptr(), Arc::as_ptr(&of.account)))
+        let same = |((known, _), of): (&(Weak<Account>, bool), &LimitedAccount)| {
+            std::ptr::eq(known.as_ptr(), Arc::as_ptr(&of.account))
+        };
+        let accounts = wanted.accounts.accounts();
+        self.accounts.len() == accounts.len() && self.accounts.iter().zip(accounts).all(same)
     }
 }
 

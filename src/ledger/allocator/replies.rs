@@ -1,5 +1,6 @@
 //! Replies to the clients of the allocator.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -15,11 +16,10 @@ impl Allocator {
     /// Replies to all draws, now that they count. Publishes the views first, so that a client that gets its reply finds
     /// its own permit counted in them.
     pub(super) fn answer(&mut self, served: Vec<Served>, clock: &Clock) {
-        let mut seen: Vec<*const Account> = Vec::new();
+        let mut seen: HashSet<*const Account> = HashSet::new();
         let wanted = served.iter().flat_map(|served| &served.draw.wanted);
         for of in wanted.flat_map(|wanted| wanted.accounts.accounts()) {
-            if !seen.contains(&Arc::as_ptr(&of.account)) {
-                seen.push(Arc::as_ptr(&of.account));
+            if seen.insert(Arc::as_ptr(&of.account)) {
                 of.publish(clock);
             }
         }
@@ -82,17 +82,18 @@ impl Allocator {
     fn promise(&mut self, caller: CallerId, draw: &Draw, clock: &Clock) -> Option<Stamp> {
         let known_from = self.client.next_ticket();
         let before = self.promised.take(caller, draw.ticket, &draw.wanted, clock.boot);
-        let (at, first) = next_free(&draw.wanted, clock)?;
-        if let Some((before, account)) = before.and_then(|before| Some((before.at, before.account()?))) {
-            if before <= at {
-                self.promised.note(caller, Told::new(&account, before, known_from), clock.boot);
-                return Some(before);
+        let free = next_free(&draw.wanted, clock)?;
+        if let Some(before) = before {
+            if before.at <= free.at {
+                let at = before.at;
+                self.promised.note(caller, before.known_from(known_from), clock.boot);
+                return Some(at);
             }
-            account.mirror().quota.withdraw(before);
+            before.withdraw();
         }
-        first.account.mirror().quota.promise(at, &first.limits, clock);
-        self.promised.note(caller, Told::new(&first.account, at, known_from), clock.boot);
-        Some(at)
+        free.promise(clock);
+        self.promised.note(caller, Told::new(&free, known_from), clock.boot);
+        Some(free.at)
     }
 
     /// Serves draws without the ledger: endpoints that need no ledger as usual, the others as the config's
