@@ -205,7 +205,7 @@ fn permit() -> Box<dyn FnMut()> {
     let pool = pool(1);
     Box::new(move || {
         let endpoint = pool.endpoints.first().expect("there is one");
-        pool.ledger.unlimited(endpoint.accounts.of_endpoint()).spend();
+        pool.ledger.unlimited(endpoint.accounts.without_model()).spend();
     })
 }
 

@@ -1,11 +1,13 @@
 //! `GET /health` and `GET /health/ready`, for process managers and load balancers. Neither needs the key.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde_json::json;
 
 use super::Sources;
 use super::status::{SERVICE, iso};
+use crate::ledger::AccountSet;
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
 
@@ -32,10 +34,9 @@ fn no_endpoint(from: Sources<'_>) -> Option<&'static str> {
     let usable = || pool.endpoints.iter().filter(|endpoint| endpoint.config.usable());
     let denies = pool.ledger.is_down();
     let is_open = |endpoint: &Endpoint| {
-        let accounts = endpoint.accounts.of_endpoint();
+        let is_full = |accounts: &Arc<AccountSet>| accounts.seems_full(clock.boot) || denies && accounts.in_ledger();
         matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
-            && !accounts.seems_full(clock.boot)
-            && !(denies && accounts.in_ledger())
+            && !endpoint.accounts.foreseen().iter().all(is_full)
     };
     if usable().any(|endpoint| is_open(endpoint)) {
         None

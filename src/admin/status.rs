@@ -1,6 +1,7 @@
 //! `GET /v1/status`.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::Sources;
 use crate::config::{Limit, PerLimit, StreamUsage};
-use crate::ledger::{self, AccountId, LimitedAccount};
+use crate::ledger::{self, AccountId, AccountSet, LimitedAccount};
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::process::{ConfigState, FileState, Process};
 use crate::routing::health::{EndpointHealth, Gate, Health};
@@ -80,14 +81,15 @@ impl Views {
     }
 }
 
-/// True if the endpoint would be sent a request now, though maybe not for each of its models.
+/// True if the endpoint would be sent a request now, for one of its models at least.
 pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> bool {
-    let whole = endpoint.accounts.whole();
-    // Without the ledger endpoints with limits take nothing, unless the config says otherwise.
-    let denied = pool.ledger.is_down() && whole.limits.in_ledger();
+    // Without the ledger, what has limits takes nothing, unless the config says otherwise.
+    let is_denied = |accounts: &AccountSet| pool.ledger.is_down() && accounts.in_ledger();
+    let has_room = |accounts: &Arc<AccountSet>| {
+        !is_denied(accounts) && accounts.accounts().iter().all(|of| views.of(of).held.is_none())
+    };
     endpoint.config.usable()
-        && views.of(whole).held.is_none()
-        && !denied
+        && endpoint.accounts.foreseen().iter().any(has_room)
         && matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
 }
 

@@ -168,7 +168,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     for (kind, (before, after)) in limits.zip(after.limits).each() {
         lines.compare(&at(kind.key()), &before.as_number(), &after.as_number());
     }
-    models_limits(lines, id, model_limits, &after.model_limits);
+    compare_model_limits(lines, id, model_limits, &after.model_limits);
     lines.compare_lists(&at("models"), models, &after.models);
     lines.compare_lists(&at("modelMapping"), &pairs(model_mapping), &pairs(&after.model_mapping));
     lines.compare(&at("weight"), weight, &after.weight);
@@ -186,7 +186,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     }
 }
 
-fn models_limits(
+fn compare_model_limits(
     lines: &mut ChangeLines,
     id: &str,
     before: &BTreeMap<String, ModelLimits>,

@@ -77,6 +77,18 @@ impl Endpoint {
     }
 }
 
+impl Endpoint {
+    /// Names and patterns of models as the endpoint is sent them: those it serves unmapped, and those that others are mapped to.
+    pub fn sent_models(&self) -> impl Iterator<Item = &str> {
+        sent_models(&self.models, &self.model_mapping)
+    }
+}
+
+fn sent_models<'a>(models: &'a [String], mapping: &'a BTreeMap<String, String>) -> impl Iterator<Item = &'a str> {
+    let unmapped = models.iter().filter(|model| !mapping.contains_key(*model));
+    unmapped.chain(mapping.values()).map(String::as_str)
+}
+
 /// Limits of the models that match a pattern; none of them is [`Limit::Off`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelLimits {
@@ -207,6 +219,8 @@ fn model_limits(
         }
         if pattern.trim().is_empty() {
             check.report.error(&path, "names no model", "name a model that the endpoint is sent, or * for all");
+        } else if pattern.trim() != pattern {
+            check.report.error(&path, "has blanks around it", "leave them off: names are compared as they are");
         } else if check_pattern(&pattern, &path, check) {
             warn_of_no_match(&pattern, served, &path, check);
         }
@@ -231,8 +245,9 @@ fn warn_of_no_match(pattern: &str, (models, mapping): Served<'_>, path: &str, ch
         (None, Some(prefix)) => one.starts_with(prefix),
         (Some(one), Some(other)) => one.starts_with(other) || other.starts_with(one),
     };
-    let unmapped = models.iter().filter(|model| !mapping.contains_key(*model));
-    if unmapped.chain(mapping.values()).any(|sent| meet(pattern, sent)) {
+    // An exact name that is mapped to another is never sent, whatever patterns the endpoint serves.
+    let is_mapped_away = mapping.contains_key(pattern) && !mapping.values().any(|sent| sent == pattern);
+    if !is_mapped_away && sent_models(models, mapping).any(|sent| meet(pattern, sent)) {
         return;
     }
     let hint = match mapping.iter().find(|(asked, _)| meet(pattern, asked)) {

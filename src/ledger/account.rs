@@ -170,7 +170,8 @@ impl Account {
     }
 
     pub(super) fn take_unwritten(&self) -> u64 {
-        self.unwritten.swap(0, Ordering::Relaxed)
+        // Of many accounts only a few have any.
+        if self.has_unwritten() { self.unwritten.swap(0, Ordering::Relaxed) } else { 0 }
     }
 
     /// True if attempts wait to be collected by the allocator.

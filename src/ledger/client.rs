@@ -1,13 +1,13 @@
 //! Client of the ledger's thread: sends messages to it and returns permits.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::messages::{Bill, Draw, Drawn, Look, Messages, Otherwise, Reset, Return, Wanted};
+use super::messages::{Bill, Draw, Drawn, Listed, Look, Messages, Otherwise, Reset, Return, Wanted};
 use super::write_behind::WRITE_DELAY;
 use super::{Account, AccountId, AccountSet, LimitedAccount, Permit, Spent};
 use crate::limit::{Clock, Stamp, View};
@@ -26,11 +26,20 @@ const ANSWER_MAX: Duration = Duration::from_secs(3);
 struct Inbox {
     messages: Mutex<(Messages, Sleep)>,
     wake: Condvar,
-    /// Accounts in use. Those that no config has any more are dropped when the next new account is added.
-    accounts: Mutex<HashMap<AccountId, Weak<Account>>>,
+    accounts: Mutex<Accounts>,
+    /// Accounts of models that were in the ledger when it was opened.
+    known: RwLock<HashSet<AccountId>>,
+    configs: AtomicU64,
     tickets: AtomicU64,
     queued: AtomicUsize,
     down: AtomicBool,
+}
+
+/// Accounts in use, and some that no config has any more: they are dropped when there are twice as many as after the last time.
+#[derive(Debug, Default)]
+struct Accounts {
+    by_id: HashMap<AccountId, Weak<Account>>,
+    in_use: usize,
 }
 
 /// State of the thread, so that it is woken only if it sleeps.
@@ -82,13 +91,26 @@ impl Client {
     /// still use it: two accounts would not see each other's draws.
     pub fn account(&self, id: &AccountId) -> Arc<Account> {
         let mut accounts = self.inbox.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(account) = accounts.get(id).and_then(Weak::upgrade) {
+        if let Some(account) = accounts.by_id.get(id).and_then(Weak::upgrade) {
             return account;
         }
-        accounts.retain(|_, account| account.strong_count() > 0);
+        if accounts.by_id.len() >= 2 * accounts.in_use {
+            accounts.by_id.retain(|_, account| account.strong_count() > 0);
+            accounts.in_use = accounts.by_id.len() + 1;
+        }
         let account = Arc::new(Account::new(id.clone()));
-        accounts.insert(id.clone(), Arc::downgrade(&account));
+        accounts.by_id.insert(id.clone(), Arc::downgrade(&account));
         account
+    }
+
+    /// True if the account was in the ledger when it was opened.
+    pub fn is_known(&self, id: &AccountId) -> bool {
+        self.inbox.known.read().unwrap_or_else(PoisonError::into_inner).contains(id)
+    }
+
+    /// Sets the accounts of models that are in the ledger, a thousand at most.
+    pub(crate) fn set_known(&self, ids: Vec<AccountId>) {
+        *self.inbox.known.write().unwrap_or_else(PoisonError::into_inner) = ids.into_iter().collect();
     }
 
     /// Returns the next number in the order of arrival.
@@ -214,15 +236,23 @@ impl Client {
         sent.is_some() && answer.await.unwrap_or(false)
     }
 
-    /// Sets the accounts of the current config.
-    pub fn set_accounts(&self, accounts: Vec<LimitedAccount>) {
-        // `None`, here and below: the thread has ended and does not need to know.
-        self.push(|messages| messages.accounts = Some(accounts));
+    /// Returns the number of a config that is being made.
+    pub fn next_config(&self) -> u64 {
+        self.inbox.configs.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Adds an account to those of the current config.
-    pub fn add_account(&self, account: LimitedAccount) {
-        self.push_behind(|messages| messages.more_accounts.push(account));
+    /// Lists the accounts of a new config.
+    pub fn list_accounts(&self, config: u64, accounts: impl Iterator<Item = LimitedAccount>) {
+        // `None`, here and below: the thread has ended and does not need to know.
+        self.push(|messages| {
+            messages.new_config = true;
+            messages.listed.extend(accounts.map(|of| Listed { config, of }));
+        });
+    }
+
+    /// Lists an account that a config has had only since it was asked for.
+    pub fn list_account(&self, config: u64, of: LimitedAccount) {
+        self.push_behind(|messages| messages.listed.push(Listed { config, of }));
     }
 
     /// Asks the thread to write everything and to end.

@@ -52,7 +52,8 @@ pub struct HeldEndpoint {
 impl HeldEndpoint {
     /// Returns it as a fault tells it, with the endpoint's id if clients may know it.
     pub fn held_by(&self, endpoint: Option<Arc<str>>, now: Stamp) -> HeldBy {
-        let models = self.account.as_ref().and_then(AccountId::models).cloned();
+        // Names of the endpoint's own models are no more the client's than its id.
+        let models = endpoint.as_ref().and(self.account.as_ref()).and_then(AccountId::models).cloned();
         HeldBy { endpoint, models, reason: self.held.by, wait: now.until(self.held.until) }
     }
 }
@@ -114,6 +115,14 @@ pub(super) struct Reset {
     pub(super) reply: oneshot::Sender<bool>,
 }
 
+/// An account with the limits of a config.
+#[derive(Debug)]
+pub(super) struct Listed {
+    /// The config's number, from [`Client::next_config`](super::Client::next_config).
+    pub(super) config: u64,
+    pub(super) of: LimitedAccount,
+}
+
 /// Everything that waits for the ledger's thread.
 #[derive(Debug, Default)]
 pub(super) struct Messages {
@@ -124,10 +133,10 @@ pub(super) struct Messages {
     pub(super) resets: Vec<Reset>,
     /// Senders to be answered once everything so far is written.
     pub(super) flushes: Vec<oneshot::Sender<bool>>,
-    /// Accounts of the new config; `None` if it has not changed.
-    pub(super) accounts: Option<Vec<LimitedAccount>>,
-    /// Accounts that the config has since then: each is of a model that was asked for the first time.
-    pub(super) more_accounts: Vec<LimitedAccount>,
+    /// Accounts that a config has.
+    pub(super) listed: Vec<Listed>,
+    /// True if they are those of a new config.
+    pub(super) new_config: bool,
     /// True if an account has attempts that are to be written behind.
     pub(super) unwritten: bool,
     pub(super) closing: bool,
@@ -141,8 +150,8 @@ impl Messages {
             && self.looks.is_empty()
             && self.resets.is_empty()
             && self.flushes.is_empty()
-            && self.accounts.is_none()
-            && self.more_accounts.is_empty()
+            && self.listed.is_empty()
+            && !self.new_config
             && !self.unwritten
             && !self.closing
     }

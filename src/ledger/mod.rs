@@ -74,8 +74,10 @@ pub trait Ledger {
     fn forget(&mut self, account: &AccountId, oldest: Slot) -> Result<(), LedgerError>;
     /// Deletes the hours and days of the token statistics that begin at or before these seconds of Unix time.
     fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError>;
-    /// Deletes the counts of days before this one, of all accounts.
-    fn forget_days(&mut self, before: Date) -> Result<(), LedgerError>;
+    /// Deletes the counts of an account on days before this one, but for its three newest: the clock may be wrong.
+    fn forget_days(&mut self, account: &AccountId, before: Date) -> Result<(), LedgerError>;
+    /// Returns the accounts of models that have counts, the newest first; a thousand at most.
+    fn accounts_of_models(&mut self) -> Result<Vec<AccountId>, LedgerError>;
     /// Commits the batch.
     fn commit(&mut self) -> Result<(), LedgerError>;
     /// Rolls the batch back.

@@ -299,7 +299,8 @@ impl Keeping {
         let seen = sqlite::identity(&self.options.path).ok();
         let now = self.client.clock().boot;
         match open(&self.options, now, minute_unknown) {
-            Ok(ledger) => {
+            Ok(mut ledger) => {
+                self.tell_known_models(&mut ledger);
                 self.ledger = Some(ledger);
                 self.retry_at = Stamp::default();
             }
@@ -310,6 +311,16 @@ impl Keeping {
                 if error.kind == FaultKind::Corrupt {
                     self.replace(seen);
                 }
+            }
+        }
+    }
+
+    /// Tells which models had accounts of their own before this process began, so that they have them from the start.
+    fn tell_known_models(&self, ledger: &mut SqliteLedger) {
+        match ledger.accounts_of_models() {
+            Ok(accounts) => self.client.set_known(accounts),
+            Err(error) => {
+                log::warn!("{error}; models that the config does not name share limits until they are answered");
             }
         }
     }

@@ -27,6 +27,8 @@ pub struct Pool {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// Model → candidates.
     pub router: Router,
+    /// True if an endpoint has limits by model.
+    pub has_model_limits: bool,
     /// Source of permits.
     pub ledger: Client,
     /// The number of the config, counted from the start of the process.
@@ -60,6 +62,7 @@ impl Pool {
             before.iter().flat_map(|pool| &pool.endpoints).map(|e| (e.config.id.as_ref(), e)).collect();
         let same_days = before.is_some_and(|pool| pool.server.timezone == server.timezone);
         let router = Router::new(&endpoints);
+        let number = ledger.next_config();
         let endpoints: Vec<Arc<Endpoint>> = endpoints
             .into_iter()
             .map(|config| {
@@ -79,13 +82,14 @@ impl Pool {
                     live.start_anew();
                 }
                 let secrets = secrets_of(&config);
-                let accounts = EndpointAccounts::new(&config, &live.account, &server.timezone, &ledger);
+                let accounts = EndpointAccounts::new(&config, &live.account, &server.timezone, (number, &ledger));
                 let id_header = id_header(&config.id);
                 Ok(Arc::new(Endpoint { config, id_header, upstream, secrets, accounts, live }))
             })
             .collect::<std::io::Result<_>>()?;
-        ledger.set_accounts(endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned().collect());
-        Ok(Self { server, endpoints, router, ledger, version: 1, loaded_at: SystemTime::now() })
+        ledger.list_accounts(number, endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned());
+        let has_model_limits = endpoints.iter().any(|endpoint| endpoint.accounts.has_model_limits());
+        Ok(Self { server, endpoints, router, has_model_limits, ledger, version: 1, loaded_at: SystemTime::now() })
     }
 
     /// The clocks that limits and health go by, as they are now.
@@ -123,12 +127,10 @@ impl Endpoint {
             return Gate::Open;
         }
         let config = &self.config;
-        let names = || config.models.iter().chain(config.model_mapping.keys());
-        let has_patterns = names().any(|name| name.ends_with('*'));
-        // What is mapped goes by the name that it is sent.
-        let mapped = |name: &'_ String| config.model_mapping.get(name).cloned().unwrap_or_else(|| name.clone());
-        let models: Vec<String> = names().map(mapped).collect();
-        let models = (!has_patterns && !models.is_empty()).then(|| models.iter().map(String::as_str));
+        let mut names = config.models.iter().chain(config.model_mapping.keys());
+        let has_patterns = names.any(|name| name.ends_with('*'));
+        let models: Vec<&str> = config.sent_models().collect();
+        let models = (!has_patterns && !models.is_empty()).then(|| models.iter().copied());
         self.live.health().gate_of_all(models, now)
     }
 }
@@ -162,6 +164,9 @@ impl Drop for Trial {
         lock(&self.live.health).end_trial(self.scope, &self.model);
     }
 }
+
+/// Longest name that can be a model's, unless the config has it: it is a key in the ledger and a label of metrics.
+const MODEL_BYTES_MAX: usize = 200;
 
 /// Name under which the health of all models is kept that the config does not have and that have never succeeded.
 const UNKNOWN_MODELS: &str = "*";
@@ -279,7 +284,7 @@ impl Live {
 
     /// Notes that a name is a model's. True if that was not known.
     fn note_served(&self, model: &str) -> bool {
-        if read(&self.served).contains(model) {
+        if model.len() > MODEL_BYTES_MAX || read(&self.served).contains(model) {
             return false;
         }
         let mut served = self.served.write().unwrap_or_else(PoisonError::into_inner);

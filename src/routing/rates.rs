@@ -8,7 +8,6 @@ use crate::ledger::AccountSet;
 use crate::limit::{Clock, Gauge};
 use crate::routing::balance::Options;
 use crate::routing::health::Gate;
-use crate::routing::pool::Endpoint;
 use crate::routing::rate_headers::{Rate, Rates};
 
 /// Rates of a model, as its endpoints were seen last, at most about a second ago.
@@ -17,9 +16,9 @@ pub(crate) fn of_model(options: &Options<'_>, clock: &Clock) -> Rates {
     const ADDED_UP_MAX: usize = 16;
     const NOW_AND_THEN: Duration = Duration::from_millis(100);
     let candidates = options.candidates;
-    // Models that match one pattern have the same candidates, and may have limits of their own.
-    let differ = || (0..candidates.list().len()).any(|index| options.endpoint(index).is_some_and(has_model_limits));
-    if candidates.list().len() <= ADDED_UP_MAX || options.model.is_some() && differ() {
+    // Names that match one pattern have the same candidates, but may have limits of their own.
+    let may_differ = options.pool.has_model_limits && !candidates.is_exact();
+    if candidates.list().len() <= ADDED_UP_MAX || may_differ {
         return add_up(options, clock);
     }
     let mut told = candidates.rates.lock().unwrap_or_else(PoisonError::into_inner);
@@ -31,10 +30,6 @@ pub(crate) fn of_model(options: &Options<'_>, clock: &Clock) -> Rates {
     let rates = add_up(options, clock);
     *told = Some((clock.boot, rates));
     rates
-}
-
-fn has_model_limits(endpoint: &Endpoint) -> bool {
-    endpoint.accounts.has_model_limits()
 }
 
 fn add_up(options: &Options<'_>, clock: &Clock) -> Rates {

@@ -91,6 +91,11 @@ impl Candidates {
         }
     }
 
+    /// True if the name is one of the config, false if it matched a pattern.
+    pub fn is_exact(&self) -> bool {
+        self.is_exact
+    }
+
     /// The label that metrics have for the name: itself if it is an exact one of the config.
     pub fn label(&self) -> &str {
         &self.label

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::harness::{
     KEY, Proxy, Reply, behaving, chat, client, config_text, endpoint_with, merged, simulator, until, within,
 };
-use crate::program::Running;
+use crate::program::{Running, folder_with, program};
 
 /// An endpoint that takes every model, with these limits of models and whatever else.
 fn limited(id: &str, url: &str, models: Value, more: Value) -> Value {
@@ -151,6 +151,44 @@ async fn rate_limit_headers_show_the_tighter_of_model_and_endpoint() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_all_of_whose_models_are_full_is_not_available() {
+    within(async {
+        let a = simulator().await;
+        for (models, limits, full) in [
+            (json!(["m", "n"]), json!({ "m": { "rpm": 1 } }), false),
+            (json!(["m", "n"]), json!({ "m": { "rpm": 1 }, "n": { "rpm": 1 } }), true),
+            (json!(["*"]), json!({ "*": { "rpm": 1 } }), true),
+            (json!(["*"]), json!({ "m": { "rpm": 1 } }), false),
+        ] {
+            let more = json!({ "models": models });
+            let proxy = Proxy::start(json!({}), &[limited("a", &a.base_url(), limits.clone(), more)]).await;
+            for model in ["m", "n"] {
+                proxy.chat(model).await;
+            }
+            let status = proxy.status_of("a").await;
+            assert_eq!(status["available"], !full, "{limits}: {status}");
+            let ready = proxy.get("/health/ready").await;
+            assert_eq!(ready.status, if full { 503 } else { 200 }, "{limits}: {ready:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_of_models_stay_hidden_with_the_endpoints() {
+    within(async {
+        let a = simulator().await;
+        let more = json!({ "modelMapping": { "m": "secret-deployment" } });
+        let api = limited("a", &a.base_url(), json!({ "secret-deployment": { "rpm": 1 } }), more);
+        let proxy = Proxy::start(json!({ "endpointHeaders": false }), &[api]).await;
+        assert_eq!(proxy.chat("m").await.status, 200);
+        let message = proxy.chat("m").await.assert_error(429, "requests", "rate_limit_exceeded");
+        assert!(message.contains("1 requests a minute") && !message.contains("secret"), "{message}");
+    })
+    .await;
+}
+
 async fn ask(running: &Running, model: &str) -> Reply {
     let call = client(|builder| builder).post(running.url("/v1/chat/completions")).bearer_auth(KEY);
     Reply::of(call.json(&chat(model))).await
@@ -181,6 +219,37 @@ async fn a_reload_sets_limits_of_models_and_keeps_what_they_have_counted() {
         reload(json!({ "m": { "rpm": 3 }, "n": { "rpm": 1 } }), "endpoint a: modelLimits +m").await;
         assert_eq!(ask(&running, "m").await.status, 429);
         assert_eq!(a.requests().len(), 6);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_had_its_own_limit_has_it_after_a_restart() {
+    within(async {
+        let a = simulator().await;
+        let limits = json!({ "*": { "rpm": 2, "each": true } });
+        let text = config_text(json!({}), &[limited("a", &a.base_url(), limits, json!({}))]);
+        let folder = folder_with("apis.json", &text);
+        let start = || {
+            let mut command = program(folder.path());
+            command.args(["--config", "apis.json"]).env("RUST_LOG", "info");
+            Running::of(command, tempfile::tempdir().unwrap())
+        };
+        let first = start();
+        for model in ["m", "n"] {
+            // The first answer shows that it is a model; the second counts for it.
+            for _ in 0..2 {
+                assert_eq!(ask(&first, model).await.status, 200);
+            }
+            first.logs(&format!("model={model}")).await;
+        }
+        drop(first);
+        let second = start();
+        for model in ["m", "n"] {
+            for status in [200, 429] {
+                assert_eq!(ask(&second, model).await.status, status, "{model}: one was counted before");
+            }
+        }
     })
     .await;
 }

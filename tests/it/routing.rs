@@ -243,12 +243,12 @@ async fn without_other_calls() -> (Vec<api_together::simulator::Simulator>, Vec<
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_that_no_endpoint_has_is_asked_of_each_once() {
     within(async {
-        for path in [
-            "/v1/messages/count_tokens",
-            "/v1/responses/input_tokens",
-            "/v1/rerank",
-            "/v1/unheard_of",
-            "/v1/realtime/sessions",
+        for (path, kind) in [
+            ("/v1/messages/count_tokens", "not_found_error"),
+            ("/v1/responses/input_tokens", "invalid_request_error"),
+            ("/v1/rerank", "invalid_request_error"),
+            ("/v1/unheard_of", "invalid_request_error"),
+            ("/v1/realtime/sessions", "invalid_request_error"),
         ] {
             let (simulators, apis) = without_other_calls().await;
             let proxy = Proxy::start(json!({}), &apis).await;
@@ -256,7 +256,7 @@ async fn a_call_that_no_endpoint_has_is_asked_of_each_once() {
                 let reply = proxy.post(path, &chat("m")).await;
                 assert_eq!(reply.status, 404, "{path}");
                 if call > 3 {
-                    reply.assert_error(404, "invalid_request_error", "call_not_found");
+                    reply.assert_error(404, kind, "call_not_found");
                 } else {
                     assert_eq!(reply.attempts(), Some("1"), "it is not sent to the others at once");
                 }

@@ -422,7 +422,7 @@ async fn a_message_that_breaks_off_has_its_prompt_as_it_was_told() {
         assert_eq!(wire.chunk().await.unwrap(), events);
         drop(endpoint);
         let rest = wire.rest().await;
-        assert!(rest.contains("event: error\ndata: {\"type\":\"error\",\"error\":{\"message\":"), "{rest}");
+        assert!(rest.contains("event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"api_error\","), "{rest}");
         let stats = stats_of(&proxy, "a", 0, 1).await;
         assert_eq!(estimate(&stats), [25, 2], "{stats}");
     })

@@ -7,18 +7,20 @@
 mod promised;
 mod replies;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use jiff::tz::TimeZone;
+
 use super::account::Entry;
 use super::batch::{Batch, Decision, Served, decide_without_ledger, is_first_choice, needs_ledger};
-use super::messages::{Bill, Draw, Messages, Return};
+use super::messages::{Bill, Draw, Listed, Messages, Return};
 use super::prefetch::PrefetchedPermits;
 use super::stats::{self, DAYS_KEPT, HOURS_KEPT};
 use super::write_behind::WriteBehind;
-use super::{Account, AccountSet, Change, Client, FaultKind, Ledger, LedgerError, LimitedAccount};
+use super::{Account, AccountId, AccountSet, Change, Client, FaultKind, Ledger, LedgerError, LimitedAccount};
 use crate::config::LedgerOnError;
 use crate::limit::{Clock, CountedAt, Counts, Slot, Stamp};
 use replies::answer_others;
@@ -52,7 +54,7 @@ pub struct Allocator {
     on_error: LedgerOnError,
     tally: Arc<Tally>,
     /// The accounts of the current config, and those of earlier ones that are still in use.
-    accounts: Vec<LimitedAccount>,
+    accounts: HashMap<AccountId, Listed>,
     /// Draws in the queue, in the order of arrival. The places of the queue bound their number.
     waiting: BTreeMap<u64, Draw>,
     /// Moments at which refused callers were told to come back.
@@ -89,7 +91,7 @@ impl Allocator {
             client,
             on_error,
             tally,
-            accounts: Vec::new(),
+            accounts: HashMap::new(),
             waiting: BTreeMap::new(),
             promised: promised::Promised::default(),
             scan_at: Stamp::NEVER,
@@ -168,7 +170,7 @@ impl Allocator {
         if self.prefetched.is_empty() {
             return;
         }
-        let clears_all = messages.closing || messages.accounts.is_some() || !messages.flushes.is_empty();
+        let clears_all = messages.closing || messages.new_config || !messages.flushes.is_empty();
         let looked_at = messages.looks.iter().flat_map(|look| &look.accounts);
         let exact_draws = messages.draws.iter().filter(|draw| !is_first_choice(draw)).flat_map(|draw| &draw.wanted);
         let drawn_from = exact_draws.flat_map(|wanted| wanted.accounts.accounts());
@@ -203,13 +205,10 @@ impl Allocator {
 
     /// Handles the messages that need no reply.
     fn take_in(&mut self, messages: &mut Messages, clock: &Clock) {
-        if let Some(accounts) = messages.accounts.take() {
-            self.set_accounts(accounts);
-            self.renew_at = clock.boot;
+        for listed in messages.listed.drain(..) {
+            self.list(listed);
         }
-        for added in messages.more_accounts.drain(..) {
-            self.accounts.retain(|known| !Arc::ptr_eq(&known.account, &added.account));
-            self.accounts.push(added);
+        if messages.new_config {
             self.renew_at = clock.boot;
         }
         if messages.unwritten {
@@ -229,10 +228,12 @@ impl Allocator {
         }
     }
 
-    fn set_accounts(&mut self, accounts: Vec<LimitedAccount>) {
-        let before = std::mem::replace(&mut self.accounts, accounts);
-        let known: HashSet<*const Account> = self.accounts.iter().map(|of| Arc::as_ptr(&of.account)).collect();
-        self.accounts.extend(before.into_iter().filter(|of| !known.contains(&Arc::as_ptr(&of.account))));
+    /// Lists an account, with the limits of the newest config that has it.
+    fn list(&mut self, listed: Listed) {
+        let known = self.accounts.get(listed.of.account.id());
+        if known.is_none_or(|known| known.config <= listed.config) {
+            self.accounts.insert(listed.of.account.id().clone(), listed);
+        }
     }
 
     fn take_back(&mut self, returned: Return, clock: &Clock) {
@@ -264,7 +265,7 @@ impl Allocator {
 
     /// Collects the attempts that were sent without a permit from the ledger.
     fn collect_unwritten(&mut self, clock: &Clock) {
-        for LimitedAccount { account, limits } in &self.accounts {
+        for LimitedAccount { account, limits } in self.accounts.values().map(|listed| &listed.of) {
             let attempts = account.take_unwritten();
             if attempts > 0 {
                 let now = limits.counted(CountedAt { boot: clock.boot, wall: clock.wall });
@@ -362,7 +363,7 @@ impl Allocator {
             self.write_behind.forget_written();
         }
         if due.renews {
-            let is_moving = self.accounts.iter().any(|of| of.account.mirror().quota.is_moving());
+            let is_moving = self.accounts.values().any(|listed| listed.of.account.mirror().quota.is_moving());
             self.renew_at = if is_moving { clock.boot + RENEW } else { Stamp::NEVER };
         }
     }
@@ -371,7 +372,7 @@ impl Allocator {
     fn renew(&mut self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
         let clock = batch.clock;
         let cleans = clock.boot >= self.clean_at;
-        for of in &self.accounts {
+        for Listed { of, .. } in self.accounts.values() {
             let is_known = of.account.mirror().read_at.is_some();
             if is_known && !of.account.mirror().quota.is_moving() {
                 continue;
@@ -385,15 +386,17 @@ impl Allocator {
         if cleans {
             self.clean_at = clock.boot + CLEAN;
             // Removes accounts that no config and no request uses any more, and that have nothing left to be written.
-            self.accounts.retain(|of| Arc::strong_count(&of.account) > 1 || of.account.has_unwritten());
+            let in_use = |of: &LimitedAccount| Arc::strong_count(&of.account) > 1 || of.account.has_unwritten();
+            self.accounts.retain(|_, listed| in_use(&listed.of));
         }
         if clock.boot >= self.clean_stats_at {
             self.clean_stats_at = clock.boot + CLEAN_STATS;
             let now = jiff::Timestamp::try_from(clock.wall).unwrap_or_default();
             let oldest = |kept| stats::oldest(now.as_second(), kept);
             batch.ledger.forget_tokens(oldest(HOURS_KEPT), oldest(DAYS_KEPT))?;
-            if let Ok(oldest) = now.checked_sub(DAYS_KEPT) {
-                batch.ledger.forget_days(jiff::tz::TimeZone::UTC.to_datetime(oldest).date())?;
+            let oldest_day = TimeZone::UTC.to_datetime(now.saturating_sub(DAYS_KEPT).unwrap_or(now)).date();
+            for Listed { of, .. } in self.accounts.values() {
+                batch.ledger.forget_days(of.account.id(), oldest_day)?;
             }
         }
         Ok(())

@@ -434,7 +434,7 @@ fn an_endpoint_that_rests_may_be_waited_for() {
 fn attempts_without_limits_and_tokens_are_written_a_little_later() {
     let (folder, mut process) = Process::alone();
     let wanted = process.wanted("a", r#""rpm":-1"#);
-    process.client.set_accounts(vec![whole(&wanted)]);
+    process.client.list_accounts(1, [whole(&wanted)].into_iter());
     process.serve();
     for _ in 0..3 {
         process.client.unlimited(&wanted.accounts).spend();
@@ -501,7 +501,7 @@ fn without_the_ledger_only_endpoints_without_limits_are_asked_unless_the_config_
         assert_eq!(counts, if on_error == LedgerOnError::Deny { [1, 0] } else { [0, 2] });
         assert_eq!(process.client.is_down(), on_error == LedgerOnError::Deny);
         // Attempts that were sent uncounted are counted once the ledger can be written again.
-        process.client.set_accounts(vec![whole(&wanted[0])]);
+        process.client.list_accounts(1, [whole(&wanted[0])].into_iter());
         process.pass(RENEW);
         process.pass(RENEW);
         let counted = process.used(&wanted[0]).0;

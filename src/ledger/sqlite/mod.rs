@@ -350,10 +350,35 @@ impl Ledger for SqliteLedger {
         self.run("DELETE FROM token_day WHERE day <= ?1", &[&days])
     }
 
-    fn forget_days(&mut self, before: Date) -> Result<(), LedgerError> {
+    fn forget_days(&mut self, account: &AccountId, before: Date) -> Result<(), LedgerError> {
         let before = before.to_string();
-        self.run("DELETE FROM day WHERE day < ?1", &[&before])?;
-        self.run("DELETE FROM account_day WHERE day < ?1", &[&before])
+        match account {
+            AccountId::Endpoint(id) => {
+                const SQL: &str = "DELETE FROM day WHERE endpoint = ?1 AND day < ?2 AND day NOT IN \
+                     (SELECT day FROM day WHERE endpoint = ?1 ORDER BY day DESC LIMIT 3)";
+                self.run(SQL, &[id, &before])
+            }
+            AccountId::Models { endpoint, models } => {
+                const SQL: &str = "DELETE FROM account_day WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND day < ?4 \
+                     AND day NOT IN (SELECT day FROM account_day WHERE kind = ?1 AND owner = ?2 AND part = ?3 \
+                     ORDER BY day DESC LIMIT 3)";
+                self.run(SQL, &[&MODELS, endpoint, models, &before])
+            }
+        }
+    }
+
+    fn accounts_of_models(&mut self) -> Result<Vec<AccountId>, LedgerError> {
+        let read = || -> rusqlite::Result<Vec<AccountId>> {
+            const SQL: &str = "SELECT owner, part FROM account_day WHERE kind = ?1 \
+                 GROUP BY owner, part ORDER BY max(day) DESC LIMIT 1000";
+            let mut statement = self.connection.prepare(SQL)?;
+            let rows = statement.query_map([MODELS], |row| {
+                let [endpoint, models] = [row.get::<_, String>(0)?, row.get(1)?].map(Into::into);
+                Ok(AccountId::Models { endpoint, models })
+            })?;
+            rows.collect()
+        };
+        read().map_err(|error| explain(&self.path, &error))
     }
 
     fn commit(&mut self) -> Result<(), LedgerError> {

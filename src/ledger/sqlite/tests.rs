@@ -100,11 +100,28 @@ fn accounts_of_models_are_kept_apart_from_their_endpoint() {
     drop(ledger);
     let mut ledger = open(&path, &Opening { boot_id: Some("another"), now: Stamp(20_000), minute_unknown: false });
     assert_eq!(counts(&mut ledger, &models("m")), (vec![], Counts { attempts: 4, tokens: 2 }));
-    batch(&mut ledger, |ledger| ledger.forget_days(date(2026, 11, 25)).unwrap());
-    assert_eq!(counts(&mut ledger, &models("m")).1.attempts, 4);
-    batch(&mut ledger, |ledger| ledger.forget_days(date(2026, 11, 26)).unwrap());
-    assert_eq!(counts(&mut ledger, &models("m")).1.attempts, 0);
-    assert_eq!(counts(&mut ledger, &endpoint("a")).1.attempts, 0);
+}
+
+#[test]
+fn counts_of_old_days_go_but_for_the_newest() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut ledger = open(&folder.path().join("ledger.db"), &BOOT);
+    for account in [endpoint("a"), AccountId::Models { endpoint: "a".into(), models: "m".into() }] {
+        let on = |ledger: &mut SqliteLedger, day: i8| ledger.day(&account, date(2026, 11, day)).unwrap().attempts;
+        batch(&mut ledger, |ledger| {
+            for day in 1..=6 {
+                let days = Days { first: date(2026, 11, day), last: date(2026, 11, day) };
+                ledger.add(&account, Slot(4000), days, Change { attempts: 1, tokens: 0 }).unwrap();
+            }
+            ledger.forget_days(&account, date(2026, 11, 3)).unwrap();
+            assert_eq!([1, 2, 3, 6].map(|day| on(ledger, day)), [0, 0, 1, 1]);
+            // A clock that is years ahead makes them all old.
+            ledger.forget_days(&account, date(2030, 1, 1)).unwrap();
+            assert_eq!([3, 4, 5, 6].map(|day| on(ledger, day)), [0, 1, 1, 1]);
+        });
+    }
+    let known = vec![AccountId::Models { endpoint: "a".into(), models: "m".into() }];
+    assert_eq!(ledger.accounts_of_models().unwrap(), known);
 }
 
 #[test]

@@ -92,7 +92,7 @@ fn an_endpoint_without_limits_counts_what_its_models_draw() {
     let (_folder, mut process) = Process::alone();
     let limited = process.wanted_of_models("a", r#""rpm":-1"#, "m", r#""rpm":5"#);
     let plain = process.wanted("a", r#""rpm":-1"#);
-    process.client.set_accounts(limited.accounts.accounts().to_vec());
+    process.client.list_accounts(1, limited.accounts.accounts().iter().cloned());
     spent(of_one(&mut process, &limited));
     process.client.unlimited(&plain.accounts).spend();
     process.serve();
@@ -158,6 +158,13 @@ fn a_batch_that_fails_counts_in_no_account() {
     assert!(matches!(of_one(&mut process, &wanted), Drawn::Granted(..)), "nor is it in flight");
 }
 
+/// What a caller that is refused is told, in milliseconds from now.
+fn told(process: &mut Process, wanted: &Wanted, caller: u64) -> u128 {
+    let mut answer = process.ask(std::slice::from_ref(wanted), Otherwise::Refuse(CallerId(caller)));
+    process.serve();
+    refused(ready(&mut answer)).wait.as_millis()
+}
+
 #[test]
 fn a_moment_promised_for_one_model_puts_off_no_other() {
     let (_folder, mut process) = Process::alone();
@@ -166,11 +173,64 @@ fn a_moment_promised_for_one_model_puts_off_no_other() {
     spent(of_one(&mut process, &plain));
     process.pass(Duration::from_secs(30));
     spent(of_one(&mut process, &one));
-    // The endpoint is free in 30.5 s, this model in 60.5 s.
-    assert_eq!(refused(of_one(&mut process, &one)).wait, Duration::from_millis(60_500));
-    let mut answer = process.ask(std::slice::from_ref(&plain), Otherwise::Refuse(CallerId(2)));
+    // The endpoint is free in 30.5 s, this model in 60.5 s; one caller may ask for both.
+    assert_eq!(told(&mut process, &one, 1), 60_500);
+    assert_eq!(told(&mut process, &plain, 2), 30_500);
+    assert_eq!(
+        told(&mut process, &plain, 1),
+        60_500,
+        "the first permit of the endpoint is promised to the other caller"
+    );
+}
+
+#[test]
+fn a_caller_is_told_the_moment_of_the_model_it_asks_for() {
+    let (_folder, mut process) = Process::alone();
+    let short = process.wanted_of_models("a", r#""rpm":100"#, "n", r#""rpm":1"#);
+    let long = process.wanted_of_models("a", r#""rpm":100"#, "m", r#""rpd":1"#);
+    spent(of_one(&mut process, &short));
+    spent(of_one(&mut process, &long));
+    for _ in 0..3 {
+        assert_eq!(told(&mut process, &short, 1), 60_500);
+        assert!(told(&mut process, &long, 1) > 3_600_000, "its day is used up, whatever was told for the other model");
+    }
+}
+
+#[test]
+fn a_full_model_waits_for_itself_and_not_for_the_promises_of_its_endpoint() {
+    let (_folder, mut process) = Process::alone();
+    let plain = process.wanted("a", r#""rpm":1"#);
+    spent(of_one(&mut process, &plain));
+    for caller in 0..5 {
+        told(&mut process, &plain, caller);
+    }
+    // Nobody came back for what was promised, up to five minutes ahead, and the endpoint is free.
+    process.pass(Duration::from_secs(61));
+    let model = process.wanted_of_models("a", r#""rpm":1"#, "m", r#""maxConcurrent":1"#);
+    let Drawn::Granted(0, _busy) = of_one(&mut process, &model) else { panic!("it is free") };
+    let other = process.wanted_of_models("a", r#""rpm":100"#, "m", r#""maxConcurrent":1"#);
+    assert_eq!(told(&mut process, &other, 9), 1000);
+}
+
+#[test]
+fn a_crowd_at_an_endpoint_that_rests_is_spread_by_its_tightest_limit() {
+    let (_folder, mut process) = Process::alone();
+    let mut wanted = process.wanted_of_models("a", r#""rpm":2"#, "m", r#""tpd":1000"#);
+    wanted.not_before = process.client.clock().boot + Duration::from_secs(30);
+    let waits: Vec<u128> = (0..5).map(|caller| told(&mut process, &wanted, caller)).collect();
+    assert_eq!(waits, [30_000, 30_000, 90_500, 90_500, 151_000]);
+}
+
+#[test]
+fn an_account_has_the_limits_of_the_newest_config() {
+    let (_folder, mut process) = Process::alone();
+    let id = AccountId::Endpoint("a".into());
+    let [old, new] = [r#""rpm":1"#, r#""rpm":9"#].map(|limits| process.limited(&id, limits));
+    process.client.list_accounts(2, [new.clone()].into_iter());
+    // A request that still runs under the old config lists it late.
+    process.client.list_account(1, old);
     process.serve();
-    assert_eq!(refused(ready(&mut answer)).wait, Duration::from_millis(30_500));
+    assert_eq!(new.account.view().gauges.rpm.unwrap().limit, 9);
 }
 
 #[test]
