@@ -29,6 +29,8 @@ pub struct Context {
     pub fault: Option<Fault>,
     /// The way back to the real session while it is wrapped.
     pub wrapped: Wrapped,
+    /// True once the endpoint has switched protocols.
+    pub switched: bool,
     /// Redacts the body of a refusal to switch protocols.
     pub refusal: Option<Redactor>,
 }
@@ -99,6 +101,7 @@ impl Context {
             exchange: Arc::default(),
             fault: None,
             wrapped: Wrapped::default(),
+            switched: false,
             refusal: None,
         }
     }

@@ -82,7 +82,8 @@ fn conclude_committed(context: &mut Context, error: &Error) {
     let from_client = is_from_client(error, ended.as_ref());
     let is_complete = state.committed.is_some_and(|committed| committed.complete.is_some());
     match &mut state.attempt {
-        Some(attempt) if is_complete => attempt.request_ended(),
+        // A WebSocket has an end of its own; how its connection is closed then says nothing of the endpoint.
+        Some(attempt) if is_complete || context.switched => attempt.request_ended(),
         Some(attempt) if !from_client => {
             attempt.conclude(&ended.unwrap_or(Outcome::Broken));
             state.settle_charges(false);

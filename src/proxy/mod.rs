@@ -113,12 +113,12 @@ impl ProxyHttp for Gateway {
 
     fn response_body_filter(
         &self,
-        session: &mut Session,
+        _session: &mut Session,
         body: &mut Option<Bytes>,
         end: bool,
         context: &mut Self::CTX,
     ) -> Result<Option<Duration>> {
-        outgoing::response_body_filter(session, body, end, context);
+        outgoing::response_body_filter(body, end, context);
         Ok(None)
     }
 

@@ -95,13 +95,16 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
 }
 
 /// Makes an endpoint's answer ready for the client.
-pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, context: &Context) -> Result<()> {
+pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, context: &mut Context) -> Result<()> {
     if !is_final(header) {
         return Ok(());
     }
     let is_wrapped = session.downstream_session.is_custom();
     if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {
-        // A request that switches protocols is not held, so this is its answer.
+        // A request that switches protocols is not held, so this is its answer. By its status, since what follows it may
+        // come before the session has written it.
+        context.switched = header.status == StatusCode::SWITCHING_PROTOCOLS;
+        context.refusal = (!context.switched).then(|| Redactor::new(attempt.endpoint.secrets.clone()));
         attempt.header_came(Outcome::of_status(header.status.as_u16(), attempt.wait));
         if let Some(ask) = &context.ask {
             attempt.committed(&ask.pool, Instant::now());
@@ -111,13 +114,9 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
 }
 
 /// Redacts secrets in the refusal of a protocol switch, and frees a request body that is no longer needed.
-pub(super) fn response_body_filter(session: &Session, body: &mut Option<Bytes>, end: bool, context: &mut Context) {
+pub(super) fn response_body_filter(body: &mut Option<Bytes>, end: bool, context: &mut Context) {
     // A refusal to switch protocols passes here and nowhere else.
-    if !session.was_upgraded()
-        && !session.downstream_session.is_custom()
-        && let Some(attempt) = &context.exchange.state().attempt
-    {
-        let redactor = context.refusal.get_or_insert_with(|| Redactor::new(attempt.endpoint.secrets.clone()));
+    if let Some(redactor) = &mut context.refusal {
         let piece = redactor.piece(body.as_deref().unwrap_or_default(), end);
         // An empty piece would count as the last chunk.
         *body = Some(piece).filter(|piece| !piece.is_empty());

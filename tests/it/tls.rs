@@ -5,8 +5,12 @@ use std::path::Path;
 use api_together::simulator::{Behaviour, Simulator};
 use http::Version;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
 
 use crate::authority::{Authority, acceptor, serve_tls};
+use crate::connections::websocket;
 use crate::harness::{KEY, Proxy, Reply, chat, chat_stream, client, endpoint_with, simulator, within};
 
 /// A simulated endpoint with a certificate for this name.
@@ -163,6 +167,57 @@ async fn clients_may_be_served_over_tls() {
         }
         // A certificate is shown, so a client that does not know the authority stays away.
         assert!(client(|builder| builder).post(&url).send().await.is_err());
+    })
+    .await;
+}
+
+/// Plays a realtime session's endpoint over TLS: it answers with 101 and a first message, takes one, and hangs up without a
+/// word, as many do.
+async fn hang_up_after_one_message(listener: &TcpListener, acceptor: &TlsAcceptor, first: &str) {
+    let (tcp, _) = listener.accept().await.unwrap();
+    let mut stream = acceptor.accept(tcp).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    let switch = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
+    stream.write_all(format!("{switch}{first}").as_bytes()).await.unwrap();
+    stream.flush().await.unwrap();
+    let mut answer = [0; 6];
+    stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"answer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_that_ends_without_a_word_is_no_failure_of_its_endpoint() {
+    within(async {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::new();
+        let ca = write(folder.path(), "ca.pem", &authority.pem());
+        let (certificate, key) = authority.issue("localhost");
+        let acceptor = acceptor(&certificate, &key, &[b"http/1.1"]);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+        let api = endpoint_with("a", &url, json!({ "models": ["talk"], "tls": { "caFile": ca } }));
+        let proxy = Proxy::start(json!({}), &[api]).await;
+        for round in 0..20 {
+            let first = "s".repeat([1, 512, 5000, 40_000][round % 4]);
+            let mut wire = proxy.wire().await;
+            wire.send(websocket("/v1/realtime?model=talk")).await;
+            let endpoint = hang_up_after_one_message(&listener, &acceptor, &first);
+            let client = async {
+                assert_eq!(wire.head().await.unwrap().status(), 101);
+                assert!(wire.exactly(first.len()).await.unwrap() == first, "round {round}: not as it was sent");
+                wire.send("answer").await;
+                assert_eq!(wire.rest().await, "", "round {round}");
+            };
+            tokio::join!(endpoint, client);
+        }
+        proxy.until_open(1).await;
+        let status = proxy.status_of("a").await;
+        assert_eq!((&status["errorCount"], &status["available"]), (&json!(0), &json!(true)), "{status}");
+        let metrics = proxy.get("/metrics").await;
+        assert!(metrics.text().contains(r#"api_together_attempts_total{endpoint="a",outcome="ok"} 20"#), "{metrics:?}");
     })
     .await;
 }
