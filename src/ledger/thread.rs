@@ -152,9 +152,9 @@ impl Keeper {
         &self.state
     }
 
-    /// Opens the ledger to check that it works. Creates it if it does not exist.
-    pub fn try_out(&self) -> Result<(), LedgerError> {
-        open(&self.options, self.client.clock().boot, false).map(|_| ())
+    /// Checks that the ledger could be used, without making or changing anything. Not to be called once it is started.
+    pub fn examine(&self) -> Result<(), LedgerError> {
+        sqlite::examine(&self.options.path)
     }
 
     /// Starts the thread. Does nothing if it runs already.

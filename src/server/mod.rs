@@ -115,7 +115,7 @@ impl Prepared {
         let listening = Listening::new(&config.server, options)?;
         let ledger = Arc::new(Keeper::new(&config.server));
         if options.test {
-            ledger.try_out().map_err(|error| StartError(error.to_string()))?;
+            ledger.examine().map_err(|error| StartError(error.to_string()))?;
         }
         let started = config.server.clone();
         let pool = Pool::new(config, ledger.client().clone(), None)
@@ -241,7 +241,9 @@ fn server_conf(config: &Config, options: &RunOptions) -> Result<ServerConf, Star
         conf.pid_file = private("api-together.pid");
     }
     let is_needed = options.upgrade || options.daemon;
-    if (is_needed || options.arguments.is_some())
+    // A test makes nothing.
+    if !options.test
+        && (is_needed || options.arguments.is_some())
         && let Err(error) = make_private(folder)
     {
         let problem = format!("{}: {error}; upgrades need a folder of their own", folder.display());

@@ -159,6 +159,9 @@ fn t_checks_all_that_a_start_needs_and_leaves() {
     let folder = folder_with("apis.json", &config_text(json!({}), &[endpoint("a", "https://x.example")]));
     let (code, out, errors) = run(folder.path(), &["-t", "--config", "apis.json"]);
     assert_eq!((code, out.as_str()), (0, "apis.json: ok\nwould listen on 127.0.0.1:0\n"), "{errors}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "it makes nothing");
+    assert_eq!(run(folder.path(), &["check", "apis.json"]).0, 0);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nor does check");
     let bad = folder_with("apis.json", "{}");
     assert_eq!(run(bad.path(), &["-t", "--config", "apis.json"]).0, 1);
 }

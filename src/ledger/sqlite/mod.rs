@@ -1,6 +1,7 @@
 //! The ledger on one machine: a SQLite file in WAL mode. Several processes can use it at once, it can be opened with
 //! `sqlite3`, and a power failure does not corrupt it.
 
+mod examine;
 mod file;
 
 use std::fs;
@@ -18,6 +19,7 @@ use super::{AccountId, Change, FaultKind, Ledger, LedgerError};
 use crate::config::LedgerSync;
 use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
 use crate::usage::Cost;
+pub use examine::examine;
 pub(super) use file::explain;
 pub use file::{LOCK_WAIT_MAX, checkpoint, identity, move_aside, open_to_read};
 use file::{connect, make_file, unusable};
@@ -64,6 +66,37 @@ pub fn boot_id() -> Option<String> {
     Some(id.trim().to_owned()).filter(|id| !id.is_empty())
 }
 
+/// Checks the file for damage, before anything is counted in it.
+fn check_pages(connection: &Connection, path: &Path) -> Result<(), LedgerError> {
+    let found: String =
+        connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(|error| explain(path, &error))?;
+    if found == "ok" {
+        return Ok(());
+    }
+    Err(LedgerError { kind: FaultKind::Corrupt, message: format!("ledger {}: {found}", path.display()) })
+}
+
+/// Returns the version of the schema, and whether the file is empty. Fails if it is another program's, or too new.
+fn check_version(connection: &Connection, path: &Path, newest: usize) -> Result<(usize, bool), LedgerError> {
+    let number = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    let version = number("user_version").map_err(|error| explain(path, &error))?;
+    let application = number("application_id").map_err(|error| explain(path, &error))?;
+    let tables = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, u32>(0));
+    let is_empty = tables.map_err(|error| explain(path, &error))? == 0;
+    if application != APPLICATION_ID && !is_empty {
+        return Err(unusable(path, "is another program's database; name another file in server.ledger"));
+    }
+    let version = usize::try_from(version).unwrap_or(usize::MAX);
+    if version > newest {
+        let why = format!(
+            "has schema version {version}, and this program knows {newest} at most; run the newer program that wrote it, or \
+             name another file in server.ledger"
+        );
+        return Err(unusable(path, &why));
+    }
+    Ok((version, is_empty))
+}
+
 impl SqliteLedger {
     /// Opens the ledger. Creates it if it does not exist.
     pub fn open(path: &Path, sync: LedgerSync, opening: &Opening<'_>) -> Result<Self, LedgerError> {
@@ -79,7 +112,7 @@ impl SqliteLedger {
             opened: OPENED.fetch_add(1, Ordering::Relaxed) + 1,
             lock_wait,
         };
-        ledger.check_pages()?;
+        check_pages(&ledger.connection, path)?;
         ledger.migrate(&MIGRATIONS)?;
         ledger.begin_boot(opening)?;
         if is_new {
@@ -104,18 +137,6 @@ impl SqliteLedger {
         self.identity
     }
 
-    /// Checks the file for damage, before anything is counted in it.
-    fn check_pages(&self) -> Result<(), LedgerError> {
-        let found: String = self
-            .connection
-            .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
-            .map_err(|error| explain(&self.path, &error))?;
-        if found == "ok" {
-            return Ok(());
-        }
-        Err(LedgerError { kind: FaultKind::Corrupt, message: format!("ledger {}: {found}", self.path.display()) })
-    }
-
     /// Migrates the schema to the newest version.
     fn migrate(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
         self.exec("BEGIN IMMEDIATE")?;
@@ -130,24 +151,8 @@ impl SqliteLedger {
     }
 
     fn migrate_inside(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
-        let number = |name: &str| self.connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
-        let version = number("user_version").map_err(|error| explain(&self.path, &error))?;
-        let application = number("application_id").map_err(|error| explain(&self.path, &error))?;
-        let tables = self.connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, u32>(0));
-        let is_empty = tables.map_err(|error| explain(&self.path, &error))? == 0;
-        if application != APPLICATION_ID && !is_empty {
-            let why = "is another program's database; name another file in server.ledger";
-            return Err(unusable(&self.path, why));
-        }
-        let done = usize::try_from(version).unwrap_or(usize::MAX);
-        let Some(todo) = steps.get(done..) else {
-            let why = format!(
-                "has schema version {version}, and this program knows {} at most; run the newer program that wrote it, or \
-                 name another file in server.ledger",
-                steps.len()
-            );
-            return Err(unusable(&self.path, &why));
-        };
+        let (version, is_empty) = check_version(&self.connection, &self.path, steps.len())?;
+        let todo = steps.get(version..).unwrap_or_default();
         if todo.is_empty() {
             return Ok(());
         }

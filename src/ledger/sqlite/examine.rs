@@ -1,0 +1,121 @@
+//! Examination of a ledger before it is used: whether it could be opened and written, without making or changing anything.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use rusqlite::{Connection, OpenFlags};
+
+use super::file::{beside, explain, unusable};
+use super::{MIGRATIONS, check_pages, check_version};
+use crate::ledger::LedgerError;
+
+/// Returns an error if the ledger could not be used. Nobody else in this process may have it open: closing a file that SQLite
+/// has open as well would release its locks.
+pub fn examine(path: &Path) -> Result<(), LedgerError> {
+    let fail = |error: io::Error| unusable(path, &format!("{error}{WAY_OUT}"));
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => {
+            OpenOptions::new().append(true).open(path).map_err(fail)?;
+            may_create_in(path.parent().unwrap_or(Path::new(""))).map_err(fail)?;
+            let connection = open_as_it_is(path).map_err(|error| explain(path, &error))?;
+            check_pages(&connection, path)?;
+            check_version(&connection, path, MIGRATIONS.len()).map(|_| ())
+        }
+        Ok(_) => Err(unusable(path, "is no file; name one in server.ledger")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let folder = path.ancestors().skip(1).find(|folder| folder.as_os_str().is_empty() || folder.exists());
+            may_create_in(folder.unwrap_or(Path::new(""))).map_err(fail)
+        }
+        Err(error) => Err(fail(error)),
+    }
+}
+
+const WAY_OUT: &str = "; let this program write to the file and its folder, or name another in server.ledger";
+
+/// Tries whether a file could be made in a folder, by one that has no name and is gone when it is closed.
+fn may_create_in(folder: &Path) -> io::Result<()> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let nameless = rustix::fs::OFlags::TMPFILE.bits().cast_signed();
+    match OpenOptions::new().write(true).custom_flags(nameless).mode(0o600).open(folder) {
+        Ok(_) => Ok(()),
+        // Not every file system knows such files; nor does every one that has none let anything be made.
+        Err(error) if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::IsADirectory) => {
+            let file = folder.join(format!(".api-together-{}", std::process::id()));
+            OpenOptions::new().create_new(true).write(true).mode(0o600).open(&file)?;
+            fs::remove_file(&file)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Opens the file to read it. Without its write-ahead log no other process uses it, and then SQLite is told that nothing
+/// changes it: it would make the log and a shared memory otherwise.
+fn open_as_it_is(path: &Path) -> rusqlite::Result<Connection> {
+    let is_in_use = beside(path, "-wal").exists() && beside(path, "-shm").exists();
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    if is_in_use {
+        return Connection::open_with_flags(path, flags);
+    }
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(byte);
+    let escaped = |byte: &u8| if plain(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") };
+    let name: String = path.as_os_str().as_bytes().iter().map(escaped).collect();
+    Connection::open_with_flags(format!("file:{name}?immutable=1"), flags | OpenFlags::SQLITE_OPEN_URI)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::LedgerSync;
+    use crate::ledger::sqlite::{Opening, SqliteLedger};
+    use crate::limit::Stamp;
+
+    /// Everything in a folder, with its content.
+    fn content(folder: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+        let mut all: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .map(|path| (path.clone(), fs::read(&path).unwrap_or_default()))
+            .collect();
+        all.sort();
+        all
+    }
+
+    #[test]
+    fn an_examination_makes_and_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a folder?/ledger.db");
+        examine(&path).unwrap();
+        assert_eq!(content(folder.path()), []);
+        let opening = Opening { boot_id: Some("boot"), now: Stamp(0), minute_unknown: false };
+        let ledger = SqliteLedger::open(&path, LedgerSync::Normal, &opening).unwrap();
+        let before = content(path.parent().unwrap());
+        examine(&path).unwrap();
+        assert_eq!(content(path.parent().unwrap()).len(), before.len(), "while it is in use");
+        drop(ledger);
+        let before = content(path.parent().unwrap());
+        examine(&path).unwrap();
+        assert_eq!(content(path.parent().unwrap()), before);
+    }
+
+    #[test]
+    fn what_is_wrong_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |path: &Path| examine(path).unwrap_err().message;
+        assert!(of(folder.path()).contains("is no file"));
+        // Not even root can make anything there.
+        assert!(of(Path::new("/proc/api-together/ledger.db")).contains("server.ledger"));
+        let garbage = folder.path().join("garbage.db");
+        fs::write(&garbage, [0xA5; 8192]).unwrap();
+        assert!(of(&garbage).contains("not a database"), "{}", of(&garbage));
+        let newer = folder.path().join("newer.db");
+        let connection = Connection::open(&newer).unwrap();
+        connection
+            .execute_batch("CREATE TABLE t (x); PRAGMA application_id = 1634759783; PRAGMA user_version = 99")
+            .unwrap();
+        drop(connection);
+        assert!(of(&newer).contains("schema version 99"), "{}", of(&newer));
+    }
+}
