@@ -445,3 +445,13 @@ async fn the_demo_answers_as_it_says() {
     })
     .await;
 }
+
+/// Pages of 2 MiB, which the allocator asks for, would take three times the memory for the same streams.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_process_does_without_huge_pages() {
+    let running = Running::start(&config_text(json!({}), &[endpoint("a", "https://x.example")]), "info");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", running.pid())).unwrap();
+    let huge = status.lines().find_map(|line| line.strip_prefix("THP_enabled:"));
+    assert_eq!(huge.map(str::trim), Some("0"), "{status}");
+}
