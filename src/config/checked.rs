@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use http::HeaderValue;
 
+use super::check_ordinary;
 use super::endpoint::{self, Endpoint};
 use super::environment::Environment;
 use super::file::{ConfigFile, EndpointFile};
@@ -115,10 +116,11 @@ impl Check<'_> {
         self.readable(&typed, path)
     }
 
-    /// The path of a file that can be read now. One byte is read, since a folder can be opened too.
+    /// The path of a file that can be read now, by one byte of it.
     pub(super) fn readable(&mut self, typed: &str, path: &str) -> Option<PathBuf> {
         let file = self.base_dir.join(typed);
-        match std::fs::File::open(&file).and_then(|mut file| file.read(&mut [0])) {
+        let opened = check_ordinary(&file).and_then(|()| std::fs::File::open(&file));
+        match opened.and_then(|mut file| file.read(&mut [0])) {
             Ok(_) => Some(file),
             Err(error) => {
                 let message = format!("cannot read {typed:?}: {error}");

@@ -3,10 +3,11 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use super::problem::Problem;
+use super::{check_ordinary, read_bounded};
 
 /// Paths of `.env` files: in the working directory and beside the configuration.
 const FILE_NAME: &str = ".env";
@@ -67,7 +68,8 @@ impl Environment {
 
     fn add_file(&mut self, file: &Path) {
         let shown = file.display().to_string();
-        let text = match std::fs::read_to_string(file) {
+        let read = check_ordinary(file).and_then(|()| read_bounded(file));
+        let text = match read.and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other)) {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::NotFound => return,
             Err(error) => {

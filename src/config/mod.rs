@@ -32,7 +32,7 @@ pub(crate) mod test_support;
 #[cfg(test)]
 mod tests;
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 
 pub use base_url::{BaseUrl, BaseUrlError};
@@ -84,7 +84,7 @@ impl Format {
     }
 }
 
-/// Reads and checks a file. Problems of the text as a whole carry the file's path.
+/// Reads and checks a file, which may be a pipe. Problems of the text as a whole carry the file's path.
 pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> {
     let shown = path.display().to_string();
     let text = read(path).map_err(|problem| Problem { path: shown.clone(), ..problem })?;
@@ -92,14 +92,25 @@ pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> 
     check_str(&text, Format::from_path(path), environment, base_dir).map_err(|problems| problems.name_text(&shown))
 }
 
+/// Reads what can be kept of a file: no more than one byte above [`FILE_BYTES_MAX`].
+pub fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Fails for what is neither a file nor a folder: opening a FIFO, or reading a device, may never end.
+pub fn check_ordinary(path: &Path) -> io::Result<()> {
+    let found = std::fs::metadata(path)?;
+    if found.is_file() || found.is_dir() { Ok(()) } else { Err(io::Error::other("it is no ordinary file")) }
+}
+
 fn read(path: &Path) -> Result<String, Problem> {
-    let unreadable = |error: std::io::Error| {
+    let unreadable = |error: io::Error| {
         Problem::error("", format!("cannot be read: {error}"))
             .hint(format!("copy conf/apis.example.json to {}, or name another file with --config", path.display()))
     };
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path).map_err(unreadable)?;
-    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    let bytes = read_bounded(path).map_err(unreadable)?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(Problem::error("", format!("is longer than {FILE_BYTES_MAX} bytes")));
     }

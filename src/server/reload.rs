@@ -103,6 +103,11 @@ impl Reloader {
     /// Reads everything again. `asked`: a signal came, so the result is logged even if nothing has changed.
     fn take_in(&self, asked: bool) {
         let shown = self.path.display();
+        // At the start it may have been a pipe, which cannot be read again.
+        match config::check_ordinary(&self.path) {
+            Err(error) if self.path.exists() => return self.refuse(&format!("it cannot be read again: {error}")),
+            _ => {}
+        }
         let loaded = match config::load(&self.path, &Environment::from_process(&self.path)) {
             Ok(loaded) => loaded,
             Err(problems) => return self.refuse(&problems.to_string()),
@@ -164,8 +169,9 @@ fn differences(before: &Pool, after: &Config) -> Vec<String> {
 
 fn contents(files: &[PathBuf]) -> Contents {
     let number = |file: &Path| {
+        config::check_ordinary(file).ok()?;
         let mut hasher = DefaultHasher::new();
-        std::fs::read(file).ok()?.hash(&mut hasher);
+        config::read_bounded(file).ok()?.hash(&mut hasher);
         Some(hasher.finish())
     };
     files.iter().map(|file| (file.clone(), number(file))).collect()

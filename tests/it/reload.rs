@@ -275,3 +275,46 @@ async fn reloads_under_load_fail_no_request_and_lose_no_count() {
     assert!(sent > 100, "{sent}");
     assert_eq!(api_of(&status, "a")["errorCount"], 0);
 }
+
+/// Puts something else in a file's place, as a change of name does.
+fn put(folder: &TempDir, name: &str, make: impl FnOnce(&Path)) {
+    let fresh = folder.path().join("fresh");
+    make(&fresh);
+    std::fs::rename(&fresh, folder.path().join(name)).unwrap();
+}
+
+fn fifo(path: &Path) {
+    assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_file_holds_no_reload_up_and_ends_none() {
+    within(async {
+        let simulator = simulator().await;
+        let text = |more: Value| config_text(json!({}), &[endpoint_with("a", &simulator.base_url(), more)]);
+        let program = Running::start(&text(json!({ "rpm": 1 })), "info");
+        program.ready().await;
+        let folder = &program.folder;
+        let until_refused = |why: &'static str| {
+            until_config(&program, why, move |config| config["error"].as_str().is_some_and(|error| error.contains(why)))
+        };
+        put(folder, "apis.json", fifo);
+        until_refused("it is no ordinary file").await;
+        // A device that never ends, and a file that fits into no memory.
+        put(folder, "apis.json", |path| std::os::unix::fs::symlink("/dev/zero", path).unwrap());
+        program.signal("HUP");
+        until_refused("it is no ordinary file").await;
+        put(folder, "apis.json", |path| std::fs::File::create(path).unwrap().set_len(1 << 40).unwrap());
+        until_refused("is longer than 16777216 bytes").await;
+        put(folder, ".env", fifo);
+        let ca = folder.path().join("ca.pem");
+        fifo(&ca);
+        write(folder, &text(json!({ "rpm": 2, "tls": { "caFile": "ca.pem" } })));
+        until_refused("cannot read \"ca.pem\": it is no ordinary file").await;
+        write(folder, &text(json!({ "rpm": 3 })));
+        let status = until_version(&program, "a good file at last", 2).await;
+        assert_eq!(api_of(&status, "a")["limits"]["rpm"], 3);
+        program.logs(".env: cannot be read: it is no ordinary file").await;
+    })
+    .await;
+}
