@@ -27,6 +27,7 @@ pub(super) const TOKENS_PER_SECOND_MAX: u32 = 10_000;
 pub(super) const CORS_ORIGIN_DEFAULT: &str = "*";
 
 pub(super) const LEDGER_DEFAULT: &str = "data/ledger.db";
+pub(super) const LEDGER_IN_STATE_DIRECTORY: &str = "ledger.db";
 pub(super) const QUEUE_REQUESTS_DEFAULT: u32 = 1000;
 /// Each holds a connection and its whole request.
 pub(super) const QUEUE_REQUESTS_MAX: u32 = 100_000;
@@ -133,8 +134,9 @@ pub(super) struct ServerFile {
     /// beginning of names such as `x-team-*`. Credentials for this gateway are never forwarded. Default: none.
     pub forward_headers: Option<Vec<String>>,
     /// The file that holds every count: permits and tokens. It is created with its folder if it does not exist. A
-    /// relative path starts from this file's folder. All processes that name one file share its limits.
-    #[schemars(extend("default" = LEDGER_DEFAULT))]
+    /// relative path starts from this file's folder. All processes that name one file share its limits. Default:
+    /// `data/ledger.db` beside this file; of a systemd service that has none there yet, `ledger.db` in its folder for state
+    /// (`$STATE_DIRECTORY`).
     pub ledger: Option<String>,
     /// Behaviour of endpoints with limits while the ledger cannot be written: take no requests, or work without
     /// permits, which are counted once it can be written again.

@@ -1,7 +1,7 @@
 //! The checked `server` part: the client's side, and everything that applies to all endpoints.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
@@ -346,15 +346,36 @@ fn breaker(typed: &BreakerFile) -> Breaker {
 
 /// Resolves the path. It turns out when the file is opened if it can be written.
 fn ledger(typed: Option<&str>, check: &mut Check<'_>) -> Option<PathBuf> {
-    let typed = typed.unwrap_or(file::LEDGER_DEFAULT);
-    if typed.trim().is_empty() || typed.ends_with('/') {
-        let hint = "name a file such as data/ledger.db, or leave the key off for that one";
-        check.report.error("server.ledger", format!("{typed:?} is not the name of a file"), hint);
-        return None;
-    }
-    let path = check.base_dir.join(typed);
+    let path = match typed {
+        None => default_ledger(check),
+        Some(typed) if typed.trim().is_empty() || typed.ends_with('/') => {
+            let hint = "name a file such as data/ledger.db, or leave the key off for the default";
+            check.report.error("server.ledger", format!("{typed:?} is not the name of a file"), hint);
+            return None;
+        }
+        Some(typed) => check.base_dir.join(typed),
+    };
     // In the background the working directory is another, and in an upgrade from another folder as well.
     Some(std::path::absolute(&path).unwrap_or(path))
+}
+
+/// Beside the config, or in the folder for its state that systemd gives a service, whose config nobody may write beside. One
+/// that is in use already stays so.
+fn default_ledger(check: &mut Check<'_>) -> PathBuf {
+    let beside = check.base_dir.join(file::LEDGER_DEFAULT);
+    let folders = check.environment.value("STATE_DIRECTORY").filter(|folders| !folders.is_empty());
+    let Some(state) = folders.and_then(|folders| folders.split(':').next()) else { return beside };
+    let of_service = Path::new(state).join(file::LEDGER_IN_STATE_DIRECTORY);
+    // Not opened to find out: closing it would release the locks of this process's own ledger.
+    if rustix::fs::access(&beside, rustix::fs::Access::WRITE_OK).is_err() {
+        return of_service;
+    }
+    check.report.warning(
+        "server.ledger",
+        format!("is not set, and {} goes on being used", beside.display()),
+        &format!("name it to say so, or move it to {} while the service is stopped", of_service.display()),
+    );
+    beside
 }
 
 /// The time zone of an IANA name; an inner none if none is named.

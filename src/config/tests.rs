@@ -461,3 +461,26 @@ proptest! {
         }
     }
 }
+
+/// Where the counts are, of a config in this folder, for a service with this folder for its state; and what is said about it.
+fn ledger_of(folder: &Path, state: &str) -> (std::path::PathBuf, Vec<String>) {
+    let text = r#"{"server":{"apiKey":"sk-client"},"apis":[{"id":"a","baseUrl":"https://a.example","apiKey":"x","models":["m"]}]}"#;
+    let environment = Environment::fixed([("STATE_DIRECTORY", state)]);
+    let loaded = check_str(text, Format::Json, &environment, folder).unwrap();
+    (loaded.config.server.ledger, loaded.warnings.iter().map(ToString::to_string).collect())
+}
+
+#[test]
+fn the_counts_of_a_service_are_in_its_folder_for_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let beside = folder.path().join("data/ledger.db");
+    assert_eq!(ledger_of(folder.path(), ""), (beside.clone(), vec![]));
+    let state = std::path::PathBuf::from("/var/lib/of-it/ledger.db");
+    assert_eq!(ledger_of(folder.path(), "/var/lib/of-it:/var/lib/other"), (state, vec![]), "the first of them");
+    // What was counted before goes on counting.
+    std::fs::create_dir(folder.path().join("data")).unwrap();
+    std::fs::write(&beside, "").unwrap();
+    let (ledger, warnings) = ledger_of(folder.path(), "/var/lib/of-it");
+    assert_eq!(ledger, beside);
+    assert!(warnings[0].contains("server.ledger") && warnings[0].contains("/var/lib/of-it/ledger.db"), "{warnings:?}");
+}
