@@ -397,10 +397,10 @@ impl Attempt {
             || matches!(self.stage, Stage::Concluded { succeeded: true })
     }
 
-    /// True if its answer, which has ended, has anything in it. A stream may have been let through before that was known.
-    pub fn has_content(&self) -> bool {
-        let is_silent_stream = self.terms.streams && !self.meter.has_token();
-        self.answers_well() && !self.is_empty && !is_silent_stream
+    /// True if a stream of its has had content. Those of calls whose events are not known are taken to have some.
+    pub fn stream_has_content(&self) -> bool {
+        let is_counted = || self.meter.reported().is_some_and(|usage| usage.tokens().completion > 0);
+        !self.terms.call.is_text() || self.meter.has_token() || is_counted()
     }
 
     fn log_effect(&self, outcome: &Outcome, effect: Effect) {

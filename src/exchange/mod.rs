@@ -67,24 +67,32 @@ pub struct Committed {
 
 impl ExchangeState {
     /// Holds the failures against their endpoints, but for those that two or more endpoints gave alike: these are the
-    /// request's own, unless another endpoint answered it. Whether one did better than with nothing is known once the
-    /// request is over.
+    /// request's own, unless another endpoint answered it. That is known once its answer has any content, or the request is
+    /// over.
     pub fn settle_charges(&mut self, is_over: bool) {
         self.charges.extend(self.attempt.as_mut().and_then(Attempt::take_charge));
-        let attempt = self.attempt.as_ref();
-        let is_answered = attempt.is_some_and(Attempt::answers_well);
-        let has_content = attempt.is_some_and(Attempt::has_content);
-        let kinds: Vec<_> = self.charges.iter().map(Charge::kind).collect();
-        for charge in self.charges.extract_if(.., |charge| is_over || !charge.is_of_empty_answer()) {
-            let others = kinds.iter().filter(|kind| **kind == charge.kind()).count() - 1;
-            let is_of_empty = charge.is_of_empty_answer();
+        let has_content = self.has_content();
+        if self.charges.is_empty() || !is_over && !has_content {
+            return;
+        }
+        let is_silent = !has_content && self.attempt.as_ref().is_some_and(Attempt::answers_well);
+        let charges = std::mem::take(&mut self.charges);
+        let kinds: Vec<_> = charges.iter().map(Charge::kind).collect();
+        for charge in charges {
+            let alike = kinds.iter().filter(|kind| **kind == charge.kind()).count();
             // The last empty answer is let through, so it is no charge.
-            let is_alike = others > 0 || is_of_empty && is_answered && !has_content;
-            let did_better = if is_of_empty { has_content } else { is_answered };
-            if !is_alike || did_better {
+            let is_alike = alike > 1 || charge.is_of_empty_answer() && is_silent;
+            if !is_alike || has_content {
                 charge.apply();
             }
         }
+    }
+
+    /// True if the answer that goes to the client has anything in it, as far as it has come.
+    fn has_content(&self) -> bool {
+        let Some(attempt) = self.attempt.as_ref().filter(|attempt| attempt.answers_well()) else { return false };
+        let is_stream = self.committed.is_some_and(|committed| committed.event_stream);
+        !attempt.is_empty && (!is_stream || attempt.stream_has_content())
     }
 }
 

@@ -171,6 +171,10 @@ impl Outlet {
             if last {
                 attempt.body_ended();
             }
+            // What other endpoints failed at waits for the first content of this one.
+            if !state.charges.is_empty() {
+                state.settle_charges(false);
+            }
             return None;
         }
         *ended = Some(Outcome::Broken);

@@ -99,11 +99,42 @@ async fn one_prompt_that_every_endpoint_answers_with_nothing_is_charged_to_none(
                 }
                 proxy.chat("m").await.assert_from("a", 1);
             }
-            // One that another did better than is at fault.
+            // One that another did better than is at fault, as soon as that is known.
             let (bad, good) = (behaving(behaviour.clone()).await, simulator().await);
             let proxy = Proxy::start(json!({}), &named(&[&bad, &good], &["m"])).await;
             let body = if stream { chat_stream("m") } else { chat("m") };
             proxy.post("/v1/chat/completions", &body).await.assert_from("b", 2);
+            while proxy.status_of("a").await["errorCount"] != 1 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_header_of_a_stream_is_no_better_answer() {
+    within(async {
+        // A prompt that makes servers fail, the last of them behind the header of a stream.
+        let error = "data: {\"error\":{\"message\":\"x\",\"code\":500}}\n\n";
+        let (first, last) = (behaving(status(500)).await, behaving(answer("text/event-stream", error)).await);
+        let proxy = Proxy::start(json!({}), &named(&[&first, &last], &["m"])).await;
+        for _ in 0..4 {
+            proxy.post("/v1/chat/completions", &chat_stream("m")).await;
+        }
+        proxy.until_open(1).await;
+        for id in ["a", "b"] {
+            assert_eq!(proxy.status_of(id).await["errorCount"], 0, "{id}");
+        }
+        // What is no stream has content at once; a stream has it long before its end.
+        let empty = answer("application/json", r#"{"choices":[{"message":{"content":""},"finish_reason":"stop"}]}"#);
+        let json = answer("application/json", r#"{"choices":[{"message":{"content":"x"},"finish_reason":"stop"}]}"#);
+        let endless = Behaviour { stall: Some(StallAt::AfterEvents(3)), ..Behaviour::default() };
+        for good in [json, endless] {
+            let (bad, good) = (behaving(empty.clone()).await, behaving(good).await);
+            let proxy = Proxy::start(json!({}), &named(&[&bad, &good], &["m"])).await;
+            let mut reply = proxy.open_stream("m").await;
+            assert!(reply.chunk().await.unwrap().is_some());
             while proxy.status_of("a").await["errorCount"] != 1 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
