@@ -12,51 +12,62 @@ use super::file::{beside, explain, unusable};
 use super::{MIGRATIONS, check_pages, check_version};
 use crate::ledger::LedgerError;
 
+const WAY_OUT: &str = "; let this program write to the file and its folder, or name another in server.ledger";
+
 /// Returns an error if the ledger could not be used. Nobody else in this process may have it open: closing a file that SQLite
 /// has open as well would release its locks.
 pub fn examine(path: &Path) -> Result<(), LedgerError> {
     let fail = |error: io::Error| unusable(path, &format!("{error}{WAY_OUT}"));
-    match fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() => {
-            OpenOptions::new().append(true).open(path).map_err(fail)?;
-            may_create_in(path.parent().unwrap_or(Path::new(""))).map_err(fail)?;
-            let connection = open_as_it_is(path).map_err(|error| explain(path, &error))?;
-            check_pages(&connection, path)?;
-            check_version(&connection, path, MIGRATIONS.len()).map(|_| ())
-        }
-        Ok(_) => Err(unusable(path, "is no file; name one in server.ledger")),
+    match fs::canonicalize(path) {
+        // As SQLite does, beside what a link leads to.
+        Ok(file) => examine_file(path, &file, fail),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let folder = path.ancestors().skip(1).find(|folder| folder.as_os_str().is_empty() || folder.exists());
-            may_create_in(folder.unwrap_or(Path::new(""))).map_err(fail)
+            let is_there = |path: &&Path| path.as_os_str().is_empty() || path.symlink_metadata().is_ok();
+            let nearest = path.ancestors().find(is_there).unwrap_or(Path::new(""));
+            if nearest == path || !nearest.as_os_str().is_empty() && !nearest.exists() {
+                return Err(unusable(path, &format!("{} is a link that leads nowhere{WAY_OUT}", nearest.display())));
+            }
+            may_create_in(nearest).map_err(fail)
         }
         Err(error) => Err(fail(error)),
     }
 }
 
-const WAY_OUT: &str = "; let this program write to the file and its folder, or name another in server.ledger";
-
-/// Tries whether a file could be made in a folder, by one that has no name and is gone when it is closed.
-fn may_create_in(folder: &Path) -> io::Result<()> {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    let nameless = rustix::fs::OFlags::TMPFILE.bits().cast_signed();
-    match OpenOptions::new().write(true).custom_flags(nameless).mode(0o600).open(folder) {
-        Ok(_) => Ok(()),
-        // Not every file system knows such files; nor does every one that has none let anything be made.
-        Err(error) if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::IsADirectory) => {
-            let file = folder.join(format!(".api-together-{}", std::process::id()));
-            OpenOptions::new().create_new(true).write(true).mode(0o600).open(&file)?;
-            fs::remove_file(&file)
-        }
-        Err(error) => Err(error),
+fn examine_file(path: &Path, file: &Path, fail: impl Fn(io::Error) -> LedgerError) -> Result<(), LedgerError> {
+    if !file.is_file() {
+        return Err(unusable(path, "is no file; name one in server.ledger"));
     }
+    OpenOptions::new().append(true).open(file).map_err(&fail)?;
+    may_create_in(file.parent().unwrap_or(Path::new(""))).map_err(&fail)?;
+    let connection = open_as_it_is(file).map_err(|error| explain(path, &error))?;
+    check_pages(&connection, path)?;
+    check_version(&connection, path, MIGRATIONS.len()).map(|_| ())
 }
 
-/// Opens the file to read it. Without its write-ahead log no other process uses it, and then SQLite is told that nothing
-/// changes it: it would make the log and a shared memory otherwise.
+/// Tries whether a file could be made in a folder: by one that has no name and is gone when it is closed, or else by one that is
+/// removed at once.
+fn may_create_in(folder: &Path) -> io::Result<()> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    #[cfg(target_os = "linux")]
+    {
+        let nameless = rustix::fs::OFlags::TMPFILE.bits().cast_signed();
+        match OpenOptions::new().write(true).custom_flags(nameless).mode(0o600).open(folder) {
+            Ok(_) => return Ok(()),
+            // Not every file system knows such files; nor does every one that has none let anything be made.
+            Err(error) if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::IsADirectory) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let file = folder.join(format!(".api-together-{}-{}", std::process::id(), fastrand::u64(..)));
+    OpenOptions::new().create_new(true).write(true).mode(0o600).open(&file)?;
+    fs::remove_file(&file)
+}
+
+/// Opens the file to read it. Without a write-ahead log no other process uses it, and then SQLite is told that nothing changes
+/// it: it would make the log and a shared memory otherwise.
 fn open_as_it_is(path: &Path) -> rusqlite::Result<Connection> {
-    let is_in_use = beside(path, "-wal").exists() && beside(path, "-shm").exists();
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    if is_in_use {
+    if beside(path, "-wal").exists() {
         return Connection::open_with_flags(path, flags);
     }
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(byte);
@@ -98,6 +109,21 @@ mod tests {
         let before = content(path.parent().unwrap());
         examine(&path).unwrap();
         assert_eq!(content(path.parent().unwrap()), before);
+    }
+
+    #[test]
+    fn links_are_followed_as_sqlite_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("real/ledger.db"), folder.path().join("link.db"));
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(examine(&link).unwrap_err().message.contains("leads nowhere"));
+        assert!(examine(&link.join("below/ledger.db")).unwrap_err().message.contains("leads nowhere"));
+        let opening = Opening { boot_id: Some("boot"), now: Stamp(0), minute_unknown: false };
+        let ledger = SqliteLedger::open(&path, LedgerSync::Normal, &opening).unwrap();
+        examine(&link).unwrap();
+        drop(ledger);
+        examine(&link).unwrap();
+        assert_eq!(content(path.parent().unwrap()).len(), 1);
     }
 
     #[test]
