@@ -89,7 +89,7 @@ pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, views: &Views, cloc
         !is_denied(accounts) && accounts.accounts().iter().all(|of| views.of(of).held.is_none())
     };
     endpoint.config.usable()
-        && endpoint.accounts.foreseen().iter().any(has_room)
+        && endpoint.accounts.in_use().any(has_room)
         && matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
 }
 

@@ -83,7 +83,8 @@ impl EndpointAccounts {
         accounts
     }
 
-    /// Makes the accounts of the models that the config names, which nobody can crowd out.
+    /// Makes the accounts of the models that the config names, which nobody can crowd out, and notes what any request draws from
+    /// that the config foresees.
     fn foresee(&mut self, endpoint: &config::Endpoint) {
         for sent in endpoint.sent_models() {
             if let Some((_, Models { together, each: true })) = self.prefix_of(sent)
@@ -94,13 +95,25 @@ impl EndpointAccounts {
                 let single = set_of_models(whole, sent, &models.limits, &self.singles.ledger);
                 self.exact.insert(sent.into(), single);
             }
-            let set = Arc::clone(self.of_model(sent, || false));
-            if !self.foreseen.iter().any(|known| Arc::ptr_eq(known, &set)) {
-                self.foreseen.push(set);
+            let closest = Arc::clone(self.of_model(sent, || false));
+            self.note_foreseen(closest);
+            // Of what a pattern serves, narrower entries may have limits of their own.
+            let Some(beginning) = sent.strip_suffix('*') else { continue };
+            let exact = self.exact.iter().filter(|(name, _)| name.starts_with(beginning)).map(|(_, set)| set);
+            let prefixes = self.prefixes.iter().filter(|(prefix, _)| prefix.starts_with(beginning));
+            let narrower: Vec<_> = exact.chain(prefixes.map(|(_, models)| &models.together)).cloned().collect();
+            for set in narrower {
+                self.note_foreseen(set);
             }
         }
         if self.foreseen.is_empty() {
             self.foreseen.push(Arc::clone(&self.without_model));
+        }
+    }
+
+    fn note_foreseen(&mut self, set: Arc<AccountSet>) {
+        if !self.foreseen.iter().any(|known| Arc::ptr_eq(known, &set)) {
+            self.foreseen.push(set);
         }
     }
 
@@ -114,9 +127,10 @@ impl EndpointAccounts {
         &self.without_model
     }
 
-    /// Returns the accounts of the models that the config has.
-    pub fn foreseen(&self) -> &[Arc<AccountSet>] {
-        &self.foreseen
+    /// Returns the accounts of the models that the config has, and of others that were asked for: while one of them has room,
+    /// the endpoint has.
+    pub fn in_use(&self) -> impl Iterator<Item = &Arc<AccountSet>> {
+        self.foreseen.iter().chain(self.singles.all().map(|(_, set)| set))
     }
 
     /// Returns the accounts of a request for a model. A name gets an account of its own only if it is known to be a model's,
@@ -270,11 +284,12 @@ mod tests {
         let foreseen = |model_limits: &str| {
             let accounts = accounts(model_limits);
             let last = |set: &Arc<AccountSet>| set.accounts().last().unwrap().account.id().to_string();
-            accounts.foreseen().iter().map(last).collect::<Vec<_>>()
+            accounts.in_use().map(last).collect::<Vec<_>>()
         };
         assert_eq!(foreseen("{}"), ["a"]);
         assert_eq!(foreseen(r#"{"named":{"rpm":1}}"#), ["a, model named", "a"]);
         assert_eq!(foreseen(r#"{"*":{"rpm":1}}"#), ["a, model *"]);
+        assert_eq!(foreseen(r#"{"*":{"rpm":1},"gpt*":{"rpm":2}}"#), ["a, model *", "a, model gpt*"]);
         assert_eq!(foreseen(r#"{"*":{"rpm":1,"each":true}}"#), ["a, model named", "a, model *"]);
     }
 }

@@ -159,6 +159,7 @@ async fn an_endpoint_all_of_whose_models_are_full_is_not_available() {
             (json!(["m", "n"]), json!({ "m": { "rpm": 1 } }), false),
             (json!(["m", "n"]), json!({ "m": { "rpm": 1 }, "n": { "rpm": 1 } }), true),
             (json!(["*"]), json!({ "*": { "rpm": 1 } }), true),
+            (json!(["*"]), json!({ "*": { "rpm": 1 }, "gpt*": { "rpm": 1 } }), false),
             (json!(["*"]), json!({ "m": { "rpm": 1 } }), false),
         ] {
             let more = json!({ "models": models });
