@@ -176,6 +176,8 @@ impl Client {
             let has_room = messages.draws.len() < DRAWS_MAX;
             if has_room {
                 messages.draws.push(draw);
+            } else {
+                messages.returns.extend(draw.instead_of);
             }
             has_room
         });

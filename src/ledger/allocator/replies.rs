@@ -70,7 +70,7 @@ impl Allocator {
                 return;
             }
             Otherwise::LookElsewhere | Otherwise::WaitUntil(_) => first,
-            Otherwise::Refuse(caller) => self.promise(caller, &draw, clock).unwrap_or(first),
+            Otherwise::Refuse(caller) => self.promise(caller, &draw, first, clock).unwrap_or(first),
         };
         let refusal = Refusal { wait: clock.boot.until(free_at), held };
         // A client that is gone needs no reply.
@@ -79,12 +79,12 @@ impl Allocator {
 
     /// Promises a caller the first moment at which one of the endpoints has a free permit that is not promised yet; or the
     /// one that it was promised before, if that is not later.
-    fn promise(&mut self, caller: CallerId, draw: &Draw, clock: &Clock) -> Option<Stamp> {
+    fn promise(&mut self, caller: CallerId, draw: &Draw, first: Stamp, clock: &Clock) -> Option<Stamp> {
         let known_from = self.client.next_ticket();
         let before = self.promised.take(caller, draw.ticket, &draw.wanted, clock.boot);
         let free = next_free(&draw.wanted, clock)?;
         if let Some(before) = before {
-            if before.at <= free.at {
+            if first <= before.at && before.at <= free.at {
                 let at = before.at;
                 self.promised.note(caller, before.known_from(known_from), clock.boot);
                 return Some(at);
