@@ -198,7 +198,7 @@ async fn a_websocket_that_ends_without_a_word_is_no_failure_of_its_endpoint() {
         let acceptor = acceptor(&certificate, &key, &[b"http/1.1"]);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("https://localhost:{}", listener.local_addr().unwrap().port());
-        let api = endpoint_with("a", &url, json!({ "models": ["talk"], "tls": { "caFile": ca } }));
+        let api = endpoint_with("hangs-up", &url, json!({ "models": ["talk"], "tls": { "caFile": ca } }));
         let proxy = Proxy::start(json!({}), &[api]).await;
         for round in 0..20 {
             let first = "s".repeat([1, 512, 5000, 40_000][round % 4]);
@@ -214,10 +214,12 @@ async fn a_websocket_that_ends_without_a_word_is_no_failure_of_its_endpoint() {
             tokio::join!(endpoint, client);
         }
         proxy.until_open(1).await;
-        let status = proxy.status_of("a").await;
+        let status = proxy.status_of("hangs-up").await;
         assert_eq!((&status["errorCount"], &status["available"]), (&json!(0), &json!(true)), "{status}");
+        // The counters are the test program's, so the name is this test's alone.
         let metrics = proxy.get("/metrics").await;
-        assert!(metrics.text().contains(r#"api_together_attempts_total{endpoint="a",outcome="ok"} 20"#), "{metrics:?}");
+        let line = r#"api_together_attempts_total{endpoint="hangs-up",outcome="ok"} 20"#;
+        assert!(metrics.text().contains(line), "{line}");
     })
     .await;
 }
