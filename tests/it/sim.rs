@@ -578,6 +578,8 @@ impl World {
     fn doubt(&mut self) {
         let mut shared = self.shared.borrow_mut();
         shared.doubtful_until = self.clocks.true_ms.load(Ordering::Relaxed) + 62_000;
+        // What was to come back may have died with its process.
+        shared.excuses.clear();
         let days = self.days();
         shared.doubtful_days.extend(days);
     }
