@@ -92,7 +92,7 @@ pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> 
     check_str(&text, Format::from_path(path), environment, base_dir).map_err(|problems| problems.name_text(&shown))
 }
 
-/// Reads what can be kept of a file: no more than one byte above [`FILE_BYTES_MAX`].
+/// Reads what can be kept of a file: no more than one byte above 16 MiB.
 pub fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     std::fs::File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
