@@ -8,7 +8,7 @@ use crate::config::{LedgerSync, LimitKind};
 use crate::ledger::sqlite::{Opening, SqliteLedger};
 use crate::ledger::stats::{self, MODELS_MAX, OTHER_MODELS};
 use crate::ledger::write_behind::WRITE_DELAY;
-use crate::ledger::{AccountId, CallerId, Drawn, Otherwise, Refusal, Spent, Wanted, prefetch};
+use crate::ledger::{AccountId, CallerId, Drawn, Otherwise, Permit, Refusal, Spent, Wanted, prefetch};
 use crate::limit::{LimitReason, Limits};
 use crate::usage::{Cost, Speed, Tokens};
 use jiff::tz::TimeZone;
@@ -77,6 +77,14 @@ impl Process {
         let (client, wanted) = (self.client.clone(), wanted.to_vec());
         let _entered = self.runtime.enter();
         let mut answer: Answer = Box::pin(async move { client.draw(client.ticket(), wanted, otherwise).await });
+        assert!(poll(&mut answer).is_pending());
+        answer
+    }
+
+    fn ask_to_swap(&self, mut old: Permit) -> Answer {
+        let client = self.client.clone();
+        let _entered = self.runtime.enter();
+        let mut answer: Answer = Box::pin(async move { client.swap(&mut old).await });
         assert!(poll(&mut answer).is_pending());
         answer
     }
@@ -375,19 +383,13 @@ fn nobody_is_refused_for_what_was_drawn_ahead() {
 fn a_permit_is_swapped_without_anybody_coming_between() {
     let (_folder, mut process) = Process::alone();
     let wanted = [process.wanted("a", r#""rpm":1,"maxConcurrent":1"#)];
-    let Drawn::Granted(0, mut old) = process.draw(&wanted) else { panic!("it is free") };
+    let Drawn::Granted(0, old) = process.draw(&wanted) else { panic!("it is free") };
     let until = process.client.clock().boot + Duration::from_secs(100);
     let mut waiting = process.ask(&wanted, Otherwise::WaitUntil(until));
     process.serve();
     process.now_ms.fetch_add(1000, Ordering::Relaxed);
     assert!(old.is_stale(&process.client.clock()));
-    let client = process.client.clone();
-    let mut swapped: Answer = {
-        let _entered = process.runtime.enter();
-        let mut swapped: Answer = Box::pin(async move { client.swap(&mut old).await });
-        assert!(poll(&mut swapped).is_pending());
-        swapped
-    };
+    let mut swapped = process.ask_to_swap(old);
     process.serve();
     let Drawn::Granted(0, mut fresh) = ready(&mut swapped) else { panic!("the one who waits was served first") };
     assert!(!fresh.is_stale(&process.client.clock()));

@@ -53,16 +53,10 @@ fn a_permit_that_is_not_used_comes_back_to_all_accounts() {
     process.serve();
     assert_eq!(used(&mut process, &wanted), (0, 0));
     // Too old, it is swapped: it comes back and is drawn again in one step.
-    let Drawn::Granted(0, mut old) = of_one(&mut process, &wanted) else { panic!("it is free again") };
+    let Drawn::Granted(0, old) = of_one(&mut process, &wanted) else { panic!("it is free again") };
     process.now_ms.fetch_add(1000, Ordering::Relaxed);
     assert!(old.is_stale(&process.client.clock()));
-    let client = process.client.clone();
-    let mut swapped: Answer = {
-        let _entered = process.runtime.enter();
-        let mut swapped: Answer = Box::pin(async move { client.swap(&mut old).await });
-        assert!(poll(&mut swapped).is_pending());
-        swapped
-    };
+    let mut swapped = process.ask_to_swap(old);
     process.serve();
     let Drawn::Granted(0, mut fresh) = ready(&mut swapped) else { panic!("nobody else wants it") };
     fresh.spend();
