@@ -15,7 +15,7 @@ use crate::harness::until;
 pub(crate) fn program(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_api-together"));
     command.current_dir(folder).stdin(Stdio::null());
-    for name in ["PORT", "RUST_LOG", "RUNTIME_DIRECTORY"] {
+    for name in ["PORT", "RUST_LOG", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"] {
         command.env_remove(name);
     }
     command
