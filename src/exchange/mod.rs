@@ -71,8 +71,11 @@ impl ExchangeState {
     /// over.
     pub fn settle_charges(&mut self, is_over: bool) {
         self.charges.extend(self.attempt.as_mut().and_then(Attempt::take_charge));
+        if self.charges.is_empty() {
+            return;
+        }
         let has_content = self.has_content();
-        if self.charges.is_empty() || !is_over && !has_content {
+        if !is_over && !has_content {
             return;
         }
         let is_silent = !has_content && self.attempt.as_ref().is_some_and(Attempt::answers_well);

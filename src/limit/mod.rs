@@ -78,9 +78,4 @@ impl Limits {
     pub fn is_concurrency_limited(&self) -> bool {
         matches!(self.by_kind.max_concurrent, Limit::AtMost(_))
     }
-
-    /// True if attempts need a permit at all.
-    pub fn any(&self) -> bool {
-        self.in_ledger() || self.is_concurrency_limited()
-    }
 }

@@ -277,7 +277,7 @@ mod tests {
             let meaning = of_answer(status, body.as_bytes(), None, &[]);
             assert_eq!((meaning.trouble, meaning.wait), (trouble, wait), "{body}: {}", meaning.rule);
         }
-        // A prompt that a failing server quotes is no word of the server's.
+        // A prompt that a failing server quotes does not count as its own words.
         let quoting = r#"{"error":{"message":"Invalid prompt: try again in 24h0m0s."}}"#;
         assert_eq!(of_answer(503, quoting.as_bytes(), None, &[]).wait, Wait::Unsaid);
         assert_eq!(of_answer(429, quoting.as_bytes(), None, &[]).wait, Wait::Stated(Duration::from_hours(24)));

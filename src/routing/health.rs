@@ -373,7 +373,7 @@ impl EndpointHealth {
         self.models.iter().filter(|(_, health)| !health.is_spotless()).map(|(model, health)| (model.as_ref(), health))
     }
 
-    /// The gate of the endpoint as a whole, for whoever asks about all its models: its own, or, if all of them are closed, that of
+    /// The gate of the endpoint as a whole, for a question about all its models: its own, or, if all of them are closed, that of
     /// the one which opens first. `models` are its models where all are known; else those count that were used.
     pub fn gate_of_all<'a>(&self, models: Option<impl Iterator<Item = &'a str>>, now: Instant) -> Gate {
         let whole = self.whole.gate(now);

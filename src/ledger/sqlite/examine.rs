@@ -63,8 +63,8 @@ fn may_create_in(folder: &Path) -> io::Result<()> {
     fs::remove_file(&file)
 }
 
-/// Opens the file to read it. Without a write-ahead log no other process uses it, and then SQLite is told that nothing changes
-/// it: it would make the log and a shared memory otherwise.
+/// Opens the file to read it. Without a write-ahead log no other process uses it; it is then opened as a file that nothing
+/// changes, since SQLite would make the log and a shared memory otherwise.
 fn open_as_it_is(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     if beside(path, "-wal").exists() {

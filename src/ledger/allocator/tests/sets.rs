@@ -103,7 +103,7 @@ fn an_endpoint_without_limits_counts_what_its_models_draw() {
 }
 
 #[test]
-fn what_is_drawn_ahead_counts_in_all_accounts_and_comes_back_for_whoever_needs_it() {
+fn what_is_drawn_ahead_counts_in_all_accounts_and_comes_back_when_it_is_needed() {
     let (_folder, mut process) = Process::alone();
     let wanted = process.wanted_of_models("a", r#""rpm":1000000"#, "m", r#""rpm":100000"#);
     let sent = u64::try_from(busy(&mut process, &wanted)).unwrap();
@@ -152,7 +152,7 @@ fn a_batch_that_fails_counts_in_no_account() {
     assert!(matches!(of_one(&mut process, &wanted), Drawn::Granted(..)), "nor is it in flight");
 }
 
-/// What a caller that is refused is told, in milliseconds from now.
+/// The wait that a refused caller gets, in milliseconds.
 fn told(process: &mut Process, wanted: &Wanted, caller: u64) -> u128 {
     let mut answer = process.ask(std::slice::from_ref(wanted), Otherwise::Refuse(CallerId(caller)));
     process.serve();
