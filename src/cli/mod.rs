@@ -12,8 +12,8 @@ use anstyle::{AnsiColor, Style};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::config::{self, Environment, Loaded, Problem, ProblemKind};
-use crate::server::handover;
-use crate::server::{Prepared, RunOptions};
+use crate::server::handover::{self, Starter};
+use crate::server::{Prepared, RunOptions, control};
 use crate::telemetry::logger;
 use banner::Banner;
 
@@ -58,6 +58,26 @@ enum Command {
         /// The config file that it runs with.
         #[arg(long, value_name = "FILE", default_value = CONFIG_DEFAULT)]
         config: PathBuf,
+    },
+    /// Have the running process read its config again, and say what came of it. If the config has an error, nothing changes and the
+    /// exit code is 1.
+    Reload {
+        /// The config file that it runs with.
+        #[arg(long, value_name = "FILE", default_value = CONFIG_DEFAULT)]
+        config: PathBuf,
+    },
+    /// Start a successor of the running process, which asks for that itself.
+    #[command(hide = true)]
+    StartSuccessor {
+        /// File to write the result into.
+        #[arg(long)]
+        result: PathBuf,
+        /// Socket at which the successor will wait.
+        #[arg(long)]
+        socket: PathBuf,
+        /// The successor's program and arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
     },
     /// Print a shell completion script.
     Completions {
@@ -113,14 +133,10 @@ impl Cli {
                 print!("{}", config::schema_markdown());
                 ExitCode::SUCCESS
             }
-            Command::Upgrade { config } => {
-                match handover::ask(&[runtime_folder(&config), PACKAGED_RUNTIME_FOLDER.into()]) {
-                    Ok(told) => {
-                        println!("{told}");
-                        ExitCode::SUCCESS
-                    }
-                    Err(why) => fail(&why),
-                }
+            Command::Upgrade { config } => tell(handover::ask(&runtime_folders(&config))),
+            Command::Reload { config } => tell(control::ask(&runtime_folders(&config), control::Request::Reload)),
+            Command::StartSuccessor { result, socket, command } => {
+                Starter { result, socket, command }.run().map_or_else(|why| fail(&why), |()| ExitCode::SUCCESS)
             }
             Command::Completions { shell } => {
                 let mut text = Vec::new();
@@ -232,6 +248,22 @@ fn runtime_folder(config: &Path) -> PathBuf {
     let folder = std::env::var_os("RUNTIME_DIRECTORY").map_or_else(beside, PathBuf::from);
     // In the background the working directory is another.
     std::path::absolute(&folder).unwrap_or(folder)
+}
+
+/// Folders from which the process of a config may run.
+fn runtime_folders(config: &Path) -> [PathBuf; 2] {
+    [runtime_folder(config), PACKAGED_RUNTIME_FOLDER.into()]
+}
+
+/// Prints what the running process says.
+fn tell(told: Result<String, String>) -> ExitCode {
+    match told {
+        Ok(told) => {
+            println!("{told}");
+            ExitCode::SUCCESS
+        }
+        Err(why) => fail(&why),
+    }
 }
 
 /// Prints the reason why nothing runs on standard error.

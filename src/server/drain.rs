@@ -19,6 +19,10 @@ const DRAIN_POLL: Duration = Duration::from_millis(50);
 /// Time for the last bytes to leave after the last request has ended.
 const LAST_FLUSH: Duration = Duration::from_millis(200);
 
+/// Signals that a process which has handed over gets without a second meaning when its service is stopped: systemd signals all
+/// processes of the service, and those that are left once more when the main process has ended.
+const SIGNALS_TO_A_SERVICE: u32 = 2;
+
 /// Ends the process as soon as its last request has ended; Pingora would sleep the whole grace period.
 pub(super) struct Drain {
     pub(super) phases: broadcast::Receiver<ExecutionPhase>,
@@ -68,9 +72,8 @@ impl Drain {
     async fn wait_and_leave(&self, hands_over: bool) {
         self.draining.begin();
         log::info!("shutting down gracefully: {} requests are open", self.open.count());
-        // A second signal ends the process at once. A process that hands over has not had its first one yet: a service that is stopped
-        // signals all its processes at once.
-        let mut patience = u32::from(hands_over);
+        // A second signal ends the process at once.
+        let mut patience = if hands_over { SIGNALS_TO_A_SERVICE } else { 0 };
         let mut asked_again = [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| signal(kind).ok());
         let [terminated, interrupted] = &mut asked_again;
         while self.open.count() > 0 {

@@ -1,61 +1,56 @@
 //! A running process is replaced by the binary that now lies where its own lay, without a request being lost.
 //!
 //! ```text
-//! api-together upgrade                the running process                     its successor
-//! ── SIGUSR2 ───────────────────────► checks: binary --test
-//!                                     starts: binary --upgrade ─────────────► waits at the upgrade socket
-//!                                     SIGQUIT to itself: hands its sockets over ──► serves, writes running.json
-//! ◄── outcome.json ────────────────── finishes what it has, leaves
+//! api-together upgrade        the running process              a starter                 its successor
+//! ── SIGUSR2 ───────────────► checks: binary --test
+//!                             starts: itself, start-successor ► starts: binary --upgrade ► waits at the upgrade socket
+//!                                                               says so, and ends
+//!                             SIGQUIT to itself: hands its sockets over ─────────────────► serves, writes running.json
+//! ◄── outcome.json ────────── finishes what it has, leaves
 //! ```
 //!
 //! The running process starts its successor itself, so that it has the same environment, user, sandbox, control group and log. Until
 //! the last step nothing has changed, and whatever fails leaves the running process as it was.
+//!
+//! The starter is between them because systemd takes a main process that is not its own child for somebody else's: it does not wait
+//! for its end, and kills it at once when the service is stopped. When the starter ends, the successor becomes the child of systemd.
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
-use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// File in the runtime folder that describes the running process.
-const RUNNING_FILE: &str = "running.json";
+use super::runtime_folder::{Found, Running, began, read, write};
+
 /// File with the result of the last upgrade.
 const OUTCOME_FILE: &str = "outcome.json";
+/// File with which the starter says what came of it.
+const STARTED_FILE: &str = "started.json";
 /// Longest time of the check by the new binary; a longer one has failed.
 const CHECK_MAX: Duration = Duration::from_secs(30);
 /// Longest time until a successor waits for the sockets.
 const START_MAX: Duration = Duration::from_secs(20);
+/// Longest time of the starter, which has a bound of its own.
+const STARTER_MAX: Duration = START_MAX.saturating_add(Duration::from_secs(5));
 /// Longest time of an upgrade as a whole, for the command that asked for it.
 const UPGRADE_MAX: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(20);
 /// Bytes of the output of a failing program that are kept, from its end.
 const TOLD_BYTES_MAX: usize = 4000;
 
-/// Description of the running process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Running {
-    /// The process.
-    pub pid: u32,
-    /// When it began, in the kernel's ticks since boot, since a pid is used again.
-    began: u64,
-    /// Listening address.
-    pub address: SocketAddr,
-    /// Version.
-    pub version: String,
-    /// True if it listens with TLS.
-    pub tls: bool,
-}
-
-/// Result of an upgrade.
+/// Result of an upgrade, or of the start of a successor.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct HandoverResult {
     /// The successor, if one took over.
@@ -64,56 +59,13 @@ struct HandoverResult {
     error: Option<String>,
 }
 
-/// Creates a folder that only its owner can look into.
-pub fn make_private(folder: &Path) -> std::io::Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))
-}
-
-impl Running {
-    /// This process.
-    pub fn this(address: SocketAddr, tls: bool) -> Self {
-        let pid = std::process::id();
-        let version = env!("CARGO_PKG_VERSION").to_owned();
-        Self { pid, began: began(pid).unwrap_or_default(), address, version, tls }
+impl From<Result<u32, String>> for HandoverResult {
+    fn from(result: Result<u32, String>) -> Self {
+        match result {
+            Ok(pid) => Self { pid: Some(pid), error: None },
+            Err(error) => Self { pid: None, error: Some(error) },
+        }
     }
-
-    /// Writes it into the runtime folder, for commands that upgrade or signal the process.
-    pub fn write(&self, folder: &Path) -> std::io::Result<()> {
-        write(&folder.join(RUNNING_FILE), self)
-    }
-
-    /// The process that runs from this runtime folder, if one does.
-    pub fn read(folder: &Path) -> Option<Self> {
-        let running: Self = read(&folder.join(RUNNING_FILE))?;
-        running.is_alive().then_some(running)
-    }
-
-    fn is_alive(&self) -> bool {
-        began(self.pid) == Some(self.began) && pid_of(self.pid).is_some_and(|pid| test_kill_process(pid).is_ok())
-    }
-}
-
-/// The 22nd field of `/proc/PID/stat`; the second, a name in brackets, may have anything in it.
-fn began(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
-}
-
-fn pid_of(pid: u32) -> Option<Pid> {
-    Pid::from_raw(i32::try_from(pid).ok()?)
-}
-
-/// Written whole or not at all.
-fn write<T: Serialize>(path: &Path, value: &T) -> std::io::Result<()> {
-    let fresh = path.with_extension("new");
-    let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&fresh)?;
-    file.write_all(serde_json::to_string(value)?.as_bytes())?;
-    std::fs::rename(&fresh, path)
-}
-
-fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
-    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
 /// Replaces this process at SIGUSR2.
@@ -150,10 +102,7 @@ impl BackgroundService for Successor {
             }
             let this = self.clone();
             let started = tokio::task::spawn_blocking(move || this.start_successor()).await;
-            let outcome = match started.unwrap_or_else(|error| Err(error.to_string())) {
-                Ok(pid) => HandoverResult { pid: Some(pid), error: None },
-                Err(error) => HandoverResult { pid: None, error: Some(error) },
-            };
+            let outcome = HandoverResult::from(started.unwrap_or_else(|error| Err(error.to_string())));
             if let Err(error) = write(&self.runtime_folder.join(OUTCOME_FILE), &outcome) {
                 log::error!("{}: {error}", self.runtime_folder.display());
             }
@@ -179,32 +128,40 @@ impl Successor {
     fn start_successor(&self) -> Result<u32, String> {
         log::info!("upgrade: checking {}", self.program.display());
         self.check()?;
-        // A socket that an earlier one left would look like the new one's.
-        std::fs::remove_file(&self.upgrade_sock).unwrap_or_default();
-        let mut child = Command::new(&self.program)
+        // What an earlier one left would look like the new one's.
+        let result = self.runtime_folder.join(STARTED_FILE);
+        for left in [&self.upgrade_sock, &result] {
+            std::fs::remove_file(left).unwrap_or_default();
+        }
+        let cannot = |error: std::io::Error| format!("the successor's starter cannot be started: {error}");
+        // This process's own program, whatever lies in its place by now.
+        let mut starter = Command::new("/proc/self/exe")
+            .arg("start-successor")
+            .arg("--result")
+            .arg(&result)
+            .arg("--socket")
+            .arg(&self.upgrade_sock)
+            .arg("--")
+            .arg(&self.program)
             .args(&self.arguments)
             .arg("--upgrade")
             .current_dir(&self.start_folder)
             .stdin(Stdio::null())
             .spawn()
-            .map_err(|error| format!("{} cannot be started: {error}", self.program.display()))?;
-        let begun = Instant::now();
-        while !self.upgrade_sock.exists() {
-            if let Ok(Some(status)) = child.try_wait() {
-                return Err(format!("the new process ended at its start ({status}); what it said is in the log"));
-            }
-            if begun.elapsed() > START_MAX {
-                end(&mut child);
-                return Err(format!("the new process did not come up within {} s", START_MAX.as_secs()));
-            }
-            std::thread::sleep(POLL);
-        }
+            .map_err(cannot)?;
+        let status = end_within(&mut starter, STARTER_MAX).map_err(cannot)?;
+        let outcome: HandoverResult = read(&result).ok_or_else(|| match status {
+            Some(status) => format!("the successor's starter ended without a word ({status})"),
+            None => format!("the successor's starter took more than {} s", STARTER_MAX.as_secs()),
+        })?;
+        let pid = match outcome {
+            HandoverResult { pid: Some(pid), error: None } => pid,
+            HandoverResult { error, .. } => return Err(error.unwrap_or_default()),
+        };
         // It may end just after; this is the last check before the sockets are handed over.
         std::thread::sleep(POLL);
-        match child.try_wait() {
-            Ok(None) => Ok(child.id()),
-            _ => Err("the new process ended just after its start; what it said is in the log".into()),
-        }
+        began(pid).ok_or("the new process ended just after its start; what it said is in the log")?;
+        Ok(pid)
     }
 
     /// Has the new program check the config, and itself.
@@ -218,18 +175,9 @@ impl Successor {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| format!("{} cannot be started: {error}", self.program.display()))?;
-        let begun = Instant::now();
-        let status = loop {
-            match child.try_wait() {
-                Ok(Some(status)) => break status,
-                Ok(None) if begun.elapsed() < CHECK_MAX => std::thread::sleep(POLL),
-                Ok(None) => {
-                    end(&mut child);
-                    return Err(format!("the new program's check took more than {} s", CHECK_MAX.as_secs()));
-                }
-                Err(error) => return Err(format!("the new program's check: {error}")),
-            }
-        };
+        let status = end_within(&mut child, CHECK_MAX)
+            .map_err(|error| format!("the new program's check: {error}"))?
+            .ok_or_else(|| format!("the new program's check took more than {} s", CHECK_MAX.as_secs()))?;
         let (told, complaint) = (all(child.stdout.take()), all(child.stderr.take()));
         if !status.success() {
             return Err(format!("the new program's check failed ({status}): {}", complaint.trim()));
@@ -239,7 +187,7 @@ impl Successor {
         let metrics: Option<SocketAddr> =
             told.lines().find_map(|line| line.strip_prefix(METRICS_ON)).and_then(|text| text.trim().parse().ok());
         if let Some(address) = metrics.filter(|_| metrics != self.metrics_listen) {
-            std::net::TcpListener::bind(address)
+            TcpListener::bind(address)
                 .map_err(|error| format!("server.metricsListen: {address} cannot be listened on: {error}"))?;
         }
         match listens {
@@ -259,6 +207,83 @@ pub const LISTENS: &str = "would listen on ";
 /// Text before the address of the metrics.
 pub const METRICS_ON: &str = "would tell metrics on ";
 
+/// A process between this one and its successor, which ends as soon as the successor is ready for the sockets.
+#[derive(Debug)]
+pub struct Starter {
+    /// File to say in what came of it.
+    pub result: PathBuf,
+    /// Socket at which the successor waits.
+    pub socket: PathBuf,
+    /// The successor's program, and its arguments.
+    pub command: Vec<OsString>,
+}
+
+impl Starter {
+    /// Starts the successor, and waits until it is ready or has ended.
+    pub fn run(&self) -> Result<(), String> {
+        let result = HandoverResult::from(self.start());
+        write(&self.result, &result).map_err(|error| format!("{}: {error}", self.result.display()))
+    }
+
+    fn start(&self) -> Result<u32, String> {
+        let (program, arguments) = self.command.split_first().ok_or("no program is named")?;
+        let mut child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("{} cannot be started: {error}", Path::new(program).display()))?;
+        let begun = Instant::now();
+        while !self.socket.exists() {
+            if let Ok(Some(status)) = child.try_wait() {
+                return Err(format!("the new process ended at its start ({status}); what it said is in the log"));
+            }
+            if begun.elapsed() > START_MAX {
+                end(&mut child);
+                return Err(format!("the new process did not come up within {} s", START_MAX.as_secs()));
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(child.id())
+    }
+}
+
+/// A successor waits for the sockets of a running process. If that process ends before it hands them over, the address becomes free;
+/// the successor is then handed nothing, and makes sockets of its own. Watches until the returned flag is set.
+pub(super) fn do_without_a_predecessor(address: SocketAddr, upgrade_sock: PathBuf) -> Arc<AtomicBool> {
+    let has_sockets = Arc::new(AtomicBool::new(false));
+    let done = Arc::clone(&has_sockets);
+    let watch = move || {
+        let begun = Instant::now();
+        while begun.elapsed() < START_MAX && !done.load(Ordering::Relaxed) {
+            let is_free = upgrade_sock.exists() && TcpListener::bind(address).is_ok();
+            if is_free && UnixStream::connect(&upgrade_sock).is_ok() {
+                log::warn!("nobody listens on {address} any more, so this process does without being handed a socket");
+                return;
+            }
+            std::thread::sleep(POLL);
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("predecessor".into()).spawn(watch) {
+        log::warn!("whether the running process ends is not watched: {error}");
+    }
+    has_sockets
+}
+
+/// Waits for the end of a child, and ends it after this time. Returns none in that case.
+fn end_within(child: &mut Child, longest: Duration) -> std::io::Result<Option<ExitStatus>> {
+    let begun = Instant::now();
+    loop {
+        match child.try_wait()? {
+            Some(status) => return Ok(Some(status)),
+            None if begun.elapsed() < longest => std::thread::sleep(POLL),
+            None => {
+                end(child);
+                return Ok(None);
+            }
+        }
+    }
+}
+
 fn end(child: &mut Child) {
     // It may have ended by itself.
     child.kill().unwrap_or_default();
@@ -276,14 +301,11 @@ fn all(from: Option<impl Read>) -> String {
 /// Asks the process that runs from the first of these folders from which one does to be replaced, and waits until its successor
 /// serves. Returns what to say.
 pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
-    let shown = || folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(" or ");
-    let nobody = || format!("no process runs from {}; start one, or name its config with --config", shown());
-    let found = folders.iter().find_map(|folder| Some((folder, Running::read(folder)?)));
-    let (folder, old) = found.ok_or_else(nobody)?;
-    let pid = pid_of(old.pid).ok_or_else(nobody)?;
-    let outcome_file = folder.join(OUTCOME_FILE);
+    let found = Found::in_one_of(folders)?;
+    let old = &found.running;
+    let outcome_file = found.folder.join(OUTCOME_FILE);
     std::fs::remove_file(&outcome_file).unwrap_or_default();
-    kill_process(pid, Signal::USR2).map_err(|error| format!("process {} cannot be signalled: {error}", old.pid))?;
+    found.signal(Signal::USR2)?;
     let begun = Instant::now();
     let wait = |what: &str| {
         std::thread::sleep(POLL);
@@ -302,7 +324,7 @@ pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
         return Err(format!("process {} keeps serving: {error}", old.pid));
     }
     loop {
-        if let Some(new) = Running::read(folder).filter(|running| Some(running.pid) == outcome.pid)
+        if let Some(new) = Running::read(found.folder).filter(|running| Some(running.pid) == outcome.pid)
             && is_healthy(&new)
         {
             return Ok(format!(
@@ -317,7 +339,7 @@ pub fn ask(folders: &[PathBuf]) -> Result<String, String> {
 /// True if it answers. With TLS an established connection is enough.
 fn is_healthy(running: &Running) -> bool {
     let address = crate::server::callable(running.address);
-    let Ok(mut stream) = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2)) else { return false };
+    let Ok(mut stream) = TcpStream::connect_timeout(&address, Duration::from_secs(2)) else { return false };
     if running.tls {
         return true;
     }

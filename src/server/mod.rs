@@ -1,10 +1,12 @@
 //! The process: from a checked config to Pingora's server, its listeners, and the services beside the proxy.
 
 mod certificate;
+pub mod control;
 mod drain;
 pub mod handover;
 mod listen;
 mod reload;
+pub mod runtime_folder;
 mod services;
 mod systemd;
 
@@ -13,6 +15,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use arc_swap::ArcSwap;
 use pingora::apps::HttpServerOptions;
@@ -32,8 +35,10 @@ use crate::proxy::Gateway;
 use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
 use crate::routing::pool::Pool;
-use crate::server::handover::{Successor, make_private};
+use crate::server::control::Control;
+use crate::server::handover::{Successor, do_without_a_predecessor};
 use crate::server::reload::{Reloader, hear_hangups};
+use crate::server::runtime_folder::make_private;
 use drain::{Drain, FinalWrites};
 use listen::Listening;
 pub use listen::callable;
@@ -95,6 +100,10 @@ pub struct Prepared {
     pub pool: Arc<ArcSwap<Pool>>,
     /// True if it listens with TLS.
     tls: bool,
+    /// File that it counts in.
+    ledger: PathBuf,
+    /// True if it takes its sockets from a running process.
+    takes_over: bool,
     /// Runtime folder, if the process may be replaced.
     runtime_folder: Option<PathBuf>,
     writes: FinalWrites,
@@ -135,6 +144,8 @@ impl Prepared {
             address: listening.address,
             pool: Arc::clone(&process.pool),
             tls: listening.certificate.is_some(),
+            ledger: started.ledger.clone(),
+            takes_over: options.upgrade && !options.test,
             runtime_folder: options.arguments.is_some().then(|| options.runtime_folder.clone()),
             writes: FinalWrites { estimator: process.estimator.clone(), ledger },
             _reserved: listening.reserved.clone(),
@@ -185,8 +196,14 @@ impl Prepared {
         if let Some(path) = options.config_file.clone() {
             let (pool, state) = (Arc::clone(&process.pool), process.config.clone());
             let certificate = listening.certificate.clone();
-            let reloader = Reloader { path, pool, started, certificate, state, hung_up: hear_hangups() };
+            let (reload, reloads) = control::reloads();
+            let reloader =
+                Reloader { path, pool, started, certificate, state, hung_up: hear_hangups(), asked: reloads };
             server.add_service(background_service("reload", reloader));
+            if options.arguments.is_some() {
+                let control = Control { runtime_folder: options.runtime_folder.clone(), reload };
+                server.add_service(background_service("control", control));
+            }
         }
         server.add_service(service);
         if let Some(address) = metrics_listen {
@@ -200,14 +217,20 @@ impl Prepared {
 
     /// Prints a text once the server listens.
     pub fn announce(&mut self, text: String) {
-        let (address, tls, runtime_folder) = (self.address, self.tls, self.runtime_folder.clone());
-        let announce = Announce { address, tls, runtime_folder, text };
+        let (address, tls) = (self.address, self.tls);
+        let (ledger, runtime_folder) = (self.ledger.clone(), self.runtime_folder.clone());
+        let announce = Announce { address, tls, ledger, runtime_folder, text };
         self.server.add_service(background_service("announce", announce));
     }
 
     /// Takes the sockets of a running process over if asked to, and leaves here if only a test was wanted.
     pub fn bootstrap(&mut self) {
+        let upgrade_sock = PathBuf::from(&self.server.configuration.upgrade_sock);
+        let has_sockets = self.takes_over.then(|| do_without_a_predecessor(self.address, upgrade_sock));
         self.server.bootstrap();
+        if let Some(has_sockets) = has_sockets {
+            has_sockets.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Serves until a signal ends it.

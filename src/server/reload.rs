@@ -17,9 +17,10 @@ use crate::config::{self, Config, Environment, Loaded, Server, Watch, changes, n
 use crate::process::{Applied, ConfigState};
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
+use crate::server::control::Reloads;
 use crate::telemetry::logger;
 
-/// Reloads the configuration when its files change, and at SIGHUP.
+/// Reloads the configuration when its files change, at SIGHUP, and when a command asks for it.
 #[derive(Debug)]
 pub(super) struct Reloader {
     /// The config file.
@@ -34,6 +35,8 @@ pub(super) struct Reloader {
     pub state: ConfigState,
     /// Set by a SIGHUP.
     pub hung_up: Arc<AtomicBool>,
+    /// Reloads that commands ask for.
+    pub asked: Reloads,
 }
 
 /// Keeps a SIGHUP from ending the process before the reloader hears it.
@@ -56,24 +59,29 @@ impl BackgroundService for Reloader {
             signal(SignalKind::hangup()).inspect_err(|error| log::error!("SIGHUP cannot be heard: {error}")).ok();
         // A SIGHUP that came before the handler was set.
         if self.hung_up.load(Ordering::Relaxed) {
-            self.take_in(true);
+            self.take_in(true).map(drop).unwrap_or_default();
         }
         // Notices changes since the process read the file, too.
         let mut seen = Contents::new();
         loop {
-            let asked = tokio::select! {
-                () = watch.changed() => false,
-                () = hangup(hangups.as_mut()) => true,
+            let (asked, reply_to) = tokio::select! {
+                () = watch.changed() => (false, None),
+                () = hangup(hangups.as_mut()) => (true, None),
+                reply_to = self.asked.next() => (true, Some(reply_to)),
                 _ = shutdown.changed() => return,
             };
             // Before they are read, so that what is written meanwhile is found the next time.
             let found = contents(&self.files());
             // What was wrong may have been mended in a file that only the refused config names.
             if asked || found != seen || self.state.file().error.is_some() {
-                self.take_in(asked);
+                let result = self.take_in(asked);
                 seen = found;
                 // The new config may name other files.
                 watch.set_files(self.files());
+                if let Some(reply_to) = reply_to {
+                    // It may have gone.
+                    reply_to.send(result).unwrap_or_default();
+                }
             }
         }
     }
@@ -100,17 +108,17 @@ impl Reloader {
         files
     }
 
-    /// Reads everything again. `asked`: a signal came, so the result is logged even if nothing has changed.
-    fn take_in(&self, asked: bool) {
+    /// Reads everything again, and says what came of it. `asked`: it is logged even if nothing has changed.
+    fn take_in(&self, asked: bool) -> Result<String, String> {
         let shown = self.path.display();
         // At the start it may have been a pipe, which cannot be read again.
         match config::check_ordinary(&self.path) {
-            Err(error) if self.path.exists() => return self.refuse(&format!("it cannot be read again: {error}")),
+            Err(error) if self.path.exists() => return Err(self.refuse(&format!("it cannot be read again: {error}"))),
             _ => {}
         }
         let loaded = match config::load(&self.path, &Environment::from_process(&self.path)) {
             Ok(loaded) => loaded,
-            Err(problems) => return self.refuse(&problems.to_string()),
+            Err(problems) => return Err(self.refuse(&problems.to_string())),
         };
         let Loaded { config, warnings } = loaded;
         let needs_upgrade = needs_upgrade(&self.started, &config.server);
@@ -120,7 +128,7 @@ impl Reloader {
         let files = config.server.tls.as_ref().filter(|_| self.certificate.is_some());
         let certificate = match files.map(Certificate::read).transpose() {
             Ok(certificate) => certificate,
-            Err(why) => return self.refuse(&why),
+            Err(why) => return Err(self.refuse(&why)),
         };
         let version = before.version + u64::from(!lines.is_empty());
         match Pool::new(config, before.ledger.clone(), Some(&before)) {
@@ -129,35 +137,48 @@ impl Reloader {
                 self.pool.store(Arc::new(Pool { version, loaded_at: before.loaded_at, ..pool }));
             }
             Ok(pool) => self.pool.store(Arc::new(Pool { version, ..pool })),
-            Err(error) => return self.refuse(&format!("an endpoint cannot be set up: {error}")),
+            Err(error) => return Err(self.refuse(&format!("an endpoint cannot be set up: {error}"))),
         }
         logger::set_format(self.pool.load().server.log_format);
+        let mut told = Vec::new();
         for warning in &warnings {
             log::warn!("{shown}: {warning}");
+            told.push(format!("warning: {shown}: {warning}"));
         }
         let Applied { had_error, needs_other_upgrade } = self.state.applied(&needs_upgrade);
-        if !lines.is_empty() {
-            log::info!("config {shown}: loaded, version {version}: {}", lines.join("; "));
-        } else if asked || had_error {
-            log::info!("config {shown}: nothing has changed, version {version}");
+        let result = if lines.is_empty() {
+            format!("config {shown}: nothing has changed, version {version}")
+        } else {
+            format!("config {shown}: loaded, version {version}: {}", lines.join("; "))
+        };
+        if !lines.is_empty() || asked || had_error {
+            log::info!("{result}");
         }
-        if needs_other_upgrade && !needs_upgrade.is_empty() {
-            log::warn!("config {shown}: this takes effect only with an upgrade: {}", needs_upgrade.join("; "));
+        told.push(result);
+        if !needs_upgrade.is_empty() {
+            let waits = format!("config {shown}: this takes effect only with an upgrade: {}", needs_upgrade.join("; "));
+            if needs_other_upgrade {
+                log::warn!("{waits}");
+            }
+            told.push(waits);
         }
         if let (Some(shown), Some(read)) = (&self.certificate, certificate)
             && shown.show(read)
         {
             log::info!("server.tls: a new certificate is in use");
+            told.push("server.tls: a new certificate is in use".to_owned());
         }
+        Ok(told.join("\n"))
     }
 
-    fn refuse(&self, why: &str) {
-        // The same error is logged once, however often it is found again.
-        if !self.state.refused(why) {
-            return;
-        }
+    fn refuse(&self, why: &str) -> String {
         let version = self.pool.load().version;
-        log::error!("config {}: not applied, version {version} stays: {why}", self.path.display());
+        let refused = format!("config {}: not applied, version {version} stays: {why}", self.path.display());
+        // The same error is logged once, however often it is found again.
+        if self.state.refused(why) {
+            log::error!("{refused}");
+        }
+        refused
     }
 }
 

@@ -19,7 +19,7 @@ use crate::admin::{self, Sources};
 use crate::ledger::Keeper;
 use crate::process::Process;
 use crate::routing::pool::Pool;
-use crate::server::handover::Running;
+use crate::server::runtime_folder::Running;
 use crate::telemetry::log_writer;
 use crate::telemetry::metrics;
 use crate::upstream::RESOLVE_INTERVAL;
@@ -69,6 +69,8 @@ impl ServeHttp for MetricsService {
 pub(super) struct Announce {
     pub(super) address: SocketAddr,
     pub(super) tls: bool,
+    /// File that the process counts in.
+    pub(super) ledger: PathBuf,
     /// Runtime folder, if the process may be replaced.
     pub(super) runtime_folder: Option<PathBuf>,
     pub(super) text: String,
@@ -85,7 +87,7 @@ impl BackgroundService for Announce {
             tokio::time::sleep(LISTEN_POLL).await;
         }
         // Only now: a process that goes into the background becomes another one on its way.
-        let running = Running::this(self.address, self.tls);
+        let running = Running::this(self.address, self.tls, &self.ledger);
         if let Some(folder) = &self.runtime_folder
             && let Err(error) = running.write(folder)
         {

@@ -1,5 +1,8 @@
 //! A changed configuration is taken in while requests go on: whole or not at all.
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,8 +11,11 @@ use std::time::{Duration, Instant};
 use api_together::simulator::Behaviour;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::task::spawn_blocking;
 
-use crate::harness::{KEY, Reply, behaving, chat, client, config_text, endpoint_with, key_of, simulator, within};
+use crate::harness::{
+    KEY, Reply, behaving, chat, client, config_text, endpoint_with, key_of, simulator, until, within,
+};
 use crate::program::{Running, folder_with, program};
 
 /// A change is to be noticed within a second; this allows for a busy machine.
@@ -315,6 +321,88 @@ async fn what_is_no_file_holds_no_reload_up_and_ends_none() {
         let status = until_version(&program, "a good file at last", 2).await;
         assert_eq!(api_of(&status, "a")["limits"]["rpm"], 3);
         program.logs(".env: cannot be read: it is no ordinary file").await;
+    })
+    .await;
+}
+
+fn reload(folder: &Path) -> (i32, String, String) {
+    crate::program::run(folder, &["reload", "--config", "apis.json"])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_says_what_came_of_a_reload() {
+    within(async {
+        let simulator = simulator().await;
+        let api = |more: Value| endpoint_with("a", &simulator.base_url(), more);
+        let mut program = Running::start(&config_text(json!({}), &[api(json!({ "rpm": 60 }))]), "info");
+        program.ready().await;
+        let folder = program.folder.path().to_owned();
+        let socket = folder.join("run/control.sock");
+        until("it listens for commands", || socket.exists()).await;
+        assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+        let ask = || {
+            let folder = folder.clone();
+            async move { spawn_blocking(move || reload(&folder)).await.unwrap() }
+        };
+
+        let (code, out, err) = ask().await;
+        assert!(code == 0 && out.contains("nothing has changed, version 1"), "{code} {out} {err}");
+        write(&program.folder, &config_text(json!({ "port": 1 }), &[api(json!({ "rpm": 120 }))]));
+        let (code, out, err) = ask().await;
+        // The file watch may have been quicker than the command.
+        assert!(
+            code == 0 && out.contains("version 2") && out.contains("only with an upgrade: server.port"),
+            "{out} {err}"
+        );
+        write(&program.folder, r#"{"server":"#);
+        let (code, out, err) = ask().await;
+        assert!(
+            code == 1 && out.is_empty() && err.contains("not applied, version 2 stays") && err.contains("apis.json"),
+            "{out} {err}"
+        );
+        let (code, _, again) = ask().await;
+        assert!(code == 1 && again == err, "an error is told each time: {again}");
+        std::fs::remove_file(folder.join("apis.json")).unwrap();
+        let (code, _, err) = ask().await;
+        assert!(code == 1 && err.contains("No such file"), "{err}");
+        assert!(!out.contains(KEY) && !err.contains(KEY));
+
+        program.signal("KILL");
+        program.exit().await;
+        let (code, _, err) = ask().await;
+        assert!(code == 1 && err.contains("no process runs from"), "{err}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_command_is_refused_and_holds_nothing_up() {
+    within(async {
+        let simulator = simulator().await;
+        let program =
+            Running::start(&config_text(json!({}), &[endpoint_with("a", &simulator.base_url(), json!({}))]), "info");
+        program.ready().await;
+        let socket = program.folder.path().join("run/control.sock");
+        until("it listens for commands", || socket.exists()).await;
+        let long = format!("{{\"command\":\"{}\"}}\n", "x".repeat(10_000));
+        for text in ["\n", "reload\n", "{\"command\":\"eat\"}\n", "[]\n", "\u{0}\n", long.as_str()] {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            // It may have closed before it has read all of it.
+            stream.write_all(text.as_bytes()).unwrap_or_default();
+            let mut reply = String::new();
+            stream.read_to_string(&mut reply).unwrap_or_default();
+            assert!(
+                reply.is_empty() && text.len() > 4096
+                    || reply.starts_with(r#"{"ok":false,"message":"the running process does not know"#),
+                "{text:.40}: {reply}"
+            );
+        }
+        // Seven that say nothing leave room for one that does.
+        let silent: Vec<_> = (0..7).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+        let folder = program.folder.path().to_owned();
+        let (code, out, err) = spawn_blocking(move || reload(&folder)).await.unwrap();
+        assert_eq!(code, 0, "{out} {err}");
+        drop(silent);
     })
     .await;
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use api_together::server::handover;
+use api_together::server::runtime_folder;
 use api_together::simulator::Behaviour;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -60,12 +60,12 @@ impl Served {
         let path = folder.path().to_owned();
         let first = Running::of(command, folder);
         first.ready().await;
-        until("it tells of itself", || handover::Running::read(&path.join("run")).is_some()).await;
+        until("it tells of itself", || runtime_folder::Running::read(&path.join("run")).is_some()).await;
         Self { _first: first, folder: path, binary }
     }
 
-    fn running(&self) -> handover::Running {
-        handover::Running::read(&self.folder.join("run")).unwrap()
+    fn running(&self) -> runtime_folder::Running {
+        runtime_folder::Running::read(&self.folder.join("run")).unwrap()
     }
 
     fn url(&self, path: &str) -> String {
@@ -92,7 +92,7 @@ impl Served {
 impl Drop for Served {
     fn drop(&mut self) {
         // The last successor is nobody's child here.
-        if let Some(running) = handover::Running::read(&self.folder.join("run")) {
+        if let Some(running) = runtime_folder::Running::read(&self.folder.join("run")) {
             Command::new("kill").args(["-KILL", &running.pid.to_string()]).status().map(drop).unwrap_or_default();
         }
     }
@@ -276,16 +276,95 @@ async fn a_process_that_hands_over_does_not_tell_systemd_that_the_service_stops(
 async fn a_file_that_names_somebody_elses_process_is_not_believed() {
     let folder = folder_with("apis.json", "{}");
     let running = folder.path().join("run");
-    handover::make_private(&running).unwrap();
+    runtime_folder::make_private(&running).unwrap();
     // A process that would not survive the signal, and is none of ours.
     let mut other = Command::new("sleep").arg("30").spawn().unwrap();
-    let stale = json!({ "pid": other.id(), "began": 1, "address": "127.0.0.1:1", "version": "0", "tls": false });
-    std::fs::write(running.join("running.json"), stale.to_string()).unwrap();
-    let (code, _, said) = crate::program::run(folder.path(), &["upgrade", "--config", "apis.json"]);
-    assert!(code == 1 && said.contains("no process runs from"), "{said}");
-    assert!(other.try_wait().unwrap().is_none(), "it was signalled");
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", other.id())).unwrap();
+    let began: u64 = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse().unwrap();
+    for (began, reason) in [(1, "no process runs from"), (began, "is not signalled")] {
+        let told = json!({ "pid": other.id(), "began": began, "address": "127.0.0.1:1", "version": "0", "tls": false });
+        std::fs::write(running.join("running.json"), told.to_string()).unwrap();
+        let (code, _, said) = crate::program::run(folder.path(), &["upgrade", "--config", "apis.json"]);
+        assert!(code == 1 && said.contains(reason), "{said}");
+        assert!(other.try_wait().unwrap().is_none(), "it was signalled");
+    }
     other.kill().unwrap();
     other.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_is_no_child_of_its_predecessor_when_it_serves() {
+    within(async {
+        let api = endpoint_with("a", "http://127.0.0.1:9", json!({}));
+        let served = Served::start(&config_text(json!({ "port": free_port() }), &[api])).await;
+        let old = served.running().pid;
+        let (code, said) = served.upgrade().await;
+        assert_eq!(code, 0, "{said}");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", served.running().pid)).unwrap();
+        let parent: u32 = status.lines().find_map(|line| line.strip_prefix("PPid:\t")).unwrap().parse().unwrap();
+        assert_ne!(parent, old, "systemd would take it for somebody else's process");
+        assert!(!is_gone(old), "it would have another parent in any case");
+        let children = std::fs::read_to_string(format!("/proc/{old}/task/{old}/children")).unwrap();
+        assert_eq!(children.trim(), "", "the starter has ended, and is buried");
+    })
+    .await;
+}
+
+/// A program that takes a second to come up as a successor, and says so beside it.
+fn slow_successor() -> String {
+    let real = env!("CARGO_BIN_EXE_api-together");
+    format!("#!/bin/sh\ncase \" $* \" in *' --upgrade '*) touch coming; sleep 1;; esac\nexec {real} \"$@\"\n")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_whose_predecessor_is_killed_takes_the_address_itself() {
+    within(async {
+        let simulator = simulator().await;
+        let api = endpoint_with("a", &simulator.base_url(), json!({}));
+        let served = Served::start(&config_text(json!({ "port": free_port() }), &[api])).await;
+        let (old, url) = (served.running().pid, served.url("/v1/chat/completions"));
+        served.install(&slow_successor());
+        let asked = served.upgrade();
+        let kill = async {
+            until("the successor is on its way", || served.folder.join("coming").exists()).await;
+            Command::new("kill").args(["-KILL", &old.to_string()]).status().unwrap();
+        };
+        let ((code, said), ()) = tokio::join!(asked, kill);
+        assert!(code == 1 && said.contains("has ended meanwhile"), "{said}");
+        until("the successor serves", || {
+            runtime_folder::Running::read(&served.folder.join("run")).is_some_and(|running| running.pid != old)
+        })
+        .await;
+        Reply::of(client(|builder| builder).post(&url).bearer_auth(KEY).json(&chat("m"))).await.assert_from("a", 1);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_that_waits_takes_an_address_that_becomes_free() {
+    within(async {
+        let simulator = simulator().await;
+        let api = endpoint_with("a", &simulator.base_url(), json!({}));
+        // Somebody who listens, and never hands anything over.
+        let holder = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = holder.local_addr().unwrap();
+        let folder = folder_with("apis.json", &config_text(json!({ "port": address.port() }), &[api]));
+        let path = folder.path().to_owned();
+        let starting = spawn_blocking(move || {
+            let mut command = program(folder.path());
+            command.args(["--upgrade", "--config", "apis.json"]).env("RUST_LOG", "info");
+            Running::of(command, folder)
+        });
+        until("it waits", || path.join("run/upgrade.sock").exists()).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(!path.join("run/running.json").exists(), "it goes on while somebody listens");
+        drop(holder);
+        let running = starting.await.unwrap();
+        running.logs("nobody listens on").await;
+        let url = running.url("/v1/chat/completions");
+        Reply::of(client(|builder| builder).post(&url).bearer_auth(KEY).json(&chat("m"))).await.assert_from("a", 1);
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

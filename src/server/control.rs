@@ -1,0 +1,189 @@
+//! The control socket, in the runtime folder: commands ask the running process for something by it, and are answered in words. Only the
+//! process's own user, and root, can open it.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as BlockingStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora::server::ShutdownWatch;
+use pingora::services::background::BackgroundService;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+
+use super::runtime_folder::Found;
+
+/// The socket in the runtime folder.
+const SOCKET: &str = "control.sock";
+/// Commands that are served at once; more wait in the socket's backlog.
+const CONNECTIONS_MAX: usize = 8;
+/// Longest request, in bytes.
+const REQUEST_BYTES_MAX: u64 = 4096;
+/// Longest reply, in bytes: the errors of a config file are told all at once.
+const REPLY_BYTES_MAX: u64 = 1024 * 1024;
+/// Longest time for a request to come, and for a reply to be taken.
+const TRANSFER_MAX: Duration = Duration::from_secs(10);
+/// Longest time that a command waits for its reply.
+const REPLY_MAX: Duration = Duration::from_mins(1);
+/// Pause after the socket failed, as it does while no descriptor is free.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What a command asks for: one line of JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "camelCase")]
+pub enum Request {
+    /// Read the config again.
+    Reload,
+}
+
+/// The answer: one line of JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Reply {
+    ok: bool,
+    message: String,
+}
+
+impl From<Result<String, String>> for Reply {
+    fn from(result: Result<String, String>) -> Self {
+        let ok = result.is_ok();
+        Self { ok, message: result.unwrap_or_else(|why| why) }
+    }
+}
+
+/// Where somebody waits to hear what came of a reload.
+pub(super) type Asked = oneshot::Sender<Result<String, String>>;
+
+/// Reloads that were asked for, and are not done yet.
+#[derive(Debug)]
+pub(super) struct Reloads(Mutex<mpsc::Receiver<Asked>>);
+
+/// A way to ask for reloads, and what hears of them. As many can wait as there are commands at once.
+pub(super) fn reloads() -> (mpsc::Sender<Asked>, Reloads) {
+    let (reload, asked) = mpsc::channel(CONNECTIONS_MAX);
+    (reload, Reloads(Mutex::new(asked)))
+}
+
+impl Reloads {
+    /// Waits until one is asked for.
+    pub(super) async fn next(&self) -> Asked {
+        match self.0.lock().await.recv().await {
+            Some(asked) => asked,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Serves the control socket.
+#[derive(Debug)]
+pub(super) struct Control {
+    pub(super) runtime_folder: PathBuf,
+    pub(super) reload: mpsc::Sender<Asked>,
+}
+
+#[async_trait]
+impl BackgroundService for Control {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let path = self.runtime_folder.join(SOCKET);
+        let listener = match listen(&path) {
+            Ok(listener) => listener,
+            Err(error) => {
+                return log::warn!(
+                    "{}: {error}; commands such as `api-together reload` will not reach this process",
+                    path.display()
+                );
+            }
+        };
+        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        loop {
+            // Never closed.
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = shutdown.changed() => return,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    let reload = self.reload.clone();
+                    tokio::spawn(async move {
+                        // Whoever asked may have gone.
+                        serve(stream, &reload).await.unwrap_or_default();
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    log::warn!("{}: {error}", path.display());
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// Listens in the place of a process that ran before, or still does: during an upgrade commands reach the successor.
+fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    let fresh = path.with_extension(format!("{}", std::process::id()));
+    std::fs::remove_file(&fresh).unwrap_or_default();
+    let listener = UnixListener::bind(&fresh)?;
+    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(&fresh, path)?;
+    Ok(listener)
+}
+
+async fn serve(mut stream: UnixStream, reload: &mpsc::Sender<Asked>) -> std::io::Result<()> {
+    let mut line = String::new();
+    let (reading, mut writing) = stream.split();
+    let mut reading = tokio::io::BufReader::new(reading.take(REQUEST_BYTES_MAX));
+    timeout(TRANSFER_MAX, reading.read_line(&mut line)).await??;
+    let done = match serde_json::from_str(&line) {
+        Ok(Request::Reload) => ask_to_reload(reload).await,
+        Err(error) => Err(format!("the running process does not know this command: {error}")),
+    };
+    let mut reply = serde_json::to_vec(&Reply::from(done))?;
+    reply.push(b'\n');
+    timeout(TRANSFER_MAX, writing.write_all(&reply)).await?
+}
+
+async fn ask_to_reload(reload: &mpsc::Sender<Asked>) -> Result<String, String> {
+    let (tell, told) = oneshot::channel();
+    let gone = || "the process is on its way out".to_owned();
+    reload.send(tell).await.map_err(|_| gone())?;
+    told.await.unwrap_or_else(|_| Err(gone()))
+}
+
+/// Asks the process that runs from the first of these folders from which one does, and returns what it says.
+pub fn ask(folders: &[PathBuf], request: Request) -> Result<String, String> {
+    let found = Found::in_one_of(folders)?;
+    let path = found.folder.join(SOCKET);
+    let fail = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            format!("{}: {error}; use sudo, or be the user of the service", path.display())
+        }
+        std::io::ErrorKind::NotFound => format!(
+            "{}: process {} (version {}) does not listen there; an older version knows only signals",
+            path.display(),
+            found.running.pid,
+            found.running.version
+        ),
+        _ => format!("{}: {error}", path.display()),
+    };
+    let mut stream = BlockingStream::connect(&path).map_err(fail)?;
+    stream
+        .set_read_timeout(Some(REPLY_MAX))
+        .and_then(|()| stream.set_write_timeout(Some(TRANSFER_MAX)))
+        .map_err(fail)?;
+    let mut line = serde_json::to_vec(&request).map_err(|error| error.to_string())?;
+    line.push(b'\n');
+    stream.write_all(&line).map_err(fail)?;
+    let mut reply = String::new();
+    let told = std::io::Read::take(stream, REPLY_BYTES_MAX);
+    BufReader::new(told).read_line(&mut reply).map_err(fail)?;
+    let Reply { ok, message } =
+        serde_json::from_str(&reply).map_err(|_| format!("process {} ended before it answered", found.running.pid))?;
+    if ok { Ok(message) } else { Err(message) }
+}
