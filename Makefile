@@ -160,9 +160,11 @@ deb: release ## Build the Debian package, into target/debian/
 	cargo deb --no-build --locked
 
 .PHONY: test-deb
-test-deb: deb ## Install, start, upgrade and remove the package: as root, on a machine that may be changed
-	$(call install,curl,curl)
-	packaging/debian/test "$$(ls -t target/debian/*.deb | head -n 1)"
+test-deb: deb ## Install, reload, upgrade, stop, crash and remove the package under a systemd of its own: as root
+	$(call install,debootstrap,debootstrap)
+	$(call install,systemd-nspawn,systemd-container)
+	cargo build --locked --example simulator
+	packaging/debian/test "$$(ls -t target/debian/*.deb | head -n 1)" target/debug/examples/simulator
 
 .PHONY: soak
 soak: build-tools ## Run the long forms of tests that are short in make test, and the guided build (an hour and a half)
