@@ -1,7 +1,5 @@
 //! Connections of clients: kept, closed, old, and misused.
 
-use std::time::Duration;
-
 use api_together::simulator::Behaviour;
 use http::{Method, Version};
 use serde_json::{Value, json};
@@ -347,43 +345,6 @@ async fn a_websocket_goes_to_its_models_endpoint_and_both_ways() {
         assert_eq!(wire.rest().await, "");
         proxy.until_status("a", "inFlight", json!(0)).await;
         assert_eq!(proxy.status_of("a").await["errorCount"], 0);
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_an_endpoint_says_right_behind_its_101_arrives_whole() {
-    within(async {
-        let by_hand = ByHand::bind().await;
-        let proxy = before_by_hand(&by_hand).await;
-        let switch = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
-        for round in 0..120 {
-            // A first message shorter and longer than what a reader of secrets would hold back.
-            let first = "s".repeat([1, 40, 511, 512, 513, 5000, 100_000][round % 7]);
-            let mut wire = proxy.wire().await;
-            wire.send(websocket("/v1/realtime?model=vendor%2Ftalk")).await;
-            let (mut endpoint, ..) = by_hand.call().await;
-            match round % 3 {
-                0 => endpoint.send(format!("{switch}{first}")).await,
-                1 => {
-                    endpoint.send(switch).await;
-                    endpoint.send(&first).await;
-                }
-                _ => {
-                    let (head, rest) = first.split_at(first.len() / 2);
-                    endpoint.send(format!("{switch}{head}")).await;
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                    endpoint.send(rest).await;
-                }
-            }
-            assert_eq!(wire.head().await.unwrap().status(), 101);
-            let arrived = wire.exactly(first.len()).await.unwrap();
-            assert!(arrived == first, "round {round}: not as it was sent");
-            wire.send("answer").await;
-            assert_eq!(endpoint.exactly(6).await.unwrap(), "answer", "round {round}");
-            drop(endpoint);
-            assert_eq!(wire.rest().await, "", "round {round}");
-        }
     })
     .await;
 }

@@ -31,6 +31,7 @@ mod metrics;
 mod model_limits;
 mod outbound;
 mod own_answers;
+mod realtime;
 mod reload;
 mod retry;
 mod rooms;

@@ -21,6 +21,11 @@ pub(crate) fn program(folder: &Path) -> Command {
     command
 }
 
+/// A number that may be set for a longer run of a test.
+pub(crate) fn setting<T: std::str::FromStr>(name: &str, default: T) -> T {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
 pub(crate) fn run(folder: &Path, arguments: &[&str]) -> (i32, String, String) {
     texts(&program(folder).args(arguments).output().unwrap())
 }

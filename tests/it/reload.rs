@@ -16,7 +16,7 @@ use tokio::task::spawn_blocking;
 use crate::harness::{
     KEY, Reply, behaving, chat, client, config_text, endpoint_with, key_of, simulator, until, within,
 };
-use crate::program::{Running, folder_with, program};
+use crate::program::{Running, folder_with, program, setting};
 
 /// A change is to be noticed within a second; this allows for a busy machine.
 const NOTICE_BOUND: Duration = Duration::from_secs(8);
@@ -222,7 +222,7 @@ fn certificate(folder: &Path) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn reloads_under_load_fail_no_request_and_lose_no_count() {
-    let reloads = std::env::var("RELOADS").ok().and_then(|text| text.parse().ok()).unwrap_or(RELOADS);
+    let reloads = setting("RELOADS", RELOADS);
     let simulator = behaving(Behaviour { events: 3, ..Behaviour::default() }).await;
     let text = |rpd: usize| {
         let limits = json!({ "rpd": 1_000_000 + rpd, "rpm": 1_000_000 });

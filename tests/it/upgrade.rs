@@ -17,16 +17,12 @@ use tokio::task::{JoinSet, spawn_blocking};
 use crate::harness::{
     KEY, Reply, behaving, chat, chat_stream, client, config_text, endpoint_with, h2c, simulator, until, within,
 };
-use crate::program::{Running, folder_with, program, texts};
+use crate::program::{Running, folder_with, program, setting, texts};
 
 /// How many upgrades there are in a row: `UPGRADES=20` for all that are promised.
 const UPGRADES: usize = 2;
 /// How long the streams last that are in flight meanwhile, in seconds: `STREAM_SECONDS=30`.
 const STREAM_SECONDS: u64 = 8;
-
-fn setting<T: std::str::FromStr>(name: &str, default: T) -> T {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-}
 
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()

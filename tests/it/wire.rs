@@ -5,13 +5,17 @@ use std::io;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufStream};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufStream};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::harness::KEY;
 
+/// What a connection consists of: TCP, or TLS over it.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
 /// A connection.
-pub(crate) struct Wire(BufStream<TcpStream>);
+pub(crate) struct Wire(BufStream<Box<dyn Stream>>);
 
 /// A request's or a response's header.
 #[derive(Debug)]
@@ -53,7 +57,11 @@ impl Wire {
 
     fn over(stream: TcpStream) -> Self {
         stream.set_nodelay(true).unwrap();
-        Self(BufStream::new(stream))
+        Self::of(stream)
+    }
+
+    pub(crate) fn of(stream: impl Stream + 'static) -> Self {
+        Self(BufStream::new(Box::new(stream)))
     }
 
     /// What one read of the system gives: all of a packet.
