@@ -54,6 +54,11 @@ pub enum Fault {
         /// The limit in bytes.
         bytes_max: usize,
     },
+    /// The header is longer than `server.connections.headerBytesMax`.
+    HeaderTooLong {
+        /// The limit in bytes.
+        bytes_max: usize,
+    },
     /// The body is longer than `server.bodyBytesMax`.
     BodyTooLarge {
         /// The limit in bytes.
@@ -170,6 +175,7 @@ impl Fault {
             Self::MethodNotAllowed { .. }  => (405, INVALID, Some("method_not_supported"), "method_not_allowed"),
             Self::RequestInvalid { .. }       => (400, INVALID, None, "request_invalid"),
             Self::PathTooLong { .. }       => (414, INVALID, Some("uri_too_long"), "path_too_long"),
+            Self::HeaderTooLong { .. }     => (431, INVALID, Some("header_too_large"), "header_too_long"),
             Self::BodyTooLarge { .. }      => (413, INVALID, Some("request_too_large"), "body_too_large"),
             Self::EncodingUnknown          => (415, INVALID, Some("unsupported_encoding"), "encoding_unknown"),
             Self::WebSocketModelUnknown    => (426, INVALID, Some("websocket_model_unknown"), "websocket_model_unknown"),
@@ -244,6 +250,9 @@ impl Fault {
             Self::BodyTooLarge { bytes_max } => format!(
                 "The request body is longer than the {bytes_max} bytes this gateway accepts (server.bodyBytesMax)."
             ),
+            Self::HeaderTooLong { bytes_max } => {
+                format!("The header is longer than {bytes_max} bytes (server.connections.headerBytesMax).")
+            }
             Self::PathTooLong { bytes_max } => format!("The path and query are longer than {bytes_max} bytes."),
             Self::ModelUnknown { model } => format!(
                 "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
@@ -325,6 +334,7 @@ impl Fault {
             Self::PathUnknown { .. }
             | Self::MethodNotAllowed { .. }
             | Self::RequestInvalid { .. }
+            | Self::HeaderTooLong { .. }
             | Self::BodyTooLarge { .. }
             | Self::PathTooLong { .. }
             | Self::ModelUnknown { .. }

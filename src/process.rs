@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use crate::billing::estimate::Estimator;
 use crate::ledger;
 use crate::request::body_memory::Memory;
+use crate::request::connections::Connections;
 use crate::routing::pool::Pool;
 
 /// The running process. Cheap to clone.
@@ -27,6 +28,8 @@ pub struct Process {
     pub config: ConfigState,
     /// Room for the bodies of requests.
     pub memory: Memory,
+    /// The connections of clients.
+    pub connections: Connections,
 }
 
 /// All the requests that are open, for the drain and the status page.

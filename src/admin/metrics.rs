@@ -8,6 +8,7 @@ use super::Sources;
 use super::status::{Views, is_available};
 use crate::config::{Limit, LimitKind, PerLimit};
 use crate::limit::{Clock, Limits};
+use crate::request::connections::Reason;
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
 use crate::telemetry::metrics::{Scrape, metrics};
@@ -24,6 +25,7 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     let scrape = Scrape::default();
     add_gauges(&scrape, from);
     add_counters(&scrape, from);
+    add_closed_connections(&scrape, from);
     add_endpoints(&scrape, from, &endpoints, &views);
     add_limits(&scrape, &endpoints, &views);
     add_model_limits(&scrape, &endpoints, &views);
@@ -35,7 +37,16 @@ fn add_gauges(scrape: &Scrape, from: Sources<'_>) {
     let file = process.config.file();
     let loaded = pool.loaded_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+    let connections = process.connections.counts();
+    let by_kind = [(["known"], count(connections.known)), (["stranger"], count(connections.strangers))];
+    scrape.gauges(
+        "api_together_connections",
+        "Connections of clients: those that have shown a right key, and strangers.",
+        ["kind"],
+        by_kind.into_iter(),
+    );
     for (name, help, value) in [
+        ("api_together_stranger_bytes", "Memory that strangers' connections hold, in bytes.", count(connections.held)),
         ("api_together_open_requests", "Requests that are open.", count(process.open.count())),
         ("api_together_queued_requests", "Requests that wait in the queue for a permit.", count(pool.ledger.queued())),
         ("api_together_draining", "1 while the process shuts down gracefully.", process.draining.is_on().into()),
@@ -102,6 +113,16 @@ fn add_counters(scrape: &Scrape, from: Sources<'_>) {
     ] {
         scrape.counter(name, help, value);
     }
+}
+
+fn add_closed_connections(scrape: &Scrape, from: Sources<'_>) {
+    let closed = Reason::ALL.into_iter().map(|reason| ([reason.label()], from.process.connections.closed(reason)));
+    scrape.counters(
+        "api_together_connections_closed_total",
+        "Connections of clients that were closed or not taken, by reason.",
+        ["reason"],
+        closed,
+    );
 }
 
 fn add_endpoints(scrape: &Scrape, from: Sources<'_>, endpoints: &[&Endpoint], views: &Views) {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 
+use super::connections::ConnectionLimits;
 use super::endpoint::{Endpoint, ModelLimits};
 use super::proxy::Proxy;
 use super::server::Server;
@@ -43,6 +44,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         ledger_on_error,
         ledger_sync,
         metrics_listen,
+        connections,
         api_key: _,
         cors: _,
         body_bytes_max: _,
@@ -66,6 +68,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     lines.compare(&at("threads"), threads, &wanted.threads);
     lines.compare(&at("memoryBytesMax"), memory_bytes_max, &wanted.memory_bytes_max);
     lines.compare(&at("metricsListen"), metrics_listen, &wanted.metrics_listen);
+    lines.compare(&at("connections.h2IdleSeconds"), &connections.h2_idle, &wanted.connections.h2_idle);
     lines.compare(&at("ledger"), ledger, &wanted.ledger);
     lines.compare(&at("ledgerSync"), ledger_sync, &wanted.ledger_sync);
     lines.compare(&at("ledgerOnError"), ledger_on_error, &wanted.ledger_on_error);
@@ -87,6 +90,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         strategy,
         retry,
         breaker,
+        connections,
         trusted_proxies,
         failed_keys_per_minute,
         endpoint_headers,
@@ -117,6 +121,9 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     lines.compare(&at("strategy"), strategy, &after.strategy);
     lines.compare(&at("retry"), retry, &after.retry);
     lines.compare(&at("breaker"), breaker, &after.breaker);
+    // One of them waits for an upgrade, above.
+    let wanted = ConnectionLimits { h2_idle: connections.h2_idle, ..after.connections };
+    lines.compare(&at("connections"), connections, &wanted);
     lines.compare(&at("trustedProxies"), trusted_proxies, &after.trusted_proxies);
     lines.compare(&at("failedKeysPerMinute"), failed_keys_per_minute, &after.failed_keys_per_minute);
     lines.compare(&at("endpointHeaders"), endpoint_headers, &after.endpoint_headers);

@@ -28,6 +28,17 @@ pub(super) const CORS_ORIGIN_DEFAULT: &str = "*";
 
 pub(super) const LEDGER_DEFAULT: &str = "data/ledger.db";
 pub(super) const LEDGER_IN_STATE_DIRECTORY: &str = "ledger.db";
+pub(super) const CONNECTIONS_LEAST: u32 = 16;
+pub(super) const CONNECTIONS_MOST: u32 = 1_000_000;
+pub(super) const STRANGERS_PER_ADDRESS_DEFAULT: u32 = 64;
+pub(super) const HEADER_BYTES_DEFAULT: u32 = 64 * 1024;
+pub(super) const HEADER_BYTES_LEAST: u32 = 8 * 1024;
+/// Longer headers are not read by Pingora.
+pub(super) const HEADER_BYTES_MOST: u32 = 1_000_000;
+pub(super) const HEADER_SECONDS_DEFAULT: u32 = 30;
+pub(super) const FIRST_BYTE_SECONDS_DEFAULT: u32 = 10;
+pub(super) const KEEP_ALIVE_SECONDS_DEFAULT: u32 = 75;
+pub(super) const CONNECTION_SECONDS_MOST: u32 = 86_400;
 pub(super) const QUEUE_REQUESTS_DEFAULT: u32 = 1000;
 /// Each holds a connection and its whole request.
 pub(super) const QUEUE_REQUESTS_MAX: u32 = 100_000;
@@ -117,6 +128,8 @@ pub(super) struct ServerFile {
     /// Worker threads. Default: one for each processor core.
     #[schemars(range(min = 1, max = THREADS_MAX))]
     pub threads: Option<u16>,
+    /// Bounds of clients' connections, those above all that have not yet shown a right key.
+    pub connections: Option<ConnectionsFile>,
     /// Addresses of reverse proxies in front, such as `10.0.0.0/8` or `::1`. Only their `X-Forwarded-For` is trusted.
     /// Default: none.
     pub trusted_proxies: Option<Vec<String>>,
@@ -159,6 +172,34 @@ pub(super) struct ServerFile {
     /// Estimates of tokens, kept apart from reported ones, for endpoints that report none and answers that break off.
     #[schemars(extend("default" = ESTIMATE_TOKENS_DEFAULT))]
     pub estimate_tokens: Option<bool>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ConnectionsFile {
+    /// Connections in all. Beyond it a new one takes the place of the oldest that has not shown a right key, or is closed. Default:
+    /// half of the file descriptors that the process may open, less 32.
+    #[schemars(range(min = CONNECTIONS_LEAST, max = CONNECTIONS_MOST))]
+    pub max: Option<u32>,
+    /// Connections of one address (of IPv6: of one /64 network) that have not yet shown a right key. Of more, the oldest are closed
+    /// when they are a second old. Connections of trustedProxies are not counted.
+    #[schemars(range(min = 1, max = CONNECTIONS_MOST), extend("default" = STRANGERS_PER_ADDRESS_DEFAULT))]
+    pub strangers_per_address: Option<u32>,
+    /// Longest header of a request in bytes; a longer one is answered 431.
+    #[schemars(range(min = HEADER_BYTES_LEAST, max = HEADER_BYTES_MOST), extend("default" = HEADER_BYTES_DEFAULT))]
+    pub header_bytes_max: Option<u32>,
+    /// Longest time for a whole header, in seconds.
+    #[schemars(range(min = 1, max = CONNECTION_SECONDS_MOST), extend("default" = HEADER_SECONDS_DEFAULT))]
+    pub header_seconds: Option<u32>,
+    /// Longest time until the first byte of a connection, in seconds.
+    #[schemars(range(min = 1, max = CONNECTION_SECONDS_MOST), extend("default" = FIRST_BYTE_SECONDS_DEFAULT))]
+    pub first_byte_seconds: Option<u32>,
+    /// Longest time between two requests of an HTTP/1 connection, in seconds.
+    #[schemars(range(min = 1, max = CONNECTION_SECONDS_MOST), extend("default" = KEEP_ALIVE_SECONDS_DEFAULT))]
+    pub keep_alive_seconds: Option<u32>,
+    /// Longest time that an HTTP/2 connection stays open without a request, in seconds.
+    #[schemars(range(min = 1, max = CONNECTION_SECONDS_MOST), extend("default" = KEEP_ALIVE_SECONDS_DEFAULT))]
+    pub h2_idle_seconds: Option<u32>,
 }
 
 #[derive(Deserialize, JsonSchema, Default)]
@@ -376,7 +417,7 @@ pub(super) struct TimeoutsFile {
     /// byte that is not blank of any other answer, in milliseconds.
     #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = THINKING_MS_DEFAULT))]
     pub thinking_ms: Option<u32>,
-    /// Between two pieces of the answer, in milliseconds.
+    /// Between two pieces of the answer, and for the client to take one, in milliseconds.
     #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = IDLE_MS_DEFAULT))]
     pub idle_ms: Option<u32>,
 }

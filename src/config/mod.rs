@@ -11,6 +11,7 @@
 mod base_url;
 mod checked;
 mod cidr;
+mod connections;
 mod diff;
 mod endpoint;
 mod environment;
@@ -38,6 +39,7 @@ use std::path::Path;
 pub use base_url::{BaseUrl, BaseUrlError};
 pub use checked::Config;
 pub use cidr::{Cidr, CidrError};
+pub use connections::ConnectionLimits;
 pub use diff::{changes, needs_upgrade};
 pub use endpoint::{Endpoint, EndpointTls, ModelLimits, StreamUsage, Timeouts};
 pub use environment::Environment;

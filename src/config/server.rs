@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::checked::Check;
 use super::cidr::Cidr;
+use super::connections::{ConnectionLimits, connections};
 use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
 use super::header_pattern::HeaderPattern;
 use super::status_set::StatusSet;
@@ -40,6 +41,8 @@ pub struct Server {
     pub breaker: Breaker,
     /// Worker threads, from 1 to 1024.
     pub threads: usize,
+    /// Bounds of clients' connections.
+    pub connections: ConnectionLimits,
     /// Reverse proxies whose forwarding headers are trusted.
     pub trusted_proxies: Vec<Cidr>,
     /// Wrong keys one address may send in a minute; 0 for any number.
@@ -212,6 +215,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         retry: retry(typed.retry.unwrap_or_default()),
         breaker: breaker(&typed.breaker.unwrap_or_default()),
         threads: typed.threads.map_or_else(cores, usize::from),
+        connections: connections(&typed.connections.unwrap_or_default()),
         trusted_proxies,
         failed_keys_per_minute: typed.failed_keys_per_minute.unwrap_or(file::FAILED_KEYS_PER_MINUTE_DEFAULT),
         endpoint_headers: typed.endpoint_headers.unwrap_or(file::ENDPOINT_HEADERS_DEFAULT),

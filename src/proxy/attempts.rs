@@ -22,13 +22,13 @@ use crate::routing::pool::Endpoint;
 use crate::routing::retry::Outcome;
 
 /// Chooses the next peer, by what was decided to follow.
-pub(super) async fn upstream_peer(session: &Session, context: &mut Context) -> PingoraResult<Box<HttpPeer>> {
-    let method = &session.req_header().method;
+pub(super) async fn upstream_peer(session: &mut Session, context: &mut Context) -> PingoraResult<Box<HttpPeer>> {
+    let method = session.req_header().method.clone();
     let begun = match mem::take(&mut context.tries.follow) {
-        Follow::NextEndpoint { otherwise } => next_attempt(context, method, otherwise).await,
+        Follow::NextEndpoint { otherwise } => next_attempt(context, &method, otherwise).await,
         // Boxed, since it is rare and would make every attempt's future larger.
         Follow::FreshConnection | Follow::NextAddress | Follow::WithoutUsage => {
-            Box::pin(repeat_attempt(context, method)).await
+            Box::pin(repeat_attempt(context, &method)).await
         }
         // After these Pingora asks for no peer.
         Follow::Fail(fault) => Err(fault),
@@ -46,6 +46,11 @@ pub(super) async fn upstream_peer(session: &Session, context: &mut Context) -> P
     };
     let switches_protocol = context.ask.as_ref().is_some_and(|ask| ask.switches_protocol);
     let first_byte = context.exchange.state().attempt.as_ref().map(|attempt| attempt.first_byte_timeout);
+    // A client that stops reading must not keep the endpoint busy for ever.
+    session.set_write_timeout(Some(endpoint.config.timeouts.idle));
+    if let (true, Some(connection), Some(longest)) = (switches_protocol, &context.arrival.connection, first_byte) {
+        connection.awaits_switch(longest);
+    }
     let fresh = context.tries.reconnected > 0;
     Ok(endpoint.upstream.peer(address, switches_protocol, fresh, first_byte.unwrap_or(Duration::MAX)))
 }

@@ -9,6 +9,7 @@ use crate::exchange::session::Wrapped;
 use crate::exchange::{Ask, Exchange, OwnHeaders};
 use crate::fault::{ErrorShape, Fault};
 use crate::process::{OpenRequest, OpenRequests};
+use crate::request::connections::OnConnection;
 use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
 use crate::routing::admission::Choice;
@@ -44,6 +45,8 @@ pub struct Arrival {
     pub own: OwnHeaders,
     /// The client's address, behind trusted proxies.
     pub address: Option<IpAddr>,
+    /// The connection that it came on.
+    pub(crate) connection: Option<OnConnection>,
     /// True if our own `x-api-together-*` headers are sent.
     pub endpoint_headers: bool,
     /// Shape of errors that the client reads.
@@ -92,6 +95,7 @@ impl Context {
                 at: Instant::now(),
                 own: OwnHeaders::default(),
                 address: None,
+                connection: None,
                 endpoint_headers: true,
                 error_shape: ErrorShape::default(),
                 _open: open.enter(),

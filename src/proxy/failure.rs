@@ -14,6 +14,7 @@ use crate::billing;
 use crate::exchange::{Ask, Attempt, Kept};
 use crate::fault::Fault;
 use crate::limit::Clock;
+use crate::request::connections::OnConnection;
 use crate::routing::balance;
 use crate::routing::retry::{self, Outcome};
 
@@ -102,6 +103,9 @@ fn is_from_client(error: &Error, ended: Option<&Outcome>) -> bool {
 fn decide(context: &mut Context, error: &Error, reused: bool) -> Follow {
     let (ended, has_header) = {
         let mut state = context.exchange.state();
+        if context.arrival.connection.as_ref().is_some_and(OnConnection::switch_is_late) {
+            state.ended = Some(Outcome::TooSlow);
+        }
         (state.ended.take(), state.attempt.as_ref().is_some_and(Attempt::has_header))
     };
     let from_client = is_from_client(error, ended.as_ref());

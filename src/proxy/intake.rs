@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
@@ -21,6 +21,7 @@ use crate::ledger::CallerId;
 use crate::proxy::context::Context;
 use crate::request::auth;
 use crate::request::call::Call;
+use crate::request::connections::Connection;
 use crate::request::fields::Fields;
 use crate::request::shape::CallShape;
 use crate::request::{content_type, fields, forward, id, path, rewrite};
@@ -33,6 +34,9 @@ const OWN_BODY_BYTES_MAX: usize = 64 * 1024;
 
 /// Longest path and query. No call's is longer, and an endpoint's own path has yet to fit before it.
 const TARGET_BYTES_MAX: usize = 16 * 1024;
+
+/// Longest time for a client to take a piece of an answer of our own; of an endpoint's, its `timeouts.idleMs`.
+const OWN_ANSWER_WRITE_MAX: Duration = Duration::from_mins(1);
 
 /// Next step of a request once its header and body have been read.
 enum Next {
@@ -81,6 +85,7 @@ pub(super) async fn request_filter(
 
 /// Answers a request that goes to no endpoint.
 async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer, Stop>) -> PingoraResult<()> {
+    session.set_write_timeout(Some(OWN_ANSWER_WRITE_MAX));
     let answer = match own {
         Ok(answer) => answer,
         Err(Stop::Fault(fault)) => Answer::of_fault(context.fault.insert(fault), context.arrival.error_shape),
@@ -135,6 +140,9 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let resource = Resource::from_path(uri.path(), &path, &method);
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
         gateway.auth.check(&pool.server, &header.headers, uri.query(), context.arrival.address)?;
+        if let Some(connection) = &context.arrival.connection {
+            connection.shows_key();
+        }
     }
     if let Some(resource) = resource {
         resource.check_method(&method)?;
@@ -164,10 +172,16 @@ fn arrive(session: &Session, context: &mut Context, pool: &Pool) {
     let header = session.req_header();
     let peer = session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip);
     let arrival = &mut context.arrival;
+    arrival.connection = connection(session).map(|one| one.request_came(header.version == Version::HTTP_2));
     arrival.address = auth::client_address(&pool.server, &header.headers, peer);
     arrival.own.id = Some(id::request_id(header.headers.get(id::REQUEST_ID)));
     arrival.endpoint_headers = pool.server.endpoint_headers;
     arrival.own.origin = allowed_origin(&pool.server.cors, header.headers.get(header::ORIGIN));
+}
+
+/// The connection of a request, which the listener's guard has put into its digest.
+fn connection(session: &Session) -> Option<&Arc<Connection>> {
+    session.digest()?.proxy_digest.as_ref()?.user_data.as_ref()?.downcast_ref()
 }
 
 /// Returns `Access-Control-Allow-Origin` for a page of this origin, if it may read the answer.

@@ -35,6 +35,9 @@ const ATTEMPTS: HeaderName = HeaderName::from_static("x-api-together-attempts");
 /// Time for the last bytes of an HTTP/2 stream to leave: a stream that is dropped takes its unsent bytes with it.
 const H2_FLUSH: Duration = Duration::from_millis(10);
 
+/// Longest silence of a WebSocket in both directions.
+const WEBSOCKET_SILENCE_MAX: Duration = Duration::from_hours(1);
+
 /// Prepares an attempt's request, and draws a fresh permit if the one it has is too old by now.
 pub(super) async fn upstream_request_filter(
     session: &Session,
@@ -104,6 +107,13 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
         // A request that switches protocols is not held, so this is its answer. By its status, since what follows it may
         // come before the session has written it.
         context.switched = header.status == StatusCode::SWITCHING_PROTOCOLS;
+        if let Some(connection) = &context.arrival.connection {
+            connection.flows(if context.switched {
+                WEBSOCKET_SILENCE_MAX
+            } else {
+                attempt.endpoint.config.timeouts.idle
+            });
+        }
         context.refusal = (!context.switched).then(|| Redactor::new(attempt.endpoint.secrets.clone()));
         attempt.header_came(Outcome::of_status(header.status.as_u16(), attempt.wait));
         if let Some(ask) = &context.ask {

@@ -100,7 +100,7 @@ fn bare(value: &[u8]) -> &[u8] {
 /// The client's address: the peer's, or, where the peer is a trusted proxy, the last hop of `X-Forwarded-For` that is
 /// not one.
 pub fn client_address(server: &config::Server, headers: &HeaderMap, peer: Option<IpAddr>) -> Option<IpAddr> {
-    let trusted = |address: &IpAddr| server.trusted_proxies.iter().any(|network| network.contains(*address));
+    let trusted = |address: &IpAddr| is_trusted(server, *address);
     let peer = peer.map(|address| address.to_canonical());
     if server.trusted_proxies.is_empty() || !peer.as_ref().is_some_and(trusted) {
         return peer;
@@ -115,6 +115,12 @@ pub fn client_address(server: &config::Server, headers: &HeaderMap, peer: Option
         }
     }
     last
+}
+
+/// True for a reverse proxy that says whose requests it passes on.
+pub(crate) fn is_trusted(server: &config::Server, address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    server.trusted_proxies.iter().any(|network| network.contains(address))
 }
 
 /// An address as proxies write it: bare, or with a port.

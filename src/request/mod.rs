@@ -4,6 +4,7 @@ pub mod auth;
 pub(crate) mod body;
 pub(crate) mod body_memory;
 pub mod call;
+pub(crate) mod connections;
 pub(crate) mod content_type;
 pub mod fields;
 pub mod forward;

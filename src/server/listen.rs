@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 
-use pingora::listeners::tls::TlsSettings;
+use pingora::listeners::tls::{Acceptor, TlsSettings};
 use pingora::listeners::{ListenerConfig, TcpSocketOptions};
 
 use super::{RunOptions, StartError};
@@ -32,15 +32,17 @@ impl Listening {
         Ok(Self { address, certificate, reserved: reserved.map(Arc::new) })
     }
 
-    /// Returns the listener for Pingora.
-    pub(super) fn config(&self) -> Result<ListenerConfig, StartError> {
+    /// Returns the listener for Pingora. It takes connections only; TLS is the guard's, so that a handshake that does not come takes
+    /// no memory.
+    pub(super) fn config(&self) -> ListenerConfig {
         let mut socket = TcpSocketOptions::default();
         socket.so_reuseport = self.reserved.as_ref().map(|_| true);
-        let listener = ListenerConfig::tcp(self.address.to_string()).tcp_socket_options(socket);
-        Ok(match &self.certificate {
-            Some(certificate) => listener.tls(tls_settings(certificate.clone())?),
-            None => listener,
-        })
+        ListenerConfig::tcp(self.address.to_string()).tcp_socket_options(socket)
+    }
+
+    /// Returns what makes TLS of a connection, if it is asked for.
+    pub(super) fn tls(&self) -> Result<Option<Acceptor>, StartError> {
+        self.certificate.as_ref().map(|certificate| Ok(tls_settings(certificate.clone())?.build())).transpose()
     }
 }
 

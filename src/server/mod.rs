@@ -3,6 +3,7 @@
 mod certificate;
 pub mod control;
 mod drain;
+mod guard;
 pub mod handover;
 mod listen;
 mod reload;
@@ -25,7 +26,7 @@ use pingora::server::configuration::{Opt, ServerConf};
 use pingora::server::{RunArgs, Server};
 use pingora::services::background::background_service;
 use pingora::services::listening::Service;
-use pingora_proxy::ProxyServiceBuilder;
+use pingora_proxy::http_proxy;
 
 use crate::billing::estimate::Estimator;
 use crate::config::{self, Config};
@@ -34,15 +35,17 @@ use crate::process::{ConfigState, Draining, OpenRequests, Process};
 use crate::proxy::Gateway;
 use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
+use crate::request::connections::Connections;
 use crate::routing::pool::Pool;
 use crate::server::control::Control;
 use crate::server::handover::{Successor, do_without_a_predecessor};
 use crate::server::reload::{Reloader, hear_hangups};
 use crate::server::runtime_folder::make_private;
 use drain::{Drain, FinalWrites};
+use guard::Guard;
 use listen::Listening;
 pub use listen::callable;
-use services::{Announce, MetricsService, Resolve, StartThreads};
+use services::{Announce, MetricsService, Resolve, StartThreads, Sweep};
 
 /// Pingora has one limit of tries for all requests. Ours are bounded request by request, so this only has to be larger than any
 /// of those: a hundred attempts, each at sixteen addresses, repeated twice, and once without `stream_options`.
@@ -137,6 +140,7 @@ impl Prepared {
             estimator: Estimator::default(),
             config: ConfigState::default(),
             memory: Memory::new(started.memory_bytes_max),
+            connections: Connections::default(),
         };
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let prepared = Self {
@@ -165,12 +169,19 @@ impl Prepared {
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is recognised by its preface; HTTP/1.1 works beside it.
         http.h2c = listening.certificate.is_none();
-        let mut service =
-            ProxyServiceBuilder::new(&server.configuration, gateway).name("api-together").server_options(http).build();
-        if let Some(proxy) = service.app_logic_mut() {
-            proxy.h2_options = Some(http2_options());
-        }
-        service.add_listener(listening.config()?);
+        http.h2_idle_timeout = Some(started.connections.h2_idle);
+        let mut proxy = http_proxy(&server.configuration, gateway);
+        proxy.server_options = Some(http);
+        proxy.h2_options = Some(http2_options(&started));
+        let guard = Guard {
+            app: Arc::new(proxy),
+            connections: process.connections.clone(),
+            pool: Arc::clone(&process.pool),
+            tls: listening.tls()?,
+        };
+        let mut service = Service::new("api-together".to_owned(), guard);
+        service.add_listener(listening.config());
+        server.add_service(background_service("connections", Sweep(process.connections.clone())));
         server.add_service(background_service("threads", StartThreads(Arc::clone(&self.writes.ledger))));
         let drain = Drain {
             phases: server.watch_execution_phase(),
@@ -295,8 +306,9 @@ fn read_server_conf(path: &Path) -> Result<ServerConf, StartError> {
     conf.validate().map_err(|error| fail(error.to_string()))
 }
 
-fn http2_options() -> H2Options {
+fn http2_options(server: &config::Server) -> H2Options {
     let mut options = default_h2_options();
+    options.max_header_list_size(server.connections.header_bytes_max);
     options.initial_window_size(HTTP2_STREAM_WINDOW_BYTES);
     options.initial_connection_window_size(HTTP2_CONNECTION_WINDOW_BYTES);
     options

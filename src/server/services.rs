@@ -18,6 +18,7 @@ use super::systemd;
 use crate::admin::{self, Sources};
 use crate::ledger::Keeper;
 use crate::process::Process;
+use crate::request::connections::{Connections, SWEEP_INTERVAL};
 use crate::routing::pool::Pool;
 use crate::server::runtime_folder::Running;
 use crate::telemetry::log_writer;
@@ -97,6 +98,22 @@ impl BackgroundService for Announce {
         // Output to a pipe is buffered, and its reader would wait.
         std::io::Write::flush(&mut std::io::stdout()).unwrap_or_default();
         systemd::ready();
+    }
+}
+
+/// Closes connections whose time is up, and those of strangers that are too many.
+pub(super) struct Sweep(pub(super) Connections);
+
+#[async_trait]
+impl BackgroundService for Sweep {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        // To the end of the process: a process that is being replaced still has connections.
+        let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.0.sweep();
+        }
     }
 }
 

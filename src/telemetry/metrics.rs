@@ -265,6 +265,21 @@ impl Scrape {
         });
     }
 
+    /// Adds a counter with labels that something else has counted.
+    pub(crate) fn counters<'a, const LABELS: usize>(
+        &self,
+        name: &str,
+        help: &str,
+        labels: [&str; LABELS],
+        values: impl Iterator<Item = ([&'a str; LABELS], u64)>,
+    ) {
+        self.keep(name, IntCounterVec::new(Opts::new(name, help), &labels), |counters| {
+            for (labels, value) in values {
+                counters.with_label_values(&labels).inc_by(value);
+            }
+        });
+    }
+
     fn keep<T: Collector + Clone + 'static>(&self, name: &str, made: prometheus::Result<T>, set: impl FnOnce(T)) {
         match keep(&self.0, made) {
             Ok(metric) => set(metric),

@@ -154,10 +154,7 @@ impl Upstream {
         // While a body is written to an HTTP/2 endpoint no other deadline is looked at.
         options.write_timeout = options.write_timeout.min(Some(first_byte)).or(options.write_timeout);
         if switches_protocol {
-            peer.options.alpn = ALPN::H1;
-        } else {
-            // The wrapped session keeps the deadlines of a response, with one timer for all of its reads.
-            options.read_timeout = None;
+            options.alpn = ALPN::H1;
         }
         if fresh {
             // Pingora shares connections by this key, so no other request's fits; nor will this one's fit any later, so it need
@@ -179,7 +176,8 @@ fn template(endpoint: &config::Endpoint) -> io::Result<HttpPeer> {
     let options = &mut peer.options;
     options.connection_timeout = Some(timeouts.connect);
     options.total_connection_timeout = Some(timeouts.connect);
-    options.read_timeout = Some(timeouts.idle);
+    // No deadline for reading: the wrapped session keeps those of a response, with one timer for all of its reads, and the client's
+    // connection those of a WebSocket.
     options.write_timeout = Some(timeouts.idle);
     options.idle_timeout = Some(POOL_IDLE_TIMEOUT);
     options.tcp_keepalive = Some(KEEPALIVE);

@@ -121,7 +121,7 @@ async fn headers_beyond_all_measure_are_refused_and_not_waited_for() {
             // The proxy may close before all is sent.
             wire.try_send(sent).await.unwrap_or_default();
             if let Some(head) = wire.head().await {
-                assert_eq!(head.status(), 400);
+                assert!(matches!(head.status(), 400 | 431), "{head:?}");
             }
         }
         proxy.chat("m").await.assert_from("a", 1);

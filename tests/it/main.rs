@@ -38,6 +38,7 @@ mod rooms;
 mod routing;
 mod silence;
 mod sim;
+mod strangers;
 mod streams;
 mod tls;
 mod tokens;

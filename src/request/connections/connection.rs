@@ -1,0 +1,314 @@
+//! One connection: the part of its life that it is in, when that ends, and what its reader is told.
+
+use std::io::ErrorKind;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Waker;
+use std::time::Duration;
+
+use super::{Connections, GRACE_MS, Reason, STRANGER_BYTES, milliseconds};
+use crate::config::ConnectionLimits;
+
+/// The part of a connection's life that it is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    FirstByte,
+    Header,
+    /// A request is served, or several over HTTP/2.
+    Request,
+    Idle,
+    /// An endpoint is to say whether it switches protocols.
+    Switch,
+    /// It has said so, and bytes go to and fro.
+    Flow,
+}
+
+/// What follows when a phase has lasted too long.
+pub(super) enum Overdue {
+    Close(Reason),
+    /// Its reader is told, which gives the endpoint up.
+    Ring,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Connection {
+    all: Connections,
+    id: u64,
+    /// The address, of IPv6 its network; none if it is not counted.
+    origin: Option<IpAddr>,
+    limits: ConnectionLimits,
+    came_ms: u64,
+    /// The phase in the lowest byte, above it the moment when it is to end, in milliseconds; 0 for none.
+    phase: AtomicU64,
+    /// Reason why it is closed; 0 while it is not.
+    end: AtomicU8,
+    is_known: AtomicBool,
+    /// True while it is read without a look at anything else: it is known, and a request is served.
+    runs: AtomicBool,
+    requests: AtomicU32,
+    header_bytes: AtomicU32,
+    /// Longest silence of a flow, in milliseconds.
+    silence_ms: AtomicU64,
+    /// Set when no endpoint has said in time whether it switches protocols.
+    has_rung: AtomicBool,
+    /// Memory that it holds as a stranger.
+    held: AtomicUsize,
+    waker: Mutex<Option<Waker>>,
+}
+
+/// A request that is served on a connection.
+#[derive(Debug)]
+pub(crate) struct OnConnection {
+    connection: Arc<Connection>,
+    is_http2: bool,
+}
+
+impl Drop for OnConnection {
+    fn drop(&mut self) {
+        self.connection.request_ended(self.is_http2);
+    }
+}
+
+impl Connection {
+    pub(super) fn new(
+        all: &Connections,
+        id: u64,
+        origin: Option<IpAddr>,
+        limits: &ConnectionLimits,
+        came_ms: u64,
+    ) -> Self {
+        Self {
+            all: all.clone(),
+            id,
+            origin,
+            limits: *limits,
+            came_ms,
+            phase: AtomicU64::new(packed(Phase::FirstByte, came_ms + milliseconds(limits.first_byte))),
+            end: AtomicU8::new(0),
+            is_known: AtomicBool::new(false),
+            runs: AtomicBool::new(false),
+            requests: AtomicU32::new(0),
+            header_bytes: AtomicU32::new(0),
+            silence_ms: AtomicU64::new(0),
+            has_rung: AtomicBool::new(false),
+            held: AtomicUsize::new(0),
+            waker: Mutex::default(),
+        }
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(super) fn origin(&self) -> Option<IpAddr> {
+        self.origin
+    }
+
+    pub(super) fn limits(&self) -> &ConnectionLimits {
+        &self.limits
+    }
+
+    /// True if it holds memory as a stranger.
+    pub(super) fn holds_memory(&self) -> bool {
+        self.held.load(Ordering::Relaxed) > 0
+    }
+
+    /// Memory that it held as a stranger, and holds no more, in bytes.
+    pub(super) fn takes_held(&self) -> usize {
+        self.held.swap(0, Ordering::Relaxed)
+    }
+
+    /// True while it is read without a look at anything else.
+    pub fn runs(&self) -> bool {
+        self.runs.load(Ordering::Relaxed)
+    }
+
+    /// Notes who reads, so that its end is noticed.
+    pub(crate) fn wait(&self, waker: &Waker) {
+        let mut waiting = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        if !waiting.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            *waiting = Some(waker.clone());
+        }
+    }
+
+    /// Error that its reader gets: it is to be closed, or an endpoint is given up, after which it is read from again.
+    pub(crate) fn told(&self) -> Option<ErrorKind> {
+        if self.end.load(Ordering::Acquire) != 0 {
+            Some(ErrorKind::TimedOut)
+        } else if self.has_rung.load(Ordering::Relaxed) {
+            Some(ErrorKind::Interrupted)
+        } else {
+            None
+        }
+    }
+
+    /// Bytes that may still be read of a header.
+    pub(crate) fn header_bytes_left(&self) -> usize {
+        let left = self.limits.header_bytes_max.saturating_sub(self.header_bytes.load(Ordering::Relaxed));
+        usize::try_from(left).unwrap_or(usize::MAX)
+    }
+
+    /// Longest header, in bytes.
+    pub(crate) fn header_bytes_max(&self) -> usize {
+        usize::try_from(self.limits.header_bytes_max).unwrap_or(usize::MAX)
+    }
+
+    /// Bytes came outside a request that is served: they are a part of a header, or of a handshake.
+    pub(crate) fn came(&self, bytes: usize) {
+        let phase = self.phase();
+        match phase {
+            Phase::Request | Phase::Switch => return,
+            Phase::Flow => return self.flowed(),
+            Phase::FirstByte | Phase::Header | Phase::Idle => {}
+        }
+        if phase != Phase::Header {
+            self.set(Phase::Header, Some(self.limits.header));
+        }
+        self.header_bytes.fetch_add(u32::try_from(bytes).unwrap_or(u32::MAX), Ordering::Relaxed);
+        if !self.is_known.load(Ordering::Relaxed) {
+            self.hold(bytes);
+        }
+    }
+
+    /// Bytes went to the client.
+    pub(crate) fn went(&self) {
+        if self.phase() == Phase::Flow {
+            self.flowed();
+        }
+    }
+
+    fn flowed(&self) {
+        let until = self.all.later(self.silence_ms.load(Ordering::Relaxed));
+        self.phase.store(packed(Phase::Flow, until), Ordering::Relaxed);
+    }
+
+    pub(super) fn ring(&self) {
+        self.set(Phase::Request, None);
+        self.has_rung.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        let waker = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        unpacked(self.phase.load(Ordering::Relaxed)).0
+    }
+
+    /// A stranger's bytes are kept, in a buffer that doubles, as long as it is one.
+    fn hold(&self, bytes: usize) {
+        let first = if self.holds_memory() { 0 } else { STRANGER_BYTES };
+        let more = bytes.saturating_mul(2) + first;
+        self.held.fetch_add(more, Ordering::Relaxed);
+        if !self.all.hold(more) {
+            self.end(Reason::Memory);
+        }
+    }
+
+    /// It is to be closed, for a reason that its reader has found.
+    pub(crate) fn end(&self, reason: Reason) {
+        if self.end.compare_exchange(0, reason as u8, Ordering::Release, Ordering::Relaxed).is_err() {
+            return;
+        }
+        self.all.count(reason);
+        self.runs.store(false, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// The header of a request has come whole.
+    pub(crate) fn request_came(self: &Arc<Self>, is_http2: bool) -> OnConnection {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.header_bytes.store(0, Ordering::Relaxed);
+        self.set(Phase::Request, None);
+        if self.is_known.load(Ordering::Relaxed) {
+            self.runs.store(true, Ordering::Relaxed);
+        }
+        OnConnection { connection: Arc::clone(self), is_http2 }
+    }
+
+    fn request_ended(&self, is_http2: bool) {
+        // Over HTTP/2 it is Pingora that closes a connection without requests.
+        if self.requests.fetch_sub(1, Ordering::Relaxed) == 1 && !is_http2 {
+            self.set(Phase::Idle, Some(self.limits.keep_alive));
+            self.runs.store(false, Ordering::Relaxed);
+        }
+    }
+
+    fn set(&self, phase: Phase, longest: Option<Duration>) {
+        let until = longest.map_or(0, |longest| self.all.later(milliseconds(longest)));
+        self.phase.store(packed(phase, until), Ordering::Relaxed);
+    }
+
+    /// Reason why its time is up.
+    pub(super) fn overdue(&self, now: u64) -> Option<Overdue> {
+        let (phase, until) = unpacked(self.phase.load(Ordering::Relaxed));
+        (until != 0 && until <= now).then_some(match phase {
+            Phase::FirstByte => Overdue::Close(Reason::FirstByte),
+            Phase::Header | Phase::Request => Overdue::Close(Reason::Header),
+            Phase::Idle => Overdue::Close(Reason::KeepAlive),
+            Phase::Switch => Overdue::Ring,
+            Phase::Flow => Overdue::Close(Reason::Silent),
+        })
+    }
+
+    /// True if it may make room for others: it has had time, and waits for nothing of ours.
+    pub(super) fn may_go(&self, now: u64) -> bool {
+        now.saturating_sub(self.came_ms) >= GRACE_MS && self.requests.load(Ordering::Relaxed) == 0
+    }
+}
+
+impl OnConnection {
+    /// An endpoint is asked to switch protocols, and has this long to say whether it does.
+    pub(crate) fn awaits_switch(&self, longest: Duration) {
+        self.connection.runs.store(false, Ordering::Relaxed);
+        self.connection.has_rung.store(false, Ordering::Relaxed);
+        self.connection.set(Phase::Switch, Some(longest));
+    }
+
+    /// True if it has not said so in time.
+    pub(crate) fn switch_is_late(&self) -> bool {
+        self.connection.has_rung.load(Ordering::Relaxed)
+    }
+
+    /// From now on bytes go to and fro, with silences as long as this.
+    pub(crate) fn flows(&self, silence: Duration) {
+        self.connection.silence_ms.store(milliseconds(silence), Ordering::Relaxed);
+        self.connection.flowed();
+    }
+
+    /// The request has shown a right key.
+    pub(crate) fn shows_key(&self) {
+        let connection = &self.connection;
+        if connection.is_known.load(Ordering::Relaxed) {
+            return;
+        }
+        connection.is_known.store(true, Ordering::Relaxed);
+        connection.all.make_known(connection);
+        if connection.told().is_none() {
+            connection.runs.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn packed(phase: Phase, until: u64) -> u64 {
+    until << 8 | u64::from(phase as u8)
+}
+
+fn unpacked(packed: u64) -> (Phase, u64) {
+    let phase = match packed & 0xff {
+        0 => Phase::FirstByte,
+        1 => Phase::Header,
+        2 => Phase::Request,
+        3 => Phase::Idle,
+        4 => Phase::Switch,
+        _ => Phase::Flow,
+    };
+    (phase, packed >> 8)
+}

@@ -1,0 +1,306 @@
+//! Stands between the listener and Pingora: takes a connection in, or not, waits for its first bytes, and watches what it reads until it
+//! has shown a right key ([`crate::request::connections`]).
+//!
+//! Pingora has no hook between accepting a connection and a whole header, so its stream is wrapped. The wrapper is handed to every
+//! request as the digest of an outbound proxy, which a listener never has.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use pingora::apps::ServerApp;
+use pingora::http::ResponseHeader;
+use pingora::listeners::tls::Acceptor;
+use pingora::protocols::l4::stream::Stream as TcpConnection;
+use pingora::protocols::raw_connect::ProxyDigest;
+use pingora::protocols::tls::SslDigest;
+use pingora::protocols::{
+    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
+    UniqueID, UniqueIDType,
+};
+use pingora::server::ShutdownWatch;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::fault::{ErrorShape, Fault};
+use crate::request::auth;
+use crate::request::connections::{Connection, Connections, Reason};
+use crate::routing::pool::Pool;
+
+/// How a connection over HTTP/2 in plain text begins (RFC 9113, 3.4).
+const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// The app that Pingora hands connections to.
+pub(super) struct Guard<A> {
+    pub(super) app: Arc<A>,
+    pub(super) connections: Connections,
+    pub(super) pool: Arc<ArcSwap<Pool>>,
+    pub(super) tls: Option<Acceptor>,
+}
+
+#[async_trait]
+impl<A: ServerApp + Send + Sync + 'static> ServerApp for Guard<A> {
+    async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        let place = {
+            let server = &self.pool.load().server;
+            let peer = stream.get_socket_digest().and_then(|digest| Some(digest.peer_addr()?.as_inet()?.ip()));
+            self.connections.arrive(peer.filter(|peer| !auth::is_trusted(server, *peer)), &server.connections)?
+        };
+        let mut stream = stream.into_any().downcast::<TcpConnection>().ok()?;
+        let ready: Stream = if let Some(acceptor) = &self.tls {
+            let handshake = async {
+                // Until a byte has come there is no handshake, which takes memory.
+                stream.try_peek(&mut [0]).await.ok()?;
+                place.connection.came(1);
+                acceptor.tls_handshake(*stream).await.inspect_err(|error| log::debug!("TLS: {error}")).ok()
+            };
+            let stream = tokio::select! {
+                stream = handshake => stream?,
+                _ = ended(&place.connection) => return None,
+            };
+            Box::new(Guarded::new(stream, Arc::clone(&place.connection)))
+        } else {
+            let mut guarded = Guarded::new(*stream, Arc::clone(&place.connection));
+            guarded.look().await.ok()?;
+            Box::new(guarded)
+        };
+        self.app.process_new(ready, shutdown).await
+    }
+
+    async fn cleanup(&self) {
+        self.app.cleanup().await;
+    }
+}
+
+/// Waits until a connection is to be closed.
+async fn ended(connection: &Connection) -> io::ErrorKind {
+    std::future::poll_fn(|context| {
+        connection.wait(context.waker());
+        connection.told().map_or(Poll::Pending, Poll::Ready)
+    })
+    .await
+}
+
+/// A connection's stream.
+#[derive(Debug)]
+struct Guarded<S> {
+    inner: S,
+    connection: Arc<Connection>,
+    digest: Option<Arc<ProxyDigest>>,
+    /// What was looked at before anybody has read it.
+    seen: Seen,
+    is_http2: bool,
+}
+
+/// The first bytes, and how many of them were read since.
+#[derive(Debug, Default)]
+struct Seen {
+    bytes: [u8; HTTP2_PREFACE.len()],
+    count: usize,
+    read: usize,
+}
+
+impl Seen {
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.count).unwrap_or_default()
+    }
+
+    fn unread(&self) -> &[u8] {
+        self.bytes.get(self.read..self.count).unwrap_or_default()
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Ssl> Guarded<S> {
+    fn new(inner: S, connection: Arc<Connection>) -> Self {
+        let data = Box::new(Arc::clone(&connection));
+        let header = ResponseHeader::build_no_case(200, Some(0)).ok();
+        let digest = header.map(|header| Arc::new(ProxyDigest::new(Box::new(header), Some(data))));
+        let is_http2 = matches!(inner.selected_alpn_proto(), Some(ALPN::H2));
+        Self { inner, connection, digest, seen: Seen::default(), is_http2 }
+    }
+
+    /// Reads as many bytes as it takes to tell HTTP/2 from HTTP/1. The request gets them all the same.
+    async fn look(&mut self) -> io::Result<()> {
+        while HTTP2_PREFACE.starts_with(self.seen.bytes()) && self.seen.count < HTTP2_PREFACE.len() {
+            let mut bytes = [0; HTTP2_PREFACE.len()];
+            let room = bytes.len() - self.seen.count;
+            let mut piece = ReadBuf::new(bytes.get_mut(..room).unwrap_or_default());
+            std::future::poll_fn(|context| self.poll_read_watched(context, &mut piece)).await?;
+            let filled = piece.filled();
+            if filled.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if let Some(rest) = self.seen.bytes.get_mut(self.seen.count..self.seen.count + filled.len()) {
+                rest.copy_from_slice(filled);
+                self.seen.count += filled.len();
+            }
+        }
+        self.is_http2 = self.seen.bytes() == HTTP2_PREFACE;
+        Ok(())
+    }
+
+    /// Reads for a request that has not come yet, or for a stranger.
+    fn poll_read_watched(&mut self, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some(told) = self.connection.told() {
+            return Poll::Ready(Err(told.into()));
+        }
+        // HTTP/2 counts the bytes of a header by itself.
+        let left = if self.is_http2 { usize::MAX } else { self.connection.header_bytes_left() };
+        if left == 0 {
+            self.refuse_header(context);
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        }
+        let before = buffer.filled().len();
+        let result = if left >= buffer.remaining() {
+            Pin::new(&mut self.inner).poll_read(context, buffer)
+        } else {
+            // No more than belongs to a header, so that what is counted is never a body.
+            let mut piece = ReadBuf::new(buffer.initialize_unfilled_to(left));
+            let result = Pin::new(&mut self.inner).poll_read(context, &mut piece);
+            let came = piece.filled().len();
+            buffer.advance(came);
+            result
+        };
+        let came = buffer.filled().len() - before;
+        if came > 0 {
+            self.connection.came(came);
+        } else if result.is_pending() {
+            self.connection.wait(context.waker());
+            // It may have been told something before it was known who waits.
+            if let Some(told) = self.connection.told() {
+                return Poll::Ready(Err(told.into()));
+            }
+        }
+        result
+    }
+
+    /// Answers 431. What does not fit the socket at once is not sent.
+    fn refuse_header(&mut self, context: &mut Context<'_>) {
+        let fault = Fault::HeaderTooLong { bytes_max: self.connection.header_bytes_max() };
+        let body = fault.json(ErrorShape::default());
+        let answer = format!(
+            "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
+             connection: close\r\n\r\n{body}",
+            body.len()
+        );
+        if Pin::new(&mut self.inner).poll_write(context, answer.as_bytes()).is_ready() {
+            drop(Pin::new(&mut self.inner).poll_flush(context));
+        }
+        self.connection.end(Reason::HeaderBytes);
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Ssl> AsyncRead for Guarded<S> {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.seen.read < this.seen.count {
+            let unread = this.seen.unread();
+            let count = unread.len().min(buffer.remaining());
+            buffer.put_slice(unread.get(..count).unwrap_or_default());
+            this.seen.read += count;
+            return Poll::Ready(Ok(()));
+        }
+        if this.connection.runs() {
+            return Pin::new(&mut this.inner).poll_read(context, buffer);
+        }
+        this.poll_read_watched(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if !this.connection.runs() {
+            this.connection.went();
+        }
+        Pin::new(&mut this.inner).poll_write(context, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if !this.connection.runs() {
+            this.connection.went();
+        }
+        Pin::new(&mut this.inner).poll_write_vectored(context, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+}
+
+#[async_trait]
+impl<S: Shutdown + Send> Shutdown for Guarded<S> {
+    async fn shutdown(&mut self) {
+        self.inner.shutdown().await;
+    }
+}
+
+impl<S: UniqueID> UniqueID for Guarded<S> {
+    fn id(&self) -> UniqueIDType {
+        self.inner.id()
+    }
+}
+
+impl<S: Ssl> Ssl for Guarded<S> {
+    fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
+        self.inner.get_ssl_digest()
+    }
+
+    fn selected_alpn_proto(&self) -> Option<ALPN> {
+        self.inner.selected_alpn_proto()
+    }
+}
+
+impl<S: GetTimingDigest> GetTimingDigest for Guarded<S> {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        self.inner.get_timing_digest()
+    }
+
+    fn get_read_pending_time(&self) -> Duration {
+        self.inner.get_read_pending_time()
+    }
+
+    fn get_write_pending_time(&self) -> Duration {
+        self.inner.get_write_pending_time()
+    }
+}
+
+impl<S> GetProxyDigest for Guarded<S> {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        self.digest.clone()
+    }
+}
+
+impl<S: GetSocketDigest> GetSocketDigest for Guarded<S> {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.inner.get_socket_digest()
+    }
+}
+
+#[async_trait]
+impl<S: AsyncRead + AsyncWrite + Unpin + Ssl + Send> Peek for Guarded<S> {
+    /// Pingora asks whether a connection in plain text begins like HTTP/2, which was looked at before.
+    async fn try_peek(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
+        let count = buffer.len().min(self.seen.count);
+        if let (Some(buffer), Some(seen)) = (buffer.get_mut(..count), self.seen.bytes.get(..count)) {
+            buffer.copy_from_slice(seen);
+        }
+        Ok(true)
+    }
+}
