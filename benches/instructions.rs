@@ -116,7 +116,7 @@ fn check_key() -> Box<dyn FnMut()> {
     let (auth, server) = (Auth::default(), config(1).server);
     let mut headers = HeaderMap::new();
     headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer sk-client-key"));
-    Box::new(move || auth.check(&server, black_box(&headers), None, None).expect("it is the key"))
+    Box::new(move || auth.check(&server, black_box(&headers), None, None, true).expect("it is the key"))
 }
 
 fn scan(bytes: usize) -> Box<dyn FnMut()> {

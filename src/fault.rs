@@ -284,8 +284,8 @@ impl Fault {
                  not an endpoint's."
             }
             Self::KeysFailedTooOften => {
-                "Too many requests with a wrong API key came from your address. Correct the key; a right one is \
-                 accepted at once."
+                "Too many wrong API keys came from your address, so no key is looked at for up to a minute. Correct the key, and \
+                 try again after that."
             }
             Self::CallUnknown => {
                 "No endpoint that serves this model has this call: each said so (by a 404, or a 501) within the last minutes."

@@ -133,7 +133,8 @@ pub(super) struct ServerFile {
     /// Addresses of reverse proxies in front, such as `10.0.0.0/8` or `::1`. Only their `X-Forwarded-For` is trusted.
     /// Default: none.
     pub trusted_proxies: Option<Vec<String>>,
-    /// Wrong keys that one address may send in a minute before it is answered 429. 0: no limit.
+    /// Different wrong keys that one address (of IPv6: one /64 network) may send in a minute. Behind it every key, the right one too,
+    /// is answered 429 after a second, unless the address has sent the right one within the hour. 0: no limit.
     #[schemars(range(min = 0, max = COUNT_MAX), extend("default" = FAILED_KEYS_PER_MINUTE_DEFAULT))]
     pub failed_keys_per_minute: Option<u32>,
     /// Longest silence of a stream in seconds before its client is sent a comment (`: ping`), so that load balancers and content

@@ -13,7 +13,7 @@ use super::*;
 /// The least that is complete.
 fn minimal() -> Value {
     json!({
-        "server": { "apiKey": "sk-123" },
+        "server": { "apiKey": "sk-c1a7e4f09b2d8356" },
         "apis": [{ "id": "a", "baseUrl": "https://api.example.com", "apiKey": "sk-abc", "models": ["*"] }]
     })
 }
@@ -134,7 +134,8 @@ mod fixtures {
             let loaded = load(file, &no_variables()).unwrap_or_else(|problems| panic!("{problems}"));
             for warning in &loaded.warnings {
                 assert_eq!(warning.kind, ProblemKind::Warning, "{warning}");
-                assert!(warning.message.contains("placeholder"), "{warning}");
+                let known = ["placeholder", "can be guessed"];
+                assert!(known.iter().any(|words| warning.message.contains(words)), "{warning}");
             }
         }
     }
@@ -272,6 +273,37 @@ mod variables {
         assert!(server.api_key.matches(b"sk-1") && !server.endpoint_headers);
         assert_eq!((endpoints[0].limits.rpm, &*endpoints[0].name), (Limit::AtMost(7), "7"));
         assert_eq!(endpoints[0].headers[0].1, "ask-1");
+    }
+
+    #[test]
+    fn a_key_that_can_be_guessed_is_warned_of_and_taken() {
+        let warnings = |key: &str| {
+            let loaded = checked(&with(&json!({ "apiKey": key }), &json!({})), &no_variables()).unwrap();
+            assert_eq!(loaded.config.server.api_key.expose(), key);
+            loaded.warnings.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        for (weak, why) in [
+            ("sk-123", "only 3 long without its prefix"),
+            ("hunter2", "only 7 long"),
+            ("sk-PASSWORD-of-our-team-1", "common word"),
+            ("changeme-changeme-changeme", "common word"),
+            ("sk-12345678901234567890", "common word or sequence"),
+            ("aaaaaaaaaaaaaaaaaaaaaaaa", "1 different characters"),
+            ("sk-ababababababababcdcd", "different characters"),
+        ] {
+            let told = warnings(weak);
+            assert_eq!(told.len(), 1, "{weak}: {told:?}");
+            assert!(told[0].starts_with("server.apiKey: can be guessed: ") && told[0].contains(why), "{told:?}");
+            assert!(!told[0].contains(weak), "it quotes the key: {told:?}");
+        }
+        for strong in [
+            "sk-9f2c4b7e1a6d8305c4e1",
+            "8a7c1f0e3b5d9264a1c3e5f7",
+            "sk-at-Zk3vQ9mB2xT7nL5wR8yH",
+            "correct horse battery",
+        ] {
+            assert_eq!(warnings(strong), Vec::<String>::new(), "{strong}");
+        }
     }
 
     #[test]
@@ -464,7 +496,7 @@ proptest! {
 
 /// Where the counts are, of a config in this folder, for a service with this folder for its state; and what is said about it.
 fn ledger_of(folder: &Path, state: &str) -> (std::path::PathBuf, Vec<String>) {
-    let text = r#"{"server":{"apiKey":"sk-client"},"apis":[{"id":"a","baseUrl":"https://a.example","apiKey":"x","models":["m"]}]}"#;
+    let text = r#"{"server":{"apiKey":"sk-c1a7e4f09b2d8356"},"apis":[{"id":"a","baseUrl":"https://a.example","apiKey":"x","models":["m"]}]}"#;
     let environment = Environment::fixed([("STATE_DIRECTORY", state)]);
     let loaded = check_str(text, Format::Json, &environment, folder).unwrap();
     (loaded.config.server.ledger, loaded.warnings.iter().map(ToString::to_string).collect())

@@ -18,10 +18,10 @@ use crate::exchange::Ask;
 use crate::exchange::session::{Framing, Plan, Wrapped};
 use crate::fault::{ErrorShape, Fault, excerpt};
 use crate::ledger::CallerId;
-use crate::proxy::context::Context;
+use crate::proxy::context::{Arrival, Context};
 use crate::request::auth;
 use crate::request::call::Call;
-use crate::request::connections::Connection;
+use crate::request::connections::{Connection, OnConnection};
 use crate::request::fields::Fields;
 use crate::request::shape::CallShape;
 use crate::request::{content_type, fields, forward, id, path, rewrite};
@@ -83,6 +83,23 @@ pub(super) async fn request_filter(
     Box::pin(answer(session, context, own)).await.map(|()| true)
 }
 
+/// Checks the request's key.
+async fn authenticate(gateway: &Gateway, context: &Context, header: &RequestHeader, pool: &Pool) -> Result<(), Fault> {
+    let Arrival { connection, address, .. } = &context.arrival;
+    // A reverse proxy's connection is many clients'.
+    let vouched = connection.as_ref().is_some_and(OnConnection::is_known) && pool.server.trusted_proxies.is_empty();
+    let checked = gateway.auth.check(&pool.server, &header.headers, header.uri.query(), *address, vouched);
+    if checked == Err(Fault::KeysFailedTooOften) {
+        // Boxed, since it is rare and would make every request's future larger.
+        Box::pin(gateway.auth.guesses.keep_waiting()).await;
+    }
+    checked?;
+    if let Some(connection) = connection {
+        connection.shows_key();
+    }
+    Ok(())
+}
+
 /// Answers a request that goes to no endpoint.
 async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer, Stop>) -> PingoraResult<()> {
     session.set_write_timeout(Some(OWN_ANSWER_WRITE_MAX));
@@ -139,10 +156,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     context.arrival.error_shape = ErrorShape::of_path(&path);
     let resource = Resource::from_path(uri.path(), &path, &method);
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
-        gateway.auth.check(&pool.server, &header.headers, uri.query(), context.arrival.address)?;
-        if let Some(connection) = &context.arrival.connection {
-            connection.shows_key();
-        }
+        authenticate(gateway, context, header, &pool).await?;
     }
     if let Some(resource) = resource {
         resource.check_method(&method)?;

@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, header};
 use percent_encoding::percent_decode;
-use pingora_limits::rate::Rate;
 
+use super::guesses::Guesses;
 use crate::config;
 use crate::fault::Fault;
 
@@ -23,11 +23,10 @@ pub(crate) const SUBPROTOCOL_KEY: &str = "openai-insecure-api-key.";
 /// Query parameter in which Google's clients send a key.
 pub(crate) const KEY_PARAMETER: &str = "key";
 
-/// Checks the key of every request.
+/// Checks the key of every request. Cheap to clone.
+#[derive(Clone, Default)]
 pub struct Auth {
-    /// Wrong keys by address. An estimate that can only err upwards, and whose memory does not grow with the number of
-    /// addresses: right for this, wrong for limits that must be exact.
-    failed: Rate,
+    pub(crate) guesses: Arc<Guesses>,
 }
 
 impl std::fmt::Debug for Auth {
@@ -36,40 +35,44 @@ impl std::fmt::Debug for Auth {
     }
 }
 
-impl Default for Auth {
-    fn default() -> Self {
-        Self { failed: Rate::new(Duration::from_mins(1)) }
-    }
-}
-
 impl Auth {
-    /// Lets a request with the right key pass, wherever it stands, at once and whatever went before. Wrong ones are
-    /// refused, and counted against the address that they come from.
+    /// Lets a request with the right key pass, wherever it stands. Wrong ones are refused, and counted against the address that they
+    /// come from; behind the limit a right one is refused as well ([`Fault::KeysFailedTooOften`]), unless the address has lately been
+    /// right. `vouched`: the connection has shown a right key before, and is one client's.
     pub fn check(
         &self,
         server: &config::Server,
         headers: &HeaderMap,
         query: Option<&str>,
         address: Option<IpAddr>,
+        vouched: bool,
     ) -> Result<(), Fault> {
         // Nearly all put it there, and need no look at the other places.
         if let Some(value) = headers.get(header::AUTHORIZATION)
             && server.api_key.matches(bare(value.as_bytes()))
         {
-            return Ok(());
+            return self.let_in(server, address, vouched);
         }
-        let mut is_given = false;
+        let limit = server.failed_keys_per_minute;
+        let mut wrong = None;
         for key in keys_given(headers, query) {
             if server.api_key.matches(&key) {
-                return Ok(());
+                return self.let_in(server, address, vouched);
             }
-            is_given = true;
+            wrong.get_or_insert(key);
         }
-        let limit = isize::try_from(server.failed_keys_per_minute).unwrap_or(isize::MAX);
-        if limit > 0 && self.failed.observe(&address, 1) > limit {
+        let Some(wrong) = wrong else { return Err(Fault::KeyMissing) };
+        let too_often = address.is_some_and(|address| self.guesses.wrong(address, &wrong, limit));
+        Err(if too_often { Fault::KeysFailedTooOften } else { Fault::KeyWrong })
+    }
+
+    fn let_in(&self, server: &config::Server, address: Option<IpAddr>, vouched: bool) -> Result<(), Fault> {
+        let Some(address) = address.filter(|_| !vouched) else { return Ok(()) };
+        if self.guesses.is_behind(address, server.failed_keys_per_minute) && !self.guesses.was_right(address) {
             return Err(Fault::KeysFailedTooOften);
         }
-        Err(if is_given { Fault::KeyWrong } else { Fault::KeyMissing })
+        self.guesses.right(address);
+        Ok(())
     }
 }
 
@@ -158,40 +161,52 @@ mod tests {
             ("sec-websocket-protocol", format!("realtime, openai-insecure-api-key.{key}, openai-beta.realtime-v1")),
         ];
         for (name, value) in &places {
-            assert_eq!(auth.check(&server, &headers(&[(name, value)]), None, None), Ok(()), "{name}: {value}");
+            assert_eq!(auth.check(&server, &headers(&[(name, value)]), None, None, false), Ok(()), "{name}: {value}");
             // Whatever stands in the other places, and before it in the same.
             for (other, _) in &places {
                 let mixed = headers(&[(other, "wrong"), (name, value)]);
-                assert_eq!(auth.check(&server, &mixed, Some("key=wrong"), None), Ok(()), "{other}, {name}: {value}");
+                assert_eq!(
+                    auth.check(&server, &mixed, Some("key=wrong"), None, false),
+                    Ok(()),
+                    "{other}, {name}: {value}"
+                );
             }
         }
         let wrong = headers(&[("authorization", "Bearer wrong")]);
         for query in [format!("key={key}"), format!("a=1&key={}&b=2", key.replace('-', "%2D"))] {
-            assert_eq!(auth.check(&server, &wrong, Some(&query), None), Ok(()), "{query}");
+            assert_eq!(auth.check(&server, &wrong, Some(&query), None, false), Ok(()), "{query}");
         }
         for value in ["", "Bearer", "Bearer ", "Bearer"] {
             let none = headers(&[("authorization", value)]);
-            assert_eq!(auth.check(&server, &none, Some("key=&a"), None), Err(Fault::KeyMissing));
+            assert_eq!(auth.check(&server, &none, Some("key=&a"), None, false), Err(Fault::KeyMissing));
         }
         for value in ["Bearer wrong", "Basic abc", &key[1..], &format!("{key}x")] {
             let wrong = headers(&[("authorization", value)]);
-            assert_eq!(auth.check(&server, &wrong, Some("keys=a"), None), Err(Fault::KeyWrong));
+            assert_eq!(auth.check(&server, &wrong, Some("keys=a"), None, false), Err(Fault::KeyWrong));
         }
     }
 
     #[test]
-    fn guessing_is_slowed_by_address_and_a_right_key_is_not() {
+    fn behind_the_limit_a_right_key_is_refused_like_a_wrong_one() {
         let server = server(r#"{"failedKeysPerMinute": 3}"#);
-        let auth = Auth::default();
-        let address = Some("192.0.2.1".parse().unwrap());
-        let wrong = headers(&[("authorization", "Bearer wrong")]);
-        for _ in 0..3 {
-            assert_eq!(auth.check(&server, &wrong, None, address), Err(Fault::KeyWrong));
-        }
-        assert_eq!(auth.check(&server, &wrong, None, address), Err(Fault::KeysFailedTooOften));
-        assert_eq!(auth.check(&server, &wrong, None, Some("192.0.2.2".parse().unwrap())), Err(Fault::KeyWrong));
         let right = headers(&[("authorization", &format!("Bearer {}", server.api_key.expose()))]);
-        assert_eq!(auth.check(&server, &right, None, address), Ok(()));
+        let guess = |number: u8| headers(&[("authorization", &format!("Bearer wrong{number}"))]);
+        let (new, known): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
+        let auth = Auth::default();
+        let check = |headers: &HeaderMap, address, vouched| auth.check(&server, headers, None, Some(address), vouched);
+        assert_eq!(check(&right, known, false), Ok(()));
+        for address in [new, known] {
+            for number in 0..3 {
+                assert_eq!(check(&guess(number), address, false), Err(Fault::KeyWrong));
+                assert_eq!(check(&guess(number), address, false), Err(Fault::KeyWrong), "the same guess again");
+            }
+            assert_eq!(check(&guess(3), address, false), Err(Fault::KeysFailedTooOften));
+            assert_eq!(check(&guess(0), address, false), Err(Fault::KeysFailedTooOften));
+        }
+        assert_eq!(check(&right, new, false), Err(Fault::KeysFailedTooOften), "it would tell that the guess is right");
+        assert_eq!(check(&right, known, false), Ok(()), "it was right before");
+        assert_eq!(check(&right, new, true), Ok(()), "its connection was");
+        assert_eq!(check(&HeaderMap::new(), new, false), Err(Fault::KeyMissing), "no key is no guess");
     }
 
     #[test]

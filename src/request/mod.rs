@@ -8,6 +8,7 @@ pub(crate) mod connections;
 pub(crate) mod content_type;
 pub mod fields;
 pub mod forward;
+pub(crate) mod guesses;
 pub mod id;
 pub(crate) mod path;
 pub mod rewrite;

@@ -33,11 +33,14 @@ use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::runtime_folder::{Found, Running, began, read, write};
+use crate::request::auth::Auth;
 
 /// File with the result of the last upgrade.
 const OUTCOME_FILE: &str = "outcome.json";
 /// File with which the starter says what came of it.
 const STARTED_FILE: &str = "started.json";
+/// File with the addresses that have been right, for the successor.
+const CALLERS_FILE: &str = "callers.json";
 /// Longest time of the check by the new binary; a longer one has failed.
 const CHECK_MAX: Duration = Duration::from_secs(30);
 /// Longest time until a successor waits for the sockets.
@@ -85,6 +88,8 @@ pub struct Successor {
     pub address: SocketAddr,
     /// Listening address for metrics.
     pub metrics_listen: Option<SocketAddr>,
+    /// What it knows of addresses.
+    pub auth: Auth,
 }
 
 #[async_trait]
@@ -112,6 +117,10 @@ impl BackgroundService for Successor {
                 }
                 HandoverResult { pid, .. } => {
                     log::info!("upgrade: process {} takes over", pid.unwrap_or_default());
+                    let callers = self.runtime_folder.join(CALLERS_FILE);
+                    if let Err(error) = write(&callers, &self.auth.guesses.right_addresses()) {
+                        log::warn!("{}: {error}", callers.display());
+                    }
                     // From here on Pingora hands the sockets over.
                     if let Err(error) = kill_process(rustix::process::getpid(), Signal::QUIT) {
                         log::error!("upgrade: this process cannot signal itself: {error}");
@@ -244,6 +253,15 @@ impl Starter {
             std::thread::sleep(POLL);
         }
         Ok(child.id())
+    }
+}
+
+/// A successor takes over what its predecessor knew of addresses.
+pub(super) fn take_callers_over(runtime_folder: &Path, auth: &Auth) {
+    let file = runtime_folder.join(CALLERS_FILE);
+    if let Some(known) = read(&file) {
+        auth.guesses.take_over(&known);
+        std::fs::remove_file(&file).unwrap_or_default();
     }
 }
 

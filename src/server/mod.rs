@@ -38,7 +38,7 @@ use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
 use crate::routing::pool::Pool;
 use crate::server::control::Control;
-use crate::server::handover::{Successor, do_without_a_predecessor};
+use crate::server::handover::{Successor, do_without_a_predecessor, take_callers_over};
 use crate::server::reload::{Reloader, hear_hangups};
 use crate::server::runtime_folder::make_private;
 use drain::{Drain, FinalWrites};
@@ -105,6 +105,8 @@ pub struct Prepared {
     tls: bool,
     /// File that it counts in.
     ledger: PathBuf,
+    /// Authentication of clients.
+    auth: Auth,
     /// True if it takes its sockets from a running process.
     takes_over: bool,
     /// Runtime folder, if the process may be replaced.
@@ -149,6 +151,7 @@ impl Prepared {
             pool: Arc::clone(&process.pool),
             tls: listening.certificate.is_some(),
             ledger: started.ledger.clone(),
+            auth: Auth::default(),
             takes_over: options.upgrade && !options.test,
             runtime_folder: options.arguments.is_some().then(|| options.runtime_folder.clone()),
             writes: FinalWrites { estimator: process.estimator.clone(), ledger },
@@ -165,7 +168,7 @@ impl Prepared {
         process: Process,
     ) -> Result<Self, StartError> {
         let server = &mut self.server;
-        let gateway = Gateway { auth: Auth::default(), process: process.clone() };
+        let gateway = Gateway { auth: self.auth.clone(), process: process.clone() };
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is recognised by its preface; HTTP/1.1 works beside it.
         http.h2c = listening.certificate.is_none();
@@ -200,6 +203,7 @@ impl Prepared {
                 address: listening.address,
                 start_folder: options.start_folder.clone(),
                 metrics_listen: started.metrics_listen,
+                auth: self.auth.clone(),
             };
             server.add_service(background_service("upgrade", successor));
         }
@@ -241,6 +245,9 @@ impl Prepared {
         self.server.bootstrap();
         if let Some(has_sockets) = has_sockets {
             has_sockets.store(true, Ordering::Relaxed);
+            if let Some(folder) = &self.runtime_folder {
+                take_callers_over(folder, &self.auth);
+            }
         }
     }
 

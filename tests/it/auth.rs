@@ -1,9 +1,12 @@
 //! Who may call.
 
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
 use http::Method;
 use serde_json::json;
 
-use crate::harness::{KEY, Proxy, Reply, chat, endpoint, simulator, within};
+use crate::harness::{KEY, Proxy, Reply, chat, client, endpoint, simulator, within};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_key_opens_and_nothing_else_does() {
@@ -128,20 +131,45 @@ async fn browsers_may_ask_before_they_send_the_key() {
     .await;
 }
 
+/// One request on a connection of its own, from an address of this machine, and how long its answer took.
+async fn ask_from(proxy: &Proxy, last: u8, key: &str) -> (u16, String, Duration) {
+    let begun = Instant::now();
+    let client = client(|builder| builder.http1_only().local_address(IpAddr::from([127, 0, 8, last])));
+    let reply = Reply::of(client.get(proxy.url("/v1/models")).bearer_auth(key)).await;
+    let mut headers = reply.headers.clone();
+    for own in ["x-request-id", "date"] {
+        headers.remove(own);
+    }
+    (reply.status, format!("{headers:?} {}", reply.text()), begun.elapsed())
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn guessing_is_slowed_and_a_right_key_is_not() {
+async fn guessing_on_tells_nothing_and_callers_are_let_in() {
     within(async {
         let simulator = simulator().await;
         let proxy = Proxy::start(json!({ "failedKeysPerMinute": 3 }), &[endpoint("a", &simulator.base_url())]).await;
-        let guess = || proxy.request_without_key(Method::GET, "/v1/models").bearer_auth("wrong");
-        for _ in 0..3 {
-            assert_eq!(Reply::of(guess()).await.status, 401);
+        // An office that has a caller, and somebody elsewhere.
+        let (office, elsewhere) = (1, 2);
+        assert_eq!(ask_from(&proxy, office, KEY).await.0, 200);
+        for from in [office, elsewhere] {
+            for number in 0..3 {
+                // An old key that is used again and again is no guess.
+                for _ in 0..5 {
+                    let (status, _, took) = ask_from(&proxy, from, &format!("wrong{number}")).await;
+                    assert!(status == 401 && took < Duration::from_millis(900), "{status} after {took:?}");
+                }
+            }
         }
-        let slowed = Reply::of(guess()).await;
-        slowed.assert_error(429, "requests", "rate_limit_exceeded");
-        assert_eq!(slowed.header("retry-after"), Some("60"));
-        proxy.chat("m").await.assert_from("a", 1);
-        assert_eq!(Reply::of(guess()).await.status, 429);
+        let (status, wrong, took) = ask_from(&proxy, elsewhere, "wrong3").await;
+        assert!(status == 429 && took >= Duration::from_secs(1), "{status} after {took:?}");
+        assert!(wrong.contains("rate_limit_exceeded") && wrong.contains("\"retry-after\": \"60\""), "{wrong}");
+        let (status, right, took) = ask_from(&proxy, elsewhere, KEY).await;
+        assert!(status == 429 && took >= Duration::from_secs(1), "{status} after {took:?}");
+        assert_eq!(right, wrong, "the answer tells whether the guess is right");
+        assert_eq!(ask_from(&proxy, office, "wrong3").await.0, 429);
+        let (status, _, took) = ask_from(&proxy, office, KEY).await;
+        assert!(status == 200 && took < Duration::from_millis(900), "{status} after {took:?}");
+        assert_eq!(ask_from(&proxy, 3, KEY).await.0, 200, "other addresses have no part in it");
     })
     .await;
 }
@@ -153,6 +181,7 @@ async fn behind_a_trusted_proxy_each_client_is_slowed_on_its_own() {
         let server = |trusted: &[&str]| json!({ "failedKeysPerMinute": 1, "trustedProxies": trusted });
         let apis = [endpoint("a", &simulator.base_url())];
         let trusting = Proxy::start(server(&["127.0.0.0/8"]), &apis).await;
+        let mut wrong = 0;
         let trusting_nobody = Proxy::start(server(&[]), &apis).await;
         for (proxy, forwarded, status) in [
             (&trusting, "192.0.2.1", 401),
@@ -163,7 +192,9 @@ async fn behind_a_trusted_proxy_each_client_is_slowed_on_its_own() {
             (&trusting_nobody, "192.0.2.1", 401),
             (&trusting_nobody, "192.0.2.2", 429),
         ] {
-            let request = proxy.request_without_key(Method::GET, "/v1/models").bearer_auth("wrong");
+            wrong += 1;
+            let key = format!("wrong{wrong}");
+            let request = proxy.request_without_key(Method::GET, "/v1/models").bearer_auth(key);
             let reply = Reply::of(request.header("x-forwarded-for", forwarded)).await;
             assert_eq!(reply.status, status, "{forwarded}");
         }

@@ -208,7 +208,7 @@ async fn the_start_tells_where_it_is_and_masks_the_key() {
         running.logs("https://two.example").await;
         let (status, health) = (running.url("/v1/status"), running.url("/health"));
         let output = running.killed();
-        for text in [status.as_str(), &health, "api-one", "https://one.example/v1", "1 of 2 in use", "sk-…cdef"] {
+        for text in [status.as_str(), &health, "api-one", "https://one.example/v1", "1 of 2 in use", "sk-…42b6"] {
             assert!(output.contains(text), "{text}\n{output}");
         }
         assert!(!output.contains(KEY) && !output.contains('\u{1b}'), "no key, and no colours without a terminal");

@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use crate::wire::Wire;
 
 /// The key that clients send.
-pub(crate) const KEY: &str = "sk-client-0123456789abcdef";
+pub(crate) const KEY: &str = "sk-client-7d1f93a8c05e42b6";
 /// Longest time of one test; all of them end within seconds on an idle machine.
 const TEST_BOUND: Duration = Duration::from_secs(40);
 /// Longest wait for a state that is about to come.

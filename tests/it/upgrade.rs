@@ -31,7 +31,7 @@ fn free_port() -> u16 {
 /// A program in a folder of its own, which a file beside its config may replace.
 struct Served {
     /// The first process; those after it are told by the runtime folder.
-    _first: Running,
+    first: Running,
     folder: PathBuf,
     binary: PathBuf,
 }
@@ -57,7 +57,7 @@ impl Served {
         let first = Running::of(command, folder);
         first.ready().await;
         until("it tells of itself", || runtime_folder::Running::read(&path.join("run")).is_some()).await;
-        Self { _first: first, folder: path, binary }
+        Self { first, folder: path, binary }
     }
 
     fn running(&self) -> runtime_folder::Running {
@@ -378,6 +378,30 @@ async fn a_second_sigterm_ends_it_at_once() {
         running.signal("TERM");
         assert_eq!(running.exit().await.code(), Some(0));
         while let Ok(Some(_)) = stream.chunk().await {}
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_knows_who_has_been_right() {
+    within(async {
+        let api = endpoint_with("a", "http://127.0.0.1:9", json!({}));
+        let config = config_text(json!({ "port": free_port(), "failedKeysPerMinute": 2 }), &[api]);
+        let served = Served::start(&config).await;
+        let url = served.url("/v1/models");
+        // Each on a connection of its own.
+        let ask = async |key: &str| Reply::of(client(|builder| builder).get(&url).bearer_auth(key)).await.status;
+        assert_eq!(ask(KEY).await, 200);
+        let (code, said) = served.upgrade().await;
+        assert_eq!(code, 0, "{said}");
+        let old = served.first.pid();
+        until("the old process leaves", || is_gone(old)).await;
+        for number in 0..4 {
+            ask(&format!("wrong{number}")).await;
+        }
+        assert_eq!(ask("wrong4").await, 429);
+        assert_eq!(ask(KEY).await, 200);
+        assert!(!served.folder.join("run/callers.json").exists());
     })
     .await;
 }

@@ -283,6 +283,11 @@ impl OnConnection {
         self.connection.flowed();
     }
 
+    /// True if a request on this connection has shown a right key before.
+    pub(crate) fn is_known(&self) -> bool {
+        self.connection.is_known.load(Ordering::Relaxed)
+    }
+
     /// The request has shown a right key.
     pub(crate) fn shows_key(&self) {
         let connection = &self.connection;
