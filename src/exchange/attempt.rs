@@ -103,6 +103,9 @@ impl AskedModel {
     }
 }
 
+/// Interim answers (1xx) of one attempt, which are not sent on.
+const INTERIM_MAX: u8 = 100;
+
 /// One attempt at one endpoint. Its outcome is counted once; an attempt that is dropped before that counts for nothing.
 #[derive(Debug)]
 pub struct Attempt {
@@ -137,6 +140,8 @@ pub struct Attempt {
     started: Instant,
     /// When the header was sent.
     pub sent_at: Instant,
+    /// Interim answers so far.
+    interim: u8,
     trial: Option<Trial>,
     /// The endpoint's record of health at the beginning.
     record: u32,
@@ -166,6 +171,7 @@ impl Attempt {
             model,
             shape: None,
             terms,
+            interim: 0,
             first_byte_timeout: endpoint.config.timeouts.first_byte,
             stage: Stage::Waiting,
             usage_refused: false,
@@ -246,6 +252,12 @@ impl Attempt {
             }
             none => Err(none),
         }
+    }
+
+    /// Notes an interim answer (1xx). True if the endpoint sends nothing else, and is given up.
+    pub fn interim_came(&mut self) -> bool {
+        self.interim = self.interim.saturating_add(1);
+        self.interim > INTERIM_MAX
     }
 
     /// Notes the header of the answer.

@@ -11,6 +11,7 @@ use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
 use pingora::{Error, Result};
 
+use super::attempt::Attempt;
 use super::outlet::Outlet;
 use super::reading::{BodyHeader, Reading};
 use super::session::{Framing, Plan};
@@ -162,7 +163,10 @@ impl HeldResponse {
                 return Err(error);
             }
             // An endpoint's 100 or 103 says nothing about its answer, and the attempt may yet be dropped.
-            HttpTask::Header(ref header, _) if header.status.is_informational() => return Ok(Verdict::Hold),
+            HttpTask::Header(ref header, _) if header.status.is_informational() => {
+                let is_flood = self.exchange.state().attempt.as_mut().is_some_and(Attempt::interim_came);
+                return Ok(if is_flood { Verdict::Drop(Outcome::Broken) } else { Verdict::Hold });
+            }
             HttpTask::Header(ref header, end) => self.take_in_header(header, end),
             HttpTask::Body(Some(ref piece), end) | HttpTask::UpgradedBody(Some(ref piece), end)
                 if !piece.is_empty() =>

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, Uri, Version, header};
 use pingora::http::RequestHeader;
+use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
@@ -138,6 +139,9 @@ fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Ch
             header: outgoing::forwarded(session.req_header(), &ask, context.arrival.own.id.as_ref()),
         };
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
+    } else if let ServerSession::H1(session) = &mut *session.downstream_session {
+        // An endpoint's 103 says nothing about its answer, and may hold anything.
+        session.set_ignore_info_resp(true);
     }
     context.ask = Some(ask);
 }

@@ -17,7 +17,7 @@ use pingora_proxy::Session;
 use super::context::Context;
 use super::{attempts, is_final};
 use crate::admin::Answer;
-use crate::exchange::Ask;
+use crate::exchange::{Ask, Attempt};
 use crate::fault::ErrorShape;
 use crate::request::id::REQUEST_ID;
 use crate::request::rewrite::{self, Edit};
@@ -100,7 +100,9 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
 /// Makes an endpoint's answer ready for the client.
 pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, context: &mut Context) -> Result<()> {
     if !is_final(header) {
-        return Ok(());
+        // Only before a switch of protocols, since others are held, and their client is not sent it.
+        let is_flood = context.exchange.state().attempt.as_mut().is_some_and(Attempt::interim_came);
+        return if is_flood { Error::err_up(ErrorType::InvalidHTTPHeader) } else { Ok(()) };
     }
     let is_wrapped = session.downstream_session.is_custom();
     if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {

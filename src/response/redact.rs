@@ -17,7 +17,7 @@ const CARRY_BYTES: usize = 512;
 /// The secrets of one endpoint: its key, and the values of the headers that its config adds. Shared, as every attempt holds
 /// them.
 #[derive(Clone, Default)]
-pub struct Secrets(Arc<[Finder<'static>]>);
+pub struct Secrets(Arc<[Secret]>);
 
 impl std::fmt::Debug for Secrets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -28,14 +28,14 @@ impl std::fmt::Debug for Secrets {
 impl<'a> FromIterator<&'a [u8]> for Secrets {
     fn from_iter<I: IntoIterator<Item = &'a [u8]>>(secrets: I) -> Self {
         let secrets = secrets.into_iter().filter(|secret| secret.len() >= SECRET_BYTES_MIN);
-        Self(secrets.map(|secret| Finder::new(secret).into_owned()).collect())
+        Self(secrets.map(Secret::new).collect())
     }
 }
 
 impl Secrets {
     /// True if a text quotes one of the secrets in full.
     pub fn are_in(&self, text: &[u8]) -> bool {
-        self.0.iter().any(|secret| secret.find(text).is_some())
+        self.0.iter().any(|secret| secret.quotations(text).next().is_some())
     }
 
     /// Returns the piece with every secret that it quotes redacted; the piece itself if it quotes none.
@@ -53,7 +53,7 @@ impl Secrets {
         self.hide_whole(text);
         for word in key_like_words(text) {
             let Some(part) = text.get_mut(word) else { continue };
-            if self.0.iter().any(|secret| is_masked_form(part, secret.needle())) {
+            if self.0.iter().any(|secret| is_masked_form(part, &secret.text)) {
                 part.fill(b'*');
             }
         }
@@ -61,14 +61,99 @@ impl Secrets {
 
     fn hide_whole(&self, text: &mut [u8]) {
         for secret in self.0.iter() {
-            let found: Vec<usize> = secret.find_iter(text).collect();
-            for start in found {
-                if let Some(part) = text.get_mut(start..start + secret.needle().len()) {
+            let found: Vec<Range<usize>> = secret.quotations(text).collect();
+            for quotation in found {
+                if let Some(part) = text.get_mut(quotation) {
                     part.fill(b'*');
                 }
             }
         }
     }
+
+    /// Length of the longest quotation, in bytes.
+    fn longest(&self) -> usize {
+        self.0.iter().map(|secret| secret.longest).max().unwrap_or_default()
+    }
+}
+
+/// One secret, and the ways in which a vendor may write it: as it is, escaped in JSON (once, or as text within JSON), percent-encoded,
+/// or in HTML. Letters and digits are never escaped, nor are `-`, `.`, `_` and `~`; a secret of nothing else has one form.
+struct Secret {
+    text: Box<[u8]>,
+    /// The longest stretch that is never escaped, by which a quotation is found.
+    stretch: Finder<'static>,
+    /// What stands before that stretch, and behind it: for each byte all its forms.
+    before: Vec<Vec<Vec<u8>>>,
+    after: Vec<Vec<Vec<u8>>>,
+    longest: usize,
+}
+
+impl Secret {
+    fn new(text: &[u8]) -> Self {
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
+        let mut stretches = text.split(|byte| !is_plain(byte));
+        let longest = stretches.by_ref().max_by_key(|stretch| stretch.len()).unwrap_or_default();
+        // A secret of signs only is looked for as it is.
+        let stretch = if longest.is_empty() { text } else { longest };
+        let start = Finder::new(stretch).find(text).unwrap_or_default();
+        let forms = |bytes: &[u8]| -> Vec<_> { bytes.iter().map(|byte| forms(*byte, is_plain(byte))).collect() };
+        let (before, after) = (forms(part(text, ..start)), forms(part(text, start + stretch.len()..)));
+        let longest = before.iter().chain(&after).filter_map(|forms| forms.iter().map(Vec::len).max()).sum::<usize>();
+        Self {
+            text: text.into(),
+            longest: longest + stretch.len(),
+            stretch: Finder::new(stretch).into_owned(),
+            before,
+            after,
+        }
+    }
+
+    /// Where a text quotes the secret in full.
+    fn quotations<'a>(&'a self, text: &'a [u8]) -> impl Iterator<Item = Range<usize>> + 'a {
+        self.stretch.find_iter(text).filter_map(move |found| {
+            let (mut start, mut end) = (found, found + self.stretch.needle().len());
+            for forms in &self.after {
+                let rest = part(text, end..);
+                end += forms.iter().find(|form| rest.starts_with(form))?.len();
+            }
+            for forms in self.before.iter().rev() {
+                let rest = part(text, ..start);
+                start -= forms.iter().find(|form| rest.ends_with(form))?.len();
+            }
+            Some(start..end)
+        })
+    }
+}
+
+/// All ways in which a byte of a secret may be written, the longest first, so that an escape is not taken for its last character.
+fn forms(byte: u8, is_plain: bool) -> Vec<Vec<u8>> {
+    let raw = vec![byte];
+    if is_plain {
+        return vec![raw];
+    }
+    let sign = char::from(byte);
+    let mut forms: Vec<String> = Vec::new();
+    for hex in [format!("{byte:02x}"), format!("{byte:02X}")] {
+        forms.extend([
+            format!("%25{hex}"),
+            format!("%{hex}"),
+            format!("\\\\u00{hex}"),
+            format!("\\u00{hex}"),
+            format!("&#x{hex};"),
+        ]);
+    }
+    forms.extend([format!("\\\\\\{sign}"), format!("\\\\{sign}"), format!("\\{sign}"), format!("&#{byte};")]);
+    let named = match byte {
+        b'&' => Some("&amp;"),
+        b'<' => Some("&lt;"),
+        b'>' => Some("&gt;"),
+        b'"' => Some("&quot;"),
+        b'\'' => Some("&apos;"),
+        _ => None,
+    };
+    forms.extend(named.map(str::to_owned));
+    forms.sort_by_key(|form| std::cmp::Reverse(form.len()));
+    forms.into_iter().map(String::into_bytes).chain([raw]).collect()
 }
 
 /// Redacts an error that comes in pieces, and holds its last bytes back until the next one, so that a secret which is cut
@@ -91,8 +176,7 @@ impl Redactor {
         text.extend_from_slice(piece);
         self.secrets.hide(&mut text);
         if !end {
-            let longest = self.secrets.0.iter().map(|secret| secret.needle().len()).max().unwrap_or_default();
-            self.carry = text.split_off(text.len().saturating_sub(CARRY_BYTES.max(longest)));
+            self.carry = text.split_off(text.len().saturating_sub(CARRY_BYTES.max(self.secrets.longest())));
         }
         text.into()
     }
@@ -164,6 +248,37 @@ mod tests {
         }
         let other = "see ***bold*** and v1...v2 or sk-xy****zz, short";
         assert_eq!(blotted(&[other]), other);
+    }
+
+    #[test]
+    fn escaped_secrets_are_blotted_out() {
+        for text in [
+            r"azure-key\/+=",
+            r"azure-key\u002f+\u003d",
+            r"azure-key\u002F\u002B\u003D",
+            "azure-key%2F%2B%3D",
+            "azure-key%2f%2b%3d",
+            "azure-key/%2B=",
+            "azure-key%252F%252B%253D",
+            r"azure-key\\\/+=",
+            r"azure-key\\u002f+=",
+            "azure-key&#47;&#43;&#61;",
+            "azure-key&#x2F;+&#x3d;",
+        ] {
+            let around = |inner: &str| format!(r#"{{"message":"Bad key: {inner}, sorry"}}"#);
+            assert_eq!(blotted(&[&around(text)]), around(&"*".repeat(text.len())), "{text}");
+            for cut in 1..text.len() {
+                let (head, tail) = text.split_at(cut);
+                let pieces = [format!("{}{head}", "x ".repeat(1000)), format!("{tail}{}", " x".repeat(1000))];
+                assert!(!blotted(&[&pieces[0], &pieces[1]]).contains("azure"), "{text} cut at {cut}");
+            }
+        }
+        let other = r"azure-key, azure-key/, azure-key\/\/, azure-key%2F%2B%3E";
+        assert_eq!(blotted(&[other]), other);
+        let signs: Secrets = [br#"&<>"'/+=@"#.as_slice(), b"/+=/+=abc", b"a/b"].into_iter().collect();
+        for text in [r#"x &<>"'/+=@ y"#, "%2F%2B%3D%2F%2B%3Dabc", r"\/+=\/+=abc"] {
+            assert!(signs.are_in(text.as_bytes()), "{text}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use tokio::net::TcpStream;
 
 use crate::harness::{
     KEY, Proxy, Reply, behaving, chat, chat_stream, client, closed_port, endpoint, endpoint_with, h2c, in_order,
-    key_of, simulator, within,
+    key_of, merged, simulator, within,
 };
 use crate::wire::{ByHand, chunked, post_chat, request};
 
@@ -420,6 +420,82 @@ async fn a_websocket_that_is_refused_tells_no_key() {
             assert_eq!(body, refusal.replace(&key, &"*".repeat(key.len())), "{framing}");
         }
         proxy.until_status("a", "errorCount", json!(3)).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_redacted_in_every_form_in_which_an_endpoint_may_write_it() {
+    within(async {
+        let key = "sk/with+signs=0123";
+        let by_hand = ByHand::bind().await;
+        let api = merged(endpoint_with("a", &by_hand.base_url(), json!({})), json!({ "apiKey": key }));
+        let proxy = Proxy::start(json!({}), &[api]).await;
+        for form in [r"sk\/with+signs=0123", r"sk\u002fwith\u002Bsigns\u003d0123", "sk%2Fwith%2Bsigns%3D0123", key] {
+            for asks in ["an answer", "a websocket"] {
+                let refusal = format!(r#"{{"error":{{"message":"Incorrect API key: {form}."}}}}"#);
+                let mut wire = proxy.wire().await;
+                let request = match asks {
+                    "an answer" => request("GET", "/v1/files", &[], ""),
+                    _ => websocket("/v1/realtime?model=m"),
+                };
+                wire.send(request).await;
+                let (mut endpoint, ..) = by_hand.call().await;
+                let head = "HTTP/1.1 418 I'm a teapot\r\nconnection: close\r\ncontent-type: application/json";
+                let length = refusal.len();
+                endpoint.send(format!("{head}\r\nx-debug: {form}\r\ncontent-length: {length}\r\n\r\n{refusal}")).await;
+                let (head, body) = wire.message().await;
+                assert_eq!((head.status(), head.header("x-debug")), (418, None), "{asks} {form}: {head:?}");
+                assert_eq!(body, refusal.replace(form, &"*".repeat(form.len())), "{asks}");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interim_answers_are_not_sent_on_and_a_flood_of_them_is_given_up() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let spare = simulator().await;
+        let apis = [
+            endpoint_with("a", &by_hand.base_url(), json!({})),
+            endpoint_with("b", &spare.base_url(), json!({ "priority": 1 })),
+        ];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        let key = key_of("a");
+        let hint = format!("HTTP/1.1 103 Early Hints\r\nlink: </a>; rel=preload\r\nx-debug: {key}\r\n\r\n");
+        let ok = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n[]";
+        let switch = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\nhello";
+        // A few are read past, before an answer and before a switch of protocols.
+        let mut wire = proxy.wire().await;
+        wire.send(request("GET", "/v1/files", &[], "")).await;
+        let (mut endpoint, ..) = by_hand.call().await;
+        endpoint.send(hint.repeat(20) + ok).await;
+        let (head, body) = wire.message().await;
+        assert_eq!((head.status(), &body[..]), (200, &b"[]"[..]));
+        let mut wire = proxy.wire().await;
+        wire.send(websocket("/v1/realtime?model=m")).await;
+        endpoint.message().await;
+        endpoint.send(hint.repeat(20) + switch).await;
+        let head = wire.head().await.unwrap();
+        assert_eq!((head.status(), head.header("x-debug")), (101, None), "{head:?}");
+        assert_eq!(wire.exactly(5).await.unwrap(), "hello");
+        drop(endpoint);
+        // An endpoint that sends nothing else is given up, for another.
+        let mut wire = proxy.wire().await;
+        wire.send(post_chat(&chat("m"))).await;
+        let (mut endpoint, ..) = by_hand.call().await;
+        endpoint.try_send(hint.repeat(5000)).await.unwrap_or_default();
+        let (head, _) = wire.message().await;
+        assert_eq!((head.status(), head.header("x-api-together-endpoint").as_deref()), (200, Some("b")));
+        let mut wire = proxy.wire().await;
+        wire.send(websocket("/v1/realtime?model=m")).await;
+        let (mut endpoint, ..) = by_hand.call().await;
+        endpoint.try_send(hint.repeat(5000)).await.unwrap_or_default();
+        let (head, _) = wire.message().await;
+        assert_ne!(head.header("x-api-together-endpoint").as_deref(), Some("a"), "{head:?}");
+        assert_eq!(proxy.status_of("a").await["errorCount"], 2);
     })
     .await;
 }
