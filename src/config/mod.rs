@@ -19,6 +19,7 @@ mod errors;
 mod file;
 mod header_pattern;
 mod limits;
+mod memory;
 mod problem;
 mod proxy;
 mod schema;

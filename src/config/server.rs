@@ -13,6 +13,7 @@ use super::cidr::Cidr;
 use super::connections::{ConnectionLimits, connections};
 use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
 use super::header_pattern::HeaderPattern;
+use super::memory::memory_bytes;
 use super::status_set::StatusSet;
 use crate::config::secret::Secret;
 
@@ -290,18 +291,6 @@ fn memory_bytes_max(typed: Option<u64>, body_bytes_max: u32, check: &mut Check<'
             None
         }
     }
-}
-
-/// Returns the memory of the machine or its container in bytes; a low value if neither is known.
-fn memory_bytes() -> u64 {
-    const UNKNOWN: u64 = 512 * 1024 * 1024;
-    let of_container =
-        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
-    let of_machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.saturating_mul(1024))
-    });
-    of_container.into_iter().chain(of_machine).min().unwrap_or(UNKNOWN)
 }
 
 fn host(typed: Option<&str>, check: &mut Check<'_>) -> Option<IpAddr> {
