@@ -39,6 +39,10 @@ test: build-tools client-tools ## Run all tests: unit, integration, and the offi
 	$(call install,promtool,prometheus)
 	$(call install,curl,curl)
 	tests/metrics/run target/debug/api-together
+	echo "==> thousands of strangers, by slowhttptest among others"
+	$(call install,slowhttptest,slowhttptest)
+	cargo build --locked --example simulator
+	python3 benches/strangers.py --check target/debug/api-together
 
 .PHONY: lint
 lint: build-tools ## Formatting, lints, documentation, licences, configs and generated files, all without a warning
@@ -125,7 +129,7 @@ $(error PROFILE_GUIDED is "$(PROFILE_GUIDED)"; say yes or no)
 endif
 
 $(GUIDED)/api-together.profdata: $(shell find src -name '*.rs')
-$(GUIDED)/bare.profdata: benches/bare.rs
+$(GUIDED)/bare.profdata: benches/bare.rs benches/bare/proxy.rs
 $(GUIDED)/%.profdata: benches/train.rs tests/it/authority.rs Cargo.toml Cargo.lock $(GUIDED)/compiler | build-tools
 	command -v $(PROFDATA) >/dev/null || \
 	  echo "==> merging a profile needs $(PROFDATA), or: rustup component add llvm-tools; PROFILE_GUIDED=no builds without a profile"
@@ -185,7 +189,7 @@ bench-programs: release-api-together release-bare
 	$(call install,taskset,util-linux)
 	$(call install,python3,python3 python3-venv)
 	echo "==> building the programs to measure with"
-	cargo build --release --locked --example endpoint --example streams
+	cargo build --release --locked --example endpoint --example streams --example bare_system
 
 .PHONY: bench-gateways
 bench-gateways: # LiteLLM and Portkey, into target/bench/; the comparison leaves out one that cannot be installed
@@ -204,6 +208,11 @@ bench-gateways: # LiteLLM and Portkey, into target/bench/; the comparison leaves
 .PHONY: bench
 bench: bench-programs bench-gateways ## Compare with bare Pingora, nginx and other gateways (25 minutes, and 25 to build); the figures go into BENCHMARKS.md
 	python3 benches/compare.py --write
+
+.PHONY: bench-strangers
+bench-strangers: bench-programs ## Callers' latencies beside five thousand strangers and slowhttptest, and without them, in turns
+	$(call install,slowhttptest,slowhttptest)
+	python3 benches/strangers.py
 
 .PHONY: bench-scale
 bench-scale: bench-programs ## Ten thousand streams, two hundred endpoints, five hundred large bodies; into BENCHMARKS.md too

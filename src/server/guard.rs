@@ -17,7 +17,7 @@ use pingora::http::ResponseHeader;
 use pingora::listeners::tls::Acceptor;
 use pingora::protocols::l4::stream::Stream as TcpConnection;
 use pingora::protocols::raw_connect::ProxyDigest;
-use pingora::protocols::tls::SslDigest;
+use pingora::protocols::tls::{SslDigest, TlsStream};
 use pingora::protocols::{
     ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
     UniqueID, UniqueIDType,
@@ -32,6 +32,9 @@ use crate::routing::pool::Pool;
 
 /// How a connection over HTTP/2 in plain text begins (RFC 9113, 3.4).
 const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What is read at once when a connection begins; nearly every header fits.
+const FIRST_BYTES: usize = 2048;
 
 /// The app that Pingora hands connections to.
 pub(super) struct Guard<A> {
@@ -49,19 +52,10 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Guard<A> {
             let peer = stream.get_socket_digest().and_then(|digest| Some(digest.peer_addr()?.as_inet()?.ip()));
             self.connections.arrive(peer.filter(|peer| !auth::is_trusted(server, *peer)), &server.connections)?
         };
-        let mut stream = stream.into_any().downcast::<TcpConnection>().ok()?;
+        let stream = stream.into_any().downcast::<TcpConnection>().ok()?;
         let ready: Stream = if let Some(acceptor) = &self.tls {
-            let handshake = async {
-                // Until a byte has come there is no handshake, which takes memory.
-                stream.try_peek(&mut [0]).await.ok()?;
-                place.connection.came(1);
-                acceptor.tls_handshake(*stream).await.inspect_err(|error| log::debug!("TLS: {error}")).ok()
-            };
-            let stream = tokio::select! {
-                stream = handshake => stream?,
-                _ = ended(&place.connection) => return None,
-            };
-            Box::new(Guarded::new(stream, Arc::clone(&place.connection)))
+            // Boxed, since it would make the future of every connection larger, those in plain text included.
+            Box::new(Box::pin(shake_hands(*stream, acceptor, &place.connection)).await?)
         } else {
             let mut guarded = Guarded::new(*stream, Arc::clone(&place.connection));
             guarded.look().await.ok()?;
@@ -72,6 +66,24 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Guard<A> {
 
     async fn cleanup(&self) {
         self.app.cleanup().await;
+    }
+}
+
+/// Makes TLS of a connection, within its time.
+async fn shake_hands(
+    mut stream: TcpConnection,
+    acceptor: &Acceptor,
+    connection: &Arc<Connection>,
+) -> Option<Guarded<TlsStream<TcpConnection>>> {
+    let handshake = async {
+        // Until a byte has come there is no handshake, which takes memory.
+        stream.try_peek(&mut [0]).await.ok()?;
+        connection.came(1);
+        acceptor.tls_handshake(stream).await.inspect_err(|error| log::debug!("TLS: {error}")).ok()
+    };
+    tokio::select! {
+        stream = handshake => Some(Guarded::new(stream?, Arc::clone(connection))),
+        _ = ended(connection) => None,
     }
 }
 
@@ -95,21 +107,32 @@ struct Guarded<S> {
     is_http2: bool,
 }
 
-/// The first bytes, and how many of them were read since.
+/// What has come before anybody read it, and how much of it was read since. Nothing is kept once all of it was.
 #[derive(Debug, Default)]
 struct Seen {
-    bytes: [u8; HTTP2_PREFACE.len()],
-    count: usize,
+    bytes: Vec<u8>,
     read: usize,
 }
 
 impl Seen {
-    fn bytes(&self) -> &[u8] {
-        self.bytes.get(..self.count).unwrap_or_default()
+    fn unread(&self) -> &[u8] {
+        self.bytes.get(self.read..).unwrap_or_default()
     }
 
-    fn unread(&self) -> &[u8] {
-        self.bytes.get(self.read..self.count).unwrap_or_default()
+    /// True as long as it may be how HTTP/2 begins.
+    fn may_be_http2(&self) -> bool {
+        let count = self.bytes.len().min(HTTP2_PREFACE.len());
+        self.bytes.get(..count) == HTTP2_PREFACE.get(..count)
+    }
+
+    /// Hands on what is unread, as far as there is room.
+    fn hand_on(&mut self, buffer: &mut ReadBuf<'_>) {
+        let count = self.unread().len().min(buffer.remaining());
+        buffer.put_slice(self.unread().get(..count).unwrap_or_default());
+        self.read += count;
+        if self.unread().is_empty() {
+            *self = Self::default();
+        }
     }
 }
 
@@ -122,24 +145,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Ssl> Guarded<S> {
         Self { inner, connection, digest, seen: Seen::default(), is_http2 }
     }
 
-    /// Reads as many bytes as it takes to tell HTTP/2 from HTTP/1. The request gets them all the same.
+    /// Reads what comes first, at least as much as it takes to tell HTTP/2 from HTTP/1. The request gets it all the same.
     async fn look(&mut self) -> io::Result<()> {
-        while HTTP2_PREFACE.starts_with(self.seen.bytes()) && self.seen.count < HTTP2_PREFACE.len() {
-            let mut bytes = [0; HTTP2_PREFACE.len()];
-            let room = bytes.len() - self.seen.count;
-            let mut piece = ReadBuf::new(bytes.get_mut(..room).unwrap_or_default());
-            std::future::poll_fn(|context| self.poll_read_watched(context, &mut piece)).await?;
-            let filled = piece.filled();
-            if filled.is_empty() {
+        while self.seen.bytes.len() < HTTP2_PREFACE.len() && self.seen.may_be_http2() {
+            let count = self.seen.bytes.len();
+            std::future::poll_fn(|context| self.poll_first(context)).await?;
+            if self.seen.bytes.len() == count {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            if let Some(rest) = self.seen.bytes.get_mut(self.seen.count..self.seen.count + filled.len()) {
-                rest.copy_from_slice(filled);
-                self.seen.count += filled.len();
-            }
         }
-        self.is_http2 = self.seen.bytes() == HTTP2_PREFACE;
+        self.is_http2 = self.seen.may_be_http2();
         Ok(())
+    }
+
+    fn poll_first(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // On the stack, since a connection that says nothing should have no buffer.
+        let mut bytes = [0; FIRST_BYTES];
+        let mut piece = ReadBuf::new(&mut bytes);
+        let result = self.poll_read_watched(context, &mut piece);
+        self.seen.bytes.extend_from_slice(piece.filled());
+        result
     }
 
     /// Reads for a request that has not come yet, or for a stranger.
@@ -196,11 +221,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Ssl> Guarded<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin + Ssl> AsyncRead for Guarded<S> {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.seen.read < this.seen.count {
-            let unread = this.seen.unread();
-            let count = unread.len().min(buffer.remaining());
-            buffer.put_slice(unread.get(..count).unwrap_or_default());
-            this.seen.read += count;
+        if !this.seen.unread().is_empty() {
+            this.seen.hand_on(buffer);
             return Poll::Ready(Ok(()));
         }
         if this.connection.runs() {
@@ -297,9 +319,10 @@ impl<S: GetSocketDigest> GetSocketDigest for Guarded<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin + Ssl + Send> Peek for Guarded<S> {
     /// Pingora asks whether a connection in plain text begins like HTTP/2, which was looked at before.
     async fn try_peek(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
-        let count = buffer.len().min(self.seen.count);
-        if let (Some(buffer), Some(seen)) = (buffer.get_mut(..count), self.seen.bytes.get(..count)) {
-            buffer.copy_from_slice(seen);
+        let unread = self.seen.unread();
+        let count = buffer.len().min(unread.len());
+        if let (Some(buffer), Some(unread)) = (buffer.get_mut(..count), unread.get(..count)) {
+            buffer.copy_from_slice(unread);
         }
         Ok(true)
     }

@@ -4,11 +4,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use pingora::listeners::tls::{Acceptor, TlsSettings};
-use pingora::listeners::{ListenerConfig, TcpSocketOptions};
+use pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
 
 use super::{RunOptions, StartError};
 use crate::config::Server;
 use crate::server::certificate::Certificate;
+
+/// Read buffer of a connection with TLS: rustls reads 4 KiB at once, and a record has up to 16.
+const TLS_READ_BUFFER_BYTES: usize = 16 * 1024;
 
 /// Listener for clients.
 pub(super) struct Listening {
@@ -37,7 +40,11 @@ impl Listening {
     pub(super) fn config(&self) -> ListenerConfig {
         let mut socket = TcpSocketOptions::default();
         socket.so_reuseport = self.reserved.as_ref().map(|_| true);
-        ListenerConfig::tcp(self.address.to_string()).tcp_socket_options(socket)
+        // Pingora reads headers and bodies into buffers of their own, so one of the connection's would only be copied from, and its
+        // 64 KiB would stay for as long as the connection.
+        let buffers =
+            L4BufferSettings::default().read(if self.certificate.is_some() { TLS_READ_BUFFER_BYTES } else { 0 });
+        ListenerConfig::tcp(self.address.to_string()).tcp_socket_options(socket).l4_buffer(buffers)
     }
 
     /// Returns what makes TLS of a connection, if it is asked for.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
 
-use super::{Connections, GRACE_MS, Reason, STRANGER_BYTES, milliseconds};
+use super::{BEGUN_BYTES, Connections, Reason, milliseconds};
 use crate::config::ConnectionLimits;
 
 /// The part of a connection's life that it is in.
@@ -111,11 +111,6 @@ impl Connection {
         &self.limits
     }
 
-    /// True if it holds memory as a stranger.
-    pub(super) fn holds_memory(&self) -> bool {
-        self.held.load(Ordering::Relaxed) > 0
-    }
-
     /// Memory that it held as a stranger, and holds no more, in bytes.
     pub(super) fn takes_held(&self) -> usize {
         self.held.swap(0, Ordering::Relaxed)
@@ -169,7 +164,8 @@ impl Connection {
         }
         self.header_bytes.fetch_add(u32::try_from(bytes).unwrap_or(u32::MAX), Ordering::Relaxed);
         if !self.is_known.load(Ordering::Relaxed) {
-            self.hold(bytes);
+            // What has come is kept in a buffer that doubles.
+            self.hold(bytes.saturating_mul(2) + if phase == Phase::FirstByte { BEGUN_BYTES } else { 0 });
         }
     }
 
@@ -202,14 +198,10 @@ impl Connection {
         unpacked(self.phase.load(Ordering::Relaxed)).0
     }
 
-    /// A stranger's bytes are kept, in a buffer that doubles, as long as it is one.
-    fn hold(&self, bytes: usize) {
-        let first = if self.holds_memory() { 0 } else { STRANGER_BYTES };
-        let more = bytes.saturating_mul(2) + first;
-        self.held.fetch_add(more, Ordering::Relaxed);
-        if !self.all.hold(more) {
-            self.end(Reason::Memory);
-        }
+    /// A stranger takes this much memory more.
+    pub(super) fn hold(&self, bytes: usize) {
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+        self.all.hold(bytes);
     }
 
     /// It is to be closed, for a reason that its reader has found.
@@ -258,9 +250,13 @@ impl Connection {
         })
     }
 
-    /// True if it may make room for others: it has had time, and waits for nothing of ours.
-    pub(super) fn may_go(&self, now: u64) -> bool {
-        now.saturating_sub(self.came_ms) >= GRACE_MS && self.requests.load(Ordering::Relaxed) == 0
+    /// True if nothing of ours is done for it, so that it may make room for others.
+    pub(super) fn waits(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) == 0
+    }
+
+    pub(super) fn age_ms(&self, now: u64) -> u64 {
+        now.saturating_sub(self.came_ms)
     }
 }
 
