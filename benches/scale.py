@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 
-from harness import DESCRIPTORS, KEY, RELEASE, Bench, Contender, api_together_config, json_body, table, write
+from harness import DESCRIPTORS, ENDPOINT_PORT, KEY, RELEASE, Bench, Contender, api_together_config, json_body, table, write
 
 MIB = 1024 * 1024
+SYSTEM = "bare, system's allocator"
 # Time between two events of a stream.
 PACE_MS = 1000
 
@@ -37,12 +38,13 @@ def streams(bench, contender, count, seconds):
     memory = contender.memory_bytes()
     told = json.loads(process.stdout.readline())
     process.wait()
-    return told | {"cpu": cpu / wall, "memory": (memory - before) / count / 1024}
+    return told | {"cpu": cpu / wall, "memory": (memory - before) / count / 1024, "rest": before / MIB}
 
 
 def streams_table(bench, count, seconds, rounds):
-    names = ["direct", "nginx", "bare Pingora", "api-together"]
-    racers = [one for name in names for one in bench.contenders if one.name == name]
+    names = ["direct", "nginx", SYSTEM, "bare Pingora", "api-together"]
+    system = Contender(SYSTEM, 9108, [RELEASE / "examples/bare_system", 9108, ENDPOINT_PORT])
+    racers = [one for name in names for one in [*bench.contenders, system] if one.name == name]
     results = {one.name: [] for one in racers}
     for number in range(rounds):
         for contender in racers:
@@ -51,12 +53,14 @@ def streams_table(bench, count, seconds, rounds):
             contender.stop()
             contender.start(bench.proxy_cores, bench.folder)
             results[contender.name].append(streams(bench, contender, count, seconds))
+    system.stop()
     median = lambda name, key: statistics.median(run[key] for run in results[name])
     rows = []
     for name in (one.name for one in racers):
         proxied = name != "direct"
         rows.append([
             name,
+            f"{median(name, 'rest'):.0f}" if proxied else "",
             f"{median(name, 'memory'):.1f}" if proxied else "",
             f"{median(name, 'memory') - median('bare Pingora', 'memory'):+.1f}" if proxied else "",
             f"{median(name, 'cpu'):.2f}" if proxied else "",
@@ -65,7 +69,7 @@ def streams_table(bench, count, seconds, rounds):
             f"{median(name, 'p99_us') - median('direct', 'p99_us'):+,.0f}",
             f"{sum(run['cut'] for run in results[name])}",
         ])
-    head = ["", "KiB a stream", "over bare", "cores used", "an event's p50 µs", "p99 µs", "p99 over direct", "streams cut"]
+    head = ["", "MiB at rest", "KiB a stream", "over bare", "cores used", "an event's p50 µs", "p99 µs", "p99 over direct", "streams cut"]
     note = "" if count == 10_000 else f" (of the 10,000 asked for: a process may have {DESCRIPTORS:,} descriptors here, and a stream takes two)"
     measured = "one round" if rounds == 1 else f"{rounds} rounds, medians"
     title = f"**{count:,} streams{note}**, an event a second each, {seconds} s, {measured}"
@@ -108,10 +112,11 @@ def rate_table(bench, options, rate):
                 told = bench.on_load_cores([*command, contender.url], 120)
                 answered = told["statusCodeDistribution"].get("200", 0)
                 runs.append((answered / told["summary"]["total"], told["latencyPercentiles"]["p50"] * 1e6, told["latencyPercentiles"]["p99"] * 1e6, (contender.cpu_seconds() - cpu) / answered * 1e6))
-            rows.append([name] + [f"{statistics.median(run[field] for run in runs):,.0f}" for field in range(4)])
+            figures = [f"{statistics.median(run[field] for run in runs):,.0f}" for field in range(4)]
+            rows.append([name, *figures, f"{contender.memory_bytes() / MIB:.0f}"])
     finally:
         many.stop()
-    head = ["", "requests/s", "p50 µs", "p99 µs", "CPU µs a request"]
+    head = ["", "requests/s", "p50 µs", "p99 µs", "CPU µs a request", "MiB afterwards"]
     return f"**200 endpoints, 2,000 names, 100 patterns** at {rate:,} requests a second, 64 connections\n\n{table(head, rows)}"
 
 

@@ -104,6 +104,9 @@ async fn authenticate(gateway: &Gateway, context: &Context, header: &RequestHead
 /// Answers a request that goes to no endpoint.
 async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer, Stop>) -> PingoraResult<()> {
     session.set_write_timeout(Some(OWN_ANSWER_WRITE_MAX));
+    if let Some(connection) = &context.arrival.connection {
+        connection.takes_within(OWN_ANSWER_WRITE_MAX);
+    }
     let answer = match own {
         Ok(answer) => answer,
         Err(Stop::Fault(fault)) => Answer::of_fault(context.fault.insert(fault), context.arrival.error_shape),

@@ -105,6 +105,8 @@ struct Guarded<S> {
     /// What was looked at before anybody has read it.
     seen: Seen,
     is_http2: bool,
+    /// True while a write waits for the client.
+    is_write_waiting: bool,
 }
 
 /// What has come before anybody read it, and how much of it was read since. Nothing is kept once all of it was.
@@ -142,7 +144,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Ssl> Guarded<S> {
         let header = ResponseHeader::build_no_case(200, Some(0)).ok();
         let digest = header.map(|header| Arc::new(ProxyDigest::new(Box::new(header), Some(data))));
         let is_http2 = matches!(inner.selected_alpn_proto(), Some(ALPN::H2));
-        Self { inner, connection, digest, seen: Seen::default(), is_http2 }
+        Self { inner, connection, digest, seen: Seen::default(), is_http2, is_write_waiting: false }
     }
 
     /// Reads what comes first, at least as much as it takes to tell HTTP/2 from HTTP/1. The request gets it all the same.
@@ -232,17 +234,36 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Ssl> AsyncRead for Guarded<S> {
     }
 }
 
+impl<S> Guarded<S> {
+    /// Watches a write, which costs something only while the client takes nothing.
+    fn watch<T>(&mut self, result: Poll<io::Result<T>>, context: &Context<'_>) -> Poll<io::Result<T>> {
+        if result.is_pending() {
+            self.is_write_waiting = true;
+            if self.connection.write_waits(context.waker()) {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        } else if self.is_write_waiting {
+            self.is_write_waiting = false;
+            self.connection.write_goes_on();
+        }
+        result
+    }
+}
+
 impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         if !this.connection.runs() {
             this.connection.went();
         }
-        Pin::new(&mut this.inner).poll_write(context, bytes)
+        let result = Pin::new(&mut this.inner).poll_write(context, bytes);
+        this.watch(result, context)
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_flush(context)
+        let this = self.get_mut();
+        let result = Pin::new(&mut this.inner).poll_flush(context);
+        this.watch(result, context)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -258,7 +279,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         if !this.connection.runs() {
             this.connection.went();
         }
-        Pin::new(&mut this.inner).poll_write_vectored(context, pieces)
+        let result = Pin::new(&mut this.inner).poll_write_vectored(context, pieces);
+        this.watch(result, context)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -57,6 +57,11 @@ pub struct Connection {
     /// Memory that it holds as a stranger.
     held: AtomicUsize,
     waker: Mutex<Option<Waker>>,
+    /// Longest time for the client to take something of an answer, in milliseconds.
+    write_ms: AtomicU64,
+    /// When a write that waits for the client is given up; 0 while none waits.
+    write_until: AtomicU64,
+    writer: Mutex<Option<Waker>>,
 }
 
 /// A request that is served on a connection.
@@ -96,6 +101,9 @@ impl Connection {
             has_rung: AtomicBool::new(false),
             held: AtomicUsize::new(0),
             waker: Mutex::default(),
+            write_ms: AtomicU64::new(0),
+            write_until: AtomicU64::new(0),
+            writer: Mutex::default(),
         }
     }
 
@@ -123,10 +131,22 @@ impl Connection {
 
     /// Notes who reads, so that its end is noticed.
     pub(crate) fn wait(&self, waker: &Waker) {
-        let mut waiting = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
-        if !waiting.as_ref().is_some_and(|known| known.will_wake(waker)) {
-            *waiting = Some(waker.clone());
+        note(&self.waker, waker);
+    }
+
+    /// Notes that a write waits for the client. True if it has waited for too long.
+    pub(crate) fn write_waits(&self, waker: &Waker) -> bool {
+        note(&self.writer, waker);
+        if self.write_until.load(Ordering::Relaxed) == 0 {
+            let longest = self.write_ms.load(Ordering::Relaxed);
+            self.write_until.store(if longest == 0 { 0 } else { self.all.later(longest) }, Ordering::Relaxed);
         }
+        self.end.load(Ordering::Acquire) != 0
+    }
+
+    /// Notes that the client has taken something.
+    pub(crate) fn write_goes_on(&self) {
+        self.write_until.store(0, Ordering::Relaxed);
     }
 
     /// Error that its reader gets: it is to be closed, or an endpoint is given up, after which it is read from again.
@@ -188,9 +208,11 @@ impl Connection {
     }
 
     fn wake(&self) {
-        let waker = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(waker) = waker {
-            waker.wake();
+        for waiting in [&self.waker, &self.writer] {
+            let waker = waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(waker) = waker {
+                waker.wake();
+            }
         }
     }
 
@@ -240,6 +262,10 @@ impl Connection {
 
     /// Reason why its time is up.
     pub(super) fn overdue(&self, now: u64) -> Option<Overdue> {
+        let write_until = self.write_until.load(Ordering::Relaxed);
+        if write_until != 0 && write_until <= now {
+            return Some(Overdue::Close(Reason::Write));
+        }
         let (phase, until) = unpacked(self.phase.load(Ordering::Relaxed));
         (until != 0 && until <= now).then_some(match phase {
             Phase::FirstByte => Overdue::Close(Reason::FirstByte),
@@ -261,6 +287,11 @@ impl Connection {
 }
 
 impl OnConnection {
+    /// The client has this long to take something of what is sent to it.
+    pub(crate) fn takes_within(&self, longest: Duration) {
+        self.connection.write_ms.store(milliseconds(longest), Ordering::Relaxed);
+    }
+
     /// An endpoint is asked to switch protocols, and has this long to say whether it does.
     pub(crate) fn awaits_switch(&self, longest: Duration) {
         self.connection.runs.store(false, Ordering::Relaxed);
@@ -295,6 +326,13 @@ impl OnConnection {
         if connection.told().is_none() {
             connection.runs.store(true, Ordering::Relaxed);
         }
+    }
+}
+
+fn note(waiting: &Mutex<Option<Waker>>, waker: &Waker) {
+    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+    if !waiting.as_ref().is_some_and(|known| known.will_wake(waker)) {
+        *waiting = Some(waker.clone());
     }
 }
 

@@ -49,11 +49,13 @@ pub(crate) enum Reason {
     HeaderBytes,
     /// A WebSocket, or the refusal of one, was silent for too long.
     Silent,
+    /// The client took nothing of its answer for too long.
+    Write,
 }
 
 impl Reason {
     /// All of them.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::FirstByte,
         Self::Header,
         Self::KeepAlive,
@@ -62,6 +64,7 @@ impl Reason {
         Self::Memory,
         Self::HeaderBytes,
         Self::Silent,
+        Self::Write,
     ];
 
     /// Label value in metrics.
@@ -75,6 +78,7 @@ impl Reason {
             Self::Memory => "memory",
             Self::HeaderBytes => "header_bytes",
             Self::Silent => "silent",
+            Self::Write => "write",
         }
     }
 }
