@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,61 +29,64 @@ KEY = "sk-bench-3f9c1e7a52d8"
 PORT = 9161
 ENDPOINT_PORT = 9160
 STRANGERS = 5000
+# Opened again each twentieth of a second: they are idle, not a flood.
+REOPENED = 25
 # Of one address there are fewer than it has places for.
 PER_ADDRESS = 60
 BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]})
 HEADERS = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
-# Resident memory beyond that at rest: strangers' 64 MiB, and what an allocator keeps.
-MEMORY_BYTES_MAX = 160 * 1024 * 1024
+# Resident memory beyond that at rest, with what an allocator keeps. (A build without optimisation takes more for each.)
+MEMORY_BYTES_MAX = 512 * 1024 * 1024
 ATTACKS = {"headers": "-H", "bodies": "-B", "reads": "-X", "ranges": "-R"}
 
 
-class Strangers:
-    """Keeps this many connections open from many addresses of this machine; those that are closed are opened again."""
+# Strangers and slowhttptest are to take no time from the load generator, which would be measured instead.
+IDLE = ["chrt", "--idle", "0"]
 
-    def __init__(self, count):
-        self.count = count
-        self.sockets = {}
-        self.opened = 0
-        self.poll = select.poll()
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
 
-    def __enter__(self):
-        self.thread.start()
-        deadline = time.monotonic() + 60
-        while self.opened < self.count:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"only {self.opened} of {self.count} strangers could connect")
-            time.sleep(0.05)
-        return self
+@contextlib.contextmanager
+def strangers(count, port=PORT):
+    """Has a process of its own keep this many connections open."""
+    command = [*IDLE, sys.executable, __file__, "--hold", str(count), "--port", str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        if process.stdout.readline().strip() != "open":
+            raise SystemExit("the strangers could not connect")
+        yield
+    finally:
+        process.stdin.close()
+        opened = process.stdout.read().strip()
+        process.wait(10)
+    print(opened, file=sys.stderr)
 
-    def __exit__(self, *_):
-        self.stopped.set()
-        self.thread.join()
-        for one in self.sockets.values():
-            one.close()
 
-    def run(self):
-        while not self.stopped.is_set():
-            for number in range(min(100, self.count - len(self.sockets))):
-                self.open()
-            for descriptor, _ in self.poll.poll(20):
-                self.poll.unregister(descriptor)
-                self.sockets.pop(descriptor).close()
-
-    def open(self):
-        address = self.opened // PER_ADDRESS % 200
-        with contextlib.suppress(OSError):
-            one = socket.socket()
-            one.bind((f"127.0.7.{address + 1}", 0))
-            one.settimeout(5)
-            one.connect(("127.0.0.1", PORT))
-            # Some say nothing, some begin.
-            one.sendall([b"", b"G", b"GET /v1/models HTTP/1.1\r\nhost: a\r\n"][self.opened % 3])
-            self.sockets[one.fileno()] = one
-            self.poll.register(one, select.POLLHUP | select.POLLERR | select.POLLIN)
-        self.opened += 1
+def hold(count, port):
+    """Keeps connections open, from many addresses of this machine, until the standard input ends; those that are closed are opened again."""
+    sockets, opened, begun = {}, 0, time.monotonic()
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), select.POLLHUP)
+    while True:
+        # All at once at first, and then as many as are closed by their time.
+        for _ in range(min(100 if opened < count else REOPENED, count - len(sockets))):
+            with contextlib.suppress(OSError):
+                one = socket.socket()
+                one.bind((f"127.0.7.{opened // PER_ADDRESS % 200 + 1}", 0))
+                one.settimeout(5)
+                one.connect(("127.0.0.1", port))
+                # Some say nothing, some begin.
+                one.sendall([b"", b"G", b"GET /v1/models HTTP/1.1\r\nhost: a\r\n"][opened % 3])
+                sockets[one.fileno()] = one
+                poll.register(one, select.POLLHUP | select.POLLERR | select.POLLIN)
+            opened += 1
+            if opened == count:
+                print("open", flush=True)
+        for descriptor, _ in poll.poll(20):
+            if descriptor == sys.stdin.fileno():
+                print(f"{len(sockets)} strangers at the end, {opened} in {time.monotonic() - begun:.0f} s")
+                return
+            poll.unregister(descriptor)
+            sockets.pop(descriptor).close()
+        time.sleep(0.05 if opened >= count else 0)
 
 
 @contextlib.contextmanager
@@ -92,13 +94,14 @@ def running(binary, endpoint, bounds):
     """Starts an endpoint and api-together before it."""
     with tempfile.TemporaryDirectory(prefix="api-together-strangers-") as folder:
         config = {
-            "server": {"host": "127.0.0.1", "port": PORT, "apiKey": KEY, "connections": bounds, "memoryBytesMax": 67108864},
+            "server": {"host": "127.0.0.1", "port": PORT, "apiKey": KEY, "connections": bounds},
             "apis": [{"id": "a", "baseUrl": f"http://127.0.0.1:{ENDPOINT_PORT}/v1", "apiKey": "none-needed", "models": ["*"]}],
         }
         path = pathlib.Path(folder) / "apis.json"
         path.write_text(json.dumps(config))
         with (pathlib.Path(folder) / "log").open("wb") as log:
-            commands = [[endpoint, str(ENDPOINT_PORT)], [binary, "--config", path]]
+            first, *_, last = map(str, sorted(os.sched_getaffinity(0)))
+            commands = [["taskset", "-c", last, endpoint, str(ENDPOINT_PORT)], ["taskset", "-c", first, binary, "--config", path]]
             processes = [subprocess.Popen(command, stdout=log, stderr=log) for command in commands]
             try:
                 wait_until("it answers", lambda: ask() == 200, 60)
@@ -151,10 +154,11 @@ def resident(process):
     return int(line.split()[1]) * 1024
 
 
-def slowhttptest(kind, connections, seconds):
-    command = ["slowhttptest", ATTACKS[kind], "-c", connections, "-r", 500, "-l", seconds, "-i", 1, "-p", 2]
+def slowhttptest(kind, connections, seconds, port=PORT, rate=50):
+    """`rate`: connections a second; 50 is its own default."""
+    command = [*IDLE, "slowhttptest", ATTACKS[kind], "-c", connections, "-r", rate, "-l", seconds, "-i", 1, "-p", 2]
     command += ["-w", 10, "-y", 20, "-n", 1, "-z", 32, "-k", 3] if kind == "reads" else []
-    command += ["-u", f"http://127.0.0.1:{PORT}/v1/models"]
+    command += ["-u", f"http://127.0.0.1:{port}/v1/models"]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -177,13 +181,13 @@ def check(binary, endpoint):
     bounds = {"max": 8000, "firstByteSeconds": 4, "headerSeconds": 4, "keepAliveSeconds": 4}
     with running(binary, endpoint, bounds) as process:
         rest, most = resident(process), 0
-        with Strangers(STRANGERS) as strangers:
+        with strangers(STRANGERS):
             count, longest = call_for(6)
             most = max(most, resident(process))
             held = metric("api_together_stranger_bytes")
-            print(f"{len(strangers.sockets)} strangers of {strangers.opened} so far: {count} calls, {longest:.2f} s at most; {held >> 20} MiB held")
+            print(f"{STRANGERS} strangers: {count} calls, {longest:.2f} s at most; {held >> 20} MiB held")
         for kind in ATTACKS:
-            attack = slowhttptest(kind, 1000, 6)
+            attack = slowhttptest(kind, 1000, 6, rate=500)
             count, longest = call_for(6)
             most = max(most, resident(process))
             attack.wait(60)
@@ -214,28 +218,33 @@ def latencies(rate, seconds):
 
 
 def bench(rounds, rate, seconds):
+    """Callers alone, beside the same strangers at another program (the endpoint), and beside strangers at ours. The second shows what the
+    strangers' own processes take from the load generator, which has their core."""
     release = ROOT / "target/release"
-    runs = {"alone": [], "beside strangers": []}
+    runs = {"alone": [], "strangers elsewhere": [], "strangers here": []}
     with running(release / "api-together", release / "examples/endpoint", {"max": 8000}) as process:
+        # The load has the other cores.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[1:])
         latencies(rate, 2)
         for number in range(rounds):
             for name in runs if number % 2 else reversed(runs):
+                port = ENDPOINT_PORT if name == "strangers elsewhere" else PORT
                 with contextlib.ExitStack() as stack:
+                    attacks = []
                     if name != "alone":
-                        stack.enter_context(Strangers(STRANGERS))
-                        attacks = [slowhttptest(kind, 200, seconds + 1) for kind in ATTACKS]
+                        stack.enter_context(strangers(STRANGERS, port))
+                        attacks = [slowhttptest(kind, 200, seconds + 1, port) for kind in ATTACKS]
                     runs[name].append(latencies(rate, seconds))
-                    if name != "alone":
-                        for attack in attacks:
-                            attack.wait(60)
+                    for attack in attacks:
+                        attack.wait(60)
                 # What was closed is gone before the next one.
                 wait_until("strangers are closed", lambda: metric('api_together_connections{kind="stranger"}') <= 1, 40)
         print(f"resident memory at the end: {resident(process) >> 20} MiB")
+    print(f"{rounds} rounds in turns, {rate} requests a second for {seconds} s each; {STRANGERS} strangers and slowhttptest")
     for name, told in runs.items():
         p50, p99 = (statistics.median(values) for values in zip(*told))
-        print(f"{name:17} p50 {p50:7,.0f} µs   p99 {p99:7,.0f} µs")
-    ratios = sorted(beside[1] / alone[1] for alone, beside in zip(runs["alone"], runs["beside strangers"]))
-    print(f"p99 beside {STRANGERS:,} strangers and slowhttptest, over p99 alone, by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; median {statistics.median(ratios):.2f}")
+        ratios = sorted(one[1] / alone[1] for one, alone in zip(told, runs["alone"]))
+        print(f"{name:20} p50 {p50:7,.0f} µs   p99 {p99:7,.0f} µs   p99 over alone {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
 def main():
@@ -245,9 +254,14 @@ def main():
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--rate", type=int, default=1000)
     arguments.add_argument("--seconds", type=int, default=8)
+    arguments.add_argument("--hold", metavar="COUNT", type=int, help=argparse.SUPPRESS)
+    arguments.add_argument("--port", type=int, default=PORT, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if options.hold:
+        hold(options.hold, options.port)
+        return
     if not shutil.which("slowhttptest"):
         raise SystemExit("slowhttptest is missing; on Debian: apt-get install slowhttptest")
     if options.check:

@@ -142,7 +142,7 @@ impl Prepared {
             estimator: Estimator::default(),
             config: ConfigState::default(),
             memory: Memory::new(started.memory_bytes_max),
-            connections: Connections::default(),
+            connections: Connections::new(started.memory_bytes_max),
         };
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let prepared = Self {

@@ -318,7 +318,8 @@ async fn unfinished_headers_take_memory_within_a_bound() {
     within(async {
         const BOUND: u64 = 64 * 1024 * 1024;
         let bounds = json!({ "headerBytesMax": 1_000_000, "headerSeconds": 60, "keepAliveSeconds": 60 });
-        let proxy = with_connections(bounds).await;
+        let server = json!({ "connections": bounds, "memoryBytesMax": 4 * BOUND });
+        let proxy = Proxy::start(server, &[endpoint("a", "http://127.0.0.1:9")]).await;
         let header = "GET /health HTTP/1.1\r\nhost: a\r\nx-long: ".to_owned() + &"y".repeat(900_000);
         let mut strangers = Vec::new();
         let mut most = 0;

@@ -22,8 +22,10 @@ pub(crate) use connection::{Connection, OnConnection};
 pub(crate) const SWEEP_INTERVAL: Duration = Duration::from_millis(500);
 /// Age from which a stranger makes room for others: its request has had time to come.
 const GRACE_MS: u64 = 1000;
-/// Memory that all strangers may hold together, in bytes.
-const STRANGERS_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Part of the memory for bodies that all strangers may hold together, beside it, and the least and most that this may be, in bytes.
+const PART_OF_MEMORY: usize = 4;
+const STRANGERS_BYTES_LEAST: usize = 16 * 1024 * 1024;
+const STRANGERS_BYTES_MOST: usize = 256 * 1024 * 1024;
 /// What a connection holds that has said nothing, and what it holds more when it has begun, beside the bytes of its header: measured
 /// as resident memory of a thousand each.
 const SILENT_BYTES: usize = 14 * 1024;
@@ -93,8 +95,9 @@ struct Shared {
     begun: Instant,
     /// Milliseconds since then at the last sweep: near enough for deadlines, and costs no look at a clock.
     swept_ms: AtomicU64,
-    /// Memory that strangers hold, in bytes.
+    /// Memory that strangers hold, in bytes, and may hold.
     held: AtomicUsize,
+    held_max: usize,
     closed: [AtomicU64; Reason::ALL.len()],
 }
 
@@ -130,20 +133,21 @@ pub(crate) struct Counts {
     pub(crate) held: usize,
 }
 
-impl Default for Connections {
-    fn default() -> Self {
+impl Connections {
+    /// `memory_bytes_max`: memory that bodies may take up, in bytes.
+    pub(crate) fn new(memory_bytes_max: usize) -> Self {
+        let held_max = (memory_bytes_max / PART_OF_MEMORY).clamp(STRANGERS_BYTES_LEAST, STRANGERS_BYTES_MOST);
         let closed = Default::default();
         Self(Arc::new(Shared {
             table: Mutex::default(),
             begun: Instant::now(),
             swept_ms: AtomicU64::new(0),
             held: AtomicUsize::new(0),
+            held_max,
             closed,
         }))
     }
-}
 
-impl Connections {
     /// Takes a connection in, or none if there is no place for it. `address`: the client's, if it is counted.
     pub fn arrive(&self, address: Option<IpAddr>, limits: &ConnectionLimits) -> Option<Place> {
         let now = self.now_ms();
@@ -227,13 +231,13 @@ impl Connections {
     /// Strangers hold this much more. If that is too much, the oldest go: of a burst of callers none is among them, since their
     /// headers come whole at once.
     fn hold(&self, bytes: usize) {
-        if self.0.held.fetch_add(bytes, Ordering::Relaxed) + bytes <= STRANGERS_BYTES_MAX {
+        if self.0.held.fetch_add(bytes, Ordering::Relaxed) + bytes <= self.0.held_max {
             return;
         }
         let mut table = self.table();
         let oldest: Vec<_> = table.strangers.values().filter(|stranger| stranger.waits()).cloned().collect();
         for stranger in &oldest {
-            if self.0.held.load(Ordering::Relaxed) <= STRANGERS_BYTES_MAX / 8 * 7 {
+            if self.0.held.load(Ordering::Relaxed) <= self.0.held_max / 8 * 7 {
                 break;
             }
             self.close(&mut table, stranger, Reason::Memory);
