@@ -174,6 +174,7 @@ test-deb: deb ## Install, reload, upgrade, stop, crash and remove the package un
 soak: build-tools ## Run the long forms of tests that are short in make test, and the guided build (an hour and a half)
 	$(MAKE) release
 	ISOLATION_SECONDS=3600 cargo test --locked --test it -- --nocapture isolation
+	SIM_SCHEDULES=10000 cargo test --locked --test it -- --nocapture sim
 	SESSIONS=1000 cargo test --locked --test it -- --nocapture realtime
 	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load
 
