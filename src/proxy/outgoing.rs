@@ -99,12 +99,15 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
 
 /// Makes an endpoint's answer ready for the client.
 pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, context: &mut Context) -> Result<()> {
+    let is_wrapped = session.downstream_session.is_custom();
     if !is_final(header) {
-        // Only before a switch of protocols, since others are held, and their client is not sent it.
+        // Before a switch of protocols; others are counted where they are held. Its client is not sent it.
+        if is_wrapped {
+            return Ok(());
+        }
         let is_flood = context.exchange.state().attempt.as_mut().is_some_and(Attempt::interim_came);
         return if is_flood { Error::err_up(ErrorType::InvalidHTTPHeader) } else { Ok(()) };
     }
-    let is_wrapped = session.downstream_session.is_custom();
     if let (Some(attempt), false) = (&mut context.exchange.state().attempt, is_wrapped) {
         // A request that switches protocols is not held, so this is its answer. By its status, since what follows it may
         // come before the session has written it.

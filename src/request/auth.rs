@@ -23,6 +23,9 @@ pub(crate) const SUBPROTOCOL_KEY: &str = "openai-insecure-api-key.";
 /// Query parameter in which Google's clients send a key.
 pub(crate) const KEY_PARAMETER: &str = "key";
 
+/// Keys of one request that are looked at. SDKs send one, some of them in two places.
+const KEYS_MAX: usize = 8;
+
 /// Checks the key of every request. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Auth {
@@ -54,16 +57,20 @@ impl Auth {
             return self.let_in(server, address, vouched);
         }
         let limit = server.failed_keys_per_minute;
-        let mut wrong = None;
-        for key in keys_given(headers, query) {
+        let (mut is_given, mut too_often) = (false, false);
+        for key in keys_given(headers, query).take(KEYS_MAX) {
             if server.api_key.matches(&key) {
                 return self.let_in(server, address, vouched);
             }
-            wrong.get_or_insert(key);
+            // Each is a guess, or many could be tried behind one that is always the same.
+            too_often |= address.is_some_and(|address| self.guesses.wrong(address, &key, limit));
+            is_given = true;
         }
-        let Some(wrong) = wrong else { return Err(Fault::KeyMissing) };
-        let too_often = address.is_some_and(|address| self.guesses.wrong(address, &wrong, limit));
-        Err(if too_often { Fault::KeysFailedTooOften } else { Fault::KeyWrong })
+        Err(match (is_given, too_often) {
+            (false, _) => Fault::KeyMissing,
+            (true, false) => Fault::KeyWrong,
+            (true, true) => Fault::KeysFailedTooOften,
+        })
     }
 
     fn let_in(&self, server: &config::Server, address: Option<IpAddr>, vouched: bool) -> Result<(), Fault> {
@@ -207,6 +214,22 @@ mod tests {
         assert_eq!(check(&right, known, false), Ok(()), "it was right before");
         assert_eq!(check(&right, new, true), Ok(()), "its connection was");
         assert_eq!(check(&HeaderMap::new(), new, false), Err(Fault::KeyMissing), "no key is no guess");
+
+        // Behind a key that is always the same, in other places, and many at once.
+        let behind =
+            |number: u8| headers(&[("authorization", "Bearer dummy"), ("x-api-key", &format!("guess{number}"))]);
+        let third: IpAddr = "192.0.2.3".parse().unwrap();
+        assert_eq!(
+            (0..9).find(|number| check(&behind(*number), third, false) == Err(Fault::KeysFailedTooOften)),
+            Some(2)
+        );
+        let right_behind = headers(&[("authorization", "Bearer dummy"), ("x-api-key", server.api_key.expose())]);
+        assert_eq!(check(&right_behind, third, false), Err(Fault::KeysFailedTooOften));
+        let fourth = Some("192.0.2.4".parse().unwrap());
+        let many: Vec<String> = (0..50).map(|number| format!("key=guess{number}")).collect();
+        let many = format!("{}&key={}", many.join("&"), server.api_key.expose());
+        let none = HeaderMap::new();
+        assert_eq!(auth.check(&server, &none, Some(&many), fourth, false), Err(Fault::KeysFailedTooOften));
     }
 
     #[test]

@@ -15,10 +15,12 @@ use super::connections::network;
 
 /// Time in which wrong keys are counted.
 const INTERVAL: Duration = Duration::from_mins(1);
-/// Size of the two sketches: 8,192 counters for each of 3 hashes, twice. They err upwards, by one wrong key for every 3,000 that all
-/// addresses send in a minute, and their memory does not grow with the number of addresses.
+/// Size of the sketch: 8,192 counters for each of 3 hashes, twice. It errs upwards, by one wrong key for every 3,000 that all addresses
+/// send in a minute, and its memory does not grow with the number of addresses.
 const HASHES: usize = 3;
 const SLOTS: usize = 8192;
+/// Wrong keys that are known to have been counted: of two with the same place, the later one is kept, and the other counts again.
+const SEEN_MAX: usize = 16_384;
 /// Addresses that have been right: of two with the same place, the later one is kept.
 const RIGHT_MAX: usize = 4096;
 /// For so many minutes an address is known as one that has been right.
@@ -33,7 +35,7 @@ pub(crate) struct Guesses {
     /// Different wrong keys of an address.
     wrong: Rate,
     /// Keys that were counted already: a program with an old key repeats it, and guesses nothing.
-    seen: Rate,
+    seen: Box<[AtomicU64]>,
     seed: AtomicU64,
     /// The minute in which an address was right last, in Unix time, below the upper half of its hash.
     right: Box<[AtomicU64]>,
@@ -49,10 +51,10 @@ pub(crate) struct RightAddresses {
 
 impl Default for Guesses {
     fn default() -> Self {
-        let rate = || Rate::new_with_estimator_config(INTERVAL, HASHES, SLOTS);
-        let right = (0..RIGHT_MAX).map(|_| AtomicU64::new(0)).collect();
+        let wrong = Rate::new_with_estimator_config(INTERVAL, HASHES, SLOTS);
+        let slots = |count: usize| (0..count).map(|_| AtomicU64::new(0)).collect();
         let seed = AtomicU64::new(fastrand::u64(..));
-        Self { wrong: rate(), seen: rate(), seed, right, late: AtomicUsize::new(0) }
+        Self { wrong, seen: slots(SEEN_MAX), seed, right: slots(RIGHT_MAX), late: AtomicUsize::new(0) }
     }
 }
 
@@ -92,10 +94,18 @@ impl Guesses {
         if self.is_behind(address, limit) {
             return true;
         }
-        if self.seen.observe(&(origin, self.hash(key)), 1) == 1 {
+        if self.is_new(self.hash((origin, key))) {
             self.wrong.observe(&origin, 1);
         }
         self.is_behind(address, limit)
+    }
+
+    /// True if this guess was not counted within the minute.
+    fn is_new(&self, guess: u64) -> bool {
+        const MINUTE_BITS: u64 = 0xffff;
+        let value = guess & !MINUTE_BITS | minute() & MINUTE_BITS;
+        let place = usize::try_from(guess % SEEN_MAX as u64).unwrap_or_default();
+        self.seen.get(place).is_none_or(|slot| slot.swap(value, Ordering::Relaxed) != value)
     }
 
     /// True if an address has sent more wrong keys than it may.
@@ -162,6 +172,17 @@ mod tests {
         assert!(guesses.is_behind(one, 3) && guesses.wrong(one, b"old", 3));
         assert!(!guesses.is_behind(address("192.0.2.2"), 3));
         assert!(!guesses.is_behind(one, 0), "0 is no limit");
+    }
+
+    #[test]
+    fn many_guesses_hide_nobodys() {
+        let guesses = Guesses::default();
+        for number in 0..100_000_u32 {
+            guesses.is_new(u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        }
+        let one = address("192.0.2.1");
+        let refused = (0..20_u8).find(|key| guesses.wrong(one, &[*key], 5));
+        assert_eq!(refused, Some(5), "each of its guesses counts");
     }
 
     #[test]

@@ -53,19 +53,18 @@ impl Secrets {
         self.hide_whole(text);
         for word in key_like_words(text) {
             let Some(part) = text.get_mut(word) else { continue };
-            if self.0.iter().any(|secret| is_masked_form(part, &secret.text)) {
+            if self.0.iter().any(|secret| is_masked_form(part, secret.text.needle())) {
                 part.fill(b'*');
             }
         }
     }
 
     fn hide_whole(&self, text: &mut [u8]) {
-        for secret in self.0.iter() {
-            let found: Vec<Range<usize>> = secret.quotations(text).collect();
-            for quotation in found {
-                if let Some(part) = text.get_mut(quotation) {
-                    part.fill(b'*');
-                }
+        // All are found before any is hidden: one may be a part of another.
+        let found: Vec<Range<usize>> = self.0.iter().flat_map(|secret| secret.quotations(text)).collect();
+        for quotation in found {
+            if let Some(part) = text.get_mut(quotation) {
+                part.fill(b'*');
             }
         }
     }
@@ -77,61 +76,94 @@ impl Secrets {
 }
 
 /// One secret, and the ways in which a vendor may write it: as it is, escaped in JSON (once, or as text within JSON), percent-encoded,
-/// or in HTML. Letters and digits are never escaped, nor are `-`, `.`, `_` and `~`; a secret of nothing else has one form.
+/// or in HTML. Letters and digits are never escaped, nor are `-`, `.` and `_`; a secret of nothing else has one form.
 struct Secret {
-    text: Box<[u8]>,
+    text: Finder<'static>,
+    /// The other forms, if there are any.
+    escaped: Option<Escaped>,
+    longest: usize,
+}
+
+/// The forms of a secret with signs in it.
+struct Escaped {
     /// The longest stretch that is never escaped, by which a quotation is found.
     stretch: Finder<'static>,
     /// What stands before that stretch, and behind it: for each byte all its forms.
     before: Vec<Vec<Vec<u8>>>,
     after: Vec<Vec<Vec<u8>>>,
-    longest: usize,
 }
 
 impl Secret {
     fn new(text: &[u8]) -> Self {
-        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
-        let mut stretches = text.split(|byte| !is_plain(byte));
-        let longest = stretches.by_ref().max_by_key(|stretch| stretch.len()).unwrap_or_default();
-        // A secret of signs only is looked for as it is.
-        let stretch = if longest.is_empty() { text } else { longest };
-        let start = Finder::new(stretch).find(text).unwrap_or_default();
-        let forms = |bytes: &[u8]| -> Vec<_> { bytes.iter().map(|byte| forms(*byte, is_plain(byte))).collect() };
-        let (before, after) = (forms(part(text, ..start)), forms(part(text, start + stretch.len()..)));
-        let longest = before.iter().chain(&after).filter_map(|forms| forms.iter().map(Vec::len).max()).sum::<usize>();
-        Self {
-            text: text.into(),
-            longest: longest + stretch.len(),
-            stretch: Finder::new(stretch).into_owned(),
-            before,
-            after,
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._".contains(byte);
+        let stretch = text.split(|byte| !is_plain(byte)).max_by_key(|stretch| stretch.len()).unwrap_or_default();
+        let (mut escaped, mut longest) = (None, text.len());
+        // One of signs only is looked for as it is.
+        if !stretch.is_empty() && stretch.len() < text.len() {
+            let start = Finder::new(stretch).find(text).unwrap_or_default();
+            let forms = |bytes: &[u8]| -> Vec<_> { bytes.iter().map(|byte| forms(*byte, is_plain(byte))).collect() };
+            let (before, after) = (forms(part(text, ..start)), forms(part(text, start + stretch.len()..)));
+            let ends = before.iter().chain(&after).filter_map(|forms| forms.iter().map(Vec::len).max());
+            longest = stretch.len() + ends.sum::<usize>();
+            escaped = Some(Escaped { stretch: Finder::new(stretch).into_owned(), before, after });
         }
+        Self { text: Finder::new(text).into_owned(), escaped, longest }
     }
 
     fn is_in(&self, text: &[u8]) -> bool {
         // Most keys have one form, and most texts have no part of any.
-        self.stretch.find(text).is_some()
-            && (self.before.is_empty() && self.after.is_empty() || self.quotations(text).next().is_some())
+        self.text.find(text).is_some()
+            || self.escaped.as_ref().is_some_and(|escaped| escaped.quotations(text).next().is_some())
     }
 
     /// Where a text quotes the secret in full.
+    fn quotations(&self, text: &[u8]) -> Vec<Range<usize>> {
+        let length = self.text.needle().len();
+        let mut found: Vec<_> = starts(&self.text, text).map(|start| start..start + length).collect();
+        found.extend(self.escaped.iter().flat_map(|escaped| escaped.quotations(text)));
+        found
+    }
+}
+
+impl Escaped {
     fn quotations<'a>(&'a self, text: &'a [u8]) -> impl Iterator<Item = Range<usize>> + 'a {
-        self.stretch.find_iter(text).filter_map(move |found| {
-            let (mut start, mut end) = (found, found + self.stretch.needle().len());
-            for forms in &self.after {
-                let rest = part(text, end..);
-                end += forms.iter().find(|form| rest.starts_with(form))?.len();
-            }
-            for forms in self.before.iter().rev() {
-                let rest = part(text, ..start);
-                start -= forms.iter().find(|form| rest.ends_with(form))?.len();
-            }
-            Some(start..end)
+        starts(&self.stretch, text).filter_map(move |start| {
+            let behind = part(text, start + self.stretch.needle().len()..);
+            let after = reach(self.after.iter(), |at, form| part(behind, at..).starts_with(form))?;
+            let ahead = part(text, ..start);
+            let before = reach(self.before.iter().rev(), |at, form| part(ahead, ..ahead.len() - at).ends_with(form))?;
+            Some(start - before..start + self.stretch.needle().len() + after)
         })
     }
 }
 
-/// All ways in which a byte of a secret may be written, the longest first, so that an escape is not taken for its last character.
+/// Where a text has a needle, also where two of them overlap.
+fn starts<'a>(needle: &'a Finder<'static>, text: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        let start = from + needle.find(text.get(from..)?)?;
+        from = start + 1;
+        Some(start)
+    })
+}
+
+/// The most bytes that one form of each byte takes, one behind the other; none if they do not fit. `fits`: whether a form stands behind so
+/// many bytes. All ways are followed, since the longest form of one byte may leave none for the next.
+fn reach<'a>(bytes: impl Iterator<Item = &'a Vec<Vec<u8>>>, fits: impl Fn(usize, &[u8]) -> bool) -> Option<usize> {
+    let mut reached = vec![0];
+    for forms in bytes {
+        let mut next: Vec<usize> = Vec::new();
+        for at in reached {
+            next.extend(forms.iter().filter(|form| fits(at, form)).map(|form| at + form.len()));
+        }
+        next.sort_unstable();
+        next.dedup();
+        reached = next;
+    }
+    reached.last().copied()
+}
+
+/// All ways in which a byte of a secret may be written.
 fn forms(byte: u8, is_plain: bool) -> Vec<Vec<u8>> {
     let raw = vec![byte];
     if is_plain {
@@ -148,7 +180,13 @@ fn forms(byte: u8, is_plain: bool) -> Vec<Vec<u8>> {
             format!("&#x{hex};"),
         ]);
     }
-    forms.extend([format!("\\\\\\{sign}"), format!("\\\\{sign}"), format!("\\{sign}"), format!("&#{byte};")]);
+    forms.extend([
+        format!("\\\\\\{sign}"),
+        format!("\\\\{sign}"),
+        format!("\\{sign}"),
+        format!("&#{byte};"),
+        format!("&#{byte:03};"),
+    ]);
     let named = match byte {
         b'&' => Some("&amp;"),
         b'<' => Some("&lt;"),
@@ -158,7 +196,6 @@ fn forms(byte: u8, is_plain: bool) -> Vec<Vec<u8>> {
         _ => None,
     };
     forms.extend(named.map(str::to_owned));
-    forms.sort_by_key(|form| std::cmp::Reverse(form.len()));
     forms.into_iter().map(String::into_bytes).chain([raw]).collect()
 }
 
@@ -281,6 +318,34 @@ mod tests {
         }
         let other = r"azure-key, azure-key/, azure-key\/\/, azure-key%2F%2B%3E";
         assert_eq!(blotted(&[other]), other);
+        let odd: Secrets = [
+            r"ab\\cd\efgh".as_bytes(),
+            b"key%25with&amp;in",
+            b"aaaa/b+cd",
+            b"azure~secret~9",
+            b"cookie=sk-abcdefgh; b=second",
+            b"sk-abcdefgh",
+        ]
+        .into_iter()
+        .collect();
+        for text in [
+            r"x ab\\cd\efgh y",
+            r"x ab\\\\cd\\efgh y",
+            "x key%25with&amp;in y",
+            "x key%2525with%26amp%3Bin y",
+            "aaaaa/b+cd",
+            "x azure%7Esecret%7E9",
+            "x cookie=sk-abcdefgh; b=second y",
+            "it&#039;s azure~secret~9",
+        ] {
+            let mut hidden = text.as_bytes().to_vec();
+            odd.hide_whole(&mut hidden);
+            let hidden = String::from_utf8(hidden).unwrap();
+            assert_eq!(hidden.len(), text.len());
+            for part in ["cd", "with", "secret", "abcdefgh", "second"] {
+                assert!(!hidden.contains(part), "{text}: {hidden}");
+            }
+        }
         let signs: Secrets = [br#"&<>"'/+=@"#.as_slice(), b"/+=/+=abc", b"a/b"].into_iter().collect();
         for text in [r#"x &<>"'/+=@ y"#, "%2F%2B%3D%2F%2B%3Dabc", r"\/+=\/+=abc"] {
             assert!(signs.are_in(text.as_bytes()), "{text}");

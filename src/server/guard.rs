@@ -23,7 +23,7 @@ use pingora::protocols::{
     UniqueID, UniqueIDType,
 };
 use pingora::server::ShutdownWatch;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::fault::{ErrorShape, Fault};
 use crate::request::auth;
@@ -267,7 +267,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_shutdown(context)
+        let this = self.get_mut();
+        if this.connection.told().is_some() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        // It flushes first.
+        let result = Pin::new(&mut this.inner).poll_shutdown(context);
+        this.watch(result, context)
     }
 
     fn poll_write_vectored(
@@ -289,9 +295,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
 }
 
 #[async_trait]
-impl<S: Shutdown + Send> Shutdown for Guarded<S> {
+impl<S: AsyncWrite + Unpin + Send> Shutdown for Guarded<S> {
     async fn shutdown(&mut self) {
-        self.inner.shutdown().await;
+        if let Err(error) = AsyncWriteExt::shutdown(self).await {
+            log::debug!("a connection cannot be shut down: {error}");
+        }
     }
 }
 

@@ -455,3 +455,55 @@ async fn a_websocket_may_be_silent_for_longer_than_an_answer() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_that_takes_no_answer_has_no_more_time_over_http2() {
+    within(async {
+        let proxy = with_connections(json!({ "h2IdleSeconds": 60, "headerSeconds": 60 })).await;
+        let stream = TcpStream::connect(proxy.address).await.unwrap();
+        // Nothing of an answer's body fits, so each request stays open.
+        let mut builder = h2::client::Builder::new();
+        builder.initial_window_size(0);
+        let (mut sender, connection) = builder.handshake::<_, bytes::Bytes>(stream).await.unwrap();
+        let begun = Instant::now();
+        let ask = async {
+            loop {
+                let get = http::Request::get("http://a/v1/models").body(()).unwrap();
+                let Ok(mut ready) = sender.clone().ready().await else { return };
+                let Ok((answer, _)) = ready.send_request(get, true) else { return };
+                sender = ready;
+                // The next one comes while this one is open.
+                tokio::spawn(async move {
+                    let answer = answer.await;
+                    tokio::time::sleep(Duration::from_mins(1)).await;
+                    drop(answer);
+                });
+                tokio::time::sleep(Duration::from_secs(2)).await;
+            }
+        };
+        tokio::select! {
+            ended = connection => ended.unwrap_or_default(),
+            () = ask => {}
+            () = tokio::time::sleep(Duration::from_secs(20)) => panic!("it stays for ever"),
+        }
+        assert!(begun.elapsed() > Duration::from_secs(9), "{:?}", begun.elapsed());
+        assert_eq!(metric(&proxy, "api_together_connections_closed_total{reason=\"request\"}").await, 1);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_stranger_holds_does_not_grow_with_its_requests() {
+    within(async {
+        let proxy = with_connections(json!({})).await;
+        let mut wire = proxy.wire().await;
+        let header = format!("GET /health HTTP/1.1\r\nhost: a\r\nx-long: {}\r\n\r\n", "y".repeat(20_000));
+        for _ in 0..50 {
+            wire.send(&header).await;
+            assert_eq!(wire.message().await.0.status(), 200);
+        }
+        let held = metric(&proxy, "api_together_stranger_bytes").await;
+        assert!(held < 100_000, "{held} bytes");
+    })
+    .await;
+}

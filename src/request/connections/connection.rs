@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
 
-use super::{BEGUN_BYTES, Connections, Reason, milliseconds};
+use super::{BEGUN_BYTES, Connections, GRACE_MS, Reason, milliseconds};
 use crate::config::ConnectionLimits;
 
 /// The part of a connection's life that it is in.
@@ -25,12 +25,24 @@ enum Phase {
     Flow,
 }
 
-/// What follows when a phase has lasted too long.
-pub(super) enum Overdue {
+/// A connection that has been in a phase for too long, or whose client takes nothing.
+pub(super) struct Overdue {
+    pub(super) what: Due,
+    /// The phase as it was seen.
+    pub(super) phase: u64,
+}
+
+/// What follows.
+pub(super) enum Due {
     Close(Reason),
     /// Its reader is told, which gives the endpoint up.
     Ring,
 }
+
+/// Longest time for a stranger's requests: they are refused, or ask for our health.
+const STRANGERS_REQUEST_MAX: Duration = Duration::from_secs(10);
+/// Longest time for a client to take something, unless an endpoint's config says otherwise.
+const WRITE_MAX: Duration = Duration::from_mins(1);
 
 /// One connection.
 #[derive(Debug)]
@@ -56,6 +68,8 @@ pub struct Connection {
     has_rung: AtomicBool,
     /// Memory that it holds as a stranger.
     held: AtomicUsize,
+    /// The part of it that is for the header that comes.
+    held_for_header: AtomicUsize,
     waker: Mutex<Option<Waker>>,
     /// Longest time for the client to take something of an answer, in milliseconds.
     write_ms: AtomicU64,
@@ -100,8 +114,9 @@ impl Connection {
             silence_ms: AtomicU64::new(0),
             has_rung: AtomicBool::new(false),
             held: AtomicUsize::new(0),
+            held_for_header: AtomicUsize::new(0),
             waker: Mutex::default(),
-            write_ms: AtomicU64::new(0),
+            write_ms: AtomicU64::new(milliseconds(WRITE_MAX)),
             write_until: AtomicU64::new(0),
             writer: Mutex::default(),
         }
@@ -121,6 +136,7 @@ impl Connection {
 
     /// Memory that it held as a stranger, and holds no more, in bytes.
     pub(super) fn takes_held(&self) -> usize {
+        self.held_for_header.store(0, Ordering::Relaxed);
         self.held.swap(0, Ordering::Relaxed)
     }
 
@@ -139,7 +155,7 @@ impl Connection {
         note(&self.writer, waker);
         if self.write_until.load(Ordering::Relaxed) == 0 {
             let longest = self.write_ms.load(Ordering::Relaxed);
-            self.write_until.store(if longest == 0 { 0 } else { self.all.later(longest) }, Ordering::Relaxed);
+            self.write_until.store(self.all.later(longest), Ordering::Relaxed);
         }
         self.end.load(Ordering::Acquire) != 0
     }
@@ -184,8 +200,11 @@ impl Connection {
         }
         self.header_bytes.fetch_add(u32::try_from(bytes).unwrap_or(u32::MAX), Ordering::Relaxed);
         if !self.is_known.load(Ordering::Relaxed) {
-            // What has come is kept in a buffer that doubles.
-            self.hold(bytes.saturating_mul(2) + if phase == Phase::FirstByte { BEGUN_BYTES } else { 0 });
+            // What has come of a header is kept, in a buffer that doubles. Over HTTP/2 other frames come as well, which are not kept.
+            let most = 2 * self.header_bytes_max();
+            let more = (2 * bytes).min(most.saturating_sub(self.held_for_header.load(Ordering::Relaxed)));
+            self.held_for_header.fetch_add(more, Ordering::Relaxed);
+            self.holds_more(more + if phase == Phase::FirstByte { BEGUN_BYTES } else { 0 });
         }
     }
 
@@ -201,8 +220,11 @@ impl Connection {
         self.phase.store(packed(Phase::Flow, until), Ordering::Relaxed);
     }
 
-    pub(super) fn ring(&self) {
-        self.set(Phase::Request, None);
+    pub(super) fn ring(&self, seen: u64) {
+        let (then, order) = (packed(Phase::Request, 0), Ordering::Relaxed);
+        if self.phase.compare_exchange(seen, then, order, order).is_err() {
+            return;
+        }
         self.has_rung.store(true, Ordering::Relaxed);
         self.wake();
     }
@@ -221,9 +243,18 @@ impl Connection {
     }
 
     /// A stranger takes this much memory more.
-    pub(super) fn hold(&self, bytes: usize) {
+    pub(super) fn holds_more(&self, bytes: usize) {
+        // First in all, since what is known of one is taken from all when it goes.
+        self.all.hold(bytes, self.id);
         self.held.fetch_add(bytes, Ordering::Relaxed);
-        self.all.hold(bytes);
+    }
+
+    fn holds_less(&self, bytes: usize) {
+        // It may have been let go meanwhile, with all that it held.
+        let taken = self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| held.checked_sub(bytes));
+        if taken.is_ok() {
+            self.all.hold_less(bytes);
+        }
     }
 
     /// It is to be closed, for a reason that its reader has found.
@@ -238,21 +269,32 @@ impl Connection {
 
     /// The header of a request has come whole.
     pub(crate) fn request_came(self: &Arc<Self>, is_http2: bool) -> OnConnection {
-        self.requests.fetch_add(1, Ordering::Relaxed);
+        let is_first = self.requests.fetch_add(1, Ordering::Relaxed) == 0;
         self.header_bytes.store(0, Ordering::Relaxed);
-        self.set(Phase::Request, None);
         if self.is_known.load(Ordering::Relaxed) {
+            self.set(Phase::Request, None);
             self.runs.store(true, Ordering::Relaxed);
+        } else {
+            self.holds_less(self.held_for_header.swap(0, Ordering::Relaxed));
+            // Several over HTTP/2 have no more time than one.
+            if is_first || self.phase() != Phase::Request {
+                self.set(Phase::Request, Some(STRANGERS_REQUEST_MAX));
+            }
         }
         OnConnection { connection: Arc::clone(self), is_http2 }
     }
 
     fn request_ended(&self, is_http2: bool) {
-        // Over HTTP/2 it is Pingora that closes a connection without requests.
-        if self.requests.fetch_sub(1, Ordering::Relaxed) == 1 && !is_http2 {
+        if self.requests.fetch_sub(1, Ordering::Relaxed) != 1 {
+            return;
+        }
+        if !is_http2 {
             self.set(Phase::Idle, Some(self.limits.keep_alive));
             self.runs.store(false, Ordering::Relaxed);
+        } else if !self.is_known.load(Ordering::Relaxed) {
+            self.set(Phase::Idle, Some(self.limits.h2_idle));
         }
+        // Over HTTP/2 it is Pingora that closes a caller's connection without requests.
     }
 
     fn set(&self, phase: Phase, longest: Option<Duration>) {
@@ -262,23 +304,31 @@ impl Connection {
 
     /// Reason why its time is up.
     pub(super) fn overdue(&self, now: u64) -> Option<Overdue> {
+        let seen = self.phase.load(Ordering::Relaxed);
         let write_until = self.write_until.load(Ordering::Relaxed);
         if write_until != 0 && write_until <= now {
-            return Some(Overdue::Close(Reason::Write));
+            return Some(Overdue { what: Due::Close(Reason::Write), phase: seen });
         }
-        let (phase, until) = unpacked(self.phase.load(Ordering::Relaxed));
-        (until != 0 && until <= now).then_some(match phase {
-            Phase::FirstByte => Overdue::Close(Reason::FirstByte),
-            Phase::Header | Phase::Request => Overdue::Close(Reason::Header),
-            Phase::Idle => Overdue::Close(Reason::KeepAlive),
-            Phase::Switch => Overdue::Ring,
-            Phase::Flow => Overdue::Close(Reason::Silent),
-        })
+        let (phase, until) = unpacked(seen);
+        let what = match phase {
+            Phase::FirstByte => Due::Close(Reason::FirstByte),
+            Phase::Header => Due::Close(Reason::Header),
+            Phase::Request => Due::Close(Reason::Request),
+            Phase::Idle => Due::Close(Reason::KeepAlive),
+            Phase::Switch => Due::Ring,
+            Phase::Flow => Due::Close(Reason::Silent),
+        };
+        (until != 0 && until <= now).then_some(Overdue { what, phase: seen })
     }
 
-    /// True if nothing of ours is done for it, so that it may make room for others.
-    pub(super) fn waits(&self) -> bool {
-        self.requests.load(Ordering::Relaxed) == 0
+    /// True if it is in the phase that was seen.
+    pub(super) fn is_still(&self, seen: u64) -> bool {
+        self.phase.load(Ordering::Relaxed) == seen
+    }
+
+    /// True if it may make room for others: nothing of ours is done for it, or it has had time to show a key.
+    pub(super) fn may_go(&self, now: u64) -> bool {
+        self.requests.load(Ordering::Relaxed) == 0 || self.age_ms(now) >= GRACE_MS
     }
 
     pub(super) fn age_ms(&self, now: u64) -> u64 {
@@ -307,6 +357,7 @@ impl OnConnection {
     /// From now on bytes go to and fro, with silences as long as this.
     pub(crate) fn flows(&self, silence: Duration) {
         self.connection.silence_ms.store(milliseconds(silence), Ordering::Relaxed);
+        self.connection.has_rung.store(false, Ordering::Relaxed);
         self.connection.flowed();
     }
 
@@ -322,6 +373,7 @@ impl OnConnection {
             return;
         }
         connection.is_known.store(true, Ordering::Relaxed);
+        connection.set(Phase::Request, None);
         connection.all.make_known(connection);
         if connection.told().is_none() {
             connection.runs.store(true, Ordering::Relaxed);

@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::ConnectionLimits;
-use connection::Overdue;
 pub(crate) use connection::{Connection, OnConnection};
+use connection::{Due, Overdue};
 
 /// Interval of [`Connections::sweep`].
 pub(crate) const SWEEP_INTERVAL: Duration = Duration::from_millis(500);
@@ -53,11 +53,13 @@ pub(crate) enum Reason {
     Silent,
     /// The client took nothing of its answer for too long.
     Write,
+    /// A stranger's requests were not over in time.
+    Request,
 }
 
 impl Reason {
     /// All of them.
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::FirstByte,
         Self::Header,
         Self::KeepAlive,
@@ -67,6 +69,7 @@ impl Reason {
         Self::HeaderBytes,
         Self::Silent,
         Self::Write,
+        Self::Request,
     ];
 
     /// Label value in metrics.
@@ -81,6 +84,7 @@ impl Reason {
             Self::HeaderBytes => "header_bytes",
             Self::Silent => "silent",
             Self::Write => "write",
+            Self::Request => "request",
         }
     }
 }
@@ -151,9 +155,10 @@ impl Connections {
     /// Takes a connection in, or none if there is no place for it. `address`: the client's, if it is counted.
     pub fn arrive(&self, address: Option<IpAddr>, limits: &ConnectionLimits) -> Option<Place> {
         let now = self.now_ms();
+        self.0.swept_ms.fetch_max(now, Ordering::Relaxed);
         let mut table = self.table();
         if table.strangers.len() + table.known.len() >= usize::try_from(limits.max).unwrap_or(usize::MAX) {
-            let oldest = table.strangers.values().find(|stranger| stranger.waits()).cloned();
+            let oldest = table.strangers.values().find(|stranger| stranger.may_go(now)).cloned();
             let Some(oldest) = oldest else {
                 self.count(Reason::Max);
                 return None;
@@ -165,7 +170,7 @@ impl Connections {
         let connection = Arc::new(Connection::new(self, id, address.map(network), limits, now));
         table.enter(&connection);
         drop(table);
-        connection.hold(SILENT_BYTES);
+        connection.holds_more(SILENT_BYTES);
         Some(Place { connection, all: self.clone() })
     }
 
@@ -176,10 +181,12 @@ impl Connections {
         let mut table = self.table();
         let all = table.strangers.values().chain(table.known.values());
         let overdue: Vec<_> = all.filter_map(|one| Some((Arc::clone(one), one.overdue(now)?))).collect();
-        for (connection, reason) in overdue {
-            match reason {
-                Overdue::Ring => connection.ring(),
-                Overdue::Close(reason) => self.close(&mut table, &connection, reason),
+        for (connection, Overdue { what, phase }) in overdue {
+            match what {
+                Due::Ring => connection.ring(phase),
+                // A request may have come meanwhile.
+                Due::Close(reason) if connection.is_still(phase) => self.close(&mut table, &connection, reason),
+                Due::Close(_) => {}
             }
         }
         if table.by_origin.values().any(|count| *count > 1) {
@@ -189,7 +196,7 @@ impl Connections {
 
     /// Closes the oldest strangers of addresses that have more than they may.
     fn thin_out(&self, table: &mut Table, now: u64) {
-        let aged = |stranger: &&Arc<Connection>| stranger.waits() && stranger.age_ms(now) >= GRACE_MS;
+        let aged = |stranger: &&Arc<Connection>| stranger.age_ms(now) >= GRACE_MS;
         let aged: Vec<_> = table.strangers.values().filter(aged).cloned().collect();
         for stranger in aged {
             let count = stranger.origin().and_then(|origin| table.by_origin.get(&origin));
@@ -228,25 +235,29 @@ impl Connections {
         self.release(connection);
     }
 
-    /// Strangers hold this much more. If that is too much, the oldest go: of a burst of callers none is among them, since their
-    /// headers come whole at once.
-    fn hold(&self, bytes: usize) {
-        if self.0.held.fetch_add(bytes, Ordering::Relaxed) + bytes <= self.0.held_max {
+    /// Strangers hold this much more. If that is too much, the oldest go, but not the one that asks: of a burst of callers none is among
+    /// them, since their headers come whole at once.
+    fn hold(&self, bytes: usize, asks: u64) {
+        if self.0.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) <= self.0.held_max {
             return;
         }
+        let now = self.now_ms();
         let mut table = self.table();
-        let oldest: Vec<_> = table.strangers.values().filter(|stranger| stranger.waits()).cloned().collect();
-        for stranger in &oldest {
-            if self.0.held.load(Ordering::Relaxed) <= self.0.held_max / 8 * 7 {
-                break;
-            }
-            self.close(&mut table, stranger, Reason::Memory);
+        while self.0.held.load(Ordering::Relaxed) > self.0.held_max / 8 * 7 {
+            let mut oldest = table.strangers.values().filter(|stranger| stranger.id() != asks && stranger.may_go(now));
+            let Some(oldest) = oldest.next().cloned() else { return };
+            self.close(&mut table, &oldest, Reason::Memory);
         }
+    }
+
+    /// Strangers hold this much less.
+    fn hold_less(&self, bytes: usize) {
+        self.0.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// A stranger's memory is that of a caller, or gone.
     fn release(&self, connection: &Connection) {
-        self.0.held.fetch_sub(connection.takes_held(), Ordering::Relaxed);
+        self.hold_less(connection.takes_held());
     }
 
     /// A stranger has shown a right key.

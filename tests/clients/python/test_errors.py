@@ -65,13 +65,16 @@ def test_endpoints_key_opens_nothing(proxy, connect):
         chat(connect(proxy, api_key="sk-endpoint"), "gpt-mapped")
 
 
-def test_too_many_wrong_keys_are_slowed_and_the_right_one_is_not(strict_proxy, connect):
-    wrong = connect(strict_proxy, api_key="sk-wrong")
-    for _ in range(3):
-        with raises(openai.AuthenticationError, 401, "invalid_api_key"):
-            wrong.models.list()
+def test_guessing_is_slowed_and_a_caller_is_not(strict_proxy, connect):
+    # From here on this address is known as a caller's.
+    assert connect(strict_proxy).models.list().data
+    for number in range(3):
+        # The same wrong key again is no guess.
+        for _ in range(2):
+            with raises(openai.AuthenticationError, 401, "invalid_api_key"):
+                connect(strict_proxy, api_key=f"sk-wrong{number}").models.list()
     with raises(openai.RateLimitError, 429, "rate_limit_exceeded") as raised:
-        wrong.models.list()
+        connect(strict_proxy, api_key="sk-wrong3").models.list()
     assert int(raised.error.response.headers["retry-after"]) > 0
     assert connect(strict_proxy).models.list().data
 
