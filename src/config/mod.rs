@@ -18,6 +18,7 @@ mod environment;
 mod errors;
 mod file;
 mod header_pattern;
+mod key_strength;
 mod limits;
 mod memory;
 mod problem;

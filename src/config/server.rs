@@ -13,6 +13,7 @@ use super::cidr::Cidr;
 use super::connections::{ConnectionLimits, connections};
 use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
 use super::header_pattern::HeaderPattern;
+use super::key_strength::warn_of_a_weak_key;
 use super::memory::memory_bytes;
 use super::status_set::StatusSet;
 use crate::config::secret::Secret;
@@ -234,46 +235,6 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         metrics_listen: metrics_listen?,
         estimate_tokens: typed.estimate_tokens.unwrap_or(file::ESTIMATE_TOKENS_DEFAULT),
     })
-}
-
-/// Whoever reaches the port may guess the key. It is the user's own, so it is taken all the same.
-fn warn_of_a_weak_key(key: Option<&Secret>, check: &mut Check<'_>) {
-    if let Some(why) = key.and_then(|key| weakness(key.expose())) {
-        let hint = "make a new one with `openssl rand -hex 24`; clients of OpenAI take any text";
-        check.report.warning("server.apiKey", format!("can be guessed: {why}"), hint);
-    }
-}
-
-/// Reason why a key is easily guessed.
-fn weakness(key: &str) -> Option<String> {
-    /// Characters behind a prefix such as `sk-`; of random letters and digits, 16 are 95 bits.
-    const CHARS_MIN: usize = 16;
-    /// Different characters of them.
-    const DIFFERENT_MIN: usize = 7;
-    const WORDS: [&str; 11] = [
-        "changeme",
-        "change-me",
-        "password",
-        "example",
-        "placeholder",
-        "your-key",
-        "your_key",
-        "yourkey",
-        "123456789",
-        "abcdefgh",
-        "qwerty",
-    ];
-    let lower = key.to_ascii_lowercase();
-    if WORDS.iter().any(|word| lower.contains(word)) {
-        return Some("it has a common word or sequence in it".to_owned());
-    }
-    let body = ["sk-", "pk-", "key-", "token-"].iter().find_map(|prefix| lower.strip_prefix(prefix)).unwrap_or(&lower);
-    let length = body.chars().count();
-    if length < CHARS_MIN {
-        return Some(format!("it is only {length} long{}", if body == lower { "" } else { " without its prefix" }));
-    }
-    let different = body.chars().collect::<std::collections::BTreeSet<_>>().len();
-    (different < DIFFERENT_MIN).then(|| format!("it has only {different} different characters"))
 }
 
 /// The memory must have room for the longest body.

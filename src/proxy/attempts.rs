@@ -5,13 +5,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::{Method, Version};
+use http::Method;
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
 use super::context::Context;
 use super::failure::{self, Follow};
+use super::outgoing;
 use crate::exchange::judge::{Terms, UsageTerms};
 use crate::exchange::{Ask, Attempt};
 use crate::fault::Fault;
@@ -47,14 +48,7 @@ pub(super) async fn upstream_peer(session: &mut Session, context: &mut Context) 
     let switches_protocol = context.ask.as_ref().is_some_and(|ask| ask.switches_protocol);
     let first_byte = context.exchange.state().attempt.as_ref().map(|attempt| attempt.first_byte_timeout);
     // A client that stops reading must not keep the endpoint busy for ever.
-    let idle = endpoint.config.timeouts.idle;
-    if session.req_header().version == Version::HTTP_2 {
-        // Its window may be shut while others go on, which their connection knows nothing of.
-        session.set_write_timeout(Some(idle));
-    }
-    if let Some(connection) = &context.arrival.connection {
-        connection.takes_within(idle);
-    }
+    outgoing::takes_within(session, context, endpoint.config.timeouts.idle);
     if let (true, Some(connection), Some(longest)) = (switches_protocol, &context.arrival.connection, first_byte) {
         connection.awaits_switch(longest);
     }

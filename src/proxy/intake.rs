@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
@@ -22,7 +22,7 @@ use crate::ledger::CallerId;
 use crate::proxy::context::{Arrival, Context};
 use crate::request::auth;
 use crate::request::call::Call;
-use crate::request::connections::{Connection, OnConnection};
+use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
 use crate::request::fields::Fields;
 use crate::request::shape::CallShape;
 use crate::request::{content_type, fields, forward, id, path, rewrite};
@@ -35,9 +35,6 @@ const OWN_BODY_BYTES_MAX: usize = 64 * 1024;
 
 /// Longest path and query. No call's is longer, and an endpoint's own path has yet to fit before it.
 const TARGET_BYTES_MAX: usize = 16 * 1024;
-
-/// Longest time for a client to take a piece of an answer of our own; of an endpoint's, its `timeouts.idleMs`.
-const OWN_ANSWER_WRITE_MAX: Duration = Duration::from_mins(1);
 
 /// Next step of a request once its header and body have been read.
 enum Next {
@@ -103,10 +100,7 @@ async fn authenticate(gateway: &Gateway, context: &Context, header: &RequestHead
 
 /// Answers a request that goes to no endpoint.
 async fn answer(session: &mut Session, context: &mut Context, own: Result<Answer, Stop>) -> PingoraResult<()> {
-    session.set_write_timeout(Some(OWN_ANSWER_WRITE_MAX));
-    if let Some(connection) = &context.arrival.connection {
-        connection.takes_within(OWN_ANSWER_WRITE_MAX);
-    }
+    outgoing::takes_within(session, context, WRITE_MAX);
     let answer = match own {
         Ok(answer) => answer,
         Err(Stop::Fault(fault)) => Answer::of_fault(context.fault.insert(fault), context.arrival.error_shape),

@@ -38,6 +38,17 @@ const H2_FLUSH: Duration = Duration::from_millis(10);
 /// Longest silence of a WebSocket in both directions.
 const WEBSOCKET_SILENCE_MAX: Duration = Duration::from_hours(1);
 
+/// Gives the client this long to take something of what is sent to it.
+pub(super) fn takes_within(session: &mut Session, context: &Context, longest: Duration) {
+    if session.req_header().version == Version::HTTP_2 {
+        // Its window may be shut while others go on, which their connection knows nothing of.
+        session.set_write_timeout(Some(longest));
+    }
+    if let Some(connection) = &context.arrival.connection {
+        connection.takes_within(longest);
+    }
+}
+
 /// Prepares an attempt's request, and draws a fresh permit if the one it has is too old by now.
 pub(super) async fn upstream_request_filter(
     session: &Session,

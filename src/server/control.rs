@@ -25,7 +25,7 @@ const SOCKET: &str = "control.sock";
 const CONNECTIONS_MAX: usize = 8;
 /// Longest request, in bytes.
 const REQUEST_BYTES_MAX: u64 = 4096;
-/// Longest reply, in bytes: the errors of a config file are told all at once.
+/// Longest reply, in bytes: all errors of a config file are in it.
 const REPLY_BYTES_MAX: u64 = 1024 * 1024;
 /// Longest time for a request to come, and for a reply to be taken.
 const TRANSFER_MAX: Duration = Duration::from_secs(10);
@@ -111,7 +111,7 @@ impl BackgroundService for Control {
                 Ok((stream, _)) => {
                     let reload = self.reload.clone();
                     tokio::spawn(async move {
-                        // Whoever asked may have gone.
+                        // The one that asked may have gone.
                         serve(stream, &reload).await.unwrap_or_default();
                         drop(place);
                     });

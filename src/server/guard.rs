@@ -78,7 +78,8 @@ async fn shake_hands(
     let handshake = async {
         // Until a byte has come there is no handshake, which takes memory.
         stream.try_peek(&mut [0]).await.ok()?;
-        connection.came(1);
+        // A part of no header, whose bytes are counted when they are decrypted.
+        connection.came(0);
         acceptor.tls_handshake(stream).await.inspect_err(|error| log::debug!("TLS: {error}")).ok()
     };
     tokio::select! {

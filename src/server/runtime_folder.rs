@@ -87,7 +87,7 @@ impl<'a> Found<'a> {
         Err(format!("no process runs from {shown}; start one, or name its config with --config"))
     }
 
-    /// Signals the process, if it is this program under the user whose folder this is: a file says who it is, and whoever can write
+    /// Signals the process, if it is this program under the user whose folder this is: a file says who it is, and one who can write
     /// the file must not have root end a process of somebody else.
     pub fn signal(&self, signal: Signal) -> Result<(), String> {
         let pid = self.running.pid;

@@ -361,7 +361,7 @@ async fn the_command_says_what_came_of_a_reload() {
             "{out} {err}"
         );
         let (code, _, again) = ask().await;
-        assert!(code == 1 && again == err, "an error is told each time: {again}");
+        assert!(code == 1 && again == err, "an error is shown each time: {again}");
         std::fs::remove_file(folder.join("apis.json")).unwrap();
         let (code, _, err) = ask().await;
         assert!(code == 1 && err.contains("No such file"), "{err}");

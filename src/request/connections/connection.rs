@@ -1,4 +1,4 @@
-//! One connection: the part of its life that it is in, when that ends, and what its reader is told.
+//! One connection: the part of its life that it is in, when that ends, and how its reader hears of it.
 
 use std::io::ErrorKind;
 use std::net::IpAddr;
@@ -35,14 +35,14 @@ pub(super) struct Overdue {
 /// What follows.
 pub(super) enum Due {
     Close(Reason),
-    /// Its reader is told, which gives the endpoint up.
+    /// Its reader hears of it, and gives the endpoint up.
     Ring,
 }
 
 /// Longest time for a stranger's requests: they are refused, or ask for our health.
 const STRANGERS_REQUEST_MAX: Duration = Duration::from_secs(10);
-/// Longest time for a client to take something, unless an endpoint's config says otherwise.
-const WRITE_MAX: Duration = Duration::from_mins(1);
+/// Longest time for a client to take something of an answer of our own; of an endpoint's, its `timeouts.idleMs`.
+pub(crate) const WRITE_MAX: Duration = Duration::from_mins(1);
 
 /// One connection.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::ConnectionLimits;
-pub(crate) use connection::{Connection, OnConnection};
+pub(crate) use connection::{Connection, OnConnection, WRITE_MAX};
 use connection::{Due, Overdue};
 
 /// Interval of [`Connections::sweep`].
@@ -128,7 +128,7 @@ impl Drop for Place {
     }
 }
 
-/// Numbers for the status page and the metrics.
+/// Numbers for the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) strangers: usize,
@@ -189,18 +189,16 @@ impl Connections {
                 Due::Close(_) => {}
             }
         }
-        if table.by_origin.values().any(|count| *count > 1) {
-            self.thin_out(&mut table, now);
-        }
+        self.thin_out(&mut table, now);
     }
 
     /// Closes the oldest strangers of addresses that have more than they may.
     fn thin_out(&self, table: &mut Table, now: u64) {
-        let aged = |stranger: &&Arc<Connection>| stranger.age_ms(now) >= GRACE_MS;
+        let aged = |stranger: &&Arc<Connection>| stranger.age_ms(now) >= GRACE_MS && table.is_crowded(stranger);
         let aged: Vec<_> = table.strangers.values().filter(aged).cloned().collect();
         for stranger in aged {
-            let count = stranger.origin().and_then(|origin| table.by_origin.get(&origin));
-            if count.is_some_and(|count| *count > stranger.limits().strangers_per_address) {
+            // Each that goes leaves its address one less.
+            if table.is_crowded(&stranger) {
                 self.close(table, &stranger, Reason::Address);
             }
         }
@@ -300,6 +298,12 @@ impl Table {
         } else {
             self.known.remove(&connection.id());
         }
+    }
+
+    /// True if the address of a connection has more strangers than it may.
+    fn is_crowded(&self, connection: &Connection) -> bool {
+        let count = connection.origin().and_then(|origin| self.by_origin.get(&origin));
+        count.is_some_and(|count| *count > connection.limits().strangers_per_address)
     }
 
     fn forget_origin(&mut self, connection: &Connection) {
