@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use serde_json::json;
 
 use crate::cli::banner::Banner;
-use crate::config::{self, Environment, Format, Loaded};
+use crate::config::{self, Environment, Flags, Format, Loaded};
 use crate::server::{Prepared, RunOptions};
 use crate::simulator::{Behaviour, Options, Simulator};
 use crate::telemetry::logger;
@@ -85,7 +85,8 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
         "ledger": ledger_folder().join("ledger.db"),
     });
     let text = json!({ "server": server, "apis": apis }).to_string();
-    let environment = if port == 0 { Environment::default() } else { Environment::from_process(Path::new("")) };
+    let environment =
+        if port == 0 { Environment::default() } else { Environment::from_process(Path::new(""), &Flags::default()) };
     let Loaded { config, .. } =
         config::check_str(&text, Format::Json, &environment, Path::new("")).map_err(|problems| problems.to_string())?;
     let banner = Banner::new(&config);

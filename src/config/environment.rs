@@ -12,6 +12,19 @@ use super::{check_ordinary, read_bounded};
 /// Paths of `.env` files: in the working directory and beside the configuration.
 const FILE_NAME: &str = ".env";
 
+/// Variables that win over `server.host` and `server.port`. `PORT` is the old program's, and stands behind ours.
+pub(super) const HOST: &str = "API_TOGETHER_HOST";
+pub(super) const PORTS: [&str; 2] = ["API_TOGETHER_PORT", "PORT"];
+
+/// Flags of the command line that stand for variables, and win over them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Flags {
+    /// `--host`.
+    pub host: Option<String>,
+    /// `--port`.
+    pub port: Option<u16>,
+}
+
 /// Variables by name. The first source that has a value wins; an empty value counts as none.
 #[derive(Clone, Default)]
 pub struct Environment {
@@ -26,12 +39,17 @@ struct Variable {
 }
 
 impl Environment {
-    /// The process environment, then `.env` in the working directory, then `.env` beside the
+    /// The flags, then the process environment, then `.env` in the working directory, then `.env` beside the
     /// configuration file. The process environment itself is never changed.
-    pub fn from_process(config_path: &Path) -> Self {
+    pub fn from_process(config_path: &Path, flags: &Flags) -> Self {
         let process =
             std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-        Self::layered(process, &Self::files(config_path))
+        let mut environment = Self::default();
+        let [port, ..] = PORTS;
+        environment.add(HOST.to_owned(), flags.host.clone().unwrap_or_default(), "--host");
+        environment.add(port.to_owned(), flags.port.map(|port| port.to_string()).unwrap_or_default(), "--port");
+        environment.add_all(process, &Self::files(config_path));
+        environment
     }
 
     /// The `.env` files that are read for a configuration file, whether they are there or not.
@@ -50,13 +68,17 @@ impl Environment {
 
     fn layered(process: impl Iterator<Item = (String, String)>, files: &[PathBuf]) -> Self {
         let mut environment = Self::default();
+        environment.add_all(process, files);
+        environment
+    }
+
+    fn add_all(&mut self, process: impl Iterator<Item = (String, String)>, files: &[PathBuf]) {
         for (name, value) in process {
-            environment.add(name, value, "the environment");
+            self.add(name, value, "the environment");
         }
         for file in files {
-            environment.add_file(file);
+            self.add_file(file);
         }
-        environment
     }
 
     fn add(&mut self, name: String, value: String, source: &str) {
@@ -252,10 +274,26 @@ mod tests {
     fn the_env_file_beside_the_configuration_is_read_and_the_process_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(".env"), "CFG_ONLY_IN_THE_FILE=yes\n").unwrap();
-        let environment = Environment::from_process(&folder.path().join("apis.json"));
+        let environment = Environment::from_process(&folder.path().join("apis.json"), &Flags::default());
         assert_eq!(environment.value("CFG_ONLY_IN_THE_FILE"), Some("yes"));
         assert!(std::env::var_os("CFG_ONLY_IN_THE_FILE").is_none());
         assert_eq!(environment.source("PATH"), Some("the environment"));
+    }
+
+    #[test]
+    fn a_flag_wins_over_every_variable() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(".env"), "API_TOGETHER_PORT=1\nAPI_TOGETHER_HOST=10.0.0.1\n").unwrap();
+        let config = folder.path().join("apis.json");
+        let of = |flags: Flags| {
+            let environment = Environment::from_process(&config, &flags);
+            let value = |name: &str| environment.value(name).map(str::to_owned);
+            (value("API_TOGETHER_HOST").unwrap(), value("API_TOGETHER_PORT").unwrap())
+        };
+        assert_eq!(of(Flags::default()), ("10.0.0.1".into(), "1".into()));
+        let flags = Flags { host: Some("::1".into()), port: Some(2) };
+        assert_eq!(of(flags.clone()), ("::1".into(), "2".into()));
+        assert_eq!(Environment::from_process(&config, &flags).source("API_TOGETHER_PORT"), Some("--port"));
     }
 
     #[test]

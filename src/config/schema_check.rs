@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::Format;
 use super::environment::Environment;
 use super::file::ConfigFile;
+use super::foreign::Foreign;
 use super::problem::{Problem, ProblemKind, Report, join};
 use super::schema::{bound, expected, is_secret, map_values, properties, schema};
 
@@ -23,6 +24,11 @@ pub(super) fn read(text: &str, format: Format, environment: &Environment, report
     let Some(mut value) = parse(text, format, report) else {
         return ConfigFile::default();
     };
+    if let Some(foreign) = Foreign::recognise(&value) {
+        let (what, way_out) = foreign.told();
+        report.add_broken(Problem::error("", what).hint(way_out));
+        return ConfigFile::default();
+    }
     let mut shape = SchemaCheck { environment, report };
     if !shape.keep(&mut value, &schema(), "") {
         return ConfigFile::default();
@@ -312,7 +318,8 @@ fn unknown_key(key: &str, schema: &Value, place: String) -> Problem {
     Problem::new(ProblemKind::UnknownKey, place, "unknown key, ignored").hint(hint)
 }
 
-fn likeliest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+/// Returns the known word that a mistyped one is most like, if any is like it.
+pub(crate) fn likeliest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     known
         .iter()
         .map(|known| (strsim::jaro_winkler(&folded(known), &folded(word)), *known))

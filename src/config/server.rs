@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::checked::Check;
 use super::cidr::Cidr;
 use super::connections::{ConnectionLimits, connections};
+use super::environment::{self, Environment};
 use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
 use super::header_pattern::HeaderPattern;
 use super::key_strength::warn_of_a_weak_key;
@@ -255,7 +256,9 @@ fn memory_bytes_max(typed: Option<u64>, body_bytes_max: u32, check: &mut Check<'
 }
 
 fn host(typed: Option<&str>, check: &mut Check<'_>) -> Option<IpAddr> {
-    let typed = typed.unwrap_or(file::HOST_DEFAULT).trim();
+    let variable = check.environment.value(environment::HOST);
+    let source = variable.and_then(|_| named(environment::HOST, check.environment));
+    let typed = variable.or(typed).unwrap_or(file::HOST_DEFAULT).trim();
     if typed.eq_ignore_ascii_case("localhost") {
         return Some(Ipv4Addr::LOCALHOST.into());
     }
@@ -264,7 +267,10 @@ fn host(typed: Option<&str>, check: &mut Check<'_>) -> Option<IpAddr> {
     if host.is_none() {
         check.report.error(
             "server.host",
-            format!("{typed:?} is not an IP address"),
+            match source {
+                Some(source) => format!("{source} is {typed:?}, not an IP address"),
+                None => format!("{typed:?} is not an IP address"),
+            },
             "use 0.0.0.0 for every address of this machine, 127.0.0.1 for this machine only",
         );
     }
@@ -272,19 +278,26 @@ fn host(typed: Option<&str>, check: &mut Check<'_>) -> Option<IpAddr> {
 }
 
 fn port(typed: Option<u16>, check: &mut Check<'_>) -> Option<u16> {
-    let Some(text) = check.environment.value("PORT") else {
+    let variable = environment::PORTS.iter().find_map(|name| Some((*name, check.environment.value(name)?)));
+    let Some((name, text)) = variable else {
         return Some(typed.unwrap_or(file::PORT_DEFAULT));
     };
     let port = text.trim().parse().ok();
     if port.is_none() {
-        let source = check.environment.source("PORT").unwrap_or_default();
+        let source = named(name, check.environment).unwrap_or_default();
         check.report.error(
             "server.port",
-            format!("PORT from {source} is {text:?}, not a port from 0 to 65535"),
-            "PORT wins over server.port; correct it or unset it",
+            format!("{source} is {text:?}, not a port from 0 to 65535"),
+            &format!("{name} wins over server.port; correct it or unset it"),
         );
     }
     port
+}
+
+/// A variable with its source, or the flag that stands for it.
+fn named(variable: &str, environment: &Environment) -> Option<String> {
+    let source = environment.source(variable)?;
+    Some(if source.starts_with("--") { source.to_owned() } else { format!("{variable} from {source}") })
 }
 
 fn server_tls(typed: &ServerTlsFile, check: &mut Check<'_>) -> Option<ServerTls> {

@@ -330,12 +330,12 @@ mod variables {
         let env_file = folder.path().join(".env");
         std::fs::write(&path, minimal().to_string()).unwrap();
         std::fs::write(&env_file, "PORT=abc\nnot a line\n").unwrap();
-        let problems = load(&path, &Environment::from_process(&path)).unwrap_err();
+        let problems = load(&path, &Environment::from_process(&path, &Flags::default())).unwrap_err();
         let told = problems.to_string();
         assert!(told.contains(&format!("PORT from {} is \"abc\"", env_file.display())), "{told}");
         assert!(told.contains(&format!("{}: line 2 is not", env_file.display())), "{told}");
         std::fs::write(&env_file, "PORT=5001\nnot a line\n").unwrap();
-        let loaded = load(&path, &Environment::from_process(&path)).unwrap();
+        let loaded = load(&path, &Environment::from_process(&path, &Flags::default())).unwrap();
         assert_eq!((loaded.config.server.port, loaded.warnings.len()), (5001, 1));
     }
 }

@@ -6,6 +6,7 @@ mod drain;
 mod guard;
 pub mod handover;
 mod listen;
+mod pingora_conf;
 mod reload;
 pub mod runtime_folder;
 mod services;
@@ -14,7 +15,7 @@ mod systemd;
 use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -22,14 +23,14 @@ use arc_swap::ArcSwap;
 use pingora::apps::HttpServerOptions;
 use pingora::apps::http_app::HttpServer;
 use pingora::protocols::http::v2::server::{H2Options, default_h2_options};
-use pingora::server::configuration::{Opt, ServerConf};
+use pingora::server::configuration::Opt;
 use pingora::server::{RunArgs, Server};
 use pingora::services::background::background_service;
 use pingora::services::listening::Service;
 use pingora_proxy::http_proxy;
 
 use crate::billing::estimate::Estimator;
-use crate::config::{self, Config};
+use crate::config::{self, Config, Flags};
 use crate::ledger::Keeper;
 use crate::process::{ConfigState, Draining, OpenRequests, Process};
 use crate::proxy::Gateway;
@@ -40,26 +41,17 @@ use crate::routing::pool::Pool;
 use crate::server::control::Control;
 use crate::server::handover::{Successor, do_without_a_predecessor, take_callers_over};
 use crate::server::reload::{Reloader, hear_hangups};
-use crate::server::runtime_folder::make_private;
 use drain::{Drain, FinalWrites};
 use guard::Guard;
 use listen::Listening;
 pub use listen::callable;
 use services::{Announce, MetricsService, Resolve, StartThreads, Sweep};
 
-/// Pingora has one limit of tries for all requests. Ours are bounded request by request, so this only has to be larger than any
-/// of those: a hundred attempts, each at sixteen addresses, repeated twice, and once without `stream_options`.
-const PINGORA_TRIES_MAX: usize = 100 * (16 + 2 + 1);
-/// Idle connections to endpoints that each thread keeps, unless the server conf says otherwise: after many streams at once, the
-/// next ones should find connections.
-const IDLE_CONNECTIONS_MAX: usize = 1024;
 /// Flow-control window of an HTTP/2 stream. Over a distance, each of these takes a round trip: HTTP's own 64 KiB made
 /// 20 MB over 50 ms take 18 s.
 const HTTP2_STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 /// Flow-control window of an HTTP/2 connection, which bounds the memory of one that is read too slowly.
 const HTTP2_CONNECTION_WINDOW_BYTES: u32 = 2 * HTTP2_STREAM_WINDOW_BYTES;
-/// A stopping process waits this long for its open requests, unless the server conf says otherwise.
-const GRACE_PERIOD_SECONDS: u64 = 600;
 
 /// Options of the process, beside its config.
 #[derive(Clone, Debug, Default)]
@@ -74,6 +66,8 @@ pub struct RunOptions {
     pub server_conf: Option<PathBuf>,
     /// The config file, if it is to be read again when it changes.
     pub config_file: Option<PathBuf>,
+    /// Flags that win over the config file.
+    pub flags: Flags,
     /// Folder that the process was started in: a daemon is in another one.
     pub start_folder: PathBuf,
     /// Arguments of a successor of this process, if there may be one.
@@ -125,7 +119,7 @@ impl fmt::Debug for Prepared {
 impl Prepared {
     /// Sets everything up. Nothing serves yet, but whatever can be wrong has been found.
     pub fn new(config: Config, options: &RunOptions) -> Result<Self, StartError> {
-        let conf = server_conf(&config, options)?;
+        let conf = pingora_conf::for_process(&config, options)?;
         let listening = Listening::new(&config.server, options)?;
         let ledger = Arc::new(Keeper::new(&config.server));
         if options.test {
@@ -210,10 +204,10 @@ impl Prepared {
         let metrics_listen = started.metrics_listen;
         if let Some(path) = options.config_file.clone() {
             let (pool, state) = (Arc::clone(&process.pool), process.config.clone());
-            let certificate = listening.certificate.clone();
+            let (flags, certificate) = (options.flags.clone(), listening.certificate.clone());
             let (reload, reloads) = control::reloads();
             let reloader =
-                Reloader { path, pool, started, certificate, state, hung_up: hear_hangups(), asked: reloads };
+                Reloader { path, flags, pool, started, certificate, state, hung_up: hear_hangups(), asked: reloads };
             server.add_service(background_service("reload", reloader));
             if options.arguments.is_some() {
                 let control = Control { runtime_folder: options.runtime_folder.clone(), reload };
@@ -263,54 +257,6 @@ impl Prepared {
         writes.close();
         log::logger().flush();
     }
-}
-
-/// Pingora's own settings: its conf file, with what we need of it.
-fn server_conf(config: &Config, options: &RunOptions) -> Result<ServerConf, StartError> {
-    let mut conf = match &options.server_conf {
-        Some(path) => read_server_conf(path)?,
-        None => ServerConf::default(),
-    };
-    let defaults = ServerConf::default();
-    let folder = &options.runtime_folder;
-    let private = |name: &str| folder.join(name).to_string_lossy().into_owned();
-    // Pingora's defaults lie in the folder for temporary files, where anybody could put something in their place.
-    if conf.upgrade_sock == defaults.upgrade_sock {
-        conf.upgrade_sock = private("upgrade.sock");
-    }
-    if conf.pid_file == defaults.pid_file {
-        conf.pid_file = private("api-together.pid");
-    }
-    let is_needed = options.upgrade || options.daemon;
-    // A test makes nothing.
-    if !options.test
-        && (is_needed || options.arguments.is_some())
-        && let Err(error) = make_private(folder)
-    {
-        let problem = format!("{}: {error}; upgrades need a folder of their own", folder.display());
-        if is_needed {
-            return Err(StartError(problem));
-        }
-        log::warn!("{problem}");
-    }
-    conf.grace_period_seconds.get_or_insert(GRACE_PERIOD_SECONDS);
-    if options.daemon && conf.working_directory.is_none() {
-        // A relative path, as that of `.env`, means the same in the background.
-        conf.working_directory = Some(options.start_folder.clone());
-    }
-    if conf.upstream_keepalive_pool_size == defaults.upstream_keepalive_pool_size {
-        conf.upstream_keepalive_pool_size = IDLE_CONNECTIONS_MAX;
-    }
-    conf.threads = config.server.threads;
-    conf.max_retries = PINGORA_TRIES_MAX;
-    Ok(conf)
-}
-
-fn read_server_conf(path: &Path) -> Result<ServerConf, StartError> {
-    let fail = |why: String| StartError(format!("{}: {why}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
-    let conf: ServerConf = serde_yaml::from_str(&text).map_err(|error| fail(error.to_string()))?;
-    conf.validate().map_err(|error| fail(error.to_string()))
 }
 
 fn http2_options(server: &config::Server) -> H2Options {

@@ -13,7 +13,7 @@ use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::config::{self, Config, Environment, Loaded, Server, Watch, changes, needs_upgrade};
+use crate::config::{self, Config, Environment, Flags, Loaded, Server, Watch, changes, needs_upgrade};
 use crate::process::{Applied, ConfigState};
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
@@ -25,6 +25,8 @@ use crate::telemetry::logger;
 pub(super) struct Reloader {
     /// The config file.
     pub path: PathBuf,
+    /// Flags that win over it.
+    pub flags: Flags,
     /// Pool that a good config replaces.
     pub pool: Arc<ArcSwap<Pool>>,
     /// The server's part as the process was started with, some of which stays.
@@ -116,7 +118,7 @@ impl Reloader {
             Err(error) if self.path.exists() => return Err(self.refuse(&format!("it cannot be read again: {error}"))),
             _ => {}
         }
-        let loaded = match config::load(&self.path, &Environment::from_process(&self.path)) {
+        let loaded = match config::load(&self.path, &Environment::from_process(&self.path, &self.flags)) {
             Ok(loaded) => loaded,
             Err(problems) => return Err(self.refuse(&problems.to_string())),
         };

@@ -17,6 +17,7 @@ mod body;
 mod by_model;
 mod chaos;
 mod cli;
+mod commands;
 mod connections;
 mod crash;
 mod headers;

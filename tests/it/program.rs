@@ -15,7 +15,8 @@ use crate::harness::until;
 pub(crate) fn program(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_api-together"));
     command.current_dir(folder).stdin(Stdio::null());
-    for name in ["PORT", "RUST_LOG", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"] {
+    let ours = ["API_TOGETHER_CONFIG", "API_TOGETHER_HOST", "API_TOGETHER_PORT"];
+    for name in ["PORT", "RUST_LOG", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"].into_iter().chain(ours) {
         command.env_remove(name);
     }
     command
