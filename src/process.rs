@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 
@@ -30,6 +31,8 @@ pub struct Process {
     pub memory: Memory,
     /// The connections of clients.
     pub connections: Connections,
+    /// When it was started.
+    pub started_at: SystemTime,
 }
 
 /// All the requests that are open, for the drain and the status page.

@@ -3,7 +3,7 @@
 mod health;
 pub(crate) mod metrics;
 mod models;
-mod status;
+pub(crate) mod status;
 mod tokens;
 
 use std::time::Duration;

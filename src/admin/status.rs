@@ -1,6 +1,6 @@
 //! `GET /v1/status`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
@@ -19,8 +19,9 @@ use crate::routing::usage_injection::UsageInjection;
 
 pub(super) const SERVICE: &str = "api-together";
 
-pub(super) async fn status(from: Sources<'_>) -> String {
-    let Sources { pool, process: Process { open, ledger, estimator, config, .. } } = from;
+/// The status, as JSON.
+pub(crate) async fn status(from: Sources<'_>) -> String {
+    let Sources { pool, process: Process { open, ledger, estimator, config, started_at, .. } } = from;
     let views = Views::look(pool).await;
     let clock = pool.clock();
     let apis: Vec<Value> = pool.endpoints.iter().map(|endpoint| api(pool, endpoint, &views, &clock)).collect();
@@ -28,6 +29,7 @@ pub(super) async fn status(from: Sources<'_>) -> String {
         "service": SERVICE,
         "timestamp": iso(SystemTime::now()),
         "version": env!("CARGO_PKG_VERSION"),
+        "startedAt": iso(*started_at),
         "openRequests": open.count(),
         "strategy": pool.server.strategy,
         "config": config_state(config, pool),
@@ -119,6 +121,7 @@ fn api(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value 
         "modelLimits": model_limits(endpoint, views, clock),
         "timezone": limits.calendar.zone_name(),
         "baseUrl": config.base_url.to_string(),
+        "serves": config.models.iter().chain(config.model_mapping.keys()).collect::<BTreeSet<_>>(),
         "modelMapping": config.model_mapping,
         "weight": config.weight,
         "priority": config.priority,

@@ -5,6 +5,9 @@ mod check;
 mod demo;
 mod files;
 mod serve;
+mod status;
+mod stop;
+mod table;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -20,6 +23,7 @@ use crate::server::control;
 use crate::server::handover::{self, Starter};
 use files::ConfigFile;
 use serve::Run;
+use status::Output;
 
 const NAME: &str = "api-together";
 
@@ -63,6 +67,27 @@ enum Command {
     /// Have the running process read its config again, and say what came of it. If the config has an error, nothing changes and the
     /// exit code is 1.
     Reload,
+    /// Show the running process: its endpoints, how full their limits are, who cools down or rests and until when, the last errors.
+    Status {
+        /// Print what GET /v1/status answers.
+        #[arg(long)]
+        json: bool,
+        /// Show it again every two seconds.
+        #[arg(long)]
+        watch: bool,
+    },
+    /// List the model names that clients of the running process may ask for, and the endpoints that serve them.
+    Models {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop the running process, and wait until it has ended: it finishes the requests that are open.
+    Stop {
+        /// Cut open requests off. Counts are written all the same.
+        #[arg(long)]
+        now: bool,
+    },
     /// Start a successor of the running process, which asks for that itself.
     #[command(hide = true)]
     StartSuccessor {
@@ -119,7 +144,12 @@ impl Cli {
                 ExitCode::SUCCESS
             }
             Command::Upgrade => tell(handover::ask(&file(config).runtime_folders())),
-            Command::Reload => tell(control::ask(&file(config).runtime_folders(), control::Request::Reload)),
+            Command::Reload => tell(control::ask(&file(config).runtime_folders(), &control::Request::Reload)),
+            Command::Status { json, watch } => {
+                done(status::show(&file(config).runtime_folders(), Output::new(json), watch))
+            }
+            Command::Models { json } => done(status::show_models(&file(config).runtime_folders(), Output::new(json))),
+            Command::Stop { now } => done(stop::stop(&file(config).runtime_folders(), now)),
             Command::StartSuccessor { result, socket, command } => done(Starter { result, socket, command }.run()),
             Command::Completions { shell } => {
                 let mut text = Vec::new();

@@ -11,6 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
+use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -18,6 +19,8 @@ use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::runtime_folder::Found;
+use crate::admin::{self, Sources};
+use crate::process::Process;
 
 /// The socket in the runtime folder.
 const SOCKET: &str = "control.sock";
@@ -25,21 +28,30 @@ const SOCKET: &str = "control.sock";
 const CONNECTIONS_MAX: usize = 8;
 /// Longest request, in bytes.
 const REQUEST_BYTES_MAX: u64 = 4096;
-/// Longest reply, in bytes: all errors of a config file are in it.
-const REPLY_BYTES_MAX: u64 = 1024 * 1024;
+/// Longest reply, in bytes: the status of many endpoints with many models.
+const REPLY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Longest time for a request to come, and for a reply to be taken.
 const TRANSFER_MAX: Duration = Duration::from_secs(10);
 /// Longest time that a command waits for its reply.
 const REPLY_MAX: Duration = Duration::from_mins(1);
+/// Pause after the first signal to end, before the one that means at once: the process must have taken note of the first.
+const SECOND_SIGNAL_AFTER: Duration = Duration::from_millis(500);
 /// Pause after the socket failed, as it does while no descriptor is free.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// What a command asks for: one line of JSON.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "camelCase")]
 pub enum Request {
     /// Read the config again.
     Reload,
+    /// Say what `GET /v1/status` says.
+    Status,
+    /// End.
+    Stop {
+        /// Cut open requests off.
+        now: bool,
+    },
 }
 
 /// The answer: one line of JSON.
@@ -83,7 +95,14 @@ impl Reloads {
 #[derive(Debug)]
 pub(super) struct Control {
     pub(super) runtime_folder: PathBuf,
+    pub(super) commands: Commands,
+}
+
+/// What commands reach in the process. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Commands {
     pub(super) reload: mpsc::Sender<Asked>,
+    pub(super) process: Process,
 }
 
 #[async_trait]
@@ -109,10 +128,10 @@ impl BackgroundService for Control {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    let reload = self.reload.clone();
+                    let commands = self.commands.clone();
                     tokio::spawn(async move {
                         // The one that asked may have gone.
-                        serve(stream, &reload).await.unwrap_or_default();
+                        serve(stream, &commands).await.unwrap_or_default();
                         drop(place);
                     });
                 }
@@ -135,13 +154,13 @@ fn listen(path: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-async fn serve(mut stream: UnixStream, reload: &mpsc::Sender<Asked>) -> std::io::Result<()> {
+async fn serve(mut stream: UnixStream, commands: &Commands) -> std::io::Result<()> {
     let mut line = String::new();
     let (reading, mut writing) = stream.split();
     let mut reading = tokio::io::BufReader::new(reading.take(REQUEST_BYTES_MAX));
     timeout(TRANSFER_MAX, reading.read_line(&mut line)).await??;
     let done = match serde_json::from_str(&line) {
-        Ok(Request::Reload) => ask_to_reload(reload).await,
+        Ok(request) => commands.answer(request).await,
         Err(error) => Err(format!("the running process does not know this command: {error}")),
     };
     let mut reply = serde_json::to_vec(&Reply::from(done))?;
@@ -149,16 +168,56 @@ async fn serve(mut stream: UnixStream, reload: &mpsc::Sender<Asked>) -> std::io:
     timeout(TRANSFER_MAX, writing.write_all(&reply)).await?
 }
 
-async fn ask_to_reload(reload: &mpsc::Sender<Asked>) -> Result<String, String> {
-    let (tell, told) = oneshot::channel();
-    let gone = || "the process is on its way out".to_owned();
-    reload.send(tell).await.map_err(|_| gone())?;
-    told.await.unwrap_or_else(|_| Err(gone()))
+impl Commands {
+    async fn answer(&self, request: Request) -> Result<String, String> {
+        match request {
+            Request::Reload => self.reload().await,
+            Request::Status => Ok(self.status().await),
+            Request::Stop { now } => Ok(self.stop(now)),
+        }
+    }
+
+    async fn reload(&self) -> Result<String, String> {
+        let (tell, told) = oneshot::channel();
+        let gone = || "the process is on its way out".to_owned();
+        self.reload.send(tell).await.map_err(|_| gone())?;
+        told.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    async fn status(&self) -> String {
+        let pool = self.process.pool.load_full();
+        admin::status::status(Sources { pool: &pool, process: &self.process }).await
+    }
+
+    /// Does what a signal to end does: Pingora hears of nothing else.
+    fn stop(&self, now: bool) -> String {
+        let open = self.process.open.count();
+        tokio::spawn(async move {
+            // So that the reply is out first.
+            tokio::time::sleep(PAUSE).await;
+            for _ in 0..=u8::from(now) {
+                if let Err(error) = kill_process(getpid(), Signal::TERM) {
+                    log::error!("this process cannot signal itself: {error}");
+                }
+                tokio::time::sleep(SECOND_SIGNAL_AFTER).await;
+            }
+        });
+        match (open, now) {
+            (0, _) => "stopping".to_owned(),
+            (1, false) => "stopping; waiting for the end of one open request".to_owned(),
+            (open, false) => format!("stopping; waiting for the end of {open} open requests"),
+            (open, true) => format!("stopping at once; open requests, of which there are {open}, are cut off"),
+        }
+    }
 }
 
 /// Asks the process that runs from the first of these folders from which one does, and returns what it says.
-pub fn ask(folders: &[PathBuf], request: Request) -> Result<String, String> {
-    let found = Found::in_one_of(folders)?;
+pub fn ask(folders: &[PathBuf], request: &Request) -> Result<String, String> {
+    ask_found(&Found::in_one_of(folders)?, request)
+}
+
+/// Asks this process.
+pub fn ask_found(found: &Found<'_>, request: &Request) -> Result<String, String> {
     let path = found.folder.join(SOCKET);
     let fail = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::PermissionDenied => {
@@ -177,7 +236,7 @@ pub fn ask(folders: &[PathBuf], request: Request) -> Result<String, String> {
         .set_read_timeout(Some(REPLY_MAX))
         .and_then(|()| stream.set_write_timeout(Some(TRANSFER_MAX)))
         .map_err(fail)?;
-    let mut line = serde_json::to_vec(&request).map_err(|error| error.to_string())?;
+    let mut line = serde_json::to_vec(request).map_err(|error| error.to_string())?;
     line.push(b'\n');
     stream.write_all(&line).map_err(fail)?;
     let mut reply = String::new();

@@ -18,6 +18,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use pingora::apps::HttpServerOptions;
@@ -38,7 +39,7 @@ use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
 use crate::routing::pool::Pool;
-use crate::server::control::Control;
+use crate::server::control::{Commands, Control};
 use crate::server::handover::{Successor, do_without_a_predecessor, take_callers_over};
 use crate::server::reload::{Reloader, hear_hangups};
 use drain::{Drain, FinalWrites};
@@ -137,6 +138,7 @@ impl Prepared {
             config: ConfigState::default(),
             memory: Memory::new(started.memory_bytes_max),
             connections: Connections::new(started.memory_bytes_max),
+            started_at: SystemTime::now(),
         };
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let prepared = Self {
@@ -210,7 +212,8 @@ impl Prepared {
                 Reloader { path, flags, pool, started, certificate, state, hung_up: hear_hangups(), asked: reloads };
             server.add_service(background_service("reload", reloader));
             if options.arguments.is_some() {
-                let control = Control { runtime_folder: options.runtime_folder.clone(), reload };
+                let commands = Commands { reload, process: process.clone() };
+                let control = Control { runtime_folder: options.runtime_folder.clone(), commands };
                 server.add_service(background_service("control", control));
             }
         }
