@@ -8,6 +8,7 @@ mod serve;
 mod status;
 mod stop;
 mod table;
+mod test;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -67,6 +68,15 @@ enum Command {
     /// Have the running process read its config again, and say what came of it. If the config has an error, nothing changes and the
     /// exit code is 1.
     Reload,
+    /// Ask endpoints step by step: name, connection, TLS, key, list of models, one token of one model. Says which step failed and
+    /// what to do. Costs a permit of each endpoint, and what the vendor charges for a token. Exit code 1 if an endpoint fails.
+    Test {
+        /// The endpoint's id [default: all that are switched on].
+        endpoint: Option<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Show the running process: its endpoints, how full their limits are, who cools down or rests and until when, the last errors.
     Status {
         /// Print what GET /v1/status answers.
@@ -145,6 +155,7 @@ impl Cli {
             }
             Command::Upgrade => tell(handover::ask(&file(config).runtime_folders())),
             Command::Reload => tell(control::ask(&file(config).runtime_folders(), &control::Request::Reload)),
+            Command::Test { endpoint, json } => test::test(&file(config), endpoint, Output::new(json)),
             Command::Status { json, watch } => {
                 done(status::show(&file(config).runtime_folders(), Output::new(json), watch))
             }

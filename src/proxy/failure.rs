@@ -17,6 +17,7 @@ use crate::limit::Clock;
 use crate::request::connections::OnConnection;
 use crate::routing::balance;
 use crate::routing::retry::{self, Outcome};
+use crate::upstream::ConnectError;
 
 /// Number of times that another endpoint takes over from an answer that was merely empty: it may be what the request gets.
 pub(super) const EMPTIES_MAX: u32 = 2;
@@ -136,7 +137,8 @@ pub(super) fn fail_to_connect(context: &mut Context, peer: &HttpPeer, error: &Er
         return false;
     };
     let (id, address) = (&endpoint.config.id, &peer._address);
-    log::warn!("endpoint {id}: no connection to {} ({address}): {error}", endpoint.upstream.name());
+    let why = ConnectError::explain(error);
+    log::warn!("endpoint {id}: no connection to {} ({address}): {why}", endpoint.upstream.name());
     context.tries.addresses_failed += 1;
     let follow = if context.tries.addresses_failed < endpoint.upstream.addresses_known() {
         Follow::NextAddress

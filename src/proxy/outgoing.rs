@@ -188,24 +188,8 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
     let taken = mem::replace(request, RequestHeader::build_no_case(Method::GET, b"/", Some(0))?);
     // The session of a request that switches protocols is not wrapped, so nothing has been left out yet.
     let whole = if ask.switches_protocol { forwarded(&taken, ask, context.arrival.own.id.as_ref()) } else { taken };
-    let mut parts: Parts = whole.into();
-    let path = rewrite::path_and_query(&endpoint.config.base_url.path, ask.target.as_str());
-    if parts.uri != *path {
-        parts.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
-    }
-    parts.headers.insert(header::HOST, endpoint.upstream.authority.clone());
-    parts.headers.insert(header::AUTHORIZATION, endpoint.upstream.authorization.clone());
-    for (name, value) in &endpoint.config.headers {
-        parts.headers.insert(name.clone(), value.clone());
-    }
-    let forward = endpoint.upstream.forward(ask.switches_protocol);
-    if let Some(login) = forward.and_then(|forward| forward.login.as_ref()) {
-        parts.headers.insert(header::PROXY_AUTHORIZATION, login.clone());
-    }
-    *request = parts.into();
-    if let Some(forward) = forward {
-        request.set_raw_path(&forward.target(&path))?;
-    }
+    let parts: Parts = whole.into();
+    *request = endpoint.upstream.dress(parts, &endpoint.config, ask.target.as_str(), ask.switches_protocol)?;
     Ok(())
 }
 

@@ -7,6 +7,6 @@ pub(crate) mod event_template;
 pub mod redact;
 pub mod relay;
 pub mod sse;
-mod vendor_error;
+pub(crate) mod vendor_error;
 mod vendors;
 pub(crate) mod wait;

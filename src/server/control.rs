@@ -18,6 +18,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::endpoint_test;
 use super::runtime_folder::Found;
 use crate::admin::{self, Sources};
 use crate::process::Process;
@@ -34,6 +35,8 @@ const REPLY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 const TRANSFER_MAX: Duration = Duration::from_secs(10);
 /// Longest time that a command waits for its reply.
 const REPLY_MAX: Duration = Duration::from_mins(1);
+/// The same for a test of many endpoints, some of which do not answer.
+const TESTS_MAX: Duration = Duration::from_mins(30);
 /// Pause after the first signal to end, before the one that means at once: the process must have taken note of the first.
 const SECOND_SIGNAL_AFTER: Duration = Duration::from_millis(500);
 /// Pause after the socket failed, as it does while no descriptor is free.
@@ -47,11 +50,25 @@ pub enum Request {
     Reload,
     /// Say what `GET /v1/status` says.
     Status,
+    /// Test an endpoint, or all that are switched on; the answer is a list of [`Tested`](endpoint_test::Tested).
+    Test {
+        /// Its id.
+        endpoint: Option<String>,
+    },
     /// End.
     Stop {
         /// Cut open requests off.
         now: bool,
     },
+}
+
+impl Request {
+    fn reply_max(&self) -> Duration {
+        match self {
+            Self::Test { .. } => TESTS_MAX,
+            Self::Reload | Self::Status | Self::Stop { .. } => REPLY_MAX,
+        }
+    }
 }
 
 /// The answer: one line of JSON.
@@ -173,6 +190,7 @@ impl Commands {
         match request {
             Request::Reload => self.reload().await,
             Request::Status => Ok(self.status().await),
+            Request::Test { endpoint } => self.test(endpoint.as_deref()).await,
             Request::Stop { now } => Ok(self.stop(now)),
         }
     }
@@ -187,6 +205,11 @@ impl Commands {
     async fn status(&self) -> String {
         let pool = self.process.pool.load_full();
         admin::status::status(Sources { pool: &pool, process: &self.process }).await
+    }
+
+    async fn test(&self, endpoint: Option<&str>) -> Result<String, String> {
+        let tested = endpoint_test::of_pool(&self.process.pool.load_full(), endpoint, true).await?;
+        serde_json::to_string(&tested).map_err(|error| error.to_string())
     }
 
     /// Does what a signal to end does: Pingora hears of nothing else.
@@ -233,7 +256,7 @@ pub fn ask_found(found: &Found<'_>, request: &Request) -> Result<String, String>
     };
     let mut stream = BlockingStream::connect(&path).map_err(fail)?;
     stream
-        .set_read_timeout(Some(REPLY_MAX))
+        .set_read_timeout(Some(request.reply_max()))
         .and_then(|()| stream.set_write_timeout(Some(TRANSFER_MAX)))
         .map_err(fail)?;
     let mut line = serde_json::to_vec(request).map_err(|error| error.to_string())?;

@@ -3,6 +3,7 @@
 mod certificate;
 pub mod control;
 mod drain;
+pub mod endpoint_test;
 mod guard;
 pub mod handover;
 mod listen;

@@ -2,6 +2,7 @@
 //!
 //! Names are resolved here and never by Pingora, whose own look-up blocks the worker and panics when it fails.
 
+mod connect_error;
 pub(crate) mod cork;
 mod forward;
 mod tunnel;
@@ -14,18 +15,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use http::HeaderValue;
+use http::request::Parts;
+use http::{HeaderValue, header};
+use pingora::http::RequestHeader;
 use pingora::protocols::tls::CaType;
 use pingora::protocols::{ALPN, TcpKeepalive};
 use pingora::tls::{CertificateDer, RootCertStore};
 use pingora::upstreams::peer::HttpPeer;
 use pingora::utils::tls::{WrappedX509, parse_x509};
+use pingora::{Error, ErrorType};
 use rustls_pki_types::pem::PemObject;
 
 use crate::config;
 use crate::request::rewrite;
 use crate::upstream::forward::Forward;
 use crate::upstream::tunnel::Tunnel;
+pub(crate) use connect_error::{ConnectError, ConnectStage};
 
 /// Interval of name look-ups.
 pub(crate) const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -106,7 +111,7 @@ impl Upstream {
 
     /// Looks the name up again. The last good answer stays if that fails.
     pub async fn resolve(&self) -> io::Result<Arc<Vec<SocketAddr>>> {
-        if self.host.parse::<IpAddr>().is_ok() {
+        if !self.has_name() {
             return self.resolved.load_full().ok_or_else(|| io::Error::other("address lost"));
         }
         let lookup = tokio::net::lookup_host((self.host.as_str(), self.port));
@@ -127,10 +132,43 @@ impl Upstream {
         &self.name
     }
 
+    /// True if what is connected to is a name, which has to be looked up.
+    pub fn has_name(&self) -> bool {
+        self.host.parse::<IpAddr>().is_err()
+    }
+
     /// How a proxy is asked to send a request on, if one is.
     pub fn forward(&self, switches_protocol: bool) -> Option<&Forward> {
         // A proxy is asked for a tunnel where what follows need not be HTTP, as by every browser.
         self.forward.as_ref().filter(|_| !switches_protocol)
+    }
+
+    /// Makes a request the endpoint's: its host, key and further headers, and the path as the endpoint has it.
+    pub fn dress(
+        &self,
+        mut request: Parts,
+        endpoint: &config::Endpoint,
+        target: &str,
+        switches_protocol: bool,
+    ) -> pingora::Result<RequestHeader> {
+        let path = rewrite::path_and_query(&endpoint.base_url.path, target);
+        if request.uri != *path {
+            request.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
+        }
+        request.headers.insert(header::HOST, self.authority.clone());
+        request.headers.insert(header::AUTHORIZATION, self.authorization.clone());
+        for (name, value) in &endpoint.headers {
+            request.headers.insert(name.clone(), value.clone());
+        }
+        let forward = self.forward(switches_protocol);
+        if let Some(login) = forward.and_then(|forward| forward.login.as_ref()) {
+            request.headers.insert(header::PROXY_AUTHORIZATION, login.clone());
+        }
+        let mut header: RequestHeader = request.into();
+        if let Some(forward) = forward {
+            header.set_raw_path(&forward.target(&path))?;
+        }
+        Ok(header)
     }
 
     /// Number of known addresses.

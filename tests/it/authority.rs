@@ -28,7 +28,12 @@ impl Authority {
     pub(crate) fn issue(&self, name: &str) -> (rcgen::Certificate, KeyPair) {
         let key = KeyPair::generate().unwrap();
         let params = CertificateParams::new([name.to_owned()]).unwrap();
-        (params.signed_by(&key, &self.0).unwrap(), key)
+        (self.sign(&params, &key), key)
+    }
+
+    /// A certificate of any kind, for a key.
+    pub(crate) fn sign(&self, params: &CertificateParams, key: &KeyPair) -> rcgen::Certificate {
+        params.signed_by(key, &self.0).unwrap()
     }
 }
 

@@ -19,7 +19,7 @@ async fn command(folder: &Path, arguments: &[&str]) -> (i32, String, String) {
     spawn_blocking(move || run(&folder, &arguments.iter().map(String::as_str).collect::<Vec<_>>())).await.unwrap()
 }
 
-async fn controlled(folder: &Path) {
+pub(crate) async fn controlled(folder: &Path) {
     let socket: PathBuf = folder.join("run/control.sock");
     until("it listens for commands", || socket.exists()).await;
 }

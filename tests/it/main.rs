@@ -41,6 +41,7 @@ mod silence;
 mod sim;
 mod strangers;
 mod streams;
+mod test_command;
 mod tls;
 mod tokens;
 mod upgrade;

@@ -1,0 +1,420 @@
+//! `api-together test`: asks an endpoint step by step, on the way that requests take, until one step fails.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, header};
+use pingora::connectors::http::Connector;
+use pingora::protocols::http::client::HttpSession;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::config::{Config, Trouble};
+use crate::fault::excerpt;
+use crate::ledger::{AccountSet, Drawn, Keeper, Otherwise, Permit, Spent, Wanted};
+use crate::limit::Stamp;
+use crate::response::classify;
+use crate::response::decode::{Decoder, Encoding};
+use crate::response::redact::Redactor;
+use crate::response::vendor_error::VendorError;
+use crate::routing::pool::{Endpoint, Pool};
+use crate::routing::router::ModelName;
+use crate::upstream::{ConnectError, ConnectStage};
+use crate::usage::{Cost, Reported, Speed, Tokens};
+
+/// Endpoints that are tested at once.
+const AT_ONCE: usize = 8;
+/// Longest time for one call to an endpoint, unless its timeouts are shorter.
+const CALL_MAX: Duration = Duration::from_mins(1);
+/// Longest answer that is read, in bytes: a list of some thousand models.
+const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Names of models that are missing at an endpoint, and shown.
+const SHOWN_MAX: usize = 5;
+
+/// What came of a test.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tested {
+    /// The endpoint's id.
+    pub endpoint: String,
+    /// Its base URL.
+    pub base_url: String,
+    /// Each step that was taken, the last of which may have failed.
+    pub steps: Vec<Step>,
+}
+
+/// One step of a test.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// Name.
+    pub name: String,
+    /// Result.
+    pub result: StepResult,
+    /// What was seen.
+    pub what: String,
+    /// The way out, if it failed.
+    pub way_out: String,
+}
+
+/// Result of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StepResult {
+    /// As it should be.
+    Ok,
+    /// It says nothing.
+    Unknown,
+    /// It failed.
+    Failed,
+}
+
+/// What failed, and the way out.
+type Why = (String, String);
+
+impl Tested {
+    /// True if every step went well.
+    pub fn is_well(&self) -> bool {
+        self.steps.iter().all(|step| step.result != StepResult::Failed)
+    }
+
+    fn note(&mut self, name: &str, result: StepResult, what: impl Into<String>, way_out: impl Into<String>) {
+        self.steps.push(Step { name: name.to_owned(), result, what: what.into(), way_out: way_out.into() });
+    }
+
+    fn failed(mut self, name: &str, why: Why) -> Self {
+        self.note(name, StepResult::Failed, why.0, why.1);
+        self
+    }
+}
+
+/// Tests an endpoint of the config, or all that are switched on. `counted`: each takes a permit.
+pub(super) async fn of_pool(pool: &Arc<Pool>, named: Option<&str>, counted: bool) -> Result<Vec<Tested>, String> {
+    let wanted = |endpoint: &&Arc<Endpoint>| match named {
+        Some(id) => endpoint.config.id.as_ref() == id,
+        None => endpoint.config.enabled,
+    };
+    let endpoints: Vec<_> = pool.endpoints.iter().filter(wanted).map(Arc::clone).collect();
+    if let (true, Some(id)) = (endpoints.is_empty(), named) {
+        let ids: Vec<_> = pool.endpoints.iter().map(|endpoint| endpoint.config.id.as_ref()).collect();
+        return Err(format!("no endpoint of the config has the id {id:?}; there are {}", ids.join(", ")));
+    }
+    let (places, mut tests) = (Arc::new(Semaphore::new(AT_ONCE)), JoinSet::new());
+    for (index, endpoint) in endpoints.into_iter().enumerate() {
+        let (pool, places) = (Arc::clone(pool), Arc::clone(&places));
+        tests.spawn(async move {
+            // Never closed.
+            let _place = places.acquire_owned().await;
+            (index, one(&pool, &endpoint, counted).await)
+        });
+    }
+    let mut tested = tests.join_all().await;
+    tested.sort_by_key(|(index, _)| *index);
+    Ok(tested.into_iter().map(|(_, tested)| tested).collect())
+}
+
+/// Tests the endpoints of a config with which no process runs. Without a ledger nothing is counted, so that none is made here, which
+/// might then belong to another user than the process's.
+pub fn of_config(config: Config, named: Option<&str>) -> Result<Vec<Tested>, String> {
+    let keeper = Keeper::new(&config.server);
+    let counted = config.server.ledger.exists();
+    if counted {
+        keeper.start().map_err(|error| format!("the ledger's thread cannot be started: {error}"))?;
+    }
+    let pool = Pool::new(config, keeper.client().clone(), None)
+        .map_err(|error| format!("an endpoint cannot be set up: {error}"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let tested = runtime.map_err(|error| error.to_string())?.block_on(of_pool(&Arc::new(pool), named, counted));
+    if counted {
+        keeper.close();
+    }
+    tested
+}
+
+async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
+    let base_url = endpoint.config.base_url.to_string();
+    let mut tested = Tested { endpoint: endpoint.config.id.to_string(), base_url, steps: Vec::new() };
+    let begun = Instant::now();
+    let address = match endpoint.upstream.resolve().await.map(|found| found.first().copied()) {
+        Ok(Some(address)) => address,
+        Ok(None) => return tested.failed("name", no_address("it has no address")),
+        Err(error) => return tested.failed("name", no_address(&error.to_string())),
+    };
+    if endpoint.upstream.has_name() {
+        tested.note("name", StepResult::Ok, format!("{} is {}", endpoint.upstream.name(), address.ip()), "");
+    }
+    let connector = Connector::new(None);
+    let mut call = Call { endpoint, address, connector: &connector };
+    if let Err(error) = call.connect().await {
+        let step = if error.stage == ConnectStage::Tls { "TLS" } else { "connect" };
+        if error.stage == ConnectStage::Tls {
+            tested.note("connect", StepResult::Ok, address.to_string(), "");
+        }
+        return tested.failed(step, (error.what, error.way_out.to_owned()));
+    }
+    let with_tls = if endpoint.config.base_url.tls { " with TLS" } else { "" };
+    tested.note("connect", StepResult::Ok, format!("{address}{with_tls}, {} ms", begun.elapsed().as_millis()), "");
+    let listed = match call.ask(&Method::GET, "/v1/models", None).await {
+        Ok(answer) => answer,
+        Err(why) => return tested.failed("models", why),
+    };
+    let Some(names) = models(&mut tested, endpoint, &listed) else { return tested };
+    let Some(model) = model_to_ask(endpoint, &names) else {
+        let what = "not asked: the config names no model, only patterns, and the endpoint lists none that fits";
+        tested.note("answer", StepResult::Unknown, what, "");
+        return tested;
+    };
+    match answer(&mut call, pool, &model, counted).await {
+        Ok(what) => tested.note("answer", StepResult::Ok, what, ""),
+        Err(why) => return tested.failed("answer", why),
+    }
+    tested
+}
+
+fn no_address(why: &str) -> Why {
+    (why.to_owned(), "is the host of baseUrl spelt right, and does this machine have a name server?".to_owned())
+}
+
+/// Takes in the list of models, which needs the key as well. None if it shows that the endpoint cannot be used.
+fn models(tested: &mut Tested, endpoint: &Endpoint, listed: &Answer) -> Option<BTreeSet<String>> {
+    let list = || Some(serde_json::from_slice::<Value>(&listed.body).ok()?.get("data")?.as_array()?.clone());
+    match (listed.status, list()) {
+        (200, Some(list)) => {
+            let id = |model: &Value| model.get("id").and_then(Value::as_str).map(str::to_owned);
+            let names: BTreeSet<String> = list.iter().filter_map(id).collect();
+            tested.note("key", StepResult::Ok, "accepted", "");
+            let exact = endpoint.config.sent_models().filter(|name| !name.ends_with('*'));
+            let missing: Vec<&str> = exact.filter(|name| !names.contains(*name)).collect();
+            let count = names.len();
+            if missing.is_empty() {
+                tested.note("models", StepResult::Ok, format!("{count} listed"), "");
+            } else {
+                let shown = missing.iter().take(SHOWN_MAX).copied().collect::<Vec<_>>().join(", ");
+                let what = format!("{count} listed, without {shown} ({} of the config's)", missing.len());
+                tested.note(
+                    "models",
+                    StepResult::Unknown,
+                    what,
+                    "some vendors do not list all; the answer below says more",
+                );
+            }
+            Some(names)
+        }
+        (status, _) => {
+            let (meaning, words) = listed.meaning(endpoint);
+            if meaning == Trouble::Key {
+                let what = format!("refused with {status}{words}");
+                tested.note("key", StepResult::Failed, what, way_out(meaning));
+                return None;
+            }
+            tested.note("models", StepResult::Unknown, format!("no list: {status}{words}"), "");
+            Some(BTreeSet::new())
+        }
+    }
+}
+
+/// The model that is asked: one that the config names, or else a listed one that fits a pattern.
+fn model_to_ask(endpoint: &Endpoint, listed: &BTreeSet<String>) -> Option<String> {
+    let config = &endpoint.config;
+    let exact = || config.sent_models().filter(|name| !name.ends_with('*'));
+    let fits = |name: &&String| {
+        let patterns = config.models.iter().filter_map(|pattern| pattern.strip_suffix('*'));
+        patterns.into_iter().any(|beginning| name.starts_with(beginning))
+    };
+    exact()
+        .find(|name| listed.contains(*name))
+        .or_else(|| exact().next())
+        .map(str::to_owned)
+        .or_else(|| listed.iter().filter(fits).max_by_key(|name| name.contains("chat")).cloned())
+}
+
+async fn draw(pool: &Pool, endpoint: &Endpoint, model: &str) -> Result<Permit, Why> {
+    let wanted = Wanted { accounts: Arc::clone(accounts(endpoint, model)), not_before: Stamp::default() };
+    match pool.ledger.draw(pool.ledger.ticket(), vec![wanted], Otherwise::LookElsewhere).await {
+        Drawn::Granted(_, permit) => Ok(permit),
+        Drawn::Refused(refusal) => {
+            let limit = refusal.held.first().map(|held| held.held.by.to_string()).unwrap_or_default();
+            let what = format!("not asked: the endpoint is full ({limit})");
+            Err((what, format!("try again in {} s", refusal.wait.as_secs_f64().ceil())))
+        }
+        Drawn::Unavailable => Err((
+            "not asked: the ledger cannot be used, so nothing can be counted".to_owned(),
+            "`api-together status` and the log say why".to_owned(),
+        )),
+    }
+}
+
+fn accounts<'a>(endpoint: &'a Endpoint, model: &str) -> &'a Arc<AccountSet> {
+    endpoint.accounts_of(ModelName { name: model, in_config: true })
+}
+
+/// Has the model answer with one token. Returns what was seen.
+async fn answer(call: &mut Call<'_>, pool: &Pool, model: &str, counted: bool) -> Result<String, Why> {
+    let chat = |limit: &str| {
+        let body = json!({ "model": model, "messages": [{ "role": "user", "content": "Hello" }], limit: 1 });
+        ("/v1/chat/completions", body)
+    };
+    let (path, body) = if model.contains("embed") {
+        ("/v1/embeddings", json!({ "model": model, "input": "Hello" }))
+    } else {
+        chat("max_tokens")
+    };
+    let mut begun = Instant::now();
+    let mut answer = counted_ask(call, pool, model, (path, &body), counted).await?;
+    if answer.status == 400 && answer.mentions(b"max_completion_tokens") {
+        // Models that reason know the bound by another name.
+        let (path, body) = chat("max_completion_tokens");
+        begun = Instant::now();
+        answer = counted_ask(call, pool, model, (path, &body), counted).await?;
+    }
+    let took = begun.elapsed().as_millis();
+    let error = serde_json::from_slice::<Value>(&answer.body).ok().map(|value| VendorError::in_answer(&value));
+    if answer.status == 200 && error == Some(None) {
+        let tokens = answer.tokens().map_or(0, |tokens| tokens.total);
+        let tokens = if tokens > 0 { format!(", {tokens} tokens") } else { String::new() };
+        return Ok(format!("{model}, {took} ms{tokens}"));
+    }
+    let (meaning, words) = answer.meaning(call.endpoint);
+    Err(match error {
+        None if answer.status == 200 => {
+            (format!("{model}: 200{words}, which is no answer"), "compare baseUrl with the vendor's page".to_owned())
+        }
+        _ => (format!("{model}: {}{words}", answer.status), way_out(meaning).to_owned()),
+    })
+}
+
+/// Asks with a permit, if they are counted, and bills the tokens that the answer reports.
+async fn counted_ask(
+    call: &mut Call<'_>,
+    pool: &Pool,
+    model: &str,
+    (path, body): (&str, &Value),
+    counted: bool,
+) -> Result<Answer, Why> {
+    let mut permit = if counted { Some(draw(pool, call.endpoint, model).await?) } else { None };
+    if let Some(permit) = &mut permit {
+        permit.spend();
+    }
+    let answer = call
+        .ask(&Method::POST, path, Some(body))
+        .await
+        .map_err(|(what, way_out)| (format!("{model}: {what}"), way_out))?;
+    if let (true, Some(tokens)) = (counted, answer.tokens()) {
+        let cost = Cost::exact(tokens, Speed::default());
+        let (zone, clock) = (&pool.server.timezone, pool.clock());
+        let spent = Spent::now(&call.endpoint.config.id, model, cost, zone, clock.wall);
+        pool.ledger.spend_tokens(accounts(call.endpoint, model), spent, clock.boot);
+    }
+    Ok(answer)
+}
+
+/// What to do about an error.
+fn way_out(trouble: Trouble) -> &'static str {
+    match trouble {
+        Trouble::Key => {
+            "compare apiKey with the vendor's page, and whether the account is paid up and may use this API"
+        }
+        Trouble::ModelLimit | Trouble::AccountLimit => "a limit of the vendor is reached; try again later",
+        Trouble::ModelFailure | Trouble::Endpoint => "the vendor has trouble; try again later",
+        Trouble::ModelMissing => "correct the name in models or modelMapping",
+        Trouble::CallMissing => "compare baseUrl with the vendor's page; most end in /v1",
+        Trouble::Request => {
+            "the request is a plain chat of one token; if others work, name another model first in models"
+        }
+    }
+}
+
+/// Calls of one endpoint.
+struct Call<'a> {
+    endpoint: &'a Endpoint,
+    address: SocketAddr,
+    connector: &'a Connector,
+}
+
+/// An endpoint's answer, with its secrets redacted.
+struct Answer {
+    status: u16,
+    body: Bytes,
+}
+
+impl Call<'_> {
+    async fn connect(&mut self) -> Result<HttpSession, ConnectError> {
+        let peer = self.endpoint.upstream.peer(self.address, false, true, CALL_MAX);
+        let connected = self.connector.get_http_session(&*peer).await;
+        connected.map(|(session, _)| session).map_err(|error| ConnectError::explain(&error))
+    }
+
+    async fn ask(&mut self, method: &Method, path: &str, body: Option<&Value>) -> Result<Answer, Why> {
+        let longest = self.endpoint.config.timeouts.first_byte.min(CALL_MAX);
+        let too_slow = || {
+            let what = format!("no whole answer within {} s", longest.as_secs());
+            (what, "try again; a model that is being loaded takes its time".to_owned())
+        };
+        timeout(longest, self.exchange(method, path, body)).await.unwrap_or_else(|_| Err(too_slow()))
+    }
+
+    async fn exchange(&mut self, method: &Method, path: &str, body: Option<&Value>) -> Result<Answer, Why> {
+        let broken = |error: Box<pingora::Error>| (ConnectError::explain(&error).to_string(), String::new());
+        let mut session = self.connect().await.map_err(|error| (error.what, error.way_out.to_owned()))?;
+        let body = body.map(|body| Bytes::from(body.to_string()));
+        let mut request = Request::new(()).into_parts().0;
+        request.method = method.clone();
+        request.headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
+        request.headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if let Some(body) = &body {
+            request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            request.headers.insert(header::CONTENT_LENGTH, body.len().into());
+        }
+        let dressed = self.endpoint.upstream.dress(request, &self.endpoint.config, path, false).map_err(broken)?;
+        session.write_request_header(Box::new(dressed)).await.map_err(broken)?;
+        if let Some(body) = body {
+            session.write_request_body(body, true).await.map_err(broken)?;
+        }
+        session.finish_request_body().await.map_err(broken)?;
+        session.read_response_header().await.map_err(broken)?;
+        let (status, encoding) = match session.response_header() {
+            Some(header) => (header.status.as_u16(), Encoding::from_headers(&header.headers)),
+            None => return Err(("no answer".to_owned(), String::new())),
+        };
+        let mut read = Vec::new();
+        while let Some(piece) = session.read_response_body().await.map_err(broken)? {
+            read.extend_from_slice(&piece);
+            if read.len() > ANSWER_BYTES_MAX {
+                return Err((format!("an answer of more than {ANSWER_BYTES_MAX} bytes"), String::new()));
+            }
+        }
+        let mut plain = Vec::new();
+        match encoding {
+            Some(encoding) => Decoder::new(encoding).feed(&read, |piece| plain.extend_from_slice(&piece)),
+            None => plain = read,
+        }
+        let body = Redactor::new(self.endpoint.secrets.clone()).piece(&plain, true);
+        Ok(Answer { status, body })
+    }
+}
+
+impl Answer {
+    fn mentions(&self, words: &[u8]) -> bool {
+        memchr::memmem::find(&self.body, words).is_some()
+    }
+
+    fn tokens(&self) -> Option<Tokens> {
+        Reported::from_json(&self.body).map(|reported| reported.usage.tokens())
+    }
+
+    /// What an error means, and its words as the end of a sentence.
+    fn meaning(&self, endpoint: &Endpoint) -> (Trouble, String) {
+        let meaning = classify::of_answer(self.status, &self.body, None, &endpoint.config.errors);
+        let words = VendorError::from_body(&self.body).message.split_whitespace().collect::<Vec<_>>().join(" ");
+        let words = match words.chars().next() {
+            None => String::new(),
+            Some('<') => ", with a web page".to_owned(),
+            Some(_) => format!(": {}", excerpt(&words)),
+        };
+        (meaning.trouble, words)
+    }
+}
