@@ -4,6 +4,7 @@ mod banner;
 mod check;
 mod demo;
 mod files;
+mod manual;
 mod serve;
 mod status;
 mod stop;
@@ -168,20 +169,12 @@ impl Cli {
                 print!("{}", String::from_utf8_lossy(&text));
                 ExitCode::SUCCESS
             }
-            Command::Man => manual(),
+            Command::Man => {
+                let page = manual::page(&Self::command()).map_err(|error| error.to_string());
+                done(page.map(|page| print!("{}", String::from_utf8_lossy(&page))))
+            }
             Command::Demo => done(demo::run()),
         }
-    }
-}
-
-fn manual() -> ExitCode {
-    let mut text = Vec::new();
-    match clap_mangen::Man::new(Cli::command()).render(&mut text) {
-        Ok(()) => {
-            print!("{}", String::from_utf8_lossy(&text));
-            ExitCode::SUCCESS
-        }
-        Err(error) => fail(&error.to_string()),
     }
 }
 
