@@ -56,6 +56,8 @@ class Run:
     p99: float
     cpu_per_1000: float
     cores_used: float
+    # Resident memory at the end, in MiB.
+    memory: float
     # The mean of the contender's own share of a request, in µs; None if it does not report it.
     own: float
     failed: int
@@ -85,6 +87,7 @@ def measure(bench, options, contender, scenario, seconds):
         p99=(told["latencyPercentiles"]["p99"] or 0) * 1e6,
         cpu_per_1000=cpu / max(answered, 1) * 1000,
         cores_used=cpu / wall,
+        memory=contender.memory_bytes() / 2**20,
         own=own,
         failed=sum(statuses.values()) - answered + sum(told["errorDistribution"].values()),
     )
@@ -185,15 +188,16 @@ def saturation_table(results, scenario, contenders):
         row.append(spread(results.ratios(scenario, name, BARE, "rate"), "{:.2f}"))
         row.append(middle(results.ratios(scenario, name, "nginx", "rate"), "{:.2f}"))
         if name == "direct":
-            row += ["", "", ""]
+            row += ["", "", "", ""]
         else:
             row += [
                 cell(results.median(scenario, name, "cpu_per_1000"), "{:.3f}"),
                 spread(results.ratios(scenario, name, BARE, "cpu_per_1000"), "{:.2f}"),
                 cell(results.median(scenario, name, "cores_used"), "{:.2f}"),
+                cell(results.median(scenario, name, "memory"), "{:.0f}"),
             ]
         rows.append(row + [f"{results.median(scenario, name, field):,.0f}" for field in ("p50", "p99")])
-    head = ["", unit, "of bare", "of nginx", "CPU s per 1,000 requests", "of bare", "cores used", "p50 µs", "p99 µs"]
+    head = ["", unit, "of bare", "of nginx", "CPU s per 1,000 requests", "of bare", "cores used", "MiB", "p50 µs", "p99 µs"]
     return f"**{scenario.title}**, {scenario.connections} connections\n\n{table(head, rows)}"
 
 
@@ -216,7 +220,7 @@ def rate_table(results, scenario, contenders):
 def report(bench, options, results, saturated, rates):
     versions = f"{first_line([options.oha, '--version'])}, {first_line(['nginx', '-v']).removeprefix('nginx version: ')}"
     preface = f"{bench.preface('make bench')} {options.rounds} rounds of {options.seconds} s each, medians, and in "
-    preface += f"brackets the middle half of the rounds; {versions}."
+    preface += f"brackets the middle half of the rounds; {versions}. MiB is resident memory at the end of a run."
     parts = [preface]
     parts += [saturation_table(results, scenario, bench.contenders) for scenario in saturated]
     parts += [rate_table(results, scenario, bench.contenders) for scenario in rates]

@@ -68,6 +68,8 @@ class Contender:
         """Starts it on these cores, and waits until a chat request goes through it."""
         if not self.command:
             return
+        if self.answers():
+            raise SystemExit(f"something else answers on port {self.port} already; end it first")
         path = folder / f"{self.name}.log"
         environment = os.environ | {"PATH": f"{TOOLS}/litellm/bin:{os.environ['PATH']}"} | self.environment
         with path.open("wb") as log:
@@ -261,7 +263,8 @@ def api_together_config(port=9103):
         "rpd": 1_000_000_000,
     }
     return {
-        "server": {"host": "127.0.0.1", "port": port, "apiKey": KEY},
+        # By these headers the load says how the endpoint is to answer.
+        "server": {"host": "127.0.0.1", "port": port, "apiKey": KEY, "forwardHeaders": ["x-pace-ms", "x-events"]},
         "apis": [endpoint | {"id": f"endpoint-{number}"} for number in range(1, 6)],
     }
 

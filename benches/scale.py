@@ -46,14 +46,16 @@ def streams_table(bench, count, seconds, rounds):
     system = Contender(SYSTEM, 9108, [RELEASE / "examples/bare_system", 9108, ENDPOINT_PORT])
     racers = [one for name in names for one in [*bench.contenders, system] if one.name == name]
     results = {one.name: [] for one in racers}
-    for number in range(rounds):
-        for contender in racers:
-            print(f"{count:,} streams, round {number + 1} of {rounds}: {contender.name}", file=sys.stderr)
-            # A fresh process each time, since a process keeps the memory that it has taken.
-            contender.stop()
-            contender.start(bench.proxy_cores, bench.folder)
-            results[contender.name].append(streams(bench, contender, count, seconds))
-    system.stop()
+    try:
+        for number in range(rounds):
+            for contender in racers:
+                print(f"{count:,} streams, round {number + 1} of {rounds}: {contender.name}", file=sys.stderr)
+                # A fresh process each time, since a process keeps the memory that it has taken.
+                contender.stop()
+                contender.start(bench.proxy_cores, bench.folder)
+                results[contender.name].append(streams(bench, contender, count, seconds))
+    finally:
+        system.stop()
     median = lambda name, key: statistics.median(run[key] for run in results[name])
     rows = []
     for name in (one.name for one in racers):
