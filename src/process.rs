@@ -86,7 +86,7 @@ pub struct ConfigState(Arc<Mutex<FileState>>);
 pub struct FileState {
     /// Reason why the file is not applied.
     pub error: Option<String>,
-    /// Changes in it that take effect only with an upgrade.
+    /// Changes in it that are not in use yet, each with what it waits for.
     pub needs_upgrade: Vec<String>,
     /// Number of times that a changed file could not be applied.
     pub failures: u64,
@@ -97,7 +97,7 @@ pub struct FileState {
 pub(crate) struct Applied {
     /// The file before it was refused.
     pub(crate) had_error: bool,
-    /// Other changes than before take effect only with an upgrade.
+    /// Other changes than before are not in use yet.
     pub(crate) needs_other_upgrade: bool,
 }
 

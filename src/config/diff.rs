@@ -1,12 +1,13 @@
 //! Differences between two configurations, in words. Keys are never among them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt::Debug;
+use std::time::Duration;
 
 use super::connections::ConnectionLimits;
-use super::endpoint::{Endpoint, ModelLimits};
+use super::endpoint::{Endpoint, EndpointTls, ModelLimits, Timeouts};
 use super::proxy::Proxy;
-use super::server::Server;
+use super::server::{Breaker, Queue, Retry, Server, ServerTls};
+use super::spelling::{self, millis, optional, path, plain, seconds, word};
 
 /// Lines about a change; a change of a thousand endpoints is shown by its first ones.
 const LINES_MAX: usize = 50;
@@ -31,7 +32,7 @@ pub fn changes(before: (&Server, &[&Endpoint]), after: (&Server, &[&Endpoint])) 
     lines.finish()
 }
 
-/// Returns the changes of the server's part that take effect only with an upgrade.
+/// Returns the changes of the server's part that do not take effect while the process serves, each with what they wait for.
 pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     // Every key stands here or in `server`, by the compiler's word.
     let Server {
@@ -63,21 +64,24 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     } = running;
     let mut lines = ChangeLines::default();
     let at = |key: &str| format!("server.{key}");
-    lines.compare(&at("host"), host, &wanted.host);
-    lines.compare(&at("port"), port, &wanted.port);
-    lines.compare(&at("threads"), threads, &wanted.threads);
-    lines.compare(&at("memoryBytesMax"), memory_bytes_max, &wanted.memory_bytes_max);
-    lines.compare(&at("metricsListen"), metrics_listen, &wanted.metrics_listen);
-    lines.compare(&at("connections.h2IdleSeconds"), &connections.h2_idle, &wanted.connections.h2_idle);
-    lines.compare(&at("ledger"), ledger, &wanted.ledger);
-    lines.compare(&at("ledgerSync"), ledger_sync, &wanted.ledger_sync);
-    lines.compare(&at("ledgerOnError"), ledger_on_error, &wanted.ledger_on_error);
+    lines.compare(&at("host"), plain, host, &wanted.host);
+    lines.compare(&at("port"), plain, port, &wanted.port);
+    // An upgrade hands the listening sockets over as they are.
+    let mut waiting: Vec<String> = lines.0.drain(..).map(|line| format!("{line} (with a restart)")).collect();
+    lines.compare(&at("threads"), plain, threads, &wanted.threads);
+    lines.compare(&at("memoryBytesMax"), plain, memory_bytes_max, &wanted.memory_bytes_max);
+    lines.compare(&at("metricsListen"), |at| optional(at.as_ref(), plain), metrics_listen, &wanted.metrics_listen);
+    lines.compare(&at("connections.h2IdleSeconds"), seconds, &connections.h2_idle, &wanted.connections.h2_idle);
+    lines.compare(&at("ledger"), path, ledger, &wanted.ledger);
+    lines.compare(&at("ledgerSync"), word, ledger_sync, &wanted.ledger_sync);
+    lines.compare(&at("ledgerOnError"), word, ledger_on_error, &wanted.ledger_on_error);
     match (tls, &wanted.tls) {
         (None, Some(_)) => lines.add("server.tls switched on".into()),
         (Some(_), None) => lines.add("server.tls switched off".into()),
         _ => {}
     }
-    lines.finish()
+    waiting.extend(lines.finish().into_iter().map(|line| format!("{line} (with an upgrade or a restart)")));
+    waiting
 }
 
 fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
@@ -113,28 +117,60 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     if *api_key != after.api_key {
         lines.add("server.apiKey changed".into());
     }
-    if tls.is_some() && after.tls.is_some() {
-        lines.compare(&at("tls"), tls, &after.tls);
+    if let (Some(before), Some(after)) = (tls, &after.tls) {
+        let ServerTls { cert_file, key_file } = before;
+        lines.compare(&at("tls.certFile"), path, cert_file, &after.cert_file);
+        lines.compare(&at("tls.keyFile"), path, key_file, &after.key_file);
     }
-    lines.compare(&at("cors.origins"), &cors.origins, &after.cors.origins);
-    lines.compare(&at("bodyBytesMax"), body_bytes_max, &after.body_bytes_max);
-    lines.compare(&at("strategy"), strategy, &after.strategy);
-    lines.compare(&at("retry"), retry, &after.retry);
-    lines.compare(&at("breaker"), breaker, &after.breaker);
-    // One of them waits for an upgrade, above.
-    let wanted = ConnectionLimits { h2_idle: connections.h2_idle, ..after.connections };
-    lines.compare(&at("connections"), connections, &wanted);
-    lines.compare(&at("trustedProxies"), trusted_proxies, &after.trusted_proxies);
-    lines.compare(&at("failedKeysPerMinute"), failed_keys_per_minute, &after.failed_keys_per_minute);
-    lines.compare(&at("endpointHeaders"), endpoint_headers, &after.endpoint_headers);
-    lines.compare(&at("forwardHeaders"), forward_headers, &after.forward_headers);
-    lines.compare(&at("streamPingSeconds"), stream_ping, &after.stream_ping);
-    lines.compare(&at("queue"), queue, &after.queue);
-    lines.compare(&at("logFormat"), log_format, &after.log_format);
-    lines.compare(&at("estimateTokens"), estimate_tokens, &after.estimate_tokens);
+    lines.compare(&at("cors.origins"), |list| spelling::list(list), &cors.origins, &after.cors.origins);
+    lines.compare(&at("bodyBytesMax"), plain, body_bytes_max, &after.body_bytes_max);
+    lines.compare(&at("strategy"), word, strategy, &after.strategy);
+    retries(lines, retry, &after.retry);
+    let Breaker { failures, cool_down } = breaker;
+    lines.compare(&at("breaker.failures"), plain, failures, &after.breaker.failures);
+    lines.compare(&at("breaker.coolDownSeconds"), seconds, cool_down, &after.breaker.cool_down);
+    connection_limits(lines, connections, &after.connections);
+    lines.compare(&at("trustedProxies"), |list| spelling::list(list), trusted_proxies, &after.trusted_proxies);
+    lines.compare(&at("failedKeysPerMinute"), plain, failed_keys_per_minute, &after.failed_keys_per_minute);
+    lines.compare(&at("endpointHeaders"), plain, endpoint_headers, &after.endpoint_headers);
+    lines.compare(&at("forwardHeaders"), |list| spelling::list(list), forward_headers, &after.forward_headers);
+    let ping = |ping: &Option<Duration>| ping.as_ref().map_or_else(|| "0".to_owned(), seconds);
+    lines.compare(&at("streamPingSeconds"), ping, stream_ping, &after.stream_ping);
+    let queued = |queue: &Option<Queue>| {
+        optional(queue.as_ref(), |Queue { wait_max, requests_max }| {
+            format!("maxWaitMs {}, maxRequests {requests_max}", millis(wait_max))
+        })
+    };
+    lines.compare(&at("queue"), queued, queue, &after.queue);
+    lines.compare(&at("logFormat"), word, log_format, &after.log_format);
+    lines.compare(&at("estimateTokens"), plain, estimate_tokens, &after.estimate_tokens);
     if *timezone != after.timezone {
         lines.add("server.timezone changed".into());
     }
+}
+
+fn retries(lines: &mut ChangeLines, before: &Retry, after: &Retry) {
+    let Retry { attempts, statuses, tokens_per_second_min, show_endpoint_key_errors, budget } = before;
+    let at = |key: &str| format!("server.retry.{key}");
+    lines.compare(&at("attempts"), plain, attempts, &after.attempts);
+    lines.compare(&at("statuses"), plain, statuses, &after.statuses);
+    let rate = |rate: &Option<u32>| rate.unwrap_or_default().to_string();
+    lines.compare(&at("minTokensPerSecond"), rate, tokens_per_second_min, &after.tokens_per_second_min);
+    lines.compare(&at("showEndpointKeyErrors"), plain, show_endpoint_key_errors, &after.show_endpoint_key_errors);
+    lines.compare(&at("budgetMs"), millis, budget, &after.budget);
+}
+
+/// All but `h2_idle`, which waits for an upgrade.
+fn connection_limits(lines: &mut ChangeLines, before: &ConnectionLimits, after: &ConnectionLimits) {
+    let ConnectionLimits { max, strangers_per_address, header_bytes_max, header, first_byte, keep_alive, h2_idle: _ } =
+        before;
+    let at = |key: &str| format!("server.connections.{key}");
+    lines.compare(&at("max"), plain, max, &after.max);
+    lines.compare(&at("strangersPerAddress"), plain, strangers_per_address, &after.strangers_per_address);
+    lines.compare(&at("headerBytesMax"), plain, header_bytes_max, &after.header_bytes_max);
+    lines.compare(&at("headerSeconds"), seconds, header, &after.header);
+    lines.compare(&at("firstByteSeconds"), seconds, first_byte, &after.first_byte);
+    lines.compare(&at("keepAliveSeconds"), seconds, keep_alive, &after.keep_alive);
 }
 
 fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
@@ -173,18 +209,25 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     lines.compare_text(&at("name"), name, &after.name);
     lines.compare_text(&at("baseUrl"), &base_url.to_string(), &after.base_url.to_string());
     for (kind, (before, after)) in limits.zip(after.limits).each() {
-        lines.compare(&at(kind.key()), &before.as_number(), &after.as_number());
+        lines.compare(&at(kind.key()), plain, &before.as_number(), &after.as_number());
     }
     compare_model_limits(lines, id, model_limits, &after.model_limits);
     lines.compare_lists(&at("models"), models, &after.models);
     lines.compare_lists(&at("modelMapping"), &pairs(model_mapping), &pairs(&after.model_mapping));
-    lines.compare(&at("weight"), weight, &after.weight);
-    lines.compare(&at("priority"), priority, &after.priority);
-    lines.compare(&at("timeouts"), timeouts, &after.timeouts);
-    lines.compare(&at("streamUsage"), stream_usage, &after.stream_usage);
+    lines.compare(&at("weight"), plain, weight, &after.weight);
+    lines.compare(&at("priority"), plain, priority, &after.priority);
+    let Timeouts { connect, first_byte_stream, first_byte, thinking, idle } = timeouts;
+    lines.compare(&at("timeouts.connectMs"), millis, connect, &after.timeouts.connect);
+    lines.compare(&at("timeouts.firstByteStreamMs"), millis, first_byte_stream, &after.timeouts.first_byte_stream);
+    lines.compare(&at("timeouts.firstByteMs"), millis, first_byte, &after.timeouts.first_byte);
+    lines.compare(&at("timeouts.thinkingMs"), millis, thinking, &after.timeouts.thinking);
+    lines.compare(&at("timeouts.idleMs"), millis, idle, &after.timeouts.idle);
+    lines.compare(&at("streamUsage"), word, stream_usage, &after.stream_usage);
     proxies(lines, &at("proxy"), proxy.as_ref(), after.proxy.as_ref());
-    lines.compare(&at("http2"), http2, &after.http2);
-    lines.compare(&at("tls"), tls, &after.tls);
+    lines.compare(&at("http2"), |http2| optional(http2.as_ref(), plain), http2, &after.http2);
+    let EndpointTls { ca_file, insecure } = tls;
+    lines.compare(&at("tls.caFile"), |file| optional(file.as_ref(), path), ca_file, &after.tls.ca_file);
+    lines.compare(&at("tls.insecure"), plain, insecure, &after.tls.insecure);
     if *errors != after.errors {
         lines.add(at("errors changed"));
     }
@@ -205,9 +248,9 @@ fn compare_model_limits(
         let Some(after) = after.get(model) else { continue };
         let at = |key: &str| format!("endpoint {id}: modelLimits {model} {key}");
         for (kind, (before, after)) in before.limits.zip(after.limits).each() {
-            lines.compare(&at(kind.key()), &before.as_number(), &after.as_number());
+            lines.compare(&at(kind.key()), plain, &before.as_number(), &after.as_number());
         }
-        lines.compare(&at("each"), &before.each, &after.each);
+        lines.compare(&at("each"), plain, &before.each, &after.each);
     }
 }
 
@@ -233,10 +276,9 @@ impl ChangeLines {
         self.0.push(line);
     }
 
-    fn compare<T: PartialEq + Debug>(&mut self, what: &str, before: &T, after: &T) {
+    fn compare<T: PartialEq>(&mut self, what: &str, spell: impl Fn(&T) -> String, before: &T, after: &T) {
         if before != after {
-            let shown = |value: &T| format!("{value:?}").trim_matches('"').to_owned();
-            self.compare_text(what, &shown(before), &shown(after));
+            self.compare_text(what, &spell(before), &spell(after));
         }
     }
 
@@ -329,7 +371,9 @@ mod tests {
         let lines = between(&before, &after);
         for line in [
             "server.apiKey changed",
-            "server.strategy Random → Fastest",
+            "server.strategy random → fastest",
+            "server.queue not set → maxWaitMs 5, maxRequests 1000",
+            "endpoint c: timeouts.idleMs 120000 → 5",
             "endpoint b removed",
             "endpoint a disabled",
             "endpoint a: apiKey changed",
@@ -344,7 +388,52 @@ mod tests {
             assert!(lines.iter().any(|told| told == line), "{line} is not in {lines:#?}");
         }
         assert!(!lines.join("\n").contains("sk-"), "{lines:#?}");
-        assert_eq!(needs_upgrade(&before.server, &after.server), ["server.port 3001 → 4000"]);
+        assert_eq!(needs_upgrade(&before.server, &after.server), ["server.port 3001 → 4000 (with a restart)"]);
+    }
+
+    #[test]
+    fn values_are_spelt_as_in_the_file() {
+        let before = config(json!({}), json!([api("a", json!({}))]));
+        let after = config(
+            json!({
+                "trustedProxies": ["10.0.0.0/8", "::1"], "forwardHeaders": ["X-Team-*"], "streamPingSeconds": 0,
+                "cors": { "origins": ["https://chat.example.com"] }, "logFormat": "json", "estimateTokens": false,
+                "retry": { "statuses": [404, "5xx"], "minTokensPerSecond": 3, "budgetMs": 7 },
+                "breaker": { "coolDownSeconds": 30 }, "connections": { "headerSeconds": 3, "max": 100 },
+                "metricsListen": "127.0.0.1:9464", "ledgerSync": "full",
+            }),
+            json!([api("a", json!({ "http2": true, "streamUsage": "never", "tls": { "insecure": true } }))]),
+        );
+        let lines = between(&before, &after);
+        for line in [
+            "server.trustedProxies [] → [10.0.0.0/8, ::1/128]",
+            "server.forwardHeaders [] → [x-team-*]",
+            "server.streamPingSeconds 30 → 0",
+            "server.cors.origins [*] → [https://chat.example.com]",
+            "server.logFormat text → json",
+            "server.estimateTokens true → false",
+            "server.retry.statuses [401, 402, 403, 408, 425, 429, 5xx] → [404, 5xx]",
+            "server.retry.minTokensPerSecond 0 → 3",
+            "server.retry.budgetMs 120000 → 7",
+            "server.breaker.coolDownSeconds 600 → 30",
+            "server.connections.headerSeconds 30 → 3",
+            "endpoint a: http2 not set → true",
+            "endpoint a: streamUsage auto → never",
+            "endpoint a: tls.insecure false → true",
+        ] {
+            assert!(lines.iter().any(|told| told == line), "{line} is not in {lines:#?}");
+        }
+        let waiting = needs_upgrade(&before.server, &after.server);
+        let with = "(with an upgrade or a restart)";
+        let told = [
+            format!("server.metricsListen not set → 127.0.0.1:9464 {with}"),
+            format!("server.ledgerSync normal → full {with}"),
+        ];
+        assert_eq!(waiting, told);
+        let all = lines.iter().chain(&waiting);
+        for line in all {
+            assert!(!["Some", "None", "{", "\""].iter().any(|rust| line.contains(rust)), "{line}");
+        }
     }
 
     #[test]

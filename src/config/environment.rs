@@ -113,7 +113,8 @@ impl Environment {
         }
     }
 
-    pub(super) fn value(&self, name: &str) -> Option<&str> {
+    /// The value of a variable.
+    pub(crate) fn value(&self, name: &str) -> Option<&str> {
         self.variables.get(name).map(|v| v.value.as_str())
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// A header's name in lower case, or the beginning of names if it ends in `*`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeaderPattern(String);
 
 impl HeaderPattern {
@@ -17,9 +17,9 @@ impl HeaderPattern {
     }
 }
 
-impl fmt::Debug for HeaderPattern {
+impl fmt::Display for HeaderPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        f.write_str(&self.0)
     }
 }
 

@@ -28,6 +28,7 @@ mod schema;
 mod schema_check;
 pub(crate) mod secret;
 mod server;
+mod spelling;
 mod status_set;
 mod watch;
 
@@ -94,7 +95,9 @@ impl Format {
 pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> {
     let shown = path.display().to_string();
     let text = read(path).map_err(|problem| Problem { path: shown.clone(), ..problem })?;
-    let base_dir = path.parent().unwrap_or(Path::new(""));
+    // So that the same files have the same names however this one is named.
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let base_dir = absolute.parent().unwrap_or(Path::new(""));
     check_str(&text, Format::from_path(path), environment, base_dir).map_err(|problems| problems.name_text(&shown))
 }
 

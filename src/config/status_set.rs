@@ -9,7 +9,7 @@ const STATUS_MAX: u16 = 599;
 const WORDS: usize = 4;
 
 /// Statuses from 400 to 599, as one bit each.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatusSet {
     words: [u64; WORDS],
 }
@@ -64,9 +64,18 @@ impl Default for StatusSet {
     }
 }
 
-impl fmt::Debug for StatusSet {
+/// As the config file spells it: classes that are whole as one word.
+impl fmt::Display for StatusSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries((STATUS_MIN..=STATUS_MAX).filter(|status| self.contains(*status))).finish()
+        let mut shown = Vec::new();
+        for class in [STATUS_MIN..=499, 500..=STATUS_MAX] {
+            if class.clone().all(|status| self.contains(status)) {
+                shown.push(format!("{}xx", class.start() / 100));
+            } else {
+                shown.extend(class.filter(|status| self.contains(*status)).map(|status| status.to_string()));
+            }
+        }
+        write!(f, "[{}]", shown.join(", "))
     }
 }
 
@@ -92,6 +101,7 @@ mod tests {
         assert!((500..599).all(|status| !set.contains(status)) && set.contains(599));
         assert!((0..u16::MAX).all(|status| !StatusSet::empty().contains(status)));
         let two: StatusSet = [StatusFile::Status(404), StatusFile::Status(429)].into_iter().collect();
-        assert_eq!(format!("{two:?}"), "{404, 429}");
+        assert_eq!(two.to_string(), "[404, 429]");
+        assert_eq!(StatusSet::default().to_string(), "[401, 402, 403, 408, 425, 429, 5xx]");
     }
 }

@@ -158,7 +158,7 @@ impl Reloader {
         }
         told.push(result);
         if !needs_upgrade.is_empty() {
-            let waits = format!("config {shown}: this takes effect only with an upgrade: {}", needs_upgrade.join("; "));
+            let waits = format!("config {shown}: not in use yet: {}", needs_upgrade.join("; "));
             if needs_other_upgrade {
                 log::warn!("{waits}");
             }

@@ -128,7 +128,7 @@ async fn lines_are_json_if_the_config_says_so_and_text_again_after_a_reload() {
         assert_eq!((&line["event"], &line["endpoint"], &line["status"]), (&json!("request"), &json!("a"), &json!(200)));
         assert!(line["prompt_tokens"].is_u64() && line["time"].is_string(), "{line}");
         std::fs::write(program.folder.path().join("apis.json"), text("text")).unwrap();
-        program.logs("server.logFormat Json → Text").await;
+        program.logs("server.logFormat json → text").await;
         let ask = client.post(program.url("/v1/chat/completions")).bearer_auth(KEY).json(&chat("m"));
         ask.header("x-request-id", "mine-2").send().await.unwrap().bytes().await.unwrap();
         assert!(program.logs("id=mine-2").await.contains(" INFO "));

@@ -117,11 +117,11 @@ async fn what_cannot_be_swapped_is_named_and_the_rest_is_applied() {
         program.ready().await;
         let changed = json!({ "port": 1, "threads": 3, "apiKey": "sk-client-another-key", "strategy": "fastest" });
         write(&program.folder, &config_text(changed, &[api]));
-        program.logs("this takes effect only with an upgrade: server.port 0 → 1; server.threads 1 → 3").await;
+        program.logs("not in use yet: server.port 0 → 1 (with a restart); server.threads 1 → 3 (with an upgrade or a restart)").await;
         let request = reqwest_client().get(program.url("/v1/status")).bearer_auth("sk-client-another-key");
         let status = Reply::of(request).await.json();
         assert_eq!(status["strategy"], "fastest");
-        assert_eq!(status["config"]["needsUpgrade"], json!(["server.port 0 → 1", "server.threads 1 → 3"]));
+        assert_eq!(status["config"]["needsUpgrade"], json!(["server.port 0 → 1 (with a restart)", "server.threads 1 → 3 (with an upgrade or a restart)"]));
         assert_eq!(Reply::of(reqwest_client().get(program.url("/v1/status")).bearer_auth(KEY)).await.status, 401);
     })
     .await;
@@ -351,7 +351,10 @@ async fn the_command_says_what_came_of_a_reload() {
         let (code, out, err) = ask().await;
         // The file watch may have been quicker than the command.
         assert!(
-            code == 0 && out.contains("version 2") && out.contains("only with an upgrade: server.port"),
+            code == 0
+                && out.contains("version 2")
+                && out.contains("not in use yet: server.port")
+                && out.contains("(with a restart)"),
             "{out} {err}"
         );
         write(&program.folder, r#"{"server":"#);
