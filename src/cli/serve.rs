@@ -50,13 +50,13 @@ pub(super) struct Run {
 impl Run {
     /// Serves until it is stopped. The error says why it cannot start.
     pub(super) fn execute(self, file: &ConfigFile) -> Result<(), String> {
-        logger::start(self.log_framework_headers);
+        let options = self.options(file);
+        let environment = Environment::from_process(&file.path, &options.flags);
+        logger::start(&environment, self.log_framework_headers);
         let shown = file.path.display();
         for warning in file.warnings() {
             log::warn!("{warning}");
         }
-        let options = self.options(file);
-        let environment = Environment::from_process(&file.path, &options.flags);
         let Loaded { config, warnings } =
             config::load(&file.path, &environment).map_err(|problems| problems.to_string())?;
         logger::set_format(config.server.log_format);
@@ -72,6 +72,9 @@ impl Run {
                 println!("{}{address}", handover::METRICS_ON);
             }
         } else {
+            if let Some((log, pid_file)) = prepared.background() {
+                println!("running in the background; log {log}, pid file {pid_file}");
+            }
             prepared.announce(banner.text(prepared.address));
         }
         prepared.bootstrap();

@@ -204,7 +204,7 @@ impl Commands {
 
     async fn status(&self) -> String {
         let pool = self.process.pool.load_full();
-        admin::status::status(Sources { pool: &pool, process: &self.process }).await
+        admin::status::status(Sources::new(&pool, &self.process)).await
     }
 
     async fn test(&self, endpoint: Option<&str>) -> Result<String, String> {

@@ -9,6 +9,7 @@ use pingora::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::broadcast;
 
+use super::pid_file::PidFile;
 use super::systemd;
 use crate::billing::estimate::Estimator;
 use crate::ledger::Keeper;
@@ -31,17 +32,19 @@ pub(super) struct Drain {
     pub(super) writes: FinalWrites,
 }
 
-/// Writers of counts; every way out of the process waits for them.
+/// What has to be done before the end of the process; every way out waits for it.
 #[derive(Clone)]
 pub(super) struct FinalWrites {
     pub(super) estimator: Estimator,
     pub(super) ledger: Arc<Keeper>,
+    pub(super) pid_file: PidFile,
 }
 
 impl FinalWrites {
     pub(super) fn close(&self) {
         self.estimator.close();
         self.ledger.close();
+        self.pid_file.remove();
     }
 }
 

@@ -1,11 +1,14 @@
 //! Listening sockets.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 use pingora::listeners::tls::{Acceptor, TlsSettings};
 use pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
 
+use super::runtime_folder::Running;
 use super::{RunOptions, StartError};
 use crate::config::Server;
 use crate::server::certificate::Certificate;
@@ -27,11 +30,12 @@ impl Listening {
         let certificate = server.tls.as_ref().map(Certificate::new).transpose().map_err(StartError)?;
         let takes_over = options.upgrade || options.test;
         if let Some(address) = server.metrics_listen.filter(|_| !takes_over) {
-            TcpListener::bind(address)
-                .map_err(|error| StartError(format!("server.metricsListen: {}", explain_bind(address, &error))))?;
+            TcpListener::bind(address).map_err(|error| {
+                StartError(format!("server.metricsListen: {}", explain_bind(address, &error, options)))
+            })?;
         }
         let wanted = SocketAddr::new(server.host, server.port);
-        let (address, reserved) = if takes_over { (wanted, None) } else { free_address(wanted)? };
+        let (address, reserved) = if takes_over { (wanted, None) } else { free_address(wanted, options)? };
         Ok(Self { address, certificate, reserved: reserved.map(Arc::new) })
     }
 
@@ -55,8 +59,8 @@ impl Listening {
 
 /// Finds out whether the address can be listened on before Pingora tries, which would go on without it. Port 0 becomes a
 /// free one, kept until Pingora has it.
-fn free_address(wanted: SocketAddr) -> Result<(SocketAddr, Option<socket2::Socket>), StartError> {
-    let fail = |error: std::io::Error| StartError(explain_bind(wanted, &error));
+fn free_address(wanted: SocketAddr, options: &RunOptions) -> Result<(SocketAddr, Option<socket2::Socket>), StartError> {
+    let fail = |error: std::io::Error| StartError(explain_bind(wanted, &error, options));
     if wanted.port() != 0 {
         TcpListener::bind(wanted).map_err(fail)?;
         return Ok((wanted, None));
@@ -70,18 +74,50 @@ fn free_address(wanted: SocketAddr) -> Result<(SocketAddr, Option<socket2::Socke
     Ok((bound, Some(socket)))
 }
 
-fn explain_bind(address: SocketAddr, error: &std::io::Error) -> String {
+fn explain_bind(address: SocketAddr, error: &std::io::Error, options: &RunOptions) -> String {
     let way_out = match error.kind() {
-        std::io::ErrorKind::AddrInUse => {
-            "another program listens there; stop it, or choose another server.port (or PORT)"
-        }
+        std::io::ErrorKind::AddrInUse => match who_listens(address, options) {
+            Some(who) => {
+                return format!(
+                    "cannot listen on {address}: {who} does already; `api-together status` shows it, `upgrade` replaces it and \
+                     `stop` ends it; or choose another --port"
+                );
+            }
+            None => "another program listens there; stop it, or choose another server.port (or --port)",
+        },
         std::io::ErrorKind::PermissionDenied => {
-            "ports below 1024 need privileges; choose another server.port (or PORT)"
+            "ports below 1024 need privileges; choose another server.port (or --port)"
         }
         std::io::ErrorKind::AddrNotAvailable => "this machine has no such address; see server.host",
         _ => "see server.host and server.port",
     };
     format!("cannot listen on {address}: {error}: {way_out}")
+}
+
+/// Names the process of this program that listens on an address: by its runtime folder, or by what it answers.
+fn who_listens(address: SocketAddr, options: &RunOptions) -> Option<String> {
+    if let Some(running) = Running::read(&options.runtime_folder)
+        && running.address.port() == address.port()
+    {
+        return Some(format!("process {} (api-together {})", running.pid, running.version));
+    }
+    is_ours(callable(address)).unwrap_or_default().then(|| "another api-together".to_owned())
+}
+
+/// True if `/health` is answered as this program does.
+fn is_ours(address: SocketAddr) -> std::io::Result<bool> {
+    /// Time for each step.
+    const PATIENCE: Duration = Duration::from_millis(500);
+    /// The answer has a few hundred bytes.
+    const BYTES_MAX: u64 = 4096;
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.write_all(b"GET /health HTTP/1.0\r\n\r\n")?;
+    let mut answer = Vec::new();
+    // What came before a time-out may be enough.
+    stream.take(BYTES_MAX).read_to_end(&mut answer).map(drop).unwrap_or_default();
+    Ok(memchr::memmem::find(&answer, br#""service":"api-together""#).is_some())
 }
 
 fn tls_settings(certificate: Certificate) -> Result<TlsSettings, StartError> {

@@ -7,6 +7,8 @@ pub mod endpoint_test;
 mod guard;
 pub mod handover;
 mod listen;
+mod log_file;
+mod pid_file;
 mod pingora_conf;
 mod reload;
 pub mod runtime_folder;
@@ -43,10 +45,13 @@ use crate::routing::pool::Pool;
 use crate::server::control::{Commands, Control};
 use crate::server::handover::{Successor, do_without_a_predecessor, take_callers_over};
 use crate::server::reload::{Reloader, hear_hangups};
+use crate::server::runtime_folder::Running;
 use drain::{Drain, FinalWrites};
 use guard::Guard;
 use listen::Listening;
 pub use listen::callable;
+use log_file::ReopenLog;
+use pid_file::PidFile;
 use services::{Announce, MetricsService, Resolve, StartThreads, Sweep};
 
 /// Flow-control window of an HTTP/2 stream. Over a distance, each of these takes a round trip: HTTP's own 64 KiB made
@@ -121,6 +126,7 @@ impl fmt::Debug for Prepared {
 impl Prepared {
     /// Sets everything up. Nothing serves yet, but whatever can be wrong has been found.
     pub fn new(config: Config, options: &RunOptions) -> Result<Self, StartError> {
+        let options = &in_its_folder(options)?;
         let conf = pingora_conf::for_process(&config, options)?;
         let listening = Listening::new(&config.server, options)?;
         let ledger = Arc::new(Keeper::new(&config.server));
@@ -141,6 +147,7 @@ impl Prepared {
             connections: Connections::new(started.memory_bytes_max),
             started_at: SystemTime::now(),
         };
+        let pid_file = PidFile::new(&conf.pid_file, options);
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let prepared = Self {
             server: Server::new_with_opt_and_conf(opt, conf),
@@ -151,7 +158,7 @@ impl Prepared {
             auth: Auth::default(),
             takes_over: options.upgrade && !options.test,
             runtime_folder: options.arguments.is_some().then(|| options.runtime_folder.clone()),
-            writes: FinalWrites { estimator: process.estimator.clone(), ledger },
+            writes: FinalWrites { estimator: process.estimator.clone(), ledger, pid_file },
             _reserved: listening.reserved.clone(),
         };
         prepared.with_services(started, &listening, options, process)
@@ -182,6 +189,7 @@ impl Prepared {
         let mut service = Service::new("api-together".to_owned(), guard);
         service.add_listener(listening.config());
         server.add_service(background_service("connections", Sweep(process.connections.clone())));
+        server.add_service(background_service("log", ReopenLog::new()));
         server.add_service(background_service("threads", StartThreads(Arc::clone(&self.writes.ledger))));
         let drain = Drain {
             phases: server.watch_execution_phase(),
@@ -228,11 +236,18 @@ impl Prepared {
         Ok(self)
     }
 
+    /// Where the log and the pid of a process in the background are, if this will be one.
+    pub fn background(&self) -> Option<(&str, &str)> {
+        let conf = &self.server.configuration;
+        conf.daemon.then(|| (conf.error_log.as_deref().unwrap_or_default(), conf.pid_file.as_str()))
+    }
+
     /// Prints a text once the server listens.
     pub fn announce(&mut self, text: String) {
         let (address, tls) = (self.address, self.tls);
         let (ledger, runtime_folder) = (self.ledger.clone(), self.runtime_folder.clone());
-        let announce = Announce { address, tls, ledger, runtime_folder, text };
+        let pid_file = self.writes.pid_file.clone();
+        let announce = Announce { address, tls, ledger, runtime_folder, pid_file, text };
         self.server.add_service(background_service("announce", announce));
     }
 
@@ -261,6 +276,30 @@ impl Prepared {
         writes.close();
         log::logger().flush();
     }
+}
+
+/// Leaves the runtime folder to a process that runs from it already, unless that is taken over from: commands reach one process
+/// only, and sockets are handed over by one.
+fn in_its_folder(options: &RunOptions) -> Result<RunOptions, StartError> {
+    let mut options = options.clone();
+    if options.arguments.is_none() || options.upgrade || options.test {
+        return Ok(options);
+    }
+    let Some(other) = Running::read(&options.runtime_folder) else { return Ok(options) };
+    let folder = options.runtime_folder.display();
+    let whose = format!("{folder} is the folder of {}", other.shown());
+    if options.daemon {
+        return Err(StartError(format!(
+            "{whose}, and a process in the background needs one of its own: set RUNTIME_DIRECTORY to another, or end that one \
+             with `api-together stop`"
+        )));
+    }
+    log::warn!(
+        "{whose}: commands such as `api-together status` reach that process and not this one, unless RUNTIME_DIRECTORY names \
+         another folder for this one"
+    );
+    options.arguments = None;
+    Ok(options)
 }
 
 fn http2_options(server: &config::Server) -> H2Options {

@@ -50,6 +50,10 @@ pub(super) fn for_process(config: &Config, options: &RunOptions) -> Result<Serve
         log::warn!("{problem}");
     }
     conf.grace_period_seconds.get_or_insert(GRACE_PERIOD_SECONDS);
+    if options.daemon {
+        // Otherwise Pingora would throw the log away.
+        conf.error_log.get_or_insert_with(|| private("api-together.log"));
+    }
     if options.daemon && conf.working_directory.is_none() {
         // A relative path, as that of `.env`, means the same in the background.
         conf.working_directory = Some(options.start_folder.clone());

@@ -54,6 +54,12 @@ impl Running {
         running.is_alive().then_some(running)
     }
 
+    /// The process as people know it.
+    pub fn shown(&self) -> String {
+        let Self { pid, address, version, .. } = self;
+        format!("process {pid} (api-together {version}), which listens on {address}")
+    }
+
     /// True until it has ended.
     pub fn is_alive(&self) -> bool {
         began(self.pid) == Some(self.began)

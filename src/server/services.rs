@@ -14,6 +14,7 @@ use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 
 use super::callable;
+use super::pid_file::PidFile;
 use super::systemd;
 use crate::admin::{self, Sources};
 use crate::ledger::Keeper;
@@ -52,7 +53,7 @@ impl ServeHttp for MetricsService {
     async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
         let (status, body) = if session.req_header().uri.path() == "/metrics" {
             let pool = self.0.pool.load_full();
-            (StatusCode::OK, admin::metrics::text(Sources { pool: &pool, process: &self.0 }).await)
+            (StatusCode::OK, admin::metrics::text(Sources::new(&pool, &self.0)).await)
         } else {
             (StatusCode::NOT_FOUND, b"only /metrics is served here\n".to_vec())
         };
@@ -74,6 +75,7 @@ pub(super) struct Announce {
     pub(super) ledger: PathBuf,
     /// Runtime folder, if the process may be replaced.
     pub(super) runtime_folder: Option<PathBuf>,
+    pub(super) pid_file: PidFile,
     pub(super) text: String,
 }
 
@@ -94,6 +96,7 @@ impl BackgroundService for Announce {
         {
             log::warn!("{}: {error}; `api-together upgrade` will not find this process", folder.display());
         }
+        self.pid_file.write();
         anstream::print!("{}", self.text);
         // Output to a pipe is buffered, and its reader would wait.
         std::io::Write::flush(&mut std::io::stdout()).unwrap_or_default();

@@ -1,9 +1,15 @@
 //! Log lines, written a little later and many at once, so that no request waits for the reader of the log.
 
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::mem;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use rustix::fs::FileType;
 
 /// Longest time between a line and its write; a process that is killed loses no more than that.
 const WRITE_BEHIND: Duration = Duration::from_millis(10);
@@ -54,6 +60,20 @@ pub(crate) fn flush() {
     let _writing = lock(&WAITING.writing);
     let bytes = mem::take(&mut lock(&WAITING.lines).bytes);
     write(&bytes);
+}
+
+/// The file that the log goes to, if it is one.
+pub(crate) fn file() -> Option<PathBuf> {
+    let stderr = io::stderr();
+    let is_file = FileType::from_raw_mode(rustix::fs::fstat(&stderr).ok()?.st_mode) == FileType::RegularFile;
+    is_file.then(|| std::fs::read_link(format!("/proc/self/fd/{}", stderr.as_raw_fd())).ok()).flatten()
+}
+
+/// Goes on in a file of this name, whatever has become of the one that it had. No line is cut.
+pub(crate) fn reopen(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().append(true).create(true).mode(0o640).open(path)?;
+    let _writing = lock(&WAITING.writing);
+    rustix::stdio::dup2_stderr(file).map_err(io::Error::from)
 }
 
 fn write_behind() {
