@@ -66,11 +66,7 @@ lint: build-tools ## Formatting, lints, documentation, licences, configs and gen
 	[ "$$count" -ge 2 ] || { echo "only $$count configs were found in conf/" >&2; exit 1; }
 	target/debug/api-together -t --config conf/apis.example.json --conf conf/pingora.yaml
 	echo "==> generated files"
-	target/debug/api-together schema | diff conf/apis.schema.json - \
-	  || { echo "conf/apis.schema.json is out of date: run make generated" >&2; exit 1; }
-	target/debug/api-together schema --format markdown \
-	  | diff <(sed -n '/<!-- generated/,/<!-- end of generated/p' docs/config.md | sed '1d;$$d') - \
-	  || { echo "docs/config.md is out of date: run make generated" >&2; exit 1; }
+	docs/generate --check target/debug/api-together
 
 FUZZ_SECONDS ?= 60
 
@@ -244,11 +240,9 @@ advisories: build-tools ## Look for known vulnerabilities in dependencies; needs
 	cargo deny --locked check advisories
 
 .PHONY: generated
-generated: build-tools ## Regenerate the config's schema and its reference table
+generated: build-tools ## Write the config's schema and the reference tables in docs/ anew
 	cargo build --locked
-	target/debug/api-together schema > conf/apis.schema.json
-	target/debug/api-together schema --format markdown > target/config-table.md
-	sed -i -e '/<!-- generated/,/<!-- end of generated/{/<!-- generated/{p;r target/config-table.md' -e '};/<!-- end of generated/p;d}' docs/config.md
+	docs/generate target/debug/api-together
 
 define install-deny
 	command -v cargo-deny >/dev/null || { echo "==> cargo-deny is missing: installing it with cargo"; cargo install --locked cargo-deny; }

@@ -258,6 +258,8 @@ fn line() -> Box<dyn FnMut()> {
             measured: Measured::default(),
             meaning: None,
             fault: None,
+            held: Vec::new(),
+            cause: None,
         };
         black_box(record.text().len());
     })

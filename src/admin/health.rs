@@ -1,4 +1,4 @@
-//! `GET /health` and `GET /health/ready`, for process managers and load balancers. Neither needs the key.
+//! `GET /`, `GET /health` and `GET /health/ready`, for people, process managers and load balancers. None needs the key.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -10,6 +10,17 @@ use super::status::{SERVICE, iso};
 use crate::ledger::AccountSet;
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
+
+/// Says to a browser, or a person with curl, that this is the right address and what to put into a client.
+pub(super) fn welcome(from: Sources<'_>) -> String {
+    let is_name =
+        |text: &&str| !text.is_empty() && text.bytes().all(|c| c.is_ascii_alphanumeric() || b".-_:[]".contains(&c));
+    let scheme = if from.pool.server.tls.is_some() { "https" } else { "http" };
+    match from.authority.filter(is_name) {
+        Some(authority) => format!("{SERVICE} is running; base URL {scheme}://{authority}/v1\n"),
+        None => format!("{SERVICE} is running; base URL: this address with /v1\n"),
+    }
+}
 
 /// The process is alive.
 pub(super) fn health() -> String {

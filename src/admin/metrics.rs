@@ -33,7 +33,7 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
 }
 
 fn add_gauges(scrape: &Scrape, from: Sources<'_>) {
-    let Sources { pool, process } = from;
+    let Sources { pool, process, .. } = from;
     let file = process.config.file();
     let loaded = pool.loaded_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);

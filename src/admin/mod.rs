@@ -37,11 +37,22 @@ pub(crate) struct Sources<'a> {
     pub pool: &'a Pool,
     /// The process.
     pub process: &'a Process,
+    /// Host and port that the client called, if it said so.
+    pub authority: Option<&'a str>,
+}
+
+impl<'a> Sources<'a> {
+    /// Sources of an answer that does not depend on the request.
+    pub(crate) fn new(pool: &'a Pool, process: &'a Process) -> Self {
+        Self { pool, process, authority: None }
+    }
 }
 
 /// One of our own resources.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Resource<'a> {
+    /// `GET /`.
+    Root,
     /// `GET /health`.
     Health,
     /// `GET /health/ready`.
@@ -67,6 +78,7 @@ impl<'a> Resource<'a> {
         let reads = matches!(*method, Method::GET | Method::HEAD);
         // The program before this one took a slash at their end as well.
         match path.strip_suffix('/').unwrap_or(path) {
+            "" => return Some(Self::Root),
             "/health" => return Some(Self::Health),
             "/health/ready" => return Some(Self::Ready),
             "/metrics" => return Some(Self::Metrics),
@@ -100,7 +112,12 @@ impl<'a> Resource<'a> {
 
     /// True if no key is needed: process managers and load balancers have none.
     pub(crate) fn is_open_to_all(&self) -> bool {
-        matches!(self, Self::Health | Self::Ready)
+        matches!(self, Self::Root | Self::Health | Self::Ready)
+    }
+
+    /// True for what is asked for again and again by programs that watch the process.
+    pub(crate) fn is_probe(&self, method: &Method) -> bool {
+        matches!(self, Self::Health | Self::Ready | Self::Metrics) || *self == Self::Root && *method == Method::HEAD
     }
 
     /// True if a request for it has a body with a meaning.
@@ -111,6 +128,7 @@ impl<'a> Resource<'a> {
     /// The answer to a request for it.
     pub(crate) async fn answer(&self, from: Sources<'_>, body: &[u8]) -> Result<Answer, Fault> {
         let (status, body) = match self {
+            Self::Root => return Ok(Answer::text(health::welcome(from))),
             Self::Health => (200, health::health()),
             Self::Ready => health::ready(from),
             Self::Metrics => return Ok(Answer::metrics(metrics::text(from).await)),
@@ -129,6 +147,12 @@ impl Answer {
     pub(crate) fn json(status: u16, body: impl Into<Bytes>) -> Self {
         let content_type = (header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Self { status, headers: vec![content_type], body: body.into() }
+    }
+
+    /// An answer in words.
+    pub(crate) fn text(text: String) -> Self {
+        let content_type = (header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        Self { status: 200, headers: vec![content_type], body: text.into() }
     }
 
     /// An answer that is Prometheus's.
@@ -184,6 +208,7 @@ mod tests {
     #[test]
     fn which_paths_are_ours() {
         let of = |path| Resource::from_path(path, path, &Method::GET);
+        assert_eq!((of("/"), of("//"), of("/index.html")), (Some(Resource::Root), None, None));
         assert_eq!(of("/health"), Some(Resource::Health));
         assert_eq!(of("/health/ready"), Some(Resource::Ready));
         assert_eq!(of("/v1/models"), Some(Resource::Models));

@@ -21,7 +21,7 @@ pub(super) const SERVICE: &str = "api-together";
 
 /// The status, as JSON.
 pub(crate) async fn status(from: Sources<'_>) -> String {
-    let Sources { pool, process: Process { open, ledger, estimator, config, started_at, .. } } = from;
+    let Sources { pool, process: Process { open, ledger, estimator, config, started_at, .. }, .. } = from;
     let views = Views::look(pool).await;
     let clock = pool.clock();
     let apis: Vec<Value> = pool.endpoints.iter().map(|endpoint| api(pool, endpoint, &views, &clock)).collect();

@@ -17,7 +17,7 @@ const PORT: u16 = 3001;
 
 /// Serves the demo until it is stopped. The error says why it cannot start.
 pub(super) fn run() -> Result<(), String> {
-    logger::start(false);
+    logger::start(&Environment::from_process(Path::new(""), &Flags::default()), false);
     let bases = start_endpoints().map_err(|error| format!("the simulated endpoints cannot start: {error}"))?;
     let (banner, mut prepared) = prepare(&bases, PORT).or_else(|busy| {
         log::warn!("{busy}; using a free port instead");

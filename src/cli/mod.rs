@@ -21,6 +21,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::config;
+use crate::fault::reference;
 use crate::server::control;
 use crate::server::handover::{self, Starter};
 use files::ConfigFile;
@@ -112,6 +113,9 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Print the reference of the gateway's own errors, as Markdown.
+    #[command(hide = true)]
+    Errors,
     /// Print a shell completion script.
     Completions {
         /// Shell to complete in.
@@ -163,6 +167,10 @@ impl Cli {
             Command::Models { json } => done(status::show_models(&file(config).runtime_folders(), Output::new(json))),
             Command::Stop { now } => done(stop::stop(&file(config).runtime_folders(), now)),
             Command::StartSuccessor { result, socket, command } => done(Starter { result, socket, command }.run()),
+            Command::Errors => {
+                print!("{}\n{}", reference::shapes(), reference::markdown());
+                ExitCode::SUCCESS
+            }
             Command::Completions { shell } => {
                 let mut text = Vec::new();
                 clap_complete::generate(shell, &mut Self::command(), NAME, &mut text);

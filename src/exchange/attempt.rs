@@ -14,7 +14,7 @@ use crate::request::shape::CallShape;
 use crate::response::classify::Meaning;
 use crate::response::decode::Encoding;
 use crate::routing::admission::Choice;
-use crate::routing::health::{Effect, Scope, Seen};
+use crate::routing::health::{Effect, Gate, Scope, Seen};
 use crate::routing::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::routing::retry::Outcome;
 use crate::routing::router::ModelName;
@@ -79,7 +79,12 @@ impl Charge {
                 (Scope::Model, name) if !name.is_empty() => format!("endpoint {id}, model {name:?}"),
                 _ => format!("endpoint {id}"),
             };
-            log::warn!("{whom}: cooling down; it {outcome}");
+            let now = Instant::now();
+            let until = match endpoint.live.gate(model.name(), now) {
+                Gate::Cooling { until } => format!(" for {:.0} s", until.saturating_duration_since(now).as_secs_f64()),
+                _ => String::new(),
+            };
+            log::warn!("{whom}: cooling down{until}; its last error: it {outcome}");
         }
     }
 }
@@ -422,8 +427,8 @@ impl Attempt {
                 let name = self.model.name().name;
                 let whom =
                     if scope == Scope::Model && !name.is_empty() { format!(", model {name:?}") } else { String::new() };
-                let why = if guessed { "it does not say for how long" } else { "as it asked" };
-                log::info!("endpoint {id}{whom}: rests for {:.1} s, {why}", wait.as_secs_f64());
+                let why = if guessed { "a guess, since it does not say for how long" } else { "as it asked" };
+                log::info!("endpoint {id}{whom}: rests for {:.1} s, {why}; it {outcome}", wait.as_secs_f64());
             }
             Effect::KeyRefused | Effect::Failure(Scope::Endpoint) => {
                 if outcome.meaning().is_some_and(|meaning| meaning.trouble == Trouble::Key) {

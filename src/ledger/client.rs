@@ -169,7 +169,7 @@ impl Client {
         let (reply, answer) = oneshot::channel();
         let draw = Draw { ticket, wanted, otherwise, instead_of, reply };
         let patience = match otherwise {
-            Otherwise::WaitUntil(until) => ANSWER_MAX + self.clock().boot.until(until),
+            Otherwise::Wait { until, .. } => ANSWER_MAX + self.clock().boot.until(until),
             Otherwise::LookElsewhere | Otherwise::Refuse(_) => ANSWER_MAX,
         };
         let pushed = self.push(|messages| {
@@ -190,7 +190,7 @@ impl Client {
             // A permit that is granted later finds no client and gives itself back.
             Ok(Err(_)) | Err(_) => Drawn::Unavailable,
         };
-        if let (Some(metrics), false) = (metrics(), matches!(otherwise, Otherwise::WaitUntil(_))) {
+        if let (Some(metrics), false) = (metrics(), matches!(otherwise, Otherwise::Wait { .. })) {
             metrics.permit(begun.elapsed());
         }
         drawn

@@ -6,8 +6,9 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::{AccountId, AccountSet, LimitedAccount, Permit, Spent};
+use crate::config::LimitKind;
 use crate::fault::HeldBy;
-use crate::limit::{CountedAt, Held, Stamp, View};
+use crate::limit::{CountedAt, Held, LimitReason, Stamp, View};
 
 /// An endpoint that can serve the request.
 #[derive(Clone, Debug)]
@@ -49,12 +50,27 @@ pub struct HeldEndpoint {
     pub held: Held,
 }
 
+impl Refusal {
+    /// False if it is known that none of the endpoints has a permit until this moment.
+    pub fn may_end_by(&self, end: Stamp) -> bool {
+        may_end_by(&self.held, end)
+    }
+}
+
+/// False if all of these last beyond this moment. Requests in flight may end at any time.
+pub(super) fn may_end_by(held: &[HeldEndpoint], end: Stamp) -> bool {
+    let may_end = |held: &HeldEndpoint| match held.held.by {
+        LimitReason::Full(LimitKind::MaxConcurrent, _) => true,
+        _ => held.held.until <= end,
+    };
+    held.is_empty() || held.iter().any(may_end)
+}
+
 impl HeldEndpoint {
-    /// Returns it as a fault tells it, with the endpoint's id if clients may know it.
-    pub fn held_by(&self, endpoint: Option<Arc<str>>, now: Stamp) -> HeldBy {
-        // Names of the endpoint's own models are no more the client's than its id.
-        let models = endpoint.as_ref().and(self.account.as_ref()).and_then(AccountId::models).cloned();
-        HeldBy { endpoint, models, reason: self.held.by, wait: now.until(self.held.until) }
+    /// Returns it as a fault tells it. Names of the endpoint's own models are no more the client's than its id.
+    pub fn held_by(&self, endpoint: Arc<str>, is_public: bool, now: Stamp) -> HeldBy {
+        let models = self.account.as_ref().and_then(AccountId::models).cloned();
+        HeldBy { endpoint, is_public, models, reason: self.held.by, wait: now.until(self.held.until) }
     }
 }
 
@@ -80,8 +96,13 @@ pub enum Otherwise {
     LookElsewhere,
     /// The request is refused, and the reply names this caller a time to come back.
     Refuse(CallerId),
-    /// The request waits in the queue until this moment at most.
-    WaitUntil(Stamp),
+    /// The request waits in the queue.
+    Wait {
+        /// Until this moment; then it looks again who is open.
+        until: Stamp,
+        /// End of its time in the queue. If it is known that nothing can be free by then, the request is not kept waiting.
+        end: Stamp,
+    },
 }
 
 /// An attempt that has ended, or a permit that was never used.

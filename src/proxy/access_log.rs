@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::billing::Measured;
+use crate::fault::HeldBy;
 use crate::response::classify::Meaning;
 use crate::usage::Tokens;
 
@@ -43,7 +44,14 @@ pub struct Record<'a> {
     pub meaning: Option<Meaning>,
     /// Label of the fault, if there was one.
     pub fault: Option<&'static str>,
+    /// Endpoints that could not be asked, each with the reason.
+    pub held: Vec<HeldBy>,
+    /// Why it failed.
+    pub cause: Option<&'a str>,
 }
+
+/// Endpoints named in a line.
+const HELD_MAX: usize = 10;
 
 impl Record<'_> {
     /// The members of a JSON object, by the names that the text has. What is not known is left out.
@@ -73,10 +81,18 @@ impl Record<'_> {
             ("trouble", self.meaning.map(|meaning| json!(meaning.trouble.name()))),
             ("rule", self.meaning.map(|meaning| json!(meaning.rule))),
             ("fault", self.fault.map(|fault| json!(fault))),
+            ("held", (!self.held.is_empty()).then(|| json!(self.held().collect::<Vec<_>>()))),
+            ("cause", self.cause.map(|cause| json!(cut(cause)))),
         ];
         let known: Vec<String> =
             members.into_iter().filter_map(|(name, value)| Some(format!("\"{name}\":{}", value?))).collect();
         known.join(",")
+    }
+
+    fn held(&self) -> impl Iterator<Item = String> {
+        let more = self.held.len().saturating_sub(HELD_MAX);
+        let more = (more > 0).then(|| format!("and {more} others"));
+        self.held.iter().take(HELD_MAX).map(HeldBy::text).chain(more)
     }
 }
 
@@ -139,6 +155,13 @@ impl Record<'_> {
         }
         if let Some(fault) = self.fault {
             line.plain("fault", fault);
+        }
+        if !self.held.is_empty() {
+            // Ids are from the config; quoted, they are one value.
+            line.shown("held", format_args!("{:?}", self.held().collect::<Vec<_>>().join("; ")));
+        }
+        if let Some(cause) = self.cause {
+            line.word("cause", cause);
         }
         line.0
     }
@@ -232,6 +255,8 @@ impl LogLine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::LimitKind;
+    use crate::limit::LimitReason;
 
     #[test]
     fn a_line_is_one_line() {
@@ -251,6 +276,8 @@ mod tests {
             measured: Measured::default(),
             meaning: None,
             fault: None,
+            held: Vec::new(),
+            cause: None,
         };
         assert_eq!(
             record.text(),
@@ -271,6 +298,19 @@ mod tests {
             " total_ms=20.0 first_token_ms=1000.0 prompt_tokens=5 completion_tokens=9 total_tokens=14 \
                  cached_tokens=2 reasoning_tokens=3 tokens_per_second=4.5"
         ),);
+        let held = HeldBy {
+            endpoint: "a\"b".into(),
+            is_public: false,
+            models: Some("gpt-4*".into()),
+            reason: LimitReason::Full(LimitKind::Rpm, 3),
+            wait: Duration::from_millis(1500),
+        };
+        let full = Record { held: vec![held; 12], cause: Some("x y"), ..record };
+        let shown = r#"a\"b: 3 requests a minute for gpt-4*, for 2 s; "#.repeat(10);
+        assert!(full.text().ends_with(&format!(" held=\"{shown}and 2 others\" cause=\"x y\"")), "{}", full.text());
+        let members: serde_json::Value = serde_json::from_str(&format!("{{{}}}", full.json_members())).unwrap();
+        assert_eq!(members["held"].as_array().unwrap().len(), 11);
+        let record = Record { held: Vec::new(), cause: None, ..full };
         let refused = Meaning::of_status(401, None);
         let refused = Record { meaning: Some(refused), fault: Some("endpoint_key_refused"), ..record };
         assert!(refused.text().ends_with(" trouble=key rule=status fault=endpoint_key_refused"));

@@ -146,9 +146,10 @@ async fn send_with_another_permit(context: &mut Context) -> bool {
 /// Returns the fault for the client if no other endpoint takes the request either.
 fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault {
     let Drawn::Refused(refusal) = drawn else { return Fault::LedgerUnavailable };
-    let shown = context.arrival.endpoint_headers.then(|| Arc::clone(&endpoint.config.id));
+    let id = || Arc::clone(&endpoint.config.id);
+    let is_public = context.arrival.endpoint_headers;
     let now = context.ask.as_ref().map(|ask| ask.pool.clock().boot).unwrap_or_default();
-    let held = refusal.held.iter().map(|held| held.held_by(shown.clone(), now));
+    let held = refusal.held.iter().map(|held| held.held_by(id(), is_public, now));
     Fault::LimitsReached { wait: refusal.wait, held: held.collect() }
 }
 

@@ -51,6 +51,8 @@ pub struct Arrival {
     pub endpoint_headers: bool,
     /// Shape of errors that the client reads.
     pub error_shape: ErrorShape,
+    /// True for what process managers, load balancers and Prometheus ask for again and again.
+    pub is_probe: bool,
     _open: OpenRequest,
 }
 
@@ -85,6 +87,8 @@ pub struct Tries {
     pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.
     pub last: Option<Arc<Endpoint>>,
+    /// Why the request failed, in words for the log.
+    pub cause: Option<String>,
 }
 
 impl Context {
@@ -98,6 +102,7 @@ impl Context {
                 connection: None,
                 endpoint_headers: true,
                 error_shape: ErrorShape::default(),
+                is_probe: false,
                 _open: open.enter(),
             },
             ask: None,

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use log::Level;
 use pingora::{Error, ErrorSource};
 use pingora_proxy::Session;
 
@@ -13,25 +14,24 @@ use crate::billing::{self, Measured};
 use crate::exchange::Attempt;
 use crate::exchange::scheduling::step_aside;
 use crate::fault::Fault;
+use crate::fault::reference::CLIENT_GONE;
+use crate::process::Process;
+use crate::routing::admission;
+use crate::routing::retry::{Outcome, Place};
 use crate::telemetry::logger::{self, REQUEST_TARGET};
 use crate::telemetry::metrics::{self, Ended, metrics};
 
-pub(super) async fn logging(
-    session: &mut Session,
-    error: Option<&Error>,
-    context: &mut Context,
-    estimator: &Estimator,
-) {
+pub(super) async fn logging(session: &mut Session, error: Option<&Error>, context: &mut Context, process: &Process) {
     // The client has its answer; those of others come before the bookkeeping. Until that is done the request counts as open, so
     // a process that ends waits for it.
     step_aside().await;
     context.wrapped.unwrap_session(session);
     let complete = context.exchange.state().committed.and_then(|committed| committed.complete);
-    let measured = conclude(context, error.is_none(), complete, estimator);
+    let measured = conclude(context, error.is_none(), complete, &process.estimator);
     let client_gone = context.fault.is_none()
         && complete.is_none()
         && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
-    record(session, context, measured, client_gone);
+    record(session, context, measured, client_gone, process);
 }
 
 /// Concludes the last attempt, and bills what was measured of it.
@@ -49,13 +49,28 @@ fn conclude(context: &mut Context, went_well: bool, complete: Option<Instant>, e
     billing::bill(attempt, ask, context.arrival.id_text(), (context.arrival.at, ended), estimator)
 }
 
-fn record(session: &Session, context: &Context, measured: Measured, client_gone: bool) {
-    let level = if client_gone { log::Level::Debug } else { log::Level::Info };
+fn record(session: &Session, context: &Context, measured: Measured, client_gone: bool, process: &Process) {
+    let fault = context.fault.as_ref();
+    let status = session.response_written().filter(|header| is_final(header)).map(|header| header.status.as_u16());
+    let is_failed = !client_gone && (status.is_some_and(|status| status >= 500) || fault == Some(&Fault::StreamBroken));
+    let level = match is_failed {
+        true if !context.arrival.is_probe => Level::Warn,
+        _ if client_gone || context.arrival.is_probe && fault.is_none() => Level::Debug,
+        _ => Level::Info,
+    };
+    let ledger_fault = fault.filter(|fault| is_of_ledger(fault)).and_then(|_| process.ledger.fault());
     let state = context.exchange.state();
     let attempt = state.attempt.as_ref();
     let endpoint = attempt.map(|attempt| &attempt.endpoint).or(context.tries.last.as_ref());
     let ask = context.ask.as_ref();
     let header = session.req_header();
+    let meaning = attempt.map_or(context.tries.meaning, Attempt::meaning);
+    let answered = || meaning.map(|meaning| Outcome::Error { meaning, place: Place::Status }.to_string());
+    let cause = match ledger_fault {
+        Some(fault) => Some(fault.message),
+        None if is_failed => context.tries.cause.clone().or_else(answered),
+        None => None,
+    };
     let record = Record {
         id: context.arrival.id_text(),
         caller: context.arrival.address,
@@ -65,13 +80,19 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
         endpoint_model: attempt.and_then(|attempt| attempt.model.mapped.as_deref()),
         endpoint: endpoint.map(|endpoint| endpoint.config.id.as_ref()),
         attempts: context.tries.tried.len(),
-        status: session.response_written().filter(|header| is_final(header)).map(|h| h.status.as_u16()),
+        status,
         bytes: session.body_bytes_sent(),
         first_byte: state.committed.map(|committed| committed.at.saturating_duration_since(context.arrival.at)),
         total: context.arrival.at.elapsed(),
         measured,
-        meaning: attempt.map_or(context.tries.meaning, Attempt::meaning),
-        fault: if client_gone { Some("client_gone") } else { context.fault.as_ref().map(Fault::label) },
+        meaning,
+        fault: if client_gone { Some(CLIENT_GONE) } else { fault.map(Fault::label) },
+        held: match fault {
+            Some(Fault::NoneAvailable) => ask.map_or_else(Vec::new, |ask| admission::out_of_service(&ask.options(&[]))),
+            Some(fault) => fault.held().to_vec(),
+            None => Vec::new(),
+        },
+        cause: cause.as_deref(),
     };
     if let Some(metrics) = metrics() {
         metrics.request(&Ended {
@@ -87,7 +108,11 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
     write(&record, level);
 }
 
-fn write(record: &Record<'_>, level: log::Level) {
+fn is_of_ledger(fault: &Fault) -> bool {
+    matches!(fault, Fault::LedgerUnavailable | Fault::StatsUnavailable)
+}
+
+fn write(record: &Record<'_>, level: Level) {
     if !log::log_enabled!(target: REQUEST_TARGET, level) {
         return;
     }

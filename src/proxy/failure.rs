@@ -87,9 +87,14 @@ fn conclude_committed(context: &mut Context, error: &Error) {
         // A WebSocket has an end of its own; how its connection is closed then says nothing of the endpoint.
         Some(attempt) if is_complete || context.switched => attempt.request_ended(),
         Some(attempt) if !from_client => {
-            attempt.conclude(&ended.unwrap_or(Outcome::Broken));
+            let outcome = ended.unwrap_or(Outcome::Broken);
+            attempt.conclude(&outcome);
             state.settle_charges(false);
             context.fault = Some(Fault::StreamBroken);
+            context.tries.cause = Some(match outcome {
+                Outcome::Broken => "broke off in its answer".to_owned(),
+                other => other.to_string(),
+            });
         }
         _ => {}
     }
@@ -228,6 +233,7 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
     let more = may_follow && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
     if !more {
         state.settle_charges(true);
+        context.tries.cause = Some(outcome.to_string());
     }
     // A complaint about our key is not the client's to see, but the log has it.
     let hidden = state.kept.take_if(|_| outcome.is_hidden(retry)).and_then(|kept| kept.words());
@@ -310,6 +316,7 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
     }
     let fault = context.fault.get_or_insert(Fault::Internal).clone();
     if fault == Fault::Internal {
+        context.tries.cause.get_or_insert_with(|| error.to_string());
         log::error!("request {}: {error}", context.arrival.id_text());
     }
     // Pingora closes the connection after a failure in any case; a client that does not know may lose its next request.

@@ -156,6 +156,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let path = path::as_meant(uri.path());
     context.arrival.error_shape = ErrorShape::of_path(&path);
     let resource = Resource::from_path(uri.path(), &path, &method);
+    context.arrival.is_probe = resource.as_ref().is_some_and(|resource| resource.is_probe(&method));
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
         authenticate(gateway, context, header, &pool).await?;
     }
@@ -163,7 +164,10 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
         resource.check_method(&method)?;
         let takes_body = resource.takes_body();
         let body = if takes_body { receive::body(gateway, session, OWN_BODY_BYTES_MAX).await? } else { Bytes::new() };
-        return Ok(Next::Answer(resource.answer(Sources { pool: &pool, process: &gateway.process }, &body).await?));
+        let host = session.req_header().headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        let authority = uri.authority().map(http::uri::Authority::as_str).or(host);
+        let sources = Sources { pool: &pool, process: &gateway.process, authority };
+        return Ok(Next::Answer(resource.answer(sources, &body).await?));
     }
     check_target(&method, &uri, &path)?;
     let target = target(&pool, &uri, &path)?;

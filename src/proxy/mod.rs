@@ -150,7 +150,7 @@ impl ProxyHttp for Gateway {
     }
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Self::CTX) {
-        ending::logging(session, error, context, &self.process.estimator).await;
+        ending::logging(session, error, context, &self.process).await;
     }
 
     // The record and the notes of each attempt say all that Pingora would, without its request headers.

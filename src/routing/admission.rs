@@ -149,7 +149,7 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
         let waits = turn.place.is_some() && clock.boot < turn.until;
         let open = balance::open(&request.options, &clock);
         let otherwise = if waits {
-            Otherwise::WaitUntil(turn.until.min(clock.boot + WAIT_SLICE))
+            Otherwise::Wait { until: turn.until.min(clock.boot + WAIT_SLICE), end: end_of_wait(request, &turn, &clock) }
         } else {
             Otherwise::Refuse(request.caller)
         };
@@ -162,7 +162,12 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
                     return Ok(choice);
                 }
             }
-            Drawn::Refused(_) if waits => {}
+            Drawn::Refused(refusal) if waits => {
+                if !refusal.may_end_by(end_of_wait(request, &turn, &clock)) {
+                    // Its time would pass in vain.
+                    turn.until = clock.boot;
+                }
+            }
             Drawn::Refused(refusal) => return Err(limits_reached(request, &open, &refusal)),
             Drawn::Unavailable => return Err(Fault::LedgerUnavailable),
         }
@@ -170,6 +175,13 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
             return Err(Fault::NoneAvailable);
         }
     }
+}
+
+/// End of a request's time in the queue; never, if an endpoint that is cooling down may be back before it.
+fn end_of_wait(request: Request<'_>, turn: &Turn, clock: &Clock) -> Stamp {
+    let left = clock.boot.until(turn.until);
+    let comes_back = out_of_service(&request.options).iter().any(|held| held.wait <= left);
+    if comes_back { Stamp::NEVER } else { turn.until }
 }
 
 /// Draws from candidates. It is a fault if there are none.
@@ -223,22 +235,28 @@ async fn try_out(
 /// Names everybody who could have taken the request, why it does not, and for how long.
 fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: &Refusal) -> Fault {
     let options = request.options;
-    let clock = options.pool.clock();
-    let shows_ids = options.pool.server.endpoint_headers;
-    let id = |candidate: usize| Some(Arc::clone(&options.endpoint(candidate)?.config.id)).filter(|_| shows_ids);
+    let now = options.pool.clock().boot;
     let held = |held: &HeldEndpoint| {
         let (candidate, _) = *open.get(held.at)?;
-        Some(held.held_by(id(candidate), clock.boot))
+        let id = Arc::clone(&options.endpoint(candidate)?.config.id);
+        Some(held.held_by(id, options.pool.server.endpoint_headers, now))
     };
-    let mut all: Vec<HeldBy> = refusal.held.iter().filter_map(held).collect();
-    for (candidate, _) in options.candidates.list().iter().enumerate() {
-        let reason = LimitReason::CoolingDown;
-        let wait = match options.gate(candidate, clock.now) {
-            Some(Gate::Cooling { until }) => until.saturating_duration_since(clock.now),
-            Some(Gate::OnTrial | Gate::TrialDue) => Duration::ZERO,
-            _ => continue,
+    let held = refusal.held.iter().filter_map(held).chain(out_of_service(&options)).collect();
+    Fault::LimitsReached { wait: refusal.wait, held }
+}
+
+/// The candidates that are cooling down.
+pub fn out_of_service(options: &Options<'_>) -> Vec<HeldBy> {
+    let now = options.pool.clock().now;
+    let held = |candidate: usize| {
+        let wait = match options.gate(candidate, now)? {
+            Gate::Cooling { until } => until.saturating_duration_since(now),
+            Gate::OnTrial | Gate::TrialDue => Duration::ZERO,
+            Gate::Open | Gate::Resting { .. } => return None,
         };
-        all.push(HeldBy { endpoint: id(candidate), models: None, reason, wait });
-    }
-    Fault::LimitsReached { wait: refusal.wait, held: all }
+        let endpoint = Arc::clone(&options.endpoint(candidate)?.config.id);
+        let is_public = options.pool.server.endpoint_headers;
+        Some(HeldBy { endpoint, is_public, models: None, reason: LimitReason::CoolingDown, wait })
+    };
+    (0..options.candidates.list().len()).filter_map(held).collect()
 }

@@ -18,12 +18,26 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use serde_json::json;
 
 use super::log_writer;
-use crate::config::LogFormat;
+use crate::config::{Environment, LogFormat};
 
 /// Default levels: ours are info, those of libraries warnings.
 const LEVEL_DEFAULT: &str = "info";
 /// These log request headers, and so keys, at debug and below.
 const TALKATIVE: [&str; 5] = ["pingora", "h2", "hyper", "rustls", "reqwest"];
+/// Beginnings of what the framework calls errors although anybody who reaches the port can cause it, or each upgrade does. They are
+/// debug lines of ours.
+const ORDINARY: [&str; 8] = [
+    "No incoming socket transfer",
+    "Downstream handshake",
+    "H2 handshake error",
+    "HTTP server fails to",
+    "failed to send error response to downstream",
+    "Error finish sending body to downstream",
+    "Fail to proxy",
+    "H2 fd:",
+];
+/// Target of such a line.
+const ORDINARY_TARGET: &str = "api_together::server";
 /// The target of a request's own line: its message is the members of a JSON object, if lines are JSON.
 pub(crate) const REQUEST_TARGET: &str = "api_together::request";
 /// Time within which an equal warning is counted instead of logged; the next one shows the number.
@@ -43,10 +57,10 @@ pub(crate) fn is_json() -> bool {
     IS_JSON.load(Ordering::Relaxed)
 }
 
-/// Starts logging as `RUST_LOG` says, or else `LOG_LEVEL`. `framework_debug` lets the framework's own debug lines through, which
-/// print keys.
-pub(crate) fn start(framework_debug: bool) {
-    let filter = filter(|name| std::env::var(name).ok().filter(|value| !value.is_empty()));
+/// Starts logging as the variable `RUST_LOG` says, or else `LOG_LEVEL`. `framework_debug` lets the framework's own debug lines
+/// through, which print keys.
+pub(crate) fn start(environment: &Environment, framework_debug: bool) {
+    let (filter, complaint) = filter(|name| environment.value(name).map(str::to_owned));
     let coloured = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let logger = env_logger::Builder::new()
         .parse_filters(&filter)
@@ -73,6 +87,9 @@ pub(crate) fn start(framework_debug: bool) {
     // A second start in one process, as tests do, changes nothing.
     if log::set_boxed_logger(Box::new(logger)).is_ok() {
         log::set_max_level(level);
+    }
+    if let Some(complaint) = complaint {
+        log::warn!("{complaint}");
     }
 }
 
@@ -114,12 +131,23 @@ impl LogTime {
     }
 }
 
-/// `RUST_LOG` as it is; `LOG_LEVEL` is the level of our own lines.
-fn filter(variable: impl Fn(&str) -> Option<String>) -> String {
-    variable("RUST_LOG").unwrap_or_else(|| {
-        let level = variable("LOG_LEVEL").map_or_else(|| LEVEL_DEFAULT.to_owned(), |level| level.to_ascii_lowercase());
-        format!("warn,api_together={level}")
-    })
+/// `RUST_LOG` as it is; `LOG_LEVEL` is the level of our own lines. Also returns what is wrong with it, if anything is.
+fn filter(variable: impl Fn(&str) -> Option<String>) -> (String, Option<String>) {
+    if let Some(filter) = variable("RUST_LOG") {
+        return (filter, None);
+    }
+    let (mut level, mut complaint) = (LEVEL_DEFAULT.to_owned(), None);
+    if let Some(typed) = variable("LOG_LEVEL") {
+        match typed.trim().parse::<LevelFilter>() {
+            Ok(known) => level = known.to_string().to_ascii_lowercase(),
+            Err(_) => {
+                complaint = Some(format!(
+                    "LOG_LEVEL is {typed:?}, which is none of error, warn, info, debug, trace and off; {LEVEL_DEFAULT} is used"
+                ));
+            }
+        }
+    }
+    (format!("warn,api_together={level}"), complaint)
 }
 
 fn json_line(time: &str, record: &Record<'_>) -> String {
@@ -210,6 +238,15 @@ impl Capped {
             && TALKATIVE.iter().any(|target| metadata.target().starts_with(target))
     }
 
+    /// Returns the words of a framework's error that is none.
+    fn ordinary(record: &Record<'_>) -> Option<String> {
+        if record.level() != Level::Error || !record.target().starts_with("pingora") {
+            return None;
+        }
+        let text = record.args().to_string();
+        ORDINARY.iter().any(|begins| text.starts_with(begins)).then_some(text)
+    }
+
     fn write_folded(&self, record: &Record<'_>) {
         let text = record.args().to_string();
         let fold = self.folder.lock().unwrap_or_else(PoisonError::into_inner).fold(&text, Instant::now());
@@ -237,7 +274,13 @@ impl Log for Capped {
         if self.is_capped(record.metadata()) {
             return;
         }
-        if record.level() <= Level::Warn && self.logger.matches(record) {
+        if let Some(text) = Self::ordinary(record) {
+            let mut line = Record::builder();
+            line.level(Level::Debug).target(ORDINARY_TARGET);
+            return self.logger.log(&line.args(format_args!("{text}")).build());
+        }
+        // Lines of requests are all different, and each is wanted.
+        if record.level() <= Level::Warn && record.target() != REQUEST_TARGET && self.logger.matches(record) {
             self.write_folded(record);
         } else {
             self.logger.log(record);
@@ -283,9 +326,13 @@ mod tests {
         let of = |set: &[(&str, &str)]| {
             filter(|name| set.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned()))
         };
-        assert_eq!(of(&[]), "warn,api_together=info");
-        assert_eq!(of(&[("LOG_LEVEL", "DEBUG")]), "warn,api_together=debug");
-        assert_eq!(of(&[("LOG_LEVEL", "debug"), ("RUST_LOG", "error")]), "error");
+        let plain = |filter: &str| (filter.to_owned(), None);
+        assert_eq!(of(&[]), plain("warn,api_together=info"));
+        assert_eq!(of(&[("LOG_LEVEL", " DEBUG")]), plain("warn,api_together=debug"));
+        assert_eq!(of(&[("LOG_LEVEL", "verbos"), ("RUST_LOG", "error")]), plain("error"));
+        let (filter, complaint) = of(&[("LOG_LEVEL", "verbos")]);
+        assert_eq!(filter, "warn,api_together=info");
+        assert!(complaint.unwrap().contains("\"verbos\""));
     }
 
     #[test]
@@ -304,6 +351,19 @@ mod tests {
             (&request["event"], &request["id"], &request["status"]),
             (&json!("request"), &json!("x"), &json!(200))
         );
+    }
+
+    #[test]
+    fn what_anybody_can_cause_is_no_error() {
+        let ordinary = |target: &str, level, text: &str| {
+            Capped::ordinary(&Record::builder().target(target).level(level).args(format_args!("{text}")).build())
+                .is_some()
+        };
+        let transfer = "No incoming socket transfer, sleep 1s and try again";
+        assert!(ordinary("pingora_core::server::transfer_fd", Level::Error, transfer));
+        assert!(ordinary("pingora_core::apps", Level::Error, "H2 handshake error  HandshakeError"));
+        assert!(!ordinary("pingora_core::server", Level::Error, "Bootstrap failed on error"));
+        assert!(!ordinary("api_together::server", Level::Error, transfer));
     }
 
     #[test]

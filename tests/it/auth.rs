@@ -58,7 +58,7 @@ async fn without_a_key_every_path_but_health_is_shut() {
             (Method::GET, "/v1/status"),
             (Method::POST, "/v1/chat/completions"),
             (Method::OPTIONS, "/v1/chat/completions"),
-            (Method::GET, "/"),
+            (Method::POST, "/index.html"),
             (Method::GET, "/nowhere"),
             (Method::TRACE, "/v1/models"),
         ] {

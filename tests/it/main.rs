@@ -30,6 +30,7 @@ mod limits;
 mod meaning;
 mod metrics;
 mod model_limits;
+mod night_shift;
 mod outbound;
 mod own_answers;
 mod realtime;

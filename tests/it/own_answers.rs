@@ -122,11 +122,12 @@ async fn one_model_is_found_by_its_name() {
 async fn unknown_paths_and_wrong_methods() {
     within(async {
         let proxy = proxy(&simulator().await.base_url()).await;
-        for path in ["/", "/chatter", "/v2/models", "/v1", "/healthy"] {
+        for path in ["//", "/chatter", "/v2/models", "/v1", "/healthy"] {
             let message = proxy.get(path).await.assert_error(404, "invalid_request_error", "unknown_url");
             assert!(message.contains(path) && message.contains("/v1"), "{message}");
         }
         for (method, path) in [
+            (Method::POST, "/"),
             (Method::POST, "/health"),
             (Method::POST, "/v1/status"),
             (Method::DELETE, "/v1/models"),

@@ -54,7 +54,7 @@ const PURE: [&str; 14] = [
     "limit/quota.rs",
     "limit/window.rs",
     "json/",
-    "fault.rs",
+    "fault/",
 ];
 const IMPURE: [&str; 5] = ["Instant::now", "SystemTime::now", "tokio::", "std::fs", "std::net"];
 

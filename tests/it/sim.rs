@@ -713,7 +713,7 @@ async fn request(
                 shared.seen.waited += u64::from(queue.is_some() && waited > 0);
                 assert!(wait > Duration::ZERO, "refused, and told to come at once");
                 let limits = held.into_iter().filter(|held| held.reason != LimitReason::CoolingDown);
-                let account = |held: &HeldBy| match (held.endpoint.clone().unwrap(), held.models.clone()) {
+                let account = |held: &HeldBy| match (Arc::clone(&held.endpoint), held.models.clone()) {
                     (endpoint, None) => AccountId::Endpoint(endpoint),
                     (endpoint, Some(models)) => AccountId::Models { endpoint, models },
                 };

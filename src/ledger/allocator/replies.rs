@@ -8,7 +8,7 @@ use super::promised::Told;
 use super::{Allocator, RENEW, SCAN};
 use crate::config::LedgerOnError;
 use crate::ledger::batch::{Decision, Served, enter, next_free};
-use crate::ledger::messages::{CallerId, Draw, Drawn, HeldEndpoint, Messages, Otherwise, Refusal, Wanted};
+use crate::ledger::messages::{CallerId, Draw, Drawn, HeldEndpoint, Messages, Otherwise, Refusal, Wanted, may_end_by};
 use crate::ledger::{Account, Permit, prefetch};
 use crate::limit::{Clock, CountedAt, Stamp};
 
@@ -62,14 +62,14 @@ impl Allocator {
     fn refuse(&mut self, draw: Draw, held: Vec<HeldEndpoint>, clock: &Clock) {
         let first = held.iter().map(|endpoint| endpoint.held.until).min().unwrap_or(clock.boot);
         let free_at = match draw.otherwise {
-            Otherwise::WaitUntil(until) if until > clock.boot => {
+            Otherwise::Wait { until, end } if until > clock.boot && may_end_by(&held, end) => {
                 if !draw.reply.is_closed() {
                     self.scan_at = self.scan_at.min(first).min(until).min(clock.boot + SCAN);
                     self.waiting.insert(draw.ticket, draw);
                 }
                 return;
             }
-            Otherwise::LookElsewhere | Otherwise::WaitUntil(_) => first,
+            Otherwise::LookElsewhere | Otherwise::Wait { .. } => first,
             Otherwise::Refuse(caller) => self.promise(caller, &draw, first, clock).unwrap_or(first),
         };
         let refusal = Refusal { wait: clock.boot.until(free_at), held };

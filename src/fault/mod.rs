@@ -4,6 +4,8 @@
 //! thing, the place and the way out. `code` is a string or null, never a number: strict clients fail to parse
 //! a number there.
 
+pub mod reference;
+
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,14 +15,30 @@ use crate::limit::LimitReason;
 /// Reason why an endpoint cannot be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldBy {
-    /// Its id, if clients may know it.
-    pub endpoint: Option<Arc<str>>,
+    /// Its id.
+    pub endpoint: Arc<str>,
+    /// True if clients may know its id, and its names of models.
+    pub is_public: bool,
     /// The models whose limit it is, as `modelLimits` has them; `None` if it is the whole endpoint's.
     pub models: Option<Arc<str>>,
     /// Reason.
     pub reason: LimitReason,
     /// Time until it is over.
     pub wait: Duration,
+}
+
+impl HeldBy {
+    /// The reason as its operator reads it.
+    pub fn text(&self) -> String {
+        let Self { endpoint, is_public: _, models, reason, wait } = self;
+        let models = models.as_ref().map_or_else(String::new, |models| format!(" for {models}"));
+        format!("{endpoint}: {reason}{models}, for {} s", wait.as_secs_f64().ceil())
+    }
+
+    /// The reason as a client may read it.
+    fn public_text(&self) -> String {
+        if self.is_public { self.text() } else { format!("{}, for {} s", self.reason, self.wait.as_secs_f64().ceil()) }
+    }
 }
 
 /// A fault that the proxy itself reports to a client, as opposed to an error that an endpoint answered.
@@ -231,6 +249,14 @@ impl Fault {
         }
     }
 
+    /// Reasons why endpoints could not be asked, where that is what is wrong.
+    pub fn held(&self) -> &[HeldBy] {
+        match self {
+            Self::LimitsReached { held, .. } => held,
+            _ => &[],
+        }
+    }
+
     /// Returns the `Allow` header, if one is due.
     pub fn allow(&self) -> Option<&'static str> {
         match self {
@@ -369,10 +395,7 @@ impl Fault {
 fn holds(held: &[HeldBy]) -> String {
     const SHOWN_MAX: usize = 10;
     let mut shown: Vec<String> = Vec::new();
-    for HeldBy { endpoint, models, reason, wait } in held {
-        let models = models.as_ref().map_or_else(String::new, |models| format!(" for {models}"));
-        let reason = format!("{reason}{models}, for {} s", wait.as_secs_f64().ceil());
-        let text = endpoint.as_ref().map_or_else(|| reason.clone(), |endpoint| format!("{endpoint}: {reason}"));
+    for text in held.iter().map(HeldBy::public_text) {
         // Without ids they may well be the same.
         if !shown.contains(&text) && shown.len() <= SHOWN_MAX {
             shown.push(text);
