@@ -32,6 +32,11 @@ impl Banner {
         Self { scheme, key: config.server.api_key.to_string(), endpoints }
     }
 
+    /// Shows the client key as it is: that of the demo, which opens nothing but simulated endpoints.
+    pub(super) fn with_key_shown(self, key: &str) -> Self {
+        Self { key: key.to_owned(), ..self }
+    }
+
     /// Returns the whole text. The printer leaves colours out if its output is not a terminal.
     pub(super) fn text(&self, address: SocketAddr) -> String {
         let Self { scheme, key, endpoints } = self;

@@ -6,6 +6,7 @@ use anstream::{eprintln, println};
 
 use super::files::ConfigFile;
 use crate::config::{self, Environment, Flags, Problem, ProblemKind};
+use crate::server::check_certificate;
 
 /// Prints every problem of the file. Unknown keys are errors here.
 pub(super) fn check(file: &ConfigFile) -> ExitCode {
@@ -15,7 +16,13 @@ pub(super) fn check(file: &ConfigFile) -> ExitCode {
     }
     let environment = Environment::from_process(&file.path, &Flags::default());
     let (loaded, problems) = match config::load(&file.path, &environment) {
-        Ok(loaded) => (true, loaded.warnings),
+        Ok(loaded) => match check_certificate(&loaded.config.server) {
+            Ok(()) => (true, loaded.warnings),
+            Err(why) => {
+                let problem = Problem { file: Some(shown.to_string()), ..Problem::error("", why) };
+                (false, loaded.warnings.into_iter().chain([problem]).collect())
+            }
+        },
         Err(problems) => (false, problems.iter().cloned().collect()),
     };
     let wrong = |problem: &&Problem| problem.kind != ProblemKind::Warning;

@@ -89,7 +89,7 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
         if port == 0 { Environment::default() } else { Environment::from_process(Path::new(""), &Flags::default()) };
     let Loaded { config, .. } =
         config::check_str(&text, Format::Json, &environment, Path::new("")).map_err(|problems| problems.to_string())?;
-    let banner = Banner::new(&config);
+    let banner = Banner::new(&config).with_key_shown(CLIENT_KEY);
     let options = RunOptions { runtime_folder: PathBuf::from("run"), ..RunOptions::default() };
     let prepared = Prepared::new(config, &options).map_err(|error| error.to_string())?;
     Ok((banner, prepared))

@@ -18,9 +18,9 @@ use std::process::ExitCode;
 use anstream::{eprintln, print, println};
 use anstyle::{AnsiColor, Style};
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
-use crate::config;
+use crate::config::{self, Language};
 use crate::fault::reference;
 use crate::server::control;
 use crate::server::handover::{self, Starter};
@@ -33,7 +33,7 @@ const NAME: &str = "api-together";
 /// A self-hosted, OpenAI-compatible LLM gateway.
 #[derive(Debug, Parser)]
 #[command(name = NAME, version, about)]
-pub struct Cli {
+struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[arg(
@@ -58,11 +58,20 @@ enum Command {
         /// The file; like --config.
         file: Option<PathBuf>,
     },
+    /// Print a config that does what a file of another program does: LiteLLM's config.yaml, uni-api's api.yaml, or a list of one-api's
+    /// channels. Keys become ${NAME}; what could not be taken over is said on standard error.
+    Import {
+        /// The file, JSON or YAML.
+        file: PathBuf,
+    },
     /// Print the JSON Schema of the config file, or its reference as a Markdown table.
     Schema {
         /// Output format.
         #[arg(long, value_enum, default_value_t = SchemaFormat::Json)]
         format: SchemaFormat,
+        /// Language of the table.
+        #[arg(long, value_enum, default_value_t = SchemaLanguage::En)]
+        language: SchemaLanguage,
     },
     /// Replace the running process by this binary without losing a request. If anything fails, the old process keeps serving and the
     /// exit code is 1.
@@ -133,9 +142,29 @@ enum SchemaFormat {
     Markdown,
 }
 
+/// Runs the command line of a program that was built from this commit.
+pub fn run(commit: Option<&str>) -> ExitCode {
+    let version = match commit.filter(|commit| !commit.is_empty()) {
+        Some(commit) => format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
+        None => env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    // Lives as long as the program.
+    let command = Cli::command().version(&*version.leak());
+    match Cli::from_arg_matches(&command.get_matches()) {
+        Ok(cli) => cli.execute(),
+        Err(error) => error.exit(),
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SchemaLanguage {
+    En,
+    #[value(name = "zh-CN")]
+    ZhCn,
+}
+
 impl Cli {
-    /// Runs the command line.
-    pub fn execute(self) -> ExitCode {
+    fn execute(self) -> ExitCode {
         let Self { command, config, run } = self;
         if command.is_some() && run != Run::default() {
             let say = "flags of `run` stand behind it, or alone: `api-together run --daemon`, `api-together --daemon`";
@@ -150,12 +179,26 @@ impl Cli {
                 Self::command().error(ErrorKind::ArgumentConflict, say).exit()
             }
             Command::Check { file: named } => check::check(&file(named.or(config))),
-            Command::Schema { format: SchemaFormat::Json } => {
+            Command::Import { file } => match config::import(&file) {
+                Ok(imported) => {
+                    println!("{:#}", imported.config);
+                    for note in imported.notes {
+                        eprintln!("{note}");
+                    }
+                    ExitCode::SUCCESS
+                }
+                Err(problem) => fail(&problem.to_string()),
+            },
+            Command::Schema { format: SchemaFormat::Json, .. } => {
                 println!("{:#}", config::schema());
                 ExitCode::SUCCESS
             }
-            Command::Schema { format: SchemaFormat::Markdown } => {
-                print!("{}", config::schema_markdown());
+            Command::Schema { format: SchemaFormat::Markdown, language } => {
+                let language = match language {
+                    SchemaLanguage::En => Language::English,
+                    SchemaLanguage::ZhCn => Language::Chinese,
+                };
+                print!("{}", config::schema_markdown(language));
                 ExitCode::SUCCESS
             }
             Command::Upgrade => tell(handover::ask(&file(config).runtime_folders())),

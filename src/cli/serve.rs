@@ -61,7 +61,7 @@ impl Run {
             config::load(&file.path, &environment).map_err(|problems| problems.to_string())?;
         logger::set_format(config.server.log_format);
         for warning in &warnings {
-            log::warn!("{shown}: {warning}");
+            log::warn!("{warning}");
         }
         let banner = Banner::new(&config);
         let mut prepared = Prepared::new(config, &options).map_err(|error| error.to_string())?;

@@ -104,7 +104,7 @@ fn default_port(tls: bool) -> u16 {
 
 fn refuse_extras(rest: &str) -> Result<(), BaseUrlError> {
     if rest.contains('?') {
-        return refuse("has a query", "leave off the `?` and what follows; `headers` can carry extra values");
+        return refuse("has a query", "put what follows the `?` into `query`, as in {\"api-version\": \"2024-10-21\"}");
     }
     if rest.contains('#') {
         return refuse("has a fragment", "leave off the `#` and what follows");

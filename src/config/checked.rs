@@ -1,7 +1,7 @@
 //! The checked configuration: the typed one, converted to types that hold only usable values. All problems are collected
 //! before any is reported.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +11,7 @@ use super::check_ordinary;
 use super::endpoint::{self, Endpoint};
 use super::environment::Environment;
 use super::file::{ConfigFile, EndpointFile};
+use super::key_strength;
 use super::problem::{Problem, Report};
 use super::server::{self, Server};
 use crate::config::secret::Secret;
@@ -51,12 +52,15 @@ fn endpoints(typed: Option<Vec<EndpointFile>>, check: &mut Check<'_>) -> Option<
         check.report.error("apis", "is empty", hint);
         return None;
     }
-    check_ids(&typed, check);
-    let endpoints: Vec<_> = typed
-        .into_iter()
-        .enumerate()
-        .map(|(index, typed)| endpoint::check(typed, &format!("apis[{index}]"), check))
-        .collect();
+    let repeated = repeated_ids(&typed, check);
+    let mut endpoints = Vec::with_capacity(typed.len());
+    for (index, typed) in typed.into_iter().enumerate() {
+        let endpoint = endpoint::check(typed, &format!("apis[{index}]"), check);
+        // The old program skipped what was switched off, whatever was in it.
+        if !check.report.is_off(index) || endpoint.is_some() && !repeated.contains(&index) {
+            endpoints.push(endpoint);
+        }
+    }
     // Those that could not be read may well have been meant to be used.
     if endpoints.iter().all(|endpoint| endpoint.as_ref().is_some_and(|e| !e.usable())) {
         let hint = "set `enabled` to true and no limit to 0 for at least one";
@@ -65,14 +69,16 @@ fn endpoints(typed: Option<Vec<EndpointFile>>, check: &mut Check<'_>) -> Option<
     endpoints.into_iter().collect()
 }
 
-fn check_ids(typed: &[EndpointFile], check: &mut Check<'_>) {
-    let mut first_uses = BTreeMap::new();
+/// Reports ids that stand before, and returns the numbers of their entries.
+fn repeated_ids(typed: &[EndpointFile], check: &mut Check<'_>) -> BTreeSet<usize> {
+    let (mut first_uses, mut repeated) = (BTreeMap::new(), BTreeSet::new());
     for (index, endpoint) in typed.iter().enumerate() {
         let Some(id) = endpoint.id.as_deref().filter(|id| !id.trim().is_empty()) else {
             continue;
         };
         let first = *first_uses.entry(id).or_insert(index);
         if first != index {
+            repeated.insert(index);
             check.report.error(
                 &format!("apis[{index}].id"),
                 format!("{id:?} is the id of apis[{first}] already"),
@@ -80,6 +86,7 @@ fn check_ids(typed: &[EndpointFile], check: &mut Check<'_>) {
             );
         }
     }
+    repeated
 }
 
 impl Check<'_> {
@@ -105,6 +112,9 @@ impl Check<'_> {
             let hint = "a key has ASCII letters, digits and signs only; was it copied whole?";
             self.report.error(path, "has a character that a header cannot carry", hint);
             return None;
+        }
+        if let Some((what, hint)) = key_strength::oddity(key) {
+            self.report.warning(path, what, hint);
         }
         Some(Secret::new(key))
     }

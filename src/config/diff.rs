@@ -194,6 +194,8 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         http2,
         tls,
         errors,
+        version_path,
+        query,
     } = before;
     let at = |key: &str| format!("endpoint {id}: {key}");
     if *enabled != after.enabled {
@@ -206,6 +208,10 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     if *headers != after.headers {
         lines.add(at("headers changed"));
     }
+    if *query != after.query {
+        lines.add(at("query changed"));
+    }
+    lines.compare(&at("versionPath"), word, version_path, &after.version_path);
     lines.compare_text(&at("name"), name, &after.name);
     lines.compare_text(&at("baseUrl"), &base_url.to_string(), &after.base_url.to_string());
     for (kind, (before, after)) in limits.zip(after.limits).each() {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 use jiff::tz::TimeZone;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -66,6 +67,10 @@ pub struct Endpoint {
     pub http2: Option<bool>,
     /// Certificate checks.
     pub tls: EndpointTls,
+    /// What becomes of the client's `/v1`.
+    pub version_path: VersionPath,
+    /// Parameters of each request's query, percent-encoded.
+    pub query: Vec<(String, Secret)>,
     /// Meaning of its errors, before what is known of vendors.
     pub errors: Vec<ErrorRule>,
 }
@@ -96,6 +101,17 @@ pub struct ModelLimits {
     pub limits: PerLimit<Limit>,
     /// True if each model has them for itself, false if all share them.
     pub each: bool,
+}
+
+/// What becomes of the client's `/v1` where a base URL has no path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VersionPath {
+    /// It is kept.
+    #[default]
+    Keep,
+    /// It is left out.
+    None,
 }
 
 /// Policy for `stream_options` that the client did not send.
@@ -152,6 +168,12 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         );
     }
     let headers = headers(typed.headers, &at("headers"), check);
+    let query = query(typed.query, &at("query"), check);
+    let version_path = typed.version_path.unwrap_or_default();
+    if version_path == VersionPath::None && base_url.as_ref().is_some_and(|base| !base.path.is_empty()) {
+        let hint = "leave one of them out: a path of baseUrl replaces the client's /v1 by itself";
+        check.report.warning(&at("versionPath"), "has no effect, since baseUrl has a path", hint);
+    }
     let tls = endpoint_tls(typed.tls.unwrap_or_default(), &at("tls"), check);
     let errors = errors(typed.errors, &at("errors"), check);
     let proxy = proxy(typed.proxy.as_ref(), base_url.as_ref(), &at("proxy"), check);
@@ -169,6 +191,8 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         name: name.map_or_else(|| id.clone(), Arc::from),
         id,
         base_url: base_url?,
+        version_path,
+        query,
         api_key: api_key?,
         limits: limits.map(limit),
         model_limits,
@@ -321,12 +345,32 @@ fn proxy(typed: Option<&Secret>, to: Option<&BaseUrl>, path: &str, check: &mut C
 fn endpoint_key(typed: Option<Secret>, path: &str, check: &mut Check<'_>) -> Option<Secret> {
     let hint = "it is the key the endpoint gave you; for one that wants none write any word";
     let key = check.key(typed, path, hint)?;
+    if key.expose().contains(char::is_whitespace) {
+        check.report.warning(path, "has a space in it", "was something else copied with it?");
+    }
     let text = key.expose().to_ascii_lowercase();
     if ["your-", "your_", "-here"].iter().any(|part| text.contains(part)) {
         let hint = "put your real key here, or ${NAME} to take it from the environment";
         check.report.warning(path, "looks like a placeholder", hint);
     }
     Some(key)
+}
+
+/// What stands for itself nowhere in a query (RFC 3986, 2.3).
+const NOT_PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+/// Names and values as they stand in a query.
+fn query(typed: Option<BTreeMap<String, Secret>>, path: &str, check: &mut Check<'_>) -> Vec<(String, Secret)> {
+    let mut query = Vec::new();
+    for (name, value) in typed.unwrap_or_default() {
+        if name.trim().is_empty() {
+            check.report.error(&join(path, &name), "has no name", "write it as \"name\": \"value\"");
+            continue;
+        }
+        let encode = |text: &str| utf8_percent_encode(text, NOT_PLAIN).to_string();
+        query.push((encode(&name), Secret::new(encode(value.expose()))));
+    }
+    query
 }
 
 fn errors(typed: Option<Vec<ErrorRuleFile>>, path: &str, check: &mut Check<'_>) -> Vec<ErrorRule> {

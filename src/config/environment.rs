@@ -96,7 +96,7 @@ impl Environment {
             Err(error) if error.kind() == ErrorKind::NotFound => return,
             Err(error) => {
                 let message = format!("cannot be read: {error}");
-                self.problems.push(Problem::warning(shown, message).hint("it is left out"));
+                self.problems.push(Problem::warning("", message).hint("it is left out").in_file(&shown));
                 return;
             }
         };
@@ -105,11 +105,26 @@ impl Environment {
         let entries_max = text.lines().count() + 1;
         let line_number = Cell::new(0);
         let lines = EnvLines { rest: text.as_bytes(), line_number: &line_number };
+        let (mut seen, mut found) = (BTreeMap::new(), BTreeMap::new());
         for entry in dotenvy::from_read_iter(lines).take(entries_max) {
             match entry {
-                Ok((name, value)) => self.add(name, value, &shown),
+                Ok((name, value)) => {
+                    let line = line_number.get();
+                    if let Some(before) = seen.insert(name.clone(), line) {
+                        let message = format!("{name} is given twice, first in line {before}");
+                        let problem = Problem::warning("", message).hint("the last one counts; remove the other");
+                        self.problems.push(problem.in_file(&shown).at(line, None));
+                    }
+                    // Of one file the last counts, as everywhere; a source before it wins.
+                    if !value.is_empty() {
+                        found.insert(name, value);
+                    }
+                }
                 Err(_) => self.problems.push(syntax_problem(&shown, line_number.get())),
             }
+        }
+        for (name, value) in found {
+            self.add(name, value, &shown);
         }
     }
 
@@ -196,8 +211,10 @@ fn is_variable_name(name: &str) -> bool {
 /// loading; a variable that is needed and thereby missing is an error where it is used. The line itself
 /// may hold a key and is not shown.
 fn syntax_problem(file: &str, line_number: usize) -> Problem {
-    Problem::warning(file, format!("line {line_number} is not NAME=value and is left out"))
+    Problem::warning("", "is not NAME=value and is left out")
         .hint("put a value with spaces in quotation marks")
+        .in_file(file)
+        .at(line_number, None)
 }
 
 /// Hands out one line for each read. The parser's errors carry no line number, but it reads no further
@@ -304,10 +321,24 @@ mod tests {
         std::fs::write(&file, "A=1\n\nKEY=sk-secret with spaces\nB=2").unwrap();
         let environment = Environment::layered([].into_iter(), std::slice::from_ref(&file));
         let [problem] = environment.problems() else { panic!("{:?}", environment.problems) };
-        assert_eq!(problem.path, file.to_str().unwrap());
-        assert_eq!(problem.message, "line 3 is not NAME=value and is left out");
+        assert_eq!((problem.file.as_deref(), problem.line), (file.to_str(), Some(3)));
+        assert_eq!(problem.message, "is not NAME=value and is left out");
         assert_eq!(environment.value("B"), Some("2"));
         assert!(!format!("{environment:?}{problem:?}").contains("secret"));
+    }
+
+    #[test]
+    fn of_a_name_twice_in_a_file_the_last_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join(".env");
+        std::fs::write(&file, "A=1\nB=1\n\nA=2\nA=\n").unwrap();
+        let environment = Environment::layered([].into_iter(), std::slice::from_ref(&file));
+        assert_eq!((environment.value("A"), environment.value("B")), (Some("2"), Some("1")));
+        let told: Vec<_> =
+            environment.problems().iter().map(|problem| (problem.line, problem.message.as_str())).collect();
+        let twice = |line, before| (Some(line), format!("A is given twice, first in line {before}"));
+        let expected = [twice(4, 1), twice(5, 4)];
+        assert_eq!(told, expected.iter().map(|(line, text)| (*line, text.as_str())).collect::<Vec<_>>());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::endpoint::StreamUsage;
+use super::endpoint::{StreamUsage, VersionPath};
 use super::errors::Trouble;
 use super::server::{LedgerOnError, LedgerSync, LogFormat, Strategy};
 use crate::config::secret::Secret;
@@ -300,6 +300,13 @@ pub(super) struct EndpointFile {
     /// (`https://host/api/v3`) replaces `/v1`.
     #[schemars(required)]
     pub base_url: Option<String>,
+    /// What becomes of the client's `/v1` where `baseUrl` has no path: `keep`, or `none` for APIs without a version in their paths
+    /// (`https://host/chat/completions`).
+    #[schemars(extend("default" = VersionPath::Keep))]
+    pub version_path: Option<VersionPath>,
+    /// Parameters added to the query of each request to the endpoint, such as `{"api-version": "2024-10-21"}`; they replace the
+    /// client's of the same name. Their values are treated as secrets.
+    pub query: Option<BTreeMap<String, Secret>>,
     /// The key sent to the endpoint as `Authorization: Bearer <key>`.
     #[schemars(required)]
     pub api_key: Option<Secret>,

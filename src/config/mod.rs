@@ -19,17 +19,21 @@ mod errors;
 mod file;
 mod foreign;
 mod header_pattern;
+mod import;
 mod key_strength;
 mod limits;
 mod memory;
+mod places;
 mod problem;
 mod proxy;
+mod reference;
 mod schema;
 mod schema_check;
 pub(crate) mod secret;
 mod server;
 mod spelling;
 mod status_set;
+mod syntax;
 mod watch;
 
 #[cfg(test)]
@@ -45,14 +49,16 @@ pub use checked::Config;
 pub use cidr::{Cidr, CidrError};
 pub use connections::ConnectionLimits;
 pub use diff::{changes, needs_upgrade};
-pub use endpoint::{Endpoint, EndpointTls, ModelLimits, StreamUsage, Timeouts};
+pub use endpoint::{Endpoint, EndpointTls, ModelLimits, StreamUsage, Timeouts, VersionPath};
 pub use environment::{Environment, Flags};
 pub use errors::{ErrorRule, MessagePattern, Trouble, matches_glob};
 pub use header_pattern::{HeaderPattern, HeaderPatternError};
+pub use import::Imported;
 pub use limits::{Limit, LimitKind, PerLimit};
 pub use problem::{Problem, ProblemKind, Problems};
 pub use proxy::{Proxy, ProxyScheme};
-pub use schema::{schema, schema_markdown};
+pub use reference::{Language, schema_markdown};
+pub use schema::schema;
 pub(crate) use schema_check::likeliest;
 pub(crate) use secret::Secret;
 pub use server::{Breaker, Cors, LedgerOnError, LedgerSync, LogFormat, Queue, Retry, Server, ServerTls, Strategy};
@@ -91,14 +97,19 @@ impl Format {
     }
 }
 
-/// Reads and checks a file, which may be a pipe. Problems of the text as a whole carry the file's path.
+/// Reads and checks a file, which may be a pipe. Problems carry the file's path.
 pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> {
     let shown = path.display().to_string();
-    let text = read(path).map_err(|problem| Problem { path: shown.clone(), ..problem })?;
+    let text = read(path).map_err(|problems| problems.in_file(&shown))?;
     // So that the same files have the same names however this one is named.
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let base_dir = absolute.parent().unwrap_or(Path::new(""));
-    check_str(&text, Format::from_path(path), environment, base_dir).map_err(|problems| problems.name_text(&shown))
+    check_str(&text, Format::from_path(path), environment, base_dir)
+        .map(|Loaded { config, warnings }| {
+            let warnings = warnings.into_iter().map(|warning| warning.in_file(&shown)).collect();
+            Loaded { config, warnings }
+        })
+        .map_err(|problems| problems.in_file(&shown))
 }
 
 /// Reads what can be kept of a file: no more than one byte above 16 MiB.
@@ -114,17 +125,24 @@ pub fn check_ordinary(path: &Path) -> io::Result<()> {
     if found.is_file() || found.is_dir() { Ok(()) } else { Err(io::Error::other("it is no ordinary file")) }
 }
 
-fn read(path: &Path) -> Result<String, Problem> {
+/// Writes a config from a file of another program.
+pub fn import(path: &Path) -> Result<Imported, Problems> {
+    let shown = path.display().to_string();
+    let imported = read(path).and_then(|text| import::import(&text, Format::from_path(path)));
+    imported.map_err(|problems| problems.in_file(&shown))
+}
+
+fn read(path: &Path) -> Result<String, Problems> {
     let unreadable = |error: io::Error| {
-        Problem::error("", format!("cannot be read: {error}"))
-            .hint(format!("copy conf/apis.example.json to {}, or name another file with --config", path.display()))
+        let hint = format!("copy conf/apis.example.json to {}, or name another file with --config", path.display());
+        Problem::error("", format!("cannot be read: {error}")).hint(hint)
     };
     let bytes = read_bounded(path).map_err(unreadable)?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
-        return Err(Problem::error("", format!("is longer than {FILE_BYTES_MAX} bytes")));
+        return Err(Problem::error("", format!("is longer than {FILE_BYTES_MAX} bytes")).into());
     }
     String::from_utf8(bytes)
-        .map_err(|_| Problem::error("", "is not UTF-8 text").hint("save it as UTF-8 in your editor"))
+        .map_err(|_| Problem::error("", "is not UTF-8 text").hint("save it as UTF-8 in your editor").into())
 }
 
 /// Checks a configuration's text. Relative paths in it start from `base_dir`.
@@ -136,7 +154,7 @@ pub fn check_str(text: &str, format: Format, environment: &Environment, base_dir
     let typed = schema_check::read(text, format, environment, &mut report);
     let mut check = Check { report: &mut report, environment, base_dir };
     let config = Config::from_file(typed, &mut check);
-    let warnings = report.finish()?;
+    let warnings = report.finish(text)?;
     match config {
         Some(config) => Ok(Loaded { config, warnings }),
         // Unreachable: a text without a config has reported the reason. Still better than an empty answer.

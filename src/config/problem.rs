@@ -3,6 +3,8 @@
 use std::cmp::Ordering;
 use std::fmt;
 
+use super::places::Places;
+
 /// Severity of a [`Problem`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProblemKind {
@@ -23,15 +25,23 @@ impl fmt::Display for ProblemKind {
     }
 }
 
-/// A problem and its place: `apis[2].baseUrl: message (hint)`.
+/// A problem and its place: `apis.json:12: endpoint "main", apis[2].baseUrl: message (hint)`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The place in the configuration (`apis[2].baseUrl`), a file's path, or empty for the whole text.
+    /// The file's path, once it is known.
+    pub file: Option<String>,
+    /// The line, from 1.
+    pub line: Option<usize>,
+    /// Id of the endpoint that the place is in.
+    pub endpoint: Option<String>,
+    /// The place in the configuration (`apis[2].baseUrl`), or empty for the whole text.
     pub path: String,
     /// Problem, as the rest of a sentence about the place.
     pub message: String,
     /// The way out.
     pub hint: Option<String>,
+    /// The line's text with a mark, for errors of syntax.
+    pub excerpt: Option<String>,
     /// Severity.
     pub kind: ProblemKind,
 }
@@ -39,7 +49,8 @@ pub struct Problem {
 impl Problem {
     /// A problem without a hint.
     pub fn new(kind: ProblemKind, path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { path: path.into(), message: message.into(), hint: None, kind }
+        let (file, line, endpoint, excerpt) = (None, None, None, None);
+        Self { file, line, endpoint, path: path.into(), message: message.into(), hint: None, excerpt, kind }
     }
 
     /// A problem that keeps the configuration from being used.
@@ -60,14 +71,42 @@ impl Problem {
     }
 }
 
+impl Problem {
+    /// Names the file, unless the problem is another one's.
+    #[must_use]
+    pub(super) fn in_file(mut self, file: &str) -> Self {
+        self.file.get_or_insert_with(|| file.to_owned());
+        self
+    }
+
+    /// Adds the line, and its text with a mark.
+    #[must_use]
+    pub(super) fn at(mut self, line: usize, excerpt: Option<String>) -> Self {
+        (self.line, self.excerpt) = (Some(line), excerpt);
+        self
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.file, self.line) {
+            (Some(file), Some(line)) => write!(f, "{file}:{line}: ")?,
+            (Some(file), None) => write!(f, "{file}: ")?,
+            (None, Some(line)) => write!(f, "line {line}: ")?,
+            (None, None) => {}
+        }
+        if let Some(endpoint) = &self.endpoint {
+            write!(f, "endpoint {endpoint:?}, ")?;
+        }
         if !self.path.is_empty() {
             write!(f, "{}: ", self.path)?;
         }
         f.write_str(&self.message)?;
-        match &self.hint {
-            Some(hint) => write!(f, " ({hint})"),
+        if let Some(hint) = &self.hint {
+            write!(f, " ({hint})")?;
+        }
+        match &self.excerpt {
+            Some(excerpt) => write!(f, "\n{excerpt}"),
             None => Ok(()),
         }
     }
@@ -84,12 +123,9 @@ impl Problems {
         self.0.iter()
     }
 
-    /// Adds a file's name to the problems of its text as a whole.
-    pub(super) fn name_text(mut self, name: &str) -> Self {
-        for problem in self.0.iter_mut().filter(|problem| problem.path.is_empty()) {
-            name.clone_into(&mut problem.path);
-        }
-        self
+    /// Names the file that the problems are in.
+    pub(super) fn in_file(self, file: &str) -> Self {
+        Self(self.0.into_iter().map(|problem| problem.in_file(file)).collect())
     }
 }
 
@@ -127,6 +163,16 @@ impl std::error::Error for Problems {}
 pub(super) struct Report {
     problems: Vec<Problem>,
     broken: Vec<String>,
+    endpoints: Vec<EndpointNote>,
+}
+
+/// What is known of an endpoint's entry before it is checked.
+#[derive(Debug)]
+pub(super) struct EndpointNote {
+    /// Its id, if it has one.
+    pub(super) id: Option<String>,
+    /// True if it is switched off.
+    pub(super) is_off: bool,
 }
 
 impl Report {
@@ -153,14 +199,47 @@ impl Report {
         self.add(Problem::warning(path, message).hint(hint));
     }
 
-    /// The warnings, or everything if there is an error.
-    pub(super) fn finish(mut self) -> Result<Vec<Problem>, Problems> {
+    /// The first error.
+    pub(super) fn first(self) -> Option<Problem> {
+        self.problems.into_iter().find(|problem| problem.kind == ProblemKind::Error)
+    }
+
+    /// Notes what is known of the endpoints' entries.
+    pub(super) fn note_endpoints(&mut self, endpoints: Vec<EndpointNote>) {
+        self.endpoints = endpoints;
+    }
+
+    /// True if the endpoint at this place is switched off. It need not be finished then.
+    pub(super) fn is_off(&self, index: usize) -> bool {
+        self.endpoints.get(index).is_some_and(|endpoint| endpoint.is_off)
+    }
+
+    /// The warnings, or everything if there is an error, each with its line in the text.
+    pub(super) fn finish(mut self, text: &str) -> Result<Vec<Problem>, Problems> {
+        let places = if self.problems.is_empty() { Places::default() } else { Places::of(text) };
+        for problem in self.problems.iter_mut().filter(|problem| problem.file.is_none()) {
+            if problem.line.is_none() && !problem.path.is_empty() {
+                problem.line = places.line(&problem.path);
+            }
+            let Some(endpoint) = endpoint_of(&problem.path).and_then(|index| self.endpoints.get(index)) else {
+                continue;
+            };
+            problem.endpoint.clone_from(&endpoint.id);
+            if endpoint.is_off && problem.kind == ProblemKind::Error {
+                problem.kind = ProblemKind::Warning;
+            }
+        }
         self.problems.sort_by(|a, b| natural_order(&a.path, &b.path));
         if self.problems.iter().any(|p| p.kind == ProblemKind::Error) {
             return Err(Problems(self.problems));
         }
         Ok(self.problems)
     }
+}
+
+/// The number of the endpoint that a place is in.
+fn endpoint_of(path: &str) -> Option<usize> {
+    path.strip_prefix("apis[")?.split_once(']')?.0.parse().ok()
 }
 
 fn covers(above: &str, path: &str) -> bool {
@@ -213,7 +292,7 @@ mod tests {
         report.error("apis[1]", "is odd", "");
         report.error("apis[10].id", "is missing", "");
         report.error("apis[0].id", "is missing", "");
-        let paths: Vec<_> = report.finish().unwrap_err().iter().map(|p| p.path.clone()).collect();
+        let paths: Vec<_> = report.finish("").unwrap_err().iter().map(|p| p.path.clone()).collect();
         assert_eq!(paths, ["apis[0].id", "apis[1]", "apis[10].id"]);
     }
 

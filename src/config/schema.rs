@@ -1,7 +1,5 @@
 //! The JSON Schema of the configuration file, and the reference table written from it.
 
-use std::fmt::Write as _;
-
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value};
 
@@ -116,108 +114,16 @@ pub(super) fn map_values(schema: &Value) -> Option<&Value> {
     schema.get("additionalProperties").filter(|values| values.is_object())
 }
 
-/// A reference of every key in Markdown: one section for each object, required keys first.
-pub fn schema_markdown() -> String {
-    let mut out = String::new();
-    section(&schema(), "", &mut out);
-    out
-}
-
-/// One key of an object, as its row needs it.
-struct TableRow<'a> {
-    key: &'a str,
-    schema: &'a Value,
-    required: bool,
-}
-
-fn section(schema: &Value, path: &str, out: &mut String) {
-    let title = match path {
-        "" => "The whole file".to_owned(),
-        _ => format!("`{path}`"),
-    };
-    // Writing to a String cannot fail, here and below.
-    write!(out, "{}## {title}\n\n", if out.is_empty() { "" } else { "\n" }).ok();
-    if let Some(description) = schema.get("description").and_then(Value::as_str) {
-        write!(out, "{description}\n\n").ok();
-    }
-    out.push_str("| key | type | default | meaning |\n|---|---|---|---|\n");
-    let rows = rows(schema);
-    for row in &rows {
-        row.write(out);
-    }
-    for row in &rows {
-        let path = super::problem::join(path, row.key);
-        if properties(row.schema).is_some() {
-            section(row.schema, &path, out);
-        }
-        // An array's own description says more than its items', which have none.
-        if let Some(items) = row.schema.get("items").filter(|items| properties(items).is_some()) {
-            section(items, &format!("{path}[]"), out);
-        }
-        if let Some(values) = map_values(row.schema).filter(|values| properties(values).is_some()) {
-            section(values, &format!("{path}.*"), out);
-        }
-    }
-}
-
-fn rows(schema: &Value) -> Vec<TableRow<'_>> {
-    let required = schema.get("required").and_then(Value::as_array);
-    let mut rows: Vec<_> = properties(schema)
-        .into_iter()
-        .flatten()
-        .map(|(key, schema)| {
-            let required = required.is_some_and(|keys| keys.iter().any(|k| k == key));
-            TableRow { key, schema, required }
-        })
-        .collect();
-    rows.sort_by_key(|row| (!row.required, row.key));
-    rows
-}
-
-impl TableRow<'_> {
-    fn write(&self, out: &mut String) {
-        let default = match self.schema.get("default") {
-            _ if self.required => "required".to_owned(),
-            Some(default) => format!("`{default}`"),
-            None => String::new(),
-        };
-        let meaning = self.schema.get("description").and_then(Value::as_str).unwrap_or_default();
-        let cells = [format!("`{}`", self.key), type_name(self.schema), default, meaning.to_owned()];
-        let cells = cells.map(|cell| cell.replace('|', "\\|"));
-        writeln!(out, "| {} |", cells.join(" | ")).ok();
-    }
-}
-
-fn type_name(schema: &Value) -> String {
-    if let Some(items) = schema.get("items") {
-        return format!("list of {}", plural(items));
-    }
-    if let Some(values) = map_values(schema) {
-        return format!("object of {}", plural(values));
-    }
-    let name = expected(schema);
-    let name = name.strip_prefix("a ").or_else(|| name.strip_prefix("an ")).unwrap_or(&name);
-    if is_secret(schema) { format!("{name}, secret") } else { name.to_owned() }
-}
-
-fn plural(schema: &Value) -> String {
-    match schema.get("type").and_then(Value::as_str) {
-        Some("object") => "objects".to_owned(),
-        Some("string") => if is_secret(schema) { "texts, secret" } else { "texts" }.to_owned(),
-        _ => expected(schema),
-    }
-}
-
 /// True if a value may never be shown.
 pub(super) fn is_secret(schema: &Value) -> bool {
     schema.get("writeOnly").and_then(Value::as_bool) == Some(true) || map_values(schema).is_some_and(is_secret)
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn each_property(schema: &Value, path: &str, visit: &mut dyn FnMut(&str, &Value)) {
+    pub(in crate::config) fn each_property(schema: &Value, path: &str, visit: &mut dyn FnMut(&str, &Value)) {
         for (key, inner) in properties(schema).into_iter().flatten() {
             let path = format!("{path}.{key}");
             visit(&path, inner);
@@ -259,30 +165,5 @@ mod tests {
             assert!(!text.contains(rust), "{rust} in {text}");
         }
         assert_eq!(text, super::schema().to_string());
-    }
-
-    #[test]
-    fn the_table_shows_every_key() {
-        let table = schema_markdown();
-        assert_eq!(table, schema_markdown());
-        let mut keys = 0;
-        each_property(&schema(), "", &mut |path, _| {
-            keys += 1;
-            let key = path.rsplit('.').next().unwrap();
-            assert!(table.contains(&format!("| `{key}` |")), "{path}");
-        });
-        let rows = table.lines().filter(|line| line.starts_with("| `")).count();
-        assert_eq!(rows, keys);
-        for line in [
-            "## The whole file",
-            "## `server.tls`",
-            "## `apis[].timeouts`",
-            "| `baseUrl` | text | required | Address of the endpoint. Without a path (`https://api.openai.com`) \
-             the client's `/v1/…` is kept; a path (`https://host/api/v3`) replaces `/v1`. |",
-            "| `attempts` | whole number from 1 to 100 | `10` | Attempts for one request at most, the first \
-             one counted, each on another endpoint. |",
-        ] {
-            assert!(table.lines().any(|l| l == line), "{line}\n{table}");
-        }
     }
 }

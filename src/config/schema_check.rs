@@ -8,11 +8,13 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess,
 use serde_json::{Map, Value};
 
 use super::Format;
+use super::endpoint::ID_CHARS_MAX;
 use super::environment::Environment;
 use super::file::ConfigFile;
 use super::foreign::Foreign;
-use super::problem::{Problem, ProblemKind, Report, join};
+use super::problem::{EndpointNote, Problem, ProblemKind, Problems, Report, join};
 use super::schema::{bound, expected, is_secret, map_values, properties, schema};
+use super::syntax;
 
 /// Similarity of an unknown and a known key that is needed for a suggestion, from 0 to 1.
 const ALIKE_MIN: f64 = 0.8;
@@ -29,6 +31,7 @@ pub(super) fn read(text: &str, format: Format, environment: &Environment, report
         report.add_broken(Problem::error("", what).hint(way_out));
         return ConfigFile::default();
     }
+    report.note_endpoints(endpoint_notes(&value));
     let mut shape = SchemaCheck { environment, report };
     if !shape.keep(&mut value, &schema(), "") {
         return ConfigFile::default();
@@ -40,26 +43,45 @@ pub(super) fn read(text: &str, format: Format, environment: &Environment, report
     })
 }
 
+fn endpoint_notes(value: &Value) -> Vec<EndpointNote> {
+    let note = |endpoint: &Value| EndpointNote {
+        id: endpoint
+            .get("id")
+            .and_then(Value::as_str)
+            .filter(|id| !id.trim().is_empty() && !id.contains("${"))
+            .map(|id| id.chars().take(ID_CHARS_MAX).collect()),
+        is_off: endpoint.get("enabled") == Some(&Value::Bool(false)),
+    };
+    value.get("apis").and_then(Value::as_array).into_iter().flatten().map(note).collect()
+}
+
+/// Reads any text of this syntax.
+pub(super) fn parse_any(text: &str, format: Format) -> Result<Value, Problems> {
+    let mut report = Report::default();
+    parse(text, format, &mut report)
+        .ok_or_else(|| report.first().unwrap_or_else(|| Problem::error("", "cannot be read")).into())
+}
+
 fn parse(text: &str, format: Format, report: &mut Report) -> Option<Value> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let repeated = RefCell::default();
     let node = Node { path: String::new(), format, repeated: &repeated };
     let parsed = match format {
-        Format::Json => parse_json(text, node),
-        Format::Yaml => node
-            .deserialize(serde_yaml::Deserializer::from_str(text))
-            .map_err(|error| format!("is not valid YAML: {error}")),
+        Format::Json => parse_json(text, node).map_err(|error| ((error.line(), error.column()), error.to_string())),
+        Format::Yaml => node.deserialize(serde_yaml::Deserializer::from_str(text)).map_err(|error| {
+            (error.location().map_or((0, 0), |location| (location.line(), location.column())), error.to_string())
+        }),
     };
     for path in repeated.take() {
         report.warning(&path, "is given twice", "the last one counts; remove the other");
     }
-    parsed.map_err(|message| report.add_broken(Problem::error("", message))).ok()
+    parsed.map_err(|(at, message)| report.add_broken(syntax::problem(text, format, at, &message))).ok()
 }
 
-fn parse_json(text: &str, node: Node<'_>) -> Result<Value, String> {
+fn parse_json(text: &str, node: Node<'_>) -> serde_json::Result<Value> {
     let mut json = serde_json::Deserializer::from_str(text);
-    let value = node.deserialize(&mut json);
-    value.and_then(|value| json.end().map(|()| value)).map_err(|error| format!("is not valid JSON: {error}"))
+    let value = node.deserialize(&mut json)?;
+    json.end().map(|()| value)
 }
 
 /// A value at a place of the text. Like `Value`'s own deserialization, but it notes repeated keys.

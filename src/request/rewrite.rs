@@ -7,6 +7,8 @@ use std::ops::Range;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::HeaderValue;
 
+use crate::config::Secret;
+
 /// The path an endpoint is asked for. A base URL without a path leaves the client's own; one with a path puts it in place
 /// of the client's `/v1`.
 pub fn path_and_query<'a>(base_path: &str, client: &'a str) -> Cow<'a, str> {
@@ -16,6 +18,25 @@ pub fn path_and_query<'a>(base_path: &str, client: &'a str) -> Cow<'a, str> {
         return client.into();
     }
     [base_path, rest.unwrap_or(client)].concat().into()
+}
+
+/// The path an endpoint without a version in its paths is asked for, if its base URL has none either.
+pub fn without_version(client: &str) -> Cow<'_, str> {
+    match client.strip_prefix("/v1") {
+        Some(rest) if rest.starts_with('/') => rest.into(),
+        Some(rest) => format!("/{rest}").into(),
+        None => client.into(),
+    }
+}
+
+/// The target with these parameters, in place of those of the same name.
+pub fn with_query(target: &str, parameters: &[(String, Secret)]) -> String {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let name_of = |pair: &str| pair.split('=').next().unwrap_or_default().to_owned();
+    let kept = query.split('&').filter(|pair| !pair.is_empty());
+    let kept = kept.filter(|pair| !parameters.iter().any(|(name, _)| *name == name_of(pair))).map(str::to_owned);
+    let ours = parameters.iter().map(|(name, value)| format!("{name}={}", value.expose()));
+    format!("{path}?{}", kept.chain(ours).collect::<Vec<_>>().join("&"))
 }
 
 /// True if a path would leave the part of the endpoint that it is meant for, however an endpoint's server may read it:
@@ -113,6 +134,21 @@ mod tests {
         ] {
             assert_eq!(path_and_query(base, client), expected, "{base} + {client}");
         }
+    }
+
+    #[test]
+    fn versions_and_parameters() {
+        for (client, expected) in [
+            ("/v1/chat/completions?a=1", "/chat/completions?a=1"),
+            ("/v1", "/"),
+            ("/v1?a=1", "/?a=1"),
+            ("/other", "/other"),
+        ] {
+            assert_eq!(without_version(client), expected);
+        }
+        let parameters = [("api-version".to_owned(), Secret::new("1")), ("k".to_owned(), Secret::new("a%26b"))];
+        assert_eq!(with_query("/x", &parameters), "/x?api-version=1&k=a%26b");
+        assert_eq!(with_query("/x?k=2&b=3&api-version", &parameters), "/x?b=3&api-version=1&k=a%26b");
     }
 
     #[test]

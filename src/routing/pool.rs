@@ -107,7 +107,9 @@ fn id_header(id: &str) -> HeaderValue {
 
 fn secrets_of(config: &config::Endpoint) -> Secrets {
     let key = config.api_key.expose().as_bytes();
-    std::iter::once(key).chain(config.headers.iter().map(|(_, value)| value.as_bytes())).collect()
+    let headers = config.headers.iter().map(|(_, value)| value.as_bytes());
+    let query = config.query.iter().map(|(_, value)| value.expose().as_bytes());
+    std::iter::once(key).chain(headers).chain(query).collect()
 }
 
 impl Endpoint {
@@ -139,6 +141,8 @@ impl Endpoint {
 fn is_reached_otherwise(before: &config::Endpoint, now: &config::Endpoint) -> bool {
     before.api_key != now.api_key
         || before.base_url != now.base_url
+        || before.version_path != now.version_path
+        || before.query != now.query
         || before.proxy != now.proxy
         || before.headers != now.headers
         || before.tls != now.tls

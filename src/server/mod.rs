@@ -42,6 +42,7 @@ use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
 use crate::routing::pool::Pool;
+use crate::server::certificate::Certificate;
 use crate::server::control::{Commands, Control};
 use crate::server::handover::{Successor, do_without_a_predecessor, take_callers_over};
 use crate::server::reload::{Reloader, hear_hangups};
@@ -276,6 +277,11 @@ impl Prepared {
         writes.close();
         log::logger().flush();
     }
+}
+
+/// Reads the listener's certificate and key, if it has them, and finds out whether they go together.
+pub fn check_certificate(server: &config::Server) -> Result<(), String> {
+    server.tls.as_ref().map(Certificate::new).transpose().map(drop)
 }
 
 /// Leaves the runtime folder to a process that runs from it already, unless that is taken over from: commands reach one process

@@ -144,8 +144,8 @@ impl Reloader {
         logger::set_format(self.pool.load().server.log_format);
         let mut told = Vec::new();
         for warning in &warnings {
-            log::warn!("{shown}: {warning}");
-            told.push(format!("warning: {shown}: {warning}"));
+            log::warn!("{warning}");
+            told.push(format!("warning: {warning}"));
         }
         let Applied { had_error, needs_other_upgrade } = self.state.applied(&needs_upgrade);
         let result = if lines.is_empty() {

@@ -8,6 +8,7 @@ use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use prometheus::core::Collector;
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder,
@@ -89,6 +90,7 @@ pub(crate) struct Ended<'a> {
 impl Metrics {
     fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
+        registry.register(Box::new(ProcessCollector::for_self()))?;
         let counter = |name: &str, help: &str, labels: &[&str]| {
             keep(&registry, IntCounterVec::new(Opts::new(name, help), labels))
         };

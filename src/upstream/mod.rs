@@ -26,7 +26,7 @@ use pingora::utils::tls::{WrappedX509, parse_x509};
 use pingora::{Error, ErrorType};
 use rustls_pki_types::pem::PemObject;
 
-use crate::config;
+use crate::config::{self, VersionPath};
 use crate::request::rewrite;
 use crate::upstream::forward::Forward;
 use crate::upstream::tunnel::Tunnel;
@@ -151,7 +151,14 @@ impl Upstream {
         target: &str,
         switches_protocol: bool,
     ) -> pingora::Result<RequestHeader> {
-        let path = rewrite::path_and_query(&endpoint.base_url.path, target);
+        let base = &endpoint.base_url.path;
+        let mut path = match endpoint.version_path {
+            VersionPath::None if base.is_empty() => rewrite::without_version(target),
+            _ => rewrite::path_and_query(base, target),
+        };
+        if !endpoint.query.is_empty() {
+            path = rewrite::with_query(&path, &endpoint.query).into();
+        }
         if request.uri != *path {
             request.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
         }

@@ -244,3 +244,69 @@ async fn a_stop_waits_for_open_requests_unless_it_is_to_be_at_once() {
     })
     .await;
 }
+
+#[test]
+fn a_file_of_another_program_becomes_a_config_that_can_be_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let foreign = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/config/foreign/litellm.yaml");
+    std::fs::copy(foreign, folder.path().join("config.yaml")).unwrap();
+    let (code, _, errors) = run(folder.path(), &["check", "config.yaml"]);
+    assert!(code == 1 && errors.contains("is a config of LiteLLM (`api-together import FILE`"), "{errors}");
+    let (code, config, notes) = run(folder.path(), &["import", "config.yaml"]);
+    assert!(code == 0 && !config.contains("sk-secret") && !notes.contains("sk-secret"), "{config}{notes}");
+    assert!(notes.contains("put the key of openai-2 into .env: OPENAI_2_API_KEY="), "{notes}");
+    std::fs::write(folder.path().join("apis.json"), config).unwrap();
+    let names = [
+        "OPENAI_API_KEY",
+        "OPENAI_2_API_KEY",
+        "AZURE_API_KEY",
+        "PERPLEXITYAI_API_KEY",
+        "CLIENT_API_KEY",
+        "OLLAMA_API_KEY",
+    ];
+    let variables: String = names.iter().map(|name| format!("{name}=sk-7d1f93a8c05e42b67d1f93a8\n")).collect();
+    std::fs::write(folder.path().join(".env"), variables).unwrap();
+    let (code, out, errors) = run(folder.path(), &["check", "apis.json"]);
+    assert_eq!((code, out.as_str(), errors.as_str()), (0, "apis.json: ok\n", ""));
+    let (code, _, errors) = run(folder.path(), &["import", "apis.json"]);
+    assert!(code == 1 && errors.contains("apis.json: is no file of a program that is known here"), "{errors}");
+}
+
+#[test]
+fn check_finds_a_certificate_and_a_key_that_do_not_go_together() {
+    let folder = folder_with("key.pem", &rcgen::KeyPair::generate().unwrap().serialize_pem());
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    std::fs::write(folder.path().join("cert.pem"), made.cert.pem()).unwrap();
+    let tls = json!({ "tls": { "certFile": "cert.pem", "keyFile": "key.pem" } });
+    std::fs::write(folder.path().join("apis.json"), config_text(tls, &[endpoint("a", "https://a.example")])).unwrap();
+    let (code, _, errors) = run(folder.path(), &["check", "apis.json"]);
+    assert!(code == 1 && errors.contains("apis.json: server.tls: ") && errors.contains("does the key in"), "{errors}");
+    std::fs::write(folder.path().join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+    assert_eq!(run(folder.path(), &["check", "apis.json"]).0, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_may_have_no_version_in_its_path_and_want_a_query() {
+    within(async {
+        let simulator = simulator().await;
+        let host = simulator.base_url().trim_end_matches("/v1").to_owned();
+        let deployed = json!({ "query": { "api-version": "2024-10-21", "sig": "a b&c" }, "models": ["d"] });
+        let apis = [
+            endpoint_with("bare", &host, json!({ "versionPath": "none", "models": ["b"] })),
+            endpoint_with("deployed", &format!("{host}/openai/deployments/x"), deployed),
+        ];
+        let running = Running::start(&config_text(json!({}), &apis), "trace");
+        running.ready().await;
+        let ask = async |model: &str, query: &str| {
+            let call = client(|builder| builder).post(running.url(&format!("/v1/chat/completions{query}")));
+            Reply::of(call.bearer_auth(KEY).json(&chat(model))).await
+        };
+        ask("b", "?x=1").await;
+        ask("d", "?api-version=1&x=2").await;
+        let paths: Vec<String> = simulator.requests().iter().map(|request| request.path_and_query.clone()).collect();
+        let query = "x=2&api-version=2024-10-21&sig=a%20b%26c";
+        assert_eq!(paths, ["/chat/completions?x=1", &format!("/openai/deployments/x/chat/completions?{query}")]);
+        assert!(!running.killed().contains("a%20b%26c"), "what it says is a secret");
+    })
+    .await;
+}

@@ -1,0 +1,122 @@
+//! Lines of a text at which the places of its configuration begin. YAML's parser reads JSON as well.
+
+use std::collections::HashMap;
+
+use saphyr_parser::{Event, Parser};
+
+use super::problem::join;
+
+/// Line of each place, such as `apis[2].baseUrl`.
+#[derive(Debug, Default)]
+pub(super) struct Places(HashMap<String, usize>);
+
+/// A mapping or sequence that the walk is in.
+enum Inside {
+    /// Path, and the key whose value comes next.
+    Mapping(String, Option<String>),
+    /// Path, and the number of the next item.
+    Sequence(String, usize),
+}
+
+impl Inside {
+    /// Path of the value that comes next; `None` if a key comes.
+    fn next(&mut self) -> Option<String> {
+        match self {
+            Self::Mapping(path, key) => key.take().map(|key| join(path, &key)),
+            Self::Sequence(path, number) => {
+                *number += 1;
+                Some(format!("{path}[{}]", *number - 1))
+            }
+        }
+    }
+}
+
+impl Places {
+    /// Finds the places of a text, as far as it can be read.
+    pub(super) fn of(text: &str) -> Self {
+        let mut lines = HashMap::new();
+        let mut inside: Vec<Inside> = Vec::new();
+        for (event, span) in Parser::new_from_str(text).map_while(Result::ok) {
+            let line = span.start.line();
+            match event {
+                Event::Scalar(word, ..) => match inside.last_mut() {
+                    Some(Inside::Mapping(path, key @ None)) => {
+                        lines.insert(join(path, &word), line);
+                        *key = Some(word.into_owned());
+                    }
+                    Some(Inside::Mapping(_, key)) => *key = None,
+                    Some(sequence) => drop(sequence.next().map(|path| lines.insert(path, line))),
+                    None => {}
+                },
+                Event::MappingStart(..) | Event::SequenceStart(..) => {
+                    let path = inside.last_mut().and_then(Inside::next).unwrap_or_default();
+                    // A value's place begins at its key.
+                    lines.entry(path.clone()).or_insert(line);
+                    inside.push(match event {
+                        Event::MappingStart(..) => Inside::Mapping(path, None),
+                        _ => Inside::Sequence(path, 0),
+                    });
+                }
+                Event::MappingEnd | Event::SequenceEnd => drop(inside.pop()),
+                Event::Alias(_) => drop(inside.last_mut().and_then(Inside::next)),
+                _ => {}
+            }
+        }
+        Self(lines)
+    }
+
+    /// Line of a place; of one that is missing, of what it is missing in.
+    pub(super) fn line(&self, path: &str) -> Option<usize> {
+        let mut path = path;
+        loop {
+            if let Some(line) = self.0.get(path) {
+                return Some(*line);
+            }
+            let (above, _) = path.rsplit_once(['.', '['])?;
+            path = above;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_of_json_and_yaml_have_their_lines() {
+        let json = "{\n\t\"server\": {\"port\":1,\n\t\t\"apiKey\" : \"x\"},\n\t\"apis\": [\n\t\t{\"id\":\"a\",\n\t\t \"models\":[\"m\",\n\t\t\"n\"]}\n\t]\n}\n";
+        let places = Places::of(json);
+        for (path, line) in [
+            ("server", 2),
+            ("server.port", 2),
+            ("server.apiKey", 3),
+            ("apis", 4),
+            ("apis[0]", 5),
+            ("apis[0].models", 6),
+            ("apis[0].models[1]", 7),
+            ("apis[0].apiKey", 5),
+            ("server.retry.attempts", 2),
+        ] {
+            assert_eq!(places.line(path), Some(line), "{path}");
+        }
+        assert_eq!(places.line("nothing"), None);
+        let yaml = "# comment\nserver:\n  port: 1\napis:\n  - id: a\n    modelMapping:\n      gpt-3.5: b\n  - {id: b,\n     rpm: 2}\n";
+        let places = Places::of(yaml);
+        for (path, line) in [
+            ("server.port", 3),
+            ("apis[0].id", 5),
+            ("apis[0].modelMapping[\"gpt-3.5\"]", 7),
+            ("apis[1]", 8),
+            ("apis[1].rpm", 9),
+        ] {
+            assert_eq!(places.line(path), Some(line), "{path}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_configuration_has_no_places_and_does_no_harm() {
+        for text in ["", "[", "{\"a\":", "a: b: c", "- - - -", "\u{0}", "&a [*a]", "{? [a]: b}"] {
+            Places::of(text);
+        }
+    }
+}
