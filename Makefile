@@ -10,23 +10,43 @@ SHELL := bash
 # What is built is looked for in target/.
 unexport CARGO_TARGET_DIR
 BINARY := target/release/api-together
+# Built for trying out and for small gateways: in half the time, without what makes a release fast
+QUICK := target/quick/api-together
 
 .PHONY: help
 help: ## List the targets
 	grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# The commit, which `--version` shows of what is built to be used
+build release-api-together: export API_TOGETHER_COMMIT = $(shell git rev-parse --short=10 HEAD 2>/dev/null)
+
+.PHONY: build
+build: build-tools ## Build target/quick/api-together (3 to 6 minutes on two cores the first time, seconds afterwards)
+	echo "==> building $(QUICK) (3 to 6 minutes on two cores the first time, seconds afterwards)"
+	cargo build --profile quick --locked
+
 .PHONY: run
-run: build-tools ## Build the release and serve conf/apis.json (or .yaml), or the demo if there is none
-	echo "==> building the release (the first time takes some minutes)"
-	cargo build --release --locked
-	for config in conf/apis.json conf/apis.yaml; do
+run: build ## Build the program, and serve conf/apis.json (or .yaml), or the demo if there is none
+	for config in conf/apis.json conf/apis.yaml conf/apis.yml; do
 	  if [ -e "$$config" ]; then
 	    echo "==> serving $$config"
-	    exec $(BINARY) --config "$$config"
+	    exec $(QUICK) --config "$$config"
 	  fi
 	done
 	echo "==> there is no conf/apis.json yet (copy conf/apis.example.json to make one), so this is the demo"
-	exec $(BINARY) demo
+	exec $(QUICK) demo
+
+PREFIX ?= /usr/local
+.PHONY: install
+install: release ## Install the program, its manual page and completions below PREFIX (/usr/local); PROFILE_GUIDED=no builds faster
+	install -D -m 755 $(BINARY) "$(DESTDIR)$(PREFIX)/bin/api-together"
+	install -d "$(DESTDIR)$(PREFIX)/share/man/man1" "$(DESTDIR)$(PREFIX)/share/bash-completion/completions" \
+	  "$(DESTDIR)$(PREFIX)/share/zsh/site-functions" "$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d"
+	$(BINARY) man > "$(DESTDIR)$(PREFIX)/share/man/man1/api-together.1"
+	$(BINARY) completions bash > "$(DESTDIR)$(PREFIX)/share/bash-completion/completions/api-together"
+	$(BINARY) completions zsh > "$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_api-together"
+	$(BINARY) completions fish > "$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/api-together.fish"
+	echo "installed $(DESTDIR)$(PREFIX)/bin/api-together"
 
 .PHONY: test
 test: build-tools client-tools ## Run all tests: unit, integration, and the official OpenAI clients
@@ -35,10 +55,10 @@ test: build-tools client-tools ## Run all tests: unit, integration, and the offi
 	echo "==> client tests"
 	cargo build --locked
 	tests/clients/run target/debug/api-together
-	echo "==> metrics, by Prometheus's own tool"
-	$(call install,promtool,prometheus)
+	echo "==> metrics and alerts, by Prometheus's own tool"
+	$(get-promtool)
 	$(call install,curl,curl)
-	tests/metrics/run target/debug/api-together
+	PATH="$$PATH:$(CURDIR)/target/tools" tests/metrics/run target/debug/api-together
 	echo "==> thousands of strangers, by slowhttptest among others"
 	$(call install,slowhttptest,slowhttptest)
 	cargo build --locked --example simulator
@@ -58,6 +78,9 @@ lint: build-tools ## Formatting, lints, documentation, licences, configs and gen
 	echo "==> the configs in conf/"
 	cargo build --locked
 	count=0
+	# The variables that they name
+	export API_TOGETHER_KEY=sk-7d1f93a8c05e42b67d1f93a8 OPENAI_API_KEY=sk-0123456789abcdef GEMINI_API_KEY=0123456789abcdef
+	export SECOND_OPENAI_API_KEY=sk-0123456789abcdef ARK_API_KEY=0123456789abcdef
 	for config in conf/apis.*.json conf/apis.*.yaml; do
 	  [ "$$config" = conf/apis.schema.json ] && continue
 	  target/debug/api-together check "$$config"
@@ -166,6 +189,16 @@ test-deb: deb ## Install, reload, upgrade, stop, crash and remove the package un
 	cargo build --locked --example simulator
 	packaging/debian/test "$$(ls -t target/debian/*.deb | head -n 1)" target/debug/examples/simulator
 
+.PHONY: dist
+dist: deb ## Make a tarball, the Debian package, a bill of materials (CycloneDX) and checksums, in target/dist/
+	command -v cargo-cyclonedx >/dev/null || { echo "==> cargo-cyclonedx is missing: installing it with cargo"; cargo install --locked cargo-cyclonedx; }
+	packaging/dist $(BINARY) target/dist
+
+.PHONY: test-image
+test-image: release ## Put the image's file system together as the Dockerfile would, and run it as nobody on a read-only root: as root
+	cargo build --locked --example simulator
+	packaging/docker/test $(BINARY) target/debug/examples/simulator
+
 .PHONY: soak
 soak: build-tools ## Run the long forms of tests that are short in make test, and the guided build (an hour and a half)
 	$(MAKE) release
@@ -248,6 +281,17 @@ define install-deny
 	command -v cargo-deny >/dev/null || { echo "==> cargo-deny is missing: installing it with cargo"; cargo install --locked cargo-deny; }
 endef
 
+# Prometheus's tool, out of Debian's package: installing that would start servers.
+define get-promtool
+	if ! command -v promtool >/dev/null && [ ! -x target/tools/promtool ]; then
+	  echo "==> promtool is missing: taking it out of Debian's package, which is not installed"
+	  mkdir -p target/tools
+	  (cd target/tools && apt-get download -q prometheus \
+	    && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xf - --strip-components=3 ./usr/bin/promtool && rm prometheus_*.deb) \
+	    || { echo "promtool is missing and cannot be taken from a package here; put it into the PATH" >&2; exit 1; }
+	fi
+endef
+
 # Installs Debian packages if it can, or says what to install: $(call install,program,packages)
 define install
 	if ! command -v '$(1)' >/dev/null; then
@@ -255,7 +299,7 @@ define install
 	  if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi
 	  if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then
 	    $$as_root apt-get update -q
-	    DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -q -y $(2)
+	    DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -q -y --no-install-recommends $(2)
 	  else
 	    echo "$(1) is missing and cannot be installed from here. Install it, on Debian or Ubuntu with" >&2
 	    echo "    sudo apt-get install $(2)" >&2

@@ -33,6 +33,7 @@ mod model_limits;
 mod night_shift;
 mod outbound;
 mod own_answers;
+mod readmes;
 mod realtime;
 mod reload;
 mod retry;
