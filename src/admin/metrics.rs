@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use super::Sources;
 use super::status::{Views, is_available};
+use super::{Sources, process_metrics};
 use crate::config::{Limit, LimitKind, PerLimit};
 use crate::limit::{Clock, Limits};
 use crate::request::connections::Reason;
@@ -25,6 +25,7 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     let scrape = Scrape::default();
     add_gauges(&scrape, from);
     add_counters(&scrape, from);
+    process_metrics::add(&scrape, from.process.started_at);
     add_closed_connections(&scrape, from);
     add_endpoints(&scrape, from, &endpoints, &views);
     add_limits(&scrape, &endpoints, &views);

@@ -3,6 +3,7 @@
 mod health;
 pub(crate) mod metrics;
 mod models;
+mod process_metrics;
 pub(crate) mod status;
 mod tokens;
 

@@ -60,10 +60,5 @@ fn show(tested: &[Tested]) {
         }
     }
     let well = tested.iter().filter(|tested| tested.is_well()).count();
-    let count = tested.len();
-    println!(
-        "{well} of {count} endpoint{} answer{}",
-        if count == 1 { "" } else { "s" },
-        if well == 1 { "s" } else { "" }
-    );
+    println!("of {} tested, {well} answer", tested.len());
 }

@@ -188,13 +188,15 @@ pub(super) enum Unexpanded {
 impl Unexpanded {
     pub(super) fn at(&self, path: &str) -> Problem {
         match self {
-            Self::NotSet(names) => {
-                let names: Vec<_> = names
+            Self::NotSet(missing) => {
+                let names: Vec<_> = missing
                     .iter()
                     .map(|name| format!("environment variable {name} is not set (nor in {FILE_NAME})"))
                     .collect();
-                Problem::error(path, names.join("; "))
-                    .hint("an empty value counts as not set; $${…} stands for a literal ${…}")
+                let first = missing.first().map_or("NAME", String::as_str);
+                Problem::error(path, names.join("; ")).hint(format!(
+                    "write {first}=… into .env; an empty value counts as not set; $${{…}} stands for a literal ${{…}}"
+                ))
             }
             Self::Malformed => Problem::error(path, "has a `${` that no variable's name and `}` follow")
                 .hint("write ${NAME} with letters, digits and `_`; $${ stands for a literal ${"),

@@ -8,10 +8,9 @@ use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use prometheus::core::Collector;
-use prometheus::process_collector::ProcessCollector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
-    Registry, TextEncoder,
+    Counter, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    Opts, Registry, TextEncoder,
 };
 
 use crate::usage::Cost;
@@ -90,7 +89,6 @@ pub(crate) struct Ended<'a> {
 impl Metrics {
     fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
-        registry.register(Box::new(ProcessCollector::for_self()))?;
         let counter = |name: &str, help: &str, labels: &[&str]| {
             keep(&registry, IntCounterVec::new(Opts::new(name, help), labels))
         };
@@ -250,6 +248,11 @@ impl Scrape {
     /// Adds a counter that something else has counted.
     pub(crate) fn counter(&self, name: &str, help: &str, value: u64) {
         self.keep(name, IntCounter::new(name, help), |counter| counter.inc_by(value));
+    }
+
+    /// Adds a counter with a fraction.
+    pub(crate) fn counter_f64(&self, name: &str, help: &str, value: f64) {
+        self.keep(name, Counter::new(name, help), |counter| counter.inc_by(value));
     }
 
     /// Adds a gauge with labels: a value for each set of label values.

@@ -264,8 +264,8 @@ fn a_file_of_another_program_becomes_a_config_that_can_be_checked() {
         "CLIENT_API_KEY",
         "OLLAMA_API_KEY",
     ];
-    let variables: String = names.iter().map(|name| format!("{name}=sk-7d1f93a8c05e42b67d1f93a8\n")).collect();
-    std::fs::write(folder.path().join(".env"), variables).unwrap();
+    let variables = names.map(|name| format!("{name}=sk-7d1f93a8c05e42b67d1f93a8"));
+    std::fs::write(folder.path().join(".env"), variables.join("\n")).unwrap();
     let (code, out, errors) = run(folder.path(), &["check", "apis.json"]);
     assert_eq!((code, out.as_str(), errors.as_str()), (0, "apis.json: ok\n", ""));
     let (code, _, errors) = run(folder.path(), &["import", "apis.json"]);

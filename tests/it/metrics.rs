@@ -58,6 +58,11 @@ async fn requests_attempts_tokens_and_limits_are_told() {
         assert!((told("api_together_own_seconds_count") - 4.0).abs() < 0.1);
         assert!((told("api_together_permit_seconds_count") - 4.0).abs() < 0.1);
         assert!((told("api_together_config_ok") - 1.0).abs() < 0.1);
+        assert!(told("process_resident_memory_bytes") > 1e6 && told("process_open_fds") > 5.0);
+        assert!(told("process_cpu_seconds_total") > 0.0 && told("process_threads") > 2.0);
+        assert!(told("process_max_fds") >= told("process_open_fds"));
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+        assert!((now - told("process_start_time_seconds")) < 60.0);
         assert!((told(r#"api_together_build_info{version="0.1.0"}"#) - 1.0).abs() < 0.1);
 
         let scraped = Reply::of(client.get(format!("http://{free}/metrics"))).await;
