@@ -21,8 +21,8 @@ help: ## List the targets
 build release-api-together: export API_TOGETHER_COMMIT = $(shell git rev-parse --short=10 HEAD 2>/dev/null)
 
 .PHONY: build
-build: build-tools ## Build target/quick/api-together (3 to 6 minutes on two cores the first time, seconds afterwards)
-	echo "==> building $(QUICK) (3 to 6 minutes on two cores the first time, seconds afterwards)"
+build: build-tools ## Build target/quick/api-together (2 to 5 minutes on two cores the first time, seconds afterwards)
+	echo "==> building $(QUICK) (2 to 5 minutes on two cores the first time, seconds afterwards)"
 	cargo build --profile quick --locked
 
 .PHONY: run
