@@ -12,7 +12,7 @@ mod table;
 mod test;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anstream::{eprintln, print, println};
@@ -179,28 +179,8 @@ impl Cli {
                 Self::command().error(ErrorKind::ArgumentConflict, say).exit()
             }
             Command::Check { file: named } => check::check(&file(named.or(config))),
-            Command::Import { file } => match config::import(&file) {
-                Ok(imported) => {
-                    println!("{:#}", imported.config);
-                    for note in imported.notes {
-                        eprintln!("{note}");
-                    }
-                    ExitCode::SUCCESS
-                }
-                Err(problem) => fail(&problem.to_string()),
-            },
-            Command::Schema { format: SchemaFormat::Json, .. } => {
-                println!("{:#}", config::schema());
-                ExitCode::SUCCESS
-            }
-            Command::Schema { format: SchemaFormat::Markdown, language } => {
-                let language = match language {
-                    SchemaLanguage::En => Language::English,
-                    SchemaLanguage::ZhCn => Language::Chinese,
-                };
-                print!("{}", config::schema_markdown(language));
-                ExitCode::SUCCESS
-            }
+            Command::Import { file } => done(import(&file)),
+            Command::Schema { format, language } => show(schema(format, language)),
             Command::Upgrade => tell(handover::ask(&file(config).runtime_folders())),
             Command::Reload => tell(control::ask(&file(config).runtime_folders(), &control::Request::Reload)),
             Command::Test { endpoint, json } => test::test(&file(config), endpoint, Output::new(json)),
@@ -210,23 +190,41 @@ impl Cli {
             Command::Models { json } => done(status::show_models(&file(config).runtime_folders(), Output::new(json))),
             Command::Stop { now } => done(stop::stop(&file(config).runtime_folders(), now)),
             Command::StartSuccessor { result, socket, command } => done(Starter { result, socket, command }.run()),
-            Command::Errors => {
-                print!("{}\n{}", reference::shapes(), reference::markdown());
-                ExitCode::SUCCESS
-            }
+            Command::Errors => show(format!("{}\n{}", reference::shapes(), reference::markdown())),
             Command::Completions { shell } => {
                 let mut text = Vec::new();
                 clap_complete::generate(shell, &mut Self::command(), NAME, &mut text);
-                print!("{}", String::from_utf8_lossy(&text));
-                ExitCode::SUCCESS
+                show(String::from_utf8_lossy(&text))
             }
-            Command::Man => {
-                let page = manual::page(&Self::command()).map_err(|error| error.to_string());
-                done(page.map(|page| print!("{}", String::from_utf8_lossy(&page))))
-            }
+            Command::Man => match manual::page(&Self::command()) {
+                Ok(page) => show(String::from_utf8_lossy(&page)),
+                Err(error) => fail(&error.to_string()),
+            },
             Command::Demo => done(demo::run()),
         }
     }
+}
+
+fn import(file: &Path) -> Result<(), String> {
+    let imported = config::import(file).map_err(|problems| problems.to_string())?;
+    println!("{:#}", imported.config);
+    for note in imported.notes {
+        eprintln!("{note}");
+    }
+    Ok(())
+}
+
+fn schema(format: SchemaFormat, language: SchemaLanguage) -> String {
+    match (format, language) {
+        (SchemaFormat::Json, _) => format!("{:#}\n", config::schema()),
+        (SchemaFormat::Markdown, SchemaLanguage::En) => config::schema_markdown(Language::English),
+        (SchemaFormat::Markdown, SchemaLanguage::ZhCn) => config::schema_markdown(Language::Chinese),
+    }
+}
+
+fn show(text: impl std::fmt::Display) -> ExitCode {
+    print!("{text}");
+    ExitCode::SUCCESS
 }
 
 /// Prints what the running process says.

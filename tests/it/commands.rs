@@ -263,6 +263,8 @@ fn a_file_of_another_program_becomes_a_config_that_can_be_checked() {
         "PERPLEXITYAI_API_KEY",
         "CLIENT_API_KEY",
         "OLLAMA_API_KEY",
+        "OPENAI_3_API_KEY",
+        "ORGANIZATION",
     ];
     let variables = names.map(|name| format!("{name}=sk-7d1f93a8c05e42b67d1f93a8"));
     std::fs::write(folder.path().join(".env"), variables.join("\n")).unwrap();

@@ -41,47 +41,14 @@ fn deployment_of(deployment: &Value, draft: &mut Draft) -> Result<(), String> {
     let asked = text(deployment, "model_name").ok_or("it has no model_name")?;
     let empty = Value::Null;
     let params = deployment.get("litellm_params").unwrap_or(&empty);
-    let model = text(params, "model").ok_or("it has no litellm_params.model")?;
-    let named = text(params, "custom_llm_provider");
-    let (provider, sent) = match (named, model.split_once('/')) {
-        (Some(provider), _) => (provider, model),
-        (None, Some((provider, sent))) => (provider, sent),
-        (None, None) => ("openai", model),
-    };
-    if OTHER_FORMATS.contains(&provider) {
-        return Err(format!("{provider} does not speak OpenAI's format"));
-    }
-    let (url, variable) = match (text(params, "api_base").or(text(params, "base_url")), vendors::of_name(provider)) {
-        (Some(theirs), known) => (base_url(theirs), known.map(|(_, variable)| variable)),
-        (None, Some((url, variable))) => (url.to_owned(), Some(variable)),
-        (None, None) => return Err(format!("it names no api_base, and {provider} is not known here")),
-    };
-    let mut more = Map::new();
+    let Target { provider, sent, url, variable } = Target::of(params)?;
+    let mut more = settings_of(params);
     let url = if provider == "azure" { azure(&url, sent, params, &mut more) } else { url };
     if vendors::is_without_version(&url) {
         more.insert("versionPath".to_owned(), "none".into());
     }
-    let mut headers = Map::new();
-    if let Some(organization) = text(params, "organization") {
-        headers.insert("OpenAI-Organization".to_owned(), organization.into());
-    }
-    if let Some(Value::Object(_)) = params.get("extra_headers") {
-        draft.note(format!("{asked}: extra_headers are left out, since they may hold keys; write them into `headers`"));
-    }
-    if !headers.is_empty() {
-        more.insert("headers".to_owned(), headers.into());
-    }
-    for (from, to) in [("weight", "weight"), ("order", "priority")] {
-        if let Some(number) = number(params.get(from)).filter(|number| *number > 0) {
-            more.insert(to.to_owned(), number.into());
-        }
-    }
-    if let Some(seconds) = number(params.get("timeout")).filter(|seconds| *seconds > 0) {
-        more.insert("timeouts".to_owned(), json!({ "firstByteMs": seconds * 1000 }));
-    }
-    let theirs =
-        text(params, "api_key").map(str::to_owned).or_else(|| variable.map(|name| format!("os.environ/{name}")));
-    let theirs = theirs.unwrap_or_default();
+    let theirs = text(params, "api_key").map(str::to_owned);
+    let theirs = theirs.or_else(|| variable.map(|name| format!("os.environ/{name}"))).unwrap_or_default();
     // One endpoint for all deployments of the same address, key and settings, but each name once.
     let group = format!("{url}\n{theirs}\n{}", Value::from(more.clone()));
     let known = draft.endpoints.iter().position(|endpoint| endpoint.group == group && !endpoint.serves(asked));
@@ -96,26 +63,78 @@ fn deployment_of(deployment: &Value, draft: &mut Draft) -> Result<(), String> {
     });
     let endpoint = draft.endpoints.get_mut(place).ok_or("it has no place")?;
     endpoint.serve(asked, sent);
-    let mut limits = Map::new();
-    for (from, to) in [("rpm", "rpm"), ("tpm", "tpm"), ("max_parallel_requests", "maxConcurrent")] {
-        if let Some(number) = number(params.get(from)).filter(|number| *number > 0) {
-            limits.insert(to.to_owned(), number.into());
-        }
-    }
+    let limits = numbers(params, &[("rpm", "rpm"), ("tpm", "tpm"), ("max_parallel_requests", "maxConcurrent")]);
     if !limits.is_empty() {
         endpoint.limits.insert(sent.to_owned(), limits);
     }
-    let others: Vec<&str> = params
-        .as_object()
-        .into_iter()
-        .flat_map(Map::keys)
-        .map(String::as_str)
-        .filter(|key| !READ.contains(key))
-        .collect();
+    if let Some(Value::Object(_)) = params.get("extra_headers") {
+        draft.note(format!("{asked}: extra_headers are left out, since they may hold keys; write them into `headers`"));
+    }
+    let keys = params.as_object().into_iter().flat_map(Map::keys).map(String::as_str);
+    let others: Vec<&str> = keys.filter(|key| !READ.contains(key)).collect();
     if !others.is_empty() {
         draft.note(format!("{asked}: {} of litellm_params are left out", others.join(", ")));
     }
     Ok(())
+}
+
+/// Where a deployment is, and the model it is asked for there.
+struct Target<'a> {
+    provider: &'a str,
+    sent: &'a str,
+    url: String,
+    /// Variable of the key, unless it is named.
+    variable: Option<&'static str>,
+}
+
+impl<'a> Target<'a> {
+    fn of(params: &'a Value) -> Result<Self, String> {
+        let model = text(params, "model").ok_or("it has no litellm_params.model")?;
+        let (provider, sent) = match (text(params, "custom_llm_provider"), model.split_once('/')) {
+            (Some(provider), _) => (provider, model),
+            // Otherwise the slash is a part of the model's name.
+            (None, Some((provider, sent))) if is_provider(provider) => (provider, sent),
+            (None, _) => ("openai", model),
+        };
+        if OTHER_FORMATS.contains(&provider) {
+            return Err(format!("{provider} does not speak OpenAI's format"));
+        }
+        let known = vendors::of_name(provider);
+        match (text(params, "api_base").or(text(params, "base_url")), known) {
+            (Some(theirs), known) => {
+                Ok(Self { provider, sent, url: base_url(theirs), variable: known.map(|(_, variable)| variable) })
+            }
+            (None, Some((url, variable))) => Ok(Self { provider, sent, url: url.to_owned(), variable: Some(variable) }),
+            (None, None) => Err(format!("it names no api_base, and {provider} is not known here")),
+        }
+    }
+}
+
+/// True if LiteLLM takes the word before the first slash of a model for the provider.
+fn is_provider(name: &str) -> bool {
+    const WITHOUT_ADDRESS: [&str; 6] =
+        ["azure", "hosted_vllm", "vllm", "openai_like", "custom_openai", "litellm_proxy"];
+    vendors::of_name(name).is_some() || WITHOUT_ADDRESS.contains(&name) || OTHER_FORMATS.contains(&name)
+}
+
+/// Settings of a deployment that belong to the whole endpoint here.
+fn settings_of(params: &Value) -> Map<String, Value> {
+    let mut more = numbers(params, &[("weight", "weight"), ("order", "priority")]);
+    if let Some(organization) = text(params, "organization") {
+        let variable = organization.strip_prefix("os.environ/").map(|name| format!("${{{name}}}"));
+        let organization = variable.unwrap_or_else(|| organization.to_owned());
+        more.insert("headers".to_owned(), json!({ "OpenAI-Organization": organization }));
+    }
+    if let Some(seconds) = number(params.get("timeout")).filter(|seconds| (1..=86_400).contains(seconds)) {
+        more.insert("timeouts".to_owned(), json!({ "firstByteMs": seconds * 1000 }));
+    }
+    more
+}
+
+/// Positive numbers, under our names.
+fn numbers(from: &Value, names: &[(&str, &str)]) -> Map<String, Value> {
+    let positive = |name: &str| number(from.get(name)).filter(|number| *number > 0);
+    names.iter().filter_map(|(theirs, ours)| Some(((*ours).to_owned(), positive(theirs)?.into()))).collect()
 }
 
 /// Azure has a path for each deployment, and wants its version in the query and the key in a header of its own.
@@ -141,12 +160,7 @@ fn settings(file: &Value, draft: &mut Draft) {
             draft.note(format!("router_settings.routing_strategy {other} has no counterpart; `random` is used"));
         }
     }
-    let mut breaker = Map::new();
-    for (from, to) in [("allowed_fails", "failures"), ("cooldown_time", "coolDownSeconds")] {
-        if let Some(number) = number(router.get(from)).filter(|number| *number > 0) {
-            breaker.insert(to.to_owned(), number.into());
-        }
-    }
+    let breaker = numbers(router, &[("allowed_fails", "failures"), ("cooldown_time", "coolDownSeconds")]);
     if !breaker.is_empty() {
         draft.server.insert("breaker".to_owned(), breaker.into());
     }

@@ -50,6 +50,13 @@ fn a_config_of_lite_llm() {
         (&json!({ "api-version": "2024-10-21" }), &json!({ "api-key": "${AZURE_API_KEY}" }))
     );
     assert_eq!(api(&config, "perplexity")["versionPath"], "none");
+    let llama = api(&config, "openai-3");
+    assert_eq!(
+        llama["modelMapping"],
+        json!({ "llama": "meta-llama/Llama-3-70b" }),
+        "a slash may be a part of the name"
+    );
+    assert_eq!(llama["headers"], json!({ "OpenAI-Organization": "${ORGANIZATION}" }));
     let notes = notes.join("\n");
     for says in [
         "OPENAI_2_API_KEY=",
