@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Draft, Endpoint, base_url, number, text, vendors};
+use super::{Draft, Endpoint, base_url, number, spelt, text, vendors};
 
 /// Providers that do not speak OpenAI's format.
 const OTHER_FORMATS: [&str; 8] =
@@ -56,7 +56,8 @@ fn deployment_of(deployment: &Value, draft: &mut Draft) -> Result<(), String> {
         let id = draft.id(provider);
         let key = draft.key(&theirs, &id);
         if provider == "azure" {
-            more.insert("headers".to_owned(), json!({ "api-key": key }));
+            let headers = more.entry("headers").or_insert_with(|| json!({}));
+            headers.as_object_mut().map(|headers| headers.insert("api-key".to_owned(), key.clone().into()));
         }
         draft.endpoints.push(Endpoint { id, base_url: url, key, group, more, ..Endpoint::default() });
         draft.endpoints.len() - 1
@@ -101,9 +102,12 @@ impl<'a> Target<'a> {
         }
         let known = vendors::of_name(provider);
         match (text(params, "api_base").or(text(params, "base_url")), known) {
-            (Some(theirs), known) => {
-                Ok(Self { provider, sent, url: base_url(theirs), variable: known.map(|(_, variable)| variable) })
-            }
+            (Some(theirs), known) => Ok(Self {
+                provider,
+                sent,
+                url: base_url(&spelt(theirs)),
+                variable: known.map(|(_, variable)| variable),
+            }),
             (None, Some((url, variable))) => Ok(Self { provider, sent, url: url.to_owned(), variable: Some(variable) }),
             (None, None) => Err(format!("it names no api_base, and {provider} is not known here")),
         }
@@ -119,11 +123,14 @@ fn is_provider(name: &str) -> bool {
 
 /// Settings of a deployment that belong to the whole endpoint here.
 fn settings_of(params: &Value) -> Map<String, Value> {
-    let mut more = numbers(params, &[("weight", "weight"), ("order", "priority")]);
+    let mut more = numbers(params, &[("order", "priority")]);
+    // Theirs may be fractions; ours are whole, so all are taken a hundred times.
+    if let Some(weight) = params.get("weight").and_then(Value::as_f64).filter(|weight| *weight > 0.0) {
+        let hundredfold = format!("{:.0}", weight * 100.0).parse().unwrap_or(1_i64).clamp(1, 65_535);
+        more.insert("weight".to_owned(), hundredfold.into());
+    }
     if let Some(organization) = text(params, "organization") {
-        let variable = organization.strip_prefix("os.environ/").map(|name| format!("${{{name}}}"));
-        let organization = variable.unwrap_or_else(|| organization.to_owned());
-        more.insert("headers".to_owned(), json!({ "OpenAI-Organization": organization }));
+        more.insert("headers".to_owned(), json!({ "OpenAI-Organization": spelt(organization) }));
     }
     if let Some(seconds) = number(params.get("timeout")).filter(|seconds| (1..=86_400).contains(seconds)) {
         more.insert("timeouts".to_owned(), json!({ "firstByteMs": seconds * 1000 }));
@@ -139,7 +146,7 @@ fn numbers(from: &Value, names: &[(&str, &str)]) -> Map<String, Value> {
 
 /// Azure has a path for each deployment, and wants its version in the query and the key in a header of its own.
 fn azure(url: &str, sent: &str, params: &Value, more: &mut Map<String, Value>) -> String {
-    let version = text(params, "api_version").unwrap_or("2024-10-21");
+    let version = spelt(text(params, "api_version").unwrap_or("2024-10-21"));
     more.insert("query".to_owned(), json!({ "api-version": version }));
     if url.contains("/openai/") { url.to_owned() } else { format!("{url}/openai/deployments/{sent}") }
 }

@@ -28,7 +28,7 @@ pub struct Imported {
 /// Writes a config from a file's text.
 pub(super) fn import(text: &str, format: Format) -> Result<Imported, Problems> {
     let file = schema_check::parse_any(text, format)?;
-    let mut draft = Draft::default();
+    let mut draft = Draft { variables: named_variables(text), ..Draft::default() };
     match Foreign::recognise(&file) {
         Some(Foreign::LiteLlm) => lite_llm::read(&file, &mut draft),
         Some(Foreign::UniApi) => uni_api::read(&file, &mut draft),
@@ -48,7 +48,10 @@ struct Draft {
     endpoints: Vec<Endpoint>,
     notes: Vec<String>,
     ids: BTreeSet<String>,
+    /// Names of variables that are taken: those that the file names, and those that were made up.
     variables: BTreeSet<String>,
+    /// Keys that stand in the file, and the variables that were made up for them.
+    literals: BTreeMap<String, String>,
 }
 
 /// An endpoint as it is being put together.
@@ -127,19 +130,28 @@ impl Draft {
 
     /// How our config spells a key of theirs: a variable by its name, and any other by a new variable's, which is noted.
     fn key(&mut self, theirs: &str, id: &str) -> String {
-        let variable = theirs
-            .strip_prefix("os.environ/")
-            .or_else(|| theirs.strip_prefix("${").and_then(|rest| rest.strip_suffix('}')));
-        if let Some(variable) = variable.filter(|name| !name.is_empty()) {
-            return format!("${{{variable}}}");
+        let spelt = spelt(theirs);
+        if spelt != theirs || theirs.starts_with("${") {
+            return spelt;
         }
-        let name: String =
+        if let Some(name) = self.literals.get(theirs).filter(|_| !theirs.is_empty()) {
+            return format!("${{{name}}}");
+        }
+        let plain: String =
             id.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' }).collect();
-        let begins_well = name.starts_with(|c: char| c.is_ascii_alphabetic());
-        let name = if begins_well { format!("{name}_API_KEY") } else { format!("KEY_{name}_API_KEY") };
-        if self.variables.insert(name.clone()) {
-            self.note(format!("put the key of {id} into .env: {name}=…"));
+        let plain = plain.trim_matches('_');
+        let begins_well = plain.starts_with(|c: char| c.is_ascii_alphabetic());
+        let plain = if begins_well { format!("{plain}_API_KEY") } else { format!("ENDPOINT_{plain}_API_KEY") };
+        let plain = plain.replace("__", "_");
+        let mut name = plain.clone();
+        let mut number = 2;
+        // Two keys never share a variable: one vendor would be sent another's.
+        while !self.variables.insert(name.clone()) {
+            name = format!("{plain}_{number}");
+            number += 1;
         }
+        self.literals.insert(theirs.to_owned(), name.clone());
+        self.note(format!("put the key of {id} into .env: {name}=…"));
         format!("${{{name}}}")
     }
 
@@ -154,6 +166,18 @@ impl Draft {
         let apis: Vec<Value> = self.endpoints.into_iter().map(Endpoint::value).collect();
         Imported { config: json!({ "server": self.server, "apis": apis }), notes: self.notes }
     }
+}
+
+/// A text of theirs, in which a variable is ours.
+fn spelt(theirs: &str) -> String {
+    theirs.strip_prefix("os.environ/").map_or_else(|| theirs.to_owned(), |name| format!("${{{name}}}"))
+}
+
+/// Names of variables that a file names, in either spelling.
+fn named_variables(text: &str) -> BTreeSet<String> {
+    let names = text.split("os.environ/").skip(1).chain(text.split("${").skip(1));
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    names.map(|rest| rest.chars().take_while(|c| is_of_name(*c)).collect()).collect()
 }
 
 /// A whole number, also if it is written as text.

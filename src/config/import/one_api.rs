@@ -30,7 +30,7 @@ fn channel_of(channel: &Value, draft: &mut Draft) -> Result<(), String> {
             "Azure needs a baseUrl for each deployment, and `query` with its api-version; write it by hand".to_owned()
         );
     }
-    let url = text(channel, "base_url").map(base_url);
+    let url = text(channel, "base_url").map(|theirs| vendors::of_channel(&base_url(theirs)));
     let url = url.or_else(|| vendors::of_channel_type(kind).map(str::to_owned));
     let url = url.ok_or_else(|| format!("it names no base_url, and its type {kind} is not known here"))?;
     let keys: Vec<&str> =

@@ -101,6 +101,28 @@ fn channels_of_one_api() {
 }
 
 #[test]
+fn two_keys_never_share_a_variable() {
+    let (config, _) = imported("one-api.json");
+    let keys = ["主力", "备用", "再备"].map(|id| api(&config, id)["apiKey"].as_str().unwrap());
+    assert_eq!(keys, ["${ENDPOINT_API_KEY}", "${ENDPOINT_API_KEY_2}", "${ENDPOINT_API_KEY_2}"], "the last two are one");
+    // A name that the file means already is not made up again.
+    let taken = r#"{"model_list":[
+        {"model_name":"a","litellm_params":{"model":"openai/a","api_key":"sk-secret-literal"}},
+        {"model_name":"b","litellm_params":{"model":"groq/b","api_key":"os.environ/OPENAI_API_KEY"}}]}"#;
+    let Imported { config, .. } = import(taken, Format::Json).unwrap();
+    assert_eq!(api(&config, "openai")["apiKey"], "${OPENAI_API_KEY_2}");
+    assert_eq!(api(&config, "groq")["apiKey"], "${OPENAI_API_KEY}");
+}
+
+#[test]
+fn a_channels_address_is_what_stands_before_the_version() {
+    let (config, _) = imported("one-api.json");
+    let urls = ["主力", "备用", "再备"].map(|id| api(&config, id)["baseUrl"].as_str().unwrap());
+    assert!(urls[0].starts_with("https://generativelanguage.googleapis.com/v1beta/openai"), "{urls:?}");
+    assert_eq!(urls[1..], ["https://relay.example/openai/v1", "https://relay.example/api/v4"]);
+}
+
+#[test]
 fn what_is_no_such_file_is_refused() {
     for (text, says) in
         [("{\"a\":1}", "is no file of a program"), ("version: 1\n", "is no file of a program"), ("[", "is not valid")]

@@ -38,7 +38,7 @@ fn provider_of(provider: &Value, draft: &mut Draft) -> Result<(), String> {
     for key in &keys {
         let id = draft.id(name);
         let key = draft.key(key, &id);
-        let mut endpoint = Endpoint { id, base_url: base_url(url), key, ..Endpoint::default() };
+        let mut endpoint = Endpoint { id, base_url: with_openai(base_url(url)), key, ..Endpoint::default() };
         match provider.get("model").and_then(Value::as_array) {
             Some(models) => models.iter().for_each(|model| serve(&mut endpoint, model)),
             None => endpoint.models.push("*".to_owned()),
@@ -62,6 +62,12 @@ fn provider_of(provider: &Value, draft: &mut Draft) -> Result<(), String> {
         draft.note(format!("{name}: {} left out", others.join(", ")));
     }
     Ok(())
+}
+
+/// Gemini's API has OpenAI's format in a part of its own.
+fn with_openai(url: String) -> String {
+    let is_gemini = url.contains("generativelanguage.googleapis.com") && !url.ends_with("/openai");
+    if is_gemini { format!("{url}/openai") } else { url }
 }
 
 /// A name, or `{sent: asked}`.

@@ -41,7 +41,7 @@ pub(super) fn of_name(name: &str) -> Option<(&'static str, &'static str)> {
     VENDORS.iter().find(|(known, ..)| *known == name).map(|(_, url, variable)| (*url, *variable))
 }
 
-/// Returns the base URL that a type of one-api's channels stands for.
+/// Returns the base URL that a type of one-api's channels stands for: of the types that mean the same in its descendants, too.
 pub(super) fn of_channel_type(number: i64) -> Option<&'static str> {
     let name = match number {
         1 => "openai",
@@ -52,14 +52,27 @@ pub(super) fn of_channel_type(number: i64) -> Option<&'static str> {
         25 => "moonshot",
         29 => "groq",
         30 => "ollama",
-        36 | 43 => "deepseek",
-        40 => "siliconflow",
-        42 => "mistral",
-        45 => "volcengine",
-        48 => "xai",
         _ => return None,
     };
     of_name(name).map(|(url, _)| url)
+}
+
+/// Returns a channel's base URL as ours: theirs is what stands before `/v1`, and the hosts of some vendors stand for a path of
+/// their own.
+pub(super) fn of_channel(theirs: &str) -> String {
+    let (host, path) = theirs
+        .split_once("://")
+        .and_then(|(_, rest)| rest.split_once('/'))
+        .map_or((theirs, ""), |(_, path)| (theirs.strip_suffix(path).unwrap_or(theirs), path));
+    let bare = host.trim_end_matches('/');
+    if path.is_empty() {
+        let is_same = |url: &str| url.strip_prefix(bare).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        return VENDORS.iter().map(|(_, url, _)| *url).find(|url| is_same(url)).unwrap_or(theirs).to_owned();
+    }
+    let has_version = path
+        .split('/')
+        .any(|part| part.strip_prefix('v').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())));
+    if has_version { theirs.to_owned() } else { format!("{theirs}/v1") }
 }
 
 /// True if the API at a base URL has no version in its paths.
