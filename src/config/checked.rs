@@ -69,13 +69,14 @@ fn endpoints(typed: Option<Vec<EndpointFile>>, check: &mut Check<'_>) -> Option<
     endpoints.into_iter().collect()
 }
 
-/// Reports ids that stand before, and returns the numbers of their entries.
+/// Reports ids that another entry has, and returns the numbers of the entries that are too many. One that is switched on goes before
+/// one that is off, wherever they stand.
 fn repeated_ids(typed: &[EndpointFile], check: &mut Check<'_>) -> BTreeSet<usize> {
     let (mut first_uses, mut repeated) = (BTreeMap::new(), BTreeSet::new());
-    for (index, endpoint) in typed.iter().enumerate() {
-        let Some(id) = endpoint.id.as_deref().filter(|id| !id.trim().is_empty()) else {
-            continue;
-        };
+    let ids = typed.iter().enumerate().filter_map(|(index, endpoint)| Some((index, endpoint.id.as_deref()?)));
+    let (off, on): (Vec<_>, Vec<_>) =
+        ids.filter(|(_, id)| !id.trim().is_empty()).partition(|(index, _)| check.report.is_off(*index));
+    for (index, id) in on.into_iter().chain(off) {
         let first = *first_uses.entry(id).or_insert(index);
         if first != index {
             repeated.insert(index);

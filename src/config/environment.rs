@@ -116,9 +116,7 @@ impl Environment {
                         self.problems.push(problem.in_file(&shown).at(line, None));
                     }
                     // Of one file the last counts, as everywhere; a source before it wins.
-                    if !value.is_empty() {
-                        found.insert(name, value);
-                    }
+                    found.insert(name, value);
                 }
                 Err(_) => self.problems.push(syntax_problem(&shown, line_number.get())),
             }
@@ -335,7 +333,7 @@ mod tests {
         let file = folder.path().join(".env");
         std::fs::write(&file, "A=1\nB=1\n\nA=2\nA=\n").unwrap();
         let environment = Environment::layered([].into_iter(), std::slice::from_ref(&file));
-        assert_eq!((environment.value("A"), environment.value("B")), (Some("2"), Some("1")));
+        assert_eq!((environment.value("A"), environment.value("B")), (None, Some("1")));
         let told: Vec<_> =
             environment.problems().iter().map(|problem| (problem.line, problem.message.as_str())).collect();
         let twice = |line, before| (Some(line), format!("A is given twice, first in line {before}"));

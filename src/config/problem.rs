@@ -225,7 +225,7 @@ impl Report {
                 continue;
             };
             problem.endpoint.clone_from(&endpoint.id);
-            if endpoint.is_off && problem.kind == ProblemKind::Error {
+            if endpoint.is_off {
                 problem.kind = ProblemKind::Warning;
             }
         }

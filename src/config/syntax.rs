@@ -5,8 +5,6 @@ use super::problem::Problem;
 
 /// Characters of the line that are shown to either side of the error.
 const SHOWN_CHARS: usize = 50;
-/// Words as long as this may be keys.
-const SECRET_CHARS_MIN: usize = 12;
 
 /// Returns the problem of a text that cannot be read. Line and column count from 1; column 0 is unknown.
 pub(super) fn problem(text: &str, format: Format, (line, column): (usize, usize), message: &str) -> Problem {
@@ -15,7 +13,13 @@ pub(super) fn problem(text: &str, format: Format, (line, column): (usize, usize)
         Format::Yaml => "YAML",
     };
     let at = line.checked_sub(1).and_then(|index| text.lines().nth(index)).unwrap_or_default();
-    let before = at.get(..column.saturating_sub(1)).unwrap_or_default();
+    let before = column.saturating_sub(1);
+    // JSON's parser counts bytes, YAML's characters.
+    let before = match format {
+        Format::Json => at.get(..before),
+        Format::Yaml => at.char_indices().nth(before).map_or(Some(at), |(bytes, _)| at.get(..bytes)),
+    };
+    let before = before.unwrap_or_default();
     let found = at.get(before.len()..).and_then(|rest| rest.chars().next());
     let problem = Problem::error("", format!("is not valid {name}: {message}"));
     let problem = match hint(text, format, at, before, found, message) {
@@ -113,31 +117,54 @@ fn excerpt(line: &str, at: usize) -> String {
     format!("  {}\n  {}^", shown.trim_end(), " ".repeat(at - from))
 }
 
-/// The line with stars in place of long words that have a digit, and of all values of keys that are secrets.
+/// The line with stars in place of every value: only keys, numbers and what structures the text stay.
 fn covered(line: &str) -> String {
-    let is_of_word = |c: char| c.is_alphanumeric() || "-_+/=.~".contains(c);
-    let lower = line.to_ascii_lowercase();
-    let has_secret =
-        ["key", "token", "secret", "password", "authorization", "headers"].iter().any(|word| lower.contains(word));
     let mut out = String::with_capacity(line.len());
     let mut rest = line;
-    while let Some(begin) = rest.find(is_of_word) {
-        let (before, word) = rest.split_at(begin);
-        out.push_str(before);
-        let end = word.find(|c| !is_of_word(c)).unwrap_or(word.len());
-        let (word, after) = word.split_at(end);
-        let is_name = after.trim_start_matches(['"', '\'', '“', '”']).trim_start().starts_with([':', '：']);
-        let may_be_key = word.chars().count() >= SECRET_CHARS_MIN && word.contains(|c: char| c.is_ascii_digit());
-        let is_url = before.ends_with("://") || word.starts_with("//");
-        if !is_name && !is_url && (has_secret || may_be_key) {
-            out.extend(word.chars().map(|_| '*'));
-        } else {
-            out.push_str(word);
-        }
+    // Behind a key, until the next entry begins.
+    let mut is_value = false;
+    while let Some(sign) = rest.chars().next() {
+        let token = match sign {
+            '"' | '\'' => quoted(rest, sign),
+            _ if sign.is_whitespace() => sign.len_utf8(),
+            '{' | '}' | '[' | ']' | ',' | ':' | '：' | '，' => {
+                is_value = match sign {
+                    ':' | '：' => true,
+                    ',' | '，' | '{' | '[' => false,
+                    _ => is_value,
+                };
+                sign.len_utf8()
+            }
+            _ => rest.find(|c: char| c.is_whitespace() || "{}[],\"'：，".contains(c)).unwrap_or(rest.len()),
+        };
+        let (token, after) = rest.split_at(token);
         rest = after;
+        let is_word = !token.trim().is_empty() && !matches!(sign, '{' | '}' | '[' | ']' | ',' | ':' | '：' | '，');
+        let name = token.strip_suffix(':').filter(|_| !matches!(sign, '"' | '\''));
+        let is_key = !is_value && (name.is_some() || after.trim_start().starts_with([':', '：']));
+        let is_plain = token.parse::<f64>().is_ok() || ["true", "false", "null", "-", "//", "#"].contains(&token);
+        if is_word && !is_key && !is_plain {
+            out.extend(token.chars().map(|c| if matches!(c, '"' | '\'') { c } else { '*' }));
+        } else {
+            out.push_str(token);
+            is_value |= is_key && name.is_some();
+        }
     }
-    out.push_str(rest);
     out
+}
+
+/// Length of a quoted text, its quotes included; of one that does not end, of the whole rest.
+fn quoted(text: &str, quote: char) -> usize {
+    let mut is_escaped = false;
+    for (at, sign) in text.char_indices().skip(1) {
+        match sign {
+            _ if is_escaped => is_escaped = false,
+            '\\' if quote == '"' => is_escaped = true,
+            _ if sign == quote => return at + sign.len_utf8(),
+            _ => {}
+        }
+    }
+    text.len()
 }
 
 #[cfg(test)]
@@ -147,11 +174,17 @@ mod tests {
     #[test]
     fn what_may_be_a_key_is_covered() {
         for (line, shown) in [
-            (r#"  "apiKey": "sk-abc" "rpm": 5"#, r#"  "apiKey": "******" "rpm": *"#),
-            (r#"  "port": 3001, // the port"#, r#"  "port": 3001, // the port"#),
-            (r#"  "baseUrl": "https://api.openai.com/v1","#, r#"  "baseUrl": "https://api.openai.com/v1","#),
-            (r#"  "id": "abcdefgh12345678" x"#, r#"  "id": "****************" x"#),
-            ("  authorization: Bearer abc", "  authorization: ****** ***"),
+            (r#"  "apiKey": "sk-abc" "rpm": 5"#, r#"  "apiKey": "******" "***": 5"#),
+            (r#"  "port": 3001, // the port"#, r#"  "port": 3001, // *** ****"#),
+            (r#"  "a": "b", "baseUrl": "https://u:p@h/v1","#, r#"  "a": "*", "baseUrl": "****************","#),
+            (r#"  "apiKey": "sk-abc:second"  "x":1"#, r#"  "apiKey": "*************"  "*":1"#),
+            (r#"    "mypassphraseword""#, r#"    "****************""#),
+            (r#"  "a": "it\"s: x", "b": true"#, r#"  "a": "***"****", "b": true"#),
+            (r#"  "a": "never ends: x"#, r#"  "a": "*************"#),
+            ("  authorization: Bearer abc:", "  authorization: ****** ****"),
+            ("  - id: a", "  - id: *"),
+            ("  port：3001", "  port：3001"),
+            ("  key：sk-abc", "  key：******"),
         ] {
             assert_eq!(covered(line), shown);
         }
@@ -159,10 +192,10 @@ mod tests {
 
     #[test]
     fn the_mark_stands_under_the_character() {
-        assert_eq!(excerpt("\tab: x", 3), "   ab: x\n     ^");
-        let long = format!("{}!", "x ".repeat(200));
+        assert_eq!(excerpt("\tab: x", 3), "   ab: *\n     ^");
+        let long = format!("{}}}", "1 ".repeat(200));
         let shown = excerpt(&long, 400);
         let (line, mark) = shown.split_once('\n').unwrap();
-        assert_eq!(line.find('!'), mark.find('^'), "{shown}");
+        assert_eq!(line.find('}'), mark.find('^'), "{shown}");
     }
 }
