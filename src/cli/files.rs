@@ -4,12 +4,14 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Folders in which a config file is looked for, and its names there.
-const FOLDERS: [&str; 2] = ["conf", "/etc/api-together"];
+const FOLDERS: [&str; 2] = ["conf", PACKAGED_FOLDER];
 const NAMES: [&str; 3] = ["apis.json", "apis.yaml", "apis.yml"];
 /// Variable that names the config file, for want of a flag.
 const VARIABLE: &str = "API_TOGETHER_CONFIG";
 /// The folder for sockets and the pid file, beside the config file.
 const RUNTIME_FOLDER: &str = "run";
+/// Folder of the packaged service's config.
+const PACKAGED_FOLDER: &str = "/etc/api-together";
 /// Runtime folder of the packaged service.
 const PACKAGED_RUNTIME_FOLDER: &str = "/run/api-together";
 
@@ -20,6 +22,8 @@ pub(super) struct ConfigFile {
     pub(super) path: PathBuf,
     /// Files that could have been meant as well, and are not read.
     pub(super) unread: Vec<PathBuf>,
+    /// True if nobody named one, and none was found.
+    is_guess: bool,
 }
 
 impl ConfigFile {
@@ -27,7 +31,7 @@ impl ConfigFile {
     pub(super) fn find(named: Option<PathBuf>) -> Self {
         let variable = || std::env::var_os(VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
         match named.or_else(variable) {
-            Some(path) => Self { path, unread: Vec::new() },
+            Some(path) => Self { path, unread: Vec::new(), is_guess: false },
             None => Self::first_of(&FOLDERS.map(Path::new)),
         }
     }
@@ -36,12 +40,12 @@ impl ConfigFile {
         for folder in folders {
             let mut there = NAMES.iter().map(|name| folder.join(name)).filter(|path| is_there(path));
             if let Some(path) = there.next() {
-                return Self { path, unread: there.filter(|path| path.exists()).collect() };
+                return Self { path, unread: there.filter(|path| path.exists()).collect(), is_guess: false };
             }
         }
         let [folder, ..] = FOLDERS;
         let [name, ..] = NAMES;
-        Self { path: Path::new(folder).join(name), unread: Vec::new() }
+        Self { path: Path::new(folder).join(name), unread: Vec::new(), is_guess: true }
     }
 
     /// A sentence about each file that is not read.
@@ -52,9 +56,14 @@ impl ConfigFile {
         })
     }
 
-    /// Folders from which its process may run.
-    pub(super) fn runtime_folders(&self) -> [PathBuf; 2] {
-        [runtime_folder(&self.path), PACKAGED_RUNTIME_FOLDER.into()]
+    /// Folders from which its process may run. The packaged service's is one only if its config is meant: nobody who names another
+    /// wants to stop the service.
+    pub(super) fn runtime_folders(&self) -> Vec<PathBuf> {
+        let mut folders = vec![runtime_folder(&self.path)];
+        if self.is_guess || self.path.starts_with(PACKAGED_FOLDER) {
+            folders.push(PACKAGED_RUNTIME_FOLDER.into());
+        }
+        folders
     }
 }
 
@@ -87,14 +96,17 @@ mod tests {
         assert_eq!(find().path, Path::new("conf/apis.json"), "the one to make, if there is none");
         let touch = |path: &Path| std::fs::write(path, "").unwrap();
         touch(&second.join("apis.yml"));
-        assert_eq!(find(), ConfigFile { path: second.join("apis.yml"), unread: Vec::new() });
+        assert_eq!(find(), ConfigFile { path: second.join("apis.yml"), unread: Vec::new(), is_guess: false });
         touch(&second.join("apis.json"));
         let both = find();
-        assert_eq!(both, ConfigFile { path: second.join("apis.json"), unread: vec![second.join("apis.yml")] });
+        assert_eq!(
+            both,
+            ConfigFile { path: second.join("apis.json"), unread: vec![second.join("apis.yml")], is_guess: false }
+        );
         let [warning] = both.warnings().collect::<Vec<_>>().try_into().unwrap();
         assert!(warning.contains("apis.yml is not read"), "{warning}");
         std::fs::create_dir(&first).unwrap();
         touch(&first.join("apis.yaml"));
-        assert_eq!(find(), ConfigFile { path: first.join("apis.yaml"), unread: Vec::new() });
+        assert_eq!(find(), ConfigFile { path: first.join("apis.yaml"), unread: Vec::new(), is_guess: false });
     }
 }

@@ -40,12 +40,9 @@ const FILES: [Entry; 9] = [
 ];
 
 const ENVIRONMENT: [Entry; 10] = [
-    (
-        "API_TOGETHER_CONFIG",
-        "The config file, unless --config names it. Only from the environment itself; the others also from .env.",
-    ),
+    ("API_TOGETHER_CONFIG", "The config file, unless --config names it. Only from the environment itself."),
     ("API_TOGETHER_HOST, API_TOGETHER_PORT", "Win over server.host and server.port; --host and --port win over them."),
-    ("PORT", "As API_TOGETHER_PORT, which wins over it."),
+    ("PORT", "As API_TOGETHER_PORT, which wins over it. Both, the host and the levels may stand in .env."),
     ("LOG_LEVEL", "Level of the program's own log lines: error, warn, info (the default), debug or trace."),
     ("RUST_LOG", "Levels by module, in place of LOG_LEVEL."),
     ("NO_COLOR", "If set, the log has no colours."),
@@ -70,7 +67,7 @@ const SIGNALS: [Entry; 7] = [
         "SIGQUIT",
         "Hands the sockets to a process that waits for them, and shuts down gracefully. Use `api-together upgrade`.",
     ),
-    ("SIGUSR1", "Opens error_log of Pingora's server conf anew, so that it can be rotated."),
+    ("SIGUSR1", "Opens the file that the log goes to anew, if it goes to one, so that it can be rotated."),
     ("SIGUSR2", "Replaces the process by a new one; sent by `api-together upgrade`."),
     ("SIGPIPE", "Ignored."),
 ];

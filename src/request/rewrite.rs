@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::HeaderValue;
+use percent_encoding::percent_decode_str;
 
 use crate::config::Secret;
 
@@ -32,9 +33,12 @@ pub fn without_version(client: &str) -> Cow<'_, str> {
 /// The target with these parameters, in place of those of the same name.
 pub fn with_query(target: &str, parameters: &[(String, Secret)]) -> String {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let name_of = |pair: &str| pair.split('=').next().unwrap_or_default().to_owned();
-    let kept = query.split('&').filter(|pair| !pair.is_empty());
-    let kept = kept.filter(|pair| !parameters.iter().any(|(name, _)| *name == name_of(pair))).map(str::to_owned);
+    let plain = |name: &str| percent_decode_str(&name.replace('+', " ")).collect::<Vec<u8>>();
+    let is_ours = |pair: &&str| {
+        let theirs = plain(pair.split('=').next().unwrap_or_default());
+        parameters.iter().any(|(name, _)| plain(name) == theirs)
+    };
+    let kept = query.split('&').filter(|pair| !pair.is_empty() && !is_ours(pair)).map(str::to_owned);
     let ours = parameters.iter().map(|(name, value)| format!("{name}={}", value.expose()));
     format!("{path}?{}", kept.chain(ours).collect::<Vec<_>>().join("&"))
 }
@@ -148,7 +152,7 @@ mod tests {
         }
         let parameters = [("api-version".to_owned(), Secret::new("1")), ("k".to_owned(), Secret::new("a%26b"))];
         assert_eq!(with_query("/x", &parameters), "/x?api-version=1&k=a%26b");
-        assert_eq!(with_query("/x?k=2&b=3&api-version", &parameters), "/x?b=3&api-version=1&k=a%26b");
+        assert_eq!(with_query("/x?k=2&b=3&api%2Dversion=9&api-version", &parameters), "/x?b=3&api-version=1&k=a%26b");
     }
 
     #[test]

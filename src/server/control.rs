@@ -37,8 +37,10 @@ const TRANSFER_MAX: Duration = Duration::from_secs(10);
 const REPLY_MAX: Duration = Duration::from_mins(1);
 /// The same for a test of many endpoints, some of which do not answer.
 const TESTS_MAX: Duration = Duration::from_mins(30);
-/// Pause after the first signal to end, before the one that means at once: the process must have taken note of the first.
-const SECOND_SIGNAL_AFTER: Duration = Duration::from_millis(500);
+/// Pause between two signals to end; the process must have taken note of the first.
+const SECOND_SIGNAL_AFTER: Duration = Duration::from_millis(300);
+/// Most signals to a process that is to end at once.
+const SIGNALS_MAX: usize = 20;
 /// Pause after the socket failed, as it does while no descriptor is free.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -118,13 +120,15 @@ pub(super) struct Control {
 /// What commands reach in the process. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Commands {
-    pub(super) reload: mpsc::Sender<Asked>,
-    pub(super) process: Process,
+    reload: mpsc::Sender<Asked>,
+    process: Process,
+    /// Place of the one test that may run.
+    tests: Arc<Semaphore>,
 }
 
 #[async_trait]
 impl BackgroundService for Control {
-    async fn start(&self, mut shutdown: ShutdownWatch) {
+    async fn start(&self, _shutdown: ShutdownWatch) {
         let path = self.runtime_folder.join(SOCKET);
         let listener = match listen(&path) {
             Ok(listener) => listener,
@@ -139,11 +143,8 @@ impl BackgroundService for Control {
         loop {
             // Never closed.
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                _ = shutdown.changed() => return,
-            };
-            match accepted {
+            // To the end of the process: one that waits for its last requests can be looked at, and cut short.
+            match listener.accept().await {
                 Ok((stream, _)) => {
                     let commands = self.commands.clone();
                     tokio::spawn(async move {
@@ -177,7 +178,11 @@ async fn serve(mut stream: UnixStream, commands: &Commands) -> std::io::Result<(
     let mut reading = tokio::io::BufReader::new(reading.take(REQUEST_BYTES_MAX));
     timeout(TRANSFER_MAX, reading.read_line(&mut line)).await??;
     let done = match serde_json::from_str(&line) {
-        Ok(request) => commands.answer(request).await,
+        Ok(request) => tokio::select! {
+            done = commands.answer(request) => done,
+            // The one that asked has gone; a test of many endpoints would go on for minutes.
+            _ = reading.read_u8() => return Ok(()),
+        },
         Err(error) => Err(format!("the running process does not know this command: {error}")),
     };
     let mut reply = serde_json::to_vec(&Reply::from(done))?;
@@ -186,6 +191,10 @@ async fn serve(mut stream: UnixStream, commands: &Commands) -> std::io::Result<(
 }
 
 impl Commands {
+    pub(super) fn new(reload: mpsc::Sender<Asked>, process: Process) -> Self {
+        Self { reload, process, tests: Arc::new(Semaphore::new(1)) }
+    }
+
     async fn answer(&self, request: Request) -> Result<String, String> {
         match request {
             Request::Reload => self.reload().await,
@@ -208,6 +217,10 @@ impl Commands {
     }
 
     async fn test(&self, endpoint: Option<&str>) -> Result<String, String> {
+        // They may last, and others wait for their places.
+        let Ok(_place) = self.tests.try_acquire() else {
+            return Err("another test is running; wait for its end".to_owned());
+        };
         let tested = endpoint_test::of_pool(&self.process.pool.load_full(), endpoint, true).await?;
         serde_json::to_string(&tested).map_err(|error| error.to_string())
     }
@@ -215,10 +228,13 @@ impl Commands {
     /// Does what a signal to end does: Pingora hears of nothing else.
     fn stop(&self, now: bool) -> String {
         let open = self.process.open.count();
+        let ends_already = self.process.draining.is_on();
         tokio::spawn(async move {
             // So that the reply is out first.
             tokio::time::sleep(PAUSE).await;
-            for _ in 0..=u8::from(now) {
+            // A second signal means at once, as soon as the process waits for its requests. It does not outlive the last.
+            let signals = if now { SIGNALS_MAX } else { usize::from(!ends_already) };
+            for _ in 0..signals {
                 if let Err(error) = kill_process(getpid(), Signal::TERM) {
                     log::error!("this process cannot signal itself: {error}");
                 }

@@ -409,7 +409,10 @@ impl Answer {
     /// What an error means, and its words as the end of a sentence.
     fn meaning(&self, endpoint: &Endpoint) -> (Trouble, String) {
         let meaning = classify::of_answer(self.status, &self.body, None, &endpoint.config.errors);
-        let words = VendorError::from_body(&self.body).message.split_whitespace().collect::<Vec<_>>().join(" ");
+        let words = VendorError::from_body(&self.body).message;
+        // It is shown on a terminal.
+        let words: String = words.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
         let words = match words.chars().next() {
             None => String::new(),
             Some('<') => ", with a web page".to_owned(),

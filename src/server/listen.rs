@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pingora::listeners::tls::{Acceptor, TlsSettings};
 use pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
@@ -109,14 +109,20 @@ fn is_ours(address: SocketAddr) -> std::io::Result<bool> {
     /// Time for each step.
     const PATIENCE: Duration = Duration::from_millis(500);
     /// The answer has a few hundred bytes.
-    const BYTES_MAX: u64 = 4096;
+    const BYTES_MAX: usize = 4096;
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.write_all(b"GET /health HTTP/1.0\r\n\r\n")?;
-    let mut answer = Vec::new();
+    let (mut answer, begun) = (Vec::new(), Instant::now());
+    let mut piece = [0; 512];
     // What came before a time-out may be enough.
-    stream.take(BYTES_MAX).read_to_end(&mut answer).map(drop).unwrap_or_default();
+    while begun.elapsed() < PATIENCE && answer.len() < BYTES_MAX {
+        match stream.read(&mut piece) {
+            Ok(0) | Err(_) => break,
+            Ok(count) => answer.extend_from_slice(piece.get(..count).unwrap_or_default()),
+        }
+    }
     Ok(memchr::memmem::find(&answer, br#""service":"api-together""#).is_some())
 }
 

@@ -222,7 +222,7 @@ impl Prepared {
                 Reloader { path, flags, pool, started, certificate, state, hung_up: hear_hangups(), asked: reloads };
             server.add_service(background_service("reload", reloader));
             if options.arguments.is_some() {
-                let commands = Commands { reload, process: process.clone() };
+                let commands = Commands::new(reload, process.clone());
                 let control = Control { runtime_folder: options.runtime_folder.clone(), commands };
                 server.add_service(background_service("control", control));
             }

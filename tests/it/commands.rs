@@ -61,7 +61,7 @@ fn every_command_means_the_same_config() {
     assert_eq!(by_variable(&["check", "conf/apis.yml"]).1, "conf/apis.yml: ok\n", "what is named wins");
     for command in ["status", "models", "reload", "stop", "upgrade"] {
         let (code, _, errors) = run(folder.path(), &[command, "-c", "elsewhere/apis.json"]);
-        assert!(code == 1 && errors.contains("elsewhere/run or /run/api-together"), "{command}: {errors}");
+        assert!(code == 1 && errors.contains("elsewhere/run; "), "not the packaged service's: {command}: {errors}");
     }
 }
 
@@ -241,6 +241,28 @@ async fn a_stop_waits_for_open_requests_unless_it_is_to_be_at_once() {
             let (code, _, errors) = command(&folder, &["stop", "-c", "apis.json"]).await;
             assert!(code == 1 && errors.contains("no process runs from"), "{errors}");
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_process_that_waits_for_its_last_requests_can_be_looked_at_and_cut_short() {
+    within(async {
+        let stalls = behaving(Behaviour { stall: Some(StallAt::AfterEvents(2)), ..Behaviour::default() }).await;
+        let mut running = Running::start(&config_text(json!({}), &[endpoint("a", &stalls.base_url())]), "info");
+        running.ready().await;
+        let folder = running.folder.path().to_owned();
+        controlled(&folder).await;
+        let call = client(|builder| builder).post(running.url("/v1/chat/completions")).bearer_auth(KEY);
+        let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
+        stream.chunk().await.unwrap().unwrap();
+        running.signal("TERM");
+        running.logs("1 requests are open").await;
+        let (code, status, errors) = command(&folder, &["status", "-c", "apis.json"]).await;
+        assert!(code == 0 && status.contains("1 open"), "{status}{errors}");
+        let (code, out, errors) = command(&folder, &["stop", "--now", "-c", "apis.json"]).await;
+        assert!(code == 0 && out.ends_with("stopped\n"), "{out}{errors}");
+        assert!(running.exit().await.success());
     })
     .await;
 }

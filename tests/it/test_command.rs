@@ -138,7 +138,7 @@ async fn what_an_endpoint_answers_is_explained_and_counted() {
     within(async {
         let good = simulator().await;
         let refuses = behaving(Behaviour {
-            body: Some(format!("{{\"error\":{{\"message\":\"bad key {}\"}}}}", key_of("refuses"))),
+            body: Some(format!("{{\"error\":{{\"message\":\"bad \\u001b[2Jkey {}\"}}}}", key_of("refuses"))),
             ..Behaviour::status(401)
         })
         .await;
@@ -166,7 +166,7 @@ async fn what_an_endpoint_answers_is_explained_and_counted() {
         assert!(of("pattern").2.contains("sim-model"), "{:?}", of("pattern"));
         let (name, result, text) = of("refuses");
         assert!(name == "key" && result == "failed" && text.contains("401") && text.contains("apiKey"), "{text}");
-        assert!(!text.contains(&key_of("refuses")) && text.contains("bad key"), "{text}");
+        assert!(!text.contains(&key_of("refuses")) && text.contains("bad [2Jkey"), "nothing moves a terminal: {text}");
         assert!(of("fails").2.contains("503"), "{:?}", of("fails"));
         let status = reqwest::Client::new().get(running.url("/v1/status")).bearer_auth(KEY).send().await.unwrap();
         let status: Value = status.json().await.unwrap();
