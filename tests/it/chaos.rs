@@ -249,9 +249,10 @@ fn settings(cutter: &Cutter, how: &str) -> Value {
     endpoint_with("a", &cutter.base_url(), json!({ "timeouts": timeouts }))
 }
 
-/// Nobody cools down, however often it fails.
+/// Nobody cools down, however often it fails, and a machine that is busy elsewhere closes no connection whose request is late.
 fn patient() -> Value {
-    json!({ "breaker": { "failures": 1_000_000 }, "threads": 2, "forwardHeaders": [CUT] })
+    let connections = json!({ "strangersPerAddress": 2 * CONCURRENCY });
+    json!({ "breaker": { "failures": 1_000_000 }, "threads": 2, "forwardHeaders": [CUT], "connections": connections })
 }
 
 /// Calls with every cut, so many at once.
