@@ -235,7 +235,11 @@ fn status_text(running: &Running, status: &Status, now: &ZonedDateTime) -> Strin
     }
     lines.push(match &ledger.error {
         None => format!("ledger    {GOOD}{}{GOOD:#}, {}", ledger.state, ledger.path),
-        Some(error) => format!("ledger    {BAD}{}{BAD:#}, {}: {error}", ledger.state, ledger.path),
+        Some(error) => {
+            // It begins as it does in the log, with the path.
+            let error = error.strip_prefix(&format!("ledger {}: ", ledger.path)).unwrap_or(error);
+            format!("ledger    {BAD}{}{BAD:#}, {}: {error}", ledger.state, ledger.path)
+        }
     });
     lines.push(format!("requests  {open_requests} open, {} queued\n", ledger.queued));
     lines.push(endpoints(apis, now).text());

@@ -246,6 +246,22 @@ async fn a_stop_waits_for_open_requests_unless_it_is_to_be_at_once() {
 }
 
 #[tokio::test]
+async fn a_ledger_that_fails_is_in_the_status_with_its_reason() {
+    within(async {
+        let server = json!({ "ledger": "/dev/null/ledger.db" });
+        let running = Running::start(&config_text(server, &[endpoint("a", "http://127.0.0.1:9")]), "info");
+        running.ready().await;
+        let folder = running.folder.path();
+        controlled(folder).await;
+        let (code, out, errors) = command(folder, &["status", "-c", "apis.json"]).await;
+        let line = out.lines().find(|line| line.starts_with("ledger")).unwrap_or_else(|| panic!("{out}{errors}"));
+        assert!(code == 0 && line.starts_with("ledger    failing, /dev/null/ledger.db: "), "{line}");
+        assert_eq!(line.matches("/dev/null/ledger.db").count(), 1, "{line}");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_process_that_waits_for_its_last_requests_can_be_looked_at_and_cut_short() {
     within(async {
         let stalls = behaving(Behaviour { stall: Some(StallAt::AfterEvents(2)), ..Behaviour::default() }).await;
