@@ -1,9 +1,10 @@
 //! Problems of a configuration, reported all at once and with a way out.
 
 use std::cmp::Ordering;
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use super::places::Places;
+use super::secret::without_keys;
 
 /// Severity of a [`Problem`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -95,13 +96,15 @@ impl fmt::Display for Problem {
             (None, Some(line)) => write!(f, "line {line}: ")?,
             (None, None) => {}
         }
+        let mut said = String::new();
         if let Some(endpoint) = &self.endpoint {
-            write!(f, "endpoint {endpoint:?}, ")?;
+            write!(said, "endpoint {endpoint:?}, ")?;
         }
         if !self.path.is_empty() {
-            write!(f, "{}: ", self.path)?;
+            write!(said, "{}: ", self.path)?;
         }
-        f.write_str(&self.message)?;
+        said.push_str(&self.message);
+        f.write_str(&without_keys(&said))?;
         if let Some(hint) = &self.hint {
             write!(f, " ({hint})")?;
         }

@@ -9,6 +9,8 @@ use subtle::ConstantTimeEq;
 
 /// A secret shorter than this shows none of its characters.
 const SHOWN_CHARS_MIN: usize = 16;
+/// What is shorter is no key.
+const KEY_CHARS_MIN: usize = 11;
 const SHOWN_AT_START: usize = 3;
 const SHOWN_AT_END: usize = 4;
 
@@ -31,6 +33,24 @@ impl Secret {
     pub fn matches(&self, given: &[u8]) -> bool {
         self.0.as_bytes().ct_eq(given).into()
     }
+}
+
+/// Covers what looks like a key in a text that is shown: it may have been put into the wrong place.
+pub(super) fn without_keys(text: &str) -> String {
+    /// How keys of well-known vendors begin.
+    const BEGINNINGS: [&str; 9] = ["sk-", "sk_", "gsk_", "xai-", "AIza", "nvapi-", "hf_", "pplx-", "ghp_"];
+    let is_of_key = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    let mut shown = String::new();
+    for piece in text.split_inclusive(|c| !is_of_key(c)) {
+        let word = piece.trim_end_matches(|c| !is_of_key(c));
+        if word.len() >= KEY_CHARS_MIN && BEGINNINGS.iter().any(|begin| word.starts_with(begin)) {
+            shown.push_str(&Secret::new(word).to_string());
+            shown.push_str(piece.strip_prefix(word).unwrap_or_default());
+        } else {
+            shown.push_str(piece);
+        }
+    }
+    shown
 }
 
 /// A start and an end let an operator distinguish two keys; seven characters are not enough to use one.
@@ -85,6 +105,19 @@ impl JsonSchema for Secret {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_key_in_the_wrong_place_is_covered() {
+        for (text, shown) in [
+            (r#"found the string "sk-aaaaaaaaaaaabbbb""#, r#"found the string "sk-…bbbb""#),
+            ("sk-7d1f93a8c05 is not an IP address", "**** is not an IP address"),
+            ("apis[0].gsk_0123456789abcdef: unknown key", "apis[0].gsk…cdef: unknown key"),
+            ("the example's `sk-123`, a task-oriented-words", "the example's `sk-123`, a task-oriented-words"),
+            ("密钥：sk-aaaaaaaaaaaabbbb。", "密钥：sk-…bbbb。"),
+        ] {
+            assert_eq!(without_keys(text), shown);
+        }
+    }
 
     #[test]
     fn a_long_secret_shows_its_start_and_end() {
