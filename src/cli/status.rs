@@ -1,11 +1,11 @@
 //! `api-together status` and `api-together models`: tables of what the running process says of itself.
 
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anstream::{print, println};
+use anstream::{print, println, stdout};
 use anstyle::{AnsiColor, Style};
 use jiff::{Timestamp, ZonedDateTime};
 use serde::Deserialize;
@@ -47,16 +47,15 @@ pub(super) fn show(folders: &[PathBuf], output: Output, watch: bool) -> Result<(
             Output::Json => format!("{text}\n"),
             Output::Table => status_text(&running, &read(&text)?, &ZonedDateTime::now()),
         };
-        if !watch {
-            print!("{shown}");
-            return Ok(());
+        let clear =
+            if watch && matches!(output, Output::Table) && std::io::stdout().is_terminal() { CLEAR } else { "" };
+        match write!(stdout(), "{clear}{shown}").and_then(|()| stdout().flush()) {
+            Ok(()) if watch => std::thread::sleep(WATCH_INTERVAL),
+            Ok(()) => return Ok(()),
+            // Nobody reads any more, as behind `| head`.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
+            Err(error) => return Err(format!("the status cannot be written: {error}")),
         }
-        if matches!(output, Output::Table) && std::io::stdout().is_terminal() {
-            print!("{CLEAR}");
-        }
-        print!("{shown}");
-        std::io::stdout().flush().map_err(|error| error.to_string())?;
-        std::thread::sleep(WATCH_INTERVAL);
     }
 }
 

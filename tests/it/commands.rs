@@ -1,7 +1,10 @@
 //! The command line: the config that is meant, and commands that reach the running process.
 
+use std::io::Read;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Mutex;
 
 use api_together::simulator::{Behaviour, StallAt};
 use serde_json::{Value, json};
@@ -257,6 +260,25 @@ async fn a_ledger_that_fails_is_in_the_status_with_its_reason() {
         let line = out.lines().find(|line| line.starts_with("ledger")).unwrap_or_else(|| panic!("{out}{errors}"));
         assert!(code == 0 && line.starts_with("ledger    failing, /dev/null/ledger.db: "), "{line}");
         assert_eq!(line.matches("/dev/null/ledger.db").count(), 1, "{line}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_watch_that_nobody_reads_ends() {
+    within(async {
+        let running = Running::start(&config_text(json!({}), &[endpoint("a", "http://127.0.0.1:9")]), "info");
+        running.ready().await;
+        let folder = running.folder.path().to_owned();
+        controlled(&folder).await;
+        let mut watch = program(&folder);
+        let mut watch = watch.args(["status", "--watch", "-c", "apis.json"]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut first = [0; 12];
+        watch.stdout.take().unwrap().read_exact(&mut first).unwrap();
+        assert_eq!(&first, b"api-together");
+        let watch = Mutex::new(watch);
+        until("it ends", || watch.lock().unwrap().try_wait().unwrap().is_some()).await;
+        assert!(watch.lock().unwrap().wait().unwrap().success());
     })
     .await;
 }
