@@ -60,5 +60,5 @@ fn show(tested: &[Tested]) {
         }
     }
     let well = tested.iter().filter(|tested| tested.is_well()).count();
-    println!("of {} tested, {well} answer", tested.len());
+    println!("{well} of {} answered", tested.len());
 }

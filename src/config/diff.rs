@@ -224,7 +224,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     lines.compare(&at("priority"), plain, priority, &after.priority);
     let Timeouts { connect, first_byte_stream, first_byte, thinking, idle } = timeouts;
     lines.compare(&at("timeouts.connectMs"), millis, connect, &after.timeouts.connect);
-    lines.compare(&at("timeouts.firstByteStreamMs"), millis, first_byte_stream, &after.timeouts.first_byte_stream);
+    lines.compare(&at("timeouts.firstByteMs of streams"), millis, first_byte_stream, &after.timeouts.first_byte_stream);
     lines.compare(&at("timeouts.firstByteMs"), millis, first_byte, &after.timeouts.first_byte);
     lines.compare(&at("timeouts.thinkingMs"), millis, thinking, &after.timeouts.thinking);
     lines.compare(&at("timeouts.idleMs"), millis, idle, &after.timeouts.idle);

@@ -40,7 +40,7 @@ impl Fault {
             Self::LedgerUnavailable => ("the ledger cannot be written, so endpoints with limits take no requests", "`cause` in the log names the file and what is wrong with it: a full disk, a lock, rights"),
             Self::NoneAvailable => ("every endpoint of the model cools down, and each is being tried out by another request", "`api-together status` shows until when and the last errors; `api-together test` asks them"),
             Self::EndpointUnreachable => ("no endpoint could be connected to, or the last one broke off before its answer", "`api-together test` says which step fails"),
-            Self::EndpointTimeout => ("the last endpoint did not begin its answer in time", "raise `timeouts.firstByteMs` or `firstByteStreamMs` if the model is slow"),
+            Self::EndpointTimeout => ("the last endpoint did not begin its answer in time", "raise `timeouts.firstByteMs` if the model is slow"),
             Self::EndpointEmpty => ("every endpoint tried gave an answer with nothing in it", "try again; look at the model's safety settings"),
             Self::EndpointUnrecognised => ("the last endpoint answered 200 with something that is no answer, such as a web page", "correct its `baseUrl`"),
             Self::EndpointKeyRefused => ("the last endpoint refused the gateway's key or account there", "correct its `apiKey`, or pay the account up; the log has the vendor's words"),

@@ -188,7 +188,7 @@ fn models(tested: &mut Tested, endpoint: &Endpoint, listed: &Answer) -> Option<B
             let names: BTreeSet<String> = list.iter().filter_map(id).collect();
             tested.note("key", StepResult::Ok, "accepted", "");
             let exact = endpoint.config.sent_models().filter(|name| !name.ends_with('*'));
-            let missing: Vec<&str> = exact.filter(|name| !names.contains(*name)).collect();
+            let missing: BTreeSet<&str> = exact.filter(|name| !names.contains(*name)).collect();
             let count = names.len();
             if missing.is_empty() {
                 tested.note("models", StepResult::Ok, format!("{count} listed"), "");

@@ -79,8 +79,8 @@ fn explain_bind(address: SocketAddr, error: &std::io::Error, options: &RunOption
         std::io::ErrorKind::AddrInUse => match who_listens(address, options) {
             Some(who) => {
                 return format!(
-                    "cannot listen on {address}: {who} does already; `api-together status` shows it, `upgrade` replaces it and \
-                     `stop` ends it; or choose another --port"
+                    "cannot listen on {address}: {who} does already; with --config of its config, `api-together status` shows it, \
+                     `upgrade` replaces it and `stop` ends it; or choose another --port"
                 );
             }
             None => "another program listens there; stop it, or choose another server.port (or --port)",

@@ -301,8 +301,9 @@ fn in_its_folder(options: &RunOptions) -> Result<RunOptions, StartError> {
         )));
     }
     log::warn!(
-        "{whose}: commands such as `api-together status` reach that process and not this one, unless RUNTIME_DIRECTORY names \
-         another folder for this one"
+        "{whose}: commands such as `api-together status` reach that process and not this one, which `kill {}` ends, unless \
+         RUNTIME_DIRECTORY names another folder for this one",
+        std::process::id()
     );
     options.arguments = None;
     Ok(options)
