@@ -26,6 +26,9 @@ pub(super) fn oddity(key: &str) -> Option<(&'static str, &'static str)> {
     if key.get(..7).is_some_and(|begin| begin.eq_ignore_ascii_case("bearer ")) {
         return Some(("begins with `Bearer`", "leave it out: it is put before the key anyway"));
     }
+    if key.starts_with("http://") || key.starts_with("https://") {
+        return Some(("is an address", "put the address into baseUrl, and here the key that goes with it"));
+    }
     if key.starts_with(['"', '\'', '`']) || key.ends_with(['"', '\'', '`']) {
         return Some(("has quotation marks around it", "leave out those that are not the file's own"));
     }
@@ -76,6 +79,7 @@ mod tests {
             ("Bearer sk-abc", "Bearer"),
             ("\"sk-abc\"", "quotation"),
             ("'sk-abc", "quotation"),
+            ("https://api.example.com", "address"),
         ] {
             assert!(oddity(key).unwrap().0.contains(says), "{key}");
         }

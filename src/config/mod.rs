@@ -100,7 +100,8 @@ impl Format {
 /// Reads and checks a file, which may be a pipe. Problems carry the file's path.
 pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> {
     let shown = path.display().to_string();
-    let text = read(path).map_err(|problems| problems.in_file(&shown))?;
+    let way_out = format!("copy conf/apis.example.json to {}, or name another file with --config", path.display());
+    let text = read(path, &way_out).map_err(|problems| problems.in_file(&shown))?;
     // So that the same files have the same names however this one is named.
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let base_dir = absolute.parent().unwrap_or(Path::new(""));
@@ -128,15 +129,13 @@ pub fn check_ordinary(path: &Path) -> io::Result<()> {
 /// Writes a config from a file of another program.
 pub fn import(path: &Path) -> Result<Imported, Problems> {
     let shown = path.display().to_string();
-    let imported = read(path).and_then(|text| import::import(&text, Format::from_path(path)));
+    let imported = read(path, "name the file that another program reads")
+        .and_then(|text| import::import(&text, Format::from_path(path)));
     imported.map_err(|problems| problems.in_file(&shown))
 }
 
-fn read(path: &Path) -> Result<String, Problems> {
-    let unreadable = |error: io::Error| {
-        let hint = format!("copy conf/apis.example.json to {}, or name another file with --config", path.display());
-        Problem::error("", format!("cannot be read: {error}")).hint(hint)
-    };
+fn read(path: &Path, way_out: &str) -> Result<String, Problems> {
+    let unreadable = |error: io::Error| Problem::error("", format!("cannot be read: {error}")).hint(way_out);
     let bytes = read_bounded(path).map_err(unreadable)?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(Problem::error("", format!("is longer than {FILE_BYTES_MAX} bytes")).into());

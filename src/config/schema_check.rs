@@ -344,10 +344,16 @@ fn unknown_key(key: &str, schema: &Value, place: String) -> Problem {
 pub(crate) fn likeliest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     known
         .iter()
-        .map(|known| (strsim::jaro_winkler(&folded(known), &folded(word)), *known))
+        .map(|known| (likeness(&folded(known), &folded(word)), *known))
         .filter(|(likeness, _)| *likeness >= ALIKE_MIN)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, known)| known)
+}
+
+/// From 0 to 1. Two letters that changed places are enough of a likeness, also in a short word.
+fn likeness(known: &str, word: &str) -> f64 {
+    let is_swapped = strsim::osa_distance(known, word) == 1 && strsim::levenshtein(known, word) == 2;
+    if is_swapped { 1.0 } else { strsim::jaro_winkler(known, word) }
 }
 
 /// `base_URL` and `baseUrl` are the same to a person.
