@@ -27,6 +27,17 @@ pub(crate) async fn controlled(folder: &Path) {
     until("it listens for commands", || socket.exists()).await;
 }
 
+/// A process's folder, and a stream that it has begun.
+async fn streaming(running: &Running) -> (PathBuf, reqwest::Response) {
+    running.ready().await;
+    let folder = running.folder.path().to_owned();
+    controlled(&folder).await;
+    let call = client(|builder| builder).post(running.url("/v1/chat/completions")).bearer_auth(KEY);
+    let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
+    stream.chunk().await.unwrap().unwrap();
+    (folder, stream)
+}
+
 #[test]
 fn every_command_means_the_same_config() {
     let good = config_text(json!({}), &[endpoint("a", "https://api.example.com")]);
@@ -222,12 +233,7 @@ async fn a_stop_waits_for_open_requests_unless_it_is_to_be_at_once() {
         let stalls = behaving(Behaviour { stall: Some(StallAt::AfterEvents(2)), ..Behaviour::default() }).await;
         for (simulator, now) in [(&slow, false), (&stalls, true)] {
             let mut running = Running::start(&config_text(json!({}), &[endpoint("a", &simulator.base_url())]), "info");
-            running.ready().await;
-            let folder = running.folder.path().to_owned();
-            controlled(&folder).await;
-            let call = client(|builder| builder).post(running.url("/v1/chat/completions")).bearer_auth(KEY);
-            let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
-            stream.chunk().await.unwrap().unwrap();
+            let (folder, mut stream) = streaming(&running).await;
             let arguments = if now { &["stop", "--now", "-c", "apis.json"][..] } else { &["stop", "-c", "apis.json"] };
             let (stopped, body) = tokio::join!(command(&folder, arguments), async {
                 let mut body = Vec::new();
@@ -288,12 +294,7 @@ async fn a_process_that_waits_for_its_last_requests_can_be_looked_at_and_cut_sho
     within(async {
         let stalls = behaving(Behaviour { stall: Some(StallAt::AfterEvents(2)), ..Behaviour::default() }).await;
         let mut running = Running::start(&config_text(json!({}), &[endpoint("a", &stalls.base_url())]), "info");
-        running.ready().await;
-        let folder = running.folder.path().to_owned();
-        controlled(&folder).await;
-        let call = client(|builder| builder).post(running.url("/v1/chat/completions")).bearer_auth(KEY);
-        let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
-        stream.chunk().await.unwrap().unwrap();
+        let (folder, _stream) = streaming(&running).await;
         running.signal("TERM");
         running.logs("1 requests are open").await;
         let (code, status, errors) = command(&folder, &["status", "-c", "apis.json"]).await;
