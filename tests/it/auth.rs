@@ -143,6 +143,18 @@ async fn ask_from(proxy: &Proxy, last: u8, key: &str) -> (u16, String, Duration)
     (reply.status, format!("{headers:?} {}", reply.text()), begun.elapsed())
 }
 
+/// The status of some requests, which is the same for all, and the shortest time that one took: a busy machine makes
+/// one answer late, and only the proxy makes all of them late.
+async fn fastest_from(proxy: &Proxy, last: u8, key: &str) -> (u16, Duration) {
+    let (status, _, mut fastest) = ask_from(proxy, last, key).await;
+    for _ in 0..4 {
+        let (again, _, took) = ask_from(proxy, last, key).await;
+        assert_eq!(again, status, "the same key, and another answer");
+        fastest = fastest.min(took);
+    }
+    (status, fastest)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn guessing_on_tells_nothing_and_callers_are_let_in() {
     within(async {
@@ -154,10 +166,8 @@ async fn guessing_on_tells_nothing_and_callers_are_let_in() {
         for from in [office, elsewhere] {
             for number in 0..3 {
                 // An old key that is used again and again is no guess.
-                for _ in 0..5 {
-                    let (status, _, took) = ask_from(&proxy, from, &format!("wrong{number}")).await;
-                    assert!(status == 401 && took < Duration::from_millis(900), "{status} after {took:?}");
-                }
+                let (status, took) = fastest_from(&proxy, from, &format!("wrong{number}")).await;
+                assert!(status == 401 && took < Duration::from_millis(900), "{status} after {took:?}");
             }
         }
         let (status, wrong, took) = ask_from(&proxy, elsewhere, "wrong3").await;
@@ -167,7 +177,7 @@ async fn guessing_on_tells_nothing_and_callers_are_let_in() {
         assert!(status == 429 && took >= Duration::from_secs(1), "{status} after {took:?}");
         assert_eq!(right, wrong, "the answer tells whether the guess is right");
         assert_eq!(ask_from(&proxy, office, "wrong3").await.0, 429);
-        let (status, _, took) = ask_from(&proxy, office, KEY).await;
+        let (status, took) = fastest_from(&proxy, office, KEY).await;
         assert!(status == 200 && took < Duration::from_millis(900), "{status} after {took:?}");
         assert_eq!(ask_from(&proxy, 3, KEY).await.0, 200, "other addresses have no part in it");
     })
