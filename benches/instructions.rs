@@ -126,8 +126,8 @@ fn scan(bytes: usize) -> Box<dyn FnMut()> {
 
 fn splice() -> Box<dyn FnMut()> {
     let body = chat(1024);
-    let range = fields::scan(&body).expect("it is JSON").model.expect("it names a model").range;
-    Box::new(move || drop(black_box(rewrite::spliced(&body, &mut [rewrite::model_edit(&range, "another-model")]))))
+    let place = fields::scan(&body).expect("it is JSON").model.expect("it names a model").place;
+    Box::new(move || drop(black_box(rewrite::spliced(&body, &mut [rewrite::model_edit(&place, "another-model")]))))
 }
 
 fn route(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {

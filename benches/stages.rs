@@ -51,11 +51,11 @@ fn body(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("body");
     for bytes in [1024, 64 * 1024, 5 * 1024 * 1024] {
         let body = chat(bytes);
-        let range = fields::scan(&body).expect("it is JSON").model.expect("it names a model").range;
+        let place = fields::scan(&body).expect("it is JSON").model.expect("it names a model").place;
         group.throughput(Throughput::Bytes(body.len() as u64));
         group.bench_function(BenchmarkId::new("scan", bytes), |b| b.iter(|| fields::scan(black_box(&body))));
         group.bench_function(BenchmarkId::new("splice", bytes), |b| {
-            b.iter(|| rewrite::spliced(black_box(&body), &mut [rewrite::model_edit(&range, "another-model")]));
+            b.iter(|| rewrite::spliced(black_box(&body), &mut [rewrite::model_edit(&place, "another-model")]));
         });
     }
     group.finish();

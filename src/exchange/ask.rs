@@ -1,7 +1,6 @@
 //! A request as the exchange needs it.
 
 use std::mem;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,7 +10,7 @@ use http::uri::PathAndQuery;
 use super::AskedModel;
 use crate::ledger::CallerId;
 use crate::request::call::Call;
-use crate::request::fields::UsageEdit;
+use crate::request::fields::{ModelPlace, UsageEdit};
 use crate::request::shape::CallShape;
 use crate::routing::balance::Options;
 use crate::routing::pool::Pool;
@@ -39,8 +38,8 @@ pub struct Ask {
     pub is_json: bool,
     /// The model's name as the client sent it.
     pub model: Option<Arc<str>>,
-    /// Range of that name in the body.
-    pub model_range: Option<Range<usize>>,
+    /// Place of that name in the body.
+    pub model_place: Option<ModelPlace>,
     /// True if the answer is to be streamed.
     pub stream: bool,
     /// Edit of the body that asks a stream for its usage, if the client did not.

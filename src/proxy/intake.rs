@@ -25,7 +25,7 @@ use crate::request::call::Call;
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
 use crate::request::fields::Fields;
 use crate::request::shape::CallShape;
-use crate::request::{content_type, fields, forward, id, path, rewrite};
+use crate::request::{content_type, fields, form, forward, id, path, rewrite};
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::pool::Pool;
 use crate::routing::rates;
@@ -270,11 +270,9 @@ async fn ask(
     let read_at = Instant::now();
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let (body, fields) = read(body, content_type)?;
-    let is_json = fields.is_some();
-    let fields = fields.unwrap_or_default();
-    let (model, model_range) = match fields.model {
-        Some(field) => (Some(field.value), Some(field.range)),
+    let (body, fields, is_json) = read(body, content_type)?;
+    let (model, model_place) = match fields.model {
+        Some(model) => (Some(model.name), Some(model.place)),
         None if switches_protocol => (target.query().and_then(fields::query_model), None),
         None => (None, None),
     };
@@ -300,7 +298,7 @@ async fn ask(
         prompt: Bytes::new(),
         read_at,
         model,
-        model_range,
+        model_place,
         body,
         switches_protocol,
         pool,
@@ -318,25 +316,31 @@ fn caller_id(address: Option<IpAddr>) -> CallerId {
     CallerId(high.rotate_left(32) ^ low)
 }
 
-/// Finds the fields of a body, if it is JSON: it says so, says nothing, or begins like it, whatever it says. A byte-order
-/// mark is left off, since no endpoint could read it.
-fn read(body: Bytes, content_type: Option<&str>) -> Result<(Bytes, Option<Fields>), Fault> {
+/// Finds the fields of a body, and whether it is JSON: it says so, says nothing, or begins like it, whatever it says. A
+/// byte-order mark is left off, since no endpoint could read it.
+fn read(body: Bytes, content_type: Option<&str>) -> Result<(Bytes, Fields, bool), Fault> {
     const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
     if body.is_empty() {
-        return Ok((body, None));
+        return Ok((body, Fields::default(), false));
+    }
+    if let Some(form) = content_type.filter(|value| content_type::is_form(value)) {
+        let fields = form::scan(form, &body)?;
+        return Ok((body, fields, false));
     }
     let declared = content_type::is_json_request(content_type);
     let marked = body.starts_with(BYTE_ORDER_MARK);
     let text = if marked { body.slice(BYTE_ORDER_MARK.len()..) } else { body.clone() };
     if declared || content_type::is_text(content_type) && text.trim_ascii_start().starts_with(b"{") {
         let fields = fields::scan(&text)?;
-        return Ok((text, Some(fields)));
-    }
-    if !text.trim_ascii_start().starts_with(b"{") {
-        return Ok((body, None));
+        return Ok((text, fields, true));
     }
     // A file may begin so, too.
-    Ok(fields::scan(&text).map_or((body, None), |fields| (text, Some(fields))))
+    if text.trim_ascii_start().starts_with(b"{")
+        && let Ok(fields) = fields::scan(&text)
+    {
+        return Ok((text, fields, true));
+    }
+    Ok((body, Fields::default(), false))
 }
 
 /// The first endpoint.

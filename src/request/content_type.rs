@@ -29,7 +29,12 @@ pub(crate) fn is_json_request(content_type: Option<&str>) -> bool {
     essence.eq_ignore_ascii_case(b"application/json") || begins(b"application/") && is_suffixed()
 }
 
-/// True for text and forms, which is what browsers and `curl -d` call JSON.
+/// True for a multipart form.
+pub(crate) fn is_form(content_type: &str) -> bool {
+    essence(content_type).eq_ignore_ascii_case(b"multipart/form-data")
+}
+
+/// True for text and simple forms, which is what browsers and `curl -d` call JSON.
 pub(crate) fn is_text(content_type: Option<&str>) -> bool {
     content_type.map(essence).is_some_and(|essence| {
         let is = |known: &[u8]| essence.eq_ignore_ascii_case(known);
@@ -47,6 +52,7 @@ mod tests {
         assert!(is_json_request(Some("application/json; charset=utf-8")));
         assert!(is_json_request(Some("Application/Problem+JSON")));
         assert!(!is_json_request(Some("multipart/form-data; boundary=x")));
+        assert!(is_form("Multipart/Form-Data; boundary=x") && !is_form("multipart/mixed; boundary=x"));
         assert!(is_text(Some("Text/Plain;charset=UTF-8")) && is_text(Some("application/x-www-form-urlencoded")));
         assert!(!is_text(Some("application/octet-stream")) && !is_text(None));
     }

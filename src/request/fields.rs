@@ -30,20 +30,29 @@ pub struct UsageEdit {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Fields {
     /// The model asked for.
-    pub model: Option<Field<Arc<str>>>,
+    pub model: Option<Model>,
     /// True if the answer is to be streamed.
     pub stream: bool,
     /// Edit that asks for the usage; `None` if the client asks itself, or if it cannot be done.
     pub usage_edit: Option<UsageEdit>,
 }
 
-/// A value, and where it stands in the body, quotes included.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Field<T> {
-    /// Value.
-    pub value: T,
-    /// The bytes it takes up.
-    pub range: Range<usize>,
+/// A model's name as the client sent it, and its place in the body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Model {
+    /// Name.
+    pub name: Arc<str>,
+    /// Place.
+    pub place: ModelPlace,
+}
+
+/// Place of a model's name in a body, which says how another one is written there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelPlace {
+    /// A JSON string, quotes included.
+    Json(Range<usize>),
+    /// The text of a form's field.
+    Form(Range<usize>),
 }
 
 /// Finds the fields of a JSON body, and refuses one that no endpoint could understand.
@@ -122,7 +131,7 @@ impl Found {
                 let problem = format!("`model` must be a string, at {at} of the request body.");
                 return Err(Fault::RequestInvalid { problem });
             };
-            Ok(Field { value: value.into(), range })
+            Ok(Model { name: value.into(), place: ModelPlace::Json(range) })
         });
         let stream = self.stream.filter(|range| text(range) == b"true");
         let usage_edit = stream.as_ref().filter(|_| !self.stream_again).and_then(|stream| {
@@ -224,8 +233,8 @@ mod tests {
         let body = br#"{"messages":[{"model":"inner"}], "model" : "gpt-4" ,"stream":true}"#;
         let fields = scan(body).unwrap();
         let model = fields.model.unwrap();
-        assert_eq!(&*model.value, "gpt-4");
-        assert_eq!(&body[model.range], b"\"gpt-4\"");
+        assert_eq!((&*model.name, model.place), ("gpt-4", ModelPlace::Json(43..50)));
+        assert_eq!(&body[43..50], b"\"gpt-4\"");
         assert!(fields.stream);
     }
 
@@ -276,8 +285,8 @@ mod tests {
     fn escapes_in_key_and_value_are_understood() {
         let body = br#"{"mod\u0065l":"gpt\u002d4"}"#;
         let model = scan(body).unwrap().model.unwrap();
-        assert_eq!(&*model.value, "gpt-4");
-        assert_eq!(&body[model.range], br#""gpt\u002d4""#);
+        assert_eq!((&*model.name, model.place), ("gpt-4", ModelPlace::Json(14..26)));
+        assert_eq!(&body[14..26], br#""gpt\u002d4""#);
     }
 
     #[test]
@@ -299,7 +308,7 @@ mod tests {
     #[test]
     fn deep_nesting_neither_overflows_nor_fails() {
         let body = format!(r#"{{"x":{}{},"model":"m"}}"#, "[".repeat(100_000), "]".repeat(100_000));
-        assert_eq!(&*scan(body.as_bytes()).unwrap().model.unwrap().value, "m");
+        assert_eq!(&*scan(body.as_bytes()).unwrap().model.unwrap().name, "m");
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod call;
 pub(crate) mod connections;
 pub(crate) mod content_type;
 pub mod fields;
+pub mod form;
 pub mod forward;
 pub(crate) mod guesses;
 pub mod id;

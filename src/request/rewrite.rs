@@ -8,6 +8,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http::HeaderValue;
 use percent_encoding::percent_decode_str;
 
+use super::fields::ModelPlace;
 use crate::config::Secret;
 
 /// The path an endpoint is asked for. A base URL without a path leaves the client's own; one with a path puts it in place
@@ -74,8 +75,12 @@ pub struct Edit<'a> {
     pub with: Cow<'a, str>,
 }
 
-/// The replacement of the model's name, which stands at this place in its quotes.
-pub fn model_edit<'a>(quoted: &Range<usize>, model: &'a str) -> Edit<'a> {
+/// The replacement of the model's name, which stands at this place.
+pub fn model_edit<'a>(place: &ModelPlace, model: &'a str) -> Edit<'a> {
+    let quoted = match place {
+        ModelPlace::Form(range) => return Edit { range: range.clone(), with: model.into() },
+        ModelPlace::Json(quoted) => quoted,
+    };
     // Nearly all names need no escapes.
     let is_plain = model.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\'));
     if is_plain && quoted.len() >= 2 {
@@ -160,8 +165,8 @@ mod tests {
         let body = Bytes::from_static(
             b"{ \"z\":1.0,\"model\" :\"a\\u002db\", \"n\":1 ,\"x\":1e5,\"unknown\":{\"model\":\"a\"},\"t\":\"\\u00e9\\/\" }\n",
         );
-        let range = crate::request::fields::scan(&body).unwrap().model.unwrap().range;
-        let spliced = spliced(&body, &mut [model_edit(&range, "new \"name\"")]);
+        let place = crate::request::fields::scan(&body).unwrap().model.unwrap().place;
+        let spliced = spliced(&body, &mut [model_edit(&place, "new \"name\"")]);
         assert_eq!(spliced.len(), 1);
         assert_eq!(
             &spliced[0][..],
@@ -173,11 +178,11 @@ mod tests {
     fn several_places_are_replaced() {
         let body = Bytes::from_static(br#"{"stream":true,"model":"a"}"#);
         let asks = Edit { range: 14..14, with: ",1".into() };
-        let mut edits = [model_edit(&(23..26), "b"), asks];
+        let mut edits = [model_edit(&ModelPlace::Json(23..26), "b"), asks];
         assert_eq!(spliced(&body, &mut edits), [&br#"{"stream":true,1,"model":"b"}"#[..]]);
         assert_eq!(spliced(&body, &mut [])[0].as_ptr(), body.as_ptr(), "nothing is copied for nothing");
         assert_eq!(
-            spliced(&body, &mut [model_edit(&(90..99), "b")]),
+            spliced(&body, &mut [model_edit(&ModelPlace::Json(90..99), "b")]),
             [&body],
             "a place that is not there is left alone"
         );

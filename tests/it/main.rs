@@ -20,6 +20,7 @@ mod cli;
 mod commands;
 mod connections;
 mod crash;
+mod forms;
 mod headers;
 mod health;
 mod isolation;
