@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::messages::{Bill, Draw, Drawn, Listed, Look, Messages, Otherwise, Reset, Return, Wanted};
+use super::messages::{Bill, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, Reset, Return, Wanted};
+use super::places::{Place, PlaceChange, Thing};
 use super::write_behind::WRITE_DELAY;
 use super::{Account, AccountId, AccountSet, LimitedAccount, Permit, Spent};
 use crate::limit::{Clock, Stamp, View};
@@ -221,6 +222,19 @@ impl Client {
         let (reply, answer) = oneshot::channel();
         self.push(|messages| messages.looks.push(Look { accounts, reply }))?;
         answer.await.ok()
+    }
+
+    /// Returns the places of each of these things, whoever owns them; `None` if the ledger cannot be read.
+    pub async fn find_places(&self, things: Vec<Thing>) -> Option<Vec<Vec<Place>>> {
+        let (reply, answer) = oneshot::channel();
+        self.push(|messages| messages.finds.push(Find { things, found: Vec::new(), reply }))?;
+        tokio::time::timeout(ANSWER_MAX, answer).await.ok()?.ok()?
+    }
+
+    /// Notes where a thing is, or that it is nowhere any more. It is found from now on, and written a little later.
+    pub fn change_place(&self, change: PlaceChange) {
+        // `None`: the thread has ended, and the process with it.
+        self.push_behind(|messages| messages.places.push(change));
     }
 
     /// Deletes the token statistics of one endpoint, or of all if `None`. Returns false if the ledger could not be

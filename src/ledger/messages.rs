@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::places::{Place, PlaceChange, Thing};
 use super::{AccountId, AccountSet, LimitedAccount, Permit, Spent};
 use crate::config::LimitKind;
 use crate::fault::HeldBy;
@@ -129,6 +130,16 @@ pub(super) struct Look {
     pub(super) reply: oneshot::Sender<Vec<View>>,
 }
 
+/// A question for the places of things.
+#[derive(Debug)]
+pub(super) struct Find {
+    pub(super) things: Vec<Thing>,
+    /// The places of each, once they have been read.
+    pub(super) found: Vec<Vec<Place>>,
+    /// None if the ledger cannot be read.
+    pub(super) reply: oneshot::Sender<Option<Vec<Vec<Place>>>>,
+}
+
 /// A request to delete the token statistics of one endpoint, or of all if `None`.
 #[derive(Debug)]
 pub(super) struct Reset {
@@ -152,6 +163,8 @@ pub(super) struct Messages {
     pub(super) bills: Vec<Bill>,
     pub(super) looks: Vec<Look>,
     pub(super) resets: Vec<Reset>,
+    pub(super) finds: Vec<Find>,
+    pub(super) places: Vec<PlaceChange>,
     /// Senders to be answered once everything so far is written.
     pub(super) flushes: Vec<oneshot::Sender<bool>>,
     /// Accounts that a config has.
@@ -170,6 +183,8 @@ impl Messages {
             && self.bills.is_empty()
             && self.looks.is_empty()
             && self.resets.is_empty()
+            && self.finds.is_empty()
+            && self.places.is_empty()
             && self.flushes.is_empty()
             && self.listed.is_empty()
             && !self.new_config

@@ -21,6 +21,7 @@
 //! | `prefetch` | permits drawn ahead of their requests |
 //! | `allocator` | the order in which draws are served; pure except for the ledger and the clocks that it is given |
 //! | `batch` | the decision which draws of a batch are granted, in one transaction |
+//! | [`places`] | where objects and sessions are |
 //! | `write_behind` | changes that are written a little later |
 //! | `thread` | the allocator's thread, its errors, and checkpoints |
 //! | [`sqlite`] | the ledger on one machine, a SQLite file |
@@ -33,6 +34,7 @@ mod batch;
 mod client;
 mod messages;
 mod permit;
+pub mod places;
 mod prefetch;
 pub mod sqlite;
 pub mod stats;
@@ -42,6 +44,8 @@ mod write_behind;
 use std::fmt;
 
 use jiff::civil::Date;
+
+use places::{Place, PlaceChange, Thing, ThingKind};
 
 use crate::limit::{Counts, Days, Slot, Stamp};
 
@@ -78,6 +82,13 @@ pub trait Ledger {
     fn forget_days(&mut self, account: &AccountId, before: Date) -> Result<(), LedgerError>;
     /// Returns the accounts of models that have counts, the newest first; a thousand at most.
     fn accounts_of_models(&mut self) -> Result<Vec<AccountId>, LedgerError>;
+    /// Returns the places of a thing, whoever owns it, that are not forgotten at this second of Unix time.
+    fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError>;
+    /// Writes a change of places.
+    fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError>;
+    /// Deletes some places that are over at this second of Unix time; with `surplus` also those of a kind that has more than
+    /// [`places::PLACES_MAX`].
+    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<(), LedgerError>;
     /// Commits the batch.
     fn commit(&mut self) -> Result<(), LedgerError>;
     /// Rolls the batch back.

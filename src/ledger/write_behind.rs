@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::account::Entry;
 use super::allocator::Tally;
 use super::batch::write;
+use super::places::{CHANGES_MAX, PlaceChange};
 use super::stats::{MODELS_MAX, OTHER_MODELS};
 use super::{Account, Ledger, LedgerError, Spent};
 use crate::limit::{Clock, Stamp};
@@ -24,6 +25,8 @@ pub(super) struct WriteBehind {
     /// Accounts with unwritten changes.
     accounts: Vec<Arc<Account>>,
     spent: HashMap<SpentKey, Spent>,
+    /// In the order in which they were made.
+    places: Vec<PlaceChange>,
     /// Models seen so far, by endpoint; at most [`MODELS_MAX`] for each.
     models: HashMap<Arc<str>, HashSet<Arc<str>>>,
     /// Moment at which the changes are due.
@@ -35,14 +38,20 @@ type SpentKey = (Arc<str>, Arc<str>, i64, i64);
 
 impl Default for WriteBehind {
     fn default() -> Self {
-        Self { accounts: Vec::new(), spent: HashMap::new(), models: HashMap::new(), due_at: Stamp::NEVER }
+        Self {
+            accounts: Vec::new(),
+            spent: HashMap::new(),
+            places: Vec::new(),
+            models: HashMap::new(),
+            due_at: Stamp::NEVER,
+        }
     }
 }
 
 impl WriteBehind {
     /// True if no change waits.
     pub(super) fn is_empty(&self) -> bool {
-        self.accounts.is_empty() && self.spent.is_empty()
+        self.accounts.is_empty() && self.spent.is_empty() && self.places.is_empty()
     }
 
     /// Schedules a write, [`WRITE_DELAY`] from now at the latest.
@@ -87,16 +96,33 @@ impl WriteBehind {
         }
     }
 
+    /// Adds a change of places.
+    pub(super) fn add_place(&mut self, change: PlaceChange) {
+        if self.places.len() < CHANGES_MAX {
+            self.places.push(change);
+            return;
+        }
+        // The last one makes room, so that this is logged once for each failure of the ledger.
+        if self.places.len() == CHANGES_MAX {
+            log::error!(
+                "where objects and sessions are is not noted any more: the ledger has not been writable for too long"
+            );
+            self.places.push(change);
+        }
+    }
+
     /// Writes all changes, as part of a batch.
     pub(super) fn write(&self, ledger: &mut dyn Ledger) -> Result<(), LedgerError> {
         self.accounts.iter().try_for_each(|account| write(ledger, account, &account.mirror().unwritten))?;
-        self.spent.values().try_for_each(|spent| ledger.add_tokens(spent))
+        self.spent.values().try_for_each(|spent| ledger.add_tokens(spent))?;
+        self.places.iter().try_for_each(|change| ledger.change_place(change))
     }
 
     /// Clears the changes after the commit.
     pub(super) fn forget_written(&mut self) {
         self.accounts.drain(..).for_each(|account| account.mirror().unwritten.clear());
         self.spent.clear();
+        self.places.clear();
         self.due_at = Stamp::NEVER;
     }
 }

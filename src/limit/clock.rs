@@ -53,6 +53,12 @@ impl Clock {
         Self { now: Instant::now(), boot: since_boot(), wall: SystemTime::now() }
     }
 
+    /// Returns the moment after this time, in seconds of Unix time.
+    pub fn seconds_after(&self, time: Duration) -> i64 {
+        let since = self.wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        i64::try_from(since.saturating_add(time).as_secs()).unwrap_or(i64::MAX)
+    }
+
     /// Returns the clocks at a later moment, if they were not set meanwhile and the machine did not sleep. For uses
     /// that need not be exact, since it is cheaper than reading the clocks.
     #[must_use]

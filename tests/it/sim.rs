@@ -23,6 +23,7 @@ use api_together::config::{
 use api_together::exchange::judge::{Terms, UsageTerms};
 use api_together::exchange::{AskedModel, Attempt};
 use api_together::fault::{Fault, HeldBy};
+use api_together::ledger::places::{Place, PlaceChange, Thing, ThingKind};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{
     AccountId, Allocator, CallerId, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally,
@@ -700,7 +701,14 @@ async fn request(
     loop {
         let queue = queue.filter(|_| tried.is_empty());
         let admission = admission::Request {
-            options: Options { pool: &pool, candidates, model: Some(model), shape: None, tried: &tried },
+            options: Options {
+                pool: &pool,
+                candidates,
+                model: Some(model),
+                shape: None,
+                tried: &tried,
+                preferred: None,
+            },
             queue,
             caller,
         };
@@ -913,6 +921,18 @@ impl Ledger for Watched {
         self.inner.accounts_of_models()
     }
 
+    fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError> {
+        self.inner.places(thing, now)
+    }
+
+    fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError> {
+        self.inner.change_place(change)
+    }
+
+    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<(), LedgerError> {
+        self.inner.forget_places(kind, now, surplus)
+    }
+
     fn commit(&mut self) -> Result<(), LedgerError> {
         self.call()?;
         self.inner.commit()
@@ -1027,6 +1047,18 @@ impl Ledger for MemoryLedger {
 
     fn accounts_of_models(&mut self) -> Result<Vec<AccountId>, LedgerError> {
         Ok(Vec::new())
+    }
+
+    fn places(&mut self, _thing: &Thing, _now: i64) -> Result<Vec<Place>, LedgerError> {
+        Ok(Vec::new())
+    }
+
+    fn change_place(&mut self, _change: &PlaceChange) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn forget_places(&mut self, _kind: ThingKind, _now: i64, _surplus: bool) -> Result<(), LedgerError> {
+        Ok(())
     }
 
     fn commit(&mut self) -> Result<(), LedgerError> {

@@ -17,6 +17,7 @@ use jiff::tz::TimeZone;
 use super::account::Entry;
 use super::batch::{Batch, Decision, Served, decide_without_ledger, is_first_choice, needs_ledger};
 use super::messages::{Bill, Draw, Listed, Messages, Return};
+use super::places::ThingKind;
 use super::prefetch::PrefetchedPermits;
 use super::stats::{self, DAYS_KEPT, HOURS_KEPT};
 use super::write_behind::WriteBehind;
@@ -134,7 +135,10 @@ impl Allocator {
             self.collect_unwritten(&clock);
         }
         let draws = self.draws_due(std::mem::take(&mut messages.draws), &clock);
-        let asks = !messages.looks.is_empty() || !messages.resets.is_empty() || !messages.flushes.is_empty();
+        let asks = !messages.looks.is_empty()
+            || !messages.resets.is_empty()
+            || !messages.finds.is_empty()
+            || !messages.flushes.is_empty();
         if !due.writes && !due.renews && !asks && !draws.iter().any(needs_ledger) {
             let served = draws.into_iter().map(|draw| decide_without_ledger(draw, &clock)).collect();
             self.answer(served, &clock);
@@ -142,7 +146,7 @@ impl Allocator {
         }
         let unusable = || LedgerError { kind: FaultKind::Unusable, message: String::new() };
         let done = match ledger {
-            Some(ledger) => self.batch(ledger, draws, &messages, due),
+            Some(ledger) => self.batch(ledger, draws, &mut messages, due),
             None => Err((unusable(), draws)),
         };
         match done {
@@ -214,7 +218,14 @@ impl Allocator {
         if messages.unwritten {
             self.write_behind.due_soon(clock);
         }
-        if !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing {
+        for change in messages.places.drain(..) {
+            self.write_behind.add_place(change);
+            self.write_behind.due_soon(clock);
+            self.renew_at = self.renew_at.min(clock.boot + RENEW);
+        }
+        // What was noted before is written first, and then read.
+        if !messages.finds.is_empty() || !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing
+        {
             self.write_behind.due_at = clock.boot;
         }
         if !messages.returns.is_empty() {
@@ -305,7 +316,7 @@ impl Allocator {
         &mut self,
         ledger: &mut dyn Ledger,
         draws: Vec<Draw>,
-        messages: &Messages,
+        messages: &mut Messages,
         due: Due,
     ) -> Result<(Vec<Served>, Clock), (LedgerError, Vec<Draw>)> {
         let generation = match ledger.begin() {
@@ -341,7 +352,7 @@ impl Allocator {
 
     /// Writes the drawn permits and everything else that is due, and commits. Reading comes before writing: counts that
     /// are read after they were written would count twice.
-    fn finish_batch(&mut self, batch: &mut Batch<'_>, messages: &Messages, due: Due) -> Result<(), LedgerError> {
+    fn finish_batch(&mut self, batch: &mut Batch<'_>, messages: &mut Messages, due: Due) -> Result<(), LedgerError> {
         for look in &messages.looks {
             look.accounts.iter().try_for_each(|of| batch.refresh(of))?;
         }
@@ -354,6 +365,11 @@ impl Allocator {
         }
         for reset in &messages.resets {
             batch.ledger.reset_tokens(reset.endpoint.as_deref())?;
+        }
+        let now = batch.clock.seconds_after(Duration::ZERO);
+        for find in &mut messages.finds {
+            let found = find.things.iter().map(|thing| batch.ledger.places(thing, now));
+            find.found = found.collect::<Result<_, _>>()?;
         }
         batch.ledger.commit()
     }
@@ -385,6 +401,10 @@ impl Allocator {
         }
         if cleans {
             self.clean_at = clock.boot + CLEAN;
+            let surplus = clock.boot >= self.clean_stats_at;
+            for kind in ThingKind::ALL {
+                batch.ledger.forget_places(kind, clock.seconds_after(Duration::ZERO), surplus)?;
+            }
             // Removes accounts that no config and no request uses any more, and that have nothing left to be written.
             let in_use = |of: &LimitedAccount| Arc::strong_count(&of.account) > 1 || of.account.has_unwritten();
             self.accounts.retain(|_, listed| in_use(&listed.of));

@@ -139,6 +139,9 @@ pub(super) fn answer_others(messages: Messages, clock: &Clock, written: bool) {
     for reset in messages.resets {
         reset.reply.send(written).unwrap_or_default();
     }
+    for find in messages.finds {
+        drop(find.reply.send(written.then_some(find.found)));
+    }
     for flush in messages.flushes {
         flush.send(written).unwrap_or_default();
     }

@@ -14,6 +14,7 @@ use jiff::civil::Date;
 use rusqlite::types::{ToSql, Value};
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::places::{DELETED_AT_ONCE, PLACES_MAX, Place, PlaceChange, Thing, ThingKind};
 use super::stats::Spent;
 use super::{AccountId, Change, FaultKind, Ledger, LedgerError};
 use crate::config::LedgerSync;
@@ -29,8 +30,12 @@ const APPLICATION_ID: i64 = 0x6170_7467;
 /// Steps from one schema version to the next. A step may add to the schema but must not change what is there: during an
 /// upgrade, the previous version still writes to the same file (it can do so as long as it does not have to open it
 /// again).
-const MIGRATIONS: [&str; 3] =
-    [include_str!("schema/1.sql"), include_str!("schema/2.sql"), include_str!("schema/3.sql")];
+const MIGRATIONS: [&str; 4] = [
+    include_str!("schema/1.sql"),
+    include_str!("schema/2.sql"),
+    include_str!("schema/3.sql"),
+    include_str!("schema/4.sql"),
+];
 /// `kind` of [`AccountId::Models`] in the tables `account_minute` and `account_day`.
 const MODELS: &str = "models";
 static OPENED: AtomicU64 = AtomicU64::new(0);
@@ -384,6 +389,48 @@ impl Ledger for SqliteLedger {
             rows.collect()
         };
         read().map_err(|error| explain(&self.path, &error))
+    }
+
+    fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError> {
+        const SQL: &str = "SELECT owner, endpoint, organization, until FROM place \
+             WHERE kind = ?1 AND name = ?2 AND until > ?3 ORDER BY until DESC";
+        let read = || -> rusqlite::Result<Vec<Place>> {
+            let row = |row: &rusqlite::Row<'_>| {
+                let [owner, endpoint, organization] =
+                    [row.get::<_, String>(0)?, row.get(1)?, row.get(2)?].map(Into::into);
+                Ok(Place { owner, endpoint, organization, until: row.get(3)? })
+            };
+            let key = params![thing.kind.name(), thing.name, now];
+            self.connection.prepare_cached(SQL)?.query_map(key, row)?.collect()
+        };
+        read().map_err(|error| explain(&self.path, &error))
+    }
+
+    fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError> {
+        const FORGET: &str = "DELETE FROM place WHERE kind = ?1 AND name = ?2 AND owner = ?3";
+        const NOTE: &str = "INSERT INTO place VALUES (?1, ?2, ?3, ?4, ?5, ?6) \
+             ON CONFLICT DO UPDATE SET organization = ?5, until = max(until, ?6)";
+        match change {
+            PlaceChange::Forget(thing, owner) => self.run(FORGET, &[&thing.kind.name(), &thing.name, owner]),
+            PlaceChange::Note(thing, place) => {
+                let Place { owner, endpoint, organization, until } = place;
+                if thing.kind == ThingKind::Session {
+                    const MOVE: &str =
+                        "DELETE FROM place WHERE kind = ?1 AND name = ?2 AND owner = ?3 AND endpoint <> ?4";
+                    self.run(MOVE, &[&thing.kind.name(), &thing.name, owner, endpoint])?;
+                }
+                self.run(NOTE, &[&thing.kind.name(), &thing.name, owner, endpoint, organization, until])
+            }
+        }
+    }
+
+    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<(), LedgerError> {
+        const OVER: &str = "DELETE FROM place WHERE (kind, name, owner, endpoint) IN \
+             (SELECT kind, name, owner, endpoint FROM place WHERE kind = ?1 AND until <= ?2 LIMIT ?3)";
+        const SURPLUS: &str = "DELETE FROM place WHERE (kind, name, owner, endpoint) IN \
+             (SELECT kind, name, owner, endpoint FROM place WHERE kind = ?1 ORDER BY until DESC LIMIT -1 OFFSET ?2)";
+        self.run(OVER, &[&kind.name(), &now, &DELETED_AT_ONCE])?;
+        if surplus { self.run(SURPLUS, &[&kind.name(), &PLACES_MAX]) } else { Ok(()) }
     }
 
     fn commit(&mut self) -> Result<(), LedgerError> {

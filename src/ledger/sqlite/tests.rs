@@ -66,6 +66,70 @@ fn what_is_added_is_there_and_what_is_rolled_back_is_not() {
 }
 
 #[test]
+fn places_are_found_until_they_are_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut ledger = open(&folder.path().join("ledger.db"), &BOOT);
+    let thing = |kind, name: &str| Thing { kind, name: name.into() };
+    let place = |owner: &str, endpoint: &str, until| Place {
+        owner: owner.into(),
+        endpoint: endpoint.into(),
+        organization: "o".into(),
+        until,
+    };
+    let file = thing(ThingKind::Object, "file-1");
+    let session = thing(ThingKind::Session, "file-1");
+    let note = |ledger: &mut SqliteLedger, thing: &Thing, place: Place| {
+        batch(ledger, |ledger| ledger.change_place(&PlaceChange::Note(thing.clone(), place)).unwrap());
+    };
+    let at = |ledger: &mut SqliteLedger, thing: &Thing, now| {
+        let mut found = Vec::new();
+        batch(ledger, |ledger| found = ledger.places(thing, now).unwrap());
+        found.iter().map(|place| format!("{} {} {}", place.owner, place.endpoint, place.until)).collect::<Vec<_>>()
+    };
+    for (thing, place) in [
+        (&file, place("", "a", 100)),
+        (&file, place("", "b", 200)),
+        (&file, place("else", "c", 150)),
+        // Used again, and a later moment is not taken back.
+        (&file, place("", "a", 300)),
+        (&file, place("", "b", 50)),
+        (&session, place("", "a", 100)),
+        (&session, place("", "b", 90)),
+    ] {
+        note(&mut ledger, thing, place);
+    }
+    assert_eq!(at(&mut ledger, &file, 99), [" a 300", " b 200", "else c 150"]);
+    assert_eq!(at(&mut ledger, &file, 200), [" a 300"]);
+    assert_eq!(at(&mut ledger, &session, 0), [" b 90"], "a session is at one place");
+    batch(&mut ledger, |ledger| {
+        ledger.change_place(&PlaceChange::Forget(file.clone(), "else".into())).unwrap();
+        ledger.forget_places(ThingKind::Object, 200, false).unwrap();
+    });
+    assert_eq!(at(&mut ledger, &file, 0), [" a 300"]);
+    assert_eq!(at(&mut ledger, &session, 0), [" b 90"], "another kind is left alone");
+}
+
+#[test]
+fn of_too_many_places_those_used_longest_ago_are_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut ledger = open(&path, &BOOT);
+    let count = |ledger: &SqliteLedger, sql: &str| ledger.connection.query_row(sql, [], |row| row.get::<_, u32>(0));
+    let more = 10;
+    let rows = PLACES_MAX + more;
+    let fill = format!(
+        "BEGIN; WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows}) \
+         INSERT INTO place SELECT 'object', 'f' || i, '', 'a', 'o', i FROM n; COMMIT"
+    );
+    ledger.connection.execute_batch(&fill).unwrap();
+    batch(&mut ledger, |ledger| ledger.forget_places(ThingKind::Object, 0, false).unwrap());
+    assert_eq!(count(&ledger, "SELECT count(*) FROM place"), Ok(rows));
+    batch(&mut ledger, |ledger| ledger.forget_places(ThingKind::Object, 0, true).unwrap());
+    assert_eq!(count(&ledger, "SELECT count(*) FROM place"), Ok(PLACES_MAX));
+    assert_eq!(count(&ledger, "SELECT min(until) FROM place"), Ok(more + 1));
+}
+
+#[test]
 fn accounts_of_models_are_kept_apart_from_their_endpoint() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ledger.db");
@@ -181,18 +245,21 @@ fn the_schema_is_brought_forward_and_nothing_is_lost() {
     let path = folder.path().join("ledger.db");
     let mut ledger = open(&path, &BOOT);
     add(&mut ledger, 4000, 3);
-    let newer = [MIGRATIONS[0], MIGRATIONS[1], MIGRATIONS[2], "ALTER TABLE day ADD COLUMN note TEXT"];
+    let newer = [&MIGRATIONS[..], &["ALTER TABLE day ADD COLUMN note TEXT"]].concat();
     ledger.migrate(&newer).unwrap();
     ledger.migrate(&newer).unwrap();
     assert_eq!(minute(&mut ledger), [(4000, 3)]);
     let version: i64 = ledger.connection.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
-    assert_eq!(version, 4);
+    assert_eq!(usize::try_from(version), Ok(newer.len()));
     ledger.connection.prepare("SELECT note FROM day").unwrap();
     drop(ledger);
     // An older version refuses the file, since it cannot know what a newer schema means.
     let error = SqliteLedger::open(&path, LedgerSync::Normal, &BOOT).unwrap_err();
     assert_eq!(error.kind, FaultKind::Unusable);
-    assert!(error.message.contains("schema version 4") && error.message.contains("server.ledger"), "{error}");
+    assert!(
+        error.message.contains(&format!("schema version {}", newer.len())) && error.message.contains("server.ledger"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -201,9 +268,8 @@ fn a_step_that_fails_leaves_the_schema_as_it_was() {
     let path = folder.path().join("ledger.db");
     let mut ledger = open(&path, &BOOT);
     add(&mut ledger, 4000, 3);
-    ledger
-        .migrate(&[MIGRATIONS[0], MIGRATIONS[1], MIGRATIONS[2], "ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"])
-        .unwrap_err();
+    let failing = [&MIGRATIONS[..], &["ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"]].concat();
+    ledger.migrate(&failing).unwrap_err();
     drop(ledger);
     assert_eq!(minute(&mut open(&path, &BOOT)), [(4000, 3)]);
 }
