@@ -141,8 +141,14 @@ fn pick(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
     let pool = pool(endpoints);
     let (clock, candidates) = (pool.clock(), Arc::clone(pool.router.find(model).expect("it is served")));
     Box::new(move || {
-        let options =
-            Options { pool: &pool, candidates: black_box(&candidates), model: Some(model), shape: None, tried: &[] };
+        let options = Options {
+            pool: &pool,
+            candidates: black_box(&candidates),
+            model: Some(model),
+            shape: None,
+            tried: &[],
+            preferred: None,
+        };
         black_box(balance::pick(&options, &clock));
     })
 }

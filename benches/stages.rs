@@ -75,7 +75,14 @@ fn choice(criterion: &mut Criterion) {
             let candidates = pool.router.find("model-0").expect("it is served");
             b.iter(|| {
                 balance::pick(
-                    &Options { pool: &pool, candidates, model: Some("model-0"), shape: None, tried: &[] },
+                    &Options {
+                        pool: &pool,
+                        candidates,
+                        model: Some("model-0"),
+                        shape: None,
+                        tried: &[],
+                        preferred: None,
+                    },
                     &pool.clock(),
                 )
                 .is_some()

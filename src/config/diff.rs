@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+use super::affinity::AffinityRules;
 use super::connections::ConnectionLimits;
 use super::endpoint::{Endpoint, EndpointTls, ModelLimits, Timeouts};
 use super::proxy::Proxy;
@@ -59,6 +60,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         stream_ping: _,
         timezone: _,
         queue: _,
+        affinity: _,
         log_format: _,
         estimate_tokens: _,
     } = running;
@@ -102,6 +104,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         stream_ping,
         timezone,
         queue,
+        affinity,
         log_format,
         estimate_tokens,
         host: _,
@@ -142,6 +145,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         })
     };
     lines.compare(&at("queue"), queued, queue, &after.queue);
+    affinities(lines, affinity, &after.affinity);
     lines.compare(&at("logFormat"), word, log_format, &after.log_format);
     lines.compare(&at("estimateTokens"), plain, estimate_tokens, &after.estimate_tokens);
     if *timezone != after.timezone {
@@ -158,6 +162,15 @@ fn retries(lines: &mut ChangeLines, before: &Retry, after: &Retry) {
     lines.compare(&at("minTokensPerSecond"), rate, tokens_per_second_min, &after.tokens_per_second_min);
     lines.compare(&at("showEndpointKeyErrors"), plain, show_endpoint_key_errors, &after.show_endpoint_key_errors);
     lines.compare(&at("budgetMs"), millis, budget, &after.budget);
+}
+
+fn affinities(lines: &mut ChangeLines, before: &AffinityRules, after: &AffinityRules) {
+    let AffinityRules { sessions, prefix, id_time } = before;
+    let at = |key: &str| format!("server.affinity.{key}");
+    lines.compare(&at("sessions"), plain, sessions, &after.sessions);
+    lines.compare(&at("prefix"), plain, prefix, &after.prefix);
+    let days = |time: &Duration| (time.as_secs() / 86_400).to_string();
+    lines.compare(&at("idDays"), days, id_time, &after.id_time);
 }
 
 /// All but `h2_idle`, which waits for an upgrade.
@@ -182,6 +195,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         limits,
         model_limits,
         timezone,
+        organization,
         enabled,
         models,
         model_mapping,
@@ -213,6 +227,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     }
     lines.compare(&at("versionPath"), word, version_path, &after.version_path);
     lines.compare_text(&at("name"), name, &after.name);
+    lines.compare_text(&at("organization"), organization, &after.organization);
     lines.compare_text(&at("baseUrl"), &base_url.to_string(), &after.base_url.to_string());
     for (kind, (before, after)) in limits.zip(after.limits).each() {
         lines.compare(&at(kind.key()), plain, &before.as_number(), &after.as_number());
@@ -404,11 +419,15 @@ mod tests {
             json!({
                 "trustedProxies": ["10.0.0.0/8", "::1"], "forwardHeaders": ["X-Team-*"], "streamPingSeconds": 0,
                 "cors": { "origins": ["https://chat.example.com"] }, "logFormat": "json", "estimateTokens": false,
+                "affinity": { "prefix": true, "idDays": 7 },
                 "retry": { "statuses": [404, "5xx"], "minTokensPerSecond": 3, "budgetMs": 7 },
                 "breaker": { "coolDownSeconds": 30 }, "connections": { "headerSeconds": 3, "max": 100 },
                 "metricsListen": "127.0.0.1:9464", "ledgerSync": "full",
             }),
-            json!([api("a", json!({ "http2": true, "streamUsage": "never", "tls": { "insecure": true } }))]),
+            json!([api(
+                "a",
+                json!({ "http2": true, "streamUsage": "never", "organization": "o", "tls": { "insecure": true } })
+            )]),
         );
         let lines = between(&before, &after);
         for line in [
@@ -416,6 +435,8 @@ mod tests {
             "server.forwardHeaders [] → [x-team-*]",
             "server.streamPingSeconds 30 → 0",
             "server.cors.origins [*] → [https://chat.example.com]",
+            "server.affinity.prefix false → true",
+            "server.affinity.idDays 30 → 7",
             "server.logFormat text → json",
             "server.estimateTokens true → false",
             "server.retry.statuses [401, 402, 403, 408, 425, 429, 5xx] → [404, 5xx]",
@@ -425,6 +446,7 @@ mod tests {
             "server.connections.headerSeconds 30 → 3",
             "endpoint a: http2 not set → true",
             "endpoint a: streamUsage auto → never",
+            "endpoint a: organization a → o",
             "endpoint a: tls.insecure false → true",
         ] {
             assert!(lines.iter().any(|told| told == line), "{line} is not in {lines:#?}");

@@ -45,6 +45,8 @@ pub struct Endpoint {
     pub model_limits: BTreeMap<String, ModelLimits>,
     /// Time zone whose midnight ends its day; the server's if `None`.
     pub timezone: Option<TimeZone>,
+    /// The organisation whose objects it has; its id, if it was not said.
+    pub organization: Arc<str>,
     /// `false`: it takes nothing.
     pub enabled: bool,
     /// Exact names, and beginnings that end in `*`, as typed.
@@ -179,6 +181,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let proxy = proxy(typed.proxy.as_ref(), base_url.as_ref(), &at("proxy"), check);
     let timezone = super::server::timezone(typed.timezone.as_deref(), &at("timezone"), check);
     let model_limits = model_limits(typed.model_limits, (&models, &model_mapping), &at("modelLimits"), check);
+    let organization = organization(typed.organization, &at("organization"), check);
     let limits = PerLimit {
         rpm: typed.rpm,
         rpd: typed.rpd,
@@ -189,6 +192,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let id: Arc<str> = id?.into();
     Some(Endpoint {
         name: name.map_or_else(|| id.clone(), Arc::from),
+        organization: organization.map_or_else(|| id.clone(), Arc::from),
         id,
         base_url: base_url?,
         version_path,
@@ -291,6 +295,12 @@ fn id(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Option<String
 fn name(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Option<String> {
     let name = typed.filter(|name| !name.trim().is_empty())?;
     check_label(&name, NAME_CHARS_MAX, path, check).then_some(name)
+}
+
+/// An empty organisation is as good as none.
+fn organization(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Option<String> {
+    let organization = typed.filter(|organization| !organization.trim().is_empty())?;
+    check_label(&organization, NAME_CHARS_MAX, path, check).then_some(organization)
 }
 
 /// Ids and names go into logs and headers, where a control character would break a line.

@@ -60,6 +60,10 @@ pub(super) const LIMIT_DEFAULT: i64 = -1;
 pub(super) const EACH_DEFAULT: bool = false;
 pub(super) const ENABLED_DEFAULT: bool = true;
 pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
+pub(super) const SESSIONS_DEFAULT: bool = true;
+pub(super) const PREFIX_DEFAULT: bool = false;
+pub(super) const ID_DAYS_DEFAULT: u32 = 30;
+pub(super) const ID_DAYS_MAX: u32 = 3660;
 pub(super) const WEIGHT_DEFAULT: u16 = 1;
 pub(super) const PRIORITY_DEFAULT: u32 = 0;
 pub(super) const PRIORITY_MAX: u32 = 65_535;
@@ -141,7 +145,7 @@ pub(super) struct ServerFile {
     /// networks on the way do not cut it. Failover goes on behind it. 0: none.
     #[schemars(range(min = 0, max = STREAM_PING_SECONDS_MAX), extend("default" = STREAM_PING_SECONDS_DEFAULT))]
     pub stream_ping_seconds: Option<u32>,
-    /// Headers `x-api-together-*` in responses, which name the endpoint and the number of attempts.
+    /// Headers `x-api-together-*` in responses, which name the endpoint, the number of attempts, and how a session was followed.
     #[schemars(extend("default" = ENDPOINT_HEADERS_DEFAULT))]
     pub endpoint_headers: Option<bool>,
     /// Headers of requests that are forwarded to endpoints besides those that every API call needs: exact names, or the
@@ -164,6 +168,8 @@ pub(super) struct ServerFile {
     pub timezone: Option<String>,
     /// Queue for requests while every endpoint is at its limit. Absent: they are answered 429 at once.
     pub queue: Option<QueueFile>,
+    /// Affinity: which requests go where earlier ones went.
+    pub affinity: Option<AffinityFile>,
     /// Format of log lines: text, or one JSON object a line.
     #[schemars(extend("default" = LogFormat::Text))]
     pub log_format: Option<LogFormat>,
@@ -201,6 +207,23 @@ pub(super) struct ConnectionsFile {
     /// Longest time that an HTTP/2 connection stays open without a request, in seconds.
     #[schemars(range(min = 1, max = CONNECTION_SECONDS_MOST), extend("default" = KEEP_ALIVE_SECONDS_DEFAULT))]
     pub h2_idle_seconds: Option<u32>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct AffinityFile {
+    /// `true`: the requests of one session prefer the endpoint that has answered it, whose cache holds their common beginning, for an
+    /// hour from the last one on. A session is named by the header `x-session-id`, `session_id`, `x-session-affinity` or
+    /// `x-client-request-id`, or in the body by `prompt_cache_key`, `metadata.user_id` or `conversation`.
+    #[schemars(extend("default" = SESSIONS_DEFAULT))]
+    pub sessions: Option<bool>,
+    /// `true`: requests that name no session are one if their system prompt, tools and first user message are the same in their first
+    /// 16 KiB.
+    #[schemars(extend("default" = PREFIX_DEFAULT))]
+    pub prefix: Option<bool>,
+    /// Days for which it is remembered at which endpoint a file, a stored response or another object was made, from its last use on.
+    #[schemars(range(min = 1, max = ID_DAYS_MAX), extend("default" = ID_DAYS_DEFAULT))]
+    pub id_days: Option<u32>,
 }
 
 #[derive(Deserialize, JsonSchema, Default)]
@@ -334,6 +357,9 @@ pub(super) struct EndpointFile {
     /// The time zone whose midnight ends this endpoint's day, such as `America/Los_Angeles`. Default:
     /// `server.timezone`.
     pub timezone: Option<String>,
+    /// The organisation that the endpoint's key belongs to. Endpoints of one organisation have the same files, stored responses and other
+    /// objects. Default: each endpoint is one of its own.
+    pub organization: Option<String>,
     /// `false` switches the endpoint off.
     #[schemars(extend("default" = ENABLED_DEFAULT))]
     pub enabled: Option<bool>,

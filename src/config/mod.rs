@@ -8,6 +8,7 @@
 //!
 //! [`schema()`] and [`schema_markdown`] write the reference from the types of `file`.
 
+mod affinity;
 mod base_url;
 mod checked;
 mod cidr;
@@ -44,6 +45,7 @@ mod tests;
 use std::io::{self, Read};
 use std::path::Path;
 
+pub use affinity::AffinityRules;
 pub use base_url::{BaseUrl, BaseUrlError};
 pub use checked::Config;
 pub use cidr::{Cidr, CidrError};

@@ -8,6 +8,7 @@ use jiff::tz::TimeZone;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::affinity::{AffinityRules, affinity};
 use super::checked::Check;
 use super::cidr::Cidr;
 use super::connections::{ConnectionLimits, connections};
@@ -66,6 +67,8 @@ pub struct Server {
     pub timezone: TimeZone,
     /// Queue for requests without a permit.
     pub queue: Option<Queue>,
+    /// Which requests go where earlier ones went.
+    pub affinity: AffinityRules,
     /// Format of log lines.
     pub log_format: LogFormat,
     /// Address that serves `/metrics` without a key.
@@ -232,6 +235,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         ledger_sync: typed.ledger_sync.unwrap_or_default(),
         timezone: timezone?.unwrap_or_else(TimeZone::system),
         queue,
+        affinity: affinity(&typed.affinity.unwrap_or_default()),
         log_format: typed.log_format.unwrap_or_default(),
         metrics_listen: metrics_listen?,
         estimate_tokens: typed.estimate_tokens.unwrap_or(file::ESTIMATE_TOKENS_DEFAULT),

@@ -8,13 +8,16 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 
 use super::AskedModel;
+use crate::config::Trouble;
 use crate::ledger::CallerId;
 use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, UsageEdit};
 use crate::request::shape::CallShape;
 use crate::routing::balance::Options;
-use crate::routing::pool::Pool;
+use crate::routing::pool::{Endpoint, Pool};
+use crate::routing::retry::Outcome;
 use crate::routing::router::{Candidate, Candidates, ModelName};
+use crate::routing::sessions::{Affinity, Session};
 
 /// Prompts of more than 256 KiB are not kept, and not estimated.
 pub(crate) const PROMPT_BYTES_MAX: usize = 256 * 1024;
@@ -50,6 +53,10 @@ pub struct Ask {
     pub prompt: Bytes,
     /// When the body had been read.
     pub read_at: Instant,
+    /// Its session, if it has one.
+    pub session: Option<Session>,
+    /// Place of its session's endpoint among the candidates.
+    pub preferred: Option<usize>,
     /// True if the request switches protocols (WebSocket), so that no body is replayed and nothing is held.
     pub switches_protocol: bool,
 }
@@ -63,6 +70,7 @@ impl Ask {
             model: self.model.as_deref(),
             shape: self.shape,
             tried,
+            preferred: self.preferred,
         }
     }
 
@@ -70,6 +78,26 @@ impl Ask {
     pub fn model_for(&self, candidate: &Candidate) -> AskedModel {
         let ModelName { in_config, .. } = self.candidates.model_of(candidate, self.model.as_deref());
         AskedModel { mapped: candidate.model.clone(), named: self.model.clone(), in_config }
+    }
+
+    /// How its session is served by a candidate; none if it has no session.
+    pub fn affinity(&self, candidate: &Candidate) -> Option<Affinity> {
+        let session = self.session.as_ref()?;
+        let endpoint = self.pool.endpoints.get(candidate.endpoint)?;
+        let place = self.preferred.and_then(|place| self.candidates.list().get(place));
+        session.affinity(&endpoint.config.id, candidate.tier, place.map(|place| place.tier))
+    }
+
+    /// Forgets that its session is at an endpoint that has refused its own key, or does not have the model.
+    pub fn leave_if_refused(&mut self, endpoint: &Endpoint, outcome: &Outcome) {
+        let trouble = outcome.meaning().map(|meaning| meaning.trouble);
+        if let Some(session) = &mut self.session
+            && session.at() == Some(&endpoint.config.id)
+            && matches!(trouble, Some(Trouble::Key | Trouble::ModelMissing))
+        {
+            session.drop_place();
+            self.pool.sessions.forget(session, &self.pool.ledger);
+        }
     }
 
     /// True if its tokens are estimated when the endpoint reports none.

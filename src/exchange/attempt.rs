@@ -18,6 +18,7 @@ use crate::routing::health::{Effect, Gate, Scope, Seen};
 use crate::routing::pool::{Endpoint, InFlight, Pool, Trial};
 use crate::routing::retry::Outcome;
 use crate::routing::router::ModelName;
+use crate::routing::sessions::{Affinity, Session};
 use crate::routing::usage_injection::UsageInjection;
 use crate::telemetry::metrics::{Counters, metrics};
 use crate::usage::Meter;
@@ -139,6 +140,10 @@ pub struct Attempt {
     pub is_empty: bool,
     /// Metrics of its endpoint and model.
     pub counters: Option<Arc<Counters>>,
+    /// The request's session.
+    pub session: Option<Session>,
+    /// How that is served by this attempt.
+    pub affinity: Option<Affinity>,
     permit: Permit,
     /// When the endpoint was chosen.
     chosen_at: Clock,
@@ -186,6 +191,8 @@ impl Attempt {
             meter: Meter::new(terms.call, server.estimate_tokens),
             is_empty: false,
             counters: None,
+            session: None,
+            affinity: None,
             permit: choice.permit,
             chosen_at: choice.at,
             started: now,
@@ -310,6 +317,9 @@ impl Attempt {
         }
         self.stage = Stage::Committed(outcome);
         self.remember_refusal(pool);
+        if let (Some(session), true) = (&self.session, outcome.is_success()) {
+            pool.sessions.note(session, self.affinity, &self.endpoint, &pool.ledger, &self.chosen_at.at(now));
+        }
         let trial = self.trial.is_some();
         self.report_to_health(&outcome, Effect::Answers);
         if trial {

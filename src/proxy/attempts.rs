@@ -92,6 +92,8 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     let mut attempt = Attempt::new(endpoint, ask.model_for(candidate), terms, choice, &ask.pool.server, now);
     attempt.counters = counters;
     attempt.shape = ask.shape;
+    attempt.affinity = ask.affinity(candidate);
+    attempt.session.clone_from(&ask.session);
     if ask.stream {
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
     }

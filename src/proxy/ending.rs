@@ -104,6 +104,9 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
             total: record.total,
             counters: attempt.and_then(|attempt| attempt.counters.as_deref()),
         });
+        if let Some(affinity) = attempt.and_then(|attempt| attempt.affinity) {
+            metrics.affinity(affinity.name());
+        }
     }
     write(&record, level);
 }

@@ -203,24 +203,32 @@ fn asks_without_usage(context: &Context) -> bool {
     true
 }
 
-/// Decides what follows an attempt that came to this end without an answer for the client.
-pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
-    let Some(ask) = &context.ask else { return Follow::Fail(Fault::Internal) };
+/// Concludes an attempt that is over and gave no answer for the client.
+fn conclude_failed(context: &mut Context, outcome: &Outcome) {
+    let Some(ask) = &mut context.ask else { return };
     let mut state = context.exchange.state();
-    if *outcome == Outcome::ClientGone {
-        // What was seen of its answer is billed with the request's end.
-        if let Some(attempt) = &mut state.attempt {
-            attempt.conclude(outcome);
-        }
-        return Follow::ClientGone;
-    }
     if let Some(mut attempt) = state.attempt.take() {
         billing::bill_dropped(&attempt, ask);
         attempt.conclude(outcome);
         state.charges.extend(attempt.take_charge());
         context.tries.last = Some(Arc::clone(&attempt.endpoint));
         context.tries.meaning = attempt.meaning();
+        ask.leave_if_refused(&attempt.endpoint, outcome);
     }
+}
+
+/// Decides what follows an attempt that came to this end without an answer for the client.
+pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
+    if *outcome == Outcome::ClientGone {
+        // What was seen of its answer is billed with the request's end.
+        if let Some(attempt) = &mut context.exchange.state().attempt {
+            attempt.conclude(outcome);
+        }
+        return Follow::ClientGone;
+    }
+    conclude_failed(context, outcome);
+    let Some(ask) = &context.ask else { return Follow::Fail(Fault::Internal) };
+    let mut state = context.exchange.state();
     context.tries.empties += u32::from(*outcome == Outcome::Empty);
     // An error of another endpoint says more than that this one could not be asked.
     let kept = state.kept.as_ref().map(|kept| kept.header.status.as_u16());

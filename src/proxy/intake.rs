@@ -24,11 +24,13 @@ use crate::request::auth;
 use crate::request::call::Call;
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
 use crate::request::fields::Fields;
+use crate::request::session_name::{SessionFields, SessionName};
 use crate::request::shape::CallShape;
 use crate::request::{content_type, fields, form, forward, id, path, rewrite};
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::pool::Pool;
 use crate::routing::rates;
+use crate::routing::router::Candidates;
 
 /// The body of a call to our own resources is a few words.
 const OWN_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -286,6 +288,12 @@ async fn ask(
     if candidates.list().is_empty() {
         return Err(Fault::NoEndpoint.into());
     }
+    let name = session_name(&pool, header, &body, &fields.session, (model.as_deref(), candidates));
+    let session = match name {
+        Some(name) => Some(pool.sessions.find(name, &pool.ledger).await),
+        None => None,
+    };
+    let preferred = session.as_ref().and_then(|session| candidates.place_of(&pool, session.at()?));
     Ok(Box::new(Ask {
         candidates: Arc::clone(candidates),
         call: Call::new(&header.method, target.path()),
@@ -300,9 +308,26 @@ async fn ask(
         model,
         model_place,
         body,
+        session,
+        preferred,
         switches_protocol,
         pool,
     }))
+}
+
+/// The session of a request. There is none where only one endpoint could take it.
+fn session_name(
+    pool: &Pool,
+    header: &RequestHeader,
+    body: &[u8],
+    fields: &SessionFields,
+    (model, candidates): (Option<&str>, &Candidates),
+) -> Option<SessionName> {
+    let rules = &pool.server.affinity;
+    if !rules.sessions || candidates.list().len() < 2 {
+        return None;
+    }
+    SessionName::find(&header.headers, body, fields, model, rules.prefix)
 }
 
 /// Callers are distinguished by their addresses, as long as all have one key.

@@ -31,6 +31,7 @@ use crate::telemetry::metrics::metrics;
 use crate::upstream::cork::Cork;
 
 const ENDPOINT: HeaderName = HeaderName::from_static("x-api-together-endpoint");
+const AFFINITY: HeaderName = HeaderName::from_static("x-api-together-affinity");
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-api-together-attempts");
 /// Time for the last bytes of an HTTP/2 stream to leave: a stream that is dropped takes its unsent bytes with it.
 const H2_FLUSH: Duration = Duration::from_millis(10);
@@ -257,6 +258,9 @@ fn add_our_headers(headers: &mut HeaderMap, context: &Context) {
         && let Some(attempt) = &context.exchange.state().attempt
     {
         headers.insert(ENDPOINT, attempt.endpoint.id_header.clone());
+        if let Some(affinity) = attempt.affinity {
+            headers.insert(AFFINITY, affinity.header());
+        }
     }
     add_attempts(headers, context);
 }

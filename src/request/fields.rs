@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
-use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserializer as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::session_name::SessionFields;
 use crate::fault::Fault;
 use crate::json::members;
 use crate::json::part;
@@ -35,6 +36,8 @@ pub struct Fields {
     pub stream: bool,
     /// Edit that asks for the usage; `None` if the client asks itself, or if it cannot be done.
     pub usage_edit: Option<UsageEdit>,
+    /// Members that tell its session.
+    pub session: SessionFields,
 }
 
 /// A model's name as the client sent it, and its place in the body.
@@ -96,6 +99,7 @@ struct Found {
     stream_options: Option<Range<usize>>,
     /// True if one of the two occurs twice, so that it is not clear which one counts.
     stream_again: bool,
+    session: SessionFields,
 }
 
 impl Found {
@@ -112,7 +116,7 @@ impl Found {
                 self.stream_again |= self.stream_options.is_some();
                 self.stream_options = Some(range());
             }
-            _ => {}
+            _ => self.session.take(key, range),
         }
     }
 
@@ -141,7 +145,7 @@ impl Found {
             let end = stream.end;
             Some(UsageEdit { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
         });
-        Ok(Fields { model: model.transpose()?, stream: stream.is_some(), usage_edit })
+        Ok(Fields { model: model.transpose()?, stream: stream.is_some(), usage_edit, session: self.session })
     }
 }
 
@@ -199,12 +203,8 @@ impl<'de> Visitor<'de> for FieldsVisitor<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut found = Found::default();
         while let Some(Key(key)) = map.next_key()? {
-            if matches!(&*key, "model" | "stream" | "stream_options") {
-                let value: &RawValue = map.next_value()?;
-                found.take(key.as_bytes(), || range_in(self.body, value));
-            } else {
-                map.next_value::<IgnoredAny>()?;
-            }
+            let value: &RawValue = map.next_value()?;
+            found.take(key.as_bytes(), || range_in(self.body, value));
         }
         Ok(found)
     }

@@ -13,4 +13,5 @@ pub(crate) mod guesses;
 pub mod id;
 pub(crate) mod path;
 pub mod rewrite;
+pub mod session_name;
 pub mod shape;

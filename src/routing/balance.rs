@@ -25,6 +25,16 @@ pub struct Options<'a> {
     pub shape: Option<CallShape>,
     /// Endpoints it has been to, by their place in the pool.
     pub tried: &'a [usize],
+    /// Candidate that goes before others of its tier, if it can take the request.
+    pub preferred: Option<usize>,
+}
+
+impl Candidates {
+    /// The place of an endpoint among them, if it is one.
+    pub fn place_of(&self, pool: &Pool, endpoint: &str) -> Option<usize> {
+        let is_it = |index: usize| pool.endpoints.get(index).is_some_and(|one| *one.config.id == *endpoint);
+        self.list().iter().position(|candidate| is_it(candidate.endpoint))
+    }
 }
 
 impl<'a> Options<'a> {
@@ -127,12 +137,16 @@ pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
 /// been looked at, and costs as much for a thousand of them as for one.
 fn at_once(options: &Options<'_>, clock: &Clock) -> Option<usize> {
     let Options { pool, candidates, .. } = *options;
-    let draw = || {
-        let drawn = candidates.draw()?;
+    let if_open = |drawn: usize| {
         let (endpoint, model) = options.untried(candidates.list().get(drawn)?, clock.now)?;
         let is_open = !options.seems_full(endpoint, model, clock) && endpoint.live.gate(model, clock.now) == Gate::Open;
         is_open.then_some(drawn)
     };
+    if let Some(preferred) = options.preferred {
+        // Those of its tier are for when it cannot take the request, and are not drawn from before that is known.
+        return if_open(preferred).filter(|_| candidates.list().get(preferred).is_some_and(|one| one.tier == 0));
+    }
+    let draw = || if_open(candidates.draw()?);
     let better = |score: &dyn Fn(usize) -> f64| {
         let (first, second) = (draw()?, draw()?);
         // Two draws of the same candidate are no comparison, unless there is no other.
@@ -157,7 +171,7 @@ pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Stamp)> {
     let mut tier = 0;
     for (index, candidate) in options.candidates.list().iter().enumerate() {
         if candidate.tier != tier {
-            rotate(&mut open, tier_begins);
+            spread(options, &mut open, tier_begins);
             (tier, tier_begins) = (candidate.tier, open.len());
         }
         let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
@@ -167,15 +181,17 @@ pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Stamp)> {
             Gate::TrialDue | Gate::OnTrial | Gate::Cooling { .. } => {}
         }
     }
-    rotate(&mut open, tier_begins);
+    spread(options, &mut open, tier_begins);
     open
 }
 
-fn rotate<T>(list: &mut [T], begins: usize) {
-    if let Some(tier) = list.get_mut(begins..)
-        && tier.len() > 1
-    {
-        tier.rotate_left(fastrand::usize(..tier.len()));
+/// Puts the candidates of a tier, the last of the list, into a random order, but the preferred one first.
+fn spread(options: &Options<'_>, open: &mut [(usize, Stamp)], tier_begins: usize) {
+    let Some(tier) = open.get_mut(tier_begins..).filter(|tier| tier.len() > 1) else { return };
+    tier.rotate_left(fastrand::usize(..tier.len()));
+    let preferred = tier.iter().position(|(index, _)| Some(*index) == options.preferred);
+    if let Some(at) = preferred {
+        tier.swap(0, at);
     }
 }
 
@@ -227,7 +243,12 @@ pub fn any_left(options: &Options<'_>, clock: &Clock) -> bool {
 /// the choice is made among the rest.
 fn choose(options: &Options<'_>, eligible: &mut Vec<Eligible>, clock: &Clock) -> Option<Pick> {
     while !eligible.is_empty() {
-        let at = if eligible.len() == 1 { 0 } else { by_strategy(options, eligible, clock.now) };
+        let preferred = eligible.iter().position(|one| Some(one.index) == options.preferred);
+        let at = match preferred {
+            Some(at) => at,
+            None if eligible.len() == 1 => 0,
+            None => by_strategy(options, eligible, clock.now),
+        };
         let Eligible { index: candidate, trial } = eligible.swap_remove(at);
         let begun = if trial { options.begin_trial(candidate) } else { None };
         if begun.is_some() == trial {
@@ -331,7 +352,14 @@ mod tests {
     }
 
     fn options<'a>(pool: &'a Pool, tried: &'a [usize]) -> Options<'a> {
-        Options { pool, candidates: pool.router.find("m").unwrap(), model: Some("m"), shape: None, tried }
+        Options {
+            pool,
+            candidates: pool.router.find("m").unwrap(),
+            model: Some("m"),
+            shape: None,
+            tried,
+            preferred: None,
+        }
     }
 
     fn picks(pool: &Pool, times: usize) -> Vec<usize> {
@@ -468,6 +496,23 @@ mod tests {
             firsts[open[0].0] += 1;
         }
         assert!(firsts[0] > 20 && firsts[1] > 20, "{firsts:?}");
+    }
+
+    #[test]
+    fn the_preferred_one_goes_first_within_its_tier() {
+        let apis = r#"[{"id":"a","models":["m"]},{"id":"b","models":["m"]},{"id":"c","models":["m"],"priority":1}]"#;
+        for strategy in [Strategy::Random, Strategy::RoundRobin, Strategy::LeastBusy, Strategy::Fastest] {
+            let pool = pool(strategy, apis);
+            let prefers = |preferred| Options { preferred: Some(preferred), ..options(&pool, &[]) };
+            for _ in 0..20 {
+                assert_eq!(pick(&prefers(1), &pool.clock()).unwrap().candidate, 1);
+                assert_eq!(open(&prefers(1), &pool.clock())[0].0, 1);
+                assert_ne!(pick(&prefers(2), &pool.clock()).unwrap().candidate, 2, "a better tier is open");
+                assert_eq!(open(&prefers(2), &pool.clock())[2].0, 2);
+            }
+            learn(&pool, 1, rest(false), 1);
+            assert_eq!(pick(&prefers(1), &pool.clock()).unwrap().candidate, 0, "it cannot take it");
+        }
     }
 
     #[test]

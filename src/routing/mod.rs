@@ -10,4 +10,5 @@ pub(crate) mod rate_headers;
 pub(crate) mod rates;
 pub mod retry;
 pub mod router;
+pub mod sessions;
 pub(crate) mod usage_injection;

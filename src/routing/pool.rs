@@ -15,6 +15,7 @@ use crate::routing::accounts::EndpointAccounts;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
 use crate::routing::path_memory::PathMemory;
 use crate::routing::router::{ModelName, Router};
+use crate::routing::sessions::Sessions;
 use crate::routing::usage_injection::InjectionMemory;
 use crate::upstream::Upstream;
 
@@ -29,6 +30,8 @@ pub struct Pool {
     pub router: Router,
     /// True if an endpoint has limits by model.
     pub has_model_limits: bool,
+    /// Where sessions are, whichever config they began under.
+    pub sessions: Arc<Sessions>,
     /// Source of permits.
     pub ledger: Client,
     /// The number of the config, counted from the start of the process.
@@ -89,7 +92,17 @@ impl Pool {
             .collect::<std::io::Result<_>>()?;
         ledger.list_accounts(number, endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned());
         let has_model_limits = endpoints.iter().any(|endpoint| endpoint.accounts.has_model_limits());
-        Ok(Self { server, endpoints, router, has_model_limits, ledger, version: 1, loaded_at: SystemTime::now() })
+        let sessions = before.map(|before| Arc::clone(&before.sessions)).unwrap_or_default();
+        Ok(Self {
+            server,
+            endpoints,
+            router,
+            has_model_limits,
+            sessions,
+            ledger,
+            version: 1,
+            loaded_at: SystemTime::now(),
+        })
     }
 
     /// The clocks that limits and health go by, as they are now.
@@ -429,6 +442,7 @@ mod tests {
         learn(&before.endpoints[0].live, Effect::Failure(Scope::Model), None);
         let after = Pool::new(config(r#"[{"id":"new"},{"id":"a","models":["n"]}]"#), client(), Some(&before)).unwrap();
         assert!(Arc::ptr_eq(&before.endpoints[0].live, &after.endpoints[1].live));
+        assert!(Arc::ptr_eq(&before.sessions, &after.sessions));
         assert_ne!(after.endpoints[1].live.gate(MODEL, Instant::now()), Gate::Open);
         assert_eq!(after.endpoints[0].live.gate(MODEL, Instant::now()), Gate::Open);
     }

@@ -44,6 +44,7 @@ pub(crate) struct Metrics {
     requests: IntCounterVec,
     attempts: IntCounterVec,
     errors: IntCounterVec,
+    affinity: IntCounterVec,
     tokens: IntCounterVec,
     estimated: IntCounterVec,
     first_byte: HistogramVec,
@@ -112,6 +113,11 @@ impl Metrics {
                 "api_together_endpoint_errors_total",
                 "Errors that endpoints answered or streamed, by whose trouble they are and the rule that says so.",
                 &["endpoint", "trouble", "rule"],
+            )?,
+            affinity: counter(
+                "api_together_affinity_total",
+                "Requests of a session that have ended, by how their session was followed.",
+                &["result"],
             )?,
             tokens: counter("api_together_tokens_total", "Tokens that endpoints reported.", &of_model)?,
             estimated: counter(
@@ -183,6 +189,11 @@ impl Metrics {
     /// Counts an error of an endpoint.
     pub(crate) fn error(&self, endpoint: &str, trouble: &str, rule: &str) {
         self.errors.with_label_values(&[endpoint, trouble, rule]).inc();
+    }
+
+    /// Counts how a request's session was followed.
+    pub(crate) fn affinity(&self, result: &str) {
+        self.affinity.with_label_values(&[result]).inc();
     }
 
     /// Counts the tokens of an answer.

@@ -12,6 +12,7 @@ mod harness;
 mod program;
 mod wire;
 
+mod affinity;
 mod auth;
 mod body;
 mod by_model;
