@@ -196,6 +196,7 @@ fn judge() -> Box<dyn FnMut()> {
             expects_body: true,
             more: true,
             more_if_empty: true,
+            searches: false,
             usage: UsageTerms::default(),
         };
         let rules = Rules { retry: &retry, errors: &[] };

@@ -21,6 +21,8 @@ pub enum Trouble {
     ModelMissing,
     /// The endpoint does not have the call at all.
     CallMissing,
+    /// The endpoint does not have an object that the request names: a file, a stored response.
+    ObjectMissing,
     /// The key is refused, or its account is out of credit: the endpoint is left alone for a while.
     Key,
     /// The endpoint as a whole failed. Repeated failures make it cool down.
@@ -37,6 +39,7 @@ impl Trouble {
             Self::ModelFailure => "model_failure",
             Self::ModelMissing => "model_missing",
             Self::CallMissing => "call_missing",
+            Self::ObjectMissing => "object_missing",
             Self::Key => "key",
             Self::Endpoint => "endpoint",
         }

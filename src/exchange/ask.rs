@@ -7,7 +7,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use http::uri::PathAndQuery;
 
-use super::AskedModel;
+use super::{AskedModel, AskedObjects};
 use crate::config::Trouble;
 use crate::ledger::CallerId;
 use crate::request::call::Call;
@@ -53,6 +53,8 @@ pub struct Ask {
     pub prompt: Bytes,
     /// When the body had been read.
     pub read_at: Instant,
+    /// Objects that it names, or that its answer may make.
+    pub objects: Option<Box<AskedObjects>>,
     /// Its session, if it has one.
     pub session: Option<Session>,
     /// Place of its session's endpoint among the candidates.
@@ -78,6 +80,11 @@ impl Ask {
     pub fn model_for(&self, candidate: &Candidate) -> AskedModel {
         let ModelName { in_config, .. } = self.candidates.model_of(candidate, self.model.as_deref());
         AskedModel { mapped: candidate.model.clone(), named: self.model.clone(), in_config }
+    }
+
+    /// True if it names objects that nobody knows, so that some endpoints are asked for them.
+    pub fn is_search(&self) -> bool {
+        self.objects.as_ref().is_some_and(|objects| objects.named.is_searched)
     }
 
     /// How its session is served by a candidate; none if it has no session.

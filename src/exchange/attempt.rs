@@ -4,7 +4,10 @@ use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::Ask;
+use bytes::Bytes;
+
+use super::objects::is_object_missing;
+use super::{Ask, AttemptObjects};
 use crate::config::{Breaker, Server, StreamUsage, Trouble};
 use crate::exchange::judge::Terms;
 use crate::ledger::{AccountSet, Client, Drawn, Permit};
@@ -140,6 +143,8 @@ pub struct Attempt {
     pub is_empty: bool,
     /// Metrics of its endpoint and model.
     pub counters: Option<Arc<Counters>>,
+    /// The objects of its request and its answer.
+    pub objects: Option<Box<AttemptObjects>>,
     /// The request's session.
     pub session: Option<Session>,
     /// How that is served by this attempt.
@@ -191,6 +196,7 @@ impl Attempt {
             meter: Meter::new(terms.call, server.estimate_tokens),
             is_empty: false,
             counters: None,
+            objects: None,
             session: None,
             affinity: None,
             permit: choice.permit,
@@ -320,6 +326,9 @@ impl Attempt {
         if let (Some(session), true) = (&self.session, outcome.is_success()) {
             pool.sessions.note(session, self.affinity, &self.endpoint, &pool.ledger, &self.chosen_at.at(now));
         }
+        if let (Some(objects), true) = (&self.objects, outcome.is_success()) {
+            objects.answered(&self.endpoint);
+        }
         let trial = self.trial.is_some();
         self.report_to_health(&outcome, Effect::Answers);
         if trial {
@@ -351,6 +360,14 @@ impl Attempt {
     /// complete.
     pub fn is_cut(&self) -> bool {
         self.ends_with_connection && !self.meter.is_whole()
+    }
+
+    /// Notes the objects in a piece of its answer, which the client is sent afterwards.
+    pub fn read_objects(&mut self, piece: &Bytes, is_stream: bool, ends: bool) {
+        let succeeded = self.has_succeeded();
+        if let Some(objects) = self.objects.as_mut().filter(|_| succeeded) {
+            objects.read(piece, is_stream, ends, &self.endpoint);
+        }
     }
 
     /// Releases the endpoint's place once its answer has ended and is good, before the client sees the last byte,
@@ -395,6 +412,9 @@ impl Attempt {
             }
         }
         self.remember_call(outcome);
+        if let Some(objects) = self.objects.as_ref().filter(|_| is_object_missing(outcome)) {
+            objects.missing(!self.terms.more, &self.chosen_at);
+        }
         let effect = outcome.effect(|| self.day_left());
         self.log_effect(outcome, effect);
         if outcome.is_shared_by_request() {
@@ -407,9 +427,11 @@ impl Attempt {
     /// Remembers whether the endpoint has the call.
     fn remember_call(&self, outcome: &Outcome) {
         let (Some(shape), paths) = (self.shape, &self.endpoint.live.paths) else { return };
+        // What it says may be about an object that the request names.
+        let names_objects = self.objects.as_ref().is_some_and(|objects| objects.names_any());
         match outcome {
             Outcome::Answered { status: 200..=299 } => paths.note_served(shape),
-            Outcome::Error { meaning, .. } if meaning.trouble == Trouble::CallMissing => {
+            Outcome::Error { meaning, .. } if meaning.trouble == Trouble::CallMissing && !names_objects => {
                 // Where the words are not known it may be about the model, which any client can make up.
                 let of_model = (!meaning.is_known()).then(|| self.model.name().name);
                 paths.note_missing(shape, of_model, Instant::now());

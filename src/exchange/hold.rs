@@ -78,6 +78,7 @@ impl HeldResponse {
             expects_body: true,
             more: false,
             more_if_empty: false,
+            searches: false,
             usage: UsageTerms::default(),
         };
         Self {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use serde::de::IgnoredAny;
 
+use super::objects::is_object_missing;
 use crate::config::{ErrorRule, Retry, Trouble};
 use crate::request::call::Call;
 use crate::request::content_type::{is_event_stream, is_json};
@@ -58,6 +59,8 @@ pub struct Terms {
     pub more: bool,
     /// True if another endpoint may take over from an answer that is merely empty.
     pub more_if_empty: bool,
+    /// True if the request names an object that nobody knows, so that another endpoint may have it.
+    pub searches: bool,
     /// The `stream_options` of the request.
     pub usage: UsageTerms,
 }
@@ -197,7 +200,8 @@ impl Judge {
         self.kind = if head.status >= 400 {
             // One that no other endpoint will take over is held too, so that it can be classified, and a key quoted in it is found
             // however it is cut.
-            let likely = self.terms.more && rules.retry.statuses.contains(head.status);
+            let is_wanted = rules.retry.statuses.contains(head.status) || self.terms.searches && head.status == 404;
+            let likely = self.terms.more && is_wanted;
             AnswerKind::Error { status: head.status, wait: head.wait, likely }
         } else if head.status != 200 || !self.terms.expects_body {
             AnswerKind::Open
@@ -366,7 +370,8 @@ impl Judge {
             return Verdict::Drop(Outcome::UsageRefused);
         }
         let outcome = Outcome::Error { meaning, place: Place::Status };
-        if self.terms.more && outcome.is_retryable(rules.retry) || outcome.is_hidden(rules.retry) {
+        let searches_on = self.terms.searches && is_object_missing(&outcome);
+        if self.terms.more && (outcome.is_retryable(rules.retry) || searches_on) || outcome.is_hidden(rules.retry) {
             return Verdict::Drop(outcome);
         }
         self.outcome = Some(outcome);

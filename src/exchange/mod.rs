@@ -5,6 +5,7 @@ mod attempt;
 mod hold;
 pub mod judge;
 mod kept;
+mod objects;
 mod outlet;
 mod own_headers;
 mod reading;
@@ -25,6 +26,7 @@ pub use ask::Ask;
 pub(crate) use ask::PROMPT_BYTES_MAX;
 pub use attempt::{AskedModel, Attempt, Charge};
 pub use kept::Kept;
+pub use objects::{AskedObjects, AttemptObjects, is_object_missing};
 pub use own_headers::OwnHeaders;
 
 /// State that the hooks share with the session that holds the response back.

@@ -144,6 +144,9 @@ impl Outlet {
             pieces.push(piece);
             return None;
         };
+        if attempt.objects.is_some() {
+            attempt.read_objects(&piece, reading.is_stream(), last);
+        }
         reading.piece(piece, &mut attempt.meter, pieces);
         let mut is_cut = false;
         if last {

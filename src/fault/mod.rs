@@ -95,6 +95,37 @@ pub enum Fault {
         /// The model as the client named it, cut to a sane length.
         model: String,
     },
+    /// No endpoint that was asked has an object that the request names, or it is another caller's.
+    ObjectUnknown {
+        /// Its id, cut to a sane length.
+        id: String,
+    },
+    /// The request names objects that no one endpoint has both.
+    ObjectsApart {
+        /// Their ids, cut to a sane length.
+        ids: [String; 2],
+    },
+    /// The request names an object of an endpoint that is not in the config any more.
+    ObjectGone {
+        /// Its id, cut to a sane length.
+        id: String,
+        /// The endpoint, if clients may know it.
+        endpoint: Option<String>,
+    },
+    /// The request names an object of an endpoint that is switched off.
+    ObjectDisabled {
+        /// Its id, cut to a sane length.
+        id: String,
+        /// The endpoint, if clients may know it.
+        endpoint: Option<String>,
+    },
+    /// The model is not served where an object is that the request names.
+    ModelApart {
+        /// Its id, cut to a sane length.
+        id: String,
+        /// The endpoint, if clients may know it.
+        endpoint: Option<String>,
+    },
     /// No endpoint has the id that one of our own calls names.
     EndpointUnknown {
         /// The id as the client named it, cut to a sane length.
@@ -155,6 +186,11 @@ impl ErrorShape {
     }
 }
 
+/// An endpoint as a client may read of it.
+fn named_endpoint(id: Option<&str>) -> String {
+    id.map_or_else(|| "an endpoint".to_owned(), |id| format!("the endpoint {id}"))
+}
+
 /// Anthropic's `type` of an error of this status (docs.anthropic.com, "Errors").
 fn anthropic_type(status: u16) -> &'static str {
     match status {
@@ -200,6 +236,11 @@ impl Fault {
             Self::BodyTimeout              => (408, INVALID, Some("request_timeout"), "body_timeout"),
             Self::NoRoom                   => (503, SERVER, Some("overloaded"), "no_room"),
             Self::ModelUnknown { .. }      => (404, INVALID, Some("model_not_found"), "model_unknown"),
+            Self::ObjectUnknown { .. }     => (404, INVALID, Some("object_not_found"), "object_unknown"),
+            Self::ObjectsApart { .. }      => (400, INVALID, Some("objects_apart"), "objects_apart"),
+            Self::ObjectGone { .. }        => (404, INVALID, Some("object_gone"), "object_gone"),
+            Self::ObjectDisabled { .. }    => (503, SERVER, Some("endpoint_disabled"), "object_disabled"),
+            Self::ModelApart { .. }        => (400, INVALID, Some("model_apart"), "model_apart"),
             Self::EndpointUnknown { .. }   => (404, INVALID, Some("api_not_found"), "endpoint_unknown"),
             Self::StatsUnavailable         => (503, SERVER, Some("ledger_unavailable"), "stats_unavailable"),
             Self::NoEndpoint               => (503, SERVER, Some("no_endpoint"), "no_endpoint"),
@@ -287,6 +328,27 @@ impl Fault {
             Self::EndpointUnknown { id } => {
                 format!("No endpoint has the id `{id}`. GET /v1/status lists the endpoints.")
             }
+            Self::ObjectUnknown { id } => {
+                format!(
+                    "`{id}` is not known here: no endpoint that was asked has it. Check the id, and whose key made it."
+                )
+            }
+            Self::ObjectsApart { ids: [one, other] } => format!(
+                "`{one}` and `{other}` are at different endpoints, and no endpoint has both. Make one of them anew together \
+                 with the other."
+            ),
+            Self::ObjectGone { id, endpoint } => format!(
+                "`{id}` was made at {}, which this gateway does not have any more. Make it anew.",
+                named_endpoint(endpoint.as_deref())
+            ),
+            Self::ObjectDisabled { id, endpoint } => format!(
+                "`{id}` is at {}, which is switched off at this gateway. Try again once it is back, or make it anew.",
+                named_endpoint(endpoint.as_deref())
+            ),
+            Self::ModelApart { id, endpoint } => format!(
+                "The model is not served by {}, where `{id}` is. Ask for a model that is served there, or leave `{id}` out.",
+                named_endpoint(endpoint.as_deref())
+            ),
             Self::LimitsReached { wait, held } => format!(
                 "Every endpoint that serves this model is at a rate limit or out of service{}. Try again in {} s.",
                 holds(held),
@@ -364,6 +426,11 @@ impl Fault {
             | Self::BodyTooLarge { .. }
             | Self::PathTooLong { .. }
             | Self::ModelUnknown { .. }
+            | Self::ObjectUnknown { .. }
+            | Self::ObjectsApart { .. }
+            | Self::ObjectGone { .. }
+            | Self::ObjectDisabled { .. }
+            | Self::ModelApart { .. }
             | Self::EndpointUnknown { .. }
             | Self::LimitsReached { .. }
             | Self::EndpointError { .. } => "",

@@ -14,11 +14,12 @@ use super::context::Context;
 use super::failure::{self, Follow};
 use super::outgoing;
 use crate::exchange::judge::{Terms, UsageTerms};
-use crate::exchange::{Ask, Attempt};
+use crate::exchange::{Ask, Attempt, AttemptObjects};
 use crate::fault::Fault;
 use crate::ledger::Drawn;
 use crate::limit::Clock;
 use crate::routing::admission;
+use crate::routing::objects::SEARCHED_MAX;
 use crate::routing::pool::Endpoint;
 use crate::routing::retry::Outcome;
 
@@ -79,13 +80,15 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     tries.tried.push(candidate.endpoint);
     tries.addresses_failed = 0;
     tries.reconnected = 0;
-    let more = failure::has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
+    let search_goes_on = !ask.is_search() || tries.absences + 1 < SEARCHED_MAX;
+    let more = search_goes_on && failure::has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
     let terms = Terms {
         call: ask.call,
         streams: ask.stream,
         expects_body: *method != Method::HEAD,
         more,
         more_if_empty: tries.empties < failure::EMPTIES_MAX,
+        searches: ask.is_search(),
         usage: UsageTerms::default(),
     };
     let now = Instant::now();
@@ -94,6 +97,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     attempt.shape = ask.shape;
     attempt.affinity = ask.affinity(candidate);
     attempt.session.clone_from(&ask.session);
+    attempt.objects = ask.objects.as_ref().map(|objects| Box::new(AttemptObjects::new(objects, &ask.pool, &chosen_at)));
     if ask.stream {
         attempt.first_byte_timeout = endpoint.config.timeouts.first_byte_stream;
     }

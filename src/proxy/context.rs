@@ -83,6 +83,8 @@ pub struct Tries {
     pub meaning: Option<Meaning>,
     /// Number of answers that were merely empty.
     pub empties: u32,
+    /// Number of endpoints that did not have an object which nobody knows.
+    pub absences: usize,
     /// Fault of a limit that was reached on the way, for the client if no other endpoint takes the request.
     pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.

@@ -11,11 +11,12 @@ use super::context::Context;
 use super::{is_final, outgoing};
 use crate::admin::Answer;
 use crate::billing;
-use crate::exchange::{Ask, Attempt, Kept};
+use crate::exchange::{Ask, Attempt, Kept, is_object_missing};
 use crate::fault::Fault;
 use crate::limit::Clock;
 use crate::request::connections::OnConnection;
 use crate::routing::balance;
+use crate::routing::objects::SEARCHED_MAX;
 use crate::routing::retry::{self, Outcome};
 use crate::upstream::ConnectError;
 
@@ -230,14 +231,17 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
     let Some(ask) = &context.ask else { return Follow::Fail(Fault::Internal) };
     let mut state = context.exchange.state();
     context.tries.empties += u32::from(*outcome == Outcome::Empty);
+    let is_sought_elsewhere = ask.is_search() && is_object_missing(outcome);
+    context.tries.absences += usize::from(is_sought_elsewhere);
     // An error of another endpoint says more than that this one could not be asked.
     let kept = state.kept.as_ref().map(|kept| kept.header.status.as_u16());
     if !matches!(outcome, Outcome::Error { .. } | Outcome::LimitReached) {
         state.kept = None;
     }
     let retry = &ask.pool.server.retry;
-    let may_follow =
-        outcome.is_retryable(retry) && (*outcome != Outcome::Empty || context.tries.empties <= EMPTIES_MAX);
+    let may_follow = (outcome.is_retryable(retry) || is_sought_elsewhere)
+        && context.tries.absences < SEARCHED_MAX
+        && (*outcome != Outcome::Empty || context.tries.empties <= EMPTIES_MAX);
     let more = may_follow && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());
     if !more {
         state.settle_charges(true);

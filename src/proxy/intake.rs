@@ -15,8 +15,8 @@ use pingora_proxy::Session;
 use super::{Gateway, outgoing, receive};
 use crate::admin::{Answer, Resource, Sources};
 use crate::config::Cors;
-use crate::exchange::Ask;
 use crate::exchange::session::{Framing, Plan, Wrapped};
+use crate::exchange::{Ask, AskedObjects};
 use crate::fault::{ErrorShape, Fault, excerpt};
 use crate::ledger::CallerId;
 use crate::proxy::context::{Arrival, Context};
@@ -24,10 +24,13 @@ use crate::request::auth;
 use crate::request::call::Call;
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
 use crate::request::fields::Fields;
+use crate::request::references::{self, References};
 use crate::request::session_name::{SessionFields, SessionName};
 use crate::request::shape::CallShape;
 use crate::request::{content_type, fields, form, forward, id, path, rewrite};
+use crate::response::objects::Wanted;
 use crate::routing::admission::{self, Choice, Undecided};
+use crate::routing::objects::Named;
 use crate::routing::pool::Pool;
 use crate::routing::rates;
 use crate::routing::router::Candidates;
@@ -281,6 +284,7 @@ async fn ask(
     if switches_protocol && model.is_none() {
         return Err(Fault::WebSocketModelUnknown.into());
     }
+    let call = Call::new(&header.method, target.path());
     let candidates = match &model {
         None => pool.router.any(),
         Some(model) => pool.router.find(model).ok_or_else(|| Fault::ModelUnknown { model: excerpt(model) })?,
@@ -288,15 +292,22 @@ async fn ask(
     if candidates.list().is_empty() {
         return Err(Fault::NoEndpoint.into());
     }
-    let name = session_name(&pool, header, &body, &fields.session, (model.as_deref(), candidates));
+    let objects = objects(&pool, &header.method, call, &target, (is_json, &body), fields.store);
+    let candidates = Arc::clone(candidates);
+    let (objects, candidates) = match objects {
+        // Boxed, since it is rare and would make every request's future larger.
+        Some(asked) => Box::pin(resolve(&pool, asked, candidates)).await?,
+        None => (None, candidates),
+    };
+    let name = session_name(&pool, header, &body, &fields.session, (model.as_deref(), &candidates));
     let session = match name {
         Some(name) => Some(pool.sessions.find(name, &pool.ledger).await),
         None => None,
     };
     let preferred = session.as_ref().and_then(|session| candidates.place_of(&pool, session.at()?));
     Ok(Box::new(Ask {
-        candidates: Arc::clone(candidates),
-        call: Call::new(&header.method, target.path()),
+        candidates,
+        call,
         shape: CallShape::new(&header.method, target.path()).filter(|_| !switches_protocol),
         target,
         caller,
@@ -308,11 +319,52 @@ async fn ask(
         model,
         model_place,
         body,
+        objects,
         session,
         preferred,
         switches_protocol,
         pool,
     }))
+}
+
+/// The objects that a request names, and what its answer may make. None if it has to do with none, or if they are everywhere.
+fn objects(
+    pool: &Pool,
+    method: &Method,
+    call: Call,
+    target: &PathAndQuery,
+    (is_json, body): (bool, &[u8]),
+    store: Option<bool>,
+) -> Option<(References, AskedObjects)> {
+    if !pool.has_several_organizations {
+        return None;
+    }
+    let json = Some(body).filter(|_| is_json);
+    let references = References::find(call, target.path(), target.query(), json);
+    let wanted = Wanted {
+        objects: references::shows_objects(call, target.path(), store),
+        sealed: matches!(call, Call::Responses | Call::Messages),
+    };
+    if references.is_empty() && wanted == Wanted::default() {
+        return None;
+    }
+    let names_any = !references.is_empty();
+    let (deletes, looks) = (*method == Method::DELETE, *method == Method::GET);
+    Some((references, AskedObjects { names_any, named: Named::default(), wanted, deletes, looks }))
+}
+
+/// Finds the endpoints that have the objects of a request, among the candidates of its model.
+async fn resolve(
+    pool: &Pool,
+    (references, mut asked): (References, AskedObjects),
+    candidates: Arc<Candidates>,
+) -> Result<(Option<Box<AskedObjects>>, Arc<Candidates>), Fault> {
+    if references.is_empty() {
+        return Ok((Some(Box::new(asked)), candidates));
+    }
+    let resolved = pool.objects.resolve(pool, references, &candidates).await?;
+    asked.named = resolved.named;
+    Ok((Some(Box::new(asked)), resolved.candidates.unwrap_or(candidates)))
 }
 
 /// The session of a request. There is none where only one endpoint could take it.

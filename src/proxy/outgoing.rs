@@ -95,6 +95,10 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
         && !header.headers.contains_key(header::TRANSFER_ENCODING);
     attempt.encoding = Encoding::from_headers(&header.headers);
     let is_error = header.status.as_u16() >= 400;
+    if let (Some(objects), Some(location), false) = (&attempt.objects, header.headers.get(header::LOCATION), is_error) {
+        // A call of the realtime API is named here only.
+        objects.made_at(location.to_str().unwrap_or_default(), &attempt.endpoint);
+    }
     // Here, since not all of these headers go on.
     let status = header.status.as_u16();
     attempt.wait = if is_error { wait::in_headers(&header.headers, status, SystemTime::now()) } else { None };

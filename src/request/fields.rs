@@ -36,6 +36,8 @@ pub struct Fields {
     pub stream: bool,
     /// Edit that asks for the usage; `None` if the client asks itself, or if it cannot be done.
     pub usage_edit: Option<UsageEdit>,
+    /// What it says of storing the answer.
+    pub store: Option<bool>,
     /// Members that tell its session.
     pub session: SessionFields,
 }
@@ -99,6 +101,7 @@ struct Found {
     stream_options: Option<Range<usize>>,
     /// True if one of the two occurs twice, so that it is not clear which one counts.
     stream_again: bool,
+    store: Option<Range<usize>>,
     session: SessionFields,
 }
 
@@ -116,6 +119,7 @@ impl Found {
                 self.stream_again |= self.stream_options.is_some();
                 self.stream_options = Some(range());
             }
+            b"store" => self.store = Some(range()),
             _ => self.session.take(key, range),
         }
     }
@@ -145,7 +149,13 @@ impl Found {
             let end = stream.end;
             Some(UsageEdit { range: end..end, with: r#","stream_options":{"include_usage":true}"# })
         });
-        Ok(Fields { model: model.transpose()?, stream: stream.is_some(), usage_edit, session: self.session })
+        let store = self.store.and_then(|range| match text(&range) {
+            b"true" => Some(true),
+            b"false" => Some(false),
+            _ => None,
+        });
+        let model = model.transpose()?;
+        Ok(Fields { model, stream: stream.is_some(), usage_edit, store, session: self.session })
     }
 }
 

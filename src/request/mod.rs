@@ -12,6 +12,7 @@ pub mod forward;
 pub(crate) mod guesses;
 pub mod id;
 pub(crate) mod path;
+pub mod references;
 pub mod rewrite;
 pub mod session_name;
 pub mod shape;

@@ -80,6 +80,12 @@ impl CallShape {
     }
 }
 
+/// The ids in a path under `/v1`: its segments but the first that are no words of the API.
+pub(crate) fn ids(path: &str) -> impl Iterator<Item = &str> {
+    let segments = path.strip_prefix("/v1/").into_iter().flat_map(|path| path.split('/').skip(1));
+    segments.filter(|segment| !segment.is_empty() && !WORDS.contains(segment))
+}
+
 /// FNV-1a, as paths are short, from a beginning of this process's own: nobody can look for paths that collide.
 fn hash(method: &str, path: &str) -> u64 {
     static BASIS: LazyLock<u64> = LazyLock::new(|| fastrand::u64(..));

@@ -4,6 +4,7 @@ pub(crate) mod answer;
 pub mod classify;
 pub(crate) mod decode;
 pub(crate) mod event_template;
+pub mod objects;
 pub mod redact;
 pub mod relay;
 pub mod sse;

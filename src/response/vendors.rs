@@ -5,7 +5,7 @@
 //! an account or an endpoint go by a code or a type, or by words that the vendor begins its message with.
 
 use crate::config::Trouble::{
-    self, AccountLimit, CallMissing, Endpoint, Key, ModelFailure, ModelLimit, ModelMissing, Request,
+    self, AccountLimit, CallMissing, Endpoint, Key, ModelFailure, ModelLimit, ModelMissing, ObjectMissing, Request,
 };
 
 /// One kind of error of one vendor. An empty pattern fits everything.
@@ -87,6 +87,11 @@ pub(super) const ROWS: &[Row] = &[
     code("openai/model_not_found", ANY, "model_not_found", ModelMissing, "Shopify/roast#13"),
     words("openai/model_missing", &[400, 404], "The model `*` does not exist*", ModelMissing, "Shopify/roast#13"),
     words("openai/no_access_to_model", &[403, 404], "Project `*` does not have access to model `*`*", ModelMissing, "Aider-AI/aider#1903"),
+    code("openai/previous_response", ANY, "previous_response_not_found", ObjectMissing, "maximhq/bifrost#2441"),
+    words("openai/previous_response_invalid", &[400], "Invalid `previous_response_id`.", ObjectMissing, "Soju06/codex-lb#1817"),
+    words("openai/item_missing", &[400, 404], "Item with id '*' not found*", ObjectMissing, "can1357/oh-my-pi#41"),
+    words("openai/thread_missing", &[400, 404], "No thread found with id '*'*", ObjectMissing, "FlowiseAI/Flowise#1200"),
+    words("openai/assistant_missing", &[400, 404], "No assistant found with id '*'*", ObjectMissing, "flows-network/openai-assistant-telegram#1"),
     code("openai/context_length", ANY, "context_length_exceeded", Request, OPENAI),
     code("openai/content_policy", ANY, "content_policy_violation", Request, OPENAI),
     code("openai/invalid_prompt", ANY, "invalid_prompt", Request, OPENAI),

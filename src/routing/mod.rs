@@ -4,6 +4,7 @@ pub mod accounts;
 pub mod admission;
 pub mod balance;
 pub mod health;
+pub mod objects;
 pub(crate) mod path_memory;
 pub mod pool;
 pub(crate) mod rate_headers;

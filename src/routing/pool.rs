@@ -13,6 +13,7 @@ use crate::limit::{Clock, Stamp};
 use crate::response::redact::Secrets;
 use crate::routing::accounts::EndpointAccounts;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
+use crate::routing::objects::Objects;
 use crate::routing::path_memory::PathMemory;
 use crate::routing::router::{ModelName, Router};
 use crate::routing::sessions::Sessions;
@@ -30,6 +31,10 @@ pub struct Pool {
     pub router: Router,
     /// True if an endpoint has limits by model.
     pub has_model_limits: bool,
+    /// What is known of objects that are nowhere.
+    pub objects: Arc<Objects>,
+    /// True if what was made at one endpoint is not at every other one.
+    pub has_several_organizations: bool,
     /// Where sessions are, whichever config they began under.
     pub sessions: Arc<Sessions>,
     /// Source of permits.
@@ -92,12 +97,17 @@ impl Pool {
             .collect::<std::io::Result<_>>()?;
         ledger.list_accounts(number, endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned());
         let has_model_limits = endpoints.iter().any(|endpoint| endpoint.accounts.has_model_limits());
+        let usable = endpoints.iter().filter(|endpoint| endpoint.config.usable());
+        let organizations: HashSet<&str> = usable.map(|endpoint| &*endpoint.config.organization).collect();
+        let has_several_organizations = organizations.len() > 1;
         let sessions = before.map(|before| Arc::clone(&before.sessions)).unwrap_or_default();
         Ok(Self {
             server,
             endpoints,
             router,
             has_model_limits,
+            objects: before.map(|before| Arc::clone(&before.objects)).unwrap_or_default(),
+            has_several_organizations,
             sessions,
             ledger,
             version: 1,

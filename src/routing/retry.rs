@@ -191,7 +191,7 @@ fn effect_of(meaning: &Meaning, day_left: impl FnOnce() -> Duration) -> Effect {
         Wait::Not => Effect::Neutral,
     };
     match meaning.trouble {
-        Trouble::Request | Trouble::CallMissing => Effect::Neutral,
+        Trouble::Request | Trouble::CallMissing | Trouble::ObjectMissing => Effect::Neutral,
         Trouble::ModelLimit => rest(Scope::Model, REST_GUESS),
         Trouble::AccountLimit => rest(Scope::Endpoint, REST_GUESS),
         Trouble::ModelMissing => Effect::Rest { scope: Scope::Model, wait: MISSING_REST, guessed: true },
@@ -207,7 +207,7 @@ fn effect_of(meaning: &Meaning, day_left: impl FnOnce() -> Duration) -> Effect {
 fn is_error_retryable(meaning: &Meaning, retry: &Retry) -> bool {
     match meaning.trouble {
         _ if !meaning.is_known() => retry.statuses.contains(meaning.status),
-        Trouble::Request => false,
+        Trouble::Request | Trouble::ObjectMissing => false,
         // It is asked once, and the answer is remembered.
         Trouble::CallMissing => meaning.status != 404 || retry.statuses.contains(404),
         Trouble::ModelLimit

@@ -83,6 +83,21 @@ impl Candidates {
         Self { list, label: label.into(), is_exact, counters, first_tier, is_even, turns, rates: Mutex::default() }
     }
 
+    /// Those of them whose endpoint, by its place in the pool, is one of these.
+    #[must_use]
+    pub fn narrowed(&self, is_kept: impl Fn(usize) -> bool) -> Self {
+        let kept = self.list.iter().filter(|candidate| is_kept(candidate.endpoint));
+        let matches = kept.map(|candidate| Match {
+            endpoint: candidate.endpoint,
+            model: candidate.model.clone(),
+            // The tiers keep their order.
+            closeness: EXACT - candidate.tier,
+            priority: 0,
+            weight: candidate.weight,
+        });
+        Self { is_exact: self.is_exact, ..Self::new(&self.label, matches.collect()) }
+    }
+
     /// The name that a candidate is asked for, of a request for `asked`.
     pub fn model_of<'a>(&self, candidate: &'a Candidate, asked: Option<&'a str>) -> ModelName<'a> {
         match &candidate.model {

@@ -322,7 +322,7 @@ fn way_out(trouble: Trouble) -> &'static str {
         Trouble::ModelFailure | Trouble::Endpoint => "the vendor has trouble; try again later",
         Trouble::ModelMissing => "correct the name in models or modelMapping",
         Trouble::CallMissing => "compare baseUrl with the vendor's page; most end in /v1",
-        Trouble::Request => {
+        Trouble::Request | Trouble::ObjectMissing => {
             "the request is a plain chat of one token; if others work, name another model first in models"
         }
     }

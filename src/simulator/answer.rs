@@ -117,12 +117,28 @@ fn reply(handle: &Handle, arrived: &Arrived, early: Option<Chosen>, number: u64)
         Ok(Chosen { behaviour, .. }) => {
             let reply = if behaviour.answers_any_path() {
                 scripted_reply(&behaviour, arrived)
+            } else if handle.0.options.objects {
+                object_reply(handle, arrived, number)
+                    .unwrap_or_else(|| call_reply(handle, &call, arrived, ask, &behaviour, number))
             } else {
                 call_reply(handle, &call, arrived, ask, &behaviour, number)
             };
             (reply, Some(behaviour))
         }
     }
+}
+
+/// Answers a call about objects, and keeps what a model's answer makes.
+fn object_reply(handle: &Handle, arrived: &Arrived, number: u64) -> Option<Reply> {
+    let mut objects = lock(&handle.0.objects);
+    if let Some(reply) = objects.answer(arrived, number) {
+        return Some(reply);
+    }
+    let missing = objects.missing(&arrived.body);
+    if missing.is_none() && arrived.path_and_query.ends_with("/responses") {
+        objects.keep(&format!("resp_sim{number}"), "response", number);
+    }
+    missing
 }
 
 fn has_key(handle: &Handle, arrived: &Arrived) -> bool {

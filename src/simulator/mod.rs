@@ -11,6 +11,8 @@
 //! `…/moderations`, `GET …/models`, `…/models/{id}`. Only the end of the path counts, so every
 //! prefix works. Other paths answer 404, unless the behaviour has a `body`, `echo` or a status.
 //!
+//! With [`Options::objects`] also files, batches, stored responses and the other objects that clients make, show, list and delete.
+//!
 //! # Which behaviour answers
 //!
 //! The first that exists: the member `sim` of the request's body, a [`Behaviour`] in JSON, so that one prompt fails and others
@@ -50,6 +52,7 @@ mod body;
 mod connection;
 mod control;
 mod embeddings;
+mod objects;
 mod record;
 mod reply;
 mod responses;
@@ -72,6 +75,7 @@ pub use self::behaviour::{AnswerAs, Behaviour, Empty, ResetAt, ResetHow, StallAt
 pub use self::connection::{Protocol, serve_stream, serve_with_abort};
 pub use self::record::Arrived;
 
+use self::objects::Objects;
 use self::record::Records;
 use self::script::Scripts;
 
@@ -139,6 +143,8 @@ pub struct Options {
     pub failure_rate_percent: u8,
     /// Shifts which requests those are.
     pub seed: u64,
+    /// True if objects are kept: what a client makes can be shown, listed and deleted, and is known to no other simulator.
+    pub objects: bool,
     /// True if requests are kept for [`Handle::requests`]. Benches turn it off.
     pub record: bool,
 }
@@ -154,6 +160,7 @@ impl Default for Options {
             require_key: None,
             failure_rate_percent: 0,
             seed: 0,
+            objects: false,
             record: true,
         }
     }
@@ -239,6 +246,7 @@ struct Shared {
     options: Options,
     scripts: Mutex<Scripts>,
     records: Mutex<Records>,
+    objects: Mutex<Objects>,
     open: AtomicUsize,
     cancelled: AtomicU64,
     connections: AtomicU64,
@@ -256,11 +264,13 @@ impl Shared {
             addr,
             scripts: Mutex::new(Scripts::new(options.default.clone())),
             records: Mutex::default(),
+            objects: Mutex::default(),
+            // Ids are made of these numbers.
+            numbered: AtomicU64::new(if options.objects { u64::from(fastrand::u32(..)) << 16 } else { 0 }),
             options,
             open: AtomicUsize::new(0),
             cancelled: AtomicU64::new(0),
             connections: AtomicU64::new(0),
-            numbered: AtomicU64::new(0),
             unscripted: AtomicU64::new(0),
             started: Instant::now(),
             stop,

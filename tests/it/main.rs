@@ -33,6 +33,7 @@ mod meaning;
 mod metrics;
 mod model_limits;
 mod night_shift;
+mod objects;
 mod outbound;
 mod own_answers;
 mod readmes;

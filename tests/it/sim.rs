@@ -769,6 +769,7 @@ async fn attempt(
         expects_body: true,
         more: true,
         more_if_empty: true,
+        searches: false,
         usage: UsageTerms::default(),
     };
     let asked = AskedModel { mapped: None, named: Some(model.into()), in_config: true };

@@ -54,6 +54,7 @@ fn terms(more: bool) -> Terms {
         expects_body: true,
         more,
         more_if_empty: true,
+        searches: false,
         usage: UsageTerms::default(),
     }
 }

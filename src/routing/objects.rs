@@ -1,0 +1,262 @@
+//! Objects: what was made at one endpoint lives there and nowhere else, so a request that names it goes there. An obligation: if that
+//! endpoint cannot take the request, the answer says so, and no other endpoint's 404 stands in for it.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use lru::LruCache;
+
+use crate::fault::{Fault, excerpt};
+use crate::ledger::Client;
+use crate::ledger::places::{Place, PlaceChange, SOLE_CALLER, Thing, ThingKind};
+use crate::limit::Clock;
+use crate::request::references::References;
+use crate::response::objects::Found;
+use crate::routing::pool::{Endpoint, Pool};
+use crate::routing::router::Candidates;
+
+/// Endpoints that are asked for an object that nobody knows, since it may have been made without the gateway.
+pub const SEARCHED_MAX: usize = 3;
+/// Time for which it is remembered that an object was nowhere.
+const ABSENT: Duration = Duration::from_mins(1);
+/// Ids that are remembered to be nowhere; of more the ones first that were asked for longest ago.
+const ABSENT_MAX: usize = 10_000;
+/// Time that may be missing from how long an object is remembered before its use is noted.
+const RENEWED_AFTER: Duration = Duration::from_hours(6);
+
+/// Ids that no endpoint knew lately.
+#[derive(Debug)]
+pub struct Objects {
+    absent: Mutex<LruCache<Arc<str>, Instant>>,
+}
+
+impl Default for Objects {
+    fn default() -> Self {
+        // Bounded where it grows; a bounded one would take its room at once.
+        Self { absent: Mutex::new(LruCache::unbounded()) }
+    }
+}
+
+/// Objects of one request.
+#[derive(Clone, Debug, Default)]
+pub struct Named {
+    /// Those that are known, and are to be remembered longer if the request succeeds.
+    renewed: Vec<Thing>,
+    /// Those that are not known: the endpoint that answers has them.
+    unknown: Vec<Arc<str>>,
+    /// The object that the request is about, if it stands in its path.
+    subject: Option<Arc<str>>,
+    /// True if none is known, so that some endpoints are asked one after the other.
+    pub is_searched: bool,
+}
+
+/// Where a request may go for the objects that it names.
+#[derive(Debug)]
+pub struct Resolved {
+    /// The endpoints that have them; none if that is not known.
+    pub candidates: Option<Arc<Candidates>>,
+    /// The objects.
+    pub named: Named,
+}
+
+impl Objects {
+    /// Finds where the objects of a request are, among the candidates of its model.
+    pub async fn resolve(&self, pool: &Pool, references: References, all: &Arc<Candidates>) -> Result<Resolved, Fault> {
+        let mut named = Named { subject: subject(&references), ..Named::default() };
+        let mut at: Option<Shared> = None;
+        let mut sealed: Option<BTreeSet<usize>> = None;
+        let renewed_before = remembered_until(pool, &pool.clock()).saturating_sub_unsigned(RENEWED_AFTER.as_secs());
+        for (thing, places) in look_up(pool, references).await {
+            if thing.kind == ThingKind::Sealed {
+                // Its organisation can read it, whoever had it written. The last one is the one that goes on.
+                sealed = Some(usable(pool, &places)).filter(|here| !here.is_empty()).or(sealed);
+                continue;
+            }
+            let Some(own) = own(places).map_err(|()| Fault::ObjectUnknown { id: excerpt(&thing.name) })? else {
+                named.unknown.push(thing.name);
+                continue;
+            };
+            let here = endpoints(pool, &thing, &own)?;
+            at = Some(match at {
+                None => Shared { id: Arc::clone(&thing.name), places: here },
+                Some(shared) => shared.with(&thing, &here)?,
+            });
+            if own.iter().any(|place| place.until < renewed_before) {
+                named.renewed.push(thing);
+            }
+        }
+        let candidates = match at {
+            None => {
+                named.is_searched = !named.unknown.is_empty();
+                self.refuse_absent(&named, pool.clock().now)?;
+                None
+            }
+            Some(Shared { id, places }) => {
+                let narrowed = all.narrowed(|endpoint| places.contains(&endpoint));
+                if narrowed.list().is_empty() {
+                    return Err(apart_from_model(pool, &id, &places));
+                }
+                Some(Arc::new(narrowed))
+            }
+        };
+        Ok(Resolved { candidates: sealed.map_or(candidates.clone(), |here| within(candidates, all, &here)), named })
+    }
+
+    /// Notes that no endpoint that was asked knows the objects of a request.
+    pub fn note_absent(&self, named: &Named, now: Instant) {
+        let mut absent = lock(&self.absent);
+        for id in &named.unknown {
+            absent.put(Arc::clone(id), now);
+        }
+        while absent.len() > ABSENT_MAX {
+            absent.pop_lru();
+        }
+    }
+
+    /// An object that was nowhere a moment ago is not searched for again.
+    fn refuse_absent(&self, named: &Named, now: Instant) -> Result<(), Fault> {
+        let mut absent = lock(&self.absent);
+        for id in &named.unknown {
+            let is_absent = absent.peek(id).is_some_and(|since| now.saturating_duration_since(*since) < ABSENT);
+            if is_absent {
+                return Err(Fault::ObjectUnknown { id: excerpt(id) });
+            }
+            absent.pop(id);
+        }
+        Ok(())
+    }
+}
+
+/// The endpoints, by their places in the pool, that have all objects so far, of which this is the first.
+struct Shared {
+    id: Arc<str>,
+    places: BTreeSet<usize>,
+}
+
+impl Shared {
+    /// Those of them that have another one as well.
+    fn with(self, thing: &Thing, here: &BTreeSet<usize>) -> Result<Self, Fault> {
+        let both: BTreeSet<usize> = self.places.intersection(here).copied().collect();
+        if both.is_empty() {
+            return Err(Fault::ObjectsApart { ids: [&self.id, &thing.name].map(|id| excerpt(id)) });
+        }
+        Ok(Self { places: both, ..self })
+    }
+}
+
+/// The places of each thing that a request names. A ledger that cannot be read knows none.
+async fn look_up(pool: &Pool, references: References) -> impl Iterator<Item = (Thing, Vec<Place>)> {
+    let objects = references.ids.into_iter().map(|name| Thing { kind: ThingKind::Object, name });
+    let sealed = references.sealed.into_iter().map(|name| Thing { kind: ThingKind::Sealed, name });
+    let things: Vec<Thing> = objects.chain(sealed).collect();
+    let found = if pool.ledger.is_down() { None } else { pool.ledger.find_places(things.clone()).await };
+    let found = found.unwrap_or_else(|| vec![Vec::new(); things.len()]);
+    things.into_iter().zip(found)
+}
+
+/// The places of a caller's own thing; none if it is not known, an error if it is another caller's.
+fn own(places: Vec<Place>) -> Result<Option<Vec<Place>>, ()> {
+    let is_known = !places.is_empty();
+    let own: Vec<Place> = places.into_iter().filter(|place| *place.owner == *SOLE_CALLER).collect();
+    match (is_known, own.is_empty()) {
+        (true, true) => Err(()),
+        (false, _) => Ok(None),
+        (true, false) => Ok(Some(own)),
+    }
+}
+
+impl Named {
+    /// Notes that an endpoint has answered a request for these objects, so that it has them. `deleted`: the one it is about is gone.
+    pub fn note_answered(&self, endpoint: &Endpoint, deleted: bool, until: i64, ledger: &Client) {
+        let unknown = self.unknown.iter().map(|id| Thing { kind: ThingKind::Object, name: Arc::clone(id) });
+        for thing in unknown.chain(self.renewed.iter().cloned()) {
+            ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, until)));
+        }
+        if deleted {
+            self.forget_subject(ledger);
+        }
+    }
+
+    /// Forgets where the object is that the request is about.
+    pub fn forget_subject(&self, ledger: &Client) {
+        if let Some(id) = &self.subject {
+            let thing = Thing { kind: ThingKind::Object, name: Arc::clone(id) };
+            ledger.change_place(PlaceChange::Forget(thing, SOLE_CALLER.into()));
+        }
+    }
+}
+
+/// Notes what an answer showed to be at its endpoint.
+pub fn note_found(found: Vec<Found>, endpoint: &Endpoint, until: i64, ledger: &Client) {
+    for one in found {
+        let thing = match one {
+            Found::Object(name) => Thing { kind: ThingKind::Object, name },
+            Found::Sealed(name) => Thing { kind: ThingKind::Sealed, name },
+        };
+        ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, until)));
+    }
+}
+
+/// When something that is used now is forgotten.
+pub fn remembered_until(pool: &Pool, clock: &Clock) -> i64 {
+    clock.seconds_after(pool.server.affinity.id_time)
+}
+
+fn place_at(endpoint: &Endpoint, until: i64) -> Place {
+    Place {
+        owner: SOLE_CALLER.into(),
+        endpoint: Arc::clone(&endpoint.config.id),
+        organization: Arc::clone(&endpoint.config.organization),
+        until,
+    }
+}
+
+/// The object that a request is about: the last one in its path.
+fn subject(references: &References) -> Option<Arc<str>> {
+    references.ids.get(references.in_path.checked_sub(1)?).cloned()
+}
+
+/// The endpoints that have a thing: where it was seen, and the others of that organisation.
+fn having<'a>(pool: &'a Pool, places: &'a [Place]) -> impl Iterator<Item = (usize, &'a Endpoint)> {
+    let has = |endpoint: &Endpoint| {
+        let is_it =
+            |place: &Place| place.endpoint == endpoint.config.id || place.organization == endpoint.config.organization;
+        places.iter().any(is_it)
+    };
+    pool.endpoints.iter().map(AsRef::as_ref).enumerate().filter(move |(_, endpoint)| has(endpoint))
+}
+
+/// Those of them that are switched on.
+fn usable(pool: &Pool, places: &[Place]) -> BTreeSet<usize> {
+    having(pool, places).filter(|(_, endpoint)| endpoint.config.usable()).map(|(index, _)| index).collect()
+}
+
+/// Those of them that are switched on. A fault if there are none.
+fn endpoints(pool: &Pool, thing: &Thing, places: &[Place]) -> Result<BTreeSet<usize>, Fault> {
+    let usable = usable(pool, places);
+    if !usable.is_empty() {
+        return Ok(usable);
+    }
+    let endpoint = places.first().map(|place| place.endpoint.to_string()).filter(|_| pool.server.endpoint_headers);
+    let id = excerpt(&thing.name);
+    let is_gone = having(pool, places).next().is_none();
+    Err(if is_gone { Fault::ObjectGone { id, endpoint } } else { Fault::ObjectDisabled { id, endpoint } })
+}
+
+/// The candidates that are among these endpoints as well, if there are any.
+fn within(narrowed: Option<Arc<Candidates>>, all: &Candidates, endpoints: &BTreeSet<usize>) -> Option<Arc<Candidates>> {
+    let both = narrowed.as_deref().unwrap_or(all).narrowed(|endpoint| endpoints.contains(&endpoint));
+    if both.list().is_empty() { narrowed } else { Some(Arc::new(both)) }
+}
+
+/// The fault of a request for a model that is not served where its objects are.
+fn apart_from_model(pool: &Pool, id: &str, places: &BTreeSet<usize>) -> Fault {
+    let names = places.iter().filter_map(|index| pool.endpoints.get(*index)).map(|one| one.config.id.to_string());
+    let endpoint = names.into_iter().next().filter(|_| pool.server.endpoint_headers);
+    Fault::ModelApart { id: excerpt(id), endpoint }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

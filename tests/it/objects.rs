@@ -1,0 +1,350 @@
+//! What was made at one endpoint lives there: files, stored responses and others, over several endpoints.
+
+use api_together::simulator::{Behaviour, Options, Simulator};
+use http::Method;
+use serde_json::{Value, json};
+
+use crate::harness::{Proxy, Reply, chat_stream, endpoint_with, simulator_with, within};
+
+async fn keeping(name: &str) -> Simulator {
+    simulator_with(Options { name: name.to_owned(), objects: true, ..Options::default() }).await
+}
+
+/// Endpoints `a`, `b` and so on, each of which knows only its own objects.
+struct Several {
+    simulators: Vec<Simulator>,
+    proxy: Proxy,
+}
+
+impl Several {
+    async fn start(count: usize, server: Value, each: Value) -> Self {
+        let mut simulators = Vec::new();
+        for id in ('a'..).take(count) {
+            simulators.push(keeping(&id.to_string()).await);
+        }
+        let apis: Vec<_> = simulators
+            .iter()
+            .zip('a'..)
+            .map(|(simulator, id)| endpoint_with(&id.to_string(), &simulator.base_url(), each.clone()))
+            .collect();
+        Self { proxy: Proxy::start(server, &apis).await, simulators }
+    }
+
+    fn of(&self, id: &str) -> &Simulator {
+        &self.simulators[usize::from(id.as_bytes()[0] - b'a')]
+    }
+
+    /// Makes an object, and returns its id and its endpoint's.
+    async fn make(&self, path: &str, body: Value) -> (String, String) {
+        let reply = self.proxy.post(path, &body).await;
+        assert_eq!(reply.status, 200, "{reply:?}");
+        (reply.json()["id"].as_str().unwrap().to_owned(), reply.endpoint().unwrap().to_owned())
+    }
+
+    async fn call(&self, method: Method, path: &str) -> Reply {
+        Reply::of(self.proxy.request(method, path)).await
+    }
+}
+
+fn respond(more: Value) -> Value {
+    crate::harness::merged(json!({ "model": "m", "input": "hello" }), more)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_is_found_where_it_was_made() {
+    within(async {
+        let several = Several::start(4, json!({}), json!({})).await;
+        let mut used = std::collections::BTreeSet::new();
+        for path in
+            ["/v1/files", "/v1/batches", "/v1/conversations", "/v1/threads", "/v1/vector_stores", "/v1/containers"]
+        {
+            for _ in 0..4 {
+                let (id, at) = several.make(path, json!({})).await;
+                used.insert(at.clone());
+                for suffix in ["", "/content"] {
+                    several.call(Method::GET, &format!("{path}/{id}{suffix}")).await.assert_from(&at, 1);
+                }
+                let gone = several.call(Method::DELETE, &format!("{path}/{id}")).await;
+                gone.assert_from(&at, 1);
+                assert_eq!(several.call(Method::GET, &format!("{path}/{id}")).await.status, 404);
+            }
+        }
+        assert!(used.len() > 1, "{used:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn turns_of_a_stored_conversation_stay_at_one_endpoint() {
+    within(async {
+        let several = Several::start(5, json!({}), json!({})).await;
+        for stream in [false, true] {
+            for _ in 0..5 {
+                let first = several.proxy.post("/v1/responses", &respond(json!({ "stream": stream }))).await;
+                let at = first.endpoint().unwrap().to_owned();
+                let text = first.text();
+                let begins = text.find("resp_sim").unwrap();
+                let mut id = text[begins..].split('"').next().unwrap().to_owned();
+                for _ in 0..4 {
+                    let next =
+                        several.proxy.post("/v1/responses", &respond(json!({ "previous_response_id": id }))).await;
+                    next.assert_from(&at, 1);
+                    next.json()["id"].as_str().unwrap().clone_into(&mut id);
+                }
+                several.call(Method::GET, &format!("/v1/responses/{id}")).await.assert_from(&at, 1);
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_binds_wherever_it_is_named() {
+    within(async {
+        let several = Several::start(4, json!({}), json!({})).await;
+        for _ in 0..4 {
+            let (file, at) = several.make("/v1/files", json!({})).await;
+            let batch = several.proxy.post("/v1/batches", &json!({ "input_file_id": file })).await;
+            batch.assert_from(&at, 1);
+            // The batch's answer names what it will write.
+            let output = batch.json()["output_file_id"].as_str().unwrap().to_owned();
+            several.call(Method::GET, &format!("/v1/files/{output}/content")).await.assert_from(&at, 1);
+            let (conversation, there) = several.make("/v1/conversations", json!({})).await;
+            let reply = several.proxy.post("/v1/responses", &respond(json!({ "conversation": conversation }))).await;
+            reply.assert_from(&there, 1);
+            let content = json!([{ "role": "user", "content": [{ "type": "input_file", "file_id": file }] }]);
+            several.proxy.post("/v1/responses", &respond(json!({ "input": content }))).await.assert_from(&at, 1);
+            let part = json!([{ "role": "user", "content": [{ "type": "file", "file": { "file_id": file } }] }]);
+            let chat = json!({ "model": "m", "messages": part });
+            several.proxy.post("/v1/chat/completions", &chat).await.assert_from(&at, 1);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_an_objects_endpoint_cannot_take_it_the_answer_says_so() {
+    within(async {
+        let several = Several::start(3, json!({}), json!({ "rpm": 2 })).await;
+        let (file, at) = several.make("/v1/files", json!({})).await;
+        let path = format!("/v1/files/{file}");
+        several.call(Method::GET, &path).await.assert_from(&at, 1);
+        let full = several.call(Method::GET, &path).await;
+        let message = full.assert_error(429, "requests", "rate_limit_exceeded");
+        assert!(message.contains(&at) && full.header("retry-after").is_some(), "{message}");
+        // A failure of that endpoint is its own as well.
+        let several = Several::start(3, json!({}), json!({})).await;
+        let (file, at) = several.make("/v1/files", json!({})).await;
+        several.of(&at).script("*", vec![Behaviour::status(500)]);
+        let reply = several.call(Method::GET, &format!("/v1/files/{file}")).await;
+        assert_eq!((reply.status, reply.endpoint()), (500, Some(at.as_str())));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_nobody_knows_is_looked_for_and_then_known() {
+    within(async {
+        let several = Several::start(3, json!({}), json!({})).await;
+        for stranger in &several.simulators {
+            // Made without the gateway.
+            let made = reqwest_post(&format!("{}/v1/files", stranger.base_url())).await;
+            let path = format!("/v1/files/{made}");
+            let found = several.call(Method::GET, &path).await;
+            assert_eq!(found.status, 200, "{found:?}");
+            let at = found.endpoint().unwrap().to_owned();
+            for _ in 0..4 {
+                several.call(Method::GET, &path).await.assert_from(&at, 1);
+            }
+            // The same for what a body names.
+            let made = reqwest_post(&format!("{}/v1/conversations", stranger.base_url())).await;
+            let body = respond(json!({ "conversation": made }));
+            let found = several.proxy.post("/v1/responses", &body).await;
+            assert_eq!(found.status, 200, "{found:?}");
+            several.proxy.post("/v1/responses", &body).await.assert_from(&at, 1);
+        }
+    })
+    .await;
+}
+
+async fn reqwest_post(url: &str) -> String {
+    let reply = Reply::of(crate::harness::client(reqwest::ClientBuilder::http1_only).post(url).json(&json!({}))).await;
+    reply.json()["id"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_most_three_are_asked_for_what_is_nowhere_and_none_again_for_a_while() {
+    within(async {
+        let several = Several::start(5, json!({}), json!({})).await;
+        for (method, path) in [(Method::GET, "/v1/files/file-nowhere"), (Method::POST, "/v1/batches/batch_no/cancel")] {
+            let asked = || several.simulators.iter().map(|one| one.requests().len()).sum::<usize>();
+            let before = asked();
+            let reply = several.call(method.clone(), path).await;
+            assert_eq!((reply.status, reply.attempts()), (404, Some("3")), "{reply:?}");
+            assert!(reply.text().contains("No such object"), "the endpoint's own words: {reply:?}");
+            assert_eq!(asked(), before + 3);
+            let again = several.call(method, path).await;
+            again.assert_error(404, "invalid_request_error", "object_not_found");
+            assert_eq!(asked(), before + 3, "it is remembered");
+        }
+        let body = respond(json!({ "previous_response_id": "resp_nowhere" }));
+        let reply = several.proxy.post("/v1/responses", &body).await;
+        assert_eq!((reply.status, reply.attempts()), (400, Some("3")), "{reply:?}");
+        // Nobody is the worse for it.
+        for id in ["a", "b", "c", "d", "e"] {
+            assert_eq!(several.proxy.status_of(id).await["errorCount"], 0);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_at_different_endpoints_are_told_apart() {
+    within(async {
+        let several = Several::start(2, json!({}), json!({})).await;
+        let (one, at) = several.make("/v1/files", json!({})).await;
+        let (other, there) = loop {
+            let made = several.make("/v1/conversations", json!({})).await;
+            if made.1 != at {
+                break made;
+            }
+        };
+        assert_ne!(at, there);
+        let content = json!([{ "role": "user", "content": [{ "type": "input_file", "file_id": one }] }]);
+        let body = respond(json!({ "conversation": other, "input": content }));
+        let message = several.proxy.post("/v1/responses", &body).await.assert_error(
+            400,
+            "invalid_request_error",
+            "objects_apart",
+        );
+        assert!(message.contains(&one) && message.contains(&other), "{message}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endpoints_of_one_organization_have_the_same_objects() {
+    within(async {
+        let simulator = keeping("a").await;
+        let other = keeping("other").await;
+        let apis = [
+            endpoint_with("one", &simulator.base_url(), json!({ "organization": "acme", "rpm": 2 })),
+            endpoint_with("two", &simulator.base_url(), json!({ "organization": "acme", "rpm": 2 })),
+            endpoint_with("other", &other.base_url(), json!({})),
+        ];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        let file = loop {
+            let made = proxy.post("/v1/files", &json!({})).await;
+            if made.endpoint() != Some("other") {
+                break made.json()["id"].as_str().unwrap().to_owned();
+            }
+        };
+        let mut served = std::collections::BTreeMap::new();
+        for _ in 0..3 {
+            let reply = Reply::of(proxy.request(Method::GET, &format!("/v1/files/{file}"))).await;
+            assert_eq!(reply.status, 200, "{reply:?}");
+            *served.entry(reply.endpoint().unwrap().to_owned()).or_insert(0) += 1;
+        }
+        assert_eq!(served.keys().map(String::as_str).collect::<Vec<_>>(), ["one", "two"], "both have it");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_outlives_the_process_and_its_endpoint_is_named_when_it_is_gone() {
+    within(async {
+        let simulators = [keeping("a").await, keeping("b").await];
+        let folder = tempfile::tempdir().unwrap();
+        let server = json!({ "ledger": folder.path().join("ledger.db") });
+        let api = |id: &str, simulator: &Simulator, more: Value| endpoint_with(id, &simulator.base_url(), more);
+        let both = [api("a", &simulators[0], json!({})), api("b", &simulators[1], json!({}))];
+        let proxy = Proxy::start(server.clone(), &both).await;
+        let made = loop {
+            let made = proxy.post("/v1/files", &json!({})).await;
+            if made.endpoint() == Some("b") {
+                break made.json()["id"].as_str().unwrap().to_owned();
+            }
+        };
+        let path = format!("/v1/files/{made}");
+        // A look into the ledger writes what was noted before.
+        assert_eq!(proxy.get(&path).await.endpoint(), Some("b"));
+        let second = Proxy::start(server.clone(), &both).await;
+        assert_eq!(second.get(&path).await.endpoint(), Some("b"));
+        let third = keeping("c").await;
+        let without = [api("a", &simulators[0], json!({})), api("c", &third, json!({}))];
+        let message = Proxy::start(server.clone(), &without).await.get(&path).await.assert_error(
+            404,
+            "invalid_request_error",
+            "object_gone",
+        );
+        assert!(message.contains("the endpoint b"), "{message}");
+        let off = [without[0].clone(), without[1].clone(), api("b", &simulators[1], json!({ "enabled": false }))];
+        let message = Proxy::start(server.clone(), &off).await.get(&path).await.assert_error(
+            503,
+            "server_error",
+            "endpoint_disabled",
+        );
+        assert!(message.contains("the endpoint b"), "{message}");
+        // A model that is not served there.
+        let apart = [api("a", &simulators[0], json!({})), api("b", &simulators[1], json!({ "models": ["n"] }))];
+        let proxy = Proxy::start(server, &apart).await;
+        let content = json!([{ "role": "user", "content": [{ "type": "input_file", "file_id": made }] }]);
+        let reply = proxy.post("/v1/responses", &respond(json!({ "input": content }))).await;
+        let message = reply.assert_error(400, "invalid_request_error", "model_apart");
+        assert!(message.contains("the endpoint b") && message.contains(&made), "{message}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chats_that_are_not_stored_bind_nothing() {
+    within(async {
+        let several = Several::start(3, json!({}), json!({})).await;
+        let mut used = std::collections::BTreeSet::new();
+        for _ in 0..20 {
+            let reply = several.proxy.post("/v1/chat/completions", &chat_stream("m")).await;
+            used.insert(reply.endpoint().unwrap().to_owned());
+        }
+        assert_eq!(used.len(), 3, "{used:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sealed_reasoning_goes_back_to_the_organization_that_wrote_it() {
+    within(async {
+        let several = Several::start(4, json!({}), json!({})).await;
+        for (path, body) in [
+            ("/v1/responses", json!({ "model": "m", "store": false, "input": "hello" })),
+            ("/v1/messages", json!({ "model": "m", "max_tokens": 9, "messages": [] })),
+        ] {
+            for number in 0..4 {
+                let seal = format!("gAAAAAB{number}{}", path.repeat(20));
+                let (answer, back) = if path == "/v1/responses" {
+                    let item = json!({ "type": "reasoning", "id": "rs_1", "encrypted_content": seal });
+                    let said = json!({ "type": "message", "content": [{ "type": "output_text", "text": "hi" }] });
+                    let answer = json!({ "id": "resp_1", "status": "completed", "output": [item, said] });
+                    (answer, json!({ "model": "m", "store": false, "input": [item, { "role": "user" }] }))
+                } else {
+                    let thinking = json!({ "type": "thinking", "thinking": "so", "signature": seal });
+                    let said = json!({ "type": "text", "text": "hi" });
+                    let answer = json!({ "id": "msg_1", "type": "message", "role": "assistant",
+                        "stop_reason": "end_turn", "content": [thinking, said] });
+                    (answer, json!({ "model": "m", "messages": [{ "role": "assistant", "content": [thinking] }] }))
+                };
+                for one in &several.simulators {
+                    let says = Behaviour { body: Some(answer.to_string()), ..Behaviour::default() };
+                    one.script("*", vec![says.clone()]);
+                    one.script("m", vec![says]);
+                }
+                let first = several.proxy.post(path, &body).await;
+                assert_eq!(first.status, 200, "{first:?}");
+                let at = first.endpoint().unwrap().to_owned();
+                for _ in 0..3 {
+                    several.proxy.post(path, &back).await.assert_from(&at, 1);
+                }
+            }
+        }
+    })
+    .await;
+}
