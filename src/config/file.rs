@@ -121,8 +121,9 @@ pub(super) struct ServerFile {
     /// are then answered 503. Default: half of the memory of the machine or its container, at most 1 GiB.
     #[schemars(range(min = MEMORY_BYTES_MIN, max = MEMORY_BYTES_MAX))]
     pub memory_bytes_max: Option<u64>,
-    /// Load balancing among several usable endpoints: at random by weight, round robin, the one with the fewest
-    /// requests in flight, or the one with the lowest time to first byte.
+    /// Load balancing among several usable endpoints: at random by weight, round robin, the one with the fewest requests in flight, the
+    /// one with the lowest time to first byte, the one with the largest share of its limits left, or the first of this file that can take
+    /// the request.
     #[schemars(extend("default" = Strategy::Random))]
     pub strategy: Option<Strategy>,
     /// Retries of a failed request on another endpoint.

@@ -160,6 +160,10 @@ pub enum Strategy {
     LeastBusy,
     /// The one that has answered fastest of late.
     Fastest,
+    /// The one with the largest share of its limits left.
+    MostLeft,
+    /// The first of the config file that can take it.
+    FillFirst,
 }
 
 /// Retries of a failed request on another endpoint.

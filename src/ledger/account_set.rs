@@ -72,6 +72,11 @@ impl AccountSet {
         self.in_ledger || self.is_concurrency_limited
     }
 
+    /// The share that is left of the limits, from 0 to 1: the smallest of the accounts', as the allocator last found them.
+    pub fn share_left(&self, now: Stamp) -> f64 {
+        self.accounts.iter().map(|of| of.account.view().share_left(now)).fold(1.0, f64::min)
+    }
+
     /// True if one of the accounts had no permit left when the allocator last looked.
     pub fn seems_full(&self, now: Stamp) -> bool {
         self.is_limited() && self.accounts.iter().any(|of| of.account.seems_full(now))

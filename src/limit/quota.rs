@@ -79,6 +79,22 @@ pub struct Gauge {
     pub resets: Option<Stamp>,
 }
 
+impl View {
+    /// The share that is left of what the account may use by the minute and by the day, from 0 to 1: the smallest of its limits'.
+    pub fn share_left(&self, now: Stamp) -> f64 {
+        let PerLimit { rpm, rpd, tpm, tpd, max_concurrent: _ } = &self.gauges;
+        let share = |gauge: &Gauge| {
+            // What has expired since counts no more.
+            let used = if gauge.resets.is_some_and(|resets| resets <= now) { 0 } else { gauge.used };
+            let limit = gauge.limit.max(1);
+            #[expect(clippy::cast_precision_loss, reason = "a share need not be exact")]
+            let share = limit.saturating_sub(used) as f64 / limit as f64;
+            share
+        };
+        [rpm, rpd, tpm, tpd].into_iter().flatten().map(share).fold(1.0, f64::min)
+    }
+}
+
 impl Gauge {
     /// Returns the remaining part.
     pub fn left(&self) -> u64 {

@@ -157,7 +157,8 @@ fn at_once(options: &Options<'_>, clock: &Clock) -> Option<usize> {
     };
     match pool.server.strategy {
         Strategy::Random => draw(),
-        Strategy::RoundRobin => None,
+        Strategy::RoundRobin | Strategy::MostLeft => None,
+        Strategy::FillFirst => if_open(0),
         Strategy::LeastBusy => better(&|index| busyness(options, index)),
         Strategy::Fastest => better(&|index| slowness(options, index, clock.now)),
     }
@@ -171,7 +172,7 @@ pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Stamp)> {
     let mut tier = 0;
     for (index, candidate) in options.candidates.list().iter().enumerate() {
         if candidate.tier != tier {
-            spread(options, &mut open, tier_begins);
+            order(options, &mut open, tier_begins, clock);
             (tier, tier_begins) = (candidate.tier, open.len());
         }
         let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
@@ -181,14 +182,24 @@ pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Stamp)> {
             Gate::TrialDue | Gate::OnTrial | Gate::Cooling { .. } => {}
         }
     }
-    spread(options, &mut open, tier_begins);
+    order(options, &mut open, tier_begins, clock);
     open
 }
 
-/// Puts the candidates of a tier, the last of the list, into a random order, but the preferred one first.
-fn spread(options: &Options<'_>, open: &mut [(usize, Stamp)], tier_begins: usize) {
+/// Puts the candidates of a tier, the last of the list, into the order in which they are drawn from: as the strategy has one, or else
+/// from a random one on, and the preferred one first.
+fn order(options: &Options<'_>, open: &mut [(usize, Stamp)], tier_begins: usize, clock: &Clock) {
     let Some(tier) = open.get_mut(tier_begins..).filter(|tier| tier.len() > 1) else { return };
-    tier.rotate_left(fastrand::usize(..tier.len()));
+    match options.pool.server.strategy {
+        Strategy::FillFirst => {}
+        Strategy::MostLeft => {
+            let used = |(index, _): &(usize, Stamp)| 1.0 - share_left(options, *index, clock);
+            tier.sort_by(|one, other| used(one).total_cmp(&used(other)));
+        }
+        Strategy::Random | Strategy::RoundRobin | Strategy::LeastBusy | Strategy::Fastest => {
+            tier.rotate_left(fastrand::usize(..tier.len()));
+        }
+    }
     let preferred = tier.iter().position(|(index, _)| Some(*index) == options.preferred);
     if let Some(at) = preferred {
         tier.swap(0, at);
@@ -247,7 +258,7 @@ fn choose(options: &Options<'_>, eligible: &mut Vec<Eligible>, clock: &Clock) ->
         let at = match preferred {
             Some(at) => at,
             None if eligible.len() == 1 => 0,
-            None => by_strategy(options, eligible, clock.now),
+            None => by_strategy(options, eligible, clock),
         };
         let Eligible { index: candidate, trial } = eligible.swap_remove(at);
         let begun = if trial { options.begin_trial(candidate) } else { None };
@@ -260,13 +271,15 @@ fn choose(options: &Options<'_>, eligible: &mut Vec<Eligible>, clock: &Clock) ->
 }
 
 /// The place, among the eligible ones, of the one that the strategy takes.
-fn by_strategy(options: &Options<'_>, eligible: &[Eligible], now: Instant) -> usize {
+fn by_strategy(options: &Options<'_>, eligible: &[Eligible], clock: &Clock) -> usize {
     let candidates = options.candidates;
     match options.pool.server.strategy {
         Strategy::Random => by_weight(candidates, eligible),
         Strategy::RoundRobin => by_turn(candidates, eligible),
         Strategy::LeastBusy => better_of_two(candidates, eligible, |index| busyness(options, index)),
-        Strategy::Fastest => better_of_two(candidates, eligible, |index| slowness(options, index, now)),
+        Strategy::Fastest => better_of_two(candidates, eligible, |index| slowness(options, index, clock.now)),
+        Strategy::MostLeft => most_left(options, eligible, clock),
+        Strategy::FillFirst => eligible.iter().enumerate().min_by_key(|(_, one)| one.index).map_or(0, |(at, _)| at),
     }
 }
 
@@ -319,6 +332,19 @@ fn better_of_two(candidates: &Candidates, eligible: &[Eligible], score: impl Fn(
     let second = if second >= first { second + 1 } else { second };
     let score_at = |at: usize| eligible.get(at).map_or(f64::MAX, |e| score(e.index));
     if score_at(second) < score_at(first) { second } else { first }
+}
+
+/// The one with the largest share of its limits left; of several, one by weight.
+fn most_left(options: &Options<'_>, eligible: &[Eligible], clock: &Clock) -> usize {
+    let shares: Vec<f64> = eligible.iter().map(|one| share_left(options, one.index, clock)).collect();
+    let most = shares.iter().copied().fold(0.0, f64::max);
+    let best: Vec<usize> = shares.iter().enumerate().filter(|(_, share)| **share >= most).map(|(at, _)| at).collect();
+    let among: Vec<Eligible> = best.iter().filter_map(|at| eligible.get(*at).copied()).collect();
+    best.get(by_weight(options.candidates, &among)).copied().unwrap_or_default()
+}
+
+fn share_left(options: &Options<'_>, index: usize, clock: &Clock) -> f64 {
+    options.accounts(index).map_or(0.0, |accounts| accounts.share_left(clock.boot))
 }
 
 fn busyness(options: &Options<'_>, index: usize) -> f64 {
@@ -419,6 +445,15 @@ mod tests {
         assert_eq!(picks(&pool, 20), [0, 20], "a new one is tried first");
         pool.endpoints[1].live.observe_first_byte(Duration::from_millis(50), now);
         assert_eq!(picks(&pool, 20), [20, 0]);
+    }
+
+    #[test]
+    fn fill_first_goes_by_the_order_of_the_file() {
+        let pool = pool(Strategy::FillFirst, r#"[{"id":"a","models":["m"]},{"id":"b","models":["m"]}]"#);
+        assert_eq!(picks(&pool, 20), [20, 0]);
+        learn(&pool, 0, rest(false), 1);
+        assert_eq!(picks(&pool, 20), [0, 20]);
+        assert_eq!(open(&options(&pool, &[]), &pool.clock())[0].0, 0, "it is waited for first");
     }
 
     #[test]

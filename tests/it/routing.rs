@@ -308,3 +308,35 @@ async fn a_404_of_an_id_or_of_a_call_that_has_worked_is_not_remembered() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn most_left_empties_quotas_of_different_size_evenly() {
+    within(async {
+        let simulator = simulator().await;
+        let api = |id: &str, rpd: u32| endpoint_with(id, &simulator.base_url(), json!({ "rpd": rpd }));
+        let apis = [api("a", 10), api("b", 20), api("c", 40)];
+        let proxy = Proxy::start(json!({ "strategy": "most_left" }), &apis).await;
+        // Half of all.
+        let half = chats(&proxy, 35).await;
+        for (id, expected) in [("a", 5_usize), ("b", 10), ("c", 20)] {
+            assert!(half[id].abs_diff(expected) <= 1, "{half:?}");
+        }
+        // And the rest, to the last one.
+        chats(&proxy, 35).await;
+        assert_eq!(proxy.chat("m").await.status, 429);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fill_first_uses_one_after_the_other() {
+    within(async {
+        let simulator = simulator().await;
+        let api = |id: &str, rpm: u32| endpoint_with(id, &simulator.base_url(), json!({ "rpm": rpm }));
+        let proxy = Proxy::start(json!({ "strategy": "fill_first" }), &[api("a", 5), api("b", 7), api("c", 9)]).await;
+        for (id, count) in [("a", 5), ("b", 7), ("c", 9)] {
+            assert_eq!(chats(&proxy, count).await, counts([(id, count)]));
+        }
+    })
+    .await;
+}

@@ -421,7 +421,14 @@ impl World {
             endpoint.weight = self.rng.u32(1..4);
             config.endpoints.push(endpoint);
         }
-        let strategies = [Strategy::Random, Strategy::RoundRobin, Strategy::LeastBusy, Strategy::Fastest];
+        let strategies = [
+            Strategy::Random,
+            Strategy::RoundRobin,
+            Strategy::LeastBusy,
+            Strategy::Fastest,
+            Strategy::MostLeft,
+            Strategy::FillFirst,
+        ];
         config.server.strategy = *self.rng.choice(&strategies).unwrap();
         config
     }
