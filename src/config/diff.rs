@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use super::affinity::AffinityRules;
+use super::calls::{CallKind, CallSet};
 use super::connections::ConnectionLimits;
-use super::endpoint::{Endpoint, EndpointTls, ModelLimits, Timeouts};
+use super::endpoint::{Door, Endpoint, EndpointTls, ModelLimits, Timeouts};
 use super::proxy::Proxy;
 use super::server::{Breaker, Queue, Retry, Server, ServerTls};
 use super::spelling::{self, millis, optional, path, plain, seconds, word};
@@ -192,6 +193,9 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         name,
         base_url,
         api_key,
+        auth_header,
+        calls,
+        formats,
         limits,
         model_limits,
         timezone,
@@ -235,6 +239,13 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     compare_model_limits(lines, id, model_limits, &after.model_limits);
     lines.compare_lists(&at("models"), models, &after.models);
     lines.compare_lists(&at("modelMapping"), &pairs(model_mapping), &pairs(&after.model_mapping));
+    lines.compare(&at("authHeader"), plain, auth_header, &after.auth_header);
+    let kinds = |calls: &CallSet| match *calls {
+        CallSet::ALL => "all".to_owned(),
+        calls => calls.kinds().map(CallKind::name).collect::<Vec<_>>().join(", "),
+    };
+    lines.compare(&at("calls"), kinds, calls, &after.calls);
+    lines.compare_lists(&at("formats"), &doors(formats), &doors(&after.formats));
     lines.compare(&at("weight"), plain, weight, &after.weight);
     lines.compare(&at("priority"), plain, priority, &after.priority);
     let Timeouts { connect, first_byte_stream, first_byte, thinking, idle } = timeouts;
@@ -283,6 +294,13 @@ fn proxies(lines: &mut ChangeLines, what: &str, before: Option<&Proxy>, after: O
     let (before, after) = (shown(before), shown(after));
     // Only the password may be another.
     lines.add(if before == after { format!("{what} changed") } else { format!("{what} {before} → {after}") });
+}
+
+fn doors(formats: &[Door]) -> Vec<String> {
+    formats
+        .iter()
+        .map(|Door { calls, base_url, auth_header }| format!("{calls} at {base_url} by {auth_header}"))
+        .collect()
 }
 
 fn pairs(mapping: &BTreeMap<String, String>) -> Vec<String> {

@@ -11,10 +11,12 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::auth_header::AuthHeader;
 use super::base_url::BaseUrl;
+use super::calls::{CallKind, CallSet};
 use super::checked::Check;
 use super::errors::{ErrorRule, MessagePattern};
-use super::file::{self, EndpointFile, EndpointTlsFile, ErrorRuleFile, ModelLimitsFile, TimeoutsFile};
+use super::file::{self, EndpointFile, EndpointTlsFile, ErrorRuleFile, FormatFile, ModelLimitsFile, TimeoutsFile};
 use super::limits::{Limit, PerLimit};
 use super::problem::join;
 use super::proxy::Proxy;
@@ -39,6 +41,12 @@ pub struct Endpoint {
     pub base_url: BaseUrl,
     /// The key it is sent.
     pub api_key: Secret,
+    /// Where it wants its key.
+    pub auth_header: AuthHeader,
+    /// Calls that it has.
+    pub calls: CallSet,
+    /// Other addresses for some of them.
+    pub formats: Vec<Door>,
     /// Limits.
     pub limits: PerLimit<Limit>,
     /// Limits of models, by exact name or beginning that ends in `*`, of names as the endpoint is sent them.
@@ -94,6 +102,17 @@ impl Endpoint {
 fn sent_models<'a>(models: &'a [String], mapping: &'a BTreeMap<String, String>) -> impl Iterator<Item = &'a str> {
     let unmapped = models.iter().filter(|model| !mapping.contains_key(*model));
     unmapped.chain(mapping.values()).map(String::as_str)
+}
+
+/// Another address of an endpoint, for calls of one kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Door {
+    /// Kind of calls.
+    pub calls: CallKind,
+    /// Base URL.
+    pub base_url: BaseUrl,
+    /// Where it wants the endpoint's key.
+    pub auth_header: AuthHeader,
 }
 
 /// Limits of the models that match a pattern; none of them is [`Limit::Off`].
@@ -182,6 +201,11 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let timezone = super::server::timezone(typed.timezone.as_deref(), &at("timezone"), check);
     let model_limits = model_limits(typed.model_limits, (&models, &model_mapping), &at("modelLimits"), check);
     let organization = organization(typed.organization, &at("organization"), check);
+    let auth_header = auth_header(typed.auth_header.as_deref(), &at("authHeader"), check);
+    // A word that is none of them has been reported with the shape.
+    let calls =
+        typed.calls.map_or(CallSet::ALL, |calls| calls.iter().filter_map(|name| CallKind::named(name)).collect());
+    let formats = formats(typed.formats, auth_header.as_ref(), &at("formats"), check);
     let limits = PerLimit {
         rpm: typed.rpm,
         rpd: typed.rpd,
@@ -198,6 +222,9 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         version_path,
         query,
         api_key: api_key?,
+        auth_header: auth_header?,
+        calls,
+        formats,
         limits: limits.map(limit),
         model_limits,
         timezone: timezone?,
@@ -381,6 +408,43 @@ fn query(typed: Option<BTreeMap<String, Secret>>, path: &str, check: &mut Check<
         query.push((encode(&name), Secret::new(encode(value.expose()))));
     }
     query
+}
+
+fn auth_header(typed: Option<&str>, path: &str, check: &mut Check<'_>) -> Option<AuthHeader> {
+    let Some(typed) = typed else { return Some(AuthHeader::default()) };
+    let parsed = AuthHeader::parse(typed);
+    if parsed.is_none() {
+        let hint = "use authorization, api-key, x-api-key, x-goog-api-key, or query:NAME for a parameter of the query; headers can hold \
+                    others";
+        check.report.error(path, format!("{typed:?} is no place for a key that is known here"), hint);
+    }
+    parsed
+}
+
+fn formats(
+    typed: Option<BTreeMap<String, FormatFile>>,
+    default: Option<&AuthHeader>,
+    path: &str,
+    check: &mut Check<'_>,
+) -> Vec<Door> {
+    let mut formats = Vec::new();
+    for (name, typed) in typed.unwrap_or_default() {
+        let path = join(path, &name);
+        let Some(calls) = CallKind::named(&name) else {
+            let names: Vec<_> = CallKind::ALL.iter().map(|kind| kind.name()).collect();
+            check.report.error(&path, "is no kind of calls", &format!("use one of {}", names.join(", ")));
+            continue;
+        };
+        let base_url = base_url(typed.base_url.as_deref(), &join(&path, "baseUrl"), check);
+        let auth_header = match typed.auth_header.as_deref() {
+            None => default.cloned(),
+            Some(text) => auth_header(Some(text), &join(&path, "authHeader"), check),
+        };
+        if let (Some(base_url), Some(auth_header)) = (base_url, auth_header) {
+            formats.push(Door { calls, base_url, auth_header });
+        }
+    }
+    formats
 }
 
 fn errors(typed: Option<Vec<ErrorRuleFile>>, path: &str, check: &mut Check<'_>) -> Vec<ErrorRule> {

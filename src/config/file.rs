@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::calls::CallKind;
 use super::endpoint::{StreamUsage, VersionPath};
 use super::errors::Trouble;
 use super::server::{LedgerOnError, LedgerSync, LogFormat, Strategy};
@@ -331,9 +332,19 @@ pub(super) struct EndpointFile {
     /// Parameters added to the query of each request to the endpoint, such as `{"api-version": "2024-10-21"}`; they replace the
     /// client's of the same name. Their values are treated as secrets.
     pub query: Option<BTreeMap<String, Secret>>,
-    /// The key sent to the endpoint as `Authorization: Bearer <key>`.
+    /// The key sent to the endpoint.
     #[schemars(required)]
     pub api_key: Option<Secret>,
+    /// Where the endpoint wants its key: `authorization` (as `Bearer <key>`), the header `api-key`, `x-api-key` or `x-goog-api-key`, or
+    /// `query:NAME`, a parameter of the query.
+    #[schemars(extend("default" = "authorization"))]
+    pub auth_header: Option<String>,
+    /// Calls that the endpoint has. Default: all but those that it answers 404 to.
+    #[schemars(with = "Option<Vec<CallKind>>")]
+    pub calls: Option<Vec<String>>,
+    /// Other addresses of the endpoint for some calls, such as `{"messages": {"baseUrl": "https://host/anthropic/v1"}}`: one endpoint with
+    /// one set of limits, and a door for each format.
+    pub formats: Option<BTreeMap<String, FormatFile>>,
     /// Requests in any 60 seconds. -1: no limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub rpm: Option<i64>,
@@ -393,6 +404,16 @@ pub(super) struct EndpointFile {
     pub tls: Option<EndpointTlsFile>,
     /// Meaning of errors of this endpoint that are not known here, or known wrongly. The first rule that fits counts.
     pub errors: Option<Vec<ErrorRuleFile>>,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct FormatFile {
+    /// Address for these calls, as `apis[].baseUrl`.
+    #[schemars(required)]
+    pub base_url: Option<String>,
+    /// Where the key is wanted there. Default: as for the other calls.
+    pub auth_header: Option<String>,
 }
 
 #[derive(Deserialize, JsonSchema, Default)]

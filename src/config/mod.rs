@@ -9,7 +9,9 @@
 //! [`schema()`] and [`schema_markdown`] write the reference from the types of `file`.
 
 mod affinity;
+mod auth_header;
 mod base_url;
+mod calls;
 mod checked;
 mod cidr;
 mod connections;
@@ -46,12 +48,14 @@ use std::io::{self, Read};
 use std::path::Path;
 
 pub use affinity::AffinityRules;
+pub use auth_header::AuthHeader;
 pub use base_url::{BaseUrl, BaseUrlError};
+pub use calls::{CallKind, CallSet};
 pub use checked::Config;
 pub use cidr::{Cidr, CidrError};
 pub use connections::ConnectionLimits;
 pub use diff::{changes, needs_upgrade};
-pub use endpoint::{Endpoint, EndpointTls, ModelLimits, StreamUsage, Timeouts, VersionPath};
+pub use endpoint::{Door, Endpoint, EndpointTls, ModelLimits, StreamUsage, Timeouts, VersionPath};
 pub use environment::{Environment, Flags};
 pub use errors::{ErrorRule, MessagePattern, Trouble, matches_glob};
 pub use header_pattern::{HeaderPattern, HeaderPatternError};

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 
 use super::{AskedModel, AskedObjects};
-use crate::config::Trouble;
+use crate::config::{CallKind, Trouble};
 use crate::ledger::CallerId;
 use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, UsageEdit};
@@ -31,6 +31,8 @@ pub struct Ask {
     pub candidates: Arc<Candidates>,
     /// Call of the API.
     pub call: Call,
+    /// Its kind, which an endpoint may have an address of its own for.
+    pub kind: CallKind,
     /// Path, as it is meant, and query, as far as it is forwarded.
     pub target: PathAndQuery,
     /// Shape of the call, if no id stands in its path.

@@ -46,7 +46,8 @@ pub(super) async fn upstream_peer(session: &mut Session, context: &mut Context) 
         error.set_retry(failure::take_up(context, follow));
         return Err(error);
     };
-    let switches_protocol = context.ask.as_ref().is_some_and(|ask| ask.switches_protocol);
+    let Some(ask) = &context.ask else { return Error::err_in(ErrorType::InternalError) };
+    let (switches_protocol, kind) = (ask.switches_protocol, ask.kind);
     let first_byte = context.exchange.state().attempt.as_ref().map(|attempt| attempt.first_byte_timeout);
     // A client that stops reading must not keep the endpoint busy for ever.
     outgoing::takes_within(session, context, endpoint.config.timeouts.idle);
@@ -54,7 +55,7 @@ pub(super) async fn upstream_peer(session: &mut Session, context: &mut Context) 
         connection.awaits_switch(longest);
     }
     let fresh = context.tries.reconnected > 0;
-    Ok(endpoint.upstream.peer(address, switches_protocol, fresh, first_byte.unwrap_or(Duration::MAX)))
+    Ok(endpoint.upstream_of(kind).peer(address, switches_protocol, fresh, first_byte.unwrap_or(Duration::MAX)))
 }
 
 /// Begins the next attempt, at an endpoint that was not tried yet. If none takes the request, the client gets `otherwise`, an
@@ -162,13 +163,14 @@ fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault 
 /// Returns the address of the current attempt: the endpoint's first one that has not failed it yet.
 pub(super) async fn address(context: &Context) -> Option<(Arc<Endpoint>, SocketAddr)> {
     let endpoint = context.exchange.state().attempt.as_ref()?.endpoint.clone();
-    match endpoint.upstream.addresses().await {
+    let upstream = endpoint.upstream_of(context.ask.as_ref()?.kind);
+    match upstream.addresses().await {
         Ok(addresses) => {
             let address = *addresses.get(context.tries.addresses_failed).or(addresses.first())?;
             Some((endpoint, address))
         }
         Err(error) => {
-            let (id, host) = (&endpoint.config.id, endpoint.upstream.name());
+            let (id, host) = (&endpoint.config.id, upstream.name());
             log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
             None
         }

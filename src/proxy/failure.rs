@@ -11,6 +11,7 @@ use super::context::Context;
 use super::{is_final, outgoing};
 use crate::admin::Answer;
 use crate::billing;
+use crate::config::CallKind;
 use crate::exchange::{Ask, Attempt, Kept, is_object_missing};
 use crate::fault::Fault;
 use crate::limit::Clock;
@@ -142,11 +143,13 @@ pub(super) fn fail_to_connect(context: &mut Context, peer: &HttpPeer, error: &Er
     let Some(endpoint) = context.exchange.state().attempt.as_ref().map(|attempt| attempt.endpoint.clone()) else {
         return false;
     };
+    let Some(kind) = context.ask.as_ref().map(|ask| ask.kind) else { return false };
+    let upstream = endpoint.upstream_of(kind);
     let (id, address) = (&endpoint.config.id, &peer._address);
     let why = ConnectError::explain(error);
-    log::warn!("endpoint {id}: no connection to {} ({address}): {why}", endpoint.upstream.name());
+    log::warn!("endpoint {id}: no connection to {} ({address}): {why}", upstream.name());
     context.tries.addresses_failed += 1;
-    let follow = if context.tries.addresses_failed < endpoint.upstream.addresses_known() {
+    let follow = if context.tries.addresses_failed < upstream.addresses_known() {
         Follow::NextAddress
     } else {
         after(context, &Outcome::ConnectFailed)
@@ -270,7 +273,10 @@ fn log_end(context: &Context, outcome: &Outcome, hidden: Option<String>, more: b
     let id = context.arrival.id_text();
     let endpoint = match outcome {
         // The way matters more than where it leads.
-        Outcome::ProxyRefused => format!("{} ({})", endpoint.config.id, endpoint.upstream.name()),
+        Outcome::ProxyRefused => {
+            let kind = context.ask.as_ref().map_or(CallKind::Other, |ask| ask.kind);
+            format!("{} ({})", endpoint.config.id, endpoint.upstream_of(kind).name())
+        }
         _ => endpoint.config.id.to_string(),
     };
     let words = hidden.map(|words| format!(", with the words {words:?}")).unwrap_or_default();

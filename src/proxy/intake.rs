@@ -14,7 +14,7 @@ use pingora_proxy::Session;
 
 use super::{Gateway, outgoing, receive};
 use crate::admin::{Answer, Resource, Sources};
-use crate::config::Cors;
+use crate::config::{CallKind, Cors};
 use crate::exchange::session::{Framing, Plan, Wrapped};
 use crate::exchange::{Ask, AskedObjects};
 use crate::fault::{ErrorShape, Fault, excerpt};
@@ -285,12 +285,17 @@ async fn ask(
         return Err(Fault::WebSocketModelUnknown.into());
     }
     let call = Call::new(&header.method, target.path());
+    let kind = CallKind::of_path(target.path());
     let candidates = match &model {
         None => pool.router.any(),
         Some(model) => pool.router.find(model).ok_or_else(|| Fault::ModelUnknown { model: excerpt(model) })?,
     };
     if candidates.list().is_empty() {
         return Err(Fault::NoEndpoint.into());
+    }
+    let candidates = &pool.having_call(candidates, kind);
+    if candidates.list().is_empty() {
+        return Err(Fault::CallUnknown.into());
     }
     let objects = objects(&pool, &header.method, call, &target, (is_json, &body), fields.store);
     let candidates = Arc::clone(candidates);
@@ -308,6 +313,7 @@ async fn ask(
     Ok(Box::new(Ask {
         candidates,
         call,
+        kind,
         shape: CallShape::new(&header.method, target.path()).filter(|_| !switches_protocol),
         target,
         caller,

@@ -194,7 +194,8 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
     // The session of a request that switches protocols is not wrapped, so nothing has been left out yet.
     let whole = if ask.switches_protocol { forwarded(&taken, ask, context.arrival.own.id.as_ref()) } else { taken };
     let parts: Parts = whole.into();
-    *request = endpoint.upstream.dress(parts, &endpoint.config, ask.target.as_str(), ask.switches_protocol)?;
+    *request =
+        endpoint.upstream_of(ask.kind).dress(parts, &endpoint.config, ask.target.as_str(), ask.switches_protocol)?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::HeaderValue;
-use percent_encoding::percent_decode_str;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use super::fields::ModelPlace;
 use crate::config::Secret;
@@ -57,6 +57,13 @@ pub fn steps_out(path: &str) -> bool {
         .split('/')
         .map(|segment| segment.split(';').next().unwrap_or_default())
         .any(|name| name == ".." || name == ".")
+}
+
+/// A key as the value of a query's parameter.
+pub fn query_value(key: &Secret) -> Secret {
+    /// What stands for itself in a query (RFC 3986, 2.3).
+    const NOT_PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+    Secret::new(utf8_percent_encode(key.expose(), NOT_PLAIN).to_string())
 }
 
 /// The header value that carries an endpoint's key.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use http::HeaderValue;
 
-use crate::config::{self, Breaker, Config};
+use crate::config::{self, Breaker, CallKind, CallSet, Config, Door};
 use crate::ledger::{Account, AccountId, AccountSet, Client, Wanted};
 use crate::limit::{Clock, Stamp};
 use crate::response::redact::Secrets;
@@ -15,7 +15,7 @@ use crate::routing::accounts::EndpointAccounts;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
 use crate::routing::objects::Objects;
 use crate::routing::path_memory::PathMemory;
-use crate::routing::router::{ModelName, Router};
+use crate::routing::router::{Candidates, ModelName, Router};
 use crate::routing::sessions::Sessions;
 use crate::routing::usage_injection::InjectionMemory;
 use crate::upstream::Upstream;
@@ -33,6 +33,8 @@ pub struct Pool {
     pub has_model_limits: bool,
     /// What is known of objects that are nowhere.
     pub objects: Arc<Objects>,
+    /// True if an endpoint has some calls only.
+    pub has_call_lists: bool,
     /// True if what was made at one endpoint is not at every other one.
     pub has_several_organizations: bool,
     /// Where sessions are, whichever config they began under.
@@ -54,6 +56,8 @@ pub struct Endpoint {
     pub id_header: HeaderValue,
     /// Address and connection.
     pub upstream: Upstream,
+    /// Other addresses, for some calls.
+    doors: Vec<(CallKind, Upstream)>,
     /// Secrets that its answers must not show.
     pub secrets: Secrets,
     /// Accounts of its requests, with the limits of this config.
@@ -84,6 +88,8 @@ impl Pool {
                     return Ok(Arc::clone(before));
                 }
                 let upstream = Upstream::new(&config)?;
+                let door = |door: &Door| Ok((door.calls, Upstream::of_door(&config, door)?));
+                let doors = config.formats.iter().map(door).collect::<std::io::Result<_>>()?;
                 let new = || Arc::new(Live::new(ledger.account(&AccountId::Endpoint(Arc::clone(&config.id)))));
                 let live = before.map_or_else(new, |before| Arc::clone(&before.live));
                 if before.is_some_and(|before| is_reached_otherwise(&before.config, &config)) {
@@ -92,11 +98,12 @@ impl Pool {
                 let secrets = secrets_of(&config);
                 let accounts = EndpointAccounts::new(&config, &live.account, &server.timezone, (number, &ledger));
                 let id_header = id_header(&config.id);
-                Ok(Arc::new(Endpoint { config, id_header, upstream, secrets, accounts, live }))
+                Ok(Arc::new(Endpoint { config, id_header, upstream, doors, secrets, accounts, live }))
             })
             .collect::<std::io::Result<_>>()?;
         ledger.list_accounts(number, endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned());
         let has_model_limits = endpoints.iter().any(|endpoint| endpoint.accounts.has_model_limits());
+        let has_call_lists = endpoints.iter().any(|endpoint| endpoint.config.calls != CallSet::ALL);
         let usable = endpoints.iter().filter(|endpoint| endpoint.config.usable());
         let organizations: HashSet<&str> = usable.map(|endpoint| &*endpoint.config.organization).collect();
         let has_several_organizations = organizations.len() > 1;
@@ -107,12 +114,22 @@ impl Pool {
             router,
             has_model_limits,
             objects: before.map(|before| Arc::clone(&before.objects)).unwrap_or_default(),
+            has_call_lists,
             has_several_organizations,
             sessions,
             ledger,
             version: 1,
             loaded_at: SystemTime::now(),
         })
+    }
+
+    /// Those of some candidates whose endpoints have calls of this kind.
+    pub fn having_call(&self, candidates: &Arc<Candidates>, kind: CallKind) -> Arc<Candidates> {
+        if !self.has_call_lists {
+            return Arc::clone(candidates);
+        }
+        let has = |index: usize| self.endpoints.get(index).is_some_and(|one| one.config.calls.contains(kind));
+        candidates.having_call(kind, has)
     }
 
     /// The clocks that limits and health go by, as they are now.
@@ -136,6 +153,17 @@ fn secrets_of(config: &config::Endpoint) -> Secrets {
 }
 
 impl Endpoint {
+    /// Address and connection for calls of a kind.
+    pub fn upstream_of(&self, kind: CallKind) -> &Upstream {
+        let door = self.doors.iter().find(|(calls, _)| *calls == kind);
+        door.map_or(&self.upstream, |(_, upstream)| upstream)
+    }
+
+    /// All of its addresses.
+    pub fn upstreams(&self) -> impl Iterator<Item = &Upstream> {
+        std::iter::once(&self.upstream).chain(self.doors.iter().map(|(_, upstream)| upstream))
+    }
+
     /// Returns the accounts that a request for a model counts in.
     pub fn accounts_of(&self, model: ModelName<'_>) -> &Arc<AccountSet> {
         self.accounts.of_model(model.name, || self.live.is_known(model))
@@ -164,6 +192,8 @@ impl Endpoint {
 fn is_reached_otherwise(before: &config::Endpoint, now: &config::Endpoint) -> bool {
     before.api_key != now.api_key
         || before.base_url != now.base_url
+        || before.auth_header != now.auth_header
+        || before.formats != now.formats
         || before.version_path != now.version_path
         || before.query != now.query
         || before.proxy != now.proxy

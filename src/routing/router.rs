@@ -5,9 +5,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, DefaultHasher};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::config;
+use crate::config::{self, CallKind};
 use crate::limit::Stamp;
 use crate::routing::rate_headers::Rates;
 use crate::telemetry::metrics::{self, Counters};
@@ -52,6 +52,8 @@ pub struct Candidates {
     pub(crate) rates: Mutex<Option<(Stamp, Rates)>>,
     /// The running weights of smooth weighted round robin, one for each candidate.
     pub(crate) turns: Mutex<Vec<i64>>,
+    /// Those of them that have a kind of calls, once one was asked for.
+    by_call: Mutex<Vec<(CallKind, Arc<Self>)>>,
 }
 
 impl Candidates {
@@ -80,7 +82,28 @@ impl Candidates {
             .collect();
         let counters = list.iter().map(|_| OnceLock::new()).collect();
         let is_exact = label != metrics::OTHER;
-        Self { list, label: label.into(), is_exact, counters, first_tier, is_even, turns, rates: Mutex::default() }
+        Self {
+            list,
+            label: label.into(),
+            is_exact,
+            counters,
+            first_tier,
+            is_even,
+            turns,
+            rates: Mutex::default(),
+            by_call: Mutex::default(),
+        }
+    }
+
+    /// Those of them that have calls of this kind, as `has` says the first time.
+    pub fn having_call(&self, kind: CallKind, has: impl Fn(usize) -> bool) -> Arc<Self> {
+        let mut by_call = self.by_call.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, known)) = by_call.iter().find(|(known, _)| *known == kind) {
+            return Arc::clone(known);
+        }
+        let having = Arc::new(self.narrowed(has));
+        by_call.push((kind, Arc::clone(&having)));
+        having
     }
 
     /// Those of them whose endpoint, by its place in the pool, is one of these.

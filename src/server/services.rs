@@ -143,9 +143,11 @@ impl Resolve {
         let mut lookups = tokio::task::JoinSet::new();
         for endpoint in pool.endpoints.iter().filter(|endpoint| endpoint.config.usable()).map(Arc::clone) {
             lookups.spawn(async move {
-                if let Err(error) = endpoint.upstream.resolve().await {
-                    let (id, host) = (&endpoint.config.id, endpoint.upstream.name());
-                    log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
+                for upstream in endpoint.upstreams() {
+                    if let Err(error) = upstream.resolve().await {
+                        let (id, host) = (&endpoint.config.id, upstream.name());
+                        log::warn!("endpoint {id}: {host} cannot be resolved: {error}");
+                    }
                 }
             });
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use http::HeaderValue;
 use pingora::upstreams::peer::HttpPeer;
 
-use crate::config::{self, ProxyScheme};
+use crate::config::{self, BaseUrl, ProxyScheme};
 use crate::upstream::group_key;
 use crate::upstream::tunnel::Tunnel;
 
@@ -25,8 +25,7 @@ pub struct Forward {
 impl Forward {
     /// Returns it if the endpoint is spoken to in plain text through a proxy that speaks HTTP. `tunnelled` is the peer of
     /// the other way.
-    pub(super) fn new(endpoint: &config::Endpoint, tunnelled: &HttpPeer) -> io::Result<Option<Self>> {
-        let base = &endpoint.base_url;
+    pub(super) fn new(endpoint: &config::Endpoint, base: &BaseUrl, tunnelled: &HttpPeer) -> io::Result<Option<Self>> {
         let Some(proxy) = &endpoint.proxy else { return Ok(None) };
         // Between a proxy and its client there is no HTTP/2 in plain text.
         if base.tls || endpoint.http2 == Some(true) || proxy.scheme == ProxyScheme::Socks5 {

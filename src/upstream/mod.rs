@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use http::request::Parts;
-use http::{HeaderValue, header};
+use http::{HeaderName, HeaderValue, header};
 use pingora::http::RequestHeader;
 use pingora::protocols::tls::CaType;
 use pingora::protocols::{ALPN, TcpKeepalive};
@@ -26,7 +26,7 @@ use pingora::utils::tls::{WrappedX509, parse_x509};
 use pingora::{Error, ErrorType};
 use rustls_pki_types::pem::PemObject;
 
-use crate::config::{self, VersionPath};
+use crate::config::{self, AuthHeader, BaseUrl, Door, Secret, VersionPath};
 use crate::request::rewrite;
 use crate::upstream::forward::Forward;
 use crate::upstream::tunnel::Tunnel;
@@ -60,7 +60,9 @@ pub struct Upstream {
     /// `Host` header.
     pub authority: HeaderValue,
     /// The endpoint's key, as its requests carry it.
-    pub authorization: HeaderValue,
+    credential: Credential,
+    /// Path of the base URL, which stands in place of the client's `/v1`.
+    base_path: String,
     /// Name for messages.
     name: String,
     /// Host that is connected to: the endpoint, or its proxy.
@@ -72,10 +74,39 @@ pub struct Upstream {
     resolved: ArcSwapOption<Vec<SocketAddr>>,
 }
 
+/// An endpoint's key, in its place.
+#[derive(Debug)]
+enum Credential {
+    Header(HeaderName, HeaderValue),
+    /// A parameter of the query, percent-encoded.
+    Query([(String, Secret); 1]),
+}
+
+impl Credential {
+    fn new(key: &Secret, place: &AuthHeader) -> Option<Self> {
+        let (name, value) = match place {
+            AuthHeader::Query(name) => return Some(Self::Query([(name.clone(), rewrite::query_value(key))])),
+            AuthHeader::Authorization => (header::AUTHORIZATION, rewrite::bearer(key.expose())?),
+            AuthHeader::Header(name) => (name.clone(), HeaderValue::from_str(key.expose()).ok()?),
+        };
+        let mut value = value;
+        value.set_sensitive(true);
+        Some(Self::Header(name, value))
+    }
+}
+
 impl Upstream {
     /// The upstream of an endpoint. Fails if its CA file cannot be used.
     pub fn new(endpoint: &config::Endpoint) -> io::Result<Self> {
-        let base = &endpoint.base_url;
+        Self::at(endpoint, &endpoint.base_url, &endpoint.auth_header)
+    }
+
+    /// The upstream of the calls of an endpoint that have an address of their own.
+    pub fn of_door(endpoint: &config::Endpoint, door: &Door) -> io::Result<Self> {
+        Self::at(endpoint, &door.base_url, &door.auth_header)
+    }
+
+    fn at(endpoint: &config::Endpoint, base: &BaseUrl, auth_header: &AuthHeader) -> io::Result<Self> {
         // A proxy resolves the endpoint's name itself.
         let (host, port) = match &endpoint.proxy {
             Some(proxy) => (&proxy.host, proxy.port),
@@ -83,19 +114,20 @@ impl Upstream {
         };
         let resolved = host.parse::<IpAddr>().ok().map(|ip| Arc::new(vec![SocketAddr::new(ip, port)]));
         let authority = HeaderValue::from_str(&base.authority()).map_err(io::Error::other)?;
-        let authorization = rewrite::bearer(endpoint.api_key.expose())
+        let credential = Credential::new(&endpoint.api_key, auth_header)
             .ok_or_else(|| io::Error::other("its apiKey has characters that no HTTP header can carry"))?;
-        let template = template(endpoint)?;
+        let template = template(endpoint, base)?;
         Ok(Self {
             authority,
-            authorization,
+            credential,
+            base_path: base.path.clone(),
             name: match &endpoint.proxy {
                 Some(proxy) => format!("{} through the proxy {proxy}", base.host),
                 None => base.host.clone(),
             },
             host: host.clone(),
             port,
-            forward: Forward::new(endpoint, &template)?,
+            forward: Forward::new(endpoint, base, &template)?,
             template,
             resolved: ArcSwapOption::new(resolved),
         })
@@ -151,7 +183,7 @@ impl Upstream {
         target: &str,
         switches_protocol: bool,
     ) -> pingora::Result<RequestHeader> {
-        let base = &endpoint.base_url.path;
+        let base = &self.base_path;
         let mut path = match endpoint.version_path {
             VersionPath::None if base.is_empty() => rewrite::without_version(target),
             _ => rewrite::path_and_query(base, target),
@@ -159,11 +191,16 @@ impl Upstream {
         if !endpoint.query.is_empty() {
             path = rewrite::with_query(&path, &endpoint.query).into();
         }
+        if let Credential::Query(parameter) = &self.credential {
+            path = rewrite::with_query(&path, parameter).into();
+        }
         if request.uri != *path {
             request.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
         }
         request.headers.insert(header::HOST, self.authority.clone());
-        request.headers.insert(header::AUTHORIZATION, self.authorization.clone());
+        if let Credential::Header(name, value) = &self.credential {
+            request.headers.insert(name.clone(), value.clone());
+        }
         for (name, value) in &endpoint.headers {
             request.headers.insert(name.clone(), value.clone());
         }
@@ -211,8 +248,7 @@ impl Upstream {
     }
 }
 
-fn template(endpoint: &config::Endpoint) -> io::Result<HttpPeer> {
-    let base = &endpoint.base_url;
+fn template(endpoint: &config::Endpoint, base: &BaseUrl) -> io::Result<HttpPeer> {
     // An address is put in for each attempt; the name is set even where it is an IP address, as an empty one would switch
     // the certificate's verification off.
     let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));

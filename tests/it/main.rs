@@ -21,6 +21,7 @@ mod cli;
 mod commands;
 mod connections;
 mod crash;
+mod formats;
 mod forms;
 mod headers;
 mod health;
