@@ -22,6 +22,15 @@ use crate::routing::sessions::{Affinity, Session};
 /// Prompts of more than 256 KiB are not kept, and not estimated.
 pub(crate) const PROMPT_BYTES_MAX: usize = 256 * 1024;
 
+/// Place of the model's name in a body.
+#[derive(Clone, Debug)]
+pub struct BodyModel {
+    /// Place.
+    pub place: ModelPlace,
+    /// True if the name there is another one, or none: it is written whether it is mapped or not.
+    pub is_other: bool,
+}
+
 /// A request as the exchange needs it.
 #[derive(Debug)]
 pub struct Ask {
@@ -44,7 +53,7 @@ pub struct Ask {
     /// The model's name as the client sent it.
     pub model: Option<Arc<str>>,
     /// Place of that name in the body.
-    pub model_place: Option<ModelPlace>,
+    pub body_model: Option<BodyModel>,
     /// True if the answer is to be streamed.
     pub stream: bool,
     /// Edit of the body that asks a stream for its usage, if the client did not.

@@ -21,9 +21,9 @@ use bytes::Bytes;
 
 use crate::routing::retry::Outcome;
 use crate::upstream::cork::Cork;
-pub use ask::Ask;
 #[cfg(test)]
 pub(crate) use ask::PROMPT_BYTES_MAX;
+pub use ask::{Ask, BodyModel};
 pub use attempt::{AskedModel, Attempt, Charge};
 pub use kept::Kept;
 pub use objects::{AskedObjects, AttemptObjects, is_object_missing};

@@ -16,14 +16,14 @@ use super::{Gateway, outgoing, receive};
 use crate::admin::{Answer, Resource, Sources};
 use crate::config::{CallKind, Cors};
 use crate::exchange::session::{Framing, Plan, Wrapped};
-use crate::exchange::{Ask, AskedObjects};
+use crate::exchange::{Ask, AskedObjects, BodyModel};
 use crate::fault::{ErrorShape, Fault, excerpt};
 use crate::ledger::CallerId;
 use crate::proxy::context::{Arrival, Context};
 use crate::request::auth;
 use crate::request::call::Call;
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
-use crate::request::fields::Fields;
+use crate::request::fields::{Fields, ModelPlace};
 use crate::request::references::{self, References};
 use crate::request::session_name::{SessionFields, SessionName};
 use crate::request::shape::CallShape;
@@ -248,6 +248,8 @@ fn target(pool: &Pool, uri: &Uri, path: &str) -> Result<PathAndQuery, Fault> {
         return Ok(target.clone());
     }
     let query = uri.query().and_then(|query| forward::forwarded_query(query, &pool.server.api_key));
+    // An endpoint that is Azure's has a version of its own in its config.
+    let query = if path::is_azure(uri.path()) { query.and_then(forward::without_version) } else { query };
     let target = query.map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"));
     target.parse().map_err(|_| Fault::PathUnknown { path: excerpt(uri.path()) })
 }
@@ -276,8 +278,14 @@ async fn ask(
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let (body, fields, is_json) = read(body, content_type)?;
-    let (model, model_place) = match fields.model {
-        Some(model) => (Some(model.name), Some(model.place)),
+    // Azure's deployment counts, whatever the body says.
+    let deployment = path::deployment(header.uri.path());
+    let (model, body_model) = match fields.model {
+        place if let Some(name) = deployment => {
+            let place = place.map(|model| model.place).or_else(|| new_place(&body, is_json, content_type));
+            (Some(name.into()), place.map(|place| BodyModel { place, is_other: true }))
+        }
+        Some(model) => (Some(model.name), Some(BodyModel { place: model.place, is_other: false })),
         None if switches_protocol => (target.query().and_then(fields::query_model), None),
         None => (None, None),
     };
@@ -323,7 +331,7 @@ async fn ask(
         prompt: Bytes::new(),
         read_at,
         model,
-        model_place,
+        body_model,
         body,
         objects,
         session,
@@ -397,6 +405,15 @@ fn caller_id(address: Option<IpAddr>) -> CallerId {
     };
     let [high, low] = [bits >> 64, bits].map(|half| u64::try_from(half & u128::from(u64::MAX)).unwrap_or_default());
     CallerId(high.rotate_left(32) ^ low)
+}
+
+/// The place of the model in a body that names none.
+fn new_place(body: &[u8], is_json: bool, content_type: Option<&str>) -> Option<ModelPlace> {
+    if is_json {
+        return ModelPlace::new_member(body);
+    }
+    let boundary = form::boundary(content_type.filter(|value| content_type::is_form(value))?)?;
+    Some(ModelPlace::NewPart(String::from_utf8(boundary).ok()?.into()))
 }
 
 /// Finds the fields of a body, and whether it is JSON: it says so, says nothing, or begins like it, whatever it says. A

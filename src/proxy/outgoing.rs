@@ -205,8 +205,10 @@ fn rewrite_body(context: &Context) -> Vec<Bytes> {
     let mut state = context.exchange.state();
     let Some(attempt) = &mut state.attempt else { return Vec::new() };
     let asks = attempt.inject_usage(ask);
-    let model = attempt.model.mapped.as_ref().zip(ask.model_place.as_ref());
-    let model = model.map(|(model, place)| rewrite::model_edit(place, model));
+    let model = ask.body_model.as_ref().and_then(|body| {
+        let own = ask.model.as_ref().filter(|_| body.is_other);
+        Some(rewrite::model_edit(&body.place, attempt.model.mapped.as_ref().or(own)?))
+    });
     let usage = ask.usage_edit.as_ref().filter(|_| asks);
     let usage = usage.map(|usage| Edit { range: usage.range.clone(), with: usage.with.into() });
     match (model, usage) {

@@ -58,6 +58,24 @@ pub enum ModelPlace {
     Json(Range<usize>),
     /// The text of a form's field.
     Form(Range<usize>),
+    /// Behind the bracket of a JSON object that has none; `is_only` if it has no other member either.
+    NewMember {
+        /// Place behind the bracket.
+        at: usize,
+        /// True if the object is empty.
+        is_only: bool,
+    },
+    /// Before the parts of a form that has none, with this boundary.
+    NewPart(Arc<str>),
+}
+
+impl ModelPlace {
+    /// The place of a member that a JSON object does not have yet.
+    pub fn new_member(json: &[u8]) -> Option<Self> {
+        let at = json.iter().position(|byte| *byte == b'{')? + 1;
+        let is_only = part(json, at..).trim_ascii_start().starts_with(b"}");
+        Some(Self::NewMember { at, is_only })
+    }
 }
 
 /// Finds the fields of a JSON body, and refuses one that no endpoint could understand.
@@ -220,9 +238,10 @@ impl<'de> Visitor<'de> for FieldsVisitor<'_> {
     }
 }
 
-/// The `model` of a query string.
+/// The `model` of a query string, or the `deployment` of Azure's.
 pub fn query_model(query: &str) -> Option<Arc<str>> {
-    let value = query.split('&').find_map(|pair| pair.strip_prefix("model="))?;
+    let of = |name: &str| query.split('&').find_map(|pair| pair.strip_prefix(name));
+    let value = of("model=").or_else(|| of("deployment="))?;
     (!value.is_empty()).then(|| percent_decode_str(value).decode_utf8_lossy().into())
 }
 
@@ -324,6 +343,7 @@ mod tests {
     #[test]
     fn model_in_the_query() {
         assert_eq!(query_model("a=1&model=meta%2Fllama-3").as_deref(), Some("meta/llama-3"));
+        assert_eq!(query_model("api-version=1&deployment=d").as_deref(), Some("d"));
         assert_eq!(query_model("model="), None);
         assert_eq!(query_model("model=100%zz%2").as_deref(), Some("100%zz%2"), "not an escape");
     }

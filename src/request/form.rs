@@ -56,7 +56,7 @@ fn model(body: &[u8], range: Range<usize>) -> Result<Option<Model>, Fault> {
 }
 
 /// The boundary that a content type names.
-fn boundary(content_type: &str) -> Option<Vec<u8>> {
+pub fn boundary(content_type: &str) -> Option<Vec<u8>> {
     let parameters = content_type.split_once(';')?.1;
     parameter(parameters.as_bytes(), b"boundary").filter(|boundary| (1..=BOUNDARY_MAX).contains(&boundary.len()))
 }

@@ -158,6 +158,16 @@ pub fn forwarded_query<'a>(query: &'a str, key: &Secret) -> Option<Cow<'a, str>>
     (!rest.is_empty()).then(|| Cow::Owned(rest.join("&")))
 }
 
+/// Returns a query without the version of the API that Azure's SDKs ask for. `None` if nothing is left of it.
+pub fn without_version(query: Cow<'_, str>) -> Option<Cow<'_, str>> {
+    let is_version = |pair: &str| pair.split('=').next() == Some("api-version");
+    if !query.split('&').any(is_version) {
+        return Some(query);
+    }
+    let rest: Vec<&str> = query.split('&').filter(|pair| !is_version(pair)).collect();
+    (!rest.is_empty()).then(|| rest.join("&").into())
+}
+
 /// The header names that a `Connection` header makes hop-by-hop.
 pub fn named_in_connection(headers: &HeaderMap) -> Vec<HeaderName> {
     headers

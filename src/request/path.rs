@@ -1,9 +1,16 @@
-//! Paths as clients mean them: people type base URLs with `/v1` twice, without it, or with a slash too many.
+//! Paths as clients mean them: people type base URLs with `/v1` twice, without it, or with a slash too many, and Azure's SDKs have paths
+//! of their own.
 
 use std::borrow::Cow;
 
+use percent_encoding::percent_decode_str;
+
 /// Prefix of every call of the API.
 const ROOT: &str = "/v1";
+/// Prefix of the paths of Azure's SDKs.
+const AZURE: &str = "/openai/";
+/// What follows it in calls to a model, before the deployment's name.
+const DEPLOYMENTS: &str = "deployments/";
 
 /// First segments of the API's calls, OpenAI's and those of endpoints that have more. A path that begins with one of them
 /// lacks its `/v1`.
@@ -56,10 +63,30 @@ pub(crate) fn as_meant(path: &str) -> Cow<'_, str> {
         }
         meant = Cow::Owned(single);
     }
+    if let Some(rest) = meant.strip_prefix(AZURE) {
+        // The rest is typed as by everybody, without the deployment.
+        let call = deployment_and_call(rest).map_or(rest, |(_, call)| call);
+        meant = Cow::Owned(rooted(&format!("/{call}")));
+    }
     if under_root(&meant).is_none_or(starts_with_root) || meant.ends_with('/') {
         meant = Cow::Owned(rooted(&meant));
     }
     meant
+}
+
+/// True for a path of Azure's SDKs.
+pub(crate) fn is_azure(path: &str) -> bool {
+    path.starts_with(AZURE)
+}
+
+/// The deployment that a path of Azure's SDKs names, which is its model.
+pub(crate) fn deployment(path: &str) -> Option<Cow<'_, str>> {
+    let (name, _) = deployment_and_call(path.strip_prefix(AZURE)?)?;
+    percent_decode_str(name).decode_utf8().ok().filter(|name| !name.is_empty())
+}
+
+fn deployment_and_call(rest: &str) -> Option<(&str, &str)> {
+    rest.strip_prefix(DEPLOYMENTS)?.split_once('/')
 }
 
 fn rooted(path: &str) -> String {
@@ -100,6 +127,14 @@ mod tests {
             ("/messages/count_tokens", "/v1/messages/count_tokens"),
             ("/v1/", "/v1"),
             ("/v1", "/v1"),
+            // Azure's.
+            ("/openai/deployments/gpt-4o/chat/completions", "/v1/chat/completions"),
+            ("/openai/deployments/a%2Fb/audio/transcriptions", "/v1/audio/transcriptions"),
+            ("/openai/v1/responses", "/v1/responses"),
+            ("/openai/responses/resp_1", "/v1/responses/resp_1"),
+            ("/openai/files", "/v1/files"),
+            ("/openai/models", "/v1/models"),
+            ("/openai/unheard_of", "/unheard_of"),
             // Not ours to guess.
             ("/", "/"),
             ("/status", "/status"),
@@ -112,6 +147,8 @@ mod tests {
         ] {
             assert_eq!(as_meant(typed), meant, "{typed}");
         }
+        assert_eq!(deployment("/openai/deployments/a%2Fb/chat/completions").as_deref(), Some("a/b"));
+        assert_eq!((deployment("/openai/deployments/"), deployment("/v1/deployments/a/chat")), (None, None));
         assert!(matches!(as_meant("/v1/chat/completions"), Cow::Borrowed(_)), "the usual path is not copied");
     }
 }

@@ -85,8 +85,18 @@ pub struct Edit<'a> {
 /// The replacement of the model's name, which stands at this place.
 pub fn model_edit<'a>(place: &ModelPlace, model: &'a str) -> Edit<'a> {
     let quoted = match place {
-        ModelPlace::Form(range) => return Edit { range: range.clone(), with: model.into() },
         ModelPlace::Json(quoted) => quoted,
+        ModelPlace::Form(range) => return Edit { range: range.clone(), with: model.into() },
+        ModelPlace::NewMember { at, is_only } => {
+            let comma = if *is_only { "" } else { "," };
+            let with = format!("\"model\":{}{comma}", serde_json::Value::from(model));
+            return Edit { range: *at..*at, with: with.into() };
+        }
+        ModelPlace::NewPart(boundary) => {
+            let head = "Content-Disposition: form-data; name=\"model\"";
+            let with = format!("--{boundary}\r\n{head}\r\n\r\n{model}\r\n");
+            return Edit { range: 0..0, with: with.into() };
+        }
     };
     // Nearly all names need no escapes.
     let is_plain = model.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\'));
@@ -194,6 +204,19 @@ mod tests {
             "a place that is not there is left alone"
         );
         assert!(spliced(&Bytes::new(), &mut []).is_empty());
+    }
+
+    #[test]
+    fn a_model_is_written_where_there_was_none() {
+        for (body, expected) in [("{}", r#"{"model":"m\"n"}"#), (r#" { "a" : 1 }"#, r#" {"model":"m\"n", "a" : 1 }"#)] {
+            let place = ModelPlace::new_member(body.as_bytes()).unwrap();
+            let sent = spliced(&Bytes::from(body), &mut [model_edit(&place, "m\"n")]).concat();
+            assert_eq!(String::from_utf8(sent).unwrap(), expected);
+        }
+        let form = Bytes::from("--b\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n1\r\n--b--\r\n");
+        let sent = spliced(&form, &mut [model_edit(&ModelPlace::NewPart("b".into()), "m")]).concat();
+        let model = crate::request::form::scan("multipart/form-data; boundary=b", &sent).unwrap().model.unwrap();
+        assert_eq!(&*model.name, "m");
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod wire;
 
 mod affinity;
 mod auth;
+mod azure;
 mod body;
 mod by_model;
 mod chaos;
