@@ -7,6 +7,7 @@ pub mod judge;
 mod kept;
 mod objects;
 mod outlet;
+pub(crate) mod own_call;
 mod own_headers;
 mod reading;
 pub(crate) mod scheduling;

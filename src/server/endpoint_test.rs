@@ -1,39 +1,28 @@
 //! `api-together test`: asks an endpoint step by step, on the way that requests take, until one step fails.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bytes::Bytes;
-use http::{HeaderValue, Method, Request, header};
-use pingora::connectors::http::Connector;
-use pingora::protocols::http::client::HttpSession;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 
 use crate::config::{Config, Trouble};
+use crate::exchange::own_call::{OwnAnswer, OwnCall, OwnCalls, Why};
 use crate::fault::excerpt;
 use crate::ledger::{AccountSet, Drawn, Keeper, Otherwise, Permit, Spent, Wanted};
 use crate::limit::Stamp;
 use crate::response::classify;
-use crate::response::decode::{Decoder, Encoding};
-use crate::response::redact::Redactor;
 use crate::response::vendor_error::VendorError;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::ModelName;
-use crate::upstream::{ConnectError, ConnectStage};
+use crate::upstream::ConnectStage;
 use crate::usage::{Cost, Reported, Speed, Tokens};
 
 /// Endpoints that are tested at once.
 const AT_ONCE: usize = 8;
-/// Longest time for one call to an endpoint, unless its timeouts are shorter.
-const CALL_MAX: Duration = Duration::from_mins(1);
-/// Longest answer that is read, in bytes: a list of some thousand models.
-const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Names of models that are missing at an endpoint, and shown.
 const SHOWN_MAX: usize = 5;
 
@@ -72,9 +61,6 @@ pub enum StepResult {
     /// It failed.
     Failed,
 }
-
-/// What failed, and the way out.
-type Why = (String, String);
 
 impl Tested {
     /// True if every step went well.
@@ -147,9 +133,8 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
     if endpoint.upstream.has_name() {
         tested.note("name", StepResult::Ok, format!("{} is {}", endpoint.upstream.name(), address.ip()), "");
     }
-    let connector = Connector::new(None);
-    let mut call = Call { endpoint, address, connector: &connector };
-    if let Err(error) = call.connect().await {
+    let calls = OwnCalls::new(endpoint, address);
+    if let Err(error) = calls.connect().await {
         let step = if error.stage == ConnectStage::Tls { "TLS" } else { "connect" };
         if error.stage == ConnectStage::Tls {
             tested.note("connect", StepResult::Ok, address.to_string(), "");
@@ -158,7 +143,7 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
     }
     let with_tls = if endpoint.config.base_url.tls { " with TLS" } else { "" };
     tested.note("connect", StepResult::Ok, format!("{address}{with_tls}, {} ms", begun.elapsed().as_millis()), "");
-    let listed = match call.ask(&Method::GET, "/v1/models", None).await {
+    let listed = match calls.ask(OwnCall::get("/v1/models")).await {
         Ok(answer) => answer,
         Err(why) => return tested.failed("models", why),
     };
@@ -168,7 +153,7 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
         tested.note("answer", StepResult::Unknown, what, "");
         return tested;
     };
-    match answer(&mut call, pool, &model, counted).await {
+    match answer(&calls, pool, &model, counted).await {
         Ok(what) => tested.note("answer", StepResult::Ok, what, ""),
         Err(why) => return tested.failed("answer", why),
     }
@@ -180,7 +165,7 @@ fn no_address(why: &str) -> Why {
 }
 
 /// Takes in the list of models, which needs the key as well. None if it shows that the endpoint cannot be used.
-fn models(tested: &mut Tested, endpoint: &Endpoint, listed: &Answer) -> Option<BTreeSet<String>> {
+fn models(tested: &mut Tested, endpoint: &Endpoint, listed: &OwnAnswer) -> Option<BTreeSet<String>> {
     let list = || Some(serde_json::from_slice::<Value>(&listed.body).ok()?.get("data")?.as_array()?.clone());
     match (listed.status, list()) {
         (200, Some(list)) => {
@@ -205,7 +190,7 @@ fn models(tested: &mut Tested, endpoint: &Endpoint, listed: &Answer) -> Option<B
             Some(names)
         }
         (status, _) => {
-            let (meaning, words) = listed.meaning(endpoint);
+            let (meaning, words) = meaning_of(listed, endpoint);
             if meaning == Trouble::Key {
                 let what = format!("refused with {status}{words}");
                 tested.note("key", StepResult::Failed, what, way_out(meaning));
@@ -253,7 +238,7 @@ fn accounts<'a>(endpoint: &'a Endpoint, model: &str) -> &'a Arc<AccountSet> {
 }
 
 /// Has the model answer with one token. Returns what was seen.
-async fn answer(call: &mut Call<'_>, pool: &Pool, model: &str, counted: bool) -> Result<String, Why> {
+async fn answer(calls: &OwnCalls<'_>, pool: &Pool, model: &str, counted: bool) -> Result<String, Why> {
     let chat = |limit: &str| {
         let body = json!({ "model": model, "messages": [{ "role": "user", "content": "Hello" }], limit: 1 });
         ("/v1/chat/completions", body)
@@ -264,21 +249,21 @@ async fn answer(call: &mut Call<'_>, pool: &Pool, model: &str, counted: bool) ->
         chat("max_tokens")
     };
     let mut begun = Instant::now();
-    let mut answer = counted_ask(call, pool, model, (path, &body), counted).await?;
-    if answer.status == 400 && answer.mentions(b"max_completion_tokens") {
+    let mut answer = counted_ask(calls, pool, model, (path, &body), counted).await?;
+    if answer.status == 400 && memchr::memmem::find(&answer.body, b"max_completion_tokens").is_some() {
         // Models that reason know the bound by another name.
         let (path, body) = chat("max_completion_tokens");
         begun = Instant::now();
-        answer = counted_ask(call, pool, model, (path, &body), counted).await?;
+        answer = counted_ask(calls, pool, model, (path, &body), counted).await?;
     }
     let took = begun.elapsed().as_millis();
     let error = serde_json::from_slice::<Value>(&answer.body).ok().map(|value| VendorError::in_answer(&value));
     if answer.status == 200 && error == Some(None) {
-        let tokens = answer.tokens().map_or(0, |tokens| tokens.total);
+        let tokens = tokens_of(&answer).map_or(0, |tokens| tokens.total);
         let tokens = if tokens > 0 { format!(", {tokens} tokens") } else { String::new() };
         return Ok(format!("{model}, {took} ms{tokens}"));
     }
-    let (meaning, words) = answer.meaning(call.endpoint);
+    let (meaning, words) = meaning_of(&answer, calls.endpoint);
     Err(match error {
         None if answer.status == 200 => {
             (format!("{model}: 200{words}, which is no answer"), "compare baseUrl with the vendor's page".to_owned())
@@ -289,25 +274,23 @@ async fn answer(call: &mut Call<'_>, pool: &Pool, model: &str, counted: bool) ->
 
 /// Asks with a permit, if they are counted, and bills the tokens that the answer reports.
 async fn counted_ask(
-    call: &mut Call<'_>,
+    calls: &OwnCalls<'_>,
     pool: &Pool,
     model: &str,
     (path, body): (&str, &Value),
     counted: bool,
-) -> Result<Answer, Why> {
-    let mut permit = if counted { Some(draw(pool, call.endpoint, model).await?) } else { None };
+) -> Result<OwnAnswer, Why> {
+    let mut permit = if counted { Some(draw(pool, calls.endpoint, model).await?) } else { None };
     if let Some(permit) = &mut permit {
         permit.spend();
     }
-    let answer = call
-        .ask(&Method::POST, path, Some(body))
-        .await
-        .map_err(|(what, way_out)| (format!("{model}: {what}"), way_out))?;
-    if let (true, Some(tokens)) = (counted, answer.tokens()) {
+    let answer =
+        calls.ask(OwnCall::post(path, body)).await.map_err(|(what, way_out)| (format!("{model}: {what}"), way_out))?;
+    if let (true, Some(tokens)) = (counted, tokens_of(&answer)) {
         let cost = Cost::exact(tokens, Speed::default());
         let (zone, clock) = (&pool.server.timezone, pool.clock());
-        let spent = Spent::now(&call.endpoint.config.id, model, cost, zone, clock.wall);
-        pool.ledger.spend_tokens(accounts(call.endpoint, model), spent, clock.boot);
+        let spent = Spent::now(&calls.endpoint.config.id, model, cost, zone, clock.wall);
+        pool.ledger.spend_tokens(accounts(calls.endpoint, model), spent, clock.boot);
     }
     Ok(answer)
 }
@@ -328,96 +311,21 @@ fn way_out(trouble: Trouble) -> &'static str {
     }
 }
 
-/// Calls of one endpoint.
-struct Call<'a> {
-    endpoint: &'a Endpoint,
-    address: SocketAddr,
-    connector: &'a Connector,
+fn tokens_of(answer: &OwnAnswer) -> Option<Tokens> {
+    Reported::from_json(&answer.body).map(|reported| reported.usage.tokens())
 }
 
-/// An endpoint's answer, with its secrets redacted.
-struct Answer {
-    status: u16,
-    body: Bytes,
-}
-
-impl Call<'_> {
-    async fn connect(&mut self) -> Result<HttpSession, ConnectError> {
-        let peer = self.endpoint.upstream.peer(self.address, false, true, CALL_MAX);
-        let connected = self.connector.get_http_session(&*peer).await;
-        connected.map(|(session, _)| session).map_err(|error| ConnectError::explain(&error))
-    }
-
-    async fn ask(&mut self, method: &Method, path: &str, body: Option<&Value>) -> Result<Answer, Why> {
-        let longest = self.endpoint.config.timeouts.first_byte.min(CALL_MAX);
-        let too_slow = || {
-            let what = format!("no whole answer within {} s", longest.as_secs());
-            (what, "try again; a model that is being loaded takes its time".to_owned())
-        };
-        timeout(longest, self.exchange(method, path, body)).await.unwrap_or_else(|_| Err(too_slow()))
-    }
-
-    async fn exchange(&mut self, method: &Method, path: &str, body: Option<&Value>) -> Result<Answer, Why> {
-        let broken = |error: Box<pingora::Error>| (ConnectError::explain(&error).to_string(), String::new());
-        let mut session = self.connect().await.map_err(|error| (error.what, error.way_out.to_owned()))?;
-        let body = body.map(|body| Bytes::from(body.to_string()));
-        let mut request = Request::new(()).into_parts().0;
-        request.method = method.clone();
-        request.headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
-        request.headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        if let Some(body) = &body {
-            request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-            request.headers.insert(header::CONTENT_LENGTH, body.len().into());
-        }
-        let dressed = self.endpoint.upstream.dress(request, &self.endpoint.config, path, false).map_err(broken)?;
-        session.write_request_header(Box::new(dressed)).await.map_err(broken)?;
-        if let Some(body) = body {
-            session.write_request_body(body, true).await.map_err(broken)?;
-        }
-        session.finish_request_body().await.map_err(broken)?;
-        session.read_response_header().await.map_err(broken)?;
-        let (status, encoding) = match session.response_header() {
-            Some(header) => (header.status.as_u16(), Encoding::from_headers(&header.headers)),
-            None => return Err(("no answer".to_owned(), String::new())),
-        };
-        let mut read = Vec::new();
-        while let Some(piece) = session.read_response_body().await.map_err(broken)? {
-            read.extend_from_slice(&piece);
-            if read.len() > ANSWER_BYTES_MAX {
-                return Err((format!("an answer of more than {ANSWER_BYTES_MAX} bytes"), String::new()));
-            }
-        }
-        let mut plain = Vec::new();
-        match encoding {
-            Some(encoding) => Decoder::new(encoding).feed(&read, |piece| plain.extend_from_slice(&piece)),
-            None => plain = read,
-        }
-        let body = Redactor::new(self.endpoint.secrets.clone()).piece(&plain, true);
-        Ok(Answer { status, body })
-    }
-}
-
-impl Answer {
-    fn mentions(&self, words: &[u8]) -> bool {
-        memchr::memmem::find(&self.body, words).is_some()
-    }
-
-    fn tokens(&self) -> Option<Tokens> {
-        Reported::from_json(&self.body).map(|reported| reported.usage.tokens())
-    }
-
-    /// What an error means, and its words as the end of a sentence.
-    fn meaning(&self, endpoint: &Endpoint) -> (Trouble, String) {
-        let meaning = classify::of_answer(self.status, &self.body, None, &endpoint.config.errors);
-        let words = VendorError::from_body(&self.body).message;
-        // It is shown on a terminal.
-        let words: String = words.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
-        let words = match words.chars().next() {
-            None => String::new(),
-            Some('<') => ", with a web page".to_owned(),
-            Some(_) => format!(": {}", excerpt(&words)),
-        };
-        (meaning.trouble, words)
-    }
+/// What an error means, and its words as the end of a sentence.
+fn meaning_of(answer: &OwnAnswer, endpoint: &Endpoint) -> (Trouble, String) {
+    let meaning = classify::of_answer(answer.status, &answer.body, None, &endpoint.config.errors);
+    let words = VendorError::from_body(&answer.body).message;
+    // It is shown on a terminal.
+    let words: String = words.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+    let words = match words.chars().next() {
+        None => String::new(),
+        Some('<') => ", with a web page".to_owned(),
+        Some(_) => format!(": {}", excerpt(&words)),
+    };
+    (meaning.trouble, words)
 }
