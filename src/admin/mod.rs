@@ -1,6 +1,7 @@
 //! Our own answers: health, status, models, and every fault. Each is built here as a value; the proxy sends it.
 
 mod health;
+pub(crate) mod lists;
 pub(crate) mod metrics;
 mod models;
 mod process_metrics;

@@ -13,6 +13,7 @@ use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
 use super::{Gateway, outgoing, receive};
+use crate::admin::lists::{self, ListCall};
 use crate::admin::{Answer, Resource, Sources};
 use crate::config::{CallKind, Cors};
 use crate::exchange::session::{Framing, Plan, Wrapped};
@@ -176,6 +177,13 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     }
     check_target(&method, &uri, &path)?;
     let target = target(&pool, &uri, &path)?;
+    if pool.has_several_organizations
+        && let Some(list) = ListCall::new(&method, target.path(), target.query())
+    {
+        // Boxed, since it is rare and would make every request's future larger.
+        let answer = Box::pin(lists::answer(&pool, &gateway.cursors, &list, &header.headers)).await?;
+        return Ok(Next::Answer(answer));
+    }
     let ask = ask(gateway, session, (pool, caller_id(context.arrival.address)), target).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;

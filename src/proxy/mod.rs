@@ -35,6 +35,7 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
+use crate::admin::lists::Cursors;
 use crate::exchange::scheduling::keep_heartbeat;
 use crate::process::Process;
 use crate::request::auth::Auth;
@@ -47,6 +48,8 @@ pub struct Gateway {
     pub auth: Auth,
     /// State of the process.
     pub process: Process,
+    /// Where pages of lists end.
+    pub(crate) cursors: Cursors,
 }
 
 #[async_trait]

@@ -33,6 +33,7 @@ use pingora::services::background::background_service;
 use pingora::services::listening::Service;
 use pingora_proxy::http_proxy;
 
+use crate::admin::lists::Cursors;
 use crate::billing::estimate::Estimator;
 use crate::config::{self, Config, Flags};
 use crate::ledger::Keeper;
@@ -173,7 +174,7 @@ impl Prepared {
         process: Process,
     ) -> Result<Self, StartError> {
         let server = &mut self.server;
-        let gateway = Gateway { auth: self.auth.clone(), process: process.clone() };
+        let gateway = Gateway { auth: self.auth.clone(), process: process.clone(), cursors: Cursors::default() };
         let mut http = HttpServerOptions::default();
         // On the plain port HTTP/2 is recognised by its preface; HTTP/1.1 works beside it.
         http.h2c = listening.certificate.is_none();

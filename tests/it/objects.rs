@@ -348,3 +348,111 @@ async fn sealed_reasoning_goes_back_to_the_organization_that_wrote_it() {
     })
     .await;
 }
+
+/// All ids of a list, page by page.
+async fn listed(proxy: &Proxy, path: &str, limit: usize, order: &str) -> Vec<String> {
+    let mut ids: Vec<String> = Vec::new();
+    loop {
+        let after = ids.last().map(|id| format!("&after={id}")).unwrap_or_default();
+        let reply = proxy.get(&format!("{path}?limit={limit}&order={order}{after}")).await;
+        assert_eq!((reply.status, reply.header("x-api-together-partial")), (200, None), "{reply:?}");
+        let page = reply.json();
+        let data = page["data"].as_array().unwrap();
+        assert!(data.len() <= limit);
+        let of = |one: &Value| one["id"].as_str().unwrap().to_owned();
+        assert_eq!(page["first_id"].as_str().map(str::to_owned), data.first().map(of));
+        assert_eq!(page["last_id"].as_str().map(str::to_owned), data.last().map(of));
+        ids.extend(data.iter().map(of));
+        if page["has_more"] == false {
+            return ids;
+        }
+        assert_eq!(data.len(), limit, "a page that is not the last one is full");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_is_the_union_of_the_endpoints_lists() {
+    within(async {
+        let several = Several::start(3, json!({}), json!({})).await;
+        let mut made = Vec::new();
+        for number in 0..60 {
+            made.push(several.make("/v1/vector_stores", json!({})).await.0);
+            if number % 20 == 19 {
+                // Objects of other seconds.
+                tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+            }
+        }
+        // What was made without the gateway is listed, too.
+        made.push(reqwest_post(&format!("{}/v1/vector_stores", several.simulators[0].base_url())).await);
+        let mut expected = made.clone();
+        expected.sort();
+        for limit in [1, 7, 20, 60, 61, 100] {
+            for order in ["desc", "asc"] {
+                let found = listed(&several.proxy, "/v1/vector_stores", limit, order).await;
+                let mut sorted = found.clone();
+                sorted.sort();
+                assert_eq!(sorted, expected, "limit {limit}, {order}");
+                let time = |id: &String| made.iter().position(|one| one == id).unwrap() / 20;
+                let seconds: Vec<_> = found.iter().map(time).collect();
+                let ordered = if order == "asc" { seconds.is_sorted() } else { seconds.iter().rev().is_sorted() };
+                assert!(ordered, "limit {limit}, {order}: {seconds:?}");
+            }
+        }
+        assert_eq!(listed(&several.proxy, "/v1/files", 5, "desc").await, Vec::<String>::new());
+        // A cursor that another process has given.
+        let first = several.proxy.get("/v1/vector_stores?limit=25").await.json();
+        let (last, all) =
+            (first["last_id"].as_str().unwrap(), listed(&several.proxy, "/v1/vector_stores", 100, "desc").await);
+        let apis: Vec<_> = several
+            .simulators
+            .iter()
+            .zip(["a", "b", "c"])
+            .map(|(simulator, id)| endpoint_with(id, &simulator.base_url(), json!({})))
+            .collect();
+        let other = Proxy::start(json!({}), &apis).await;
+        let page = other.get(&format!("/v1/vector_stores?limit=100&after={last}")).await.json();
+        let rest: Vec<_> = page["data"].as_array().unwrap().iter().map(|one| one["id"].as_str().unwrap()).collect();
+        assert_eq!(rest, all[25..]);
+        let nowhere = other.get("/v1/vector_stores?after=vs_nowhere").await;
+        nowhere.assert_error(404, "invalid_request_error", "object_not_found");
+        let back = other.get("/v1/vector_stores?before=vs_nowhere").await;
+        back.assert_error(400, "invalid_request_error", None);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_goes_on_without_an_endpoint_that_cannot_be_asked_and_says_so() {
+    within(async {
+        let several = Several::start(3, json!({}), json!({ "rpm": 5 })).await;
+        let (_, at) = several.make("/v1/files", json!({})).await;
+        let whole = several.proxy.get("/v1/files").await;
+        assert_eq!((whole.status, whole.header("x-api-together-partial")), (200, None));
+        assert_eq!(whole.json()["data"].as_array().unwrap().len(), 1);
+        several.of(&at).script("*", vec![Behaviour::status(500)]);
+        let without = several.proxy.get("/v1/files").await;
+        assert_eq!(without.header("x-api-together-partial"), Some(at.as_str()), "{without:?}");
+        assert_eq!(without.json()["data"], json!([]));
+        several.of(&at).clear();
+        // Each page takes a permit of each endpoint.
+        for _ in 0..3 {
+            several.proxy.get("/v1/files").await;
+        }
+        let full = several.proxy.get("/v1/files").await;
+        full.assert_error(429, "requests", "rate_limit_exceeded");
+        // An endpoint that has no such list is left out, and is not missed.
+        let plain = crate::harness::simulator().await;
+        let keeps = keeping("b").await;
+        let apis = [endpoint_with("a", &plain.base_url(), json!({})), endpoint_with("b", &keeps.base_url(), json!({}))];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        for _ in 0..3 {
+            let list = proxy.get("/v1/files").await;
+            assert_eq!((list.status, list.header("x-api-together-partial")), (200, None), "{list:?}");
+        }
+        assert_eq!(plain.requests().len(), 1, "it is asked once");
+        let none = [endpoint_with("a", &plain.base_url(), json!({})), endpoint_with("b", &plain.base_url(), json!({}))];
+        let proxy = Proxy::start(json!({}), &none).await;
+        proxy.get("/v1/files").await.assert_error(404, "invalid_request_error", "call_not_found");
+    })
+    .await;
+}

@@ -1,0 +1,458 @@
+//! Lists of objects over several endpoints: each endpoint lists its own, and the client gets one list, a page at a time.
+//!
+//! Clients page by the id of the last object they have seen. Where that is at each endpoint is remembered with the page; a cursor that is
+//! not remembered is found by reading the lists from their beginning.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use lru::LruCache;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use tokio::task::JoinSet;
+
+use super::Answer;
+use crate::config::CallKind;
+use crate::exchange::own_call::{OwnAnswer, OwnCall, OwnCalls};
+use crate::fault::{Fault, excerpt};
+use crate::ledger::{Drawn, Otherwise};
+use crate::limit::Stamp;
+use crate::request::forward;
+use crate::request::shape::CallShape;
+use crate::response::objects::Found;
+use crate::routing::health::Gate;
+use crate::routing::objects;
+use crate::routing::pool::{Endpoint, Pool};
+use crate::routing::router::ModelName;
+
+/// Objects of a page where the client does not say, and the most that a page may have (platform.openai.com/docs/api-reference).
+const PAGE: (usize, usize) = (20, 100);
+const PAGE_OF_FILES: (usize, usize) = (10_000, 10_000);
+/// Pages of each endpoint that are read to find a cursor that is not remembered.
+const SCANNED_MAX: usize = 50;
+/// Pages that are remembered; of more those that were asked for longest ago are forgotten.
+const CURSORS_MAX: usize = 10_000;
+/// Longest time for an endpoint's page, before the list goes on without it.
+const PAGE_TIME_MAX: Duration = Duration::from_secs(30);
+/// Names the endpoints whose objects are missing in a list.
+const PARTIAL: HeaderName = HeaderName::from_static("x-api-together-partial");
+
+/// Where pages end, as far as is remembered. It outlives every reload.
+#[derive(Debug)]
+pub(crate) struct Cursors(Mutex<LruCache<String, Arc<[Cursor]>>>);
+
+/// How far a list has been read at an endpoint.
+#[derive(Clone, Debug)]
+struct Cursor {
+    /// Id of the endpoint.
+    endpoint: Arc<str>,
+    /// The last object that the client has seen of it; none if it has seen none.
+    after: Option<Box<str>>,
+}
+
+impl Default for Cursors {
+    fn default() -> Self {
+        // Bounded where it grows; a bounded one would take its room at once.
+        Self(Mutex::new(LruCache::unbounded()))
+    }
+}
+
+impl Cursors {
+    fn lock(&self) -> MutexGuard<'_, LruCache<String, Arc<[Cursor]>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A list that a client asks for.
+#[derive(Debug)]
+pub(crate) struct ListCall<'a> {
+    path: &'a str,
+    /// Name of the parameter that holds the cursor.
+    cursor: &'static str,
+    after: Option<&'a str>,
+    limit: Option<usize>,
+    is_ascending: bool,
+    /// The other parameters, which each endpoint gets as they came.
+    filters: Vec<&'a str>,
+    pages_back: bool,
+}
+
+impl<'a> ListCall<'a> {
+    /// The list that a request asks for; none if it asks for something else.
+    pub(crate) fn new(method: &Method, path: &'a str, query: Option<&'a str>) -> Option<Self> {
+        const LISTS: [&str; 12] = [
+            "/v1/assistants",
+            "/v1/batches",
+            "/v1/chat/completions",
+            "/v1/containers",
+            "/v1/evals",
+            "/v1/files",
+            "/v1/fine_tuning/jobs",
+            "/v1/messages/batches",
+            "/v1/skills",
+            "/v1/vector_stores",
+            "/v1/videos",
+            "/v1/conversations",
+        ];
+        if *method != Method::GET || !LISTS.contains(&path) {
+            return None;
+        }
+        let is_anthropic = path.starts_with("/v1/messages/") || query.is_some_and(|query| query.contains("after_id="));
+        let cursor = if is_anthropic { "after_id" } else { "after" };
+        let mut list = Self {
+            path,
+            cursor,
+            after: None,
+            limit: None,
+            is_ascending: false,
+            filters: Vec::new(),
+            pages_back: false,
+        };
+        for pair in query.into_iter().flat_map(|query| query.split('&')).filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=').unwrap_or((pair, "")) {
+                (name, id) if name == cursor => list.after = Some(id).filter(|id| !id.is_empty()),
+                ("limit", number) => list.limit = number.parse().ok(),
+                ("before" | "before_id", _) => list.pages_back = true,
+                (name, value) => {
+                    list.is_ascending |= (name, value) == ("order", "asc");
+                    list.filters.push(pair);
+                }
+            }
+        }
+        Some(list)
+    }
+
+    /// The target of a page at an endpoint.
+    fn target(&self, after: Option<&str>, limit: usize) -> String {
+        let mut target = format!("{}?limit={limit}", self.path);
+        if let Some(after) = after {
+            // A text is always written.
+            write!(target, "&{}={after}", self.cursor).unwrap_or_default();
+        }
+        for filter in &self.filters {
+            target.push('&');
+            target.push_str(filter);
+        }
+        target
+    }
+
+    fn key(&self, last: &str) -> String {
+        format!("{} {} {last}", self.path, self.filters.join("&"))
+    }
+
+    fn page_size(&self) -> usize {
+        let (usual, most) = self.page_sizes();
+        self.limit.unwrap_or(usual).clamp(1, most)
+    }
+
+    /// The usual size of a page, and the largest.
+    fn page_sizes(&self) -> (usize, usize) {
+        if self.path == "/v1/files" && self.cursor == "after" { PAGE_OF_FILES } else { PAGE }
+    }
+}
+
+/// A page as an endpoint gives it.
+#[derive(Deserialize)]
+struct Page<'a> {
+    #[serde(borrow, default)]
+    data: Vec<&'a RawValue>,
+    #[serde(default)]
+    has_more: bool,
+}
+
+/// What is read of an object.
+#[derive(Deserialize, Default)]
+struct Head {
+    #[serde(default)]
+    id: String,
+    #[serde(default)]
+    created_at: serde_json::Value,
+}
+
+/// An object of a list.
+#[derive(Debug)]
+struct Item {
+    id: String,
+    /// Seconds of Unix time.
+    created_at: i64,
+    text: Box<str>,
+}
+
+impl Item {
+    fn new(raw: &RawValue) -> Option<Self> {
+        let Head { id, created_at } = serde_json::from_str(raw.get()).ok()?;
+        let seconds = || created_at.as_str()?.parse::<jiff::Timestamp>().ok().map(jiff::Timestamp::as_second);
+        let created_at = created_at.as_i64().or_else(seconds).unwrap_or_default();
+        (!id.is_empty()).then(|| Self { id, created_at, text: raw.get().into() })
+    }
+}
+
+/// The part of a list that one endpoint has.
+struct Source<'a> {
+    endpoint: &'a Arc<Endpoint>,
+    /// Objects that have come and have not been taken, in the endpoint's order.
+    items: VecDeque<Item>,
+    /// The last one that was asked for.
+    fetched: Option<Box<str>>,
+    /// The last one that was taken.
+    taken: Option<Box<str>>,
+    has_more: bool,
+    failure: Option<Failure>,
+}
+
+/// Why an endpoint's part is missing.
+enum Failure {
+    /// It does not have such lists.
+    NoList,
+    /// It cannot be asked now; the fault if no other can either.
+    Missing(Fault),
+}
+
+/// Answers a list.
+pub(crate) async fn answer(
+    pool: &Pool,
+    cursors: &Cursors,
+    list: &ListCall<'_>,
+    headers: &HeaderMap,
+) -> Result<Answer, Fault> {
+    if list.pages_back {
+        let problem = "A list over several endpoints can be paged forward only: use `after` in place of `before`.";
+        return Err(Fault::RequestInvalid { problem: problem.into() });
+    }
+    let headers = forward::forwarded(headers, &pool.server, false);
+    let known = list.after.and_then(|after| cursors.lock().get(&list.key(after)).cloned());
+    let mut sources = sources(pool, list, known.as_deref());
+    if let (Some(after), None) = (list.after, known) {
+        skip_to(pool, list, &headers, &mut sources, after).await?;
+    }
+    let size = list.page_size();
+    refill(pool, list, &headers, &mut sources, size).await;
+    refuse(&sources)?;
+    let mut page = Vec::with_capacity(size);
+    while page.len() < size {
+        let Some(source) = next_source(&mut sources, list.is_ascending) else { break };
+        let Some(item) = source.items.pop_front() else { break };
+        source.taken = Some(item.id.as_str().into());
+        page.push(item);
+        // An endpoint gives fewer than it was asked for, if it wants to.
+        if source.items.is_empty() && source.has_more {
+            refill(pool, list, &headers, &mut sources, size).await;
+        }
+    }
+    let has_more = sources.iter().any(|source| !source.items.is_empty() || source.has_more);
+    if let Some(last) = page.last() {
+        remember(cursors, list, &last.id, &sources);
+    }
+    Ok(body(list, &page, has_more, &sources, pool.server.endpoint_headers))
+}
+
+/// The endpoints that have the list, one of each organisation, as far as it has been read.
+fn sources<'a>(pool: &'a Pool, list: &ListCall<'_>, known: Option<&[Cursor]>) -> Vec<Source<'a>> {
+    let kind = CallKind::of_path(list.path);
+    let shape = CallShape::new(&Method::GET, list.path);
+    let now = pool.clock().now;
+    let mut organizations = Vec::new();
+    let mut sources = Vec::new();
+    for endpoint in pool.endpoints.iter().filter(|one| one.config.usable() && one.config.calls.contains(kind)) {
+        let organization = &endpoint.config.organization;
+        if organizations.contains(organization) || endpoint.live.paths.lacks(shape, "", now) {
+            continue;
+        }
+        organizations.push(Arc::clone(organization));
+        let cursor = known.iter().copied().flatten().find(|cursor| cursor.endpoint == endpoint.config.id);
+        let after = cursor.and_then(|cursor| cursor.after.clone());
+        sources.push(Source {
+            endpoint,
+            items: VecDeque::new(),
+            fetched: after.clone(),
+            taken: after,
+            has_more: true,
+            failure: None,
+        });
+    }
+    sources
+}
+
+/// Reads the lists from their beginning until an object has been passed. A fault if it is not there.
+async fn skip_to(
+    pool: &Pool,
+    list: &ListCall<'_>,
+    headers: &HeaderMap,
+    sources: &mut [Source<'_>],
+    after: &str,
+) -> Result<(), Fault> {
+    for _ in 0..SCANNED_MAX {
+        refill(pool, list, headers, sources, list.page_sizes().1).await;
+        refuse(sources)?;
+        while sources.iter().all(|source| !source.items.is_empty() || !source.has_more) {
+            let Some(source) = next_source(sources, list.is_ascending) else { break };
+            let Some(item) = source.items.pop_front() else { break };
+            source.taken = Some(item.id.as_str().into());
+            if item.id == after {
+                return Ok(());
+            }
+        }
+        if sources.iter().all(|source| source.items.is_empty() && !source.has_more) {
+            break;
+        }
+    }
+    Err(Fault::ObjectUnknown { id: excerpt(after) })
+}
+
+/// Asks each endpoint that has nothing left for its next page, all at once.
+async fn refill(pool: &Pool, list: &ListCall<'_>, headers: &HeaderMap, sources: &mut [Source<'_>], size: usize) {
+    let mut pages = JoinSet::new();
+    for (index, source) in sources.iter_mut().enumerate() {
+        if !source.items.is_empty() || !source.has_more {
+            continue;
+        }
+        let (endpoint, headers) = (Arc::clone(source.endpoint), headers.clone());
+        let (target, permit) = (list.target(source.fetched.as_deref(), size), draw(pool, source.endpoint).await);
+        match permit {
+            Err(fault) => {
+                source.has_more = false;
+                source.failure = Some(Failure::Missing(fault));
+            }
+            Ok(mut permit) => {
+                pages.spawn(async move {
+                    permit.spend();
+                    (index, page(&endpoint, &target, &headers).await)
+                });
+            }
+        }
+    }
+    for (index, page) in pages.join_all().await {
+        let Some(source) = sources.get_mut(index) else { continue };
+        match page {
+            Ok((items, has_more)) => {
+                let found = items.iter().map(|item: &Item| Found::Object(item.id.as_str().into())).collect();
+                let until = objects::remembered_until(pool, &pool.clock());
+                objects::note_found(found, source.endpoint, until, &pool.ledger);
+                source.has_more = has_more && !items.is_empty();
+                source.fetched = items.last().map(|item| item.id.as_str().into()).or(source.fetched.take());
+                source.items.extend(items);
+            }
+            Err(failure) => {
+                if let (Failure::NoList, Some(shape)) = (&failure, CallShape::new(&Method::GET, list.path)) {
+                    source.endpoint.live.paths.note_missing(shape, None, pool.clock().now);
+                }
+                source.has_more = false;
+                source.failure = Some(failure);
+            }
+        }
+    }
+}
+
+/// A permit for a page.
+async fn draw(pool: &Pool, endpoint: &Arc<Endpoint>) -> Result<crate::ledger::Permit, Fault> {
+    let now = pool.clock();
+    if !matches!(endpoint.gate(now.now), Gate::Open | Gate::TrialDue) {
+        return Err(Fault::NoneAvailable);
+    }
+    let model = ModelName { name: "", in_config: true };
+    let accounts = endpoint.accounts_of(model);
+    if !accounts.is_limited() {
+        return Ok(pool.ledger.unlimited(accounts));
+    }
+    let wanted = vec![endpoint.wanted(model, Stamp::default())];
+    match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
+        Drawn::Granted(_, permit) => Ok(permit),
+        Drawn::Refused(refusal) => {
+            let (id, is_public) = (&endpoint.config.id, pool.server.endpoint_headers);
+            let held = refusal.held.iter().map(|held| held.held_by(Arc::clone(id), is_public, now.boot)).collect();
+            Err(Fault::LimitsReached { wait: refusal.wait, held })
+        }
+        Drawn::Unavailable => Err(Fault::LedgerUnavailable),
+    }
+}
+
+/// One page of an endpoint, and whether it has more.
+async fn page(endpoint: &Endpoint, target: &str, headers: &HeaderMap) -> Result<(Vec<Item>, bool), Failure> {
+    let id = &endpoint.config.id;
+    let addresses = endpoint.upstream.addresses().await;
+    let Some(address) = addresses.ok().and_then(|addresses| addresses.first().copied()) else {
+        return Err(Failure::Missing(Fault::EndpointUnreachable));
+    };
+    let calls = OwnCalls::new(endpoint, address);
+    let call = OwnCall { headers: Some(headers), ..OwnCall::get(target) };
+    let answered = tokio::time::timeout(PAGE_TIME_MAX, calls.ask(call)).await;
+    let OwnAnswer { status, body } = match answered {
+        Ok(Ok(answer)) => answer,
+        Ok(Err((what, _))) => {
+            log::warn!("endpoint {id}: its part of a list is missing: {what}");
+            return Err(Failure::Missing(Fault::EndpointUnreachable));
+        }
+        Err(_) => return Err(Failure::Missing(Fault::EndpointTimeout)),
+    };
+    if matches!(status, 404 | 405 | 501) {
+        return Err(Failure::NoList);
+    }
+    let page: Option<Page<'_>> = serde_json::from_slice(&body).ok().filter(|_| status == 200);
+    let Some(Page { data, has_more }) = page else {
+        log::warn!("endpoint {id}: its part of a list is missing: it answered {status}");
+        let fault = if status == 200 { Fault::EndpointUnrecognised } else { Fault::EndpointError { status } };
+        return Err(Failure::Missing(fault));
+    };
+    Ok((data.into_iter().filter_map(Item::new).collect(), has_more))
+}
+
+/// The endpoint that has the next object of the list.
+fn next_source<'a, 'b>(sources: &'a mut [Source<'b>], is_ascending: bool) -> Option<&'a mut Source<'b>> {
+    let ordered = sources.iter_mut().filter(|source| !source.items.is_empty());
+    ordered.min_by(|one, other| {
+        let (Some(one), Some(other)) = (one.items.front(), other.items.front()) else {
+            return std::cmp::Ordering::Equal;
+        };
+        let by_time = one.created_at.cmp(&other.created_at);
+        let by_time = if is_ascending { by_time } else { by_time.reverse() };
+        by_time.then_with(|| one.id.cmp(&other.id))
+    })
+}
+
+/// The fault of a list that no endpoint gives.
+fn refuse(sources: &[Source<'_>]) -> Result<(), Fault> {
+    let is_without =
+        |source: &Source<'_>| source.failure.is_some() && source.items.is_empty() && source.taken.is_none();
+    if !sources.iter().all(is_without) {
+        return Ok(());
+    }
+    let missing = sources.iter().find_map(|source| match &source.failure {
+        Some(Failure::Missing(fault)) => Some(fault.clone()),
+        _ => None,
+    });
+    Err(missing.unwrap_or(Fault::CallUnknown))
+}
+
+fn remember(cursors: &Cursors, list: &ListCall<'_>, ends_with: &str, sources: &[Source<'_>]) {
+    let read = sources
+        .iter()
+        .map(|source| Cursor { endpoint: Arc::clone(&source.endpoint.config.id), after: source.taken.clone() });
+    let mut cursors = cursors.lock();
+    cursors.put(list.key(ends_with), read.collect());
+    if cursors.len() > CURSORS_MAX {
+        cursors.pop_lru();
+    }
+}
+
+fn body(list: &ListCall<'_>, page: &[Item], has_more: bool, sources: &[Source<'_>], is_public: bool) -> Answer {
+    let data: Vec<&str> = page.iter().map(|item| &*item.text).collect();
+    let id = |item: Option<&Item>| item.map_or(serde_json::Value::Null, |item| item.id.as_str().into());
+    let object = if list.cursor == "after" { "\"object\":\"list\"," } else { "" };
+    let text = format!(
+        "{{{object}\"data\":[{}],\"first_id\":{},\"last_id\":{},\"has_more\":{has_more}}}",
+        data.join(","),
+        id(page.first()),
+        id(page.last()),
+    );
+    let mut answer = Answer::json(200, text);
+    let missing = sources.iter().filter(|source| matches!(source.failure, Some(Failure::Missing(_))));
+    let names: Vec<&str> =
+        missing.map(|source| if is_public { &*source.endpoint.config.id } else { "hidden" }).collect();
+    if let (false, Ok(value)) = (names.is_empty(), HeaderValue::from_str(&names.join(", "))) {
+        answer.headers.push((PARTIAL, value));
+    }
+    answer
+}
