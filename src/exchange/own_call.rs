@@ -20,6 +20,9 @@ pub(crate) const CALL_MAX: Duration = Duration::from_mins(1);
 /// Longest answer that is read, in bytes: a list of some thousand models or files.
 const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
 
+/// Interim answers (1xx) before the endpoint's own.
+const INTERIM_MAX: u32 = 100;
+
 /// What failed, and the way out.
 pub(crate) type Why = (String, String);
 
@@ -59,6 +62,24 @@ impl<'a> OwnCall<'a> {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it stands where an error is mapped")]
+fn broken(error: Box<pingora::Error>) -> Why {
+    (ConnectError::explain(&error).to_string(), String::new())
+}
+
+/// Reads as far as the answer's own header, and returns its status and how the body is compressed. Until then there is no body that
+/// could be read.
+async fn final_header(session: &mut HttpSession) -> Result<(u16, Option<Encoding>), Why> {
+    for _ in 0..INTERIM_MAX {
+        session.read_response_header().await.map_err(broken)?;
+        let Some(header) = session.response_header() else { break };
+        if !header.status.is_informational() {
+            return Ok((header.status.as_u16(), Encoding::from_headers(&header.headers)));
+        }
+    }
+    Err(("no answer".to_owned(), String::new()))
+}
+
 impl<'a> OwnCalls<'a> {
     /// Calls of an endpoint at this address of its.
     pub(crate) fn new(endpoint: &'a Endpoint, address: SocketAddr) -> Self {
@@ -83,7 +104,6 @@ impl<'a> OwnCalls<'a> {
     }
 
     async fn exchange(&self, call: OwnCall<'_>) -> Result<OwnAnswer, Why> {
-        let broken = |error: Box<pingora::Error>| (ConnectError::explain(&error).to_string(), String::new());
         let mut session = self.connect().await.map_err(|error| (error.what, error.way_out.to_owned()))?;
         let body = call.body.map(|body| Bytes::from(body.to_string()));
         let mut request = Request::new(()).into_parts().0;
@@ -102,11 +122,7 @@ impl<'a> OwnCalls<'a> {
             session.write_request_body(body, true).await.map_err(broken)?;
         }
         session.finish_request_body().await.map_err(broken)?;
-        session.read_response_header().await.map_err(broken)?;
-        let (status, encoding) = match session.response_header() {
-            Some(header) => (header.status.as_u16(), Encoding::from_headers(&header.headers)),
-            None => return Err(("no answer".to_owned(), String::new())),
-        };
+        let (status, encoding) = final_header(&mut session).await?;
         let mut read = Vec::new();
         while let Some(piece) = session.read_response_body().await.map_err(broken)? {
             read.extend_from_slice(&piece);

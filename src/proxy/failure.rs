@@ -242,7 +242,8 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
         state.kept = None;
     }
     let retry = &ask.pool.server.retry;
-    let may_follow = (outcome.is_retryable(retry) || is_sought_elsewhere)
+    let is_switch_refused = ask.switches_protocol && outgoing::refuses_switch(outcome);
+    let may_follow = (outcome.is_retryable(retry) || is_sought_elsewhere || is_switch_refused)
         && context.tries.absences < SEARCHED_MAX
         && (*outcome != Outcome::Empty || context.tries.empties <= EMPTIES_MAX);
     let more = may_follow && has_more(ask, &context.tries.tried, context.arrival.at, &ask.pool.clock());

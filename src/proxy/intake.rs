@@ -286,6 +286,7 @@ async fn ask(
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let (body, fields, is_json) = read(body, content_type)?;
+    let kind = CallKind::of_path(target.path());
     // Azure's deployment counts, whatever the body says.
     let deployment = path::deployment(header.uri.path());
     let (model, body_model) = match fields.model {
@@ -294,14 +295,17 @@ async fn ask(
             (Some(name.into()), place.map(|place| BodyModel { place, is_other: true }))
         }
         Some(model) => (Some(model.name), Some(BodyModel { place: model.place, is_other: false })),
-        None if switches_protocol => (target.query().and_then(fields::query_model), None),
+        None if switches_protocol || kind == CallKind::Realtime => {
+            let name = target.query().and_then(fields::query_model);
+            let is_other = target.query().is_some_and(|query| query.contains("deployment="));
+            (name, Some(BodyModel { place: ModelPlace::Query, is_other }))
+        }
         None => (None, None),
     };
     if switches_protocol && model.is_none() {
         return Err(Fault::WebSocketModelUnknown.into());
     }
     let call = Call::new(&header.method, target.path());
-    let kind = CallKind::of_path(target.path());
     let candidates = match &model {
         None => pool.router.any(),
         Some(model) => pool.router.find(model).ok_or_else(|| Fault::ModelUnknown { model: excerpt(model) })?,

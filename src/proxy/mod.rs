@@ -101,8 +101,7 @@ impl ProxyHttp for Gateway {
         header: &mut ResponseHeader,
         context: &mut Self::CTX,
     ) -> Result<()> {
-        outgoing::upstream_response_filter(header, context);
-        Ok(())
+        outgoing::upstream_response_filter(header, context)
     }
 
     async fn response_filter(

@@ -1,5 +1,6 @@
 //! Outgoing messages: requests as endpoints get them, and answers as clients get them.
 
+use std::borrow::Cow;
 use std::mem;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant, SystemTime};
@@ -19,6 +20,7 @@ use super::{attempts, is_final};
 use crate::admin::Answer;
 use crate::exchange::{Ask, Attempt};
 use crate::fault::ErrorShape;
+use crate::request::fields::ModelPlace;
 use crate::request::id::REQUEST_ID;
 use crate::request::rewrite::{self, Edit};
 use crate::request::{content_type, forward};
@@ -87,9 +89,9 @@ pub(super) fn connected_to_upstream(session: &Session, peer: &HttpPeer, socket: 
 }
 
 /// Notes how an answer is framed and compressed, before Pingora frames it for the client.
-pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Context) {
+pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Context) -> Result<()> {
     let mut state = context.exchange.state();
-    let Some(attempt) = &mut state.attempt else { return };
+    let Some(attempt) = &mut state.attempt else { return Ok(()) };
     attempt.ends_with_connection = header.version <= Version::HTTP_11
         && !header.headers.contains_key(header::CONTENT_LENGTH)
         && !header.headers.contains_key(header::TRANSFER_ENCODING);
@@ -111,6 +113,24 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
         // The usage that only we asked for is taken out, so the body gets shorter.
         header.remove_header(&header::CONTENT_LENGTH);
     }
+    if let Some(ask) = context.ask.as_ref().filter(|ask| ask.switches_protocol)
+        && is_final(header)
+        && attempt.terms.more
+    {
+        // Its session is not held, so a refusal that another endpoint need not make ends the attempt here.
+        let outcome = Outcome::of_status(status, attempt.wait);
+        if outcome.is_retryable(&ask.pool.server.retry) || refuses_switch(&outcome) {
+            attempt.header_came(outcome);
+            state.ended = Some(outcome);
+            return Error::err_up(ErrorType::Custom("the protocol was not switched"));
+        }
+    }
+    Ok(())
+}
+
+/// True if an endpoint says that it does not switch protocols for such a call.
+pub(super) fn refuses_switch(outcome: &Outcome) -> bool {
+    outcome.meaning().is_some_and(|meaning| matches!(meaning.status, 404 | 405 | 426 | 501))
 }
 
 /// Makes an endpoint's answer ready for the client.
@@ -194,9 +214,18 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
     // The session of a request that switches protocols is not wrapped, so nothing has been left out yet.
     let whole = if ask.switches_protocol { forwarded(&taken, ask, context.arrival.own.id.as_ref()) } else { taken };
     let parts: Parts = whole.into();
-    *request =
-        endpoint.upstream_of(ask.kind).dress(parts, &endpoint.config, ask.target.as_str(), ask.switches_protocol)?;
+    let in_query = ask.body_model.as_ref().is_some_and(|body| body.place == ModelPlace::Query);
+    let other = other_model(ask, attempt).filter(|_| in_query);
+    let target = other
+        .map_or(Cow::Borrowed(ask.target.as_str()), |other| rewrite::with_model(ask.target.as_str(), other).into());
+    *request = endpoint.upstream_of(ask.kind).dress(parts, &endpoint.config, &target, ask.switches_protocol)?;
     Ok(())
+}
+
+/// The name that is written in place of the client's, if another one is.
+fn other_model<'a>(ask: &'a Ask, attempt: &'a Attempt) -> Option<&'a str> {
+    let own = ask.model.as_deref().filter(|_| ask.body_model.as_ref().is_some_and(|body| body.is_other));
+    attempt.model.mapped.as_deref().or(own)
 }
 
 /// The body as the endpoint gets it: in one piece if it is small, else in the pieces that it came in, without a copy.
@@ -205,10 +234,8 @@ fn rewrite_body(context: &Context) -> Vec<Bytes> {
     let mut state = context.exchange.state();
     let Some(attempt) = &mut state.attempt else { return Vec::new() };
     let asks = attempt.inject_usage(ask);
-    let model = ask.body_model.as_ref().and_then(|body| {
-        let own = ask.model.as_ref().filter(|_| body.is_other);
-        Some(rewrite::model_edit(&body.place, attempt.model.mapped.as_ref().or(own)?))
-    });
+    let place = ask.body_model.as_ref().map(|body| &body.place).filter(|place| **place != ModelPlace::Query);
+    let model = place.and_then(|place| Some(rewrite::model_edit(place, other_model(ask, attempt)?)));
     let usage = ask.usage_edit.as_ref().filter(|_| asks);
     let usage = usage.map(|usage| Edit { range: usage.range.clone(), with: usage.with.into() });
     match (model, usage) {

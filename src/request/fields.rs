@@ -58,6 +58,8 @@ pub enum ModelPlace {
     Json(Range<usize>),
     /// The text of a form's field.
     Form(Range<usize>),
+    /// A parameter of the query.
+    Query,
     /// Behind the bracket of a JSON object that has none; `is_only` if it has no other member either.
     NewMember {
         /// Place behind the bracket.
@@ -120,6 +122,8 @@ struct Found {
     /// True if one of the two occurs twice, so that it is not clear which one counts.
     stream_again: bool,
     store: Option<Range<usize>>,
+    /// Members that hold the model of a realtime session.
+    realtime: [Option<Range<usize>>; 2],
     session: SessionFields,
 }
 
@@ -138,6 +142,8 @@ impl Found {
                 self.stream_options = Some(range());
             }
             b"store" => self.store = Some(range()),
+            b"session" => self.realtime[0] = Some(range()),
+            b"input_audio_transcription" => self.realtime[1] = Some(range()),
             _ => self.session.take(key, range),
         }
     }
@@ -149,8 +155,12 @@ impl Found {
             let problem = format!("The request body has two `model` keys; the second value is at {at}.");
             return Err(Fault::RequestInvalid { problem });
         }
+        let [session, transcription] = &self.realtime;
+        let of_session = || session_model(body, session.clone()?);
+        let of_transcription = || member(body, transcription.clone()?, "model");
+        let found = self.model.or_else(of_session).or_else(of_transcription);
         // Some clients send null, or nothing, for no model.
-        let named = self.model.filter(|range| !matches!(text(range), b"null" | b"\"\""));
+        let named = found.filter(|range| !matches!(text(range), b"null" | b"\"\""));
         let model = named.map(|range| {
             let Ok(Key(value)) = serde_json::from_slice(text(&range)) else {
                 let at = position(body, range.start);
@@ -175,6 +185,27 @@ impl Found {
         let model = model.transpose()?;
         Ok(Fields { model, stream: stream.is_some(), usage_edit, store, session: self.session })
     }
+}
+
+/// The model of a realtime session's settings, which may be of a transcription alone.
+pub(super) fn session_model(body: &[u8], session: Range<usize>) -> Option<Range<usize>> {
+    let transcription = || {
+        let audio = member(body, session.clone(), "audio")?;
+        let transcription = member(body, member(body, audio, "input")?, "transcription")?;
+        member(body, transcription, "model")
+    };
+    member(body, session.clone(), "model").or_else(transcription)
+}
+
+/// The range of a member's value, of an object at this place.
+fn member(body: &[u8], object: Range<usize>, wanted: &str) -> Option<Range<usize>> {
+    let mut found = None;
+    members::members(part(body, object.clone()), |key, range| {
+        if key == wanted.as_bytes() {
+            found = Some(object.start + range.start..object.start + range.end);
+        }
+    })?;
+    found
 }
 
 /// Returns the edit if there are `stream_options` already.
@@ -338,6 +369,26 @@ mod tests {
     fn deep_nesting_neither_overflows_nor_fails() {
         let body = format!(r#"{{"x":{}{},"model":"m"}}"#, "[".repeat(100_000), "]".repeat(100_000));
         assert_eq!(&*scan(body.as_bytes()).unwrap().model.unwrap().name, "m");
+    }
+
+    #[test]
+    fn the_model_of_a_realtime_session_is_found() {
+        let transcription =
+            r#"{"session":{"type":"transcription","audio":{"input":{"transcription":{"model":"ears"}}}}}"#;
+        for (body, model) in [
+            (r#"{"expires_after":{"seconds":9},"session":{"type":"realtime","model":"talk"}}"#, Some("talk")),
+            (transcription, Some("ears")),
+            (r#"{"input_audio_transcription":{"model":"ears"}}"#, Some("ears")),
+            (r#"{"session":{"model":"talk"},"model":"first"}"#, Some("first")),
+            (r#"{"session":"text"}"#, None),
+            (r#"{"session":{"audio":[]}}"#, None),
+        ] {
+            let found = scan(body.as_bytes()).unwrap().model;
+            assert_eq!(found.as_ref().map(|found| &*found.name), model, "{body}");
+            if let Some(Model { name, place: ModelPlace::Json(range) }) = found {
+                assert_eq!(body[range], format!("\"{name}\""));
+            }
+        }
     }
 
     #[test]

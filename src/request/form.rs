@@ -7,9 +7,10 @@ use std::ops::Range;
 
 use memchr::memmem;
 
-use super::fields::{Fields, Model, ModelPlace};
+use super::fields::{self, Fields, Model, ModelPlace};
 use crate::fault::Fault;
 use crate::json::part;
+use crate::json::scan::Key;
 
 /// Bytes that the headers of one part may take up. Those of a real one are two or three short lines.
 const PART_HEADERS_MAX: usize = 8 * 1024;
@@ -33,6 +34,9 @@ pub fn scan(content_type: &str, body: &[u8]) -> Result<Fields, Fault> {
                 }
                 fields.model = model(body, content)?;
             }
+            Some(name) if name == b"session" && fields.model.is_none() => {
+                fields.model = session_model(body, content)?;
+            }
             Some(name) if name == b"stream" => fields.stream = part(body, content).eq_ignore_ascii_case(b"true"),
             _ => {}
         }
@@ -53,6 +57,15 @@ fn model(body: &[u8], range: Range<usize>) -> Result<Option<Model>, Fault> {
         return Err(invalid("Its field `model` is not UTF-8."));
     };
     Ok((!name.is_empty()).then(|| Model { name: name.into(), place: ModelPlace::Form(range) }))
+}
+
+/// The model of a realtime call, whose settings are one field in JSON.
+fn session_model(body: &[u8], range: Range<usize>) -> Result<Option<Model>, Fault> {
+    let Some(place) = fields::session_model(body, range) else { return Ok(None) };
+    let Ok(Key(name)) = serde_json::from_slice(part(body, place.clone())) else {
+        return Err(invalid("The `model` in its field `session` is not a string."));
+    };
+    Ok((!name.is_empty()).then(|| Model { name: name.into(), place: ModelPlace::Json(place) }))
 }
 
 /// The boundary that a content type names.
@@ -250,6 +263,15 @@ mod tests {
         }
         let odd = body.replace("xyz", "a; b=\"c");
         assert_eq!(found("multipart/form-data; boundary=\"a; b=\\\"c\"", &odd).unwrap().0, "m");
+    }
+
+    #[test]
+    fn a_realtime_call_has_its_model_in_its_settings() {
+        let settings = r#"{"type":"realtime","model":"talk"}"#;
+        let body = form(&["name=\"sdp\"\r\n\r\nv=0", &format!("name=\"session\"\r\n\r\n{settings}")]);
+        let model = scan(LABEL, body.as_bytes()).unwrap().model.unwrap();
+        let ModelPlace::Json(range) = model.place else { panic!("{:?}", model.place) };
+        assert_eq!((&*model.name, &body[range]), ("talk", "\"talk\""));
     }
 
     #[test]

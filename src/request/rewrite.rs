@@ -44,6 +44,15 @@ pub fn with_query(target: &str, parameters: &[(String, Secret)]) -> String {
     format!("{path}?{}", kept.chain(ours).collect::<Vec<_>>().join("&"))
 }
 
+/// The target with another model in its query.
+pub fn with_model(target: &str, model: &str) -> String {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let is_other = |pair: &&str| !matches!(pair.split('=').next(), Some("" | "model" | "deployment"));
+    let others = query.split('&').filter(is_other).map(str::to_owned);
+    let model = format!("model={}", utf8_percent_encode(model, NOT_PLAIN));
+    format!("{path}?{}", std::iter::once(model).chain(others).collect::<Vec<_>>().join("&"))
+}
+
 /// True if a path would leave the part of the endpoint that it is meant for, however an endpoint's server may read it:
 /// encoded dots and slashes, backslashes, and parameters behind a segment.
 pub fn steps_out(path: &str) -> bool {
@@ -59,10 +68,11 @@ pub fn steps_out(path: &str) -> bool {
         .any(|name| name == ".." || name == ".")
 }
 
+/// What does not stand for itself in a query (RFC 3986, 2.3).
+const NOT_PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
 /// A key as the value of a query's parameter.
 pub fn query_value(key: &Secret) -> Secret {
-    /// What stands for itself in a query (RFC 3986, 2.3).
-    const NOT_PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
     Secret::new(utf8_percent_encode(key.expose(), NOT_PLAIN).to_string())
 }
 
@@ -86,6 +96,8 @@ pub struct Edit<'a> {
 pub fn model_edit<'a>(place: &ModelPlace, model: &'a str) -> Edit<'a> {
     let quoted = match place {
         ModelPlace::Json(quoted) => quoted,
+        // It stands in no body.
+        ModelPlace::Query => return Edit { range: 0..0, with: "".into() },
         ModelPlace::Form(range) => return Edit { range: range.clone(), with: model.into() },
         ModelPlace::NewMember { at, is_only } => {
             let comma = if *is_only { "" } else { "," };
@@ -173,6 +185,8 @@ mod tests {
             assert_eq!(without_version(client), expected);
         }
         let parameters = [("api-version".to_owned(), Secret::new("1")), ("k".to_owned(), Secret::new("a%26b"))];
+        assert_eq!(with_model("/v1/realtime?a=1&deployment=x&b", "y/z 1"), "/v1/realtime?model=y%2Fz%201&a=1&b");
+        assert_eq!(with_model("/v1/realtime?model=x", "y"), "/v1/realtime?model=y");
         assert_eq!(with_query("/x", &parameters), "/x?api-version=1&k=a%26b");
         assert_eq!(with_query("/x?k=2&b=3&api%2Dversion=9&api-version", &parameters), "/x?b=3&api-version=1&k=a%26b");
     }

@@ -469,7 +469,7 @@ async fn interim_answers_are_not_sent_on_and_a_flood_of_them_is_given_up() {
         let switch = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\nhello";
         // A few are read past, before an answer and before a switch of protocols.
         let mut wire = proxy.wire().await;
-        wire.send(request("GET", "/v1/files", &[], "")).await;
+        wire.send(request("GET", "/v1/anything", &[], "")).await;
         let (mut endpoint, ..) = by_hand.call().await;
         endpoint.send(hint.repeat(20) + ok).await;
         let (head, body) = wire.message().await;
@@ -565,6 +565,77 @@ async fn a_strange_connection_header_is_served_or_refused_with_a_word() {
                 assert_eq!(proxy.status_of(id).await["errorCount"], 0, "{value}");
             }
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_websocket_goes_to_another_endpoint_under_its_name_there() {
+    within(async {
+        let (first, second) = (ByHand::bind().await, ByHand::bind().await);
+        for refusal in [
+            "HTTP/1.1 429 Too Many Requests\r\nretry-after: 9\r\ncontent-length: 0\r\n\r\n",
+            "HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\n\r\n{}",
+            "HTTP/1.1 426 Upgrade Required\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+            "HTTP/1.1 503 Service Unavailable\r\ntransfer-encoding: chunked\r\n\r\n3\r\nbad\r\n0\r\n\r\n",
+            // Closed without a word.
+            "",
+        ] {
+            let api = |id: &str, by_hand: &ByHand, priority: u32, name: &str| {
+                let mapping = json!({ "models": [], "modelMapping": { "talk": name }, "priority": priority });
+                endpoint_with(id, &by_hand.base_url(), mapping)
+            };
+            let apis = [api("a", &first, 0, "a/realtime 1"), api("b", &second, 1, "b-realtime")];
+            let proxy = Proxy::start(json!({}), &apis).await;
+            let mut wire = proxy.wire().await;
+            wire.send(websocket("/v1/realtime?x=1&model=talk")).await;
+            let (mut refuses, head, _) = first.call().await;
+            assert_eq!(head.line, "GET /v1/realtime?model=a%2Frealtime%201&x=1 HTTP/1.1");
+            refuses.send(refusal).await;
+            drop(refuses);
+            let (mut endpoint, head, _) = second.call().await;
+            assert_eq!(head.line, "GET /v1/realtime?model=b-realtime&x=1 HTTP/1.1");
+            assert_eq!(head.header("authorization"), Some(format!("Bearer {}", key_of("b"))));
+            endpoint
+                .send("HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\nhello")
+                .await;
+            let head = wire.head().await.unwrap();
+            assert_eq!(
+                (head.status(), head.header("x-api-together-attempts").as_deref()),
+                (101, Some("2")),
+                "{refusal}"
+            );
+            assert_eq!(wire.exactly(5).await.unwrap(), "hello");
+            wire.send("and back").await;
+            assert_eq!(endpoint.exactly(8).await.unwrap(), "and back");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_http_calls_of_realtime_go_to_their_models_endpoint() {
+    within(async {
+        let simulator = behaving(Behaviour { body: Some(r#"{"value":"ek_1"}"#.into()), ..Behaviour::default() }).await;
+        let mapping = json!({ "models": [], "modelMapping": { "talk": "gpt-realtime" } });
+        let apis = [
+            endpoint_with("other", &closed_port(), json!({ "models": ["else"] })),
+            endpoint_with("a", &simulator.base_url(), mapping),
+        ];
+        let proxy = Proxy::start(json!({}), &apis).await;
+        let settings = |model: &str| format!(r#"{{"session":{{"type":"realtime","model":"{model}"}}}}"#);
+        proxy.post_text("/v1/realtime/client_secrets", settings("talk")).await.assert_from("a", 1);
+        assert_eq!(simulator.requests()[0].body, settings("gpt-realtime"));
+        proxy.post("/v1/realtime/sessions", &json!({ "model": "talk" })).await.assert_from("a", 1);
+        assert_eq!(simulator.requests()[1].body, r#"{"model":"gpt-realtime"}"#);
+        let call =
+            proxy.request(Method::POST, "/v1/realtime/calls?model=talk").header("content-type", "application/sdp");
+        Reply::of(call.body("v=0")).await.assert_from("a", 1);
+        let arrived = simulator.requests().pop().unwrap();
+        assert_eq!(
+            (arrived.path_and_query.as_str(), &arrived.body[..]),
+            ("/v1/realtime/calls?model=gpt-realtime", &b"v=0"[..])
+        );
     })
     .await;
 }
