@@ -11,7 +11,7 @@ use crate::fault::excerpt;
 use crate::ledger::Spent;
 use crate::request::call::Call;
 use crate::telemetry::metrics::metrics;
-use crate::usage::{Cost, Speed, Tokens};
+use crate::usage::{Cost, Speed, Tokens, Usage};
 
 /// Measurements of a request's answer.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,6 +54,11 @@ pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
         (None, Some(prompt)) => spend(attempt, ask, Cost::estimated(prompt, 0), Instant::now()),
         (None, None) => {}
     }
+}
+
+/// Charges for one response of a realtime session, which goes on.
+pub fn bill_response(attempt: &Attempt, ask: &Ask, usage: &Usage) {
+    spend(attempt, ask, Cost::exact(usage.tokens(), Speed::default()), Instant::now());
 }
 
 /// Charges for the last answer. Unreported tokens are estimated later, if the answer had any content.

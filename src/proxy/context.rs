@@ -12,8 +12,10 @@ use crate::process::{OpenRequest, OpenRequests};
 use crate::request::connections::OnConnection;
 use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
+use crate::response::websocket::FrameReader;
 use crate::routing::admission::Choice;
 use crate::routing::pool::Endpoint;
+use crate::usage::Tokens;
 
 /// One request, from its header to its last byte.
 #[derive(Debug)]
@@ -32,6 +34,10 @@ pub struct Context {
     pub wrapped: Wrapped,
     /// True once the endpoint has switched protocols.
     pub switched: bool,
+    /// Reads what the endpoint says over a WebSocket.
+    pub frames: FrameReader,
+    /// Tokens that the responses of a realtime session have reported.
+    pub session_tokens: Option<Tokens>,
     /// Redacts the body of a refusal to switch protocols.
     pub refusal: Option<Redactor>,
 }
@@ -113,6 +119,8 @@ impl Context {
             fault: None,
             wrapped: Wrapped::default(),
             switched: false,
+            frames: FrameReader::default(),
+            session_tokens: None,
             refusal: None,
         }
     }

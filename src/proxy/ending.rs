@@ -27,7 +27,8 @@ pub(super) async fn logging(session: &mut Session, error: Option<&Error>, contex
     step_aside().await;
     context.wrapped.unwrap_session(session);
     let complete = context.exchange.state().committed.and_then(|committed| committed.complete);
-    let measured = conclude(context, error.is_none(), complete, &process.estimator);
+    let mut measured = conclude(context, error.is_none(), complete, &process.estimator);
+    measured.tokens = measured.tokens.or(context.session_tokens);
     let client_gone = context.fault.is_none()
         && complete.is_none()
         && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);

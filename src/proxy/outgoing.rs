@@ -18,6 +18,7 @@ use pingora_proxy::Session;
 use super::context::Context;
 use super::{attempts, is_final};
 use crate::admin::Answer;
+use crate::billing;
 use crate::exchange::{Ask, Attempt};
 use crate::fault::ErrorShape;
 use crate::request::fields::ModelPlace;
@@ -31,6 +32,7 @@ use crate::routing::rate_headers;
 use crate::routing::retry::Outcome;
 use crate::telemetry::metrics::metrics;
 use crate::upstream::cork::Cork;
+use crate::usage::{Reported, mentions_usage};
 
 const ENDPOINT: HeaderName = HeaderName::from_static("x-api-together-endpoint");
 const AFFINITY: HeaderName = HeaderName::from_static("x-api-together-affinity");
@@ -164,8 +166,26 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
     rewrite_answer(header, context)
 }
 
-/// Redacts secrets in the refusal of a protocol switch, and frees a request body that is no longer needed.
+/// Counts the tokens that the responses of a realtime session report.
+fn read_frames(piece: &Bytes, context: &mut Context) {
+    let Context { frames, session_tokens, exchange, ask: Some(ask), .. } = context else { return };
+    let state = exchange.state();
+    let Some(attempt) = &state.attempt else { return };
+    frames.feed(piece, |message| {
+        let Some(reported) = Some(message).filter(|message| mentions_usage(message)).and_then(Reported::from_json)
+        else {
+            return;
+        };
+        billing::bill_response(attempt, ask, &reported.usage);
+        session_tokens.get_or_insert_default().merge(&reported.usage.tokens());
+    });
+}
+
+/// Reads what passes over a WebSocket, redacts secrets in the refusal of a protocol switch, and frees a request body that is no longer needed.
 pub(super) fn response_body_filter(body: &mut Option<Bytes>, end: bool, context: &mut Context) {
+    if let (true, Some(piece)) = (context.switched, body.as_ref()) {
+        read_frames(piece, context);
+    }
     // A refusal to switch protocols passes here and nowhere else.
     if let Some(redactor) = &mut context.refusal {
         let piece = redactor.piece(body.as_deref().unwrap_or_default(), end);

@@ -122,7 +122,8 @@ pub fn forwarded(headers: &HeaderMap, server: &Server, switches_protocol: bool) 
 
 /// True for the headers of a WebSocket's handshake (RFC 6455, 4.1), which the endpoint answers.
 fn is_of_handshake(name: &str) -> bool {
-    matches!(name, "connection" | "upgrade") || name.starts_with("sec-websocket-")
+    // Without its extensions nothing is compressed, and the tokens of its responses can be counted.
+    matches!(name, "connection" | "upgrade") || name.starts_with("sec-websocket-") && name != "sec-websocket-extensions"
 }
 
 /// The offered subprotocols without the one that carries a key; `None` if there is no other.

@@ -11,3 +11,4 @@ pub mod sse;
 pub(crate) mod vendor_error;
 mod vendors;
 pub(crate) mod wait;
+pub mod websocket;

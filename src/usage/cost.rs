@@ -17,6 +17,24 @@ pub struct Tokens {
     pub audio: u64,
 }
 
+impl Tokens {
+    /// Adds the tokens of another answer.
+    pub fn merge(&mut self, other: &Self) {
+        let Self { prompt, completion, total, cached, reasoning, audio } = other;
+        let sums = [
+            (&mut self.prompt, prompt),
+            (&mut self.completion, completion),
+            (&mut self.total, total),
+            (&mut self.cached, cached),
+            (&mut self.reasoning, reasoning),
+            (&mut self.audio, audio),
+        ];
+        for (mine, other) in sums {
+            *mine = mine.saturating_add(*other);
+        }
+    }
+}
+
 /// Number of answers and their tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sum {

@@ -195,3 +195,59 @@ async fn sessions_over_plain_text_lose_no_byte() {
 async fn sessions_over_tls_lose_no_byte() {
     in_time(sessions("realtime-tls", true)).await;
 }
+
+/// A frame of a server with a text in it.
+fn text_frame(text: &str) -> Vec<u8> {
+    let length = u16::try_from(text.len()).unwrap();
+    [&[0x81, 126], &length.to_be_bytes()[..], text.as_bytes()].concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tokens_of_each_response_are_counted_while_the_session_lasts() {
+    in_time(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let api = endpoint_with("a", &url, json!({ "models": [], "modelMapping": { "talk": "gpt-realtime" } }));
+        let proxy = Proxy::start(json!({}), &[api]).await;
+        let mut client = connect(proxy.address, None).await;
+        let offer = websocket("/v1/realtime?model=talk");
+        let offer = offer.replacen("\r\n", "\r\nsec-websocket-extensions: permessage-deflate\r\n", 1);
+        client.send(offer).await;
+        let mut endpoint = accept(listener.accept().await.unwrap().0, None).await;
+        let head = endpoint.head().await.unwrap();
+        assert_eq!(head.header("sec-websocket-extensions"), None, "what is compressed could not be read");
+        endpoint.send(SWITCH).await;
+        assert_eq!(client.head().await.unwrap().status(), 101);
+        let usage = json!({ "total_tokens": 30, "input_tokens": 20, "output_tokens": 10,
+            "input_token_details": { "cached_tokens": 5, "text_tokens": 12, "audio_tokens": 8 },
+            "output_token_details": { "text_tokens": 4, "audio_tokens": 6 } });
+        let done = json!({ "type": "response.done", "response": { "id": "resp_1", "usage": usage } }).to_string();
+        let delta = json!({ "type": "response.output_text.delta", "delta": "a \"usage\" of words" }).to_string();
+        for number in 1..=3 {
+            for text in [&delta, &done] {
+                let frame = text_frame(text);
+                // In two pieces, the first of which ends within its header.
+                endpoint.send(&frame[..3]).await;
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                endpoint.send(&frame[3..]).await;
+                assert!(client.exactly(frame.len()).await.unwrap() == frame, "a frame passes as it is");
+            }
+            for tries in 0.. {
+                let stats = proxy.get("/v1/token/stats").await.json()["detailedStats"]["a"].clone();
+                if stats["requests"] == number {
+                    assert_eq!(
+                        (&stats["totalTokens"], &stats["promptTokens"]),
+                        (&json!(30 * number), &json!(20 * number))
+                    );
+                    assert_eq!(stats["cachedTokens"], json!(5 * number), "{stats}");
+                    assert_eq!(stats["audioTokens"], json!(14 * number), "{stats}");
+                    break;
+                }
+                assert!(tries < 200, "{stats}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        assert_eq!(proxy.status_of("a").await["inFlight"], 1, "it lasts");
+    })
+    .await;
+}
