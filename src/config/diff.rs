@@ -211,6 +211,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         proxy,
         http2,
         tls,
+        discovery,
         errors,
         version_path,
         query,
@@ -260,6 +261,9 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     let EndpointTls { ca_file, insecure } = tls;
     lines.compare(&at("tls.caFile"), |file| optional(file.as_ref(), path), ca_file, &after.tls.ca_file);
     lines.compare(&at("tls.insecure"), plain, insecure, &after.tls.insecure);
+    let minutes =
+        |interval: &Option<Duration>| optional(interval.as_ref(), |interval| (interval.as_secs() / 60).to_string());
+    lines.compare(&at("discoveryMinutes"), minutes, discovery, &after.discovery);
     if *errors != after.errors {
         lines.add(at("errors changed"));
     }

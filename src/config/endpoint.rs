@@ -81,6 +81,8 @@ pub struct Endpoint {
     pub version_path: VersionPath,
     /// Parameters of each request's query, percent-encoded.
     pub query: Vec<(String, Secret)>,
+    /// Time between two questions for its models; none if it is not asked.
+    pub discovery: Option<Duration>,
     /// Meaning of its errors, before what is known of vendors.
     pub errors: Vec<ErrorRule>,
 }
@@ -239,6 +241,10 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         proxy: proxy?,
         http2: typed.http2,
         tls,
+        discovery: typed.discover.unwrap_or(file::DISCOVER_DEFAULT).then(|| {
+            let minutes = typed.discovery_minutes.unwrap_or(file::DISCOVERY_MINUTES_DEFAULT);
+            Duration::from_mins(minutes.into())
+        }),
         errors,
     })
 }

@@ -65,6 +65,9 @@ pub(super) const SESSIONS_DEFAULT: bool = true;
 pub(super) const PREFIX_DEFAULT: bool = false;
 pub(super) const ID_DAYS_DEFAULT: u32 = 30;
 pub(super) const ID_DAYS_MAX: u32 = 3660;
+pub(super) const DISCOVER_DEFAULT: bool = false;
+pub(super) const DISCOVERY_MINUTES_DEFAULT: u32 = 360;
+pub(super) const DISCOVERY_MINUTES_MAX: u32 = 44_640;
 pub(super) const WEIGHT_DEFAULT: u16 = 1;
 pub(super) const PRIORITY_DEFAULT: u32 = 0;
 pub(super) const PRIORITY_MAX: u32 = 65_535;
@@ -402,6 +405,13 @@ pub(super) struct EndpointFile {
     pub http2: Option<bool>,
     /// Certificate checks of the endpoint.
     pub tls: Option<EndpointTlsFile>,
+    /// `true`: the endpoint is asked for its models at the start, on a reload and now and then. `GET /v1/models` then shows what its
+    /// patterns match, and what the endpoint says of its models.
+    #[schemars(extend("default" = DISCOVER_DEFAULT))]
+    pub discover: Option<bool>,
+    /// Time between two such questions, in minutes; each takes a permit.
+    #[schemars(range(min = 1, max = DISCOVERY_MINUTES_MAX), extend("default" = DISCOVERY_MINUTES_DEFAULT))]
+    pub discovery_minutes: Option<u32>,
     /// Meaning of errors of this endpoint that are not known here, or known wrongly. The first rule that fits counts.
     pub errors: Option<Vec<ErrorRuleFile>>,
 }

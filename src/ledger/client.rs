@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use super::messages::{Bill, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, Reset, Return, Wanted};
 use super::places::{Place, PlaceChange, Thing};
 use super::write_behind::WRITE_DELAY;
-use super::{Account, AccountId, AccountSet, LimitedAccount, Permit, Spent};
+use super::{Account, AccountId, AccountSet, LimitedAccount, ModelList, Permit, Spent};
 use crate::limit::{Clock, Stamp, View};
 use crate::telemetry::metrics::metrics;
 
@@ -30,6 +30,8 @@ struct Inbox {
     accounts: Mutex<Accounts>,
     /// Accounts of models that were in the ledger when it was opened.
     known: RwLock<HashSet<AccountId>>,
+    /// Lists of models that were in the ledger when it was opened.
+    model_lists: RwLock<Arc<HashMap<Arc<str>, Arc<str>>>>,
     configs: AtomicU64,
     tickets: AtomicU64,
     queued: AtomicUsize,
@@ -235,6 +237,22 @@ impl Client {
     pub fn change_place(&self, change: PlaceChange) {
         // `None`: the thread has ended, and the process with it.
         self.push_behind(|messages| messages.places.push(change));
+    }
+
+    /// Keeps the list of models of an endpoint for the next start.
+    pub fn keep_models(&self, endpoint: Arc<str>, list: Arc<str>) {
+        // `None`: the thread has ended, and the process with it.
+        self.push_behind(|messages| messages.model_lists.push((endpoint, list)));
+    }
+
+    /// Lists of models that were in the ledger when it was opened, by endpoint.
+    pub fn models_known(&self) -> Arc<HashMap<Arc<str>, Arc<str>>> {
+        Arc::clone(&self.inbox.model_lists.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn set_models_known(&self, lists: Vec<ModelList>) {
+        let lists = Arc::new(lists.into_iter().collect());
+        *self.inbox.model_lists.write().unwrap_or_else(PoisonError::into_inner) = lists;
     }
 
     /// Deletes the token statistics of one endpoint, or of all if `None`. Returns false if the ledger could not be

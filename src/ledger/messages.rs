@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::places::{Place, PlaceChange, Thing};
-use super::{AccountId, AccountSet, LimitedAccount, Permit, Spent};
+use super::{AccountId, AccountSet, LimitedAccount, ModelList, Permit, Spent};
 use crate::config::LimitKind;
 use crate::fault::HeldBy;
 use crate::limit::{CountedAt, Held, LimitReason, Stamp, View};
@@ -165,6 +165,8 @@ pub(super) struct Messages {
     pub(super) resets: Vec<Reset>,
     pub(super) finds: Vec<Find>,
     pub(super) places: Vec<PlaceChange>,
+    /// Lists of models, by endpoint.
+    pub(super) model_lists: Vec<ModelList>,
     /// Senders to be answered once everything so far is written.
     pub(super) flushes: Vec<oneshot::Sender<bool>>,
     /// Accounts that a config has.
@@ -185,6 +187,7 @@ impl Messages {
             && self.resets.is_empty()
             && self.finds.is_empty()
             && self.places.is_empty()
+            && self.model_lists.is_empty()
             && self.flushes.is_empty()
             && self.listed.is_empty()
             && !self.new_config

@@ -42,6 +42,7 @@ mod thread;
 mod write_behind;
 
 use std::fmt;
+use std::sync::Arc;
 
 use jiff::civil::Date;
 
@@ -89,6 +90,10 @@ pub trait Ledger {
     /// Deletes some places that are over at this second of Unix time; with `surplus` also those of a kind that has more than
     /// [`places::PLACES_MAX`].
     fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<(), LedgerError>;
+    /// Keeps the list of models of an endpoint.
+    fn keep_models(&mut self, endpoint: &str, list: &str) -> Result<(), LedgerError>;
+    /// Returns the lists of models that are kept, by endpoint.
+    fn model_lists(&mut self) -> Result<Vec<ModelList>, LedgerError>;
     /// Commits the batch.
     fn commit(&mut self) -> Result<(), LedgerError>;
     /// Rolls the batch back.
@@ -96,6 +101,9 @@ pub trait Ledger {
     /// Returns the moment until which the counts of the minute may be incomplete.
     fn unknown_until(&self) -> Stamp;
 }
+
+/// The list of models of an endpoint: its id, and the list as it answered.
+pub type ModelList = (Arc<str>, Arc<str>);
 
 /// A change of counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

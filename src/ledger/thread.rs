@@ -323,6 +323,10 @@ impl Keeping {
                 log::warn!("{error}; models that the config does not name share limits until they are answered");
             }
         }
+        match ledger.model_lists() {
+            Ok(lists) => self.client.set_models_known(lists),
+            Err(error) => log::warn!("{error}; models are not shown before their endpoints list them again"),
+        }
     }
 
     /// Moves a corrupt ledger aside and begins a new one. `seen` identifies the file that was found to be corrupt.

@@ -27,6 +27,8 @@ pub(super) struct WriteBehind {
     spent: HashMap<SpentKey, Spent>,
     /// In the order in which they were made.
     places: Vec<PlaceChange>,
+    /// Lists of models, by endpoint; as many as a config has.
+    model_lists: HashMap<Arc<str>, Arc<str>>,
     /// Models seen so far, by endpoint; at most [`MODELS_MAX`] for each.
     models: HashMap<Arc<str>, HashSet<Arc<str>>>,
     /// Moment at which the changes are due.
@@ -42,6 +44,7 @@ impl Default for WriteBehind {
             accounts: Vec::new(),
             spent: HashMap::new(),
             places: Vec::new(),
+            model_lists: HashMap::new(),
             models: HashMap::new(),
             due_at: Stamp::NEVER,
         }
@@ -51,7 +54,7 @@ impl Default for WriteBehind {
 impl WriteBehind {
     /// True if no change waits.
     pub(super) fn is_empty(&self) -> bool {
-        self.accounts.is_empty() && self.spent.is_empty() && self.places.is_empty()
+        self.accounts.is_empty() && self.spent.is_empty() && self.places.is_empty() && self.model_lists.is_empty()
     }
 
     /// Schedules a write, [`WRITE_DELAY`] from now at the latest.
@@ -111,11 +114,17 @@ impl WriteBehind {
         }
     }
 
+    /// Adds a list of models.
+    pub(super) fn add_models(&mut self, endpoint: Arc<str>, list: Arc<str>) {
+        self.model_lists.insert(endpoint, list);
+    }
+
     /// Writes all changes, as part of a batch.
     pub(super) fn write(&self, ledger: &mut dyn Ledger) -> Result<(), LedgerError> {
         self.accounts.iter().try_for_each(|account| write(ledger, account, &account.mirror().unwritten))?;
         self.spent.values().try_for_each(|spent| ledger.add_tokens(spent))?;
-        self.places.iter().try_for_each(|change| ledger.change_place(change))
+        self.places.iter().try_for_each(|change| ledger.change_place(change))?;
+        self.model_lists.iter().try_for_each(|(endpoint, list)| ledger.keep_models(endpoint, list))
     }
 
     /// Clears the changes after the commit.
@@ -123,6 +132,7 @@ impl WriteBehind {
         self.accounts.drain(..).for_each(|account| account.mirror().unwritten.clear());
         self.spent.clear();
         self.places.clear();
+        self.model_lists.clear();
         self.due_at = Stamp::NEVER;
     }
 }

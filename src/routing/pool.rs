@@ -12,6 +12,7 @@ use crate::ledger::{Account, AccountId, AccountSet, Client, Wanted};
 use crate::limit::{Clock, Stamp};
 use crate::response::redact::Secrets;
 use crate::routing::accounts::EndpointAccounts;
+use crate::routing::discovered::Discovered;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
 use crate::routing::objects::Objects;
 use crate::routing::path_memory::PathMemory;
@@ -79,6 +80,9 @@ impl Pool {
             .into_iter()
             .map(|config| {
                 let before = known.get(config.id.as_ref());
+                if let Some(before) = before {
+                    before.live.discovered.ask_soon();
+                }
                 // Its addresses are known as well. A CA file may have changed, whatever its name.
                 if let Some(before) = before
                     && before.config == config
@@ -247,6 +251,8 @@ pub struct Live {
     pub usage_injection: InjectionMemory,
     /// Memory of the calls that it does not have.
     pub paths: PathMemory,
+    /// Models that it lists itself.
+    pub discovered: Discovered,
 }
 
 /// The last failure of an endpoint, for the status page.
@@ -271,6 +277,7 @@ impl Live {
             first_byte: Mutex::default(),
             last_error: Mutex::default(),
             usage_injection: InjectionMemory::default(),
+            discovered: Discovered::default(),
             paths: PathMemory::default(),
         }
     }

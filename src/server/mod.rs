@@ -2,6 +2,7 @@
 
 mod certificate;
 pub mod control;
+mod discovery;
 mod drain;
 pub mod endpoint_test;
 mod guard;
@@ -48,6 +49,7 @@ use crate::server::control::{Commands, Control};
 use crate::server::handover::{Successor, do_without_a_predecessor, take_callers_over};
 use crate::server::reload::{Reloader, hear_hangups};
 use crate::server::runtime_folder::Running;
+use discovery::Discovery;
 use drain::{Drain, FinalWrites};
 use guard::Guard;
 use listen::Listening;
@@ -201,6 +203,7 @@ impl Prepared {
         };
         server.add_service(background_service("drain", drain));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&process.pool))));
+        server.add_service(background_service("discovery", Discovery(Arc::clone(&process.pool))));
         if let Some(arguments) = options.arguments.clone() {
             let successor = Successor {
                 program: std::env::current_exe().map_err(|error| StartError(format!("this program: {error}")))?,

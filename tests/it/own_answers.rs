@@ -3,7 +3,9 @@
 use http::Method;
 use serde_json::{Value, json};
 
-use crate::harness::{Proxy, Reply, endpoint_with, simulator, within};
+use api_together::simulator::Behaviour;
+
+use crate::harness::{Proxy, Reply, behaving, endpoint_with, simulator, within};
 
 /// The keys of an object, sorted.
 fn keys(value: &Value) -> Vec<&str> {
@@ -168,6 +170,63 @@ async fn our_own_paths_reach_no_endpoint() {
         // Deleting a model of one's own is an endpoint's matter.
         Reply::of(proxy.request(Method::DELETE, "/v1/models/ft:mine")).await;
         assert_eq!(simulator.requests()[0].path_and_query, "/v1/models/ft:mine");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn patterns_show_what_their_endpoint_lists() {
+    within(async {
+        let list = |models: Value| Behaviour {
+            body: Some(json!({ "object": "list", "data": models }).to_string()),
+            ..Behaviour::default()
+        };
+        let large = json!({ "id": "vendor/large", "object": "model", "created": 1_700_000_000, "owned_by": "vendor",
+            "context_length": 128_000, "capabilities": ["tools"] });
+        let vendor = behaving(list(json!([large, { "id": "vendor/small" }, { "id": "other/one" }]))).await;
+        let plain = behaving(list(json!([{ "id": "plain" }, { "id": "unlisted" }]))).await;
+        let folder = tempfile::tempdir().unwrap();
+        let server = json!({ "ledger": folder.path().join("ledger.db") });
+        let apis = |vendor: &str, models: Value| {
+            [
+                endpoint_with(
+                    "vendor",
+                    vendor,
+                    json!({ "models": models, "discover": true, "rpd": 5,
+                    "modelMapping": { "best": "vendor/large", "vendor/small": "vendor/large" } }),
+                ),
+                endpoint_with("plain", &plain.base_url(), json!({ "models": ["plain", "un*"] })),
+            ]
+        };
+        let names = |answer: &Value| {
+            let models = answer["data"].as_array().unwrap().iter();
+            models.map(|model| model["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        let expected = ["best", "plain", "vendor/large", "vendor/small"];
+        let proxy = Proxy::start(server.clone(), &apis(&vendor.base_url(), json!(["vendor/*"]))).await;
+        let begun = std::time::Instant::now();
+        while names(&proxy.get("/v1/models").await.json()) != expected {
+            assert!(begun.elapsed().as_secs() < 10, "{:?}", proxy.get("/v1/models").await);
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert_eq!(proxy.status_of("vendor").await["usage"]["rpd"], 1, "it takes a permit");
+        assert_eq!(plain.requests().len(), 0, "it is not asked");
+        let best = proxy.get("/v1/models/best").await.json();
+        let said = json!({ "id": "best", "object": "model", "created": 1_700_000_000, "owned_by": "vendor",
+            "context_length": 128_000, "capabilities": ["tools"] });
+        assert_eq!(best, said, "what its endpoint says of the model that it is mapped to");
+        // The next process shows it while the endpoint is down.
+        proxy.get("/v1/files/none").await;
+        let second = Proxy::start(server.clone(), &apis(&crate::harness::closed_port(), json!(["*"]))).await;
+        let begun = std::time::Instant::now();
+        let all = ["best", "other/one", "plain", "vendor/large", "vendor/small"];
+        while names(&second.get("/v1/models").await.json()) != all {
+            assert!(begun.elapsed().as_secs() < 10, "{:?}", second.get("/v1/models").await);
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        let hidden = crate::harness::merged(server, json!({ "endpointHeaders": false }));
+        let third = Proxy::start(hidden, &apis(&vendor.base_url(), json!(["vendor/*"]))).await;
+        assert_eq!(third.get("/v1/models/best").await.json()["owned_by"], "api-together");
     })
     .await;
 }

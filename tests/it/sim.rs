@@ -26,7 +26,7 @@ use api_together::fault::{Fault, HeldBy};
 use api_together::ledger::places::{Place, PlaceChange, Thing, ThingKind};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{
-    AccountId, Allocator, CallerId, Change, Client, FaultKind, Ledger, LedgerError, Spent, Tally,
+    AccountId, Allocator, CallerId, Change, Client, FaultKind, Ledger, LedgerError, ModelList, Spent, Tally,
 };
 use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
@@ -941,6 +941,14 @@ impl Ledger for Watched {
         self.inner.forget_places(kind, now, surplus)
     }
 
+    fn keep_models(&mut self, endpoint: &str, list: &str) -> Result<(), LedgerError> {
+        self.inner.keep_models(endpoint, list)
+    }
+
+    fn model_lists(&mut self) -> Result<Vec<ModelList>, LedgerError> {
+        self.inner.model_lists()
+    }
+
     fn commit(&mut self) -> Result<(), LedgerError> {
         self.call()?;
         self.inner.commit()
@@ -1067,6 +1075,14 @@ impl Ledger for MemoryLedger {
 
     fn forget_places(&mut self, _kind: ThingKind, _now: i64, _surplus: bool) -> Result<(), LedgerError> {
         Ok(())
+    }
+
+    fn keep_models(&mut self, _endpoint: &str, _list: &str) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn model_lists(&mut self) -> Result<Vec<ModelList>, LedgerError> {
+        Ok(Vec::new())
     }
 
     fn commit(&mut self) -> Result<(), LedgerError> {

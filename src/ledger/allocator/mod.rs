@@ -223,6 +223,10 @@ impl Allocator {
             self.write_behind.due_soon(clock);
             self.renew_at = self.renew_at.min(clock.boot + RENEW);
         }
+        for (endpoint, list) in messages.model_lists.drain(..) {
+            self.write_behind.add_models(endpoint, list);
+            self.write_behind.due_soon(clock);
+        }
         // What was noted before is written first, and then read.
         if !messages.finds.is_empty() || !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing
         {

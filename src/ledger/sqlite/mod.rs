@@ -16,7 +16,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::places::{DELETED_AT_ONCE, PLACES_MAX, Place, PlaceChange, Thing, ThingKind};
 use super::stats::Spent;
-use super::{AccountId, Change, FaultKind, Ledger, LedgerError};
+use super::{AccountId, Change, FaultKind, Ledger, LedgerError, ModelList};
 use crate::config::LedgerSync;
 use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
 use crate::usage::Cost;
@@ -431,6 +431,18 @@ impl Ledger for SqliteLedger {
              (SELECT kind, name, owner, endpoint FROM place WHERE kind = ?1 ORDER BY until DESC LIMIT -1 OFFSET ?2)";
         self.run(OVER, &[&kind.name(), &now, &DELETED_AT_ONCE])?;
         if surplus { self.run(SURPLUS, &[&kind.name(), &PLACES_MAX]) } else { Ok(()) }
+    }
+
+    fn keep_models(&mut self, endpoint: &str, list: &str) -> Result<(), LedgerError> {
+        self.run("INSERT OR REPLACE INTO model_list VALUES (?1, ?2)", &[&endpoint, &list])
+    }
+
+    fn model_lists(&mut self) -> Result<Vec<ModelList>, LedgerError> {
+        let read = || -> rusqlite::Result<Vec<_>> {
+            let row = |row: &rusqlite::Row<'_>| Ok((row.get::<_, String>(0)?.into(), row.get::<_, String>(1)?.into()));
+            self.connection.prepare("SELECT endpoint, list FROM model_list")?.query_map([], row)?.collect()
+        };
+        read().map_err(|error| explain(&self.path, &error))
     }
 
     fn commit(&mut self) -> Result<(), LedgerError> {

@@ -11,3 +11,9 @@ CREATE TABLE place (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX place_until ON place (kind, until);
+
+-- Models that endpoints have listed, as they answered, for a start while they are down.
+CREATE TABLE model_list (
+    endpoint TEXT PRIMARY KEY,
+    list TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
