@@ -211,6 +211,11 @@ enum Failure {
     Missing(Fault),
 }
 
+/// True if several endpoints have a part of the list. One alone is asked as for anything else.
+pub(crate) fn is_divided(pool: &Pool, list: &ListCall<'_>) -> bool {
+    sources(pool, list, None).len() > 1
+}
+
 /// Answers a list.
 pub(crate) async fn answer(
     pool: &Pool,

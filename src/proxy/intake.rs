@@ -179,6 +179,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let target = target(&pool, &uri, &path)?;
     if pool.has_several_organizations
         && let Some(list) = ListCall::new(&method, target.path(), target.query())
+        && lists::is_divided(&pool, &list)
     {
         // Boxed, since it is rare and would make every request's future larger.
         let answer = Box::pin(lists::answer(&pool, &gateway.cursors, &list, &header.headers)).await?;

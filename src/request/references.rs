@@ -75,7 +75,7 @@ impl References {
     /// Finds them. `json` is the body, if it is JSON.
     pub fn find(call: Call, path: &str, query: Option<&str>, json: Option<&[u8]>) -> Self {
         let mut found = Self::default();
-        for segment in shape::ids(path) {
+        for segment in shape::ids(path).filter(|_| names_objects(path)) {
             found.add(&percent_decode(segment.as_bytes()).decode_utf8_lossy());
         }
         found.in_path = found.ids.len();
@@ -183,34 +183,39 @@ impl References {
     }
 }
 
+/// First segments of the paths of calls that make, show or list objects.
+const COLLECTIONS: [&str; 15] = [
+    "assistants",
+    "batches",
+    "chat",
+    "containers",
+    "conversations",
+    "evals",
+    "files",
+    "fine_tuning",
+    "realtime",
+    "responses",
+    "skills",
+    "threads",
+    "uploads",
+    "vector_stores",
+    "videos",
+];
+
+/// True if the segments of a path that are no words of the API are ids of objects.
+fn names_objects(path: &str) -> bool {
+    let path = path.strip_prefix("/v1/").unwrap_or_default();
+    let first = path.split('/').next().unwrap_or_default();
+    COLLECTIONS.contains(&first) || path.starts_with("messages/batches")
+}
+
 /// True if the answer to a call may name objects that stay at its endpoint. `store`: what the request says of storing the answer.
 pub fn shows_objects(call: Call, path: &str, store: Option<bool>) -> bool {
-    /// First segments of the paths of calls that make, show or list them.
-    const COLLECTIONS: [&str; 13] = [
-        "assistants",
-        "batches",
-        "chat",
-        "containers",
-        "conversations",
-        "evals",
-        "files",
-        "fine_tuning",
-        "skills",
-        "threads",
-        "uploads",
-        "vector_stores",
-        "videos",
-    ];
-    let path = path.strip_prefix("/v1/").unwrap_or_default();
     match call {
         Call::Completion => store == Some(true),
         Call::Responses => store != Some(false),
         Call::Messages | Call::Embeddings => false,
-        Call::Other | Call::Unmetered => {
-            let first = path.split('/').next().unwrap_or_default();
-            COLLECTIONS.contains(&first)
-                || ["responses/", "messages/batches", "realtime/calls"].iter().any(|begin| path.starts_with(begin))
-        }
+        Call::Other | Call::Unmetered => names_objects(path),
     }
 }
 
@@ -251,6 +256,7 @@ mod tests {
         assert_eq!(of("/v1/threads/thread%5F1/runs/run_1/steps", "limit=3"), ["thread_1", "run_1"]);
         assert_eq!(of("/v1/realtime", "model=m&call_id=rtc_1"), ["rtc_1"]);
         assert!(of("/v1/files", "after=file-1").is_empty(), "a cursor is a list's own");
+        assert!(of("/v1/tts/voices_of_a_vendor", "").is_empty(), "a word that is not known is no id");
         let path = References::find(Call::Unmetered, "/v1/threads/t/messages", None, None);
         assert_eq!((path.in_path, path.ids.len()), (1, 1));
     }

@@ -13,6 +13,7 @@ mod program;
 mod wire;
 
 mod affinity;
+mod agents_day;
 mod auth;
 mod azure;
 mod body;
@@ -36,6 +37,7 @@ mod metrics;
 mod model_limits;
 mod night_shift;
 mod objects;
+mod odd_answers;
 mod outbound;
 mod own_answers;
 mod readmes;

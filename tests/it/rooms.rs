@@ -28,13 +28,14 @@ const ROOMS: [&str; 19] = [
 ];
 
 /// Files and folders that may import Pingora.
-const ON_PINGORA: [&str; 8] = [
+const ON_PINGORA: [&str; 9] = [
     "server/",
     "proxy/",
     "exchange/kept.rs",
     "exchange/session.rs",
     "exchange/hold.rs",
     "exchange/outlet.rs",
+    "exchange/own_call.rs",
     "upstream/",
     "request/guesses.rs",
 ];

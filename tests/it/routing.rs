@@ -100,7 +100,7 @@ async fn a_request_without_a_model_may_go_to_any() {
         let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api("a"), api("b")]).await;
         let mut replies = Vec::new();
         for _ in 0..2 {
-            replies.push(proxy.get("/v1/files").await);
+            replies.push(proxy.get("/v1/any/list").await);
             replies.push(proxy.post("/v1/moderations", &json!({ "input": "text" })).await);
         }
         assert_eq!(tally(&replies), counts([("a", 2), ("b", 2)]));
