@@ -38,6 +38,28 @@ fn no_variables() -> Environment {
     Environment::fixed::<&str, &str>([])
 }
 
+/// Vendors and servers with an example each, in the order of their files.
+const VENDORS: [&str; 18] = [
+    "ark",
+    "azure",
+    "cerebras",
+    "dashscope",
+    "deepseek",
+    "gemini",
+    "groq",
+    "llamacpp",
+    "lmstudio",
+    "mistral",
+    "moonshot",
+    "ollama",
+    "openai",
+    "openrouter",
+    "siliconflow",
+    "vllm",
+    "xai",
+    "zhipu",
+];
+
 /// The variables that the examples name.
 fn of_the_examples() -> Environment {
     let names = ["API_TOGETHER_KEY", "OPENAI_API_KEY", "SECOND_OPENAI_API_KEY", "GEMINI_API_KEY", "ARK_API_KEY"];
@@ -142,6 +164,31 @@ mod fixtures {
         for file in files {
             let loaded = load(file, &of_the_examples()).unwrap_or_else(|problems| panic!("{problems}"));
             assert_eq!(loaded.warnings, Vec::new(), "{}", file.display());
+        }
+    }
+}
+
+#[test]
+fn the_vendors_examples_pass_check_and_each_has_its_sources() {
+    let files = config_files("conf/examples");
+    let sources = std::fs::read_dir(crate_folder("conf/examples")).unwrap().count() - files.len();
+    assert_eq!((files.len(), sources), (VENDORS.len(), VENDORS.len()));
+    for (file, vendor) in files.iter().zip(VENDORS) {
+        assert!(file.ends_with(format!("{vendor}.json")), "{}", file.display());
+        let text = std::fs::read_to_string(file).unwrap();
+        let names = text.match_indices("${").filter_map(|(at, _)| text[at + 2..].split('}').next());
+        let environment = Environment::fixed(names.map(|name| (name, "sk-7d1f93a8c05e42b67d1f93a8")));
+        let loaded = load(file, &environment).unwrap_or_else(|problems| panic!("{vendor}: {problems}"));
+        assert_eq!(loaded.warnings, Vec::new(), "{vendor}");
+        let sources = std::fs::read_to_string(file.with_extension("md")).unwrap();
+        for endpoint in &loaded.config.endpoints {
+            let host = &endpoint.base_url.host;
+            assert!(host == "127.0.0.1" || sources.contains(host), "{vendor}: its page does not name {host}");
+            let has_limits = endpoint.limits.each().any(|(_, limit)| limit != Limit::Unlimited);
+            for (kind, _) in endpoint.limits.each().filter(|(_, limit)| *limit != Limit::Unlimited) {
+                assert!(sources.contains(kind.key()), "{vendor}: its page does not say where {} is from", kind.key());
+            }
+            assert!(!has_limits || sources.contains("https://"), "{vendor}: its limits have no source");
         }
     }
 }
