@@ -11,6 +11,8 @@ pub struct AffinityRules {
     pub sessions: bool,
     /// True if requests that name no session are told apart by how their prompt begins.
     pub prefix: bool,
+    /// True if sealed reasoning is left out where its organisation cannot answer.
+    pub drop_sealed: bool,
     /// Time for which it is remembered where an object was made, from its last use on.
     pub id_time: Duration,
 }
@@ -21,6 +23,7 @@ pub(super) fn affinity(typed: &AffinityFile) -> AffinityRules {
     AffinityRules {
         sessions: typed.sessions.unwrap_or(file::SESSIONS_DEFAULT),
         prefix: typed.prefix.unwrap_or(file::PREFIX_DEFAULT),
+        drop_sealed: typed.drop_sealed.unwrap_or(file::DROP_SEALED_DEFAULT),
         id_time: Duration::from_hours(24 * u64::from(days)),
     }
 }

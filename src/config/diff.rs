@@ -166,10 +166,11 @@ fn retries(lines: &mut ChangeLines, before: &Retry, after: &Retry) {
 }
 
 fn affinities(lines: &mut ChangeLines, before: &AffinityRules, after: &AffinityRules) {
-    let AffinityRules { sessions, prefix, id_time } = before;
+    let AffinityRules { sessions, prefix, drop_sealed, id_time } = before;
     let at = |key: &str| format!("server.affinity.{key}");
     lines.compare(&at("sessions"), plain, sessions, &after.sessions);
     lines.compare(&at("prefix"), plain, prefix, &after.prefix);
+    lines.compare(&at("dropSealed"), plain, drop_sealed, &after.drop_sealed);
     let days = |time: &Duration| (time.as_secs() / 86_400).to_string();
     lines.compare(&at("idDays"), days, id_time, &after.id_time);
 }

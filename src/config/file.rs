@@ -63,6 +63,7 @@ pub(super) const ENABLED_DEFAULT: bool = true;
 pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
 pub(super) const SESSIONS_DEFAULT: bool = true;
 pub(super) const PREFIX_DEFAULT: bool = false;
+pub(super) const DROP_SEALED_DEFAULT: bool = false;
 pub(super) const ID_DAYS_DEFAULT: u32 = 30;
 pub(super) const ID_DAYS_MAX: u32 = 3660;
 pub(super) const DISCOVER_DEFAULT: bool = false;
@@ -229,6 +230,10 @@ pub(super) struct AffinityFile {
     /// Days for which it is remembered at which endpoint a file, a stored response or another object was made, from its last use on.
     #[schemars(range(min = 1, max = ID_DAYS_MAX), extend("default" = ID_DAYS_DEFAULT))]
     pub id_days: Option<u32>,
+    /// `true`: where the organisation that sealed a request's reasoning (`encrypted_content`, thinking) cannot answer it, another one is
+    /// asked without that reasoning. `false`: the answer says so.
+    #[schemars(extend("default" = DROP_SEALED_DEFAULT))]
+    pub drop_sealed: Option<bool>,
 }
 
 #[derive(Deserialize, JsonSchema, Default)]

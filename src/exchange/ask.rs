@@ -1,6 +1,7 @@
 //! A request as the exchange needs it.
 
 use std::mem;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -96,6 +97,15 @@ impl Ask {
     /// True if it names objects that nobody knows, so that some endpoints are asked for them.
     pub fn is_search(&self) -> bool {
         self.objects.as_ref().is_some_and(|objects| objects.named.is_searched)
+    }
+
+    /// What is left out of the body at this endpoint, by its place in the pool.
+    pub fn left_out(&self, endpoint: Option<usize>) -> &[Range<usize>] {
+        let sealed = self.objects.as_ref().and_then(|objects| objects.sealed.as_ref());
+        match (sealed, endpoint) {
+            (Some(sealed), Some(endpoint)) if !sealed.readers.contains(&endpoint) => &sealed.ranges,
+            _ => &[],
+        }
     }
 
     /// How its session is served by a candidate; none if it has no session.

@@ -27,7 +27,7 @@ pub(crate) use ask::PROMPT_BYTES_MAX;
 pub use ask::{Ask, BodyModel};
 pub use attempt::{AskedModel, Attempt, Charge};
 pub use kept::Kept;
-pub use objects::{AskedObjects, AttemptObjects, is_object_missing};
+pub use objects::{AskedObjects, AttemptObjects, Sealed, is_object_missing};
 pub use own_headers::OwnHeaders;
 
 /// State that the hooks share with the session that holds the response back.

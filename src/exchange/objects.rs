@@ -1,5 +1,7 @@
 //! The objects of an attempt: those that its request names, and those that its answer makes.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -26,6 +28,17 @@ pub struct AskedObjects {
     pub deletes: bool,
     /// True if a 404 says that the one that it is about is no more.
     pub looks: bool,
+    /// What is left out of the body at an endpoint that cannot read it.
+    pub sealed: Option<Sealed>,
+}
+
+/// Reasoning that was sealed for an organisation.
+#[derive(Clone, Debug)]
+pub struct Sealed {
+    /// Endpoints, by their places in the pool, that can read it.
+    pub readers: BTreeSet<usize>,
+    /// Where it stands in the body.
+    pub ranges: Vec<Range<usize>>,
 }
 
 /// The same for one attempt.

@@ -119,6 +119,8 @@ pub enum Fault {
         /// The endpoint, if clients may know it.
         endpoint: Option<String>,
     },
+    /// The request holds reasoning that was sealed by an organisation which cannot be asked for its model any more.
+    SealedApart,
     /// The model is not served where an object is that the request names.
     ModelApart {
         /// Its id, cut to a sane length.
@@ -240,6 +242,7 @@ impl Fault {
             Self::ObjectsApart { .. }      => (400, INVALID, Some("objects_apart"), "objects_apart"),
             Self::ObjectGone { .. }        => (404, INVALID, Some("object_gone"), "object_gone"),
             Self::ObjectDisabled { .. }    => (503, SERVER, Some("endpoint_disabled"), "object_disabled"),
+            Self::SealedApart              => (400, INVALID, Some("sealed_apart"), "sealed_apart"),
             Self::ModelApart { .. }        => (400, INVALID, Some("model_apart"), "model_apart"),
             Self::EndpointUnknown { .. }   => (404, INVALID, Some("api_not_found"), "endpoint_unknown"),
             Self::StatsUnavailable         => (503, SERVER, Some("ledger_unavailable"), "stats_unavailable"),
@@ -385,6 +388,11 @@ impl Fault {
             Self::WebSocketModelUnknown => {
                 "This WebSocket does not name its model, so no endpoint can be chosen. Name it in the URL (?model=NAME), or \
                  send the call as a POST."
+            }
+            Self::SealedApart => {
+                "This request holds reasoning (encrypted_content, or signed thinking) that only an organisation can read which this \
+                 gateway cannot ask for the model any more. Send it without, or let the gateway leave it out \
+                 (server.affinity.dropSealed)."
             }
             Self::BodyTimeout => "The request body did not arrive in time.",
             Self::NoRoom => {

@@ -4,8 +4,21 @@
 
 use std::ops::Range;
 
+use super::part;
+
 /// Depth limit, the same as `serde_json`'s.
 const DEPTH_MAX: usize = 127;
+
+/// The range of a member's value, of the object that stands at this place of a text.
+pub(crate) fn member(text: &[u8], object: Range<usize>, wanted: &str) -> Option<Range<usize>> {
+    let mut found = None;
+    members(part(text, object.clone()), |key, range| {
+        if key == wanted.as_bytes() {
+            found = Some(object.start + range.start..object.start + range.end);
+        }
+    })?;
+    found
+}
 
 /// Calls `each` with every key of the outermost object, without its quotation marks, and the range of its value.
 /// Returns `None` if this is not a valid JSON object, or if a key has escapes. `each` may have been called before that

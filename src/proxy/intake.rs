@@ -17,7 +17,7 @@ use crate::admin::lists::{self, ListCall};
 use crate::admin::{Answer, Resource, Sources};
 use crate::config::{CallKind, Cors};
 use crate::exchange::session::{Framing, Plan, Wrapped};
-use crate::exchange::{Ask, AskedObjects, BodyModel};
+use crate::exchange::{Ask, AskedObjects, BodyModel, Sealed};
 use crate::fault::{ErrorShape, Fault, excerpt};
 use crate::ledger::CallerId;
 use crate::proxy::context::{Arrival, Context};
@@ -28,7 +28,7 @@ use crate::request::fields::{Fields, ModelPlace};
 use crate::request::references::{self, References};
 use crate::request::session_name::{SessionFields, SessionName};
 use crate::request::shape::CallShape;
-use crate::request::{content_type, fields, form, forward, id, path, rewrite};
+use crate::request::{content_type, fields, form, forward, id, path, rewrite, sealed};
 use crate::response::objects::Wanted;
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::objects::Named;
@@ -322,7 +322,7 @@ async fn ask(
     let candidates = Arc::clone(candidates);
     let (objects, candidates) = match objects {
         // Boxed, since it is rare and would make every request's future larger.
-        Some(asked) => Box::pin(resolve(&pool, asked, candidates)).await?,
+        Some(asked) => Box::pin(resolve(&pool, asked, candidates, (call, &body))).await?,
         None => (None, candidates),
     };
     let name = session_name(&pool, header, &body, &fields.session, (model.as_deref(), &candidates));
@@ -377,7 +377,7 @@ fn objects(
     }
     let names_any = !references.is_empty();
     let (deletes, looks) = (*method == Method::DELETE, *method == Method::GET);
-    Some((references, AskedObjects { names_any, named: Named::default(), wanted, deletes, looks }))
+    Some((references, AskedObjects { names_any, named: Named::default(), wanted, deletes, looks, sealed: None }))
 }
 
 /// Finds the endpoints that have the objects of a request, among the candidates of its model.
@@ -385,12 +385,14 @@ async fn resolve(
     pool: &Pool,
     (references, mut asked): (References, AskedObjects),
     candidates: Arc<Candidates>,
+    (call, body): (Call, &[u8]),
 ) -> Result<(Option<Box<AskedObjects>>, Arc<Candidates>), Fault> {
     if references.is_empty() {
         return Ok((Some(Box::new(asked)), candidates));
     }
     let resolved = pool.objects.resolve(pool, references, &candidates).await?;
     asked.named = resolved.named;
+    asked.sealed = resolved.readers.map(|readers| Sealed { readers, ranges: sealed::ranges(call, body) });
     Ok((Some(Box::new(asked)), resolved.candidates.unwrap_or(candidates)))
 }
 

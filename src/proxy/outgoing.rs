@@ -258,6 +258,12 @@ fn rewrite_body(context: &Context) -> Vec<Bytes> {
     let model = place.and_then(|place| Some(rewrite::model_edit(place, other_model(ask, attempt)?)));
     let usage = ask.usage_edit.as_ref().filter(|_| asks);
     let usage = usage.map(|usage| Edit { range: usage.range.clone(), with: usage.with.into() });
+    let left_out = ask.left_out(context.tries.tried.last().copied());
+    if !left_out.is_empty() {
+        let cuts = left_out.iter().map(|range| Edit { range: range.clone(), with: "".into() });
+        let mut edits: Vec<Edit<'_>> = cuts.chain(model).chain(usage).collect();
+        return rewrite::spliced(&ask.body, &mut edits);
+    }
     match (model, usage) {
         (Some(model), Some(usage)) => rewrite::spliced(&ask.body, &mut [model, usage]),
         (Some(edit), None) | (None, Some(edit)) => rewrite::spliced(&ask.body, &mut [edit]),

@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 
 use super::session_name::SessionFields;
 use crate::fault::Fault;
-use crate::json::members;
+use crate::json::members::{self, member};
 use crate::json::part;
 use crate::json::scan::{self, Key};
 
@@ -195,17 +195,6 @@ pub(super) fn session_model(body: &[u8], session: Range<usize>) -> Option<Range<
         member(body, transcription, "model")
     };
     member(body, session.clone(), "model").or_else(transcription)
-}
-
-/// The range of a member's value, of an object at this place.
-fn member(body: &[u8], object: Range<usize>, wanted: &str) -> Option<Range<usize>> {
-    let mut found = None;
-    members::members(part(body, object.clone()), |key, range| {
-        if key == wanted.as_bytes() {
-            found = Some(object.start + range.start..object.start + range.end);
-        }
-    })?;
-    found
 }
 
 /// Returns the edit if there are `stream_options` already.

@@ -14,5 +14,6 @@ pub mod id;
 pub(crate) mod path;
 pub mod references;
 pub mod rewrite;
+pub mod sealed;
 pub mod session_name;
 pub mod shape;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use lru::LruCache;
 
+use crate::config::AffinityRules;
 use crate::fault::{Fault, excerpt};
 use crate::ledger::Client;
 use crate::ledger::places::{Place, PlaceChange, SOLE_CALLER, Thing, ThingKind};
@@ -58,6 +59,8 @@ pub struct Resolved {
     pub candidates: Option<Arc<Candidates>>,
     /// The objects.
     pub named: Named,
+    /// The endpoints, by their places in the pool, that can read the request's sealed reasoning; any other one is asked without it.
+    pub readers: Option<BTreeSet<usize>>,
 }
 
 impl Objects {
@@ -70,7 +73,9 @@ impl Objects {
         for (thing, places) in look_up(pool, references).await {
             if thing.kind == ThingKind::Sealed {
                 // Its organisation can read it, whoever had it written. The last one is the one that goes on.
-                sealed = Some(usable(pool, &places)).filter(|here| !here.is_empty()).or(sealed);
+                if !places.is_empty() {
+                    sealed = Some(usable(pool, &places));
+                }
                 continue;
             }
             let Some(own) = own(places).map_err(|()| Fault::ObjectUnknown { id: excerpt(&thing.name) })? else {
@@ -100,7 +105,9 @@ impl Objects {
                 Some(Arc::new(narrowed))
             }
         };
-        Ok(Resolved { candidates: sealed.map_or(candidates.clone(), |here| within(candidates, all, &here)), named })
+        let Some(readers) = sealed else { return Ok(Resolved { candidates, named, readers: None }) };
+        let (candidates, readers) = read_by(candidates.as_ref().unwrap_or(all), readers, &pool.server.affinity)?;
+        Ok(Resolved { candidates: Some(candidates), named, readers })
     }
 
     /// Notes that no endpoint that was asked knows the objects of a request.
@@ -244,10 +251,18 @@ fn endpoints(pool: &Pool, thing: &Thing, places: &[Place]) -> Result<BTreeSet<us
     Err(if is_gone { Fault::ObjectGone { id, endpoint } } else { Fault::ObjectDisabled { id, endpoint } })
 }
 
-/// The candidates that are among these endpoints as well, if there are any.
-fn within(narrowed: Option<Arc<Candidates>>, all: &Candidates, endpoints: &BTreeSet<usize>) -> Option<Arc<Candidates>> {
-    let both = narrowed.as_deref().unwrap_or(all).narrowed(|endpoint| endpoints.contains(&endpoint));
-    if both.list().is_empty() { narrowed } else { Some(Arc::new(both)) }
+/// The candidates of a request whose reasoning these endpoints can read, and these if others may be asked without it.
+fn read_by(
+    candidates: &Arc<Candidates>,
+    readers: BTreeSet<usize>,
+    rules: &AffinityRules,
+) -> Result<(Arc<Candidates>, Option<BTreeSet<usize>>), Fault> {
+    let reads = |endpoint: usize| readers.contains(&endpoint);
+    if rules.drop_sealed {
+        return Ok((Arc::new(candidates.preferring(reads)), Some(readers)));
+    }
+    let narrowed = candidates.narrowed(reads);
+    if narrowed.list().is_empty() { Err(Fault::SealedApart) } else { Ok((Arc::new(narrowed), None)) }
 }
 
 /// The fault of a request for a model that is not served where its objects are.

@@ -106,6 +106,25 @@ impl Candidates {
         having
     }
 
+    /// The same, those first whose endpoint, by its place in the pool, is one of these: all others are for when none of them can take the
+    /// request.
+    #[must_use]
+    pub fn preferring(&self, is_first: impl Fn(usize) -> bool) -> Self {
+        let tiers = self.list.last().map_or(0, |last| last.tier + 1);
+        let matches = self.list.iter().map(|candidate| {
+            let behind = if is_first(candidate.endpoint) { 0 } else { tiers };
+            let closeness = EXACT - candidate.tier - behind;
+            Match {
+                endpoint: candidate.endpoint,
+                model: candidate.model.clone(),
+                closeness,
+                priority: 0,
+                weight: candidate.weight,
+            }
+        });
+        Self { is_exact: self.is_exact, ..Self::new(&self.label, matches.collect()) }
+    }
+
     /// Those of them whose endpoint, by its place in the pool, is one of these.
     #[must_use]
     pub fn narrowed(&self, is_kept: impl Fn(usize) -> bool) -> Self {

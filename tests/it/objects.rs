@@ -349,6 +349,67 @@ async fn sealed_reasoning_goes_back_to_the_organization_that_wrote_it() {
     .await;
 }
 
+/// Two endpoints, and a request whose reasoning `a` has sealed, with the words that it also holds.
+async fn sealed_by_a(server: Value, each: Value) -> (Several, Value) {
+    let several = Several::start(2, server, each).await;
+    let item = json!({ "type": "reasoning", "id": "rs_1", "encrypted_content": "gAAAAAB".repeat(20) });
+    let answer = json!({ "id": "resp_1", "status": "completed", "output": [item] });
+    several.of("a").script("m", vec![Behaviour { body: Some(answer.to_string()), ..Behaviour::default() }]);
+    let input = json!([{ "role": "user", "content": "why?" }, item, { "role": "user", "content": "and?" }]);
+    let back = json!({ "model": "m", "store": false, "input": input });
+    loop {
+        let first = several.proxy.post("/v1/responses", &respond(json!({ "store": false }))).await;
+        assert_eq!(first.status, 200, "{first:?}");
+        if first.endpoint() == Some("a") {
+            return (several, back);
+        }
+    }
+}
+
+/// The last body that an endpoint got.
+fn last(several: &Several, id: &str) -> Value {
+    serde_json::from_slice(&several.of(id).requests().last().unwrap().body).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sealed_reasoning_is_left_out_for_another_organization_where_the_config_says_so() {
+    within(async {
+        let (several, back) = sealed_by_a(json!({ "affinity": { "dropSealed": true } }), json!({})).await;
+        several.proxy.post("/v1/responses", &back).await.assert_from("a", 1);
+        assert_eq!(last(&several, "a"), back, "whole where it can be read");
+        // Without it for whom it is nothing but noise.
+        several.of("a").script("m", vec![Behaviour::status(503)]);
+        several.proxy.post("/v1/responses", &back).await.assert_from("b", 2);
+        let sent = last(&several, "b");
+        assert_eq!(sent, json!({ "model": "m", "store": false, "input": [back["input"][0], back["input"][2]] }));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sealed_reasoning_waits_for_its_organization_otherwise() {
+    within(async {
+        let folder = tempfile::tempdir().unwrap();
+        let server = json!({ "ledger": folder.path().join("ledger.db") });
+        let (several, back) = sealed_by_a(server.clone(), json!({ "rpm": 2 })).await;
+        several.proxy.post("/v1/responses", &back).await.assert_from("a", 1);
+        let full = several.proxy.post("/v1/responses", &back).await;
+        let message = full.assert_error(429, "requests", "rate_limit_exceeded");
+        assert!(full.header("retry-after").is_some(), "{message}");
+        let third = keeping("c").await;
+        let without = [
+            endpoint_with("b", &several.of("b").base_url(), json!({})),
+            endpoint_with("c", &third.base_url(), json!({})),
+        ];
+        let apart = Proxy::start(server, &without).await.post("/v1/responses", &back).await;
+        let message = apart.assert_error(400, "invalid_request_error", "sealed_apart");
+        assert!(message.contains("server.affinity.dropSealed"), "{message}");
+        let sent = several.of("b").requests().into_iter().chain(third.requests());
+        assert!(sent.into_iter().all(|one| !String::from_utf8_lossy(&one.body).contains("gAAAAAB")));
+    })
+    .await;
+}
+
 /// All ids of a list, page by page.
 async fn listed(proxy: &Proxy, path: &str, limit: usize, order: &str) -> Vec<String> {
     let mut ids: Vec<String> = Vec::new();
