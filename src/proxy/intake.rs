@@ -252,7 +252,7 @@ fn check_target(method: &Method, uri: &Uri, path: &str) -> Result<(), Fault> {
 /// Returns the path as it is meant, with the part of the query that is forwarded.
 fn target(pool: &Pool, uri: &Uri, path: &str) -> Result<PathAndQuery, Fault> {
     if let (None, Some(target)) = (uri.query(), uri.path_and_query())
-        && path.len() == uri.path().len()
+        && path == uri.path()
     {
         return Ok(target.clone());
     }
@@ -292,7 +292,8 @@ async fn ask(
     let deployment = path::deployment(header.uri.path());
     let (model, body_model) = match fields.model {
         place if let Some(name) = deployment => {
-            let place = place.map(|model| model.place).or_else(|| new_place(&body, is_json, content_type));
+            let place =
+                place.map(|model| model.place).or(fields.unnamed).or_else(|| new_place(&body, is_json, content_type));
             (Some(name.into()), place.map(|place| BodyModel { place, is_other: true }))
         }
         Some(model) => (Some(model.name), Some(BodyModel { place: model.place, is_other: false })),
@@ -303,7 +304,13 @@ async fn ask(
         }
         None => (None, None),
     };
-    if switches_protocol && model.is_none() {
+    // A call that is going on has its model already.
+    let joins_call = || {
+        target.query().is_some_and(|query| {
+            query.split('&').any(|pair| pair.len() > "call_id=".len() && pair.starts_with("call_id="))
+        })
+    };
+    if switches_protocol && model.is_none() && !joins_call() {
         return Err(Fault::WebSocketModelUnknown.into());
     }
     let call = Call::new(&header.method, target.path());

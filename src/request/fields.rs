@@ -32,6 +32,8 @@ pub struct UsageEdit {
 pub struct Fields {
     /// The model asked for.
     pub model: Option<Model>,
+    /// Place of a model that is null or empty, which some clients send for none.
+    pub unnamed: Option<ModelPlace>,
     /// True if the answer is to be streamed.
     pub stream: bool,
     /// Edit that asks for the usage; `None` if the client asks itself, or if it cannot be done.
@@ -56,6 +58,8 @@ pub struct Model {
 pub enum ModelPlace {
     /// A JSON string, quotes included.
     Json(Range<usize>),
+    /// A JSON `null`.
+    Null(Range<usize>),
     /// The text of a form's field.
     Form(Range<usize>),
     /// A parameter of the query.
@@ -159,8 +163,11 @@ impl Found {
         let of_session = || session_model(body, session.clone()?);
         let of_transcription = || member(body, transcription.clone()?, "model");
         let found = self.model.or_else(of_session).or_else(of_transcription);
-        // Some clients send null, or nothing, for no model.
-        let named = found.filter(|range| !matches!(text(range), b"null" | b"\"\""));
+        let (named, unnamed) = match found {
+            Some(range) if text(&range) == b"null" => (None, Some(ModelPlace::Null(range))),
+            Some(range) if text(&range) == b"\"\"" => (None, Some(ModelPlace::Json(range))),
+            found => (found, None),
+        };
         let model = named.map(|range| {
             let Ok(Key(value)) = serde_json::from_slice(text(&range)) else {
                 let at = position(body, range.start);
@@ -183,7 +190,7 @@ impl Found {
             _ => None,
         });
         let model = model.transpose()?;
-        Ok(Fields { model, stream: stream.is_some(), usage_edit, store, session: self.session })
+        Ok(Fields { model, unnamed, stream: stream.is_some(), usage_edit, store, session: self.session })
     }
 }
 

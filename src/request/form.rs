@@ -25,6 +25,7 @@ pub fn scan(content_type: &str, body: &[u8]) -> Result<Fields, Fault> {
     let mut fields = Fields::default();
     let mut parts = Parts::new(body, &boundary);
     let mut is_form = false;
+    let mut of_session = None;
     while let Some(Part { headers, content }) = parts.next_part() {
         is_form = true;
         match field_name(part(body, headers)) {
@@ -32,15 +33,18 @@ pub fn scan(content_type: &str, body: &[u8]) -> Result<Fields, Fault> {
                 if fields.model.is_some() {
                     return Err(invalid("It has two fields named `model`."));
                 }
-                fields.model = model(body, content)?;
+                fields.model = model(body, content.clone())?;
+                fields.unnamed = fields.model.is_none().then_some(ModelPlace::Form(content));
             }
-            Some(name) if name == b"session" && fields.model.is_none() => {
-                fields.model = session_model(body, content)?;
-            }
+            Some(name) if name == b"session" => of_session = session_model(body, content)?,
             Some(name) if name == b"stream" => fields.stream = part(body, content).eq_ignore_ascii_case(b"true"),
             _ => {}
         }
     }
+    if parts.is_broken {
+        return Err(invalid("The headers of one of its parts do not end."));
+    }
+    fields.model = fields.model.or(of_session);
     if is_form || parts.has_ended {
         return Ok(fields);
     }
@@ -143,12 +147,14 @@ struct Parts<'a> {
     at: Option<usize>,
     /// True once the delimiter that ends the form has been found.
     has_ended: bool,
+    /// True if a part's headers are longer than any real ones.
+    is_broken: bool,
 }
 
 impl<'a> Parts<'a> {
     fn new(body: &'a [u8], boundary: &[u8]) -> Self {
         let delimiter = memmem::Finder::new(&[b"\r\n--", boundary].concat()).into_owned();
-        let mut parts = Self { body, delimiter, at: None, has_ended: false };
+        let mut parts = Self { body, delimiter, at: None, has_ended: false, is_broken: false };
         // The first one needs no line break before it, and may have a preamble.
         let first = part(parts.delimiter.needle(), 2..);
         let behind = if body.starts_with(first) { parts.behind(first.len()) } else { None };
@@ -158,7 +164,10 @@ impl<'a> Parts<'a> {
 
     fn next_part(&mut self) -> Option<Part> {
         let begins = self.at.take()?;
-        let headers = self.headers(begins)?;
+        let Some(headers) = self.headers(begins) else {
+            self.is_broken = self.body.len() - begins > PART_HEADERS_MAX;
+            return None;
+        };
         // An empty line and nothing else stands before a part without headers.
         let content = if headers.is_empty() { begins + 2 } else { headers.end + 4 };
         // A form whose end is missing has a last part all the same.
@@ -272,6 +281,10 @@ mod tests {
         let model = scan(LABEL, body.as_bytes()).unwrap().model.unwrap();
         let ModelPlace::Json(range) = model.place else { panic!("{:?}", model.place) };
         assert_eq!((&*model.name, &body[range]), ("talk", "\"talk\""));
+        let both = ["name=\"model\"\r\n\r\nwalk", &format!("name=\"session\"\r\n\r\n{settings}")];
+        for parts in [both, [both[1], both[0]]] {
+            assert_eq!(found(LABEL, &form(&parts)).unwrap().0, "walk", "{parts:?}");
+        }
     }
 
     #[test]
@@ -288,6 +301,8 @@ mod tests {
         assert!(problem("multipart/form-data; boundary=", "x").contains("without a boundary"));
         assert!(problem(LABEL, "model=whisper-1").contains("No part of it begins"));
         let twice = form(&["name=\"model\"\r\n\r\na", "name=\"model\"\r\n\r\nb"]);
+        let endless = form(&[&format!("name=\"x\"\r\n{}", "y".repeat(PART_HEADERS_MAX)), "name=\"model\"\r\n\r\na"]);
+        assert!(problem(LABEL, &endless).contains("do not end"));
         assert!(problem(LABEL, &twice).contains("two fields named `model`"));
         assert_eq!(scan(LABEL, b"--xyz--").unwrap(), Fields::default(), "a form without fields is one");
         let latin = b"--xyz\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n\xff\r\n--xyz--";

@@ -53,16 +53,7 @@ const COLLECTIONS: [&str; 34] = [
 
 /// Returns the path as it is meant: one slash in place of several, one `/v1` at its beginning, none at its end.
 pub(crate) fn as_meant(path: &str) -> Cow<'_, str> {
-    let mut meant = Cow::Borrowed(path);
-    if meant.contains("//") {
-        let mut single = String::with_capacity(path.len());
-        for byte in path.chars() {
-            if byte != '/' || !single.ends_with('/') {
-                single.push(byte);
-            }
-        }
-        meant = Cow::Owned(single);
-    }
+    let mut meant = with_single_slashes(path);
     if let Some(rest) = meant.strip_prefix(AZURE) {
         // The rest is typed as by everybody, without the deployment.
         let call = deployment_and_call(rest).map_or(rest, |(_, call)| call);
@@ -74,15 +65,30 @@ pub(crate) fn as_meant(path: &str) -> Cow<'_, str> {
     meant
 }
 
+fn with_single_slashes(path: &str) -> Cow<'_, str> {
+    if !path.contains("//") {
+        return Cow::Borrowed(path);
+    }
+    let mut single = String::with_capacity(path.len());
+    for letter in path.chars() {
+        if letter != '/' || !single.ends_with('/') {
+            single.push(letter);
+        }
+    }
+    Cow::Owned(single)
+}
+
 /// True for a path of Azure's SDKs.
 pub(crate) fn is_azure(path: &str) -> bool {
-    path.starts_with(AZURE)
+    with_single_slashes(path).starts_with(AZURE)
 }
 
 /// The deployment that a path of Azure's SDKs names, which is its model.
-pub(crate) fn deployment(path: &str) -> Option<Cow<'_, str>> {
+pub(crate) fn deployment(path: &str) -> Option<String> {
+    let path = with_single_slashes(path);
     let (name, _) = deployment_and_call(path.strip_prefix(AZURE)?)?;
-    percent_decode_str(name).decode_utf8().ok().filter(|name| !name.is_empty())
+    let name = percent_decode_str(name).decode_utf8().ok()?;
+    (!name.is_empty()).then(|| name.into_owned())
 }
 
 fn deployment_and_call(rest: &str) -> Option<(&str, &str)> {
@@ -135,6 +141,7 @@ mod tests {
             ("/openai/files", "/v1/files"),
             ("/openai/models", "/v1/models"),
             ("/openai/unheard_of", "/unheard_of"),
+            ("//openai//deployments/gpt-4o/chat/completions", "/v1/chat/completions"),
             // Not ours to guess.
             ("/", "/"),
             ("/status", "/status"),
@@ -148,6 +155,8 @@ mod tests {
             assert_eq!(as_meant(typed), meant, "{typed}");
         }
         assert_eq!(deployment("/openai/deployments/a%2Fb/chat/completions").as_deref(), Some("a/b"));
+        let doubled = "//openai/deployments/a/chat/completions";
+        assert_eq!((deployment(doubled).as_deref(), is_azure(doubled)), (Some("a"), true));
         assert_eq!((deployment("/openai/deployments/"), deployment("/v1/deployments/a/chat")), (None, None));
         assert!(matches!(as_meant("/v1/chat/completions"), Cow::Borrowed(_)), "the usual path is not copied");
     }

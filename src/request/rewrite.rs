@@ -98,6 +98,9 @@ pub fn model_edit<'a>(place: &ModelPlace, model: &'a str) -> Edit<'a> {
         ModelPlace::Json(quoted) => quoted,
         // It stands in no body.
         ModelPlace::Query => return Edit { range: 0..0, with: "".into() },
+        ModelPlace::Null(range) => {
+            return Edit { range: range.clone(), with: serde_json::Value::from(model).to_string().into() };
+        }
         ModelPlace::Form(range) => return Edit { range: range.clone(), with: model.into() },
         ModelPlace::NewMember { at, is_only } => {
             let comma = if *is_only { "" } else { "," };

@@ -18,9 +18,11 @@ async fn a_deployment_is_served_and_mapped_as_a_model() {
             ("fast", format!("{{{messages}}}"), format!(r#"{{"model":"gpt-4o-mini",{messages}}}"#)),
             ("fast", format!(r#"{{{messages},"model":"any"}}"#), format!(r#"{{{messages},"model":"gpt-4o-mini"}}"#)),
             ("gpt-4o", format!(r#"{{{messages},"model":"any"}}"#), format!(r#"{{{messages},"model":"gpt-4o"}}"#)),
+            ("gpt-4o", format!(r#"{{{messages},"model":null}}"#), format!(r#"{{{messages},"model":"gpt-4o"}}"#)),
+            ("fast", format!(r#"{{{messages},"model":""}}"#), format!(r#"{{{messages},"model":"gpt-4o-mini"}}"#)),
         ] {
             simulator.clear();
-            let path = format!("/openai/deployments/{deployment}/chat/completions?api-version=2024-10-21");
+            let path = format!("//openai/deployments/{deployment}/chat/completions?api-version=2024-10-21");
             let request = proxy.request_without_key(Method::POST, &path).header("api-key", KEY);
             let reply = Reply::of(request.header("content-type", "application/json").body(body)).await;
             reply.assert_from("a", 1);

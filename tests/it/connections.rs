@@ -355,7 +355,7 @@ async fn a_websocket_without_a_model_is_sent_to_http() {
         let by_hand = ByHand::bind().await;
         let apis = [endpoint_with("a", &by_hand.base_url(), json!({ "models": ["*"] }))];
         let proxy = Proxy::start(json!({}), &apis).await;
-        for path in ["/v1/responses", "/responses", "/v1/realtime", "/v1/realtime?model=", "/v1/realtime?call_id=x"] {
+        for path in ["/v1/responses", "/responses", "/v1/realtime", "/v1/realtime?model=", "/v1/realtime?call_id="] {
             let mut wire = proxy.wire().await;
             wire.send(websocket(path)).await;
             let (head, body) = wire.message().await;
@@ -364,6 +364,11 @@ async fn a_websocket_without_a_model_is_sent_to_http() {
             assert_eq!(error["error"]["code"], "websocket_model_unknown", "{path}");
         }
         assert_eq!(proxy.status_of("a").await["usage"]["rpd"], 0);
+        // A call that is going on has its model.
+        let mut wire = proxy.wire().await;
+        wire.send(websocket("/v1/realtime?call_id=rtc_1")).await;
+        let (_endpoint, head, _) = by_hand.call().await;
+        assert_eq!(head.line, "GET /v1/realtime?call_id=rtc_1 HTTP/1.1");
     })
     .await;
 }
