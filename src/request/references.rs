@@ -2,34 +2,41 @@
 //! endpoint and are nowhere else. They stand in its path, its query and its body.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, LazyLock};
 
 use aho_corasick::AhoCorasick;
 use memchr::memmem::Finder;
 use percent_encoding::percent_decode;
-use serde::Deserialize;
+use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::call::Call;
 use super::shape;
 use crate::json::part;
-use crate::json::scan::{self, Key};
+use crate::json::scan::Key;
 
 /// Objects of one request that are looked for; a request with more names the same endpoint by the first ones.
 pub const OBJECTS_MAX: usize = 32;
 /// Longest id in bytes; a longer text is none.
 pub const ID_BYTES_MAX: usize = 255;
+/// The same as a JSON string, each of whose bytes may be an escape of six.
+const QUOTED_BYTES_MAX: usize = 6 * ID_BYTES_MAX + 2;
 /// Bytes before the type of an item in which its object begins.
 const ITEM_BYTES_MAX: usize = 512;
+/// Bytes of an object in which its `id` stands.
+const OBJECT_BYTES_MAX: usize = 4096;
+/// JSON objects of one body that are read for their `id`, so that a body full of them costs no more than its length.
+const LOOKS_MAX: usize = 256;
 /// Bytes of a text that was sealed for one organisation by which it is told from others: they hold when it was written, and a random
 /// number.
 const SEALED_BYTES: usize = 128;
 
 /// Members of JSON bodies whose value is an id, a list of ids, or an object with an `id`, as they stand in a body.
 const KEYS: [&str; 18] = [
-    "\"previous_response_id\"",
-    "\"conversation\"",
+    PREVIOUS_RESPONSE,
+    CONVERSATION,
     "\"file_id\"",
     "\"input_file_id\"",
     "\"file_ids\"",
@@ -47,8 +54,51 @@ const KEYS: [&str; 18] = [
     "\"skill_id\"",
     "\"batch_id\"",
 ];
+const PREVIOUS_RESPONSE: &str = "\"previous_response_id\"";
+/// Clients of relays put the name of their session there.
+const CONVERSATION: &str = "\"conversation\"";
 /// An item of an earlier answer, by its id.
 const ITEM_REFERENCE: &str = "\"item_reference\"";
+/// How ids begin that endpoints make up. Other texts under these keys may be anything, such as an argument of a tool.
+const KINDS: [&str; 37] = [
+    "asst_",
+    "batch_",
+    "cfile_",
+    "chatcmpl-",
+    "ci_",
+    "cntr_",
+    "conv_",
+    "cu_",
+    "eval_",
+    "evalrun_",
+    "fc_",
+    "file-",
+    "file_",
+    "fs_",
+    "ft-",
+    "ftckpt_",
+    "ftjob-",
+    "ig_",
+    "item_",
+    "lsh_",
+    "mcp_",
+    "mcpl_",
+    "msg_",
+    "msgbatch_",
+    "resp_",
+    "rs_",
+    "rtc_",
+    "run_",
+    "sess_",
+    "skill_",
+    "step_",
+    "thread_",
+    "upload_",
+    "video_",
+    "vs_",
+    "vsfb_",
+    "ws_",
+];
 /// Texts that only the organisation that wrote them can read: reasoning, and the signature of thinking.
 const SEALED: [&str; 2] = ["\"encrypted_content\"", "\"signature\""];
 
@@ -60,15 +110,26 @@ static ANY: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| {
 /// A chat may name files only.
 static FILE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"file_id\""));
 
+/// An object that a request names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// Its id.
+    pub id: Arc<str>,
+    /// True if it is an id even if nobody knows it. Another text binds the request only if an answer has shown it as one.
+    pub is_certain: bool,
+}
+
 /// Objects that a request names.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct References {
-    /// Their ids, as they stand in path, query and body in this order; each once.
-    pub ids: Vec<Arc<str>>,
-    /// Number of them that stand in the path.
-    pub in_path: usize,
-    /// Names of texts that were sealed for one organisation.
+    /// The objects, as they stand in path, query and body in this order; each once.
+    pub objects: Vec<Reference>,
+    /// The object that the request is about: the only one in its path, at its end.
+    pub subject: Option<Arc<str>>,
+    /// Names of texts that were sealed for one organisation, the last ones of the body.
     pub sealed: Vec<Arc<str>>,
+    /// JSON objects that have been read for their `id`.
+    looks: usize,
 }
 
 impl References {
@@ -76,12 +137,16 @@ impl References {
     pub fn find(call: Call, path: &str, query: Option<&str>, json: Option<&[u8]>) -> Self {
         let mut found = Self::default();
         for segment in shape::ids(path).filter(|_| names_objects(path)) {
-            found.add(&percent_decode(segment.as_bytes()).decode_utf8_lossy());
+            found.add(&percent_decode(segment.as_bytes()).decode_utf8_lossy(), true);
         }
-        found.in_path = found.ids.len();
+        if let [only] = &*found.objects
+            && shape::ids(path).last().is_some_and(|last| path.ends_with(last))
+        {
+            found.subject = Some(Arc::clone(&only.id));
+        }
         let pairs = query.into_iter().flat_map(|query| query.split('&')).filter_map(|pair| pair.split_once('='));
-        for (_, id) in pairs.filter(|(name, _)| name.ends_with("_id")) {
-            found.add(&percent_decode(id.as_bytes()).decode_utf8_lossy());
+        for (_, id) in pairs.filter(|(name, _)| *name == "call_id") {
+            found.add(&percent_decode(id.as_bytes()).decode_utf8_lossy(), true);
         }
         if let Some(json) = json {
             found.search(call, json);
@@ -91,7 +156,7 @@ impl References {
 
     /// True if it names none.
     pub fn is_empty(&self) -> bool {
-        self.ids.is_empty() && self.sealed.is_empty()
+        self.objects.is_empty() && self.sealed.is_empty()
     }
 
     fn search(&mut self, call: Call, json: &[u8]) {
@@ -117,11 +182,12 @@ impl References {
 
     /// Takes the ids of a member whose key stands at this place. A value that is none of these names nothing.
     fn member(&mut self, json: &[u8], key: Range<usize>) {
-        let Some(value) = value_of(json, key) else { return };
-        match value.first() {
-            Some(b'"') => drop(self.text(value)),
-            Some(b'[') => self.list(part(value, 1..)),
-            Some(b'{') => self.object(value),
+        let Some(value) = value_of(json, key.clone()) else { return };
+        match (value.first(), part(json, key)) {
+            (Some(b'"'), name) if name == CONVERSATION.as_bytes() && !value.starts_with(b"\"conv_") => {}
+            (Some(b'"'), name) => drop(self.text(value, name == PREVIOUS_RESPONSE.as_bytes())),
+            (Some(b'['), _) => self.list(part(value, 1..)),
+            (Some(b'{'), _) => self.object(value),
             _ => {}
         }
     }
@@ -129,31 +195,36 @@ impl References {
     /// Takes the ids of a list of strings, behind its bracket.
     fn list(&mut self, list: &[u8]) {
         let mut rest = list.trim_ascii_start();
-        while rest.starts_with(b"\"") && self.ids.len() < OBJECTS_MAX {
-            let Some(length) = self.text(rest) else { return };
+        while rest.starts_with(b"\"") && self.objects.len() < OBJECTS_MAX {
+            let Some(length) = self.text(rest, false) else { return };
             let after = part(rest, length..).trim_ascii_start();
             rest = after.strip_prefix(b",").unwrap_or_default().trim_ascii_start();
         }
     }
 
-    /// Takes the id that a JSON string holds, and returns the string's length.
-    fn text(&mut self, value: &[u8]) -> Option<usize> {
+    /// Takes the id that a JSON string holds, and returns the string's length. None if it is too long for an id.
+    fn text(&mut self, value: &[u8], is_certain: bool) -> Option<usize> {
+        let value = part(value, ..value.len().min(QUOTED_BYTES_MAX));
         let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Key<'_>>();
         let Key(id) = values.next()?.ok()?;
-        self.add(&id);
+        self.add(&id, is_certain || KINDS.iter().any(|kind| id.starts_with(kind)));
         Some(values.byte_offset())
     }
 
     /// Takes the `id` of a JSON object.
     fn object(&mut self, value: &[u8]) {
-        #[derive(Deserialize)]
-        struct Object<'a> {
-            #[serde(borrow, default, deserialize_with = "scan::even_null")]
-            id: Option<&'a RawValue>,
+        if self.looks >= LOOKS_MAX || self.objects.len() >= OBJECTS_MAX {
+            return;
         }
-        let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Object<'_>>();
-        if let Some(Ok(Object { id: Some(id) })) = values.next() {
-            self.text(id.get().as_bytes());
+        self.looks += 1;
+        let mut found = None;
+        let value = part(value, ..value.len().min(OBJECT_BYTES_MAX));
+        // What comes behind it is not read, and may be cut off.
+        if serde_json::Deserializer::from_slice(value).deserialize_map(IdOf { found: &mut found }).is_err() {
+            log::trace!("a JSON object was read as far as its id");
+        }
+        if let Some(id) = found {
+            self.text(id.get().as_bytes(), false);
         }
     }
 
@@ -168,18 +239,44 @@ impl References {
     fn sealed(&mut self, json: &[u8], key: Range<usize>) {
         let text = value_of(json, key).and_then(|value| value.strip_prefix(b"\""));
         if let Some(name) = text.and_then(sealed_name)
-            && self.sealed.len() < OBJECTS_MAX
             && !self.sealed.contains(&name)
         {
+            if self.sealed.len() >= OBJECTS_MAX {
+                self.sealed.remove(0);
+            }
             self.sealed.push(name);
         }
     }
 
-    fn add(&mut self, id: &str) {
+    fn add(&mut self, id: &str, is_certain: bool) {
         let is_id = (1..=ID_BYTES_MAX).contains(&id.len());
-        if is_id && self.ids.len() < OBJECTS_MAX && !self.ids.iter().any(|known| **known == *id) {
-            self.ids.push(id.into());
+        if is_id && self.objects.len() < OBJECTS_MAX && !self.objects.iter().any(|known| *known.id == *id) {
+            self.objects.push(Reference { id: id.into(), is_certain });
         }
+    }
+}
+
+/// Reads an object up to its `id`.
+struct IdOf<'f, 'de> {
+    found: &'f mut Option<&'de RawValue>,
+}
+
+impl<'de> Visitor<'de> for IdOf<'_, 'de> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(Key(key)) = map.next_key()? {
+            if key == "id" {
+                *self.found = Some(map.next_value()?);
+                return Ok(());
+            }
+            map.next_value::<IgnoredAny>()?;
+        }
+        Ok(())
     }
 }
 
@@ -215,7 +312,10 @@ pub fn shows_objects(call: Call, path: &str, store: Option<bool>) -> bool {
         Call::Completion => store == Some(true),
         Call::Responses => store != Some(false),
         Call::Messages | Call::Embeddings => false,
-        Call::Other | Call::Unmetered => names_objects(path),
+        // What was stored there is its owner's, whatever it looks like.
+        Call::Other | Call::Unmetered => {
+            names_objects(path) && !["/content", "/results"].iter().any(|end| path.ends_with(end))
+        }
     }
 }
 
@@ -245,7 +345,7 @@ mod tests {
     fn found(call: Call, path: &str, query: &str, body: &Value) -> Vec<String> {
         let body = body.to_string();
         let references = References::find(call, path, Some(query), Some(body.as_bytes()));
-        references.ids.iter().map(ToString::to_string).collect()
+        references.objects.iter().map(|one| one.id.to_string()).collect()
     }
 
     #[test]
@@ -257,8 +357,19 @@ mod tests {
         assert_eq!(of("/v1/realtime", "model=m&call_id=rtc_1"), ["rtc_1"]);
         assert!(of("/v1/files", "after=file-1").is_empty(), "a cursor is a list's own");
         assert!(of("/v1/tts/voices_of_a_vendor", "").is_empty(), "a word that is not known is no id");
-        let path = References::find(Call::Unmetered, "/v1/threads/t/messages", None, None);
-        assert_eq!((path.in_path, path.ids.len()), (1, 1));
+        for path in
+            ["/v1/videos/video_1/remix", "/v1/realtime/calls/rtc_1/accept", "/v1/fine_tuning/jobs/ftjob-1/pause"]
+        {
+            assert_eq!(of(path, "").len(), 1, "{path}: a word that is not known is no id");
+        }
+        assert_eq!(of("/v1/skills/skill_1/versions/2", ""), ["skill_1"]);
+        assert!(of("/v1/threads", "user_id=u1&session_id=s1").is_empty());
+        let subject = |path| References::find(Call::Unmetered, path, None, None).subject;
+        assert_eq!(subject("/v1/files/file-1").as_deref(), Some("file-1"));
+        assert_eq!(subject("/v1/chat/completions/chatcmpl-1").as_deref(), Some("chatcmpl-1"));
+        for path in ["/v1/files/file-1/content", "/v1/vector_stores/vs_1/files/file-1", "/v1/files"] {
+            assert_eq!(subject(path), None, "{path}: it is about no object, or takes none away");
+        }
     }
 
     #[test]
@@ -293,6 +404,37 @@ mod tests {
     }
 
     #[test]
+    fn a_text_that_may_be_anything_is_not_certain() {
+        let of = |body: Value| {
+            let body = body.to_string();
+            References::find(Call::Messages, "/v1/messages", None, Some(body.as_bytes())).objects
+        };
+        let tool = |input: Value| json!({ "messages": [{ "content": [{ "type": "tool_use", "input": input }] }] });
+        for input in [json!({ "container": "web-1" }), json!({ "thread_id": "17" }), json!({ "file_id": "a/b" })] {
+            assert!(of(tool(input.clone())).iter().all(|one| !one.is_certain), "{input}");
+        }
+        assert!(of(tool(json!({ "conversation": "chat-1" }))).is_empty(), "the name of a session");
+        let certain =
+            json!({ "previous_response_id": "7c1", "conversation": "conv_1", "input": [{ "file_id": "file-1" }] });
+        assert!(of(certain.clone()).len() == 3 && of(certain).iter().all(|one| one.is_certain));
+        assert!(of(json!({ "container": { "id": "cntr_1", "cut": "x".repeat(OBJECT_BYTES_MAX) } }))[0].is_certain);
+    }
+
+    #[test]
+    fn reading_is_linear_in_the_body() {
+        let mut deep = String::new();
+        for _ in 0..100 {
+            deep.push_str("{\"a\":[");
+            deep.push_str(&"\"item_reference\",".repeat(28));
+            deep.push_str("0],\"b\":");
+        }
+        let body = deep.clone() + "\"" + &"x".repeat(4 * 1024 * 1024) + "\"" + &"}".repeat(100);
+        serde_json::from_str::<serde::de::IgnoredAny>(&body).unwrap();
+        let references = References::find(Call::Responses, "/v1/responses", None, Some(body.as_bytes()));
+        assert_eq!((references.objects.len(), references.looks), (0, LOOKS_MAX));
+    }
+
+    #[test]
     fn there_are_bounds() {
         let many: Vec<_> = (0..100).map(|number| format!("file-{number}")).collect();
         assert_eq!(found(Call::Other, "/v1/batches", "", &json!({ "file_ids": many })).len(), OBJECTS_MAX);
@@ -316,5 +458,9 @@ mod tests {
         assert_eq!(sealed(&long), sealed(&format!("{long}y")));
         assert_eq!(sealed(&long)[0], sealed_name(long.as_bytes()).unwrap());
         assert!(sealed("short").is_empty());
+        let many: Vec<_> = (0..100).map(|number| json!({ "signature": format!("{number:0>90}") })).collect();
+        let body = json!({ "messages": many }).to_string();
+        let last = References::find(Call::Messages, "/v1/messages", None, Some(body.as_bytes())).sealed;
+        assert_eq!((last.len(), last.last().map(|name| &name[88..])), (OBJECTS_MAX, Some("99")));
     }
 }

@@ -80,10 +80,13 @@ impl CallShape {
     }
 }
 
-/// The ids in a path under `/v1`: its segments but the first that are no words of the API.
+/// The ids in a path under `/v1`: its segments but the first that are neither words, known or not, nor numbers. An id that an endpoint
+/// has made up has a digit, a capital or a hyphen in it.
 pub(crate) fn ids(path: &str) -> impl Iterator<Item = &str> {
     let segments = path.strip_prefix("/v1/").into_iter().flat_map(|path| path.split('/').skip(1));
-    segments.filter(|segment| !segment.is_empty() && !WORDS.contains(segment))
+    let is_word = |segment: &str| segment.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    let is_number = |segment: &str| segment.bytes().all(|byte| byte.is_ascii_digit());
+    segments.filter(move |segment| !is_word(segment) && !is_number(segment))
 }
 
 /// FNV-1a, as paths are short, from a beginning of this process's own: nobody can look for paths that collide.

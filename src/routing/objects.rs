@@ -19,6 +19,9 @@ use crate::routing::router::Candidates;
 
 /// Endpoints that are asked for an object that nobody knows, since it may have been made without the gateway.
 pub const SEARCHED_MAX: usize = 3;
+/// Objects that a good answer to one request shows to be at its endpoint, though nobody knew them: an endpoint may overlook an id that
+/// it does not have.
+const LEARNED_MAX: usize = 8;
 /// Time for which it is remembered that an object was nowhere.
 const ABSENT: Duration = Duration::from_mins(1);
 /// Ids that are remembered to be nowhere; of more the ones first that were asked for longest ago.
@@ -46,10 +49,12 @@ pub struct Named {
     renewed: Vec<Thing>,
     /// Those that are not known: the endpoint that answers has them.
     unknown: Vec<Arc<str>>,
-    /// The object that the request is about, if it stands in its path.
+    /// The object that the request is about.
     subject: Option<Arc<str>>,
     /// True if none is known, so that some endpoints are asked one after the other.
     pub is_searched: bool,
+    /// True if the ledger could not be read: they may be known all the same.
+    is_unread: bool,
 }
 
 /// Where a request may go for the objects that it names.
@@ -66,11 +71,15 @@ pub struct Resolved {
 impl Objects {
     /// Finds where the objects of a request are, among the candidates of its model.
     pub async fn resolve(&self, pool: &Pool, references: References, all: &Arc<Candidates>) -> Result<Resolved, Fault> {
-        let mut named = Named { subject: subject(&references), ..Named::default() };
+        let mut named = Named { subject: references.subject.clone(), ..Named::default() };
+        let guesses = references.objects.iter().filter(|object| !object.is_certain);
+        let guesses: Vec<Arc<str>> = guesses.map(|object| Arc::clone(&object.id)).collect();
         let mut at: Option<Shared> = None;
         let mut sealed: Option<BTreeSet<usize>> = None;
         let renewed_before = remembered_until(pool, &pool.clock()).saturating_sub_unsigned(RENEWED_AFTER.as_secs());
-        for (thing, places) in look_up(pool, references).await {
+        let found = look_up(pool, references).await;
+        named.is_unread = found.is_err();
+        for (thing, places) in found.unwrap_or_else(|unread| unread) {
             if thing.kind == ThingKind::Sealed {
                 // Its organisation can read it, whoever had it written. The last one is the one that goes on.
                 if !places.is_empty() {
@@ -79,7 +88,9 @@ impl Objects {
                 continue;
             }
             let Some(own) = own(places).map_err(|()| Fault::ObjectUnknown { id: excerpt(&thing.name) })? else {
-                named.unknown.push(thing.name);
+                if !guesses.contains(&thing.name) {
+                    named.unknown.push(thing.name);
+                }
                 continue;
             };
             let here = endpoints(pool, &thing, &own)?;
@@ -112,6 +123,9 @@ impl Objects {
 
     /// Notes that no endpoint that was asked knows the objects of a request.
     pub fn note_absent(&self, named: &Named, now: Instant) {
+        if named.is_unread {
+            return;
+        }
         let mut absent = lock(&self.absent);
         for id in &named.unknown {
             absent.put(Arc::clone(id), now);
@@ -152,15 +166,20 @@ impl Shared {
     }
 }
 
-/// The places of each thing that a request names. A ledger that cannot be read knows none.
-async fn look_up(pool: &Pool, references: References) -> impl Iterator<Item = (Thing, Vec<Place>)> {
-    let objects = references.ids.into_iter().map(|name| Thing { kind: ThingKind::Object, name });
+/// The places of each thing that a request names. An error has the things alone: the ledger cannot be read.
+async fn look_up(pool: &Pool, references: References) -> Result<Vec<Located>, Vec<Located>> {
+    let objects = references.objects.into_iter().map(|object| Thing { kind: ThingKind::Object, name: object.id });
     let sealed = references.sealed.into_iter().map(|name| Thing { kind: ThingKind::Sealed, name });
     let things: Vec<Thing> = objects.chain(sealed).collect();
     let found = if pool.ledger.is_down() { None } else { pool.ledger.find_places(things.clone()).await };
-    let found = found.unwrap_or_else(|| vec![Vec::new(); things.len()]);
-    things.into_iter().zip(found)
+    match found {
+        Some(found) => Ok(things.into_iter().zip(found).collect()),
+        None => Err(things.into_iter().map(|thing| (thing, Vec::new())).collect()),
+    }
 }
+
+/// A thing with its places.
+type Located = (Thing, Vec<Place>);
 
 /// The places of a caller's own thing; none if it is not known, an error if it is another caller's.
 fn own(places: Vec<Place>) -> Result<Option<Vec<Place>>, ()> {
@@ -176,7 +195,8 @@ fn own(places: Vec<Place>) -> Result<Option<Vec<Place>>, ()> {
 impl Named {
     /// Notes that an endpoint has answered a request for these objects, so that it has them. `deleted`: the one it is about is gone.
     pub fn note_answered(&self, endpoint: &Endpoint, deleted: bool, until: i64, ledger: &Client) {
-        let unknown = self.unknown.iter().map(|id| Thing { kind: ThingKind::Object, name: Arc::clone(id) });
+        let unknown =
+            self.unknown.iter().take(LEARNED_MAX).map(|id| Thing { kind: ThingKind::Object, name: Arc::clone(id) });
         for thing in unknown.chain(self.renewed.iter().cloned()) {
             ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, until)));
         }
@@ -217,11 +237,6 @@ fn place_at(endpoint: &Endpoint, until: i64) -> Place {
         organization: Arc::clone(&endpoint.config.organization),
         until,
     }
-}
-
-/// The object that a request is about: the last one in its path.
-fn subject(references: &References) -> Option<Arc<str>> {
-    references.ids.get(references.in_path.checked_sub(1)?).cloned()
 }
 
 /// The endpoints that have a thing: where it was seen, and the others of that organisation.

@@ -108,8 +108,8 @@ impl Pool {
         ledger.list_accounts(number, endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned());
         let has_model_limits = endpoints.iter().any(|endpoint| endpoint.accounts.has_model_limits());
         let has_call_lists = endpoints.iter().any(|endpoint| endpoint.config.calls != CallSet::ALL);
-        let usable = endpoints.iter().filter(|endpoint| endpoint.config.usable());
-        let organizations: HashSet<&str> = usable.map(|endpoint| &*endpoint.config.organization).collect();
+        // Those that are switched off as well: what was made there is not elsewhere.
+        let organizations: HashSet<&str> = endpoints.iter().map(|one| &*one.config.organization).collect();
         let has_several_organizations = organizations.len() > 1;
         let sessions = before.map(|before| Arc::clone(&before.sessions)).unwrap_or_default();
         Ok(Self {
