@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use lru::LruCache;
@@ -31,18 +31,33 @@ use crate::routing::router::ModelName;
 /// Objects of a page where the client does not say, and the most that a page may have (platform.openai.com/docs/api-reference).
 const PAGE: (usize, usize) = (20, 100);
 const PAGE_OF_FILES: (usize, usize) = (10_000, 10_000);
-/// Pages of each endpoint that are read to find a cursor that is not remembered.
-const SCANNED_MAX: usize = 50;
+/// Pages of each endpoint that are asked for to answer one page: to find a cursor that is not remembered, or where the endpoint's own
+/// pages are shorter. Each takes a permit.
+const PAGES_MAX: usize = 20;
+/// Objects of one page whose places are noted. Those of an endpoint's own answers are known already.
+const NOTED_MAX: usize = 500;
 /// Pages that are remembered; of more those that were asked for longest ago are forgotten.
 const CURSORS_MAX: usize = 10_000;
 /// Longest time for an endpoint's page, before the list goes on without it.
 const PAGE_TIME_MAX: Duration = Duration::from_secs(30);
+/// Longest time for the whole answer.
+const ANSWER_TIME_MAX: Duration = Duration::from_mins(2);
+/// Time for which it is remembered that a cursor is nowhere.
+const ABSENT: Duration = Duration::from_mins(1);
 /// Names the endpoints whose objects are missing in a list.
 const PARTIAL: HeaderName = HeaderName::from_static("x-api-together-partial");
 
 /// Where pages end, as far as is remembered. It outlives every reload.
 #[derive(Debug)]
-pub(crate) struct Cursors(Mutex<LruCache<String, Arc<[Cursor]>>>);
+pub(crate) struct Cursors(Mutex<LruCache<String, PageEnd>>);
+
+/// Where a page ends.
+#[derive(Clone, Debug)]
+enum PageEnd {
+    At(Arc<[Cursor]>),
+    /// No endpoint had that object at this moment.
+    Nowhere(Instant),
+}
 
 /// How far a list has been read at an endpoint.
 #[derive(Clone, Debug)]
@@ -61,8 +76,27 @@ impl Default for Cursors {
 }
 
 impl Cursors {
-    fn lock(&self) -> MutexGuard<'_, LruCache<String, Arc<[Cursor]>>> {
+    fn lock(&self) -> MutexGuard<'_, LruCache<String, PageEnd>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where a list has been read to; none if that is not known. A fault if it is nowhere.
+    fn find(&self, list: &ListCall<'_>, after: &str, now: Instant) -> Result<Option<Arc<[Cursor]>>, Fault> {
+        match self.lock().get(&list.key(after)) {
+            Some(PageEnd::At(cursors)) => Ok(Some(Arc::clone(cursors))),
+            Some(PageEnd::Nowhere(since)) if now.saturating_duration_since(*since) < ABSENT => {
+                Err(Fault::ObjectUnknown { id: excerpt(after) })
+            }
+            Some(PageEnd::Nowhere(_)) | None => Ok(None),
+        }
+    }
+
+    fn put(&self, key: String, end: PageEnd) {
+        let mut cursors = self.lock();
+        cursors.put(key, end);
+        if cursors.len() > CURSORS_MAX {
+            cursors.pop_lru();
+        }
     }
 }
 
@@ -97,6 +131,8 @@ impl<'a> ListCall<'a> {
             "/v1/videos",
             "/v1/conversations",
         ];
+        /// Those that begin with the oldest, unless the client says otherwise (platform.openai.com/docs/api-reference).
+        const ASCENDING: [&str; 2] = ["/v1/chat/completions", "/v1/evals"];
         if *method != Method::GET || !LISTS.contains(&path) {
             return None;
         }
@@ -107,7 +143,7 @@ impl<'a> ListCall<'a> {
             cursor,
             after: None,
             limit: None,
-            is_ascending: false,
+            is_ascending: ASCENDING.contains(&path),
             filters: Vec::new(),
             pages_back: false,
         };
@@ -117,7 +153,9 @@ impl<'a> ListCall<'a> {
                 ("limit", number) => list.limit = number.parse().ok(),
                 ("before" | "before_id", _) => list.pages_back = true,
                 (name, value) => {
-                    list.is_ascending |= (name, value) == ("order", "asc");
+                    if name == "order" {
+                        list.is_ascending = value == "asc";
+                    }
                     list.filters.push(pair);
                 }
             }
@@ -168,7 +206,7 @@ struct Page<'a> {
 struct Head {
     #[serde(default)]
     id: String,
-    #[serde(default)]
+    #[serde(default, alias = "created")]
     created_at: serde_json::Value,
 }
 
@@ -200,7 +238,27 @@ struct Source<'a> {
     /// The last one that was taken.
     taken: Option<Box<str>>,
     has_more: bool,
+    /// Pages that it has been asked for.
+    pages: usize,
     failure: Option<Failure>,
+}
+
+impl Source<'_> {
+    /// True if its next object has to be asked for.
+    fn is_due(&self) -> bool {
+        self.items.is_empty() && self.has_more
+    }
+
+    /// Takes in a page. One that does not go on from the last one ends the list: the endpoint overlooks the cursor.
+    fn take_in(&mut self, items: Vec<Item>, has_more: bool) {
+        let last: Option<Box<str>> = items.last().map(|item| item.id.as_str().into());
+        let goes_on = last.is_some() && last != self.fetched;
+        self.has_more = has_more && goes_on;
+        if goes_on {
+            self.fetched = last;
+            self.items.extend(items);
+        }
+    }
 }
 
 /// Why an endpoint's part is missing.
@@ -223,31 +281,45 @@ pub(crate) async fn answer(
     list: &ListCall<'_>,
     headers: &HeaderMap,
 ) -> Result<Answer, Fault> {
+    let answered = tokio::time::timeout(ANSWER_TIME_MAX, merged(pool, cursors, list, headers)).await;
+    answered.unwrap_or(Err(Fault::EndpointTimeout))
+}
+
+async fn merged(pool: &Pool, cursors: &Cursors, list: &ListCall<'_>, headers: &HeaderMap) -> Result<Answer, Fault> {
     if list.pages_back {
         let problem = "A list over several endpoints can be paged forward only: use `after` in place of `before`.";
         return Err(Fault::RequestInvalid { problem: problem.into() });
     }
     let headers = forward::forwarded(headers, &pool.server, false);
-    let known = list.after.and_then(|after| cursors.lock().get(&list.key(after)).cloned());
+    let now = pool.clock().now;
+    let known = list.after.map(|after| cursors.find(list, after, now)).transpose()?.flatten();
     let mut sources = sources(pool, list, known.as_deref());
-    if let (Some(after), None) = (list.after, known) {
-        skip_to(pool, list, &headers, &mut sources, after).await?;
+    if let (Some(after), None) = (list.after, known)
+        && !skip_to(pool, list, &headers, &mut sources, after).await?
+    {
+        cursors.put(list.key(after), PageEnd::Nowhere(now));
+        return Err(Fault::ObjectUnknown { id: excerpt(after) });
     }
     let size = list.page_size();
     refill(pool, list, &headers, &mut sources, size).await;
     refuse(&sources)?;
     let mut page = Vec::with_capacity(size);
-    while page.len() < size {
+    while page.len() < size && !sources.iter().any(Source::is_due) {
         let Some(source) = next_source(&mut sources, list.is_ascending) else { break };
         let Some(item) = source.items.pop_front() else { break };
         source.taken = Some(item.id.as_str().into());
+        if page.len() < NOTED_MAX {
+            note(pool, &item, source.endpoint);
+        }
         page.push(item);
         // An endpoint gives fewer than it was asked for, if it wants to.
-        if source.items.is_empty() && source.has_more {
+        if source.is_due() {
             refill(pool, list, &headers, &mut sources, size).await;
         }
     }
-    let has_more = sources.iter().any(|source| !source.items.is_empty() || source.has_more);
+    // One that is missing and was read before has more, for all that is known.
+    let is_missing = |source: &Source<'_>| source.failure.is_some() && source.taken.is_some() && !page.is_empty();
+    let has_more = sources.iter().any(|source| !source.items.is_empty() || source.has_more || is_missing(source));
     if let Some(last) = page.last() {
         remember(cursors, list, &last.id, &sources);
     }
@@ -275,45 +347,55 @@ fn sources<'a>(pool: &'a Pool, list: &ListCall<'_>, known: Option<&[Cursor]>) ->
             fetched: after.clone(),
             taken: after,
             has_more: true,
+            pages: 0,
             failure: None,
         });
     }
     sources
 }
 
-/// Reads the lists from their beginning until an object has been passed. A fault if it is not there.
+/// Notes where an object of a list is.
+fn note(pool: &Pool, item: &Item, endpoint: &Endpoint) {
+    let until = objects::remembered_until(pool, &pool.clock());
+    objects::note_found(vec![Found::Object(item.id.as_str().into())], endpoint, until, &pool.ledger);
+}
+
+/// Reads the lists from their beginning until an object has been passed. False if it is not there.
 async fn skip_to(
     pool: &Pool,
     list: &ListCall<'_>,
     headers: &HeaderMap,
     sources: &mut [Source<'_>],
     after: &str,
-) -> Result<(), Fault> {
-    for _ in 0..SCANNED_MAX {
+) -> Result<bool, Fault> {
+    for _ in 0..PAGES_MAX {
         refill(pool, list, headers, sources, list.page_sizes().1).await;
         refuse(sources)?;
-        while sources.iter().all(|source| !source.items.is_empty() || !source.has_more) {
+        while !sources.iter().any(Source::is_due) {
             let Some(source) = next_source(sources, list.is_ascending) else { break };
             let Some(item) = source.items.pop_front() else { break };
             source.taken = Some(item.id.as_str().into());
             if item.id == after {
-                return Ok(());
+                return Ok(true);
             }
         }
         if sources.iter().all(|source| source.items.is_empty() && !source.has_more) {
             break;
         }
     }
-    Err(Fault::ObjectUnknown { id: excerpt(after) })
+    Ok(false)
 }
 
 /// Asks each endpoint that has nothing left for its next page, all at once.
 async fn refill(pool: &Pool, list: &ListCall<'_>, headers: &HeaderMap, sources: &mut [Source<'_>], size: usize) {
+    let shape = CallShape::new(&Method::GET, list.path);
+    let kind = CallKind::of_path(list.path);
     let mut pages = JoinSet::new();
     for (index, source) in sources.iter_mut().enumerate() {
-        if !source.items.is_empty() || !source.has_more {
+        if !source.is_due() || source.pages >= PAGES_MAX {
             continue;
         }
+        source.pages += 1;
         let (endpoint, headers) = (Arc::clone(source.endpoint), headers.clone());
         let (target, permit) = (list.target(source.fetched.as_deref(), size), draw(pool, source.endpoint).await);
         match permit {
@@ -324,7 +406,7 @@ async fn refill(pool: &Pool, list: &ListCall<'_>, headers: &HeaderMap, sources: 
             Ok(mut permit) => {
                 pages.spawn(async move {
                     permit.spend();
-                    (index, page(&endpoint, &target, &headers).await)
+                    (index, page(&endpoint, kind, &target, &headers).await)
                 });
             }
         }
@@ -333,15 +415,18 @@ async fn refill(pool: &Pool, list: &ListCall<'_>, headers: &HeaderMap, sources: 
         let Some(source) = sources.get_mut(index) else { continue };
         match page {
             Ok((items, has_more)) => {
-                let found = items.iter().map(|item: &Item| Found::Object(item.id.as_str().into())).collect();
-                let until = objects::remembered_until(pool, &pool.clock());
-                objects::note_found(found, source.endpoint, until, &pool.ledger);
-                source.has_more = has_more && !items.is_empty();
-                source.fetched = items.last().map(|item| item.id.as_str().into()).or(source.fetched.take());
-                source.items.extend(items);
+                if let Some(shape) = shape {
+                    source.endpoint.live.paths.note_served(shape);
+                }
+                source.take_in(items, has_more);
+            }
+            // It knows the list, but not the object any more that it was to go on from.
+            Err(Failure::NoList) if let Some(after) = &source.fetched => {
+                source.has_more = false;
+                source.failure = Some(Failure::Missing(Fault::ObjectUnknown { id: excerpt(after) }));
             }
             Err(failure) => {
-                if let (Failure::NoList, Some(shape)) = (&failure, CallShape::new(&Method::GET, list.path)) {
+                if let (Failure::NoList, Some(shape)) = (&failure, shape) {
                     source.endpoint.live.paths.note_missing(shape, None, pool.clock().now);
                 }
                 source.has_more = false;
@@ -375,13 +460,19 @@ async fn draw(pool: &Pool, endpoint: &Arc<Endpoint>) -> Result<crate::ledger::Pe
 }
 
 /// One page of an endpoint, and whether it has more.
-async fn page(endpoint: &Endpoint, target: &str, headers: &HeaderMap) -> Result<(Vec<Item>, bool), Failure> {
+async fn page(
+    endpoint: &Endpoint,
+    kind: CallKind,
+    target: &str,
+    headers: &HeaderMap,
+) -> Result<(Vec<Item>, bool), Failure> {
     let id = &endpoint.config.id;
-    let addresses = endpoint.upstream.addresses().await;
+    let upstream = endpoint.upstream_of(kind);
+    let addresses = upstream.addresses().await;
     let Some(address) = addresses.ok().and_then(|addresses| addresses.first().copied()) else {
         return Err(Failure::Missing(Fault::EndpointUnreachable));
     };
-    let calls = OwnCalls::new(endpoint, address);
+    let calls = OwnCalls::new(endpoint, upstream, address);
     let call = OwnCall { headers: Some(headers), ..OwnCall::get(target) };
     let answered = tokio::time::timeout(PAGE_TIME_MAX, calls.ask(call)).await;
     let OwnAnswer { status, body } = match answered {
@@ -398,7 +489,11 @@ async fn page(endpoint: &Endpoint, target: &str, headers: &HeaderMap) -> Result<
     let page: Option<Page<'_>> = serde_json::from_slice(&body).ok().filter(|_| status == 200);
     let Some(Page { data, has_more }) = page else {
         log::warn!("endpoint {id}: its part of a list is missing: it answered {status}");
-        let fault = if status == 200 { Fault::EndpointUnrecognised } else { Fault::EndpointError { status } };
+        let fault = match status {
+            200 => Fault::EndpointUnrecognised,
+            401..=403 => Fault::EndpointKeyRefused,
+            _ => Fault::EndpointError { status },
+        };
         return Err(Failure::Missing(fault));
     };
     Ok((data.into_iter().filter_map(Item::new).collect(), has_more))
@@ -419,8 +514,7 @@ fn next_source<'a, 'b>(sources: &'a mut [Source<'b>], is_ascending: bool) -> Opt
 
 /// The fault of a list that no endpoint gives.
 fn refuse(sources: &[Source<'_>]) -> Result<(), Fault> {
-    let is_without =
-        |source: &Source<'_>| source.failure.is_some() && source.items.is_empty() && source.taken.is_none();
+    let is_without = |source: &Source<'_>| source.failure.is_some() && source.items.is_empty();
     if !sources.iter().all(is_without) {
         return Ok(());
     }
@@ -435,11 +529,7 @@ fn remember(cursors: &Cursors, list: &ListCall<'_>, ends_with: &str, sources: &[
     let read = sources
         .iter()
         .map(|source| Cursor { endpoint: Arc::clone(&source.endpoint.config.id), after: source.taken.clone() });
-    let mut cursors = cursors.lock();
-    cursors.put(list.key(ends_with), read.collect());
-    if cursors.len() > CURSORS_MAX {
-        cursors.pop_lru();
-    }
+    cursors.put(list.key(ends_with), PageEnd::At(read.collect()));
 }
 
 fn body(list: &ListCall<'_>, page: &[Item], has_more: bool, sources: &[Source<'_>], is_public: bool) -> Answer {

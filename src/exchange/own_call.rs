@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::Redactor;
 use crate::routing::pool::Endpoint;
-use crate::upstream::ConnectError;
+use crate::upstream::{ConnectError, Upstream};
 
 /// Longest time for one call to an endpoint, unless its timeouts are shorter.
 pub(crate) const CALL_MAX: Duration = Duration::from_mins(1);
@@ -29,6 +29,7 @@ pub(crate) type Why = (String, String);
 /// Calls of one endpoint, each on a connection of its own.
 pub(crate) struct OwnCalls<'a> {
     pub(crate) endpoint: &'a Endpoint,
+    upstream: &'a Upstream,
     address: SocketAddr,
     connector: Connector,
 }
@@ -81,14 +82,14 @@ async fn final_header(session: &mut HttpSession) -> Result<(u16, Option<Encoding
 }
 
 impl<'a> OwnCalls<'a> {
-    /// Calls of an endpoint at this address of its.
-    pub(crate) fn new(endpoint: &'a Endpoint, address: SocketAddr) -> Self {
-        Self { endpoint, address, connector: Connector::new(None) }
+    /// Calls of an endpoint at this address of one of its doors.
+    pub(crate) fn new(endpoint: &'a Endpoint, upstream: &'a Upstream, address: SocketAddr) -> Self {
+        Self { endpoint, upstream, address, connector: Connector::new(None) }
     }
 
     /// Connects, and no more.
     pub(crate) async fn connect(&self) -> Result<HttpSession, ConnectError> {
-        let peer = self.endpoint.upstream.peer(self.address, false, true, CALL_MAX);
+        let peer = self.upstream.peer(self.address, false, true, CALL_MAX);
         let connected = self.connector.get_http_session(&*peer).await;
         connected.map(|(session, _)| session).map_err(|error| ConnectError::explain(&error))
     }
@@ -115,8 +116,7 @@ impl<'a> OwnCalls<'a> {
             request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
             request.headers.insert(header::CONTENT_LENGTH, body.len().into());
         }
-        let upstream = &self.endpoint.upstream;
-        let dressed = upstream.dress(request, &self.endpoint.config, call.target, false).map_err(broken)?;
+        let dressed = self.upstream.dress(request, &self.endpoint.config, call.target, false).map_err(broken)?;
         session.write_request_header(Box::new(dressed)).await.map_err(broken)?;
         if let Some(body) = body {
             session.write_request_body(body, true).await.map_err(broken)?;

@@ -2,7 +2,7 @@
 //! match; they decide nothing.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,8 @@ use serde_json::{Map, Value};
 
 /// Models of one endpoint that are kept; the largest router lists some hundreds.
 const MODELS_MAX: usize = 10_000;
-/// Time after which an endpoint that gave no list is asked again, unless it is to be asked sooner.
+/// Time after which an endpoint that gave no list is asked again, unless it is to be asked sooner anyway; it doubles each time, as each
+/// takes a permit.
 const RETRY_AFTER: Duration = Duration::from_mins(5);
 
 /// What an endpoint says of its models, by their names there.
@@ -22,7 +23,8 @@ pub type ModelList = BTreeMap<Box<str>, Map<String, Value>>;
 pub struct Discovered {
     list: ArcSwapOption<ModelList>,
     next_at: Mutex<Option<Instant>>,
-    has_failed: AtomicBool,
+    /// Times in a row that there was none.
+    failures: AtomicU32,
 }
 
 impl Discovered {
@@ -59,13 +61,15 @@ impl Discovered {
 
     /// Notes that there was no list. True if there was one the time before.
     pub fn failed(&self, now: Instant, interval: Duration) -> bool {
-        *self.next_at.lock().unwrap_or_else(PoisonError::into_inner) = now.checked_add(RETRY_AFTER.min(interval));
-        !self.has_failed.swap(true, Ordering::Relaxed)
+        let before = self.failures.fetch_add(1, Ordering::Relaxed);
+        let wait = RETRY_AFTER.saturating_mul(1 << before.min(16)).min(interval);
+        *self.next_at.lock().unwrap_or_else(PoisonError::into_inner) = now.checked_add(wait);
+        before == 0
     }
 
     /// Notes that there was one.
     pub fn succeeded(&self) {
-        self.has_failed.store(false, Ordering::Relaxed);
+        self.failures.store(0, Ordering::Relaxed);
     }
 
     /// Has it asked for soon: the endpoint may be another one.
@@ -112,7 +116,13 @@ mod tests {
         assert!(discovered.is_due(now, hour) && !discovered.is_due(now, hour));
         assert!(discovered.is_due(now + hour, hour));
         assert!(discovered.failed(now, hour) && !discovered.failed(now, hour), "it is logged once");
-        assert!(!discovered.is_due(now, hour) && discovered.is_due(now + RETRY_AFTER, hour));
+        assert!(!discovered.is_due(now + RETRY_AFTER, hour) && discovered.is_due(now + 2 * RETRY_AFTER, hour));
+        discovered.succeeded();
+        assert!(discovered.failed(now, hour) && discovered.is_due(now + RETRY_AFTER, hour));
+        for _ in 0..40 {
+            discovered.failed(now, hour);
+        }
+        assert!(!discovered.is_due(now + RETRY_AFTER, hour) && discovered.is_due(now + hour, hour));
         discovered.ask_soon();
         assert!(discovered.is_due(now, hour));
         assert!(discovered.take(br#"[{"id":"a"}]"#));

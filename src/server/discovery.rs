@@ -78,7 +78,8 @@ async fn list(pool: &Pool, endpoint: &Endpoint) -> Result<bytes::Bytes, String> 
     let address = *addresses.first().ok_or("it has no address")?;
     let mut permit = permit(pool, endpoint).await?;
     permit.spend();
-    let answer = OwnCalls::new(endpoint, address).ask(OwnCall::get("/v1/models")).await.map_err(|(what, _)| what)?;
+    let calls = OwnCalls::new(endpoint, &endpoint.upstream, address);
+    let answer = calls.ask(OwnCall::get("/v1/models")).await.map_err(|(what, _)| what)?;
     if answer.status == 200 { Ok(answer.body) } else { Err(format!("it answered {}", answer.status)) }
 }
 

@@ -133,7 +133,7 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
     if endpoint.upstream.has_name() {
         tested.note("name", StepResult::Ok, format!("{} is {}", endpoint.upstream.name(), address.ip()), "");
     }
-    let calls = OwnCalls::new(endpoint, address);
+    let calls = OwnCalls::new(endpoint, &endpoint.upstream, address);
     if let Err(error) = calls.connect().await {
         let step = if error.stage == ConnectStage::Tls { "TLS" } else { "connect" };
         if error.stage == ConnectStage::Tls {

@@ -86,6 +86,28 @@ async fn a_format_has_a_door_of_its_own_and_the_same_limits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_list_is_asked_for_at_its_door() {
+    within(async {
+        let (openai, native) = (simulator().await, simulator().await);
+        let batches =
+            json!({ "data": [{ "id": "msgbatch_1", "created_at": "2026-01-01T00:00:00Z" }], "has_more": false });
+        native.script("*", vec![Behaviour { body: Some(batches.to_string()), ..Behaviour::default() }]);
+        let format = json!({ "baseUrl": format!("{}/anthropic/v1", native.base_url()), "authHeader": "x-api-key" });
+        let more = json!({ "formats": { "messages": format } });
+        let apis = ["a", "b"].map(|id| endpoint_with(id, &openai.base_url(), more.clone()));
+        let list = Proxy::start(json!({}), &apis).await.get("/v1/messages/batches").await;
+        assert_eq!((list.status, list.header("x-api-together-partial")), (200, None), "{list:?}");
+        assert_eq!(list.json()["data"].as_array().unwrap().len(), 2);
+        assert_eq!((openai.requests().len(), native.requests().len()), (0, 2));
+        assert!(
+            key_places(&native).0[0].0 == "x-api-key"
+                && key_places(&native).1.starts_with("/anthropic/v1/messages/batches?")
+        );
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_door_that_is_shut_fails_over() {
     within(async {
         let (openai, native) = (simulator().await, behaving(anthropic()).await);

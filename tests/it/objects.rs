@@ -176,7 +176,7 @@ async fn reqwest_post(url: &str) -> String {
 async fn at_most_three_are_asked_for_what_is_nowhere_and_none_again_for_a_while() {
     within(async {
         let several = Several::start(5, json!({}), json!({})).await;
-        for (method, path) in [(Method::GET, "/v1/files/file-nowhere"), (Method::POST, "/v1/batches/batch_no/cancel")] {
+        for (method, path) in [(Method::GET, "/v1/files/file-nowhere"), (Method::POST, "/v1/batches/batch_0/cancel")] {
             let asked = || several.simulators.iter().map(|one| one.requests().len()).sum::<usize>();
             let before = asked();
             let reply = several.call(method.clone(), path).await;
@@ -278,7 +278,7 @@ async fn an_object_outlives_the_process_and_its_endpoint_is_named_when_it_is_gon
             "object_gone",
         );
         assert!(message.contains("the endpoint b"), "{message}");
-        let off = [without[0].clone(), without[1].clone(), api("b", &simulators[1], json!({ "enabled": false }))];
+        let off = [without[0].clone(), api("b", &simulators[1], json!({ "enabled": false }))];
         let message = Proxy::start(server.clone(), &off).await.get(&path).await.assert_error(
             503,
             "server_error",
@@ -476,6 +476,11 @@ async fn a_list_is_the_union_of_the_endpoints_lists() {
         assert_eq!(rest, all[25..]);
         let nowhere = other.get("/v1/vector_stores?after=vs_nowhere").await;
         nowhere.assert_error(404, "invalid_request_error", "object_not_found");
+        let asked = several.simulators.iter().map(|one| one.requests().len()).sum::<usize>();
+        let again = other.get("/v1/vector_stores?after=vs_nowhere").await;
+        again.assert_error(404, "invalid_request_error", "object_not_found");
+        let now = several.simulators.iter().map(|one| one.requests().len()).sum::<usize>();
+        assert_eq!(now, asked, "it is remembered");
         let back = other.get("/v1/vector_stores?before=vs_nowhere").await;
         back.assert_error(400, "invalid_request_error", None);
     })
@@ -495,6 +500,16 @@ async fn a_list_goes_on_without_an_endpoint_that_cannot_be_asked_and_says_so() {
         assert_eq!(without.header("x-api-together-partial"), Some(at.as_str()), "{without:?}");
         assert_eq!(without.json()["data"], json!([]));
         several.of(&at).clear();
+        // A page that nobody gives is not the end of the list.
+        let first = several.make("/v1/files", json!({})).await.0;
+        for one in &several.simulators {
+            one.script("*", vec![Behaviour::status(500)]);
+        }
+        let cut = several.proxy.get(&format!("/v1/files?limit=1&after={first}")).await;
+        assert_eq!(cut.status, 500, "{cut:?}");
+        for one in &several.simulators {
+            one.clear();
+        }
         // Each page takes a permit of each endpoint.
         for _ in 0..3 {
             several.proxy.get("/v1/files").await;
@@ -511,6 +526,23 @@ async fn a_list_goes_on_without_an_endpoint_that_cannot_be_asked_and_says_so() {
             assert_eq!((list.status, list.header("x-api-together-partial")), (200, None), "{list:?}");
         }
         assert_eq!(plain.requests().len(), 1, "it is asked once");
+        // One that gives the same page for ever, and one that refuses its key.
+        let same = Behaviour {
+            body: Some(r#"{"data":[{"id":"file-same","created_at":1}],"has_more":true}"#.into()),
+            ..Behaviour::default()
+        };
+        let (same, refuses) = (crate::harness::behaving(same).await, crate::harness::simulator().await);
+        refuses.script("*", vec![Behaviour::status(401)]);
+        let apis =
+            [endpoint_with("a", &same.base_url(), json!({})), endpoint_with("b", &refuses.base_url(), json!({}))];
+        let list = Proxy::start(json!({}), &apis).await.get("/v1/files").await;
+        assert_eq!(list.header("x-api-together-partial"), Some("b"));
+        assert_eq!(list.json()["data"].as_array().unwrap().len(), 1, "{list:?}");
+        assert_eq!(same.requests().len(), 2, "the second page is the first one again");
+        let apis =
+            [endpoint_with("a", &refuses.base_url(), json!({})), endpoint_with("b", &refuses.base_url(), json!({}))];
+        let none = Proxy::start(json!({}), &apis).await.get("/v1/files").await;
+        none.assert_error(502, "server_error", "endpoint_key_refused");
         let none = [endpoint_with("a", &plain.base_url(), json!({})), endpoint_with("b", &plain.base_url(), json!({}))];
         let proxy = Proxy::start(json!({}), &none).await;
         proxy.get("/v1/files").await.assert_error(404, "invalid_request_error", "call_not_found");
