@@ -87,9 +87,9 @@ pub trait Ledger {
     fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError>;
     /// Writes a change of places.
     fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError>;
-    /// Deletes some places that are over at this second of Unix time; with `surplus` also those of a kind that has more than
-    /// [`places::PLACES_MAX`].
-    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<(), LedgerError>;
+    /// Deletes some places that are over at this second of Unix time; with `surplus` also some of a kind that has more than
+    /// [`places::PLACES_MAX`]. True if it still has more.
+    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<bool, LedgerError>;
     /// Keeps the list of models of an endpoint.
     fn keep_models(&mut self, endpoint: &str, list: &str) -> Result<(), LedgerError>;
     /// Returns the lists of models that are kept, by endpoint.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 /// Owner of what is made with the server's one key.
 pub const SOLE_CALLER: &str = "";
-/// Rows of one kind that are kept; of more those that were used longest ago are forgotten, within an hour. An object's row takes some
+/// Rows of one kind that are kept; of more those that were used longest ago are forgotten, from within an hour on. An object's row takes some
 /// 150 bytes, so this is 150 MB at most.
 pub const PLACES_MAX: u32 = 1_000_000;
 /// Rows that are deleted in one batch, since permits wait meanwhile.

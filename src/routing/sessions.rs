@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use http::HeaderValue;
 use lru::LruCache;
+use tokio::time::timeout;
 
 use crate::ledger::Client;
 use crate::ledger::places::{Place, PlaceChange, SOLE_CALLER, Thing, ThingKind};
@@ -21,6 +22,8 @@ const KEPT: Duration = Duration::from_hours(1);
 const SESSIONS_MAX: usize = 100_000;
 /// Names that have come once and may be single requests'.
 const ONCE_MAX: usize = 10_000;
+/// Longest wait for the ledger to say where a session was. It is no more than a preference, and a prompt that is read anew takes seconds.
+const LOOK_UP_MAX: Duration = Duration::from_millis(250);
 /// Time after which the ledger is told that a session goes on.
 const RENEWED_AFTER: Duration = Duration::from_mins(5);
 
@@ -112,7 +115,8 @@ impl Sessions {
 
     /// Looks a session up that is not known here.
     async fn look_up(&self, name: SessionName, ledger: &Client) -> Session {
-        let found = if ledger.is_down() { None } else { ledger.find_places(vec![thing(name)]).await };
+        let asked = async { if ledger.is_down() { None } else { ledger.find_places(vec![thing(name)]).await } };
+        let found = timeout(LOOK_UP_MAX, asked).await.ok().flatten();
         let place = found.into_iter().flatten().flatten().next();
         let mut at = place.map(|place| place.endpoint);
         if let Some(endpoint) = &at {

@@ -937,7 +937,7 @@ impl Ledger for Watched {
         self.inner.change_place(change)
     }
 
-    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<(), LedgerError> {
+    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<bool, LedgerError> {
         self.inner.forget_places(kind, now, surplus)
     }
 
@@ -1073,8 +1073,8 @@ impl Ledger for MemoryLedger {
         Ok(())
     }
 
-    fn forget_places(&mut self, _kind: ThingKind, _now: i64, _surplus: bool) -> Result<(), LedgerError> {
-        Ok(())
+    fn forget_places(&mut self, _kind: ThingKind, _now: i64, _surplus: bool) -> Result<bool, LedgerError> {
+        Ok(false)
     }
 
     fn keep_models(&mut self, _endpoint: &str, _list: &str) -> Result<(), LedgerError> {

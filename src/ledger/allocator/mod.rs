@@ -67,6 +67,8 @@ pub struct Allocator {
     renew_at: Stamp,
     clean_at: Stamp,
     clean_stats_at: Stamp,
+    /// True while there are more places than may be kept.
+    has_surplus: bool,
 }
 
 /// Result of [`Allocator::serve`]: it shows whether the ledger works.
@@ -101,6 +103,7 @@ impl Allocator {
             renew_at: Stamp::NEVER,
             clean_at: Stamp::default(),
             clean_stats_at: Stamp::default(),
+            has_surplus: false,
         }
     }
 
@@ -384,7 +387,7 @@ impl Allocator {
         }
         if due.renews {
             let is_moving = self.accounts.values().any(|listed| listed.of.account.mirror().quota.is_moving());
-            self.renew_at = if is_moving { clock.boot + RENEW } else { Stamp::NEVER };
+            self.renew_at = if is_moving || self.has_surplus { clock.boot + RENEW } else { Stamp::NEVER };
         }
     }
 
@@ -404,11 +407,13 @@ impl Allocator {
             }
         }
         if cleans {
-            self.clean_at = clock.boot + CLEAN;
-            let surplus = clock.boot >= self.clean_stats_at;
+            let looks = self.has_surplus || clock.boot >= self.clean_stats_at;
+            self.has_surplus = false;
             for kind in ThingKind::ALL {
-                batch.ledger.forget_places(kind, clock.seconds_after(Duration::ZERO), surplus)?;
+                self.has_surplus |= batch.ledger.forget_places(kind, clock.seconds_after(Duration::ZERO), looks)?;
             }
+            // Piece by piece, since permits wait for each.
+            self.clean_at = clock.boot + if self.has_surplus { RENEW } else { CLEAN };
             // Removes accounts that no config and no request uses any more, and that have nothing left to be written.
             let in_use = |of: &LimitedAccount| Arc::strong_count(&of.account) > 1 || of.account.has_unwritten();
             self.accounts.retain(|_, listed| in_use(&listed.of));

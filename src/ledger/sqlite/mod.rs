@@ -424,13 +424,24 @@ impl Ledger for SqliteLedger {
         }
     }
 
-    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<(), LedgerError> {
+    fn forget_places(&mut self, kind: ThingKind, now: i64, surplus: bool) -> Result<bool, LedgerError> {
         const OVER: &str = "DELETE FROM place WHERE (kind, name, owner, endpoint) IN \
              (SELECT kind, name, owner, endpoint FROM place WHERE kind = ?1 AND until <= ?2 LIMIT ?3)";
         const SURPLUS: &str = "DELETE FROM place WHERE (kind, name, owner, endpoint) IN \
-             (SELECT kind, name, owner, endpoint FROM place WHERE kind = ?1 ORDER BY until DESC LIMIT -1 OFFSET ?2)";
+             (SELECT kind, name, owner, endpoint FROM place WHERE kind = ?1 ORDER BY until LIMIT ?2)";
         self.run(OVER, &[&kind.name(), &now, &DELETED_AT_ONCE])?;
-        if surplus { self.run(SURPLUS, &[&kind.name(), &PLACES_MAX]) } else { Ok(()) }
+        if !surplus {
+            return Ok(false);
+        }
+        // Counted each time, since another process may have been here meanwhile.
+        let sql = "SELECT count(*) FROM place WHERE kind = ?1";
+        let rows = self
+            .connection
+            .prepare_cached(sql)
+            .and_then(|mut rows| rows.query_row([kind.name()], |row| row.get::<_, u32>(0)));
+        let over = rows.map_err(|error| explain(&self.path, &error))?.saturating_sub(PLACES_MAX);
+        self.run(SURPLUS, &[&kind.name(), &over.min(DELETED_AT_ONCE)])?;
+        Ok(over > DELETED_AT_ONCE)
     }
 
     fn keep_models(&mut self, endpoint: &str, list: &str) -> Result<(), LedgerError> {

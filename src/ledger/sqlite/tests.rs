@@ -115,16 +115,23 @@ fn of_too_many_places_those_used_longest_ago_are_forgotten() {
     let path = folder.path().join("ledger.db");
     let mut ledger = open(&path, &BOOT);
     let count = |ledger: &SqliteLedger, sql: &str| ledger.connection.query_row(sql, [], |row| row.get::<_, u32>(0));
-    let more = 10;
+    let more = 10 + DELETED_AT_ONCE;
     let rows = PLACES_MAX + more;
     let fill = format!(
         "BEGIN; WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows}) \
          INSERT INTO place SELECT 'object', 'f' || i, '', 'a', 'o', i FROM n; COMMIT"
     );
     ledger.connection.execute_batch(&fill).unwrap();
-    batch(&mut ledger, |ledger| ledger.forget_places(ThingKind::Object, 0, false).unwrap());
+    let forget = |ledger: &mut SqliteLedger, surplus| {
+        let mut has_more = false;
+        batch(ledger, |ledger| has_more = ledger.forget_places(ThingKind::Object, 0, surplus).unwrap());
+        has_more
+    };
+    assert!(!forget(&mut ledger, false));
     assert_eq!(count(&ledger, "SELECT count(*) FROM place"), Ok(rows));
-    batch(&mut ledger, |ledger| ledger.forget_places(ThingKind::Object, 0, true).unwrap());
+    assert!(forget(&mut ledger, true), "permits do not wait for all of them");
+    assert_eq!(count(&ledger, "SELECT count(*) FROM place"), Ok(PLACES_MAX + 10));
+    assert!(!forget(&mut ledger, true));
     assert_eq!(count(&ledger, "SELECT count(*) FROM place"), Ok(PLACES_MAX));
     assert_eq!(count(&ledger, "SELECT min(until) FROM place"), Ok(more + 1));
 }
