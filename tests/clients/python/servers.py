@@ -96,6 +96,11 @@ def third_party(folder):
     return Program(arguments, r"listening on (http://\S+)", folder, {"AIMOCK_API_KEYS": THIRD_PARTY_KEY})
 
 
+def keeping(folder, key):
+    """An endpoint that keeps what its clients make."""
+    return Program(["node", HERE / "keeping.mjs", key], r"listening on (http://\S+)", folder)
+
+
 class Scripted(Program):
     """An endpoint in the dialects of coding agents and of Anthropic; what it says stands in scripted.mjs."""
 
