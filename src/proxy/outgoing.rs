@@ -75,14 +75,31 @@ pub(super) async fn upstream_request_filter(
         metrics.own(own + clock.now.saturating_duration_since(begun));
     }
     if attempts::send(context, &clock).await {
+        if let Some(cork) = handshake_cork(context) {
+            // It runs when this task waits for the first time, with the header written and the request's end seen.
+            tokio::spawn(async move { cork.pull() });
+        }
         return Ok(());
     }
     context.exchange.state().ended = Some(Outcome::LimitReached);
     Error::err_in(ErrorType::Custom("the limit was reached meanwhile"))
 }
 
+/// The cork of a request that opens a `WebSocket`.
+fn handshake_cork(context: &Context) -> Option<Cork> {
+    context.ask.as_ref().filter(|ask| ask.switches_protocol)?;
+    context.exchange.state().cork.take()
+}
+
 /// Has the request's header wait for the body, so that both are one packet.
+///
+/// That of a `WebSocket` waits until Pingora has seen that the request has no body: if the 101 comes first, it takes that end for the
+/// end of the session.
 pub(super) fn connected_to_upstream(session: &Session, peer: &HttpPeer, socket: RawFd, context: &Context) {
+    if context.ask.as_ref().is_some_and(|ask| ask.switches_protocol) {
+        context.exchange.state().cork = Cork::put_in(socket, true);
+        return;
+    }
     // An HTTP/2 connection is shared, and one in TLS may be one.
     if !peer.is_tls() && peer.options.alpn == ALPN::H1 && session.downstream_session.is_custom() {
         let has_body = context.ask.as_ref().is_some_and(|ask| !ask.body.is_empty());

@@ -216,7 +216,7 @@ async fn patterns_show_what_their_endpoint_lists() {
             "context_length": 128_000, "capabilities": ["tools"] });
         assert_eq!(best, said, "what its endpoint says of the model that it is mapped to");
         // The next process shows it while the endpoint is down.
-        proxy.get("/v1/files/none").await;
+        proxy.get("/v1/files/file-0").await;
         let second = Proxy::start(server.clone(), &apis(&crate::harness::closed_port(), json!(["*"]))).await;
         let begun = std::time::Instant::now();
         let all = ["best", "other/one", "plain", "vendor/large", "vendor/small"];

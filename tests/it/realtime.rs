@@ -251,3 +251,62 @@ async fn the_tokens_of_each_response_are_counted_while_the_session_lasts() {
     })
     .await;
 }
+
+/// Sessions that are opened one after the other by each of several clients: enough for an endpoint's 101 to overtake the end of the
+/// request within the gateway, if anything lets it.
+const CALLS_OF_EACH: usize = 200;
+const CLIENTS_AT_ONCE: usize = 8;
+
+/// Endpoints' sides of so many sessions, each of which says a word, and then one back. It never sleeps, so that it answers before the
+/// gateway's thread has done anything else.
+fn answer_at_once(listener: &std::net::TcpListener, mut sessions: usize) {
+    use std::io::{Read as _, Write as _};
+    listener.set_nonblocking(true).unwrap();
+    let mut open: Vec<(std::net::TcpStream, Vec<u8>)> = Vec::new();
+    while sessions > 0 {
+        if let Ok((tcp, _)) = listener.accept() {
+            tcp.set_nonblocking(true).unwrap();
+            open.push((tcp, Vec::new()));
+        }
+        open.retain_mut(|(tcp, head)| {
+            let mut piece = [0; 4096];
+            let Ok(length) = tcp.read(&mut piece) else { return true };
+            let has_begun = head.ends_with(b"\r\n\r\n");
+            let said = if has_begun { piece[..length].to_vec() } else { [SWITCH, "ready"].concat().into_bytes() };
+            head.extend_from_slice(&piece[..length]);
+            if head.ends_with(b"\r\n\r\n") || has_begun {
+                tcp.write_all(&said).unwrap();
+            }
+            sessions -= usize::from(length == 0);
+            length > 0
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_answers_at_once_ends_no_session() {
+    in_time(async {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        // With one thread nobody else could see the answer before the request has been looked after.
+        let api = endpoint_with("a", &url, json!({ "models": ["talk"] }));
+        let proxy = Proxy::start(json!({ "threads": 4 }), &[api]).await;
+        std::thread::spawn(move || answer_at_once(&listener, CLIENTS_AT_ONCE * CALLS_OF_EACH));
+        let mut clients = JoinSet::new();
+        for _ in 0..CLIENTS_AT_ONCE {
+            let address = proxy.address;
+            clients.spawn(async move {
+                for number in 0..CALLS_OF_EACH {
+                    let mut client = connect(address, None).await;
+                    client.send(websocket("/v1/realtime?model=talk")).await;
+                    assert_eq!(client.head().await.unwrap().status(), 101);
+                    assert_eq!(client.exactly(5).await.as_deref(), Some(&b"ready"[..]), "session {number}");
+                    client.send("ping").await;
+                    assert_eq!(client.exactly(4).await.as_deref(), Some(&b"ping"[..]), "session {number}");
+                }
+            });
+        }
+        clients.join_all().await;
+    })
+    .await;
+}
