@@ -18,8 +18,7 @@ use super::Answer;
 use crate::config::CallKind;
 use crate::exchange::own_call::{OwnAnswer, OwnCall, OwnCalls};
 use crate::fault::{Fault, excerpt};
-use crate::ledger::{Drawn, Otherwise};
-use crate::limit::Stamp;
+use crate::ledger::{Drawn, Permit};
 use crate::request::forward;
 use crate::request::shape::CallShape;
 use crate::response::objects::Found;
@@ -59,11 +58,10 @@ enum PageEnd {
     Nowhere(Instant),
 }
 
-/// How far a list has been read at an endpoint.
+/// How far a list has been read at an organisation.
 #[derive(Clone, Debug)]
 struct Cursor {
-    /// Id of the endpoint.
-    endpoint: Arc<str>,
+    organization: Arc<str>,
     /// The last object that the client has seen of it; none if it has seen none.
     after: Option<Box<str>>,
 }
@@ -333,13 +331,17 @@ fn sources<'a>(pool: &'a Pool, list: &ListCall<'_>, known: Option<&[Cursor]>) ->
     let now = pool.clock().now;
     let mut organizations = Vec::new();
     let mut sources = Vec::new();
-    for endpoint in pool.endpoints.iter().filter(|one| one.config.usable() && one.config.calls.contains(kind)) {
+    let usable = pool.endpoints.iter().filter(|one| one.config.usable() && one.config.calls.contains(kind));
+    let mut endpoints: Vec<_> = usable.collect();
+    // Of one organisation any endpoint that can be asked now.
+    endpoints.sort_by_key(|endpoint| !matches!(endpoint.gate(now), Gate::Open));
+    for endpoint in endpoints {
         let organization = &endpoint.config.organization;
         if organizations.contains(organization) || endpoint.live.paths.lacks(shape, "", now) {
             continue;
         }
         organizations.push(Arc::clone(organization));
-        let cursor = known.iter().copied().flatten().find(|cursor| cursor.endpoint == endpoint.config.id);
+        let cursor = known.iter().copied().flatten().find(|cursor| cursor.organization == *organization);
         let after = cursor.and_then(|cursor| cursor.after.clone());
         sources.push(Source {
             endpoint,
@@ -437,18 +439,12 @@ async fn refill(pool: &Pool, list: &ListCall<'_>, headers: &HeaderMap, sources: 
 }
 
 /// A permit for a page.
-async fn draw(pool: &Pool, endpoint: &Arc<Endpoint>) -> Result<crate::ledger::Permit, Fault> {
+async fn draw(pool: &Pool, endpoint: &Arc<Endpoint>) -> Result<Permit, Fault> {
     let now = pool.clock();
     if !matches!(endpoint.gate(now.now), Gate::Open | Gate::TrialDue) {
         return Err(Fault::NoneAvailable);
     }
-    let model = ModelName { name: "", in_config: true };
-    let accounts = endpoint.accounts_of(model);
-    if !accounts.is_limited() {
-        return Ok(pool.ledger.unlimited(accounts));
-    }
-    let wanted = vec![endpoint.wanted(model, Stamp::default())];
-    match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
+    match pool.draw_for_own_call(endpoint.accounts_of(ModelName { name: "", in_config: true })).await {
         Drawn::Granted(_, permit) => Ok(permit),
         Drawn::Refused(refusal) => {
             let (id, is_public) = (&endpoint.config.id, pool.server.endpoint_headers);
@@ -526,9 +522,10 @@ fn refuse(sources: &[Source<'_>]) -> Result<(), Fault> {
 }
 
 fn remember(cursors: &Cursors, list: &ListCall<'_>, ends_with: &str, sources: &[Source<'_>]) {
-    let read = sources
-        .iter()
-        .map(|source| Cursor { endpoint: Arc::clone(&source.endpoint.config.id), after: source.taken.clone() });
+    let read = sources.iter().map(|source| Cursor {
+        organization: Arc::clone(&source.endpoint.config.organization),
+        after: source.taken.clone(),
+    });
     cursors.put(list.key(ends_with), PageEnd::At(read.collect()));
 }
 

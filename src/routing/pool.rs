@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use http::HeaderValue;
 
 use crate::config::{self, Breaker, CallKind, CallSet, Config, Door};
-use crate::ledger::{Account, AccountId, AccountSet, Client, Wanted};
+use crate::ledger::{Account, AccountId, AccountSet, Client, Drawn, Otherwise, Wanted};
 use crate::limit::{Clock, Stamp};
 use crate::response::redact::Secrets;
 use crate::routing::accounts::EndpointAccounts;
@@ -125,6 +125,15 @@ impl Pool {
             version: 1,
             loaded_at: SystemTime::now(),
         })
+    }
+
+    /// Draws a permit for a call of the gateway's own, which waits for none.
+    pub async fn draw_for_own_call(&self, accounts: &Arc<AccountSet>) -> Drawn {
+        if !accounts.is_limited() {
+            return Drawn::Granted(0, self.ledger.unlimited(accounts));
+        }
+        let wanted = Wanted { accounts: Arc::clone(accounts), not_before: Stamp::default() };
+        self.ledger.draw(self.ledger.ticket(), vec![wanted], Otherwise::LookElsewhere).await
     }
 
     /// Those of some candidates whose endpoints have calls of this kind.

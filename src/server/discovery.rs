@@ -9,8 +9,7 @@ use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 
 use crate::exchange::own_call::{OwnCall, OwnCalls};
-use crate::ledger::{Drawn, Otherwise};
-use crate::limit::Stamp;
+use crate::ledger::{Drawn, Permit};
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::ModelName;
 
@@ -83,14 +82,8 @@ async fn list(pool: &Pool, endpoint: &Endpoint) -> Result<bytes::Bytes, String> 
     if answer.status == 200 { Ok(answer.body) } else { Err(format!("it answered {}", answer.status)) }
 }
 
-async fn permit(pool: &Pool, endpoint: &Endpoint) -> Result<crate::ledger::Permit, String> {
-    let model = ModelName { name: "", in_config: true };
-    let accounts = endpoint.accounts_of(model);
-    if !accounts.is_limited() {
-        return Ok(pool.ledger.unlimited(accounts));
-    }
-    let wanted = vec![endpoint.wanted(model, Stamp::default())];
-    match pool.ledger.draw(pool.ledger.ticket(), wanted, Otherwise::LookElsewhere).await {
+async fn permit(pool: &Pool, endpoint: &Endpoint) -> Result<Permit, String> {
+    match pool.draw_for_own_call(endpoint.accounts_of(ModelName { name: "", in_config: true })).await {
         Drawn::Granted(_, permit) => Ok(permit),
         Drawn::Refused(_) => Err("it is at a limit".to_owned()),
         Drawn::Unavailable => Err("the ledger cannot be used".to_owned()),

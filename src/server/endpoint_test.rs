@@ -12,8 +12,7 @@ use tokio::task::JoinSet;
 use crate::config::{Config, Trouble};
 use crate::exchange::own_call::{OwnAnswer, OwnCall, OwnCalls, Why};
 use crate::fault::excerpt;
-use crate::ledger::{AccountSet, Drawn, Keeper, Otherwise, Permit, Spent, Wanted};
-use crate::limit::Stamp;
+use crate::ledger::{AccountSet, Drawn, Keeper, Permit, Spent};
 use crate::response::classify;
 use crate::response::vendor_error::VendorError;
 use crate::routing::pool::{Endpoint, Pool};
@@ -218,8 +217,7 @@ fn model_to_ask(endpoint: &Endpoint, listed: &BTreeSet<String>) -> Option<String
 }
 
 async fn draw(pool: &Pool, endpoint: &Endpoint, model: &str) -> Result<Permit, Why> {
-    let wanted = Wanted { accounts: Arc::clone(accounts(endpoint, model)), not_before: Stamp::default() };
-    match pool.ledger.draw(pool.ledger.ticket(), vec![wanted], Otherwise::LookElsewhere).await {
+    match pool.draw_for_own_call(accounts(endpoint, model)).await {
         Drawn::Granted(_, permit) => Ok(permit),
         Drawn::Refused(refusal) => {
             let limit = refusal.held.first().map(|held| held.held.by.to_string()).unwrap_or_default();

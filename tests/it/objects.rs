@@ -251,6 +251,27 @@ async fn endpoints_of_one_organization_have_the_same_objects() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_list_is_asked_of_an_endpoint_of_the_organization_that_is_well() {
+    within(async {
+        let (simulator, other) = (keeping("a").await, keeping("other").await);
+        let apis = [
+            endpoint_with("one", &crate::harness::closed_port(), json!({ "organization": "acme" })),
+            endpoint_with("two", &simulator.base_url(), json!({ "organization": "acme" })),
+            endpoint_with("other", &other.base_url(), json!({})),
+        ];
+        let proxy = Proxy::start(json!({ "breaker": { "failures": 1 } }), &apis).await;
+        let mut made = 0;
+        while proxy.status_of("one").await["errorCount"] == 0 || made == 0 {
+            made += usize::from(proxy.post("/v1/files", &json!({})).await.endpoint() == Some("two"));
+        }
+        let list = proxy.get("/v1/files").await;
+        assert_eq!((list.status, list.header("x-api-together-partial")), (200, None), "{list:?}");
+        assert!(list.json()["data"].as_array().unwrap().len() >= made);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_object_outlives_the_process_and_its_endpoint_is_named_when_it_is_gone() {
     within(async {
         let simulators = [keeping("a").await, keeping("b").await];
