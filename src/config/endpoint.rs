@@ -438,7 +438,7 @@ fn formats(
         let path = join(path, &name);
         let Some(calls) = CallKind::named(&name) else {
             let names: Vec<_> = CallKind::ALL.iter().map(|kind| kind.name()).collect();
-            check.report.error(&path, "is no kind of calls", &format!("use one of {}", names.join(", ")));
+            check.report.error(&path, "names no calls", &format!("use one of {}", names.join(", ")));
             continue;
         };
         let base_url = base_url(typed.base_url.as_deref(), &join(&path, "baseUrl"), check);

@@ -226,7 +226,7 @@ impl Client {
         answer.await.ok()
     }
 
-    /// Returns the places of each of these things, whoever owns them; `None` if the ledger cannot be read.
+    /// Returns the places of each of these things, of all owners; `None` if the ledger cannot be read.
     pub async fn find_places(&self, things: Vec<Thing>) -> Option<Vec<Vec<Place>>> {
         let (reply, answer) = oneshot::channel();
         self.push(|messages| messages.finds.push(Find { things, found: Vec::new(), reply }))?;

@@ -83,7 +83,7 @@ pub trait Ledger {
     fn forget_days(&mut self, account: &AccountId, before: Date) -> Result<(), LedgerError>;
     /// Returns the accounts of models that have counts, the newest first; a thousand at most.
     fn accounts_of_models(&mut self) -> Result<Vec<AccountId>, LedgerError>;
-    /// Returns the places of a thing, whoever owns it, that are not forgotten at this second of Unix time.
+    /// Returns the places of a thing, of all owners, that are not forgotten at this second of Unix time.
     fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError>;
     /// Writes a change of places.
     fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError>;

@@ -37,7 +37,7 @@ impl ThingKind {
     }
 }
 
-/// A thing, whoever owns it.
+/// A thing, without its owner.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Thing {
     /// Kind.

@@ -312,7 +312,7 @@ pub fn shows_objects(call: Call, path: &str, store: Option<bool>) -> bool {
         Call::Completion => store == Some(true),
         Call::Responses => store != Some(false),
         Call::Messages | Call::Embeddings => false,
-        // What was stored there is its owner's, whatever it looks like.
+        // What a file holds is not the answer of an API, even if it looks like one.
         Call::Other | Call::Unmetered => {
             names_objects(path) && !["/content", "/results"].iter().any(|end| path.ends_with(end))
         }

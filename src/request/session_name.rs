@@ -70,7 +70,7 @@ pub struct SessionName {
 }
 
 impl SessionName {
-    /// Finds the session of a request for a model, if it has one. `prefix`: one that names none is told by how its prompt begins.
+    /// Finds the session of a request for a model, if it has one. `prefix`: one that names none is known by how its prompt begins.
     pub fn find(
         headers: &HeaderMap,
         body: &[u8],

@@ -81,7 +81,7 @@ impl Objects {
         named.is_unread = found.is_err();
         for (thing, places) in found.unwrap_or_else(|unread| unread) {
             if thing.kind == ThingKind::Sealed {
-                // Its organisation can read it, whoever had it written. The last one is the one that goes on.
+                // Its organisation can read it for every caller. The last one is the one that goes on.
                 if !places.is_empty() {
                     sealed = Some(usable(pool, &places));
                 }

@@ -24,7 +24,7 @@ const SESSIONS_MAX: usize = 100_000;
 const ONCE_MAX: usize = 10_000;
 /// Longest wait for the ledger to say where a session was. It is no more than a preference, and a prompt that is read anew takes seconds.
 const LOOK_UP_MAX: Duration = Duration::from_millis(250);
-/// Time after which the ledger is told that a session goes on.
+/// Time after which the ledger notes that a session goes on.
 const RENEWED_AFTER: Duration = Duration::from_mins(5);
 
 /// Sessions of this process. They outlive every reload.

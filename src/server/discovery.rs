@@ -65,7 +65,7 @@ async fn discover(pool: &Pool, endpoint: &Endpoint, interval: Duration) {
         }
         other => {
             if endpoint.live.discovered.failed(pool.clock().now, interval) {
-                let why = other.err().unwrap_or_else(|| "its answer is no list of models".to_owned());
+                let why = other.err().unwrap_or_else(|| "its answer does not hold a list of models".to_owned());
                 log::warn!("endpoint {id}: its models cannot be listed: {why}; the last list stays");
             }
         }

@@ -1,4 +1,4 @@
-//! Objects that a simulator keeps, if it is told to: files, stored responses and the others that clients make, show, list and delete. Each
+//! Objects that a simulator keeps, if its options say so: files, stored responses and the others that clients make, show, list and delete. Each
 //! simulator knows its own only.
 
 use std::collections::BTreeMap;

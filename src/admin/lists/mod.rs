@@ -3,17 +3,21 @@
 //! Clients page by the id of the last object they have seen. Where that is at each endpoint is remembered with the page; a cursor that is
 //! not remembered is found by reading the lists from their beginning.
 
+mod call;
+mod cursors;
+
 use std::collections::VecDeque;
-use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
-use lru::LruCache;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::task::JoinSet;
 
+pub(crate) use self::call::ListCall;
+pub(crate) use self::cursors::Cursors;
+use self::cursors::{Cursor, PageEnd};
 use super::Answer;
 use crate::config::CallKind;
 use crate::exchange::own_call::{OwnAnswer, OwnCall, OwnCalls};
@@ -27,168 +31,17 @@ use crate::routing::objects;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::ModelName;
 
-/// Objects of a page where the client does not say, and the most that a page may have (platform.openai.com/docs/api-reference).
-const PAGE: (usize, usize) = (20, 100);
-const PAGE_OF_FILES: (usize, usize) = (10_000, 10_000);
 /// Pages of each endpoint that are asked for to answer one page: to find a cursor that is not remembered, or where the endpoint's own
 /// pages are shorter. Each takes a permit.
 const PAGES_MAX: usize = 20;
 /// Objects of one page whose places are noted. Those of an endpoint's own answers are known already.
 const NOTED_MAX: usize = 500;
-/// Pages that are remembered; of more those that were asked for longest ago are forgotten.
-const CURSORS_MAX: usize = 10_000;
 /// Longest time for an endpoint's page, before the list goes on without it.
 const PAGE_TIME_MAX: Duration = Duration::from_secs(30);
 /// Longest time for the whole answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_mins(2);
-/// Time for which it is remembered that a cursor is nowhere.
-const ABSENT: Duration = Duration::from_mins(1);
 /// Names the endpoints whose objects are missing in a list.
 const PARTIAL: HeaderName = HeaderName::from_static("x-api-together-partial");
-
-/// Where pages end, as far as is remembered. It outlives every reload.
-#[derive(Debug)]
-pub(crate) struct Cursors(Mutex<LruCache<String, PageEnd>>);
-
-/// Where a page ends.
-#[derive(Clone, Debug)]
-enum PageEnd {
-    At(Arc<[Cursor]>),
-    /// No endpoint had that object at this moment.
-    Nowhere(Instant),
-}
-
-/// How far a list has been read at an organisation.
-#[derive(Clone, Debug)]
-struct Cursor {
-    organization: Arc<str>,
-    /// The last object that the client has seen of it; none if it has seen none.
-    after: Option<Box<str>>,
-}
-
-impl Default for Cursors {
-    fn default() -> Self {
-        // Bounded where it grows; a bounded one would take its room at once.
-        Self(Mutex::new(LruCache::unbounded()))
-    }
-}
-
-impl Cursors {
-    fn lock(&self) -> MutexGuard<'_, LruCache<String, PageEnd>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Where a list has been read to; none if that is not known. A fault if it is nowhere.
-    fn find(&self, list: &ListCall<'_>, after: &str, now: Instant) -> Result<Option<Arc<[Cursor]>>, Fault> {
-        match self.lock().get(&list.key(after)) {
-            Some(PageEnd::At(cursors)) => Ok(Some(Arc::clone(cursors))),
-            Some(PageEnd::Nowhere(since)) if now.saturating_duration_since(*since) < ABSENT => {
-                Err(Fault::ObjectUnknown { id: excerpt(after) })
-            }
-            Some(PageEnd::Nowhere(_)) | None => Ok(None),
-        }
-    }
-
-    fn put(&self, key: String, end: PageEnd) {
-        let mut cursors = self.lock();
-        cursors.put(key, end);
-        if cursors.len() > CURSORS_MAX {
-            cursors.pop_lru();
-        }
-    }
-}
-
-/// A list that a client asks for.
-#[derive(Debug)]
-pub(crate) struct ListCall<'a> {
-    path: &'a str,
-    /// Name of the parameter that holds the cursor.
-    cursor: &'static str,
-    after: Option<&'a str>,
-    limit: Option<usize>,
-    is_ascending: bool,
-    /// The other parameters, which each endpoint gets as they came.
-    filters: Vec<&'a str>,
-    pages_back: bool,
-}
-
-impl<'a> ListCall<'a> {
-    /// The list that a request asks for; none if it asks for something else.
-    pub(crate) fn new(method: &Method, path: &'a str, query: Option<&'a str>) -> Option<Self> {
-        const LISTS: [&str; 12] = [
-            "/v1/assistants",
-            "/v1/batches",
-            "/v1/chat/completions",
-            "/v1/containers",
-            "/v1/evals",
-            "/v1/files",
-            "/v1/fine_tuning/jobs",
-            "/v1/messages/batches",
-            "/v1/skills",
-            "/v1/vector_stores",
-            "/v1/videos",
-            "/v1/conversations",
-        ];
-        /// Those that begin with the oldest, unless the client says otherwise (platform.openai.com/docs/api-reference).
-        const ASCENDING: [&str; 2] = ["/v1/chat/completions", "/v1/evals"];
-        if *method != Method::GET || !LISTS.contains(&path) {
-            return None;
-        }
-        let is_anthropic = path.starts_with("/v1/messages/") || query.is_some_and(|query| query.contains("after_id="));
-        let cursor = if is_anthropic { "after_id" } else { "after" };
-        let mut list = Self {
-            path,
-            cursor,
-            after: None,
-            limit: None,
-            is_ascending: ASCENDING.contains(&path),
-            filters: Vec::new(),
-            pages_back: false,
-        };
-        for pair in query.into_iter().flat_map(|query| query.split('&')).filter(|pair| !pair.is_empty()) {
-            match pair.split_once('=').unwrap_or((pair, "")) {
-                (name, id) if name == cursor => list.after = Some(id).filter(|id| !id.is_empty()),
-                ("limit", number) => list.limit = number.parse().ok(),
-                ("before" | "before_id", _) => list.pages_back = true,
-                (name, value) => {
-                    if name == "order" {
-                        list.is_ascending = value == "asc";
-                    }
-                    list.filters.push(pair);
-                }
-            }
-        }
-        Some(list)
-    }
-
-    /// The target of a page at an endpoint.
-    fn target(&self, after: Option<&str>, limit: usize) -> String {
-        let mut target = format!("{}?limit={limit}", self.path);
-        if let Some(after) = after {
-            // A text is always written.
-            write!(target, "&{}={after}", self.cursor).unwrap_or_default();
-        }
-        for filter in &self.filters {
-            target.push('&');
-            target.push_str(filter);
-        }
-        target
-    }
-
-    fn key(&self, last: &str) -> String {
-        format!("{} {} {last}", self.path, self.filters.join("&"))
-    }
-
-    fn page_size(&self) -> usize {
-        let (usual, most) = self.page_sizes();
-        self.limit.unwrap_or(usual).clamp(1, most)
-    }
-
-    /// The usual size of a page, and the largest.
-    fn page_sizes(&self) -> (usize, usize) {
-        if self.path == "/v1/files" && self.cursor == "after" { PAGE_OF_FILES } else { PAGE }
-    }
-}
 
 /// A page as an endpoint gives it.
 #[derive(Deserialize)]
