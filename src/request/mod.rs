@@ -17,3 +17,4 @@ pub mod rewrite;
 pub mod sealed;
 pub mod session_name;
 pub mod shape;
+pub(crate) mod websocket;

@@ -3,10 +3,10 @@
 
 use bytes::Bytes;
 
+use crate::request::websocket::{FrameHeader, HEADER_BYTES_MAX};
+
 /// Longest message that is read. Sound comes in small ones, and what reports tokens holds text.
 const MESSAGE_BYTES_MAX: usize = 1024 * 1024;
-/// Longest header of a frame.
-const HEADER_BYTES_MAX: usize = 14;
 
 /// Reader of one direction of a WebSocket.
 #[derive(Debug, Default)]
@@ -52,8 +52,8 @@ impl FrameReader {
         let mut bytes = piece.iter();
         for byte in bytes.by_ref() {
             self.header.push(*byte);
-            if let Some((is_masked, length)) = length_of(&self.header) {
-                self.begin_frame(is_masked, length);
+            if let Some(header) = FrameHeader::read(&self.header) {
+                self.begin_frame(&header);
                 break;
             }
             debug_assert!(self.header.len() < HEADER_BYTES_MAX, "a header has an end");
@@ -61,22 +61,25 @@ impl FrameReader {
         bytes.as_slice()
     }
 
-    fn begin_frame(&mut self, is_masked: bool, length: u64) {
-        let first = self.header.first().copied().unwrap_or_default();
-        let (is_final, reserved, opcode) = (first & 0x80 != 0, first & 0x70, first & 0x0f);
+    fn begin_frame(&mut self, header: &FrameHeader) {
         self.header.clear();
-        self.left = Some(length);
-        self.is_control = opcode >= 8;
+        self.left = Some(header.length);
+        self.is_control = header.is_control();
         if self.is_control {
             return;
         }
-        self.is_final = is_final;
-        if opcode != 0 {
+        self.is_final = header.is_final;
+        if !header.continues() {
             self.message.clear();
-            self.is_skipped = opcode != 1;
+            self.is_skipped = !header.begins_text();
         }
-        // A reserved bit says that an extension changed the content; a server's frames are not masked.
-        self.is_skipped |= reserved != 0 || is_masked;
+        // A server's frames are not masked.
+        self.is_skipped |= header.is_extended || header.mask.is_some();
+    }
+
+    /// True if the last frame has come to its end, so that another one may stand behind it.
+    pub fn is_between_frames(&self) -> bool {
+        self.left.is_none() && self.header.is_empty()
     }
 
     fn take(&mut self, content: &[u8]) {
@@ -101,22 +104,6 @@ impl FrameReader {
         }
         self.message.clear();
     }
-}
-
-/// Whether a frame's content is masked, and its length, once its header is whole.
-fn length_of(header: &[u8]) -> Option<(bool, u64)> {
-    let second = *header.get(1)?;
-    let (is_masked, short) = (second & 0x80 != 0, second & 0x7f);
-    let more = match short {
-        126 => 2,
-        127 => 8,
-        _ => 0,
-    };
-    let length_bytes = header.get(2..2 + more)?;
-    let mask = if is_masked { 4 } else { 0 };
-    header.get(..2 + more + mask)?;
-    let length = length_bytes.iter().fold(0, |length: u64, byte| length << 8 | u64::from(*byte));
-    Some((is_masked, if more == 0 { short.into() } else { length }))
 }
 
 #[cfg(test)]
