@@ -133,6 +133,16 @@ impl fmt::Display for CallKind {
     }
 }
 
+/// Calls that are made over a WebSocket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum WebSocketCall {
+    /// `/v1/responses`.
+    Responses,
+    /// `/v1/realtime`.
+    Realtime,
+}
+
 /// A set of kinds of calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallSet(u32);

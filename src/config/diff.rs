@@ -197,6 +197,8 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         auth_header,
         calls,
         formats,
+        web_sockets,
+        web_socket_permits,
         limits,
         model_limits,
         timezone,
@@ -247,6 +249,8 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         calls => calls.kinds().map(CallKind::name).collect::<Vec<_>>().join(", "),
     };
     lines.compare(&at("calls"), kinds, calls, &after.calls);
+    lines.compare(&at("webSockets"), kinds, web_sockets, &after.web_sockets);
+    lines.compare(&at("webSocketPermits"), word, web_socket_permits, &after.web_socket_permits);
     lines.compare_lists(&at("formats"), &doors(formats), &doors(&after.formats));
     lines.compare(&at("weight"), plain, weight, &after.weight);
     lines.compare(&at("priority"), plain, priority, &after.priority);

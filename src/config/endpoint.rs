@@ -45,6 +45,10 @@ pub struct Endpoint {
     pub auth_header: AuthHeader,
     /// Calls that it has.
     pub calls: CallSet,
+    /// Calls that it takes over a WebSocket whose model stands in its first message.
+    pub web_sockets: CallSet,
+    /// What takes a permit of a WebSocket.
+    pub web_socket_permits: WebSocketPermits,
     /// Other addresses for some of them.
     pub formats: Vec<Door>,
     /// Limits.
@@ -148,6 +152,17 @@ pub enum StreamUsage {
     Never,
 }
 
+/// What takes a permit of a WebSocket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WebSocketPermits {
+    /// Each response.
+    #[default]
+    Response,
+    /// The whole session, once.
+    Session,
+}
+
 /// Timeouts towards an endpoint; all are non-zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
@@ -207,6 +222,8 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     // A word that is none of them has been reported with the shape.
     let calls =
         typed.calls.map_or(CallSet::ALL, |calls| calls.iter().filter_map(|name| CallKind::named(name)).collect());
+    let web_sockets = typed.web_sockets.unwrap_or_default();
+    let web_sockets = web_sockets.iter().filter_map(|name| CallKind::named(name)).collect();
     let formats = formats(typed.formats, auth_header.as_ref(), &at("formats"), check);
     let limits = PerLimit {
         rpm: typed.rpm,
@@ -227,6 +244,8 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         auth_header: auth_header?,
         calls,
         formats,
+        web_sockets,
+        web_socket_permits: typed.web_socket_permits.unwrap_or_default(),
         limits: limits.map(limit),
         model_limits,
         timezone: timezone?,

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::calls::CallKind;
-use super::endpoint::{StreamUsage, VersionPath};
+use super::calls::{CallKind, WebSocketCall};
+use super::endpoint::{StreamUsage, VersionPath, WebSocketPermits};
 use super::errors::Trouble;
 use super::server::{LedgerOnError, LedgerSync, LogFormat, Strategy};
 use crate::config::secret::Secret;
@@ -353,6 +353,13 @@ pub(super) struct EndpointFile {
     /// Other addresses of the endpoint for some calls, such as `{"messages": {"baseUrl": "https://host/anthropic/v1"}}`: one endpoint with
     /// one set of limits, and a door for each format.
     pub formats: Option<BTreeMap<String, FormatFile>>,
+    /// Calls that the endpoint takes over a WebSocket whose model stands in its first message, as Codex opens one: `responses`,
+    /// `realtime`. Default: none, and such a WebSocket is answered 426 where no endpoint takes it.
+    #[schemars(with = "Option<Vec<WebSocketCall>>")]
+    pub web_sockets: Option<Vec<String>>,
+    /// What takes a permit of a WebSocket: each `response`, since vendors count so, or the whole `session`.
+    #[schemars(extend("default" = WebSocketPermits::Response))]
+    pub web_socket_permits: Option<WebSocketPermits>,
     /// Requests in any 60 seconds. -1: no limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub rpm: Option<i64>,

@@ -55,7 +55,7 @@ pub use checked::Config;
 pub use cidr::{Cidr, CidrError};
 pub use connections::ConnectionLimits;
 pub use diff::{changes, needs_upgrade};
-pub use endpoint::{Door, Endpoint, EndpointTls, ModelLimits, StreamUsage, Timeouts, VersionPath};
+pub use endpoint::{Door, Endpoint, EndpointTls, ModelLimits, StreamUsage, Timeouts, VersionPath, WebSocketPermits};
 pub use environment::{Environment, Flags};
 pub use errors::{ErrorRule, MessagePattern, Trouble, matches_glob};
 pub use header_pattern::{HeaderPattern, HeaderPatternError};

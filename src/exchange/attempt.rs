@@ -262,6 +262,22 @@ impl Attempt {
         self.permit.accounts()
     }
 
+    /// Takes another permit for what the endpoint counts as another request on the same connection.
+    pub async fn take_another_permit(&mut self, ledger: &Client) -> Result<(), Drawn> {
+        if self.accounts().is_limited() {
+            self.swap_permit(ledger).await?;
+        } else {
+            self.permit = ledger.unlimited(self.accounts());
+        }
+        self.permit.spend();
+        Ok(())
+    }
+
+    /// Counts another request that the endpoint has taken, whether there was a permit for it or not.
+    pub fn count_another(&self, ledger: &Client) {
+        ledger.unlimited(self.accounts()).spend();
+    }
+
     async fn swap_permit(&mut self, ledger: &Client) -> Result<(), Drawn> {
         match ledger.swap(&mut self.permit).await {
             Drawn::Granted(_, permit) => {

@@ -86,6 +86,11 @@ pub enum Fault {
     EncodingUnknown,
     /// A WebSocket that does not name its model before it is opened.
     WebSocketModelUnknown,
+    /// A WebSocket whose first message names a model that no endpoint takes over one.
+    WebSocketUnavailable {
+        /// Its name.
+        model: String,
+    },
     /// The body did not arrive in time.
     BodyTimeout,
     /// There was no room for the body in time.
@@ -235,6 +240,7 @@ impl Fault {
             Self::BodyTooLarge { .. }      => (413, INVALID, Some("request_too_large"), "body_too_large"),
             Self::EncodingUnknown          => (415, INVALID, Some("unsupported_encoding"), "encoding_unknown"),
             Self::WebSocketModelUnknown    => (426, INVALID, Some("websocket_model_unknown"), "websocket_model_unknown"),
+            Self::WebSocketUnavailable { .. } => (426, INVALID, Some("websocket_unavailable"), "websocket_unavailable"),
             Self::BodyTimeout              => (408, INVALID, Some("request_timeout"), "body_timeout"),
             Self::NoRoom                   => (503, SERVER, Some("overloaded"), "no_room"),
             Self::ModelUnknown { .. }      => (404, INVALID, Some("model_not_found"), "model_unknown"),
@@ -288,7 +294,7 @@ impl Fault {
     /// The model that the request asked for, where that is what is wrong.
     pub fn model(&self) -> Option<&str> {
         match self {
-            Self::ModelUnknown { model } => Some(model),
+            Self::ModelUnknown { model } | Self::WebSocketUnavailable { model } => Some(model),
             _ => None,
         }
     }
@@ -327,6 +333,10 @@ impl Fault {
             Self::ModelUnknown { model } => format!(
                 "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
                  lists the models that are served."
+            ),
+            Self::WebSocketUnavailable { model } => format!(
+                "No endpoint of the model `{model}` takes this call over a WebSocket whose first message names the model. Send the \
+                 call as a POST."
             ),
             Self::EndpointUnknown { id } => {
                 format!("No endpoint has the id `{id}`. GET /v1/status lists the endpoints.")
@@ -434,6 +444,7 @@ impl Fault {
             | Self::BodyTooLarge { .. }
             | Self::PathTooLong { .. }
             | Self::ModelUnknown { .. }
+            | Self::WebSocketUnavailable { .. }
             | Self::ObjectUnknown { .. }
             | Self::ObjectsApart { .. }
             | Self::ObjectGone { .. }

@@ -151,7 +151,7 @@ async fn send_with_another_permit(context: &mut Context) -> bool {
 }
 
 /// Returns the fault for the client if no other endpoint takes the request either.
-fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault {
+pub(super) fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn) -> Fault {
     let Drawn::Refused(refusal) = drawn else { return Fault::LedgerUnavailable };
     let id = || Arc::clone(&endpoint.config.id);
     let is_public = context.arrival.endpoint_headers;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::failure::Follow;
+use super::web_socket::WebSocket;
 use crate::exchange::session::Wrapped;
 use crate::exchange::{Ask, Exchange, OwnHeaders};
 use crate::fault::{ErrorShape, Fault};
@@ -12,10 +13,8 @@ use crate::process::{OpenRequest, OpenRequests};
 use crate::request::connections::OnConnection;
 use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
-use crate::response::websocket::FrameReader;
 use crate::routing::admission::Choice;
 use crate::routing::pool::Endpoint;
-use crate::usage::Tokens;
 
 /// One request, from its header to its last byte.
 #[derive(Debug)]
@@ -34,10 +33,8 @@ pub struct Context {
     pub wrapped: Wrapped,
     /// True once the endpoint has switched protocols.
     pub switched: bool,
-    /// Reads what the endpoint says over a WebSocket.
-    pub frames: FrameReader,
-    /// Tokens that the responses of a realtime session have reported.
-    pub session_tokens: Option<Tokens>,
+    /// State of a WebSocket.
+    pub web_socket: Option<Box<WebSocket>>,
     /// Redacts the body of a refusal to switch protocols.
     pub refusal: Option<Redactor>,
 }
@@ -119,8 +116,7 @@ impl Context {
             fault: None,
             wrapped: Wrapped::default(),
             switched: false,
-            frames: FrameReader::default(),
-            session_tokens: None,
+            web_socket: None,
             refusal: None,
         }
     }

@@ -28,7 +28,8 @@ pub(super) async fn logging(session: &mut Session, error: Option<&Error>, contex
     context.wrapped.unwrap_session(session);
     let complete = context.exchange.state().committed.and_then(|committed| committed.complete);
     let mut measured = conclude(context, error.is_none(), complete, &process.estimator);
-    measured.tokens = measured.tokens.or(context.session_tokens);
+    let of_socket = || context.web_socket.as_ref().and_then(|socket| socket.tokens);
+    measured.tokens = measured.tokens.or_else(of_socket);
     let client_gone = context.fault.is_none()
         && complete.is_none()
         && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);

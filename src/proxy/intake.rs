@@ -12,6 +12,7 @@ use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
+use super::web_socket::{self, WebSocket};
 use super::{Gateway, outgoing, receive};
 use crate::admin::lists::{self, ListCall};
 use crate::admin::{Answer, Resource, Sources};
@@ -185,7 +186,14 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
         let answer = Box::pin(lists::answer(&pool, &gateway.cursors, &list, &header.headers)).await?;
         return Ok(Next::Answer(answer));
     }
-    let ask = ask(gateway, session, (pool, caller_id(context.arrival.address)), target).await?;
+    let first_message = if opens_websocket(session) {
+        // Boxed, since it is rare and would make every request's future larger.
+        Box::pin(open_web_socket(gateway, session, context, (&pool, &target))).await?
+    } else {
+        None
+    };
+    let caller = caller_id(context.arrival.address);
+    let ask = ask(gateway, session, (pool, caller), target, first_message).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
@@ -273,16 +281,45 @@ fn opens_websocket(session: &Session) -> bool {
         && upgrade.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"))
 }
 
+/// Reads the first message of a WebSocket that names its model nowhere else, if an endpoint is known to take such ones.
+async fn open_web_socket(
+    gateway: &Gateway,
+    session: &mut Session,
+    context: &mut Context,
+    (pool, target): (&Pool, &PathAndQuery),
+) -> Result<Option<Bytes>, Stop> {
+    let bytes_max = pool.server.body_bytes_max;
+    let kind = CallKind::of_path(target.path());
+    let is_routed = target.query().is_some_and(|query| fields::query_model(query).is_some() || joins_call(query));
+    let is_taken = !is_routed && pool.endpoints.iter().any(|one| one.config.enabled && one.takes_web_socket(kind));
+    context.web_socket = Some(Box::new(WebSocket::new(is_taken, bytes_max)));
+    if !is_taken {
+        return Ok(None);
+    }
+    web_socket::accept(session, &context.arrival.own, bytes_max, &gateway.process.memory).await.map(Some)
+}
+
+/// True if a WebSocket joins a call that is going on, which has its model already.
+fn joins_call(query: &str) -> bool {
+    query.split('&').any(|pair| pair.len() > "call_id=".len() && pair.starts_with("call_id="))
+}
+
 /// Reads the request to its end and finds its call, model and endpoints.
 async fn ask(
     gateway: &Gateway,
     session: &mut Session,
     (pool, caller): (Arc<Pool>, CallerId),
     target: PathAndQuery,
+    first_message: Option<Bytes>,
 ) -> Result<Box<Ask>, Stop> {
     let switches_protocol = opens_websocket(session);
+    let is_accepted = first_message.is_some();
     let bytes_max = pool.server.body_bytes_max;
-    let body = if switches_protocol { Bytes::new() } else { receive::body(gateway, session, bytes_max).await? };
+    let body = match first_message {
+        Some(message) => message,
+        None if switches_protocol => Bytes::new(),
+        None => receive::body(gateway, session, bytes_max).await?,
+    };
     let read_at = Instant::now();
     let header = session.req_header();
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
@@ -304,13 +341,7 @@ async fn ask(
         }
         None => (None, None),
     };
-    // A call that is going on has its model already.
-    let joins_call = || {
-        target.query().is_some_and(|query| {
-            query.split('&').any(|pair| pair.len() > "call_id=".len() && pair.starts_with("call_id="))
-        })
-    };
-    if switches_protocol && model.is_none() && !joins_call() {
+    if switches_protocol && model.is_none() && !is_accepted && !target.query().is_some_and(joins_call) {
         return Err(Fault::WebSocketModelUnknown.into());
     }
     let call = Call::new(&header.method, target.path());
@@ -325,6 +356,17 @@ async fn ask(
     if candidates.list().is_empty() {
         return Err(Fault::CallUnknown.into());
     }
+    let taking;
+    let candidates = if is_accepted {
+        let takes = |index: usize| pool.endpoints.get(index).is_some_and(|one| one.takes_web_socket(kind));
+        taking = Arc::new(candidates.narrowed(takes));
+        if taking.list().is_empty() {
+            return Err(Fault::WebSocketUnavailable { model: excerpt(model.as_deref().unwrap_or_default()) }.into());
+        }
+        &taking
+    } else {
+        candidates
+    };
     let objects = objects(&pool, &header.method, call, &target, (is_json, &body), fields.store);
     let candidates = Arc::clone(candidates);
     let (objects, candidates) = match objects {
@@ -346,13 +388,14 @@ async fn ask(
         target,
         caller,
         is_json,
-        stream: fields.stream,
+        stream: fields.stream && !switches_protocol,
         usage_edit: fields.usage_edit,
         prompt: Bytes::new(),
         read_at,
         model,
         body_model,
-        body,
+        // What a WebSocket has said goes on as it came.
+        body: if switches_protocol { Bytes::new() } else { body },
         objects,
         session,
         preferred,

@@ -21,6 +21,7 @@ mod failure;
 mod intake;
 mod outgoing;
 mod receive;
+mod web_socket;
 
 use std::os::fd::RawFd;
 use std::time::Duration;
@@ -111,6 +112,20 @@ impl ProxyHttp for Gateway {
         context: &mut Self::CTX,
     ) -> Result<()> {
         outgoing::response_filter(session, header, context)
+    }
+
+    async fn request_body_filter(
+        &self,
+        session: &mut Session,
+        body: &mut Option<Bytes>,
+        _end: bool,
+        context: &mut Self::CTX,
+    ) -> Result<()> {
+        if context.switched {
+            // Boxed, since it would make every other request's future larger.
+            return Box::pin(web_socket::from_client(session, body, context, &self.process.memory)).await;
+        }
+        Ok(())
     }
 
     fn response_body_filter(

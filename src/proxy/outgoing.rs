@@ -16,9 +16,8 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::Session;
 
 use super::context::Context;
-use super::{attempts, is_final};
+use super::{attempts, is_final, web_socket};
 use crate::admin::Answer;
-use crate::billing;
 use crate::exchange::{Ask, Attempt};
 use crate::fault::ErrorShape;
 use crate::request::fields::ModelPlace;
@@ -32,7 +31,6 @@ use crate::routing::rate_headers;
 use crate::routing::retry::Outcome;
 use crate::telemetry::metrics::metrics;
 use crate::upstream::cork::Cork;
-use crate::usage::{Reported, mentions_usage};
 
 const ENDPOINT: HeaderName = HeaderName::from_static("x-api-together-endpoint");
 const AFFINITY: HeaderName = HeaderName::from_static("x-api-together-affinity");
@@ -132,13 +130,19 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
         // The usage that only we asked for is taken out, so the body gets shorter.
         header.remove_header(&header::CONTENT_LENGTH);
     }
+    let is_accepted = context.web_socket.as_ref().is_some_and(|socket| socket.is_accepted());
     if let Some(ask) = context.ask.as_ref().filter(|ask| ask.switches_protocol)
         && is_final(header)
-        && attempt.terms.more
+        && (attempt.terms.more || is_accepted)
     {
-        // Its session is not held, so a refusal that another endpoint need not make ends the attempt here.
-        let outcome = Outcome::of_status(status, attempt.wait);
-        if outcome.is_retryable(&ask.pool.server.retry) || refuses_switch(&outcome) {
+        // Its session is not held, so a refusal that another endpoint need not make ends the attempt here, as does any whose client
+        // has been told that the protocol is switched.
+        let outcome = match Outcome::of_status(status, attempt.wait) {
+            Outcome::Answered { .. } if header.status != StatusCode::SWITCHING_PROTOCOLS => Outcome::Unrecognised,
+            outcome => outcome,
+        };
+        let is_refused = is_accepted && header.status != StatusCode::SWITCHING_PROTOCOLS;
+        if is_refused || outcome.is_retryable(&ask.pool.server.retry) || refuses_switch(&outcome) {
             attempt.header_came(outcome);
             state.ended = Some(outcome);
             return Error::err_up(ErrorType::Custom("the protocol was not switched"));
@@ -183,25 +187,10 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
     rewrite_answer(header, context)
 }
 
-/// Counts the tokens that the responses of a realtime session report.
-fn read_frames(piece: &Bytes, context: &mut Context) {
-    let Context { frames, session_tokens, exchange, ask: Some(ask), .. } = context else { return };
-    let state = exchange.state();
-    let Some(attempt) = &state.attempt else { return };
-    frames.feed(piece, |message| {
-        let Some(reported) = Some(message).filter(|message| mentions_usage(message)).and_then(Reported::from_json)
-        else {
-            return;
-        };
-        billing::bill_response(attempt, ask, &reported.usage);
-        session_tokens.get_or_insert_default().merge(&reported.usage.tokens());
-    });
-}
-
 /// Reads what passes over a WebSocket, redacts secrets in the refusal of a protocol switch, and frees a request body that is no longer needed.
 pub(super) fn response_body_filter(body: &mut Option<Bytes>, end: bool, context: &mut Context) {
-    if let (true, Some(piece)) = (context.switched, body.as_ref()) {
-        read_frames(piece, context);
+    if context.switched {
+        web_socket::from_endpoint(body, context);
     }
     // A refusal to switch protocols passes here and nowhere else.
     if let Some(redactor) = &mut context.refusal {
@@ -260,7 +249,7 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
 }
 
 /// The name that is written in place of the client's, if another one is.
-fn other_model<'a>(ask: &'a Ask, attempt: &'a Attempt) -> Option<&'a str> {
+pub(super) fn other_model<'a>(ask: &'a Ask, attempt: &'a Attempt) -> Option<&'a str> {
     let own = ask.model.as_deref().filter(|_| ask.body_model.as_ref().is_some_and(|body| body.is_other));
     attempt.model.mapped.as_deref().or(own)
 }
@@ -351,6 +340,10 @@ fn add_attempts(headers: &mut HeaderMap, context: &Context) {
 
 /// Sends an answer of our own.
 pub(super) async fn send(session: &mut Session, context: &Context, answer: Answer) -> Result<()> {
+    if context.web_socket.as_ref().is_some_and(|socket| socket.is_accepted()) {
+        // Boxed, since it is rare and would make every answer's future larger.
+        return Box::pin(web_socket::refuse(session, context)).await;
+    }
     let mut parts = Response::new(()).into_parts().0;
     parts.status = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     for (name, value) in answer.headers {

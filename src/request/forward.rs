@@ -126,6 +126,12 @@ fn is_of_handshake(name: &str) -> bool {
     matches!(name, "connection" | "upgrade") || name.starts_with("sec-websocket-") && name != "sec-websocket-extensions"
 }
 
+/// The first of the offered subprotocols that carries no key.
+pub fn first_subprotocol(offered: &HeaderValue) -> Option<HeaderValue> {
+    let kept = without_key_subprotocol(offered)?;
+    HeaderValue::from_str(kept.to_str().ok()?.split(',').next()?.trim()).ok()
+}
+
 /// The offered subprotocols without the one that carries a key; `None` if there is no other.
 fn without_key_subprotocol(offered: &HeaderValue) -> Option<HeaderValue> {
     let Ok(text) = offered.to_str() else { return None };

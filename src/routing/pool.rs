@@ -166,6 +166,11 @@ fn secrets_of(config: &config::Endpoint) -> Secrets {
 }
 
 impl Endpoint {
+    /// True if it takes a WebSocket for calls of this kind whose model stands in the first message.
+    pub fn takes_web_socket(&self, kind: CallKind) -> bool {
+        self.config.web_sockets.contains(kind)
+    }
+
     /// Address and connection for calls of a kind.
     pub fn upstream_of(&self, kind: CallKind) -> &Upstream {
         let door = self.doors.iter().find(|(calls, _)| *calls == kind);

@@ -23,6 +23,7 @@ mod cli;
 mod commands;
 mod connections;
 mod crash;
+mod first_message;
 mod formats;
 mod forms;
 mod headers;

@@ -1,0 +1,276 @@
+//! `WebSocket`s, whose messages are read as they pass: a client's that ask for a response take a permit and name the model as the endpoint
+//! does, and those of the endpoint report tokens.
+
+mod accept;
+mod stream;
+
+use std::mem;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use http::{StatusCode, header};
+use memchr::memmem;
+use pingora::http::ResponseHeader;
+use pingora::protocols::http::HttpTask;
+use pingora::{Error, ErrorType, Result};
+use pingora_proxy::Session;
+
+pub(super) use accept::accept;
+
+use super::attempts;
+use super::context::Context;
+use super::outgoing::other_model;
+use crate::billing;
+use crate::config::WebSocketPermits;
+use crate::fault::{ErrorShape, Fault};
+use crate::json::members;
+use crate::request::body_memory::{FREE_BYTES, Memory, Reserved};
+use crate::request::fields::{self, Model, ModelPlace};
+use crate::request::websocket::{self, Message, MessageReader};
+use crate::response::websocket::FrameReader;
+use crate::usage::{Reported, Tokens, mentions_usage};
+
+/// Close of a connection because the gateway, or the endpoint behind it, cannot go on (RFC 6455, 7.4.1 and its registry).
+const TRY_AGAIN_LATER: u16 = 1013;
+/// Close of a connection because of what the client asked for.
+const POLICY_VIOLATION: u16 = 1008;
+/// Text of our own that waits for the end of an endpoint's frame. A client that asks for more meanwhile is disconnected.
+const WAITING_BYTES_MAX: usize = 64 * 1024;
+
+/// One WebSocket.
+#[derive(Debug)]
+pub struct WebSocket {
+    /// True if the client's side was accepted before an endpoint was chosen.
+    is_accepted: bool,
+    /// Messages of the client; none once they cannot be read, and pass as they come.
+    messages: Option<MessageReader>,
+    /// Messages of the endpoint.
+    frames: FrameReader,
+    /// Tokens that its responses have reported.
+    pub tokens: Option<Tokens>,
+    responses: Responses,
+    /// Text of our own that waits for the end of an endpoint's frame.
+    waiting: Vec<u8>,
+    /// Room for the messages.
+    room: Option<Reserved>,
+}
+
+/// Responses that have been asked for, and those that have begun.
+#[derive(Debug)]
+struct Responses {
+    /// True while the permit of the session itself has not been used for a response.
+    has_first: bool,
+    /// Responses that took a permit and have not begun.
+    paid: u32,
+}
+
+impl WebSocket {
+    /// True if the client's side was accepted before an endpoint was chosen.
+    pub fn is_accepted(&self) -> bool {
+        self.is_accepted
+    }
+
+    /// A WebSocket whose client's messages have at most this many bytes.
+    pub fn new(is_accepted: bool, bytes_max: usize) -> Self {
+        Self {
+            is_accepted,
+            messages: Some(MessageReader::new(bytes_max)),
+            frames: FrameReader::default(),
+            tokens: None,
+            responses: Responses { has_first: true, paid: 0 },
+            waiting: Vec::new(),
+            room: None,
+        }
+    }
+}
+
+/// Reads what the client sends, before the endpoint gets it.
+pub(super) async fn from_client(
+    session: &mut Session,
+    body: &mut Option<Bytes>,
+    context: &mut Context,
+    memory: &Memory,
+) -> Result<()> {
+    let Some(piece) = body.as_ref() else { return Ok(()) };
+    let counts = counts_responses(context);
+    let Some(socket) = &mut context.web_socket else { return Ok(()) };
+    let is_read = socket.is_accepted || counts;
+    let Some(messages) = socket.messages.as_mut().filter(|_| is_read) else { return Ok(()) };
+    messages.push(piece);
+    make_room(socket, memory).await?;
+    let mut out = BytesMut::new();
+    while let Some(message) = next_message(context, &mut out)? {
+        if let Some(frames) = checked(session, context, message).await? {
+            out.extend_from_slice(&frames);
+        }
+    }
+    // None would be taken for the client's end.
+    *body = Some(out.freeze());
+    Ok(())
+}
+
+/// True if the endpoint counts each response.
+fn counts_responses(context: &Context) -> bool {
+    let state = context.exchange.state();
+    state.attempt.as_ref().is_some_and(|one| one.endpoint.config.web_socket_permits == WebSocketPermits::Response)
+}
+
+/// The next message of the client that is whole. One that cannot be read ends a WebSocket whose messages have to be; any other passes as
+/// it comes, from there on.
+fn next_message(context: &mut Context, out: &mut BytesMut) -> Result<Option<Message>> {
+    let Some(socket) = &mut context.web_socket else { return Ok(None) };
+    let Some(messages) = &mut socket.messages else { return Ok(None) };
+    match messages.next() {
+        Ok(message) => Ok(message),
+        Err(error) if socket.is_accepted => {
+            context.tries.cause = Some(format!("a message of the client cannot be read: {error:?}"));
+            Error::err_down(ErrorType::InvalidHTTPHeader)
+        }
+        Err(_) => {
+            out.extend_from_slice(&messages.take_rest());
+            socket.messages = None;
+            Ok(None)
+        }
+    }
+}
+
+/// Makes room for what has come of a message, as for any request's body.
+async fn make_room(socket: &mut WebSocket, memory: &Memory) -> Result<()> {
+    let held = socket.messages.as_ref().map_or(0, MessageReader::bytes);
+    if held <= FREE_BYTES {
+        socket.room = None;
+        return Ok(());
+    }
+    if socket.room.is_none() {
+        socket.room = memory.room(held).await;
+    }
+    let has_room = match &mut socket.room {
+        Some(room) => room.reach(held).await,
+        None => false,
+    };
+    if has_room { Ok(()) } else { Error::e_explain(ErrorType::InternalError, "no memory for a message of a WebSocket") }
+}
+
+/// A client's message as the endpoint gets it; none if it does not.
+async fn checked(session: &mut Session, context: &mut Context, message: Message) -> Result<Option<Bytes>> {
+    let Some(text) = &message.text else { return Ok(Some(message.frames)) };
+    if counts_responses(context)
+        && is_of_type(text, b"response.create")
+        && let Err(fault) = take_permit(context).await
+    {
+        say(session, context, event(&fault)).await?;
+        return Ok(None);
+    }
+    Ok(Some(mapped(context, &message).unwrap_or(message.frames)))
+}
+
+/// The message with the model's name at the endpoint, if it is another one.
+fn mapped(context: &Context, message: &Message) -> Option<Bytes> {
+    let ask = context.ask.as_ref()?;
+    let state = context.exchange.state();
+    let other = other_model(ask, state.attempt.as_ref()?)?;
+    let fields = fields::scan(message.text.as_deref()?).ok()?;
+    let Model { name, place: ModelPlace::Json(range) } = fields.model? else { return None };
+    // Of another model it is not known what it is called there.
+    let is_asked = ask.model.as_deref() == Some(&*name);
+    is_asked.then(|| message.with(range, serde_json::json!(other).to_string().as_bytes()))
+}
+
+/// Takes a permit for a response; the first one has that of the session.
+async fn take_permit(context: &mut Context) -> Result<(), Fault> {
+    let (Some(socket), Some(ask)) = (&mut context.web_socket, &context.ask) else { return Err(Fault::Internal) };
+    if !mem::take(&mut socket.responses.has_first) {
+        let ledger = ask.pool.ledger.clone();
+        let Some(mut attempt) = context.exchange.state().attempt.take() else { return Err(Fault::Internal) };
+        let taken = attempt.take_another_permit(&ledger).await;
+        let endpoint = Arc::clone(&attempt.endpoint);
+        context.exchange.state().attempt = Some(attempt);
+        if let Err(drawn) = taken {
+            return Err(attempts::limit_reached(context, &endpoint, drawn));
+        }
+    }
+    if let Some(socket) = &mut context.web_socket {
+        socket.responses.paid = socket.responses.paid.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// Sends the client an event of ours, between the frames of the endpoint.
+async fn say(session: &mut Session, context: &mut Context, event: Vec<u8>) -> Result<()> {
+    let Some(socket) = &mut context.web_socket else { return Ok(()) };
+    if socket.frames.is_between_frames() && socket.waiting.is_empty() {
+        let task = HttpTask::UpgradedBody(Some(event.into()), false);
+        return session.downstream_session.response_duplex_vec(vec![task]).await.map(drop);
+    }
+    socket.waiting.extend(event);
+    if socket.waiting.len() > WAITING_BYTES_MAX {
+        return Error::err_down(ErrorType::WriteTimedout);
+    }
+    Ok(())
+}
+
+/// Reads what the endpoint sends, and adds what of ours has waited for the end of its frame.
+pub(super) fn from_endpoint(body: &mut Option<Bytes>, context: &mut Context) {
+    let Context { web_socket: Some(socket), exchange, ask: Some(ask), .. } = context else { return };
+    let Some(piece) = body else { return };
+    let WebSocket { frames, tokens, responses, .. } = &mut **socket;
+    let mut state = exchange.state();
+    let Some(attempt) = &mut state.attempt else { return };
+    let counts = attempt.endpoint.config.web_socket_permits == WebSocketPermits::Response;
+    frames.feed(piece, |message| {
+        if counts && is_of_type(message, b"response.created") {
+            if responses.paid > 0 {
+                responses.paid -= 1;
+            } else if !mem::take(&mut responses.has_first) {
+                // It has begun by itself, so that nothing is left but to count it.
+                attempt.count_another(&ask.pool.ledger);
+            }
+        }
+        let Some(reported) = Some(message).filter(|message| mentions_usage(message)).and_then(Reported::from_json)
+        else {
+            return;
+        };
+        billing::bill_response(attempt, ask, &reported.usage);
+        tokens.get_or_insert_default().merge(&reported.usage.tokens());
+    });
+    if !socket.waiting.is_empty() && socket.frames.is_between_frames() {
+        *body = Some([&piece[..], &mem::take(&mut socket.waiting)].concat().into());
+    }
+}
+
+/// True if an event is of this type.
+fn is_of_type(message: &[u8], wanted: &[u8]) -> bool {
+    if memmem::find(message, wanted).is_none() {
+        return false;
+    }
+    let mut is_wanted = false;
+    // What is not JSON is for the other side to judge.
+    let _ = members::members(message, |key, range| {
+        if key == b"type" {
+            let range = range.start + 1..range.end.saturating_sub(1).max(range.start + 1);
+            is_wanted = message.get(range) == Some(wanted);
+        }
+    });
+    is_wanted
+}
+
+/// A fault as an event, of the shape that the clients of both APIs read.
+fn event(fault: &Fault) -> Vec<u8> {
+    let error = fault.json(ErrorShape::OpenAi);
+    let members = error.strip_prefix('{').unwrap_or(&error);
+    let event = format!(r#"{{"type":"error","status":{},{members}"#, fault.status());
+    websocket::text_frame(event.as_bytes(), None)
+}
+
+/// Ends a WebSocket that was accepted and that no endpoint takes: with the fault, and a close.
+pub(super) async fn refuse(session: &mut Session, context: &Context) -> Result<()> {
+    let fault = context.fault.as_ref().unwrap_or(&Fault::Internal);
+    let is_clients = fault.status() < 500 && fault.status() != 429;
+    let close = websocket::close_frame(if is_clients { POLICY_VIOLATION } else { TRY_AGAIN_LATER });
+    // The client has had this header already; with it Pingora's session goes over to frames.
+    let mut header = ResponseHeader::build(StatusCode::SWITCHING_PROTOCOLS, Some(2))?;
+    header.insert_header(header::UPGRADE, "websocket")?;
+    header.insert_header(header::CONNECTION, "Upgrade")?;
+    session.write_response_header(Box::new(header), false).await?;
+    session.write_response_body(Some([event(fault), close].concat().into()), true).await
+}
