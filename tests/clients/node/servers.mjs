@@ -85,30 +85,53 @@ const scripted = (folder) =>
 /** What has arrived at the scripted endpoint. */
 export const scriptedRequests = async (url) => (await fetch(`${url}/control/requests`)).json();
 
-/** The endpoints, and the proxy on a copy of one of the config files beside these tests. */
-export async function startAll(config) {
+/** An endpoint that keeps what its clients make. */
+const keeping = (folder, key) =>
+  start(process.execPath, [join(HERE, "keeping.mjs"), key], /listening on (http:\/\/\S+)\s/, folder);
+
+/** Runs `make`, which starts programs in a folder of their own and adds them to a list; stops them all if it fails. */
+async function together(make) {
   const folder = await mkdtemp(join(tmpdir(), "api-together-clients-"));
   folders.add(folder);
   const started = [];
   const stop = () => Promise.all(started.map((program) => program.stop()));
   try {
-    started.push(await simulator(folder));
-    started.push(await thirdParty(folder));
-    started.push(await scripted(folder));
-    const [simulatorUrl, thirdPartyUrl, scriptedUrl] = started.map((program) => program.found);
-    const path = join(folder, config);
-    await copyFile(join(HERE, config), path);
-    const urls = { SIMULATOR_URL: simulatorUrl, THIRD_PARTY_URL: thirdPartyUrl, SCRIPTED_URL: scriptedUrl };
-    started.push(await start(BINARY, ["--config", path], /^listening\s+(http:\/\/\S+)\s/m, folder, urls));
-    const url = started.at(-1).found;
-    // The address is printed just before connections are taken.
-    assert.ok(await waitUntil(() => isHealthy(url)), `${url}/health does not answer`);
-    return { url, simulatorUrl, thirdPartyUrl, scriptedUrl, stop };
+    return { ...(await make(folder, started)), stop };
   } catch (error) {
     await stop();
     throw error;
   }
 }
+
+/** The proxy on a copy of one of the config files beside these tests. */
+async function startProxy(folder, config, urls, started) {
+  const path = join(folder, config);
+  await copyFile(join(HERE, config), path);
+  started.push(await start(BINARY, ["--config", path], /^listening\s+(http:\/\/\S+)\s/m, folder, urls));
+  const url = started.at(-1).found;
+  // The address is printed just before connections are taken.
+  assert.ok(await waitUntil(() => isHealthy(url)), `${url}/health does not answer`);
+  return url;
+}
+
+/** The endpoints, and the proxy in front of them. */
+export const startAll = (config) =>
+  together(async (folder, started) => {
+    started.push(await simulator(folder));
+    started.push(await thirdParty(folder));
+    started.push(await scripted(folder));
+    const [simulatorUrl, thirdPartyUrl, scriptedUrl] = started.map((program) => program.found);
+    const urls = { SIMULATOR_URL: simulatorUrl, THIRD_PARTY_URL: thirdPartyUrl, SCRIPTED_URL: scriptedUrl };
+    return { url: await startProxy(folder, config, urls, started), simulatorUrl, thirdPartyUrl, scriptedUrl };
+  });
+
+/** Three endpoints that each know only what was made there, the proxy in front of them, and a fourth one to be asked directly. */
+export const startKeeping = () =>
+  together(async (folder, started) => {
+    for (const key of ["sk-a", "sk-b", "sk-c", "sk-one"]) started.push(await keeping(folder, key));
+    const [a, b, c, directUrl] = started.map((program) => program.found);
+    return { url: await startProxy(folder, "keeping.json", { A_URL: a, B_URL: b, C_URL: c }, started), directUrl };
+  });
 
 const isHealthy = (url) => fetch(`${url}/health`).then((answer) => answer.ok, () => false);
 
