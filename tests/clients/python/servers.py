@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -99,6 +100,11 @@ def third_party(folder):
 def keeping(folder, key):
     """An endpoint that keeps what its clients make."""
     return Program(["node", HERE / "keeping.mjs", key], r"listening on (http://\S+)", folder)
+
+
+def sockets(folder):
+    """An endpoint that takes responses over WebSockets; what it says stands in sockets.py."""
+    return Program([sys.executable, HERE / "sockets.py"], r"listening on (http://\S+)", folder)
 
 
 class Scripted(Program):

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import servers
+from openai import OpenAI
 
 BIN = servers.HERE / "node_modules/.bin"
 # Some agents try a failed request again for minutes.
@@ -73,10 +74,10 @@ env_key = "GATEWAY_KEY"
 def codex(run, tmp_path, scripted_proxy):
     """Runs Codex on one prompt; gives its events."""
 
-    def ask(model, *options, config=CODEX_BY_BASE_URL, key="CODEX_API_KEY"):
+    def ask(model, *options, config=CODEX_BY_BASE_URL, key="CODEX_API_KEY", proxy=scripted_proxy):
         home = tmp_path / "codex"
         home.mkdir()
-        (home / "config.toml").write_text(config.format(url=scripted_proxy.found))
+        (home / "config.toml").write_text(config.format(url=proxy.found))
         arguments = [BIN / "codex", "exec", "--json", "--skip-git-repo-check", "--model", model, *options, "Say hello."]
         printed = run(arguments, {"CODEX_HOME": str(home), key: servers.CLIENT_KEY})
         return [json.loads(line) for line in printed.splitlines()]
@@ -128,6 +129,24 @@ def test_codex_with_the_proxy_as_a_provider_of_its_own(codex, scripted, scripted
     check_request(request, "/v1/responses", "scripted")
     check_counts("scripted", {"scripted": 1})
     assert "status=426" not in scripted_proxy.text()
+
+
+def test_codex_over_a_websocket(codex, tmp_path_factory):
+    with servers.sockets(tmp_path_factory.mktemp("sockets")) as endpoint:
+        with servers.proxy(tmp_path_factory.mktemp("proxy"), "sockets.json", SOCKETS_URL=endpoint.found) as proxy:
+            events = codex("asked", proxy=proxy)
+            assert texts_of(events) == ["Hello over a socket, grüß dich."]
+            asked = [json.loads(line) for line in endpoint.text().splitlines() if line.startswith("{")]
+            assert {(one["path"], one["model"]) for one in asked} == {("/v1/responses", "scripted")}
+            assert max(one["bytes"] for one in asked) > 10_000, "the whole first message"
+            usage = next(event["usage"] for event in events if event["type"] == "turn.completed")
+            assert (usage["input_tokens"], usage["output_tokens"]) == (11, 7)
+            assert servers.wait_until(lambda: "status=101" in proxy.text())
+            line = next(line for line in proxy.text().splitlines() if "status=101" in line)
+            assert f"prompt_tokens={11 * len(asked)} completion_tokens={7 * len(asked)}" in line, line
+            with OpenAI(base_url=f"{proxy.found}/v1", api_key=servers.CLIENT_KEY) as client:
+                status = client.get("/status", cast_to=object)["apis"][0]
+            assert status["usage"]["rpm"] == len(asked), "each response took a permit"
 
 
 def test_codex_runs_a_tool(codex, scripted, check_counts):
