@@ -10,6 +10,7 @@ use crate::billing::estimate::Estimator;
 use crate::ledger;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
+use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 
 /// The running process. Cheap to clone.
@@ -17,6 +18,8 @@ use crate::routing::pool::Pool;
 pub struct Process {
     /// The endpoints, whichever are current.
     pub pool: Arc<ArcSwap<Pool>>,
+    /// Callers with keys of their own.
+    pub keyring: Keyring,
     /// The requests that are open.
     pub open: OpenRequests,
     /// Set once the process is on its way out.

@@ -15,6 +15,7 @@ use http::{HeaderName, HeaderValue, Method, header};
 
 use crate::fault::{ErrorShape, Fault};
 use crate::process::Process;
+use crate::routing::callers::Caller;
 use crate::routing::pool::Pool;
 
 /// Longest wait after which SDKs should retry by themselves: OpenAI's Node SDK would sleep through any `Retry-After`, even until
@@ -41,12 +42,14 @@ pub(crate) struct Sources<'a> {
     pub process: &'a Process,
     /// Host and port that the client called, if it said so.
     pub authority: Option<&'a str>,
+    /// The caller, if it has a key of its own.
+    pub caller: Option<&'a Caller>,
 }
 
 impl<'a> Sources<'a> {
     /// Sources of an answer that does not depend on the request.
     pub(crate) fn new(pool: &'a Pool, process: &'a Process) -> Self {
-        Self { pool, process, authority: None }
+        Self { pool, process, authority: None, caller: None }
     }
 }
 
@@ -101,6 +104,11 @@ impl<'a> Resource<'a> {
         meant == "/v1/status" || meant.starts_with("/v1/token/")
     }
 
+    /// True for what only the server's one key opens: it shows the whole gateway.
+    pub(crate) fn is_for_operators(&self) -> bool {
+        matches!(self, Self::Metrics | Self::Status | Self::TokenStats | Self::TokenReset)
+    }
+
     /// Checks that it takes the method.
     pub(crate) fn check_method(&self, method: &Method) -> Result<(), Fault> {
         let allowed = if self.takes_body() { "POST" } else { "GET, HEAD" };
@@ -135,8 +143,8 @@ impl<'a> Resource<'a> {
             Self::Ready => health::ready(from),
             Self::Metrics => return Ok(Answer::metrics(metrics::text(from).await)),
             Self::Status => (200, status::status(from).await),
-            Self::Models => (200, models::list(from.pool)),
-            Self::Model(name) => (200, models::one(from.pool, name)?),
+            Self::Models => (200, models::list(from.pool, from.caller)),
+            Self::Model(name) => (200, models::one(from.pool, name, from.caller)?),
             Self::TokenStats => (200, tokens::stats(from).await?),
             Self::TokenReset => (200, tokens::reset(from, body).await?),
         };
@@ -192,7 +200,7 @@ impl Answer {
         }
         // OpenAI's SDKs would wait for so long; and some clients ask again and again, and say nothing of a key that is wrong.
         let waits_too_long = fault.retry_after().is_some_and(|wait| wait > SDK_WAIT_MAX);
-        if waits_too_long || matches!(fault, Fault::KeyWrong | Fault::EndpointKeyRefused) {
+        if waits_too_long || matches!(fault, Fault::KeyWrong | Fault::KeyEnded { .. } | Fault::EndpointKeyRefused) {
             let never = HeaderValue::from_static("false");
             answer.headers.push((HeaderName::from_static("x-should-retry"), never));
         }

@@ -7,6 +7,7 @@ use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value, json};
 
 use crate::fault::{Fault, excerpt};
+use crate::routing::callers::Caller;
 use crate::routing::pool::{Endpoint, Pool};
 
 /// Creation time of a model whose endpoint does not say one; the field must be a number.
@@ -14,19 +15,35 @@ const CREATED: u64 = 0;
 /// Owner of all models where clients may not know the endpoints.
 const OWNER: &str = "api-together";
 
-pub(super) fn list(pool: &Pool) -> String {
+/// The models that a caller may ask for; of one without a key of its own, all.
+pub(super) fn list(pool: &Pool, caller: Option<&Caller>) -> String {
     let mut names: BTreeSet<&str> = pool.router.names().collect();
     let lists: Vec<_> = pool.endpoints.iter().map(|endpoint| (endpoint, endpoint.live.discovered.list())).collect();
     for (endpoint, list) in &lists {
         let listed = list.iter().flat_map(|list| list.keys()).map(AsRef::as_ref);
         names.extend(listed.filter(|name| is_served_by_pattern(endpoint, name)));
     }
+    names.retain(|name| is_open(pool, caller, name));
     let models: Vec<Value> = names.into_iter().map(|name| model(pool, name)).collect();
     json!({ "object": "list", "data": models }).to_string()
 }
 
-pub(super) fn one(pool: &Pool, name: &str) -> Result<String, Fault> {
+/// True if a caller may ask for a model, at an endpoint that it may use.
+fn is_open(pool: &Pool, caller: Option<&Caller>, name: &str) -> bool {
+    let Some(caller) = caller else { return true };
+    let is_allowed = |index: usize| {
+        pool.endpoints.get(index).is_some_and(|endpoint| caller.key.allows_endpoint(&endpoint.config.id))
+    };
+    let candidates =
+        || pool.router.find(name).is_some_and(|found| found.list().iter().any(|one| is_allowed(one.endpoint)));
+    caller.key.allows_model(name) && (caller.key.endpoints.is_none() || candidates())
+}
+
+pub(super) fn one(pool: &Pool, name: &str, caller: Option<&Caller>) -> Result<String, Fault> {
     let name = percent_decode_str(name).decode_utf8_lossy();
+    if let Some(caller) = caller.filter(|_| !is_open(pool, caller, &name)) {
+        return Err(caller.no_model(&name));
+    }
     match pool.router.find(&name) {
         Some(_) => Ok(model(pool, &name).to_string()),
         None => Err(Fault::ModelUnknown { model: excerpt(&name) }),

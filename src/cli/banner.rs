@@ -29,7 +29,7 @@ impl Banner {
             line(&mut endpoints, endpoint);
         }
         let scheme = if config.server.tls.is_some() { "https" } else { "http" };
-        Self { scheme, key: config.server.api_key.to_string(), endpoints }
+        Self { scheme, key: shown_key(config), endpoints }
     }
 
     /// Shows the client key as it is: that of the demo, which opens nothing but simulated endpoints.
@@ -51,6 +51,14 @@ impl Banner {
              {NAME}health{NAME:#}      {scheme}://{local}/health\n\
              {NAME}endpoints{NAME:#}   {endpoints}"
         )
+    }
+}
+
+/// The key that opens everything, masked, or that each caller has one.
+fn shown_key(config: &Config) -> String {
+    match &config.server.api_key {
+        Some(key) => key.to_string(),
+        None => "one for each caller (server.keys)".to_owned(),
     }
 }
 

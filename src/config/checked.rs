@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use http::HeaderValue;
 
 use super::check_ordinary;
+use super::client_keys::ClientKey;
 use super::endpoint::{self, Endpoint};
 use super::environment::Environment;
 use super::file::{ConfigFile, EndpointFile};
@@ -38,7 +39,19 @@ impl Config {
     pub(super) fn from_file(typed: ConfigFile, check: &mut Check<'_>) -> Option<Self> {
         let server = server::check(typed.server, check);
         let endpoints = endpoints(typed.apis, check);
-        Some(Self { server: server?, endpoints: endpoints? })
+        let (server, endpoints) = (server?, endpoints?);
+        warn_of_unknown_endpoints(&server.keys, &endpoints, "server.keys", check);
+        Some(Self { server, endpoints })
+    }
+}
+
+/// A key whose endpoints are none of the config's opens less than was meant.
+pub(super) fn warn_of_unknown_endpoints(keys: &[ClientKey], endpoints: &[Endpoint], path: &str, check: &mut Check<'_>) {
+    for (index, key) in keys.iter().enumerate() {
+        for id in key.endpoints.iter().flatten().filter(|id| !endpoints.iter().any(|one| *one.id == ***id)) {
+            let hint = "correct the id, or leave it out";
+            check.report.warning(&format!("{path}[{index}].endpoints"), format!("no endpoint has the id {id:?}"), hint);
+        }
     }
 }
 

@@ -1,10 +1,12 @@
 //! Differences between two configurations, in words. Keys are never among them.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::affinity::AffinityRules;
 use super::calls::{CallKind, CallSet};
+use super::client_keys::ClientKey;
 use super::connections::ConnectionLimits;
 use super::endpoint::{Door, Endpoint, EndpointTls, ModelLimits, Timeouts};
 use super::proxy::Proxy;
@@ -49,6 +51,8 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         metrics_listen,
         connections,
         api_key: _,
+        keys: _,
+        share_ids: _,
         cors: _,
         body_bytes_max: _,
         strategy: _,
@@ -91,6 +95,8 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     // Every key stands here or in `needs_upgrade`, by the compiler's word.
     let Server {
         api_key,
+        keys,
+        share_ids,
         tls,
         cors,
         body_bytes_max,
@@ -121,6 +127,8 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     if *api_key != after.api_key {
         lines.add("server.apiKey changed".into());
     }
+    compare_keys(lines, keys, &after.keys);
+    lines.compare(&at("shareIds"), plain, share_ids, &after.share_ids);
     if let (Some(before), Some(after)) = (tls, &after.tls) {
         let ServerTls { cert_file, key_file } = before;
         lines.compare(&at("tls.certFile"), path, cert_file, &after.cert_file);
@@ -186,6 +194,24 @@ fn connection_limits(lines: &mut ChangeLines, before: &ConnectionLimits, after: 
     lines.compare(&at("headerSeconds"), seconds, header, &after.header);
     lines.compare(&at("firstByteSeconds"), seconds, first_byte, &after.first_byte);
     lines.compare(&at("keepAliveSeconds"), seconds, keep_alive, &after.keep_alive);
+}
+
+/// By name: what a key opens is its own matter, and what opens it nobody's.
+fn compare_keys(lines: &mut ChangeLines, before: &[ClientKey], after: &[ClientKey]) {
+    let named = |keys: &[ClientKey]| -> BTreeMap<Arc<str>, ClientKey> {
+        keys.iter().map(|key| (Arc::clone(&key.name), key.clone())).collect()
+    };
+    let (before, after) = (named(before), named(after));
+    for (name, key) in &before {
+        match after.get(name) {
+            None => lines.add(format!("server.keys: {name} removed")),
+            Some(now) if now != key => lines.add(format!("server.keys: {name} changed")),
+            Some(_) => {}
+        }
+    }
+    for name in after.keys().filter(|name| !before.contains_key(*name)) {
+        lines.add(format!("server.keys: {name} added"));
+    }
 }
 
 fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {

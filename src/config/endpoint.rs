@@ -514,7 +514,7 @@ fn check_mapping(mapping: &BTreeMap<String, String>, path: &str, check: &mut Che
     }
 }
 
-fn check_pattern(model: &str, path: &str, check: &mut Check<'_>) -> bool {
+pub(super) fn check_pattern(model: &str, path: &str, check: &mut Check<'_>) -> bool {
     let is_good = !model.strip_suffix('*').unwrap_or(model).contains('*');
     if !is_good {
         let message = format!("{model:?} has a `*` that is not at the end");

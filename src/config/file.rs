@@ -60,6 +60,7 @@ pub(super) const LIMIT_MAX: i64 = 9_007_199_254_740_991;
 pub(super) const LIMIT_DEFAULT: i64 = -1;
 pub(super) const EACH_DEFAULT: bool = false;
 pub(super) const ENABLED_DEFAULT: bool = true;
+pub(super) const SHARE_IDS_DEFAULT: bool = false;
 pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
 pub(super) const SESSIONS_DEFAULT: bool = true;
 pub(super) const PREFIX_DEFAULT: bool = false;
@@ -112,9 +113,14 @@ pub(super) struct ServerFile {
     /// The port to listen on. The environment variable `PORT` wins over it; 0 takes any free port.
     #[schemars(extend("default" = PORT_DEFAULT))]
     pub port: Option<u16>,
-    /// The key that clients must send as `Authorization: Bearer <key>`, or bare.
-    #[schemars(required)]
+    /// The key that clients must send as `Authorization: Bearer <key>`, or bare. It opens every call. It may be left out where there
+    /// are `keys`.
     pub api_key: Option<Secret>,
+    /// Keys of single callers, each with what it opens.
+    pub keys: Option<Vec<ClientKeyFile>>,
+    /// Whether what one key made (files, stored responses, conversations and others) may be used with every other one.
+    #[schemars(extend("default" = SHARE_IDS_DEFAULT))]
+    pub share_ids: Option<bool>,
     /// Serve HTTPS with this certificate. Absent: plain HTTP.
     pub tls: Option<ServerTlsFile>,
     /// Web pages that may call from a browser.
@@ -245,6 +251,50 @@ pub(super) struct QueueFile {
     /// Largest number of waiting requests; more are answered 429.
     #[schemars(range(min = 1, max = QUEUE_REQUESTS_MAX), extend("default" = QUEUE_REQUESTS_DEFAULT))]
     pub max_requests: Option<u32>,
+}
+
+/// A key of a caller.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ClientKeyFile {
+    /// Who or what has the key. What it has used and made is kept by this name, and logs and metrics have it.
+    #[schemars(required)]
+    pub name: Option<String>,
+    /// The key.
+    pub key: Option<Secret>,
+    /// Its SHA-256 in place of the key: `sha256:` and 64 hexadecimal digits, as `printf %s KEY | sha256sum` prints them.
+    pub key_hash: Option<String>,
+    /// Several of them, each with its end: a key that takes the place of another one opens beside it for a while.
+    pub hashes: Option<Vec<KeyHashFile>>,
+    /// Models that it may ask for, by names and prefixes such as `gpt-4o*`. Default: all.
+    pub models: Option<Vec<String>>,
+    /// Calls that it may make. Default: all.
+    #[schemars(with = "Option<Vec<CallKind>>")]
+    pub calls: Option<Vec<String>>,
+    /// Ids of the endpoints that its requests may go to. Default: all.
+    pub endpoints: Option<Vec<String>>,
+    /// When it stops to open: a day, to whose end it goes, such as `2027-03-31`, or a moment such as `2027-03-31T18:00:00Z`.
+    pub expires: Option<String>,
+    /// Addresses that it may be used from, such as `10.0.0.0/8`. Default: all.
+    pub allow_from: Option<Vec<String>>,
+    /// Labels of its requests in the log.
+    pub tags: Option<Vec<String>>,
+    /// `false`: it opens nothing.
+    #[schemars(extend("default" = ENABLED_DEFAULT))]
+    pub enabled: Option<bool>,
+    /// `true`: it has been revoked, and opens nothing any more.
+    pub revoked: Option<bool>,
+}
+
+/// What opens a key, and until when.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct KeyHashFile {
+    /// `sha256:` and 64 hexadecimal digits.
+    #[schemars(required)]
+    pub hash: Option<String>,
+    /// When it stops to open, as `expires`.
+    pub until: Option<String>,
 }
 
 #[derive(Deserialize, JsonSchema)]

@@ -4,10 +4,10 @@ use super::checked::Check;
 use crate::config::secret::Secret;
 
 /// The key is the user's own, so it is taken all the same.
-pub(super) fn warn_of_a_weak_key(key: Option<&Secret>, check: &mut Check<'_>) {
+pub(super) fn warn_of_a_weak_key(key: Option<&Secret>, path: &str, check: &mut Check<'_>) {
     if let Some(why) = key.and_then(|key| weakness(key.expose())) {
         let hint = "make a new one with `openssl rand -hex 24`; clients of OpenAI take any text";
-        check.report.warning("server.apiKey", format!("can be guessed: {why}"), hint);
+        check.report.warning(path, format!("can be guessed: {why}"), hint);
     }
 }
 

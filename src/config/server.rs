@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::affinity::{AffinityRules, affinity};
 use super::checked::Check;
 use super::cidr::Cidr;
+use super::client_keys::{Around, ClientKey, client_keys};
 use super::connections::{ConnectionLimits, connections};
 use super::environment::{self, Environment};
 use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
@@ -27,8 +28,12 @@ pub struct Server {
     pub host: IpAddr,
     /// The port to listen on; 0 for any free one.
     pub port: u16,
-    /// The key that clients must send.
-    pub api_key: Secret,
+    /// The key that opens every call; none where each caller has one.
+    pub api_key: Option<Secret>,
+    /// Keys of single callers.
+    pub keys: Vec<ClientKey>,
+    /// True if what one key made may be used with every other one.
+    pub share_ids: bool,
     /// HTTPS with this certificate, or plain HTTP.
     pub tls: Option<ServerTls>,
     /// Web pages that may call.
@@ -193,12 +198,18 @@ pub struct Breaker {
 /// Bounds were checked with the shape, so here only what a schema cannot say.
 pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<Server> {
     let typed = typed.unwrap_or_default();
-    let api_key = check.key(
-        typed.api_key,
-        "server.apiKey",
-        "it is the key your clients send; make one up, such as with `openssl rand -hex 24`",
-    );
-    warn_of_a_weak_key(api_key.as_ref(), check);
+    let api_key = match typed.api_key {
+        // Callers have keys of their own.
+        None if typed.keys.as_ref().is_some_and(|keys| !keys.is_empty()) => Some(None),
+        key => check
+            .key(
+                key,
+                "server.apiKey",
+                "it is the key your clients send; make one up, such as with `openssl rand -hex 24`",
+            )
+            .map(Some),
+    };
+    warn_of_a_weak_key(api_key.as_ref().and_then(Option::as_ref), "server.apiKey", check);
     let host = host(typed.host.as_deref(), check);
     let port = port(typed.port, check);
     let tls = typed.tls.map(|tls| server_tls(&tls, check));
@@ -207,6 +218,9 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let forward_headers = forward_headers(typed.forward_headers, check);
     let ledger = ledger(typed.ledger.as_deref(), check);
     let timezone = timezone(typed.timezone.as_deref(), "server.timezone", check);
+    let zone = timezone.clone().flatten().unwrap_or_else(TimeZone::system);
+    let around = Around { timezone: &zone, shared: api_key.as_ref().and_then(Option::as_ref) };
+    let keys = client_keys(typed.keys.unwrap_or_default(), "server.keys", &around, check);
     let metrics_listen = metrics_listen(typed.metrics_listen.as_deref(), check);
     let queue = typed.queue.and_then(|queue| queue_of(&queue, check));
     let body_bytes_max = typed.body_bytes_max.unwrap_or(file::BODY_BYTES_DEFAULT);
@@ -214,6 +228,8 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     Some(Server {
         host: host?,
         port: port?,
+        keys,
+        share_ids: typed.share_ids.unwrap_or(file::SHARE_IDS_DEFAULT),
         api_key: api_key?,
         tls: match tls {
             Some(tls) => Some(tls?),

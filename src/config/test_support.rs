@@ -21,6 +21,11 @@ pub(crate) fn config(apis: &str) -> Config {
     load(&json!({ "server": { "apiKey": "sk-client-key" }, "apis": apis }))
 }
 
+/// A config of these endpoints, as [`config`], with these settings of the server.
+pub(crate) fn config_of(settings: &Value, apis: &str) -> Config {
+    Config { server: server(&settings.to_string()), ..config(apis) }
+}
+
 /// The server part of a config with these settings.
 pub(crate) fn server(settings: &str) -> Server {
     let mut server: Value = serde_json::from_str(settings).unwrap();

@@ -60,6 +60,21 @@ const VENDORS: [&str; 18] = [
     "zhipu",
 ];
 
+/// The object at this place, which is made if it is not there, with the lists and objects around it.
+fn place_of<'a>(config: &'a mut Value, place: &str) -> &'a mut Value {
+    let steps: Vec<&str> = place.split('/').skip(1).collect();
+    steps.iter().enumerate().fold(config, |at, (number, step)| {
+        if *step == "0" {
+            return &mut at[0];
+        }
+        let is_list = steps.get(number + 1) == Some(&"0");
+        if at.get(*step).is_none() {
+            at[*step] = if is_list { json!([{}]) } else { json!({}) };
+        }
+        &mut at[*step]
+    })
+}
+
 /// The variables that the examples name.
 fn of_the_examples() -> Environment {
     let names = ["API_TOGETHER_KEY", "OPENAI_API_KEY", "SECOND_OPENAI_API_KEY", "GEMINI_API_KEY", "ARK_API_KEY"];
@@ -142,7 +157,7 @@ mod fixtures {
             assert_eq!(second.limits.rpd, Limit::AtMost(500));
             assert_eq!(second.base_url.to_string(), "https://your-backup-api.com");
             assert_eq!(second.models, ["claude-2", "claude-instant-1"]);
-            assert!(loaded.config.server.api_key.matches(b"sk-123"));
+            assert!(loaded.config.server.api_key.unwrap().matches(b"sk-123"));
         }
     }
 
@@ -322,7 +337,7 @@ mod variables {
         );
         let environment = Environment::fixed([("KEY", "sk-1"), ("COUNT", "7"), ("NO", "false")]);
         let Config { server, endpoints } = checked(&config, &environment).unwrap().config;
-        assert!(server.api_key.matches(b"sk-1") && !server.endpoint_headers);
+        assert!(server.api_key.as_ref().unwrap().matches(b"sk-1") && !server.endpoint_headers);
         assert_eq!((endpoints[0].limits.rpm, &*endpoints[0].name), (Limit::AtMost(7), "7"));
         assert_eq!(endpoints[0].headers[0].1, "ask-1");
     }
@@ -331,7 +346,7 @@ mod variables {
     fn a_key_that_can_be_guessed_is_warned_of_and_taken() {
         let warnings = |key: &str| {
             let loaded = checked(&with(&json!({ "apiKey": key }), &json!({})), &no_variables()).unwrap();
-            assert_eq!(loaded.config.server.api_key.expose(), key);
+            assert_eq!(loaded.config.server.api_key.unwrap().expose(), key);
             loaded.warnings.iter().map(ToString::to_string).collect::<Vec<_>>()
         };
         for (weak, why) in [
@@ -483,17 +498,7 @@ fn the_schema_and_the_types_agree_at_every_bound() {
         for (key, inner) in properties {
             for value in &values {
                 let mut config = minimal();
-                if config.pointer(&place).is_none() {
-                    let (outer, inner_key) = place.rsplit_once('/').unwrap();
-                    match outer.rsplit_once('/') {
-                        // The first item of a list that is not there either.
-                        Some((object, list)) if inner_key == "0" => {
-                            config.pointer_mut(object).unwrap()[list] = json!([{}]);
-                        }
-                        _ => config.pointer_mut(outer).unwrap()[inner_key] = json!({}),
-                    }
-                }
-                config.pointer_mut(&place).unwrap()[key] = value.clone();
+                place_of(&mut config, &place)[key] = value.clone();
                 assert_placed(&checked(&config, &no_variables()), &config);
                 tried += 1;
             }

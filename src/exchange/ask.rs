@@ -15,6 +15,7 @@ use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, UsageEdit};
 use crate::request::shape::CallShape;
 use crate::routing::balance::Options;
+use crate::routing::callers::Named;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::retry::Outcome;
 use crate::routing::router::{Candidate, Candidates, ModelName};
@@ -49,6 +50,8 @@ pub struct Ask {
     pub shape: Option<CallShape>,
     /// The caller, which is promised a time if the request is refused.
     pub caller: CallerId,
+    /// The same, if it has a key of its own.
+    pub named: Option<Arc<Named>>,
     /// True if the body is JSON, whatever its content type says.
     pub is_json: bool,
     /// The model's name as the client sent it.

@@ -11,13 +11,15 @@ use crate::ledger::Client;
 use crate::limit::Clock;
 use crate::request::shape;
 use crate::response::objects::{Found, ObjectReader, Wanted};
-use crate::routing::objects::{self, Named, Objects};
+use crate::routing::objects::{self, Named, Objects, Owner};
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::retry::Outcome;
 
 /// What a request has to do with objects.
 #[derive(Clone, Debug)]
 pub struct AskedObjects {
+    /// Whose they are.
+    pub owner: Owner,
     /// True if it names any.
     pub names_any: bool,
     /// Those that it names.
@@ -97,7 +99,12 @@ impl AttemptObjects {
         if self.asked.wanted.objects
             && let Some(id) = shape::ids(location).last()
         {
-            objects::note_found(vec![Found::Object(id.into())], endpoint, self.until, &self.ledger);
+            objects::note_found(
+                vec![Found::Object(id.into())],
+                (endpoint, &self.asked.owner),
+                self.until,
+                &self.ledger,
+            );
         }
     }
 
@@ -111,6 +118,6 @@ impl AttemptObjects {
         if ends {
             reader.end();
         }
-        objects::note_found(reader.take_found(), endpoint, self.until, &self.ledger);
+        objects::note_found(reader.take_found(), (endpoint, &self.asked.owner), self.until, &self.ledger);
     }
 }

@@ -48,6 +48,34 @@ pub enum Fault {
     KeyMissing,
     /// The request's key is not the server's.
     KeyWrong,
+    /// The request's key opened once, and does not any more.
+    KeyEnded {
+        /// Name of the key.
+        name: String,
+        /// What has become of it, such as "has expired".
+        why: &'static str,
+    },
+    /// The request's key may not be used from its address.
+    AddressNotAllowed {
+        /// Name of the key.
+        name: String,
+    },
+    /// The request's key may not make such calls.
+    CallNotAllowed {
+        /// Name of the key.
+        name: String,
+        /// Kind of the call.
+        call: &'static str,
+    },
+    /// The path is one of our own that is not for the keys of callers.
+    PathNotAllowed,
+    /// The request's key may not ask for the model.
+    ModelNotAllowed {
+        /// Name of the key.
+        name: String,
+        /// The model's name.
+        model: String,
+    },
     /// Too many wrong keys came from one address.
     KeysFailedTooOften,
     /// The path is not one that is served here.
@@ -230,6 +258,11 @@ impl Fault {
         let (status, kind, code, label) = match self {
             Self::KeyMissing               => (401, INVALID, Some("invalid_api_key"), "key_missing"),
             Self::KeyWrong                 => (401, INVALID, Some("invalid_api_key"), "key_wrong"),
+            Self::KeyEnded { .. }          => (401, INVALID, Some("invalid_api_key"), "key_ended"),
+            Self::AddressNotAllowed { .. } => (403, INVALID, Some("address_not_allowed"), "address_not_allowed"),
+            Self::CallNotAllowed { .. }    => (403, INVALID, Some("call_not_allowed"), "call_not_allowed"),
+            Self::PathNotAllowed           => (403, INVALID, Some("call_not_allowed"), "path_not_allowed"),
+            Self::ModelNotAllowed { .. }   => (404, INVALID, Some("model_not_found"), "model_not_allowed"),
             Self::KeysFailedTooOften       => (429, "requests", Some("rate_limit_exceeded"), "keys_failed_too_often"),
             Self::PathUnknown { .. }       => (404, INVALID, Some("unknown_url"), "path_unknown"),
             Self::CallUnknown              => (404, INVALID, Some("call_not_found"), "call_unknown"),
@@ -294,7 +327,9 @@ impl Fault {
     /// The model that the request asked for, where that is what is wrong.
     pub fn model(&self) -> Option<&str> {
         match self {
-            Self::ModelUnknown { model } | Self::WebSocketUnavailable { model } => Some(model),
+            Self::ModelUnknown { model }
+            | Self::ModelNotAllowed { model, .. }
+            | Self::WebSocketUnavailable { model } => Some(model),
             _ => None,
         }
     }
@@ -330,6 +365,17 @@ impl Fault {
                 format!("The header is longer than {bytes_max} bytes (server.connections.headerBytesMax).")
             }
             Self::PathTooLong { bytes_max } => format!("The path and query are longer than {bytes_max} bytes."),
+            Self::KeyEnded { name, why } => format!("This API key ({name}) {why}. Ask for another one."),
+            Self::AddressNotAllowed { name } => {
+                format!("This API key ({name}) may not be used from this address (allowFrom).")
+            }
+            Self::CallNotAllowed { name, call } => {
+                format!("This API key ({name}) may not make calls of the kind `{call}` (calls).")
+            }
+            Self::ModelNotAllowed { name, model } => format!(
+                "The model `{model}` does not exist for this API key ({name}). GET /v1/models lists the models that it may \
+                 ask for."
+            ),
             Self::ModelUnknown { model } => format!(
                 "The model `{model}` does not exist here: no enabled endpoint serves or maps it. GET /v1/models \
                  lists the models that are served."
@@ -380,6 +426,7 @@ impl Fault {
                 "No API key provided. Send this gateway's key (server.apiKey in its config file) as \
                  'Authorization: Bearer KEY'."
             }
+            Self::PathNotAllowed => "This path is for whoever runs the gateway, with its own key (server.apiKey).",
             Self::KeyWrong => {
                 "Incorrect API key provided. This gateway expects its own key (server.apiKey in its config file), \
                  not an endpoint's."
@@ -444,6 +491,10 @@ impl Fault {
             | Self::BodyTooLarge { .. }
             | Self::PathTooLong { .. }
             | Self::ModelUnknown { .. }
+            | Self::KeyEnded { .. }
+            | Self::AddressNotAllowed { .. }
+            | Self::CallNotAllowed { .. }
+            | Self::ModelNotAllowed { .. }
             | Self::WebSocketUnavailable { .. }
             | Self::ObjectUnknown { .. }
             | Self::ObjectsApart { .. }

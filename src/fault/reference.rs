@@ -19,6 +19,11 @@ impl Fault {
     fn entry(&self) -> Entry {
         let (meaning, way_out) = match self {
             Self::KeyMissing => ("the request carries no key", "put the value of `server.apiKey` into the client as its API key"),
+            Self::KeyEnded { .. } => ("the request's key has expired, was revoked, was replaced or is switched off", "use another one, or give the caller one"),
+            Self::AddressNotAllowed { .. } => ("the request's key may not be used from the client's address", "use it from another address, or add this one to its `allowFrom`"),
+            Self::CallNotAllowed { .. } => ("the request's key may not make calls of this kind", "use another key, or add the kind to its `calls`"),
+            Self::PathNotAllowed => ("the path is for `server.apiKey`, and the request has a caller's key", "use `server.apiKey`"),
+            Self::ModelNotAllowed { .. } => ("the request's key may not ask for the model", "`GET /v1/models` with that key lists those that it may ask for; or add it to its `models`"),
             Self::KeyWrong => ("the request's key is not `server.apiKey`", "correct the client's key; an endpoint's key does not open the gateway"),
             Self::KeysFailedTooOften => ("more than `server.failedKeysPerMinute` different wrong keys came from the client's address; right ones are refused too", "correct the client that guesses, and wait a minute; behind a reverse proxy set `server.trustedProxies`"),
             Self::PathUnknown { .. } => ("the path is not the API's", "let the client's base URL end in `/v1`"),
@@ -65,6 +70,11 @@ impl Fault {
         vec![
             Self::KeyMissing,
             Self::KeyWrong,
+            Self::KeyEnded { name: name(), why: "has expired" },
+            Self::AddressNotAllowed { name: name() },
+            Self::CallNotAllowed { name: name(), call: "images" },
+            Self::PathNotAllowed,
+            Self::ModelNotAllowed { name: name(), model: "MODEL".to_owned() },
             Self::KeysFailedTooOften,
             Self::PathUnknown { path: "/PATH".to_owned() },
             Self::CallUnknown,

@@ -18,6 +18,10 @@ pub struct Record<'a> {
     pub id: &'a str,
     /// The client's address.
     pub caller: Option<IpAddr>,
+    /// Name of the client's key, if it is a caller's own.
+    pub key: Option<&'a str>,
+    /// Labels of that key.
+    pub tags: &'a [String],
     /// The method.
     pub method: &'a str,
     /// The path, without its query, which may hold secrets.
@@ -61,6 +65,8 @@ impl Record<'_> {
         let members = [
             ("id", Some(json!(self.id))),
             ("caller", self.caller.map(|caller| json!(caller.to_string()))),
+            ("key", self.key.map(|key| json!(key))),
+            ("tags", (!self.tags.is_empty()).then(|| json!(self.tags))),
             ("method", Some(json!(self.method))),
             ("path", Some(json!(cut(self.path)))),
             ("model", self.model.map(|model| json!(cut(model)))),
@@ -116,6 +122,12 @@ impl Record<'_> {
         line.0.push_str(self.id);
         if let Some(caller) = self.caller {
             line.address("caller", caller);
+        }
+        if let Some(key) = self.key {
+            line.word("key", key);
+        }
+        if !self.tags.is_empty() {
+            line.word("tags", &self.tags.join(","));
         }
         line.plain("method", self.method);
         line.word("path", self.path);
@@ -263,6 +275,8 @@ mod tests {
         let record = Record {
             id: "req_1",
             caller: Some("127.0.0.1".parse().unwrap()),
+            key: None,
+            tags: &[],
             method: "POST",
             path: "/v1/chat/completions",
             model: Some("gpt-4\nfake line"),
@@ -305,6 +319,11 @@ mod tests {
             reason: LimitReason::Full(LimitKind::Rpm, 3),
             wait: Duration::from_millis(1500),
         };
+        let tags = ["nightly".to_owned(), "team a".to_owned()];
+        let of_key = Record { key: Some("ada"), tags: &tags, held: Vec::new(), ..record };
+        assert!(of_key.text().contains(r#" caller=127.0.0.1 key=ada tags="nightly,team a" method=POST "#));
+        assert!(of_key.json_members().contains(r#""key":"ada","tags":["nightly","team a"]"#));
+        let record = Record { key: None, tags: &[], ..of_key };
         let full = Record { held: vec![held; 12], cause: Some("x y"), ..record };
         let shown = r#"a\"b: 3 requests a minute for gpt-4*, for 2 s; "#.repeat(10);
         assert!(full.text().ends_with(&format!(" held=\"{shown}and 2 others\" cause=\"x y\"")), "{}", full.text());

@@ -14,6 +14,7 @@ use crate::request::connections::OnConnection;
 use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
 use crate::routing::admission::Choice;
+use crate::routing::callers::Named;
 use crate::routing::pool::Endpoint;
 
 /// One request, from its header to its last byte.
@@ -48,6 +49,8 @@ pub struct Arrival {
     pub own: OwnHeaders,
     /// The client's address, behind trusted proxies.
     pub address: Option<IpAddr>,
+    /// The caller, if it has a key of its own.
+    pub named: Option<Arc<Named>>,
     /// The connection that it came on.
     pub(crate) connection: Option<OnConnection>,
     /// True if our own `x-api-together-*` headers are sent.
@@ -104,6 +107,7 @@ impl Context {
                 at: Instant::now(),
                 own: OwnHeaders::default(),
                 address: None,
+                named: None,
                 connection: None,
                 endpoint_headers: true,
                 error_shape: ErrorShape::default(),

@@ -76,6 +76,8 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
     let record = Record {
         id: context.arrival.id_text(),
         caller: context.arrival.address,
+        key: context.arrival.named.as_ref().map(|named| &**named.caller.name()),
+        tags: context.arrival.named.as_ref().map_or(&[], |named| &named.caller.key.tags),
         method: header.method.as_str(),
         path: header.uri.path(),
         model: ask.and_then(|ask| ask.model.as_deref()).or(context.fault.as_ref().and_then(Fault::model)),

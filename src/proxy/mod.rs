@@ -1,7 +1,9 @@
 //! The only `ProxyHttp` implementation. Its hooks know the order of the stages and nothing else.
 //!
 //! ```text
-//! request_filter            arrival → auth → own answers → body → route → first pick       (intake)
+//! request_filter            arrival → auth → own answers                                  (intake)
+//!                           body → model → candidates → session                           (asking)
+//!                           first pick                                                    (intake)
 //! ┌ upstream_peer           what follows → attempt → address                               (attempts)
 //! │ connected_to_upstream   the header waits for the body                                   (outgoing)
 //! │ upstream_request_filter path, headers, key, body, permit                               (outgoing)
@@ -14,6 +16,7 @@
 //! ```
 
 pub mod access_log;
+mod asking;
 mod attempts;
 mod context;
 mod ending;

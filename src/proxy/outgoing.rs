@@ -213,7 +213,8 @@ pub(super) fn forwarded(header: &RequestHeader, ask: &Ask, id: Option<&HeaderVal
     parts.method = header.method.clone();
     parts.uri = ask.target.clone().into();
     parts.version = header.version;
-    parts.headers = forward::forwarded(&header.headers, &ask.pool.server, ask.switches_protocol);
+    let own = ask.named.as_ref().map(|named| &named.key);
+    parts.headers = forward::forwarded(&header.headers, &ask.pool.server, own, ask.switches_protocol);
     if ask.is_json && !content_type::is_json_request(text(parts.headers.get(header::CONTENT_TYPE))) {
         // It was sent as text, to avoid a preflight or out of habit, and endpoints go by the label.
         parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

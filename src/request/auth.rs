@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderName, header};
 use percent_encoding::percent_decode;
 
 use super::guesses::Guesses;
-use crate::config;
+use crate::config::{self, Secret};
 use crate::fault::Fault;
 
 /// Headers in which SDKs send a key: OpenAI's and most others', Anthropic's, Azure's, Google's.
@@ -26,6 +26,24 @@ pub(crate) const KEY_PARAMETER: &str = "key";
 /// Keys of one request that are looked at. SDKs send one, some of them in two places.
 const KEYS_MAX: usize = 8;
 
+/// A key that is known.
+#[derive(Debug)]
+pub struct Known<C> {
+    /// Whose it is.
+    pub caller: C,
+    /// True if the gateway made it, so that nobody has guessed it.
+    pub is_generated: bool,
+}
+
+/// Whose request it is.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Admitted<C> {
+    /// It has the server's one key.
+    Shared,
+    /// It has a caller's own key, this one.
+    Caller(C, Secret),
+}
+
 /// Checks the key of every request. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Auth {
@@ -39,28 +57,36 @@ impl std::fmt::Debug for Auth {
 }
 
 impl Auth {
-    /// Lets a request with the right key pass, wherever it stands. Wrong ones are refused, and counted against the address that they
-    /// come from; behind the limit a right one is refused as well ([`Fault::KeysFailedTooOften`]), unless the address has lately been
-    /// right. `vouched`: the connection has shown a right key before, and is one client's.
-    pub fn check(
+    /// Lets a request with the right key pass, wherever it stands: that of the server, or one that `find` knows. Wrong ones are refused,
+    /// and counted against the address that they come from; behind the limit a right one is refused as well
+    /// ([`Fault::KeysFailedTooOften`]), unless the address has lately been right. `vouched`: the connection has shown a right key
+    /// before, and is one client's.
+    pub fn check<C>(
         &self,
         server: &config::Server,
         headers: &HeaderMap,
         query: Option<&str>,
-        address: Option<IpAddr>,
-        vouched: bool,
-    ) -> Result<(), Fault> {
+        (address, vouched): (Option<IpAddr>, bool),
+        find: impl Fn(&[u8]) -> Option<Result<Known<C>, Fault>>,
+    ) -> Result<Admitted<C>, Fault> {
+        let is_shared = |given: &[u8]| server.api_key.as_ref().is_some_and(|key| key.matches(given));
         // Nearly all put it there, and need no look at the other places.
         if let Some(value) = headers.get(header::AUTHORIZATION)
-            && server.api_key.matches(bare(value.as_bytes()))
+            && is_shared(bare(value.as_bytes()))
         {
-            return self.let_in(server, address, vouched);
+            return self.let_in(server, address, vouched).map(|()| Admitted::Shared);
         }
         let limit = server.failed_keys_per_minute;
         let (mut is_given, mut too_often) = (false, false);
         for key in keys_given(headers, query).take(KEYS_MAX) {
-            if server.api_key.matches(&key) {
-                return self.let_in(server, address, vouched);
+            if is_shared(&key) {
+                return self.let_in(server, address, vouched).map(|()| Admitted::Shared);
+            }
+            if let Some(known) = find(&key) {
+                let Known { caller, is_generated } = known?;
+                // Nobody has guessed one that the gateway made.
+                self.let_in(server, address, vouched || is_generated)?;
+                return Ok(Admitted::Caller(caller, Secret::new(String::from_utf8_lossy(&key))));
             }
             // Each is a guess, or many could be tried behind one that is always the same.
             too_often |= address.is_some_and(|address| self.guesses.wrong(address, &key, limit));
@@ -153,10 +179,25 @@ mod tests {
         headers
     }
 
+    fn key_of(server: &config::Server) -> String {
+        server.api_key.as_ref().unwrap().expose().to_owned()
+    }
+
+    /// Checks a request where no caller has a key of its own.
+    fn check_shared(
+        auth: &Auth,
+        server: &config::Server,
+        headers: &HeaderMap,
+        query: Option<&str>,
+        from: (Option<IpAddr>, bool),
+    ) -> Result<(), Fault> {
+        auth.check::<()>(server, headers, query, from, |_| None).map(|admitted| assert_eq!(admitted, Admitted::Shared))
+    }
+
     #[test]
     fn every_usual_way_to_send_the_key() {
         let server = config("[]").server;
-        let key = server.api_key.expose().to_owned();
+        let key = key_of(&server);
         let auth = Auth::default();
         let places = [
             ("authorization", format!("Bearer {key}")),
@@ -168,12 +209,16 @@ mod tests {
             ("sec-websocket-protocol", format!("realtime, openai-insecure-api-key.{key}, openai-beta.realtime-v1")),
         ];
         for (name, value) in &places {
-            assert_eq!(auth.check(&server, &headers(&[(name, value)]), None, None, false), Ok(()), "{name}: {value}");
+            assert_eq!(
+                check_shared(&auth, &server, &headers(&[(name, value)]), None, (None, false)),
+                Ok(()),
+                "{name}: {value}"
+            );
             // Whatever stands in the other places, and before it in the same.
             for (other, _) in &places {
                 let mixed = headers(&[(other, "wrong"), (name, value)]);
                 assert_eq!(
-                    auth.check(&server, &mixed, Some("key=wrong"), None, false),
+                    check_shared(&auth, &server, &mixed, Some("key=wrong"), (None, false)),
                     Ok(()),
                     "{other}, {name}: {value}"
                 );
@@ -181,26 +226,28 @@ mod tests {
         }
         let wrong = headers(&[("authorization", "Bearer wrong")]);
         for query in [format!("key={key}"), format!("a=1&key={}&b=2", key.replace('-', "%2D"))] {
-            assert_eq!(auth.check(&server, &wrong, Some(&query), None, false), Ok(()), "{query}");
+            assert_eq!(check_shared(&auth, &server, &wrong, Some(&query), (None, false)), Ok(()), "{query}");
         }
         for value in ["", "Bearer", "Bearer ", "Bearer"] {
             let none = headers(&[("authorization", value)]);
-            assert_eq!(auth.check(&server, &none, Some("key=&a"), None, false), Err(Fault::KeyMissing));
+            assert_eq!(check_shared(&auth, &server, &none, Some("key=&a"), (None, false)), Err(Fault::KeyMissing));
         }
         for value in ["Bearer wrong", "Basic abc", &key[1..], &format!("{key}x")] {
             let wrong = headers(&[("authorization", value)]);
-            assert_eq!(auth.check(&server, &wrong, Some("keys=a"), None, false), Err(Fault::KeyWrong));
+            assert_eq!(check_shared(&auth, &server, &wrong, Some("keys=a"), (None, false)), Err(Fault::KeyWrong));
         }
     }
 
     #[test]
     fn behind_the_limit_a_right_key_is_refused_like_a_wrong_one() {
         let server = server(r#"{"failedKeysPerMinute": 3}"#);
-        let right = headers(&[("authorization", &format!("Bearer {}", server.api_key.expose()))]);
+        let right = headers(&[("authorization", &format!("Bearer {}", key_of(&server)))]);
         let guess = |number: u8| headers(&[("authorization", &format!("Bearer wrong{number}"))]);
         let (new, known): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
         let auth = Auth::default();
-        let check = |headers: &HeaderMap, address, vouched| auth.check(&server, headers, None, Some(address), vouched);
+        let check = |headers: &HeaderMap, address, vouched| {
+            check_shared(&auth, &server, headers, None, (Some(address), vouched))
+        };
         assert_eq!(check(&right, known, false), Ok(()));
         for address in [new, known] {
             for number in 0..3 {
@@ -223,13 +270,41 @@ mod tests {
             (0..9).find(|number| check(&behind(*number), third, false) == Err(Fault::KeysFailedTooOften)),
             Some(2)
         );
-        let right_behind = headers(&[("authorization", "Bearer dummy"), ("x-api-key", server.api_key.expose())]);
+        let right_behind = headers(&[("authorization", "Bearer dummy"), ("x-api-key", &key_of(&server))]);
         assert_eq!(check(&right_behind, third, false), Err(Fault::KeysFailedTooOften));
         let fourth = Some("192.0.2.4".parse().unwrap());
         let many: Vec<String> = (0..50).map(|number| format!("key=guess{number}")).collect();
-        let many = format!("{}&key={}", many.join("&"), server.api_key.expose());
+        let many = format!("{}&key={}", many.join("&"), key_of(&server));
         let none = HeaderMap::new();
-        assert_eq!(auth.check(&server, &none, Some(&many), fourth, false), Err(Fault::KeysFailedTooOften));
+        assert_eq!(check_shared(&auth, &server, &none, Some(&many), (fourth, false)), Err(Fault::KeysFailedTooOften));
+    }
+
+    #[test]
+    fn a_callers_own_key_opens_and_one_that_was_made_here_is_not_slowed() {
+        let server = server(r#"{"failedKeysPerMinute": 1}"#);
+        let auth = Auth::default();
+        let address = Some("192.0.2.9".parse().unwrap());
+        let check = |value: &str| {
+            let find = |key: &[u8]| match key {
+                b"sk-ada" => Some(Ok(Known { caller: "ada", is_generated: false })),
+                b"sk-at-agent" => Some(Ok(Known { caller: "agent", is_generated: true })),
+                b"sk-old" => Some(Err(Fault::KeyEnded { name: "old".into(), why: "has expired" })),
+                _ => None,
+            };
+            auth.check(&server, &headers(&[("x-api-key", value)]), None, (address, false), find)
+        };
+        assert_eq!(check("sk-ada"), Ok(Admitted::Caller("ada", Secret::new("sk-ada"))));
+        assert_eq!(check(&key_of(&server)), Ok(Admitted::Shared));
+        assert!(matches!(check("sk-old"), Err(Fault::KeyEnded { .. })), "no guess");
+        let new = Some("192.0.2.10".parse().unwrap());
+        let check = |value: &str, is_generated| {
+            let find = |key: &[u8]| (key == b"right").then_some(Ok(Known { caller: (), is_generated }));
+            auth.check(&server, &headers(&[("x-api-key", value)]), None, (new, false), find).map(drop)
+        };
+        assert_eq!(check("wrong", false), Err(Fault::KeyWrong));
+        assert_eq!(check("wronger", false), Err(Fault::KeysFailedTooOften));
+        assert_eq!(check("right", false), Err(Fault::KeysFailedTooOften));
+        assert_eq!(check("right", true), Ok(()));
     }
 
     #[test]

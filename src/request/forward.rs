@@ -96,7 +96,9 @@ fn is_ours_alone(name: &str) -> bool {
 }
 
 /// Returns the part of a request's headers that is forwarded to any endpoint.
-pub fn forwarded(headers: &HeaderMap, server: &Server, switches_protocol: bool) -> HeaderMap {
+///
+/// `own` is the key of the request itself, if that is a single caller's.
+pub fn forwarded(headers: &HeaderMap, server: &Server, own: Option<&Secret>, switches_protocol: bool) -> HeaderMap {
     let named = named_in_connection(headers);
     let added = |name: &str| server.forward_headers.iter().any(|pattern: &HeaderPattern| pattern.matches(name));
     let goes_on = |name: &HeaderName| {
@@ -113,7 +115,7 @@ pub fn forwarded(headers: &HeaderMap, server: &Server, switches_protocol: bool) 
             if let Some(value) = without_key_subprotocol(value) {
                 forwarded.append(name.clone(), value);
             }
-        } else if !quotes_key(value.as_bytes(), &server.api_key) {
+        } else if !quotes_any_key(value.as_bytes(), [server.api_key.as_ref(), own]) {
             forwarded.append(name.clone(), value.clone());
         }
     }
@@ -143,6 +145,14 @@ fn without_key_subprotocol(offered: &HeaderValue) -> Option<HeaderValue> {
 /// Shorter keys are looked for as the whole value only: they would be found in ordinary words.
 const QUOTED_BYTES_MIN: usize = 8;
 
+/// The keys that a client may have put into a value: the server's one key, and its own.
+type ClientKeys<'a> = [Option<&'a Secret>; 2];
+
+/// True if a value quotes one of these keys.
+fn quotes_any_key(value: &[u8], keys: ClientKeys<'_>) -> bool {
+    keys.into_iter().flatten().any(|key| quotes_key(value, key))
+}
+
 /// True if a value quotes a client's key.
 fn quotes_key(value: &[u8], key: &Secret) -> bool {
     let key = key.expose().as_bytes();
@@ -153,10 +163,10 @@ fn quotes_key(value: &[u8], key: &Secret) -> bool {
 }
 
 /// Returns the query without the parameters that carry a client's key. `None` if nothing is left of it.
-pub fn forwarded_query<'a>(query: &'a str, key: &Secret) -> Option<Cow<'a, str>> {
+pub fn forwarded_query<'a>(query: &'a str, keys: [Option<&Secret>; 2]) -> Option<Cow<'a, str>> {
     let stays = |pair: &str| {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        name == KEY_PARAMETER || quotes_key(&Cow::from(percent_decode(value.as_bytes())), key)
+        name == KEY_PARAMETER || quotes_any_key(&Cow::from(percent_decode(value.as_bytes())), keys)
     };
     if !query.split('&').any(stays) {
         return (!query.is_empty()).then_some(Cow::Borrowed(query));
@@ -261,12 +271,12 @@ mod tests {
 
     fn forwarded_names(pairs: &[(&'static str, &str)], settings: &str, switches_protocol: bool) -> Vec<String> {
         let mut server = server(settings);
-        server.api_key = Secret::new(KEY);
+        server.api_key = Some(Secret::new(KEY));
         let mut headers = HeaderMap::new();
         for (name, value) in pairs {
             headers.append(*name, HeaderValue::from_str(value).unwrap());
         }
-        let forwarded = forwarded(&headers, &server, switches_protocol);
+        let forwarded = forwarded(&headers, &server, None, switches_protocol);
         forwarded.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect()
     }
 
@@ -363,7 +373,7 @@ mod tests {
             (&format!("token=x{KEY}&a"), Some("a")),
             (&format!("token={}&a=1", KEY.replace('-', "%2D")), Some("a=1")),
         ] {
-            assert_eq!(forwarded_query(query, &key).as_deref(), forwarded, "{query}");
+            assert_eq!(forwarded_query(query, [None, Some(&key)]).as_deref(), forwarded, "{query}");
         }
     }
 

@@ -75,11 +75,12 @@ impl SessionName {
         headers: &HeaderMap,
         body: &[u8],
         fields: &SessionFields,
-        model: Option<&str>,
+        (caller, model): (&str, Option<&str>),
         prefix: bool,
     ) -> Option<Self> {
+        let of = (caller, model);
         let header = |name: &str| Some(headers.get(name)?.as_bytes().trim_ascii()).filter(|value| is_name(value));
-        let named = |name: &[u8]| Self { hash: hash(b"name", model, [name]), is_certain: true };
+        let named = |name: &[u8]| Self { hash: hash(b"name", of, [name]), is_certain: true };
         if let Some(name) = HEADERS.into_iter().find_map(header) {
             return Some(named(name));
         }
@@ -92,7 +93,7 @@ impl SessionName {
             return Some(named(name.as_bytes()));
         }
         if let Some(name) = header(MAYBE_HEADER) {
-            return Some(Self { hash: hash(b"name", model, [name]), is_certain: false });
+            return Some(Self { hash: hash(b"name", of, [name]), is_certain: false });
         }
         if !prefix {
             return None;
@@ -100,7 +101,7 @@ impl SessionName {
         let begins = fields.messages.as_ref().map(|range| first_messages(part(body, range.clone())));
         let begins = begins.filter(|begins| !begins.is_empty())?;
         let shared = [in_body(&fields.system), in_body(&fields.tools), Some(begins)];
-        Some(Self { hash: hash(b"prefix", model, shared.into_iter().flatten()), is_certain: true })
+        Some(Self { hash: hash(b"prefix", of, shared.into_iter().flatten()), is_certain: true })
     }
 }
 
@@ -176,7 +177,7 @@ fn first_messages(raw: &[u8]) -> &[u8] {
 }
 
 /// A hash that is the same in every process, of as much as is compared.
-fn hash<'a>(kind: &[u8], model: Option<&str>, parts: impl IntoIterator<Item = &'a [u8]>) -> u64 {
+fn hash<'a>(kind: &[u8], (caller, model): (&str, Option<&str>), parts: impl IntoIterator<Item = &'a [u8]>) -> u64 {
     let mut hasher = DefaultHasher::new();
     let mut left = PREFIX_BYTES_MAX;
     let mut write = |bytes: &[u8]| {
@@ -185,6 +186,9 @@ fn hash<'a>(kind: &[u8], model: Option<&str>, parts: impl IntoIterator<Item = &'
     };
     write(kind);
     write(model.unwrap_or_default().as_bytes());
+    if !caller.is_empty() {
+        write(caller.as_bytes());
+    }
     for text in parts {
         let text = part(text, ..text.len().min(left));
         left -= text.len();
@@ -208,12 +212,13 @@ mod tests {
         let body = body.to_string();
         let fields = fields::scan(body.as_bytes()).unwrap();
         let model = fields.model.as_ref().map(|model| &*model.name);
-        SessionName::find(&map, body.as_bytes(), &fields.session, model, prefix)
+        SessionName::find(&map, body.as_bytes(), &fields.session, ("", model), prefix)
     }
 
     #[test]
     fn the_first_name_counts_wherever_it_stands() {
-        let name = |name: &str| Some(SessionName { hash: hash(b"name", None, [name.as_bytes()]), is_certain: true });
+        let name =
+            |name: &str| Some(SessionName { hash: hash(b"name", ("", None), [name.as_bytes()]), is_certain: true });
         let all = json!({ "prompt_cache_key": "key", "metadata": { "user_id": "user" }, "conversation": "talk" });
         let headers = [("x-session-id", "one"), ("session_id", "two"), ("x-session-affinity", "three")];
         for first in 0..3 {
@@ -271,6 +276,8 @@ mod tests {
     #[test]
     fn the_hash_is_the_same_in_every_build() {
         // What is in the ledger was written by an earlier build.
-        assert_eq!(hash(b"name", Some("gpt-4o"), [&b"session"[..]]), 11_736_326_259_625_821_589);
+        assert_eq!(hash(b"name", ("", Some("gpt-4o")), [&b"session"[..]]), 11_736_326_259_625_821_589);
+        let other = hash(b"name", ("ada", Some("gpt-4o")), [&b"session"[..]]);
+        assert_ne!(other, 11_736_326_259_625_821_589, "another caller's is another session");
     }
 }

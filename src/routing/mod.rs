@@ -3,6 +3,7 @@
 pub mod accounts;
 pub mod admission;
 pub mod balance;
+pub mod callers;
 pub mod discovered;
 pub mod health;
 pub mod objects;

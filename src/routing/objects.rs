@@ -2,7 +2,7 @@
 //! endpoint cannot take the request, the answer says so, and no other endpoint's 404 stands in for it.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
@@ -14,6 +14,7 @@ use crate::ledger::places::{Place, PlaceChange, SOLE_CALLER, Thing, ThingKind};
 use crate::limit::Clock;
 use crate::request::references::References;
 use crate::response::objects::Found;
+use crate::routing::callers::Caller;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::Candidates;
 
@@ -42,9 +43,51 @@ impl Default for Objects {
     }
 }
 
+/// Whose objects a request may name: what one caller made, another neither finds nor lists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// Name of its key.
+    name: Arc<str>,
+    /// True if what anybody made is everybody's.
+    is_shared: bool,
+}
+
+impl Default for Owner {
+    /// Whoever has the server's one key.
+    fn default() -> Self {
+        static SOLE: LazyLock<Arc<str>> = LazyLock::new(|| SOLE_CALLER.into());
+        Self { name: Arc::clone(&SOLE), is_shared: false }
+    }
+}
+
+impl Owner {
+    /// The owner of what a request makes. `shared`: all callers share what they make.
+    pub fn new(caller: Option<&Caller>, shared: bool) -> Self {
+        match caller {
+            Some(caller) if !shared => Self { name: Arc::clone(caller.name()), is_shared: false },
+            _ => Self { is_shared: shared, ..Self::default() },
+        }
+    }
+
+    /// True if it may see a thing that is at these places. What nobody is known to have made is for whoever has the server's one key.
+    pub fn sees(&self, places: &[Place]) -> bool {
+        self.is_shared || places.iter().any(|place| self.owns(place)) || places.is_empty() && *self.name == *SOLE_CALLER
+    }
+
+    fn owns(&self, place: &Place) -> bool {
+        self.is_shared || place.owner == self.name
+    }
+
+    /// A text that stands for one of its own among those of all callers.
+    pub fn key(&self, id: &Arc<str>) -> Arc<str> {
+        if *self.name == *SOLE_CALLER { Arc::clone(id) } else { format!("{}\n{id}", self.name).into() }
+    }
+}
+
 /// Objects of one request.
 #[derive(Clone, Debug, Default)]
 pub struct Named {
+    owner: Owner,
     /// Those that are known, and are to be remembered longer if the request succeeds.
     renewed: Vec<Thing>,
     /// Those that are not known: the endpoint that answers has them.
@@ -70,8 +113,13 @@ pub struct Resolved {
 
 impl Objects {
     /// Finds where the objects of a request are, among the candidates of its model.
-    pub async fn resolve(&self, pool: &Pool, references: References, all: &Arc<Candidates>) -> Result<Resolved, Fault> {
-        let mut named = Named { subject: references.subject.clone(), ..Named::default() };
+    pub async fn resolve(
+        &self,
+        pool: &Pool,
+        (references, owner): (References, Owner),
+        all: &Arc<Candidates>,
+    ) -> Result<Resolved, Fault> {
+        let mut named = Named { owner, subject: references.subject.clone(), ..Named::default() };
         let guesses = references.objects.iter().filter(|object| !object.is_certain);
         let guesses: Vec<Arc<str>> = guesses.map(|object| Arc::clone(&object.id)).collect();
         let mut at: Option<Shared> = None;
@@ -87,7 +135,9 @@ impl Objects {
                 }
                 continue;
             }
-            let Some(own) = own(places).map_err(|()| Fault::ObjectUnknown { id: excerpt(&thing.name) })? else {
+            let Some(own) =
+                own(places, &named.owner).map_err(|()| Fault::ObjectUnknown { id: excerpt(&thing.name) })?
+            else {
                 if !guesses.contains(&thing.name) {
                     named.unknown.push(thing.name);
                 }
@@ -128,7 +178,7 @@ impl Objects {
         }
         let mut absent = lock(&self.absent);
         for id in &named.unknown {
-            absent.put(Arc::clone(id), now);
+            absent.put(named.owner.key(id), now);
         }
         while absent.len() > ABSENT_MAX {
             absent.pop_lru();
@@ -139,11 +189,12 @@ impl Objects {
     fn refuse_absent(&self, named: &Named, now: Instant) -> Result<(), Fault> {
         let mut absent = lock(&self.absent);
         for id in &named.unknown {
-            let is_absent = absent.peek(id).is_some_and(|since| now.saturating_duration_since(*since) < ABSENT);
+            let key = named.owner.key(id);
+            let is_absent = absent.peek(&key).is_some_and(|since| now.saturating_duration_since(*since) < ABSENT);
             if is_absent {
                 return Err(Fault::ObjectUnknown { id: excerpt(id) });
             }
-            absent.pop(id);
+            absent.pop(&key);
         }
         Ok(())
     }
@@ -182,9 +233,9 @@ async fn look_up(pool: &Pool, references: References) -> Result<Vec<Located>, Ve
 type Located = (Thing, Vec<Place>);
 
 /// The places of a caller's own thing; none if it is not known, an error if it is another caller's.
-fn own(places: Vec<Place>) -> Result<Option<Vec<Place>>, ()> {
+fn own(places: Vec<Place>, owner: &Owner) -> Result<Option<Vec<Place>>, ()> {
     let is_known = !places.is_empty();
-    let own: Vec<Place> = places.into_iter().filter(|place| *place.owner == *SOLE_CALLER).collect();
+    let own: Vec<Place> = places.into_iter().filter(|place| owner.owns(place)).collect();
     match (is_known, own.is_empty()) {
         (true, true) => Err(()),
         (false, _) => Ok(None),
@@ -198,7 +249,7 @@ impl Named {
         let unknown =
             self.unknown.iter().take(LEARNED_MAX).map(|id| Thing { kind: ThingKind::Object, name: Arc::clone(id) });
         for thing in unknown.chain(self.renewed.iter().cloned()) {
-            ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, until)));
+            ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, &self.owner, until)));
         }
         if deleted {
             self.forget_subject(ledger);
@@ -209,19 +260,19 @@ impl Named {
     pub fn forget_subject(&self, ledger: &Client) {
         if let Some(id) = &self.subject {
             let thing = Thing { kind: ThingKind::Object, name: Arc::clone(id) };
-            ledger.change_place(PlaceChange::Forget(thing, SOLE_CALLER.into()));
+            ledger.change_place(PlaceChange::Forget(thing, Arc::clone(&self.owner.name)));
         }
     }
 }
 
 /// Notes what an answer showed to be at its endpoint.
-pub fn note_found(found: Vec<Found>, endpoint: &Endpoint, until: i64, ledger: &Client) {
+pub fn note_found(found: Vec<Found>, (endpoint, owner): (&Endpoint, &Owner), until: i64, ledger: &Client) {
     for one in found {
         let thing = match one {
             Found::Object(name) => Thing { kind: ThingKind::Object, name },
             Found::Sealed(name) => Thing { kind: ThingKind::Sealed, name },
         };
-        ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, until)));
+        ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, owner, until)));
     }
 }
 
@@ -230,9 +281,9 @@ pub fn remembered_until(pool: &Pool, clock: &Clock) -> i64 {
     clock.seconds_after(pool.server.affinity.id_time)
 }
 
-fn place_at(endpoint: &Endpoint, until: i64) -> Place {
+fn place_at(endpoint: &Endpoint, owner: &Owner, until: i64) -> Place {
     Place {
-        owner: SOLE_CALLER.into(),
+        owner: Arc::clone(&owner.name),
         endpoint: Arc::clone(&endpoint.config.id),
         organization: Arc::clone(&endpoint.config.organization),
         until,

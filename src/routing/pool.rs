@@ -12,6 +12,7 @@ use crate::ledger::{Account, AccountId, AccountSet, Client, Drawn, Otherwise, Wa
 use crate::limit::{Clock, Stamp};
 use crate::response::redact::Secrets;
 use crate::routing::accounts::EndpointAccounts;
+use crate::routing::callers::Caller;
 use crate::routing::discovered::Discovered;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
 use crate::routing::objects::Objects;
@@ -143,6 +144,14 @@ impl Pool {
         }
         let has = |index: usize| self.endpoints.get(index).is_some_and(|one| one.config.calls.contains(kind));
         candidates.having_call(kind, has)
+    }
+
+    /// Those of some candidates that a caller's requests may go to.
+    pub fn open_to(&self, candidates: &Arc<Candidates>, caller: &Caller) -> Arc<Candidates> {
+        let is_open = |index: usize| {
+            self.endpoints.get(index).is_some_and(|endpoint| caller.key.allows_endpoint(&endpoint.config.id))
+        };
+        candidates.open_to(caller.number, is_open)
     }
 
     /// The clocks that limits and health go by, as they are now.

@@ -3,7 +3,7 @@
 //! Everything is worked out when the config is loaded. A request costs one look-up for an exact name, and one for each
 //! distinct pattern length otherwise, however many endpoints there are.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -54,7 +54,12 @@ pub struct Candidates {
     pub(crate) turns: Mutex<Vec<i64>>,
     /// Those of them that have a kind of calls, once one was asked for.
     by_call: Mutex<Vec<(CallKind, Arc<Self>)>>,
+    /// Those of them that a caller's requests may go to, by the caller's number, the latest last.
+    by_caller: Mutex<VecDeque<(u64, Arc<Self>)>>,
 }
+
+/// Callers whose candidates are kept, so that their turns go on; of more the earliest are worked out anew.
+const CALLERS_MAX: usize = 64;
 
 impl Candidates {
     fn new(label: &str, mut matches: Vec<Match>) -> Self {
@@ -92,6 +97,7 @@ impl Candidates {
             turns,
             rates: Mutex::default(),
             by_call: Mutex::default(),
+            by_caller: Mutex::default(),
         }
     }
 
@@ -104,6 +110,20 @@ impl Candidates {
         let having = Arc::new(self.narrowed(has));
         by_call.push((kind, Arc::clone(&having)));
         having
+    }
+
+    /// Those of them that the requests of the caller of this number may go to, as `is_open` says the first time.
+    pub fn open_to(&self, caller: u64, is_open: impl Fn(usize) -> bool) -> Arc<Self> {
+        let mut by_caller = self.by_caller.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, known)) = by_caller.iter().find(|(known, _)| *known == caller) {
+            return Arc::clone(known);
+        }
+        let open = Arc::new(self.narrowed(is_open));
+        if by_caller.len() >= CALLERS_MAX {
+            by_caller.pop_front();
+        }
+        by_caller.push_back((caller, Arc::clone(&open)));
+        open
     }
 
     /// The same, those first whose endpoint, by its place in the pool, is one of these: all others are for when none of them can take the

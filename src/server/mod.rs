@@ -43,6 +43,7 @@ use crate::proxy::Gateway;
 use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
+use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
 use crate::server::control::{Commands, Control};
@@ -142,6 +143,7 @@ impl Prepared {
             .map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
         let process = Process {
             pool: Arc::new(ArcSwap::from_pointee(pool)),
+            keyring: Keyring::new(&started.keys),
             open: OpenRequests::default(),
             draining: Draining::default(),
             ledger: ledger.state().clone(),
@@ -222,8 +224,17 @@ impl Prepared {
             let (pool, state) = (Arc::clone(&process.pool), process.config.clone());
             let (flags, certificate) = (options.flags.clone(), listening.certificate.clone());
             let (reload, reloads) = control::reloads();
-            let reloader =
-                Reloader { path, flags, pool, started, certificate, state, hung_up: hear_hangups(), asked: reloads };
+            let reloader = Reloader {
+                path,
+                flags,
+                pool,
+                keyring: process.keyring.clone(),
+                started,
+                certificate,
+                state,
+                hung_up: hear_hangups(),
+                asked: reloads,
+            };
             server.add_service(background_service("reload", reloader));
             if options.arguments.is_some() {
                 let commands = Commands::new(reload, process.clone());

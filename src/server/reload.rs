@@ -15,6 +15,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{self, Config, Environment, Flags, Loaded, Server, Watch, changes, needs_upgrade};
 use crate::process::{Applied, ConfigState};
+use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
 use crate::server::control::Reloads;
@@ -29,6 +30,8 @@ pub(super) struct Reloader {
     pub flags: Flags,
     /// Pool that a good config replaces.
     pub pool: Arc<ArcSwap<Pool>>,
+    /// Callers, whose keys stand in it.
+    pub keyring: Keyring,
     /// The server's part as the process was started with, some of which stays.
     pub started: Server,
     /// The certificate that clients are shown.
@@ -141,6 +144,7 @@ impl Reloader {
             Ok(pool) => self.pool.store(Arc::new(Pool { version, ..pool })),
             Err(error) => return Err(self.refuse(&format!("an endpoint cannot be set up: {error}"))),
         }
+        self.keyring.set(&self.pool.load().server.keys);
         logger::set_format(self.pool.load().server.log_format);
         let mut told = Vec::new();
         for warning in &warnings {

@@ -18,6 +18,7 @@ mod auth;
 mod azure;
 mod body;
 mod by_model;
+mod callers;
 mod chaos;
 mod cli;
 mod commands;

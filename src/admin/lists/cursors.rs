@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use lru::LruCache;
 
-use super::call::ListCall;
 use crate::fault::{Fault, excerpt};
 
 /// Pages that are remembered; of more those that were asked for longest ago are forgotten.
@@ -47,9 +46,9 @@ impl Cursors {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where a list has been read to; none if that is not known. A fault if it is nowhere.
-    pub(super) fn find(&self, list: &ListCall<'_>, after: &str, now: Instant) -> Result<Option<Arc<[Cursor]>>, Fault> {
-        match self.lock().get(&list.key(after)) {
+    /// Where the list of this key has been read to; none if that is not known. A fault if it is nowhere.
+    pub(super) fn find(&self, key: &str, after: &str, now: Instant) -> Result<Option<Arc<[Cursor]>>, Fault> {
+        match self.lock().get(key) {
             Some(PageEnd::At(cursors)) => Ok(Some(Arc::clone(cursors))),
             Some(PageEnd::Nowhere(since)) if now.saturating_duration_since(*since) < ABSENT => {
                 Err(Fault::ObjectUnknown { id: excerpt(after) })

@@ -22,12 +22,14 @@ use super::Answer;
 use crate::config::CallKind;
 use crate::exchange::own_call::{OwnAnswer, OwnCall, OwnCalls};
 use crate::fault::{Fault, excerpt};
+use crate::ledger::places::{Thing, ThingKind};
 use crate::ledger::{Drawn, Permit};
 use crate::request::forward;
 use crate::request::shape::CallShape;
 use crate::response::objects::Found;
+use crate::routing::callers::Named;
 use crate::routing::health::Gate;
-use crate::routing::objects;
+use crate::routing::objects::{self, Owner};
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::ModelName;
 
@@ -120,39 +122,65 @@ enum Failure {
     Missing(Fault),
 }
 
-/// True if several endpoints have a part of the list. One alone is asked as for anything else.
-pub(crate) fn is_divided(pool: &Pool, list: &ListCall<'_>) -> bool {
-    sources(pool, list, None).len() > 1
+/// Whoever asks for a list.
+#[derive(Debug)]
+pub(crate) struct Asker<'a> {
+    /// The caller, if it has a key of its own, and that key.
+    pub(crate) named: Option<&'a Named>,
+    /// Whose objects it may see.
+    pub(crate) owner: Owner,
+    /// True if others have made objects that it may not see.
+    pub(crate) is_one_of_several: bool,
+}
+
+/// A list that is read for somebody.
+struct Reader<'a> {
+    pool: &'a Pool,
+    list: &'a ListCall<'a>,
+    asker: &'a Asker<'a>,
+    /// Headers that each endpoint is sent.
+    headers: HeaderMap,
+}
+
+/// True if the list has to be put together here: from the parts of several endpoints, or from what one caller may see. Otherwise an endpoint is
+/// asked as for anything else.
+pub(crate) fn is_divided(pool: &Pool, list: &ListCall<'_>, asker: &Asker<'_>) -> bool {
+    let parts = sources(pool, (list, asker), None).len();
+    parts > 1 || parts == 1 && asker.is_one_of_several
 }
 
 /// Answers a list.
 pub(crate) async fn answer(
     pool: &Pool,
     cursors: &Cursors,
-    list: &ListCall<'_>,
+    (list, asker): (&ListCall<'_>, &Asker<'_>),
     headers: &HeaderMap,
 ) -> Result<Answer, Fault> {
-    let answered = tokio::time::timeout(ANSWER_TIME_MAX, merged(pool, cursors, list, headers)).await;
+    let headers = forward::forwarded(headers, &pool.server, asker.named.map(|named| &named.key), false);
+    let reader = Reader { pool, list, asker, headers };
+    let answered = tokio::time::timeout(ANSWER_TIME_MAX, merged(&reader, cursors)).await;
     answered.unwrap_or(Err(Fault::EndpointTimeout))
 }
 
-async fn merged(pool: &Pool, cursors: &Cursors, list: &ListCall<'_>, headers: &HeaderMap) -> Result<Answer, Fault> {
+async fn merged(reader: &Reader<'_>, cursors: &Cursors) -> Result<Answer, Fault> {
+    let Reader { pool, list, asker, .. } = *reader;
     if list.pages_back {
-        let problem = "A list over several endpoints can be paged forward only: use `after` in place of `before`.";
+        let problem = "A list over several endpoints, or of one caller's own, can be paged forward only: use `after` in place of \
+                       `before`.";
         return Err(Fault::RequestInvalid { problem: problem.into() });
     }
-    let headers = forward::forwarded(headers, &pool.server, false);
     let now = pool.clock().now;
-    let known = list.after.map(|after| cursors.find(list, after, now)).transpose()?.flatten();
-    let mut sources = sources(pool, list, known.as_deref());
+    let key = |last: &str| asker.owner.key(&list.key(last).into()).to_string();
+    let known = list.after.map(|after| cursors.find(&key(after), after, now)).transpose()?.flatten();
+    let mut sources = sources(pool, (list, asker), known.as_deref());
     if let (Some(after), None) = (list.after, known)
-        && !skip_to(pool, list, &headers, &mut sources, after).await?
+        && !skip_to(reader, &mut sources, after).await?
     {
-        cursors.put(list.key(after), PageEnd::Nowhere(now));
+        cursors.put(key(after), PageEnd::Nowhere(now));
         return Err(Fault::ObjectUnknown { id: excerpt(after) });
     }
     let size = list.page_size();
-    refill(pool, list, &headers, &mut sources, size).await;
+    refill(reader, &mut sources, size).await;
     refuse(&sources)?;
     let mut page = Vec::with_capacity(size);
     while page.len() < size && !sources.iter().any(Source::is_due) {
@@ -160,32 +188,37 @@ async fn merged(pool: &Pool, cursors: &Cursors, list: &ListCall<'_>, headers: &H
         let Some(item) = source.items.pop_front() else { break };
         source.taken = Some(item.id.as_str().into());
         if page.len() < NOTED_MAX {
-            note(pool, &item, source.endpoint);
+            note(pool, &item, source.endpoint, &asker.owner);
         }
         page.push(item);
         // An endpoint gives fewer than it was asked for, if it wants to.
         if source.is_due() {
-            refill(pool, list, &headers, &mut sources, size).await;
+            refill(reader, &mut sources, size).await;
         }
     }
     // One that is missing and was read before has more, for all that is known.
     let is_missing = |source: &Source<'_>| source.failure.is_some() && source.taken.is_some() && !page.is_empty();
     let has_more = sources.iter().any(|source| !source.items.is_empty() || source.has_more || is_missing(source));
     if let Some(last) = page.last() {
-        remember(cursors, list, &last.id, &sources);
+        remember(cursors, key(&last.id), &sources);
     }
     Ok(body(list, &page, has_more, &sources, pool.server.endpoint_headers))
 }
 
 /// The endpoints that have the list, one of each organisation, as far as it has been read.
-fn sources<'a>(pool: &'a Pool, list: &ListCall<'_>, known: Option<&[Cursor]>) -> Vec<Source<'a>> {
+fn sources<'a>(
+    pool: &'a Pool,
+    (list, asker): (&ListCall<'_>, &Asker<'_>),
+    known: Option<&[Cursor]>,
+) -> Vec<Source<'a>> {
     let kind = CallKind::of_path(list.path);
     let shape = CallShape::new(&Method::GET, list.path);
     let now = pool.clock().now;
     let mut organizations = Vec::new();
     let mut sources = Vec::new();
     let usable = pool.endpoints.iter().filter(|one| one.config.usable() && one.config.calls.contains(kind));
-    let mut endpoints: Vec<_> = usable.collect();
+    let is_allowed = |id: &str| asker.named.is_none_or(|named| named.caller.key.allows_endpoint(id));
+    let mut endpoints: Vec<_> = usable.filter(|one| is_allowed(&one.config.id)).collect();
     // Of one organisation any endpoint that can be asked now.
     endpoints.sort_by_key(|endpoint| !matches!(endpoint.gate(now), Gate::Open));
     for endpoint in endpoints {
@@ -210,21 +243,16 @@ fn sources<'a>(pool: &'a Pool, list: &ListCall<'_>, known: Option<&[Cursor]>) ->
 }
 
 /// Notes where an object of a list is.
-fn note(pool: &Pool, item: &Item, endpoint: &Endpoint) {
+fn note(pool: &Pool, item: &Item, endpoint: &Endpoint, owner: &Owner) {
     let until = objects::remembered_until(pool, &pool.clock());
-    objects::note_found(vec![Found::Object(item.id.as_str().into())], endpoint, until, &pool.ledger);
+    objects::note_found(vec![Found::Object(item.id.as_str().into())], (endpoint, owner), until, &pool.ledger);
 }
 
 /// Reads the lists from their beginning until an object has been passed. False if it is not there.
-async fn skip_to(
-    pool: &Pool,
-    list: &ListCall<'_>,
-    headers: &HeaderMap,
-    sources: &mut [Source<'_>],
-    after: &str,
-) -> Result<bool, Fault> {
+async fn skip_to(reader: &Reader<'_>, sources: &mut [Source<'_>], after: &str) -> Result<bool, Fault> {
+    let list = reader.list;
     for _ in 0..PAGES_MAX {
-        refill(pool, list, headers, sources, list.page_sizes().1).await;
+        refill(reader, sources, list.page_sizes().1).await;
         refuse(sources)?;
         while !sources.iter().any(Source::is_due) {
             let Some(source) = next_source(sources, list.is_ascending) else { break };
@@ -241,8 +269,18 @@ async fn skip_to(
     Ok(false)
 }
 
-/// Asks each endpoint that has nothing left for its next page, all at once.
-async fn refill(pool: &Pool, list: &ListCall<'_>, headers: &HeaderMap, sources: &mut [Source<'_>], size: usize) {
+/// Asks each endpoint that has nothing left for its next page, all at once, and again while a page has nothing that its asker may see.
+async fn refill(reader: &Reader<'_>, sources: &mut [Source<'_>], size: usize) {
+    while sources.iter().any(|source| source.is_due() && source.pages < PAGES_MAX) {
+        refill_once(reader, sources, size).await;
+        if !reader.asker.is_one_of_several {
+            break;
+        }
+    }
+}
+
+async fn refill_once(reader: &Reader<'_>, sources: &mut [Source<'_>], size: usize) {
+    let Reader { pool, list, headers, .. } = reader;
     let shape = CallShape::new(&Method::GET, list.path);
     let kind = CallKind::of_path(list.path);
     let mut pages = JoinSet::new();
@@ -274,6 +312,7 @@ async fn refill(pool: &Pool, list: &ListCall<'_>, headers: &HeaderMap, sources: 
                     source.endpoint.live.paths.note_served(shape);
                 }
                 source.take_in(items, has_more);
+                keep_own(reader, source).await;
             }
             // It knows the list, but not the object any more that it was to go on from.
             Err(Failure::NoList) if let Some(after) = &source.fetched => {
@@ -289,6 +328,23 @@ async fn refill(pool: &Pool, list: &ListCall<'_>, headers: &HeaderMap, sources: 
             }
         }
     }
+}
+
+/// Leaves out what its asker may not see.
+async fn keep_own(reader: &Reader<'_>, source: &mut Source<'_>) {
+    if !reader.asker.is_one_of_several || source.items.is_empty() {
+        return;
+    }
+    let things = source.items.iter().map(|item| Thing { kind: ThingKind::Object, name: item.id.as_str().into() });
+    let Some(places) = reader.pool.ledger.find_places(things.collect()).await else {
+        // Nobody's are shown while it is not known whose they are.
+        source.items.clear();
+        source.has_more = false;
+        source.failure = Some(Failure::Missing(Fault::LedgerUnavailable));
+        return;
+    };
+    let mut places = places.into_iter();
+    source.items.retain(|_| places.next().is_some_and(|places| reader.asker.owner.sees(&places)));
 }
 
 /// A permit for a page.
@@ -374,12 +430,12 @@ fn refuse(sources: &[Source<'_>]) -> Result<(), Fault> {
     Err(missing.unwrap_or(Fault::CallUnknown))
 }
 
-fn remember(cursors: &Cursors, list: &ListCall<'_>, ends_with: &str, sources: &[Source<'_>]) {
+fn remember(cursors: &Cursors, key: String, sources: &[Source<'_>]) {
     let read = sources.iter().map(|source| Cursor {
         organization: Arc::clone(&source.endpoint.config.organization),
         after: source.taken.clone(),
     });
-    cursors.put(list.key(ends_with), PageEnd::At(read.collect()));
+    cursors.put(key, PageEnd::At(read.collect()));
 }
 
 fn body(list: &ListCall<'_>, page: &[Item], has_more: bool, sources: &[Source<'_>], is_public: bool) -> Answer {

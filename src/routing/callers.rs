@@ -1,0 +1,196 @@
+//! Callers: who has which key, and what it opens. The one key of the server, `server.apiKey`, is not among them.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+use jiff::Timestamp;
+
+use crate::config::{CallKind, ClientKey, KeyDigest, Secret};
+use crate::fault::{Fault, excerpt};
+use crate::request::auth::Known;
+
+/// How the keys begin that the gateway makes. They are 256 random bits, so nobody guesses one.
+pub const GENERATED_PREFIX: &str = "sk-at-";
+
+/// All callers under one config. Immutable, and swapped as a whole.
+#[derive(Debug, Default)]
+pub struct Callers {
+    by_digest: HashMap<KeyDigest, Arc<Caller>>,
+}
+
+/// The callers of the process, whichever are current. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Keyring(Arc<ArcSwap<Callers>>);
+
+impl Keyring {
+    /// The callers of these keys.
+    pub fn new(keys: &[ClientKey]) -> Self {
+        Self(Arc::new(ArcSwap::from_pointee(Callers::new(keys))))
+    }
+
+    /// The callers as they are now.
+    pub fn load(&self) -> arc_swap::Guard<Arc<Callers>> {
+        self.0.load()
+    }
+
+    /// Puts the callers of these keys in their place.
+    pub fn set(&self, keys: &[ClientKey]) {
+        self.0.store(Arc::new(Callers::new(keys)));
+    }
+}
+
+/// A caller that has a key of its own.
+#[derive(Debug)]
+pub struct Caller {
+    /// Its key, and what that opens.
+    pub key: ClientKey,
+    /// Distinguishes it from every other one of this process, earlier ones of its name included.
+    pub number: u64,
+}
+
+/// Whose request it is, where it has a caller's own key.
+#[derive(Debug)]
+pub struct Named {
+    /// The caller.
+    pub caller: Arc<Caller>,
+    /// The key, which goes no further.
+    pub key: Secret,
+}
+
+impl Callers {
+    /// The callers of these keys, no two of which are the same.
+    pub fn new(keys: &[ClientKey]) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        let mut by_digest = HashMap::with_capacity(keys.len());
+        for key in keys {
+            let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+            let caller = Arc::new(Caller { key: key.clone(), number });
+            by_digest.extend(key.hashes.iter().map(|hash| (hash.digest, Arc::clone(&caller))));
+        }
+        Self { by_digest }
+    }
+
+    /// True if nobody has a key of its own.
+    pub fn is_empty(&self) -> bool {
+        self.by_digest.is_empty()
+    }
+
+    /// The caller that has this key, at this moment. A fault if the key opens nothing any more, or not from this address.
+    ///
+    /// What is looked up is the key's digest: how long that takes says nothing of the keys.
+    pub fn find(
+        &self,
+        given: &[u8],
+        address: Option<IpAddr>,
+        now: Timestamp,
+    ) -> Option<Result<Known<Arc<Caller>>, Fault>> {
+        if self.by_digest.is_empty() {
+            return None;
+        }
+        let digest = KeyDigest::of(given);
+        let (known, caller) = self.by_digest.get_key_value(&digest)?;
+        if !known.matches(&digest) {
+            return None;
+        }
+        let is_generated = given.starts_with(GENERATED_PREFIX.as_bytes());
+        let found = caller.opens(&digest, address, now);
+        Some(found.map(|()| Known { caller: Arc::clone(caller), is_generated }))
+    }
+}
+
+impl Caller {
+    /// Name.
+    pub fn name(&self) -> &Arc<str> {
+        &self.key.name
+    }
+
+    fn opens(&self, digest: &KeyDigest, address: Option<IpAddr>, now: Timestamp) -> Result<(), Fault> {
+        let key = &self.key;
+        let until = key.hashes.iter().find(|hash| hash.digest == *digest).and_then(|hash| hash.until);
+        let ended = |moment: Option<Timestamp>| moment.is_some_and(|moment| moment <= now);
+        let why = match () {
+            () if key.revoked => "was revoked",
+            () if !key.enabled => "is switched off",
+            () if ended(key.expires) => "has expired",
+            () if ended(until) => "has been replaced by another one",
+            () => "",
+        };
+        if !why.is_empty() {
+            return Err(Fault::KeyEnded { name: key.name.to_string(), why });
+        }
+        let is_allowed = |address: IpAddr| key.allow_from.iter().any(|range| range.contains(address));
+        if key.allow_from.is_empty() || address.is_some_and(is_allowed) {
+            return Ok(());
+        }
+        Err(Fault::AddressNotAllowed { name: key.name.to_string() })
+    }
+
+    /// Checks that it may make a call of this kind.
+    pub fn check_call(&self, kind: CallKind) -> Result<(), Fault> {
+        if self.key.calls.contains(kind) {
+            return Ok(());
+        }
+        Err(Fault::CallNotAllowed { name: self.key.name.to_string(), call: kind.name() })
+    }
+
+    /// Checks that it may ask for a model.
+    pub fn check_model(&self, model: &str) -> Result<(), Fault> {
+        if self.key.allows_model(model) {
+            return Ok(());
+        }
+        Err(self.no_model(model))
+    }
+
+    /// The fault of a request for a model that it may not ask for.
+    pub fn no_model(&self, model: &str) -> Fault {
+        Fault::ModelNotAllowed { name: self.key.name.to_string(), model: excerpt(model) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::test_support::config_of;
+    use serde_json::json;
+
+    fn callers(keys: &serde_json::Value) -> Callers {
+        Callers::new(&config_of(&json!({ "keys": keys }), "[]").server.keys)
+    }
+
+    fn verdict(callers: &Callers, key: &str, address: &str, now: &str) -> String {
+        match callers.find(key.as_bytes(), Some(address.parse().unwrap()), now.parse().unwrap()) {
+            None => "unknown".into(),
+            Some(Ok(found)) => format!("{} {}", found.caller.name(), found.is_generated),
+            Some(Err(fault)) => fault.label().into(),
+        }
+    }
+
+    #[test]
+    fn a_key_opens_until_its_end_and_from_its_addresses() {
+        let hash = KeyDigest::of(b"sk-at-generated").text();
+        let (old, new) = (KeyDigest::of(b"old").text(), KeyDigest::of(b"new").text());
+        let callers = callers(&json!([
+            { "name": "ada", "key": "sk-ada-5f1c9e", "expires": "2027-01-01T00:00:00Z" },
+            { "name": "agent", "keyHash": hash, "allowFrom": ["10.0.0.0/8", "::1"] },
+            { "name": "off", "key": "sk-off-7d21aa", "enabled": false },
+            { "name": "gone", "key": "sk-gone-7d21aa", "revoked": true },
+            { "name": "turned", "hashes": [{ "hash": old, "until": "2026-12-01T00:00:00Z" }, { "hash": new }] },
+        ]));
+        let of = |key: &str, address: &str, now: &str| verdict(&callers, key, address, now);
+        assert_eq!(of("sk-ada-5f1c9e", "1.2.3.4", "2026-12-31T23:59:59Z"), "ada false");
+        assert_eq!(of("sk-ada-5f1c9e", "1.2.3.4", "2027-01-01T00:00:00Z"), "key_ended");
+        assert_eq!(of("sk-at-generated", "10.9.8.7", "2026-12-31T00:00:00Z"), "agent true");
+        assert_eq!(of("sk-at-generated", "11.9.8.7", "2026-12-31T00:00:00Z"), "address_not_allowed");
+        assert_eq!(of("sk-off-7d21aa", "::1", "2026-12-31T00:00:00Z"), "key_ended");
+        assert_eq!(of("sk-gone-7d21aa", "::1", "2026-12-31T00:00:00Z"), "key_ended");
+        assert_eq!(of("old", "::1", "2026-11-30T23:59:59Z"), "turned false");
+        assert_eq!(of("old", "::1", "2026-12-01T00:00:00Z"), "key_ended");
+        assert_eq!(of("new", "::1", "2026-12-01T00:00:00Z"), "turned false");
+        for unknown in ["", "sk-ada-5f1c9", "sk-ada-5f1c9e ", &hash] {
+            assert_eq!(of(unknown, "::1", "2026-12-01T00:00:00Z"), "unknown", "{unknown}");
+        }
+    }
+}

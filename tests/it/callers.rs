@@ -1,0 +1,223 @@
+//! Callers with keys of their own: what each key opens, and whose what is made with it is.
+
+use api_together::simulator::{Options, Simulator};
+use http::Method;
+use serde_json::{Value, json};
+
+use crate::connections::websocket;
+use crate::harness::{KEY, Proxy, Reply, chat, config_text, endpoint_with, simulator, simulator_with, within};
+
+const ADA: &str = "sk-ada-0f6c1d93be5a7724";
+const BOB: &str = "sk-bob-91c7aa02f4d86e35";
+const OLD: &str = "sk-old-55e0b1c29d7f3a68";
+
+fn keys() -> Value {
+    json!([
+        { "name": "ada", "key": ADA, "tags": ["team a"] },
+        { "name": "bob", "key": BOB, "models": ["gpt-4o*", "small"], "calls": ["chat", "files"], "endpoints": ["b"] },
+        { "name": "old", "key": OLD, "expires": "2020-01-01" },
+        { "name": "far", "key": "sk-far-55e0b1c29d7f3a68", "allowFrom": ["192.0.2.0/24"] },
+    ])
+}
+
+async fn with_key(proxy: &Proxy, key: &str, method: Method, path: &str, body: Option<Value>) -> Reply {
+    let mut request = proxy.request_without_key(method, path).bearer_auth(key);
+    if let Some(body) = body {
+        request = request.json(&body);
+    }
+    Reply::of(request).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_opens_what_it_is_for_and_nothing_else() {
+    within(async {
+        let (first, second) = (simulator().await, simulator().await);
+        let apis = [
+            endpoint_with("a", &first.base_url(), json!({ "models": ["gpt-4o", "gpt-4o-mini", "o9", "small"] })),
+            endpoint_with("b", &second.base_url(), json!({ "models": ["gpt-4o", "o9", "small"] })),
+        ];
+        let proxy = Proxy::start(json!({ "keys": keys() }), &apis).await;
+        let post = |key: &'static str, model: &'static str| {
+            with_key(&proxy, key, Method::POST, "/v1/chat/completions", Some(chat(model)))
+        };
+        // All its requests go where they may.
+        for _ in 0..8 {
+            post(BOB, "gpt-4o").await.assert_from("b", 1);
+        }
+        post(ADA, "o9").await;
+        for (model, name) in [("gpt-4o-mini", "gpt-4o-mini"), ("o9", "o9"), ("nowhere", "nowhere")] {
+            let message = post(BOB, model).await.assert_error(404, "invalid_request_error", "model_not_found");
+            assert!(message.contains(name), "{message}");
+        }
+        let body = json!({ "model": "gpt-4o", "input": "x" });
+        let refused = with_key(&proxy, BOB, Method::POST, "/v1/embeddings", Some(body)).await;
+        let message = refused.assert_error(403, "invalid_request_error", "call_not_allowed");
+        assert!(message.contains("bob") && message.contains("embeddings"), "{message}");
+        // An expired one, one from elsewhere, one that is switched off by being unknown.
+        for (key, status, code) in [
+            (OLD, 401, "invalid_api_key"),
+            ("sk-far-55e0b1c29d7f3a68", 403, "address_not_allowed"),
+            ("sk-nobody", 401, "invalid_api_key"),
+        ] {
+            let refused = with_key(&proxy, key, Method::POST, "/v1/chat/completions", Some(chat("gpt-4o"))).await;
+            let message = refused.assert_error(status, "invalid_request_error", code);
+            assert!(!message.contains(key), "{message}");
+        }
+        // What shows the whole gateway is for its own key.
+        for path in ["/v1/status", "/v1/token/stats", "/metrics"] {
+            assert_eq!(proxy.get(path).await.status, 200, "{path}");
+            with_key(&proxy, ADA, Method::GET, path, None).await.assert_error(
+                403,
+                "invalid_request_error",
+                "call_not_allowed",
+            );
+        }
+        with_key(&proxy, ADA, Method::POST, "/v1/token/reset", None).await.assert_error(
+            403,
+            "invalid_request_error",
+            "call_not_allowed",
+        );
+        // Wherever it stands.
+        for (name, value) in [("x-api-key", ADA.to_owned()), ("authorization", ADA.to_owned())] {
+            let request = proxy.request_without_key(Method::GET, "/v1/models").header(name, value);
+            assert_eq!(Reply::of(request).await.status, 200, "{name}");
+        }
+        let request = proxy.request_without_key(Method::GET, &format!("/v1/models?key={ADA}"));
+        assert_eq!(Reply::of(request).await.status, 200);
+        // No key of a client reaches an endpoint, in whatever place it stands.
+        let request = proxy.request_without_key(Method::POST, &format!("/v1/chat/completions?key={ADA}&x={ADA}"));
+        let request = request.header("x-title", format!("by {ADA}")).bearer_auth(ADA).json(&chat("gpt-4o"));
+        assert_eq!(Reply::of(request).await.status, 200);
+        for simulator in [&first, &second] {
+            assert!(!format!("{:?}", simulator.requests()).contains(ADA), "{:?}", simulator.requests());
+        }
+        let mut wire = proxy.wire().await;
+        wire.send(websocket("/v1/realtime?model=gpt-4o").replace(KEY, BOB)).await;
+        assert_eq!(wire.message().await.0.status(), 403, "its calls are chat and files");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_shown_the_models_that_it_may_ask_for() {
+    within(async {
+        let simulator = simulator().await;
+        let apis = [
+            endpoint_with("a", &simulator.base_url(), json!({ "models": ["gpt-4o-mini", "o9"] })),
+            endpoint_with("b", &simulator.base_url(), json!({ "models": ["gpt-4o", "o9"] })),
+        ];
+        // Without a key that opens everything.
+        let mut config: Value = serde_json::from_str(&config_text(json!({ "keys": keys() }), &apis)).unwrap();
+        config["server"].as_object_mut().unwrap().remove("apiKey");
+        let proxy = Proxy::of_text(&config.to_string(), &[]).await;
+        for (key, models) in [(ADA, vec!["gpt-4o", "gpt-4o-mini", "o9"]), (BOB, vec!["gpt-4o"])] {
+            let list = with_key(&proxy, key, Method::GET, "/v1/models", None).await.json();
+            let names: Vec<_> = list["data"].as_array().unwrap().iter().map(|model| &model["id"]).collect();
+            assert_eq!(names, models);
+        }
+        assert_eq!(with_key(&proxy, BOB, Method::GET, "/v1/models/gpt-4o", None).await.status, 200);
+        for hidden in ["o9", "gpt-4o-mini"] {
+            with_key(&proxy, BOB, Method::GET, &format!("/v1/models/{hidden}"), None).await.assert_error(
+                404,
+                "invalid_request_error",
+                "model_not_found",
+            );
+        }
+        assert_eq!(with_key(&proxy, KEY, Method::GET, "/v1/models", None).await.status, 401);
+    })
+    .await;
+}
+
+async fn keeping(name: &str) -> Simulator {
+    simulator_with(Options { name: name.to_owned(), objects: true, ..Options::default() }).await
+}
+
+/// Endpoints that keep what is made there, and know nothing of one another's.
+fn over(simulators: &[Simulator]) -> Vec<Value> {
+    simulators.iter().zip('a'..).map(|(one, id)| endpoint_with(&id.to_string(), &one.base_url(), json!({}))).collect()
+}
+
+async fn make_file(proxy: &Proxy, key: &str) -> String {
+    let reply = with_key(proxy, key, Method::POST, "/v1/files", Some(json!({}))).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    reply.json()["id"].as_str().unwrap().to_owned()
+}
+
+async fn listed(proxy: &Proxy, key: &str, limit: usize) -> Vec<String> {
+    let (mut ids, mut after) = (Vec::new(), String::new());
+    loop {
+        let path = format!("/v1/files?limit={limit}{after}");
+        let page = with_key(proxy, key, Method::GET, &path, None).await.json();
+        let page_ids = page["data"].as_array().unwrap_or_else(|| panic!("{page}")).iter();
+        ids.extend(page_ids.map(|file| file["id"].as_str().unwrap().to_owned()));
+        if page["has_more"] != true {
+            ids.sort();
+            return ids;
+        }
+        after = format!("&after={}", page["last_id"].as_str().unwrap());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_caller_makes_another_neither_finds_nor_lists() {
+    within(async {
+        for endpoints in [1, 2] {
+            let simulators = [keeping("a").await, keeping("b").await];
+            let apis = over(&simulators[..endpoints]);
+            let keys = json!([{ "name": "ada", "key": ADA }, { "name": "bob", "key": BOB }]);
+            let proxy = Proxy::start(json!({ "keys": keys, "strategy": "round_robin" }), &apis).await;
+            let mut made: [Vec<String>; 3] = Default::default();
+            for _ in 0..5 {
+                for (key, made) in [ADA, BOB, KEY].into_iter().zip(&mut made) {
+                    made.push(make_file(&proxy, key).await);
+                }
+            }
+            for (key, made) in [ADA, BOB, KEY].into_iter().zip(&made) {
+                let mut own = made.clone();
+                own.sort();
+                for limit in [1, 2, 100] {
+                    assert_eq!(listed(&proxy, key, limit).await, own, "{endpoints} endpoints, {limit} a page");
+                }
+                assert_eq!(with_key(&proxy, key, Method::GET, &format!("/v1/files/{}", made[0]), None).await.status, 200);
+            }
+            let asked = simulators.iter().map(|one| one.requests().len()).sum::<usize>();
+            let [adas, bobs, shared] = &made;
+            for (key, others) in [(ADA, bobs), (ADA, shared), (BOB, adas), (KEY, adas), (KEY, bobs)] {
+                for method in [Method::GET, Method::DELETE] {
+                    with_key(&proxy, key, method, &format!("/v1/files/{}", others[0]), None)
+                        .await
+                        .assert_error(404, "invalid_request_error", "object_not_found");
+                }
+                let batch = json!({ "input_file_id": others[1], "endpoint": "/v1/chat/completions", "completion_window": "24h" });
+                with_key(&proxy, key, Method::POST, "/v1/batches", Some(batch))
+                    .await
+                    .assert_error(404, "invalid_request_error", "object_not_found");
+            }
+            let asked_now = simulators.iter().map(|one| one.requests().len()).sum::<usize>();
+            assert_eq!(asked, asked_now, "no endpoint is asked for what is another's");
+            let deleted = with_key(&proxy, ADA, Method::DELETE, &format!("/v1/files/{}", adas[0]), None).await;
+            assert_eq!(deleted.status, 200);
+            assert_eq!(listed(&proxy, ADA, 100).await.len(), 4);
+            assert_eq!(listed(&proxy, BOB, 100).await.len(), 5);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_may_share_what_they_make() {
+    within(async {
+        let simulators = [keeping("a").await, keeping("b").await];
+        let apis = over(&simulators);
+        let keys = json!([{ "name": "ada", "key": ADA }, { "name": "bob", "key": BOB }]);
+        let proxy = Proxy::start(json!({ "keys": keys, "shareIds": true, "strategy": "round_robin" }), &apis).await;
+        let (one, other) = (make_file(&proxy, ADA).await, make_file(&proxy, BOB).await);
+        for key in [ADA, BOB, KEY] {
+            for id in [&one, &other] {
+                assert_eq!(with_key(&proxy, key, Method::GET, &format!("/v1/files/{id}"), None).await.status, 200);
+            }
+            assert_eq!(listed(&proxy, key, 1).await.len(), 2);
+        }
+    })
+    .await;
+}
