@@ -33,10 +33,12 @@ use api_together::request::rewrite;
 use api_together::response::redact::Secrets;
 use api_together::response::relay::Relay;
 use api_together::routing::balance::{self, Options};
+use api_together::routing::callers::Keyring;
 use api_together::routing::pool::Pool;
 use api_together::usage::Meter;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, header};
+use jiff::Timestamp;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -58,6 +60,8 @@ type Stage = (&'static str, fn() -> Box<dyn FnMut()>);
 const STAGES: &[Stage] = &[
     ("request id", request_id),
     ("check the key", check_key),
+    ("check a caller's key, 1 caller", || check_callers_key(1)),
+    ("check a caller's key, 10,000 callers", || check_callers_key(10_000)),
     ("find the model in 1 KB", || scan(1024)),
     ("find the model in 64 KB", || scan(64 * 1024)),
     ("splice 1 KB", splice),
@@ -79,7 +83,8 @@ const STAGES: &[Stage] = &[
 ];
 
 /// Pairs of stages of which the second, with many endpoints, must not cost more than the first.
-const FLAT: [(&str, &str); 4] = [
+const FLAT: [(&str, &str); 5] = [
+    ("check a caller's key, 1 caller", "check a caller's key, 10,000 callers"),
     ("route an exact name, 1 endpoint", "route an exact name, 1,000 endpoints"),
     ("route a pattern, 1 endpoint", "route a pattern, 1,000 endpoints"),
     ("pick, 1 endpoint", "pick, 1,000 endpoints"),
@@ -116,7 +121,39 @@ fn check_key() -> Box<dyn FnMut()> {
     let (auth, server) = (Auth::default(), config(1).server);
     let mut headers = HeaderMap::new();
     headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer sk-client-key"));
-    Box::new(move || auth.check(&server, black_box(&headers), None, None, true).expect("it is the key"))
+    let nobody = |_: &[u8]| None;
+    Box::new(move || {
+        let checked = auth.check::<()>(&server, black_box(&headers), None, (None, true), nobody);
+        black_box(checked.expect("it is the key"));
+    })
+}
+
+/// The key of one of so many callers that have keys of their own.
+fn check_callers_key(keys: usize) -> Box<dyn FnMut()> {
+    let auth = Auth::default();
+    let mut server = config(1).server;
+    let text: Vec<_> = (0..keys).map(|index| format!("sk-at-{index:043}")).collect();
+    let keys: Vec<_> = text
+        .iter()
+        .enumerate()
+        .map(|(index, key)| serde_json::json!({ "name": format!("caller{index}"), "key": key }))
+        .collect();
+    let config = serde_json::json!({
+        "server": { "keys": keys },
+        "apis": [{ "id": "a", "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-endpoint-key", "models": ["m"] }],
+    });
+    let loaded = check_str(&config.to_string(), Format::Json, &Environment::default(), Path::new(""));
+    server.keys = loaded.expect("the config is good").config.server.keys;
+    let keyring = Keyring::default();
+    keyring.set_config(&server.keys);
+    let mut headers = HeaderMap::new();
+    let key = format!("Bearer {}", text.last().expect("there are keys"));
+    headers.insert(header::AUTHORIZATION, HeaderValue::from_str(&key).expect("it is a header's value"));
+    Box::new(move || {
+        let find = |key: &[u8]| keyring.load().find(key, None, Timestamp::now());
+        let checked = auth.check(&server, black_box(&headers), None, (None, true), find);
+        black_box(checked.expect("it is a caller's key"));
+    })
 }
 
 fn scan(bytes: usize) -> Box<dyn FnMut()> {
@@ -178,7 +215,7 @@ fn forward_headers() -> Box<dyn FnMut()> {
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    Box::new(move || drop(black_box(forward::forwarded(black_box(&headers), &server, false))))
+    Box::new(move || drop(black_box(forward::forwarded(black_box(&headers), &server, None, false))))
 }
 
 fn judge() -> Box<dyn FnMut()> {
@@ -252,6 +289,8 @@ fn line() -> Box<dyn FnMut()> {
         let record = Record {
             id: "01234567-89ab-4def-8123-456789abcdef",
             caller: None,
+            key: None,
+            tags: &[],
             method: "POST",
             path: "/v1/chat/completions",
             model: Some(black_box("gpt-4o")),

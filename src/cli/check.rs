@@ -15,14 +15,15 @@ pub(super) fn check(file: &ConfigFile) -> ExitCode {
         eprintln!("warning: {warning}");
     }
     let environment = Environment::from_process(&file.path, &Flags::default());
-    let (loaded, problems) = match config::load(&file.path, &environment) {
-        Ok(loaded) => match check_certificate(&loaded.config.server) {
-            Ok(()) => (true, loaded.warnings),
-            Err(why) => {
-                let problem = Problem { file: Some(shown.to_string()), ..Problem::error("", why) };
-                (false, loaded.warnings.into_iter().chain([problem]).collect())
-            }
-        },
+    let (loaded, problems): (bool, Vec<Problem>) = match config::load(&file.path, &environment) {
+        Ok(loaded) => {
+            let server = &loaded.config.server;
+            let certificate = check_certificate(server)
+                .map_err(|why| vec![Problem { file: Some(shown.to_string()), ..Problem::error("", why) }]);
+            let keys = config::load_keys(server).map(drop).map_err(|problems| problems.iter().cloned().collect());
+            let wrong: Vec<Problem> = [certificate, keys].into_iter().filter_map(Result::err).flatten().collect();
+            (wrong.is_empty(), loaded.warnings.into_iter().chain(wrong).collect())
+        }
         Err(problems) => (false, problems.iter().cloned().collect()),
     };
     let wrong = |problem: &&Problem| problem.kind != ProblemKind::Warning;

@@ -4,6 +4,7 @@ mod banner;
 mod check;
 mod demo;
 mod files;
+mod keys;
 mod manual;
 mod serve;
 mod status;
@@ -103,6 +104,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Make, list, rotate and revoke keys of clients. The running process uses what is changed at once.
+    Keys {
+        #[command(subcommand)]
+        command: keys::KeysCommand,
+    },
     /// Stop the running process, and wait until it has ended: it finishes the requests that are open.
     Stop {
         /// Cut open requests off. Counts are written all the same.
@@ -188,6 +194,7 @@ impl Cli {
                 done(status::show(&file(config).runtime_folders(), Output::new(json), watch))
             }
             Command::Models { json } => done(status::show_models(&file(config).runtime_folders(), Output::new(json))),
+            Command::Keys { command } => done(keys::run(&file(config), command)),
             Command::Stop { now } => done(stop::stop(&file(config).runtime_folders(), now)),
             Command::StartSuccessor { result, socket, command } => done(Starter { result, socket, command }.run()),
             Command::Errors => show(format!("{}\n{}", reference::shapes(), reference::markdown())),

@@ -102,9 +102,18 @@ pub struct ClientKey {
     pub enabled: bool,
     /// True once it has been revoked.
     pub revoked: bool,
+    /// True if its requests were cut off then.
+    pub cut: bool,
+    /// Last characters of the key, for lists.
+    pub last_four: Option<String>,
 }
 
 impl ClientKey {
+    /// False once it opens nothing any more, whatever the time.
+    pub fn opens(&self) -> bool {
+        self.enabled && !self.revoked
+    }
+
     /// True if it may ask for a model of this name.
     pub fn allows_model(&self, name: &str) -> bool {
         let matches = |pattern: &String| match pattern.strip_suffix('*') {
@@ -126,6 +135,14 @@ pub(super) struct Around<'a> {
     pub timezone: &'a TimeZone,
     /// The key that all have.
     pub shared: Option<&'a Secret>,
+}
+
+impl Around<'_> {
+    /// Nothing around it.
+    pub(super) fn alone() -> Self {
+        static UTC: TimeZone = TimeZone::UTC;
+        Self { timezone: &UTC, shared: None }
+    }
 }
 
 /// Checks the keys of `server.keys`, or of a file of keys. No two have one name, or one key.
@@ -195,6 +212,8 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
         tags: typed.tags.unwrap_or_default(),
         enabled: typed.enabled.unwrap_or(file::ENABLED_DEFAULT),
         revoked: typed.revoked.unwrap_or_default(),
+        cut: typed.cut.unwrap_or_default(),
+        last_four: typed.last_four,
     })
 }
 

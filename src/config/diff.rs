@@ -52,6 +52,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         connections,
         api_key: _,
         keys: _,
+        keys_file: _,
         share_ids: _,
         cors: _,
         body_bytes_max: _,
@@ -96,6 +97,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     let Server {
         api_key,
         keys,
+        keys_file,
         share_ids,
         tls,
         cors,
@@ -128,6 +130,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         lines.add("server.apiKey changed".into());
     }
     compare_keys(lines, keys, &after.keys);
+    lines.compare(&at("keysFile"), path, &keys_file.path, &after.keys_file.path);
     lines.compare(&at("shareIds"), plain, share_ids, &after.share_ids);
     if let (Some(before), Some(after)) = (tls, &after.tls) {
         let ServerTls { cert_file, key_file } = before;

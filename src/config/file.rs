@@ -28,6 +28,7 @@ pub(super) const TOKENS_PER_SECOND_MAX: u32 = 10_000;
 pub(super) const CORS_ORIGIN_DEFAULT: &str = "*";
 
 pub(super) const LEDGER_DEFAULT: &str = "data/ledger.db";
+pub(super) const KEYS_FILE_DEFAULT: &str = "keys.json";
 pub(super) const LEDGER_IN_STATE_DIRECTORY: &str = "ledger.db";
 pub(super) const CONNECTIONS_LEAST: u32 = 16;
 pub(super) const CONNECTIONS_MOST: u32 = 1_000_000;
@@ -118,6 +119,9 @@ pub(super) struct ServerFile {
     pub api_key: Option<Secret>,
     /// Keys of single callers, each with what it opens.
     pub keys: Option<Vec<ClientKeyFile>>,
+    /// A file of more such keys, which `api-together keys` changes while the process serves: digests only, for its owner alone. Default:
+    /// `keys.json` beside this file, or in the folder that systemd gives a service for its state, if it is there.
+    pub keys_file: Option<String>,
     /// Whether what one key made (files, stored responses, conversations and others) may be used with every other one.
     #[schemars(extend("default" = SHARE_IDS_DEFAULT))]
     pub share_ids: Option<bool>,
@@ -284,6 +288,13 @@ pub(super) struct ClientKeyFile {
     pub enabled: Option<bool>,
     /// `true`: it has been revoked, and opens nothing any more.
     pub revoked: Option<bool>,
+    /// `true`: beside `revoked`, its requests that were running then are cut off.
+    pub cut: Option<bool>,
+    /// The last characters of the key, which lists of keys show.
+    pub last_four: Option<String>,
+    /// When it was made.
+    #[expect(dead_code, reason = "for people, not for us")]
+    pub created: Option<String>,
 }
 
 /// What opens a key, and until when.

@@ -25,6 +25,7 @@ mod foreign;
 mod header_pattern;
 mod import;
 mod key_strength;
+mod keys_file;
 mod limits;
 mod memory;
 mod places;
@@ -62,6 +63,7 @@ pub use environment::{Environment, Flags};
 pub use errors::{ErrorRule, MessagePattern, Trouble, matches_glob};
 pub use header_pattern::{HeaderPattern, HeaderPatternError};
 pub use import::Imported;
+pub use keys_file::{KeysChange, KeysFile};
 pub use limits::{Limit, LimitKind, PerLimit};
 pub use problem::{Problem, ProblemKind, Problems};
 pub use proxy::{Proxy, ProxyScheme};
@@ -119,6 +121,12 @@ pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> 
             Loaded { config, warnings }
         })
         .map_err(|problems| problems.in_file(&shown))
+}
+
+/// The keys of a config's file of keys. Problems carry the file's path.
+pub fn load_keys(server: &Server) -> Result<Vec<ClientKey>, Problems> {
+    let around = client_keys::Around { timezone: &server.timezone, shared: server.api_key.as_ref() };
+    server.keys_file.load(&around)
 }
 
 /// Reads what can be kept of a file: no more than one byte above 16 MiB.

@@ -17,6 +17,7 @@ use super::environment::{self, Environment};
 use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
 use super::header_pattern::HeaderPattern;
 use super::key_strength::warn_of_a_weak_key;
+use super::keys_file::KeysFile;
 use super::memory::memory_bytes;
 use super::status_set::StatusSet;
 use crate::config::secret::Secret;
@@ -32,6 +33,8 @@ pub struct Server {
     pub api_key: Option<Secret>,
     /// Keys of single callers.
     pub keys: Vec<ClientKey>,
+    /// File of more of them.
+    pub keys_file: KeysFile,
     /// True if what one key made may be used with every other one.
     pub share_ids: bool,
     /// HTTPS with this certificate, or plain HTTP.
@@ -198,9 +201,11 @@ pub struct Breaker {
 /// Bounds were checked with the shape, so here only what a schema cannot say.
 pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<Server> {
     let typed = typed.unwrap_or_default();
+    let keys_file = keys_file(typed.keys_file.as_deref(), check);
+    let has_keys_file = keys_file.is_named || keys_file.path.exists();
     let api_key = match typed.api_key {
         // Callers have keys of their own.
-        None if typed.keys.as_ref().is_some_and(|keys| !keys.is_empty()) => Some(None),
+        None if typed.keys.as_ref().is_some_and(|keys| !keys.is_empty()) || has_keys_file => Some(None),
         key => check
             .key(
                 key,
@@ -229,6 +234,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         host: host?,
         port: port?,
         keys,
+        keys_file,
         share_ids: typed.share_ids.unwrap_or(file::SHARE_IDS_DEFAULT),
         api_key: api_key?,
         tls: match tls {
@@ -389,6 +395,17 @@ fn ledger(typed: Option<&str>, check: &mut Check<'_>) -> Option<PathBuf> {
     };
     // In the background the working directory is another, and in an upgrade from another folder as well.
     Some(std::path::absolute(&path).unwrap_or(path))
+}
+
+/// The file of keys that is named, or the one beside the config, or in the folder for its state that systemd gives a service.
+fn keys_file(typed: Option<&str>, check: &Check<'_>) -> KeysFile {
+    let folders = check.environment.value("STATE_DIRECTORY").filter(|folders| !folders.is_empty());
+    let state = folders.and_then(|folders| folders.split(':').next()).map(Path::new);
+    let path = match typed.filter(|typed| !typed.trim().is_empty()) {
+        Some(typed) => check.base_dir.join(typed),
+        None => state.unwrap_or(check.base_dir).join(file::KEYS_FILE_DEFAULT),
+    };
+    KeysFile { path: std::path::absolute(&path).unwrap_or(path), is_named: typed.is_some() }
 }
 
 /// Beside the config, or in the folder for its state that systemd gives a service, whose config nobody may write beside. One

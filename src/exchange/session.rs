@@ -32,6 +32,7 @@ use super::hold::{DueAction, HeldResponse};
 use super::judge::Verdict;
 use super::own_headers::OwnHeaders;
 use super::scheduling::step_aside;
+use crate::routing::callers::Ending;
 use crate::routing::pool::Pool;
 
 /// The error that ends an attempt whose answer is dropped. The exchange has the reason.
@@ -65,6 +66,8 @@ pub struct Plan {
     pub streams: bool,
     /// Longest silence of a stream before its client is sent a ping.
     pub ping: Option<Duration>,
+    /// The end of the caller's own key, which may cut its requests off.
+    pub ending: Option<Arc<Ending>>,
     /// Headers of our own.
     pub own_headers: OwnHeaders,
     /// Header that is forwarded to any endpoint; Pingora makes each attempt's out of it.
@@ -193,6 +196,31 @@ impl Replay {
         Ok(())
     }
 
+    /// Waits for the client to go, and sees to what is due meanwhile.
+    async fn wait(&mut self) -> Result<Option<Bytes>> {
+        loop {
+            let Some(due_at) = self.hold.timers.due_at() else { return self.inner.read_body_or_idle(true).await };
+            let due_at = due_at.into();
+            let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due_at)));
+            if alarm.deadline() > due_at {
+                alarm.as_mut().reset(due_at);
+            }
+            tokio::select! {
+                gone = self.inner.read_body_or_idle(true) => {
+                    if gone.is_err() {
+                        self.hold.measure_held();
+                    }
+                    return gone;
+                }
+                () = alarm => self.alarm = None,
+            }
+            if due_at <= tokio::time::Instant::now() {
+                // Boxed, since it is rare and would make every wait's future larger.
+                Box::pin(self.deadline_passed()).await?;
+            }
+        }
+    }
+
     /// A deadline has passed: either what is held goes out, or the attempt is over.
     async fn deadline_passed(&mut self) -> Result<()> {
         match self.hold.due() {
@@ -300,27 +328,17 @@ impl CustomSession for Replay {
         if self.hold.outlet.has_gathered() {
             self.write_gathered().await?;
         }
-        loop {
-            let Some(due_at) = self.hold.timers.due_at() else { return self.inner.read_body_or_idle(true).await };
-            let due_at = due_at.into();
-            let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(due_at)));
-            if alarm.deadline() > due_at {
-                alarm.as_mut().reset(due_at);
-            }
-            tokio::select! {
-                gone = self.inner.read_body_or_idle(true) => {
-                    if gone.is_err() {
-                        self.hold.measure_held();
-                    }
-                    return gone;
+        if let Some(ending) = self.hold.plan.ending.clone() {
+            // Boxed, since it would make every other caller's future larger.
+            return Box::pin(async move {
+                tokio::select! {
+                    read = self.wait() => read,
+                    () = ending.cut() => Err(Error::explain(ErrorType::ConnectionClosed, "the key was revoked").into_down()),
                 }
-                () = alarm => self.alarm = None,
-            }
-            if due_at <= tokio::time::Instant::now() {
-                // Boxed, since it is rare and would make every wait's future larger.
-                Box::pin(self.deadline_passed()).await?;
-            }
+            })
+            .await;
         }
+        self.wait().await
     }
 
     // Everything else is passed on to the real session.

@@ -143,11 +143,17 @@ fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Ch
             streams: ask.stream,
             // What else says `stream` may be answered with anything.
             ping: ask.pool.server.stream_ping.filter(|_| ask.stream && ask.call.is_text()),
+            ending: context.arrival.named.as_ref().map(|named| Arc::clone(&named.caller.ending)),
             own_headers: context.arrival.own.clone(),
             header: outgoing::forwarded(session.req_header(), &ask, context.arrival.own.id.as_ref()),
         };
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
     } else if let ServerSession::H1(session) = &mut *session.downstream_session {
+        if let (Some(named), Some(socket), Some(connection)) =
+            (&context.arrival.named, &mut context.web_socket, &context.arrival.connection)
+        {
+            socket.ends_with(Arc::clone(&named.caller.ending), connection);
+        }
         // An endpoint's 103 says nothing about its answer, and may hold anything.
         session.set_ignore_info_resp(true);
     }
@@ -291,13 +297,25 @@ async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> 
     match admission::at_once(&request) {
         Ok(choice) => Ok(choice),
         // Boxed, since it is rare and would make every request's future larger.
-        Err(undecided) => Box::pin(wait_for_choice(session, request, undecided)).await,
+        Err(undecided) => Box::pin(wait_for_choice(session, ask, request, undecided)).await,
+    }
+}
+
+/// Waits until the request's key opens nothing any more; for ever if it is the server's one key.
+async fn ended(ask: &Ask) -> Fault {
+    match &ask.named {
+        None => std::future::pending().await,
+        Some(named) => {
+            named.caller.ending.ended().await;
+            Fault::KeyEnded { name: named.caller.name().to_string(), why: "was revoked" }
+        }
     }
 }
 
 /// Queues for a permit; a client that disconnects meanwhile gives its place to the next.
 async fn wait_for_choice(
     session: &mut Session,
+    ask: &Ask,
     request: admission::Request<'_>,
     undecided: Undecided,
 ) -> Result<Choice, Stop> {
@@ -308,6 +326,7 @@ async fn wait_for_choice(
     tokio::select! {
         biased;
         choice = admission => Ok(choice?),
+        why = ended(ask) => Err(Stop::Fault(why)),
         gone = session.downstream_session.read_body_or_idle(true) => Err(match gone {
             Err(error) => Stop::Gone(error),
             Ok(_) => Stop::Gone(Error::new_down(ErrorType::ConnectionClosed)),

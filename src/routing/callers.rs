@@ -1,12 +1,13 @@
 //! Callers: who has which key, and what it opens. The one key of the server, `server.apiKey`, is not among them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use jiff::Timestamp;
+use tokio::sync::watch;
 
 use crate::config::{CallKind, ClientKey, KeyDigest, Secret};
 use crate::fault::{Fault, excerpt};
@@ -15,30 +16,58 @@ use crate::request::auth::Known;
 /// How the keys begin that the gateway makes. They are 256 random bits, so nobody guesses one.
 pub const GENERATED_PREFIX: &str = "sk-at-";
 
-/// All callers under one config. Immutable, and swapped as a whole.
+/// All callers of one moment. Immutable, and swapped as a whole.
 #[derive(Debug, Default)]
 pub struct Callers {
     by_digest: HashMap<KeyDigest, Arc<Caller>>,
+    by_name: BTreeMap<Arc<str>, Arc<Caller>>,
 }
 
-/// The callers of the process, whichever are current. Cheap to clone.
+/// The callers of the process, whichever are current: those of the config and those of the file of keys. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Keyring(Arc<ArcSwap<Callers>>);
+pub struct Keyring {
+    current: Arc<ArcSwap<Callers>>,
+    parts: Arc<Mutex<Parts>>,
+}
+
+/// Keys by where they stand.
+#[derive(Debug, Default)]
+struct Parts {
+    config: Vec<ClientKey>,
+    file: Vec<ClientKey>,
+}
 
 impl Keyring {
-    /// The callers of these keys.
-    pub fn new(keys: &[ClientKey]) -> Self {
-        Self(Arc::new(ArcSwap::from_pointee(Callers::new(keys))))
-    }
-
     /// The callers as they are now.
     pub fn load(&self) -> arc_swap::Guard<Arc<Callers>> {
-        self.0.load()
+        self.current.load()
     }
 
-    /// Puts the callers of these keys in their place.
-    pub fn set(&self, keys: &[ClientKey]) {
-        self.0.store(Arc::new(Callers::new(keys)));
+    /// Puts these keys in the place of the config's.
+    pub fn set_config(&self, keys: &[ClientKey]) {
+        let mut parts = self.lock();
+        parts.config = keys.to_vec();
+        self.renew(&parts);
+    }
+
+    /// Puts these keys in the place of the file's. Returns the names of those that the config has as well, and that are overlooked.
+    pub fn set_file(&self, keys: Vec<ClientKey>) -> Vec<Arc<str>> {
+        let mut parts = self.lock();
+        parts.file = keys;
+        self.renew(&parts)
+    }
+
+    fn renew(&self, parts: &Parts) -> Vec<Arc<str>> {
+        let before = self.current.load_full();
+        let (callers, overlooked) = Callers::new(parts, &before);
+        callers.end_others(&before);
+        self.current.store(Arc::new(callers));
+        overlooked
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Parts> {
+        // Nothing panics while it is held.
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -49,6 +78,56 @@ pub struct Caller {
     pub key: ClientKey,
     /// Distinguishes it from every other one of this process, earlier ones of its name included.
     pub number: u64,
+    /// True if its key stands in the config, false if it stands in the file of keys.
+    pub is_of_config: bool,
+    /// Says that its key opens nothing any more, to its requests that are still here.
+    pub ending: Arc<Ending>,
+}
+
+/// The end of a key, for requests that came before.
+#[derive(Debug)]
+pub struct Ending(watch::Sender<EndStage>);
+
+/// How far a key is at its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum EndStage {
+    #[default]
+    Opens,
+    /// It opens nothing any more: who waits for a permit does in vain.
+    Ended,
+    /// What runs is cut off.
+    Cut,
+}
+
+impl Default for Ending {
+    fn default() -> Self {
+        Self(watch::Sender::new(EndStage::Opens))
+    }
+}
+
+impl Ending {
+    fn come(&self, stage: EndStage) {
+        self.0.send_if_modified(|now| {
+            let is_later = stage > *now;
+            *now = stage.max(*now);
+            is_later
+        });
+    }
+
+    /// Waits until the key opens nothing any more.
+    pub async fn ended(&self) {
+        self.reached(EndStage::Ended).await;
+    }
+
+    /// Waits until what runs with the key is cut off.
+    pub async fn cut(&self) {
+        self.reached(EndStage::Cut).await;
+    }
+
+    async fn reached(&self, stage: EndStage) {
+        // The sender lives as long as this does.
+        self.0.subscribe().wait_for(|now| *now >= stage).await.map(drop).unwrap_or_default();
+    }
 }
 
 /// Whose request it is, where it has a caller's own key.
@@ -61,16 +140,48 @@ pub struct Named {
 }
 
 impl Callers {
-    /// The callers of these keys, no two of which are the same.
-    pub fn new(keys: &[ClientKey]) -> Self {
+    /// The callers of these keys, and the names of those of the file that the config has as well, by their name or by their key. `before`: those
+    /// of the moment before, whose requests are still here.
+    fn new(parts: &Parts, before: &Self) -> (Self, Vec<Arc<str>>) {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
-        let mut by_digest = HashMap::with_capacity(keys.len());
-        for key in keys {
-            let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
-            let caller = Arc::new(Caller { key: key.clone(), number });
-            by_digest.extend(key.hashes.iter().map(|hash| (hash.digest, Arc::clone(&caller))));
+        let (mut callers, mut overlooked) = (Self::default(), Vec::new());
+        let of_config = parts.config.iter().map(|key| (key, true));
+        for (key, is_of_config) in of_config.chain(parts.file.iter().map(|key| (key, false))) {
+            let is_known = callers.by_name.contains_key(&key.name)
+                || key.hashes.iter().any(|hash| callers.by_digest.contains_key(&hash.digest));
+            if is_known {
+                overlooked.push(Arc::clone(&key.name));
+                continue;
+            }
+            let caller = match before.by_name.get(&key.name) {
+                Some(known) if known.key == *key && known.is_of_config == is_of_config => Arc::clone(known),
+                known => {
+                    let still_opens = known.filter(|known| known.key.opens());
+                    let ending = still_opens.map_or_else(Arc::default, |known| Arc::clone(&known.ending));
+                    let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+                    Arc::new(Caller { key: key.clone(), number, is_of_config, ending })
+                }
+            };
+            callers.by_digest.extend(key.hashes.iter().map(|hash| (hash.digest, Arc::clone(&caller))));
+            callers.by_name.insert(Arc::clone(&key.name), caller);
         }
-        Self { by_digest }
+        (callers, overlooked)
+    }
+
+    /// Ends the requests of those of the moment before whose keys open nothing any more.
+    fn end_others(&self, before: &Self) {
+        for (name, caller) in &before.by_name {
+            match self.by_name.get(name) {
+                Some(now) if now.key.opens() => {}
+                Some(now) if now.key.cut => caller.ending.come(EndStage::Cut),
+                _ => caller.ending.come(EndStage::Ended),
+            }
+        }
+    }
+
+    /// All of them, by name.
+    pub fn all(&self) -> impl Iterator<Item = &Arc<Caller>> {
+        self.by_name.values()
     }
 
     /// True if nobody has a key of its own.
@@ -157,7 +268,8 @@ mod tests {
     use serde_json::json;
 
     fn callers(keys: &serde_json::Value) -> Callers {
-        Callers::new(&config_of(&json!({ "keys": keys }), "[]").server.keys)
+        let config = config_of(&json!({ "keys": keys }), "[]").server.keys;
+        Callers::new(&Parts { config, file: Vec::new() }, &Callers::default()).0
     }
 
     fn verdict(callers: &Callers, key: &str, address: &str, now: &str) -> String {

@@ -19,8 +19,10 @@ use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::endpoint_test;
+use super::keys::KeysReader;
 use super::runtime_folder::Found;
 use crate::admin::{self, Sources};
+use crate::config::KeysChange;
 use crate::process::Process;
 
 /// The socket in the runtime folder.
@@ -28,7 +30,7 @@ const SOCKET: &str = "control.sock";
 /// Commands that are served at once; more wait in the socket's backlog.
 const CONNECTIONS_MAX: usize = 8;
 /// Longest request, in bytes.
-const REQUEST_BYTES_MAX: u64 = 4096;
+const REQUEST_BYTES_MAX: u64 = 64 * 1024;
 /// Longest reply, in bytes: the status of many endpoints with many models.
 const REPLY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Longest time for a request to come, and for a reply to be taken.
@@ -57,6 +59,10 @@ pub enum Request {
         /// Its id.
         endpoint: Option<String>,
     },
+    /// List the keys of clients; the answer is a list of [`ListedKey`](super::keys::ListedKey).
+    Keys,
+    /// Change the file of keys.
+    ChangeKeys(KeysChange),
     /// End.
     Stop {
         /// Cut open requests off.
@@ -68,7 +74,7 @@ impl Request {
     fn reply_max(&self) -> Duration {
         match self {
             Self::Test { .. } => TESTS_MAX,
-            Self::Reload | Self::Status | Self::Stop { .. } => REPLY_MAX,
+            Self::Reload | Self::Status | Self::Keys | Self::ChangeKeys(_) | Self::Stop { .. } => REPLY_MAX,
         }
     }
 }
@@ -121,6 +127,7 @@ pub(super) struct Control {
 #[derive(Clone, Debug)]
 pub(super) struct Commands {
     reload: mpsc::Sender<Asked>,
+    keys: KeysReader,
     process: Process,
     /// Place of the one test that may run.
     tests: Arc<Semaphore>,
@@ -191,8 +198,8 @@ async fn serve(mut stream: UnixStream, commands: &Commands) -> std::io::Result<(
 }
 
 impl Commands {
-    pub(super) fn new(reload: mpsc::Sender<Asked>, process: Process) -> Self {
-        Self { reload, process, tests: Arc::new(Semaphore::new(1)) }
+    pub(super) fn new(reload: mpsc::Sender<Asked>, keys: KeysReader, process: Process) -> Self {
+        Self { reload, keys, process, tests: Arc::new(Semaphore::new(1)) }
     }
 
     async fn answer(&self, request: Request) -> Result<String, String> {
@@ -200,6 +207,12 @@ impl Commands {
             Request::Reload => self.reload().await,
             Request::Status => Ok(self.status().await),
             Request::Test { endpoint } => self.test(endpoint.as_deref()).await,
+            Request::Keys => serde_json::to_string(&self.keys.list()).map_err(|error| error.to_string()),
+            Request::ChangeKeys(change) => {
+                let keys = self.keys.clone();
+                let changed = tokio::task::spawn_blocking(move || keys.change(change)).await;
+                changed.map_err(|error| error.to_string())?
+            }
             Request::Stop { now } => Ok(self.stop(now)),
         }
     }

@@ -7,6 +7,7 @@ mod drain;
 pub mod endpoint_test;
 mod guard;
 pub mod handover;
+pub mod keys;
 mod listen;
 mod log_file;
 mod pid_file;
@@ -48,6 +49,7 @@ use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
 use crate::server::control::{Commands, Control};
 use crate::server::handover::{Successor, do_without_a_predecessor, take_callers_over};
+use crate::server::keys::KeysReader;
 use crate::server::reload::{Reloader, hear_hangups};
 use crate::server::runtime_folder::Running;
 use discovery::Discovery;
@@ -143,7 +145,7 @@ impl Prepared {
             .map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
         let process = Process {
             pool: Arc::new(ArcSwap::from_pointee(pool)),
-            keyring: Keyring::new(&started.keys),
+            keyring: Keyring::default(),
             open: OpenRequests::default(),
             draining: Draining::default(),
             ledger: ledger.state().clone(),
@@ -153,6 +155,9 @@ impl Prepared {
             connections: Connections::new(started.memory_bytes_max),
             started_at: SystemTime::now(),
         };
+        process.keyring.set_config(&started.keys);
+        // One that is missing or broken is an error now, and later none that stops anything.
+        KeysReader::new(&process.pool, &process.keyring).begin().map_err(StartError)?;
         let pid_file = PidFile::new(&conf.pid_file, options);
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let prepared = Self {
@@ -236,8 +241,10 @@ impl Prepared {
                 asked: reloads,
             };
             server.add_service(background_service("reload", reloader));
+            let keys = KeysReader::new(&process.pool, &process.keyring);
+            server.add_service(background_service("keys", keys.clone()));
             if options.arguments.is_some() {
-                let commands = Commands::new(reload, process.clone());
+                let commands = Commands::new(reload, keys.clone(), process.clone());
                 let control = Control { runtime_folder: options.runtime_folder.clone(), commands };
                 server.add_service(background_service("control", control));
             }

@@ -78,9 +78,17 @@ pub struct Found<'a> {
 impl<'a> Found<'a> {
     /// Looks into each of these folders. Returns what to say if no process runs from any of them.
     pub fn in_one_of(folders: &'a [PathBuf]) -> Result<Self, String> {
+        Self::look(folders)?.ok_or_else(|| {
+            let shown = folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(" or ");
+            format!("no process runs from {shown}; start one, or name its config with --config")
+        })
+    }
+
+    /// The same; none if no process runs. An error says why that cannot be found out.
+    pub fn look(folders: &'a [PathBuf]) -> Result<Option<Self>, String> {
         for folder in folders {
             if let Some(running) = Running::read(folder) {
-                return Ok(Self { folder, running });
+                return Ok(Some(Self { folder, running }));
             }
             let file = folder.join(RUNNING_FILE);
             if let Err(error) = std::fs::File::open(&file)
@@ -89,8 +97,7 @@ impl<'a> Found<'a> {
                 return Err(format!("{}: {error}; use sudo, or be the user of the service", file.display()));
             }
         }
-        let shown = folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(" or ");
-        Err(format!("no process runs from {shown}; start one, or name its config with --config"))
+        Ok(None)
     }
 
     /// Signals the process, if it is this program under the user whose folder this is: a file says who it is, and one who can write

@@ -30,6 +30,7 @@ mod forms;
 mod headers;
 mod health;
 mod isolation;
+mod keys;
 mod last_error;
 mod ledger;
 mod legacy;

@@ -14,6 +14,7 @@ use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
 use pingora::{Error, ErrorType, Result};
 use pingora_proxy::Session;
+use tokio::task::AbortHandle;
 
 pub(super) use accept::accept;
 
@@ -25,9 +26,11 @@ use crate::config::WebSocketPermits;
 use crate::fault::{ErrorShape, Fault};
 use crate::json::members;
 use crate::request::body_memory::{FREE_BYTES, Memory, Reserved};
+use crate::request::connections::{OnConnection, Reason};
 use crate::request::fields::{self, Model, ModelPlace};
 use crate::request::websocket::{self, Message, MessageReader};
 use crate::response::websocket::FrameReader;
+use crate::routing::callers::Ending;
 use crate::usage::{Reported, Tokens, mentions_usage};
 
 /// Close of a connection because the gateway, or the endpoint behind it, cannot go on (RFC 6455, 7.4.1 and its registry).
@@ -53,6 +56,18 @@ pub struct WebSocket {
     waiting: Vec<u8>,
     /// Room for the messages.
     room: Option<Reserved>,
+    /// Cuts it off once its caller's key does.
+    cutter: Option<Cutter>,
+}
+
+/// A task that ends with what it watches.
+#[derive(Debug)]
+struct Cutter(AbortHandle);
+
+impl Drop for Cutter {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Responses that have been asked for, and those that have begun.
@@ -80,7 +95,18 @@ impl WebSocket {
             responses: Responses { has_first: true, paid: 0 },
             waiting: Vec::new(),
             room: None,
+            cutter: None,
         }
+    }
+
+    /// Has it end when its caller's key is revoked with all that runs.
+    pub(super) fn ends_with(&mut self, ending: Arc<Ending>, connection: &OnConnection) {
+        let connection = connection.handle();
+        let task = tokio::spawn(async move {
+            ending.cut().await;
+            connection.end(Reason::Revoked);
+        });
+        self.cutter = Some(Cutter(task.abort_handle()));
     }
 }
 

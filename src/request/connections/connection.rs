@@ -342,6 +342,11 @@ impl OnConnection {
         self.connection.write_ms.store(milliseconds(longest), Ordering::Relaxed);
     }
 
+    /// The connection, for what outlives this hook.
+    pub(crate) fn handle(&self) -> Arc<Connection> {
+        Arc::clone(&self.connection)
+    }
+
     /// An endpoint is asked to switch protocols, and has this long to say whether it does.
     pub(crate) fn awaits_switch(&self, longest: Duration) {
         self.connection.runs.store(false, Ordering::Relaxed);

@@ -55,11 +55,13 @@ pub(crate) enum Reason {
     Write,
     /// A stranger's requests were not over in time.
     Request,
+    /// The key of what it serves was revoked, with all that runs.
+    Revoked,
 }
 
 impl Reason {
     /// All of them.
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::FirstByte,
         Self::Header,
         Self::KeepAlive,
@@ -70,6 +72,7 @@ impl Reason {
         Self::Silent,
         Self::Write,
         Self::Request,
+        Self::Revoked,
     ];
 
     /// Label value in metrics.
@@ -85,6 +88,7 @@ impl Reason {
             Self::Silent => "silent",
             Self::Write => "write",
             Self::Request => "request",
+            Self::Revoked => "revoked",
         }
     }
 }

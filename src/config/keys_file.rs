@@ -1,0 +1,281 @@
+//! The file of clients' keys, which commands change while the process serves. It holds digests only, and is its owner's alone.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::checked::Check;
+use super::client_keys::{Around, ClientKey, client_keys};
+use super::environment::Environment;
+use super::file::ClientKeyFile;
+use super::problem::{Problem, Problems, Report};
+use super::{check_ordinary, read};
+
+/// Longest wait for another command that changes the file.
+const LOCK_MAX: Duration = Duration::from_secs(10);
+/// Pause between two looks at whether it has ended.
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+/// Digests of one key: of those that have ended the latest stay, so that their users are told what became of them.
+const HASHES_MAX: usize = 8;
+
+/// Place of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeysFile {
+    /// Its path.
+    pub path: PathBuf,
+    /// True if the config names it, so that it has to be there.
+    pub is_named: bool,
+}
+
+/// The file as it is typed.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct KeysText {
+    keys: Vec<ClientKeyFile>,
+}
+
+/// A change of the file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "change", rename_all = "camelCase")]
+pub enum KeysChange {
+    /// Another key, with what it opens as the file has it.
+    Add {
+        /// Its entry.
+        entry: Map<String, Value>,
+    },
+    /// Another key in place of one.
+    Rotate {
+        /// Name.
+        name: String,
+        /// Digest of the new one.
+        hash: String,
+        /// Its last characters, for lists.
+        last_four: String,
+        /// When the ones before stop to open.
+        until: String,
+    },
+    /// A key that opens nothing any more.
+    Revoke {
+        /// Name.
+        name: String,
+        /// True if its requests that are running are cut off.
+        now: bool,
+    },
+}
+
+impl KeysFile {
+    /// The keys of the file; none if it is not there.
+    pub(super) fn load(&self, around: &Around<'_>) -> Result<Vec<ClientKey>, Problems> {
+        let shown = self.path.display().to_string();
+        if !self.path.exists() && !self.is_named {
+            return Ok(Vec::new());
+        }
+        let hint = "make it with `api-together keys add NAME`, or leave server.keysFile out";
+        let refused =
+            |error: io::Error| Problems::from(Problem::error("", format!("cannot be read: {error}")).hint(hint));
+        let text = check_ordinary(&self.path).map_err(refused).and_then(|()| read(&self.path, hint));
+        text.and_then(|text| parse(&text, around)).map_err(|problems| problems.in_file(&shown))
+    }
+
+    /// What is wrong with who may read it.
+    pub fn openness(&self) -> Option<String> {
+        let mode = std::fs::metadata(&self.path).ok()?.permissions().mode() & 0o777;
+        (mode & 0o077 != 0)
+            .then(|| format!("{} can be read or written by others (mode {mode:o}); chmod 600 it", self.path.display()))
+    }
+
+    /// Changes the file as a whole, or not at all. Returns what was done, in words.
+    pub fn change(&self, change: KeysChange) -> Result<String, String> {
+        let path = std::fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
+        let fail = |error: io::Error| format!("{}: {error}", path.display());
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(fail)?;
+        }
+        let _lock = lock(&path.with_extension("lock")).map_err(fail)?;
+        let mut file = match std::fs::read_to_string(&path) {
+            Ok(text) => serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => json!({ "keys": [] }),
+            Err(error) => return Err(fail(error)),
+        };
+        let done = apply(change, &mut file).map_err(|why| format!("{}: {why}", path.display()))?;
+        let text = format!("{file:#}\n");
+        // Nothing is written that could not be read again.
+        parse(&text, &Around::alone()).map_err(|problems| problems.to_string())?;
+        replace(&path, &text).map_err(fail)?;
+        Ok(done)
+    }
+}
+
+fn parse(text: &str, around: &Around<'_>) -> Result<Vec<ClientKey>, Problems> {
+    let KeysText { keys } = serde_json::from_str(text).map_err(|error| Problem::error("", format!("{error}")))?;
+    let mut report = Report::default();
+    let environment = Environment::fixed::<&str, &str>([]);
+    let mut check = Check { report: &mut report, environment: &environment, base_dir: Path::new("") };
+    let keys = client_keys(keys, "keys", around, &mut check);
+    report.finish(text).map(|_| keys)
+}
+
+/// Holds off other commands. The lock ends with the descriptor.
+fn lock(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+    let begun = Instant::now();
+    while let Err(error) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        if error != rustix::io::Errno::WOULDBLOCK || begun.elapsed() > LOCK_MAX {
+            return Err(error.into());
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    Ok(file)
+}
+
+/// Puts a text in a file's place, for its owner alone: that of the file before, or else of the folder, if root does it for a service.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&fresh)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    let owner = std::fs::metadata(path).or_else(|_| std::fs::metadata(folder))?;
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&fresh, path)?;
+    File::open(folder)?.sync_all()
+}
+
+fn apply(change: KeysChange, file: &mut Value) -> Result<String, String> {
+    let keys = file.get_mut("keys").and_then(Value::as_array_mut).ok_or("has no list of keys")?;
+    match change {
+        KeysChange::Add { entry } => {
+            let name = entry.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
+            if keys.iter().any(|key| key["name"] == name) {
+                return Err(format!("there is a key {name} already; name another one, or rotate it"));
+            }
+            keys.push(entry.into());
+            Ok(format!("{name} added"))
+        }
+        KeysChange::Rotate { name, hash, last_four, until } => {
+            let key = named(keys, &name)?;
+            if key.get("revoked") == Some(&json!(true)) {
+                return Err(format!("{name} was revoked; add another key"));
+            }
+            let mut hashes =
+                key.shift_remove("hashes").and_then(|hashes| hashes.as_array().cloned()).unwrap_or_default();
+            hashes.extend(key.shift_remove("keyHash").map(|hash| json!({ "hash": hash })));
+            for one in &mut hashes {
+                // One that is to end earlier does.
+                if one.get("until").and_then(Value::as_str).is_none_or(|ends| ends > until.as_str()) {
+                    one["until"] = json!(until);
+                }
+            }
+            hashes.push(json!({ "hash": hash }));
+            hashes.drain(..hashes.len().saturating_sub(HASHES_MAX));
+            key.insert("hashes".into(), hashes.into());
+            key.insert("lastFour".into(), last_four.into());
+            Ok(format!("{name} has another key; the one before opens until {until}"))
+        }
+        KeysChange::Revoke { name, now } => {
+            let key = named(keys, &name)?;
+            key.insert("revoked".into(), json!(true));
+            if now {
+                key.insert("cut".into(), json!(true));
+            }
+            Ok(format!("{name} revoked"))
+        }
+    }
+}
+
+fn named<'a>(keys: &'a mut [Value], name: &str) -> Result<&'a mut Map<String, Value>, String> {
+    let found = keys.iter_mut().filter_map(Value::as_object_mut);
+    let mut found = found.filter(|key| key.get("name").and_then(Value::as_str) == Some(name));
+    found.next().ok_or_else(|| format!("has no key {name}; those of the config are changed there"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::client_keys::KeyDigest;
+
+    fn entry(name: &str, key: &str) -> KeysChange {
+        let hash = KeyDigest::of(key.as_bytes()).text();
+        let Value::Object(entry) = json!({ "name": name, "keyHash": hash, "models": ["m"] }) else { unreachable!() };
+        KeysChange::Add { entry }
+    }
+
+    fn rotated(name: &str, key: &str, until: &str) -> KeysChange {
+        let hash = KeyDigest::of(key.as_bytes()).text();
+        KeysChange::Rotate { name: name.into(), hash, last_four: "abcd".into(), until: until.into() }
+    }
+
+    #[test]
+    fn keys_are_added_rotated_and_revoked() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = KeysFile { path: folder.path().join("state/keys.json"), is_named: false };
+        let load = || file.load(&Around::alone()).unwrap();
+        assert!(load().is_empty());
+        file.change(entry("ada", "one")).unwrap();
+        file.change(entry("bob", "two")).unwrap();
+        assert!(file.change(entry("ada", "three")).unwrap_err().contains("ada already"));
+        assert!(file.change(entry("eve", "two")).unwrap_err().contains("has the key of"), "one key opens one thing");
+        assert!(file.change(entry("a b", "four")).is_err());
+        assert_eq!(std::fs::metadata(&file.path).unwrap().permissions().mode() & 0o777, 0o600);
+        let text = std::fs::read_to_string(&file.path).unwrap();
+        assert!(!text.contains("one") && text.contains("sha256:"), "{text}");
+
+        file.change(rotated("ada", "new", "2027-01-01T00:00:00Z")).unwrap();
+        file.change(rotated("ada", "newer", "2026-12-01T00:00:00Z")).unwrap();
+        let [ada, _] = &load()[..] else { panic!() };
+        let ends: Vec<_> = ada.hashes.iter().map(|hash| hash.until.map(|until| until.to_string())).collect();
+        assert_eq!(ends, [Some("2026-12-01T00:00:00Z".into()), Some("2026-12-01T00:00:00Z".into()), None]);
+        for number in 0..20 {
+            file.change(rotated("ada", &format!("key {number}"), "2026-12-01T00:00:00Z")).unwrap();
+        }
+        assert_eq!(load()[0].hashes.len(), HASHES_MAX);
+
+        file.change(KeysChange::Revoke { name: "bob".into(), now: true }).unwrap();
+        assert!(load()[1].revoked && load()[1].cut && !load()[0].revoked);
+        for change in [rotated("bob", "x", "2027-01-01"), KeysChange::Revoke { name: "eve".into(), now: false }] {
+            assert!(file.change(change).is_err());
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = KeysFile { path: folder.path().join("keys.json"), is_named: true };
+        assert!(
+            file.load(&Around::alone()).unwrap_err().to_string().contains("keys add"),
+            "it is named, and is not there"
+        );
+        for broken in
+            ["", "{", "[]", r#"{"keys":[{"name":"a"}]}"#, r#"{"keys":[],"more":1}"#, r#"{"keys":[{"nam":1}]}"#]
+        {
+            std::fs::write(&file.path, broken).unwrap();
+            assert!(file.load(&Around::alone()).is_err(), "{broken}");
+            assert!(file.change(entry("ada", "one")).is_err(), "{broken}");
+            assert_eq!(std::fs::read_to_string(&file.path).unwrap(), broken);
+        }
+        std::fs::set_permissions(&file.path, Permissions::from_mode(0o644)).unwrap();
+        assert!(file.openness().unwrap().contains("644"));
+    }
+
+    #[test]
+    fn commands_at_once_lose_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = KeysFile { path: folder.path().join("keys.json"), is_named: false };
+        std::thread::scope(|scope| {
+            for number in 0..20 {
+                let file = &file;
+                scope.spawn(move || file.change(entry(&format!("n{number}"), &format!("key {number}"))).unwrap());
+            }
+        });
+        assert_eq!(file.load(&Around::alone()).unwrap().len(), 20);
+    }
+}

@@ -1,0 +1,181 @@
+//! The file of clients' keys: read when the process starts, when it changes, and when a command asks for it, whatever the state of the config.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use jiff::Timestamp;
+use pingora::server::ShutdownWatch;
+use pingora::services::background::BackgroundService;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{self, KeysChange, Watch};
+use crate::routing::callers::{Caller, Keyring};
+use crate::routing::pool::Pool;
+
+/// Reads the file of keys. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct KeysReader {
+    pool: Arc<ArcSwap<Pool>>,
+    keyring: Keyring,
+    /// Why it was not read the last time, and the state of the file that was.
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    error: Option<String>,
+    seen: Option<Seen>,
+}
+
+/// A file, and what is another whenever it is changed: its number, and when it was written.
+type Seen = (PathBuf, Option<(u64, SystemTime)>);
+
+/// A key as lists show it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListedKey {
+    /// Name.
+    pub name: String,
+    /// The last characters of the key, if they are known.
+    pub last_four: Option<String>,
+    /// `open`, `revoked`, `off` or `expired`.
+    pub state: String,
+    /// Where it stands: `config` or `file`.
+    pub source: String,
+    /// When it stops to open.
+    pub expires: Option<String>,
+    /// Models that it may ask for; all if none are named.
+    pub models: Option<Vec<String>>,
+    /// Calls that it may make; all if none are named.
+    pub calls: Option<Vec<String>>,
+    /// Endpoints that its requests may go to; all if none are named.
+    pub endpoints: Option<Vec<String>>,
+    /// Labels.
+    pub tags: Vec<String>,
+}
+
+impl ListedKey {
+    /// A key as it is at this moment.
+    pub fn new(key: &config::ClientKey, is_of_config: bool, now: Timestamp) -> Self {
+        let state = match () {
+            () if key.revoked => "revoked",
+            () if !key.enabled => "off",
+            () if key.expires.is_some_and(|expires| expires <= now) => "expired",
+            () => "open",
+        };
+        let calls = || key.calls.kinds().map(|kind| kind.name().to_owned()).collect();
+        Self {
+            name: key.name.to_string(),
+            last_four: key.last_four.clone(),
+            state: state.to_owned(),
+            source: if is_of_config { "config" } else { "file" }.to_owned(),
+            expires: key.expires.map(|expires| expires.to_string()),
+            models: key.models.clone(),
+            calls: (key.calls != config::CallSet::ALL).then(calls),
+            endpoints: key.endpoints.clone(),
+            tags: key.tags.clone(),
+        }
+    }
+}
+
+impl KeysReader {
+    pub(super) fn new(pool: &Arc<ArcSwap<Pool>>, keyring: &Keyring) -> Self {
+        Self { pool: Arc::clone(pool), keyring: keyring.clone(), state: Arc::default() }
+    }
+
+    /// Reads the file for the first time. Returns why it cannot be used.
+    pub(super) fn begin(&self) -> Result<(), String> {
+        let keys = config::load_keys(&self.pool.load().server).map_err(|problems| problems.to_string())?;
+        if !keys.is_empty() {
+            self.take_in(keys);
+        }
+        Ok(())
+    }
+
+    /// Reads the file. A broken one changes nothing, and is logged once.
+    fn read(&self) -> Result<String, String> {
+        let pool = self.pool.load_full();
+        let file = &pool.server.keys_file;
+        let shown = file.path.display().to_string();
+        let seen = (file.path.clone(), changed_at(&file.path));
+        let keys = match config::load_keys(&pool.server) {
+            Ok(keys) => keys,
+            Err(problems) => {
+                let why = format!("keys {shown}: not applied, the keys before stay: {problems}");
+                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                state.seen = Some(seen);
+                if state.error.replace(why.clone()).as_ref() != Some(&why) {
+                    log::error!("{why}");
+                }
+                return Err(why);
+            }
+        };
+        let count = keys.len();
+        self.take_in(keys);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        (state.error, state.seen) = (None, Some(seen));
+        Ok(format!("keys {shown}: loaded, {count} in all"))
+    }
+
+    fn take_in(&self, keys: Vec<config::ClientKey>) {
+        let pool = self.pool.load();
+        let file = &pool.server.keys_file;
+        for name in self.keyring.set_file(keys) {
+            log::warn!("keys {}: {name} is overlooked: server.keys has its name, or its key", file.path.display());
+        }
+        if let Some(why) = file.openness() {
+            log::warn!("{why}");
+        }
+    }
+
+    /// Changes the file, and reads it again.
+    pub(super) fn change(&self, change: KeysChange) -> Result<String, String> {
+        let done = self.pool.load().server.keys_file.change(change)?;
+        let told = self.read()?;
+        log::info!("{told}: {done}");
+        Ok(done)
+    }
+
+    /// All keys, those of the config among them.
+    pub(super) fn list(&self) -> Vec<ListedKey> {
+        let now = Timestamp::now();
+        let listed = |caller: &Arc<Caller>| ListedKey::new(&caller.key, caller.is_of_config, now);
+        self.keyring.load().all().map(listed).collect()
+    }
+
+    fn is_changed(&self) -> bool {
+        let path = self.pool.load().server.keys_file.path.clone();
+        let found = (path.clone(), changed_at(&path));
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).seen.as_ref() != Some(&found)
+    }
+}
+
+fn changed_at(path: &Path) -> Option<(u64, SystemTime)> {
+    let found = std::fs::metadata(path).ok()?;
+    Some((found.ino(), found.modified().ok()?))
+}
+
+#[async_trait]
+impl BackgroundService for KeysReader {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let path = || self.pool.load().server.keys_file.path.clone();
+        let mut watch = Watch::new(vec![path()]);
+        loop {
+            tokio::select! {
+                () = watch.changed() => {}
+                _ = shutdown.changed() => return,
+            }
+            watch.set_files(vec![path()]);
+            if self.is_changed() {
+                // What is wrong is logged there.
+                if let Ok(told) = self.read() {
+                    log::info!("{told}");
+                }
+            }
+        }
+    }
+}
