@@ -144,8 +144,8 @@ fn check_callers_key(keys: usize) -> Box<dyn FnMut()> {
     });
     let loaded = check_str(&config.to_string(), Format::Json, &Environment::default(), Path::new(""));
     server.keys = loaded.expect("the config is good").config.server.keys;
-    let keyring = Keyring::default();
-    keyring.set_config(&server.keys);
+    let keyring = Keyring::new(Client::new(Clock::read));
+    keyring.set_config(&server);
     let mut headers = HeaderMap::new();
     let key = format!("Bearer {}", text.last().expect("there are keys"));
     headers.insert(header::AUTHORIZATION, HeaderValue::from_str(&key).expect("it is a header's value"));

@@ -193,7 +193,7 @@ fn add_model_limits(scrape: &Scrape, endpoints: &[&Endpoint], views: &Views) {
     let mut all = Vec::new();
     for of in endpoints.iter().flat_map(|endpoint| endpoint.accounts.models()) {
         let Some(models) = of.account.id().models() else { continue };
-        let labels = |kind: LimitKind| [of.account.id().endpoint().as_ref(), models.as_ref(), kind.label()];
+        let labels = |kind: LimitKind| [of.account.id().owner().as_ref(), models.as_ref(), kind.label()];
         all.extend(known(&of.limits, views.of(of).used).map(|(kind, limit, used)| (labels(kind), limit, used)));
     }
     let add = |name, help, value: fn(u64, u64) -> u64| {

@@ -1,6 +1,7 @@
 //! Our own answers: health, status, models, and every fault. Each is built here as a value; the proxy sends it.
 
 mod health;
+mod key;
 pub(crate) mod lists;
 pub(crate) mod metrics;
 mod models;
@@ -66,6 +67,8 @@ pub(crate) enum Resource<'a> {
     Metrics,
     /// `GET /v1/status`.
     Status,
+    /// `GET /v1/key`.
+    Key,
     /// `GET /v1/models`.
     Models,
     /// `GET /v1/models/{model}`; the name as it stands in the path.
@@ -88,6 +91,7 @@ impl<'a> Resource<'a> {
             "/health/ready" => return Some(Self::Ready),
             "/metrics" => return Some(Self::Metrics),
             "/v1/status" => return Some(Self::Status),
+            "/v1/key" => return Some(Self::Key),
             "/v1/token/stats" => return Some(Self::TokenStats),
             "/v1/token/reset" => return Some(Self::TokenReset),
             _ => {}
@@ -101,7 +105,7 @@ impl<'a> Resource<'a> {
 
     /// True for paths that are ours to answer and no endpoint's, however they were typed.
     pub(crate) fn is_reserved(meant: &str) -> bool {
-        meant == "/v1/status" || meant.starts_with("/v1/token/")
+        meant == "/v1/status" || meant == "/v1/key" || meant.starts_with("/v1/token/")
     }
 
     /// True for what only the server's one key opens: it shows the whole gateway.
@@ -143,6 +147,7 @@ impl<'a> Resource<'a> {
             Self::Ready => health::ready(from),
             Self::Metrics => return Ok(Answer::metrics(metrics::text(from).await)),
             Self::Status => (200, status::status(from).await),
+            Self::Key => (200, key::key(from).await),
             Self::Models => (200, models::list(from.pool, from.caller)),
             Self::Model(name) => (200, models::one(from.pool, name, from.caller)?),
             Self::TokenStats => (200, tokens::stats(from).await?),
@@ -224,7 +229,8 @@ mod tests {
         assert_eq!(of("/v1/models"), Some(Resource::Models));
         assert_eq!(Resource::from_path("//models/", "/v1/models", &Method::GET), Some(Resource::Models));
         assert_eq!(Resource::from_path("//v1/status", "/v1/status", &Method::GET), None, "to its exact path only");
-        assert!(Resource::is_reserved("/v1/status"));
+        assert!(Resource::is_reserved("/v1/status") && Resource::is_reserved("/v1/key"));
+        assert_eq!(of("/v1/key"), Some(Resource::Key));
         assert_eq!(of("/v1/models/meta/llama"), Some(Resource::Model("meta/llama")));
         assert_eq!(of("/v1/chat/completions"), None);
         assert_eq!(Resource::from_path("/v1/models/ft:mine", "/v1/models/ft:mine", &Method::DELETE), None);

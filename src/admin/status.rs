@@ -198,7 +198,7 @@ fn stream_usage(endpoint: &Endpoint, clock: &Clock) -> &'static str {
 }
 
 /// Limit, used part, remaining part and reset time for each kind of limit.
-fn quota(limits: &Limits, view: &View, used: PerLimit<u64>, clock: &Clock) -> Value {
+pub(super) fn quota(limits: &Limits, view: &View, used: PerLimit<u64>, clock: &Clock) -> Value {
     let one = |((limit, gauge), used): ((Limit, Option<Gauge>), u64)| {
         json!({
             "limit": limit.as_number(),
@@ -216,7 +216,7 @@ fn by_kind<T: Copy + Into<Value>>(values: &PerLimit<T>) -> Value {
     Value::Object(values.each().map(|(kind, value)| (kind.key().to_owned(), value.into())).collect())
 }
 
-fn time_of(stamp: Stamp, clock: &Clock) -> String {
+pub(super) fn time_of(stamp: Stamp, clock: &Clock) -> String {
     iso(clock.wall + (stamp - clock.boot))
 }
 

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use tiktoken_rs::CoreBPE;
 
-use crate::ledger::{AccountSet, Spent};
+use crate::ledger::{AccountSet, Reservation, Spent};
 use crate::request::call::Call;
 use crate::routing::pool::Pool;
 use crate::routing::router::Candidates;
@@ -41,6 +41,10 @@ pub struct Job {
     pub endpoint: Arc<str>,
     /// Accounts that the tokens are charged to.
     pub accounts: Arc<AccountSet>,
+    /// Those of the caller's own key, if that has limits.
+    pub caller: Option<Arc<AccountSet>>,
+    /// Tokens that are reserved of those until then.
+    pub reservation: Option<Reservation>,
     /// The model that answered, cut to a sane length.
     pub model: String,
     /// Candidates of the client's request.
@@ -186,7 +190,20 @@ enum Estimated {
 
 /// Estimates an answer and counts it.
 fn settle(job: Job) -> Estimated {
-    let Job { id, pool, endpoint, accounts, model, candidates, call, prompt, prompt_reported, answer } = job;
+    let Job {
+        id,
+        pool,
+        endpoint,
+        accounts,
+        caller,
+        reservation,
+        model,
+        candidates,
+        call,
+        prompt,
+        prompt_reported,
+        answer,
+    } = job;
     let tokenizer = tokenizer(&model);
     let completion = completion_tokens(tokenizer, call, &answer);
     // No tokens to estimate: an error with a status of success, or a response that is made in the background later.
@@ -205,7 +222,9 @@ fn settle(job: Job) -> Estimated {
     }
     let clock = pool.clock();
     let spent = Spent::now(&endpoint, &model, cost, &pool.server.timezone, clock.wall);
-    pool.ledger.spend_tokens(&accounts, spent, clock.boot);
+    pool.ledger.spend_tokens(&accounts, caller.as_ref(), spent, clock.boot);
+    // Only now, so that the tokens are always counted, in one way or the other.
+    drop(reservation);
     if is_known { Estimated::Whole } else { Estimated::Partly }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::billing::estimate::{Estimator, Job};
 use crate::exchange::{Ask, Attempt};
 use crate::fault::excerpt;
-use crate::ledger::Spent;
+use crate::ledger::{Permit, Spent};
 use crate::request::call::Call;
 use crate::telemetry::metrics::metrics;
 use crate::usage::{Cost, Speed, Tokens, Usage};
@@ -66,7 +66,7 @@ pub fn bill_response(attempt: &Attempt, ask: &Ask, usage: &Usage) {
 /// `id` and `arrived` are the request's, which may have been at other endpoints before; `ended` is when its answer was whole.
 pub fn bill(
     attempt: &mut Attempt,
-    ask: &Ask,
+    ask: &mut Ask,
     id: &str,
     (arrived, ended): (Instant, Instant),
     estimator: &Estimator,
@@ -97,6 +97,8 @@ pub fn bill(
             answer: meter.take_text(),
             endpoint: Arc::clone(&attempt.endpoint.config.id),
             accounts: Arc::clone(attempt.accounts()),
+            caller: ask.own_accounts().cloned(),
+            reservation: ask.own_permit.as_mut().and_then(Permit::take_reservation),
             model: model_name(attempt, ask),
             call: ask.call,
             candidates: Arc::clone(&ask.candidates),
@@ -120,5 +122,5 @@ fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, ended: Instant) {
     }
     let clock = attempt.clock_at(ended);
     let spent = Spent::now(endpoint, &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall);
-    pool.ledger.spend_tokens(attempt.accounts(), spent, clock.boot);
+    pool.ledger.spend_tokens(attempt.accounts(), ask.own_accounts(), spent, clock.boot);
 }

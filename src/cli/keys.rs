@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::files::ConfigFile;
 use super::status::Output;
 use super::table::Table;
-use crate::config::{self, Environment, Flags, KeyDigest, KeysChange};
+use crate::config::{self, Environment, Flags, KeyDigest, KeysChange, PerLimit};
 use crate::routing::callers::GENERATED_PREFIX;
 use crate::server::control::{self, Request};
 use crate::server::keys::ListedKey;
@@ -29,7 +29,7 @@ const SHOWN_CHARS: usize = 4;
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {
     /// Make a key and print it, this once: the file of keys has its SHA-256 only.
-    Add(AddKey),
+    Add(Box<AddKey>),
     /// List the keys, those of the config among them. None is shown.
     List {
         /// Print JSON.
@@ -68,6 +68,21 @@ pub(super) struct AddKey {
     /// Endpoints that its requests may go to [default: all].
     #[arg(long, value_delimiter = ',')]
     endpoints: Vec<String>,
+    /// Requests in any 60 seconds [default: no limit].
+    #[arg(long)]
+    rpm: Option<u64>,
+    /// Requests a day [default: no limit].
+    #[arg(long)]
+    rpd: Option<u64>,
+    /// Tokens in any 60 seconds [default: no limit].
+    #[arg(long)]
+    tpm: Option<u64>,
+    /// Tokens a day [default: no limit].
+    #[arg(long)]
+    tpd: Option<u64>,
+    /// Requests at once [default: no limit].
+    #[arg(long)]
+    max_concurrent: Option<u64>,
     /// When it stops to open, such as 2027-03-31 or 2027-03-31T18:00:00Z [default: never].
     #[arg(long)]
     expires: Option<String>,
@@ -84,7 +99,7 @@ pub(super) fn run(file: &ConfigFile, command: KeysCommand) -> Result<(), String>
     match command {
         KeysCommand::Add(add) => {
             let key = new_key()?;
-            let done = change(file, KeysChange::Add { entry: entry(add, &key) })?;
+            let done = change(file, KeysChange::Add { entry: entry(*add, &key) })?;
             show_key(&key, &done);
             Ok(())
         }
@@ -128,7 +143,7 @@ fn seconds_of(moment: Timestamp) -> String {
 }
 
 fn entry(add: AddKey, key: &str) -> Map<String, Value> {
-    let AddKey { name, models, calls, endpoints, expires, allow_from, tags } = add;
+    let AddKey { name, models, calls, endpoints, rpm, rpd, tpm, tpd, max_concurrent, expires, allow_from, tags } = add;
     let mut entry = Map::new();
     entry.insert("name".into(), name.into());
     entry.insert("keyHash".into(), KeyDigest::of(key.as_bytes()).text().into());
@@ -139,6 +154,11 @@ fn entry(add: AddKey, key: &str) -> Map<String, Value> {
     {
         if !list.is_empty() {
             entry.insert(name.into(), json!(list));
+        }
+    }
+    for (kind, limit) in (PerLimit { rpm, rpd, tpm, tpd, max_concurrent }).each() {
+        if let Some(limit) = limit {
+            entry.insert(kind.key().into(), limit.into());
         }
     }
     if let Some(expires) = expires {
@@ -190,7 +210,7 @@ fn list(file: &ConfigFile, output: Output) -> Result<(), String> {
 
 fn table(keys: &[ListedKey]) -> Table {
     const BAD: Style = AnsiColor::Yellow.on_default();
-    let mut table = Table::new(&["NAME", "KEY", "STATE", "EXPIRES", "MODELS", "CALLS", "ENDPOINTS", "FROM"]);
+    let mut table = Table::new(&["NAME", "KEY", "STATE", "EXPIRES", "LIMITS", "MODELS", "CALLS", "ENDPOINTS", "FROM"]);
     let plain = |text: String| (text, Style::new());
     let all = |list: &Option<Vec<String>>| plain(list.as_ref().map_or_else(|| "all".to_owned(), |list| list.join(",")));
     for key in keys {
@@ -200,6 +220,7 @@ fn table(keys: &[ListedKey]) -> Table {
             plain(key.last_four.as_ref().map_or_else(|| "-".to_owned(), |four| format!("…{four}"))),
             (key.state.clone(), style),
             plain(key.expires.clone().unwrap_or_else(|| "never".to_owned())),
+            plain(if key.limits.is_empty() { "none".to_owned() } else { key.limits.join(", ") }),
             all(&key.models),
             all(&key.calls),
             all(&key.endpoints),

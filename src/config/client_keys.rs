@@ -13,14 +13,17 @@ use subtle::ConstantTimeEq as _;
 use super::calls::{CallKind, CallSet};
 use super::checked::Check;
 use super::cidr::Cidr;
-use super::endpoint::check_pattern;
-use super::file::{self, ClientKeyFile};
+use super::endpoint::{check_pattern, limit};
+use super::file::{self, CallerModelLimitsFile, ClientKeyFile};
 use super::key_strength;
+use super::limits::{Limit, PerLimit};
 use super::problem::join;
 use crate::config::secret::Secret;
 
 /// Keys at most.
 const KEYS_MAX: usize = 100_000;
+/// Entries of `modelLimits`.
+const MODEL_LIMITS_MAX: usize = 64;
 /// Longest name of a key, in characters.
 const NAME_CHARS_MAX: usize = 64;
 /// What stands before a digest in the config.
@@ -92,6 +95,10 @@ pub struct ClientKey {
     pub calls: CallSet,
     /// Ids of the endpoints that its requests may go to; any if none are named.
     pub endpoints: Option<Vec<String>>,
+    /// Limits of its requests.
+    pub limits: PerLimit<Limit>,
+    /// Limits for some models, by the name that is asked for or a prefix.
+    pub model_limits: BTreeMap<String, PerLimit<Limit>>,
     /// When it stops to open.
     pub expires: Option<Timestamp>,
     /// Addresses that it may be used from; any if none are named.
@@ -189,6 +196,15 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
     // A word that is none of them has been reported with the shape.
     let calls =
         typed.calls.map_or(CallSet::ALL, |calls| calls.iter().filter_map(|name| CallKind::named(name)).collect());
+    let typed_limits = PerLimit {
+        rpm: typed.rpm,
+        rpd: typed.rpd,
+        tpm: typed.tpm,
+        tpd: typed.tpd,
+        max_concurrent: typed.max_concurrent,
+    };
+    let limits = limits(typed_limits, path, check);
+    let model_limits = model_limits(typed.model_limits.unwrap_or_default(), &at("modelLimits"), check);
     let expires = moment(typed.expires.as_deref(), &at("expires"), around.timezone, check);
     let mut allow_from = Vec::new();
     for (index, text) in typed.allow_from.unwrap_or_default().iter().enumerate() {
@@ -207,6 +223,8 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
         models: typed.models,
         calls,
         endpoints: typed.endpoints,
+        limits,
+        model_limits,
         expires: expires?,
         allow_from,
         tags: typed.tags.unwrap_or_default(),
@@ -215,6 +233,37 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
         cut: typed.cut.unwrap_or_default(),
         last_four: typed.last_four,
     })
+}
+
+/// Limits of a key. None switches it off: `enabled` does.
+fn limits(typed: PerLimit<Option<i64>>, path: &str, check: &mut Check<'_>) -> PerLimit<Limit> {
+    let limits = typed.map(limit);
+    for (kind, limit) in limits.each() {
+        if limit == Limit::Off {
+            let hint = "write -1 for no limit; `enabled: false` switches a key off, `models` says what it may ask for";
+            check.report.error(&join(path, kind.key()), "is 0, so nothing could be asked for", hint);
+        }
+    }
+    limits
+}
+
+fn model_limits(
+    typed: BTreeMap<String, CallerModelLimitsFile>,
+    path: &str,
+    check: &mut Check<'_>,
+) -> BTreeMap<String, PerLimit<Limit>> {
+    if typed.len() > MODEL_LIMITS_MAX {
+        let message = format!("has {} entries", typed.len());
+        check.report.error(path, message, &format!("use {MODEL_LIMITS_MAX} at most; a prefix covers many models"));
+    }
+    let mut all = BTreeMap::new();
+    for (pattern, typed) in typed {
+        let path = join(path, &pattern);
+        check_pattern(&pattern, &path, check);
+        let CallerModelLimitsFile { rpm, rpd, tpm, tpd, max_concurrent } = typed;
+        all.insert(pattern, limits(PerLimit { rpm, rpd, tpm, tpd, max_concurrent }, &path, check));
+    }
+    all
 }
 
 fn name(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Option<String> {

@@ -53,6 +53,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         api_key: _,
         keys: _,
         keys_file: _,
+        budget_reserve_tokens: _,
         share_ids: _,
         cors: _,
         body_bytes_max: _,
@@ -98,6 +99,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         api_key,
         keys,
         keys_file,
+        budget_reserve_tokens,
         share_ids,
         tls,
         cors,
@@ -131,6 +133,8 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     }
     compare_keys(lines, keys, &after.keys);
     lines.compare(&at("keysFile"), path, &keys_file.path, &after.keys_file.path);
+    let reserve = (budget_reserve_tokens, &after.budget_reserve_tokens);
+    lines.compare(&at("budgetReserveTokens"), plain, reserve.0, reserve.1);
     lines.compare(&at("shareIds"), plain, share_ids, &after.share_ids);
     if let (Some(before), Some(after)) = (tls, &after.tls) {
         let ServerTls { cert_file, key_file } = before;

@@ -268,7 +268,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     })
 }
 
-fn limit(typed: Option<i64>) -> Limit {
+pub(super) fn limit(typed: Option<i64>) -> Limit {
     Limit::from_number(typed.unwrap_or(file::LIMIT_DEFAULT))
 }
 

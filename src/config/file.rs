@@ -61,6 +61,7 @@ pub(super) const LIMIT_MAX: i64 = 9_007_199_254_740_991;
 pub(super) const LIMIT_DEFAULT: i64 = -1;
 pub(super) const EACH_DEFAULT: bool = false;
 pub(super) const ENABLED_DEFAULT: bool = true;
+pub(super) const RESERVE_TOKENS_DEFAULT: u32 = 4096;
 pub(super) const SHARE_IDS_DEFAULT: bool = false;
 pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
 pub(super) const SESSIONS_DEFAULT: bool = true;
@@ -122,6 +123,9 @@ pub(super) struct ServerFile {
     /// A file of more such keys, which `api-together keys` changes while the process serves: digests only, for its owner alone. Default:
     /// `keys.json` beside this file, or in the folder that systemd gives a service for its state, if it is there.
     pub keys_file: Option<String>,
+    /// Tokens of an answer that are reserved of a key's limits before a request is sent, if the request bounds its answer higher or not at all.
+    #[schemars(range(min = 1, max = COUNT_MAX), extend("default" = RESERVE_TOKENS_DEFAULT))]
+    pub budget_reserve_tokens: Option<u32>,
     /// Whether what one key made (files, stored responses, conversations and others) may be used with every other one.
     #[schemars(extend("default" = SHARE_IDS_DEFAULT))]
     pub share_ids: Option<bool>,
@@ -277,6 +281,23 @@ pub(super) struct ClientKeyFile {
     pub calls: Option<Vec<String>>,
     /// Ids of the endpoints that its requests may go to. Default: all.
     pub endpoints: Option<Vec<String>>,
+    /// Requests in any 60 seconds. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpm: Option<i64>,
+    /// Requests a day, by `server.timezone`. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpd: Option<i64>,
+    /// Tokens in any 60 seconds. What a request may take is reserved before it is sent. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpm: Option<i64>,
+    /// Tokens a day, likewise. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpd: Option<i64>,
+    /// Requests at once, counted by each process for itself. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub max_concurrent: Option<i64>,
+    /// Limits for some models beside these, by the name that is asked for, or a prefix such as `gpt-4o*`; the closest one counts.
+    pub model_limits: Option<BTreeMap<String, CallerModelLimitsFile>>,
     /// When it stops to open: a day, to whose end it goes, such as `2027-03-31`, or a moment such as `2027-03-31T18:00:00Z`.
     pub expires: Option<String>,
     /// Addresses that it may be used from, such as `10.0.0.0/8`. Default: all.
@@ -295,6 +316,27 @@ pub(super) struct ClientKeyFile {
     /// When it was made.
     #[expect(dead_code, reason = "for people, not for us")]
     pub created: Option<String>,
+}
+
+/// Limits of a key for some models.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct CallerModelLimitsFile {
+    /// Requests in any 60 seconds. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpm: Option<i64>,
+    /// Requests a day, by `server.timezone`. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpd: Option<i64>,
+    /// Tokens in any 60 seconds. What a request may take is reserved before it is sent. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpm: Option<i64>,
+    /// Tokens a day, likewise. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpd: Option<i64>,
+    /// Requests at once, counted by each process for itself. -1: no limit.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub max_concurrent: Option<i64>,
 }
 
 /// What opens a key, and until when.

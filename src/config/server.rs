@@ -35,6 +35,8 @@ pub struct Server {
     pub keys: Vec<ClientKey>,
     /// File of more of them.
     pub keys_file: KeysFile,
+    /// Tokens of an answer that are reserved before a request is sent.
+    pub budget_reserve_tokens: u32,
     /// True if what one key made may be used with every other one.
     pub share_ids: bool,
     /// HTTPS with this certificate, or plain HTTP.
@@ -235,6 +237,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         port: port?,
         keys,
         keys_file,
+        budget_reserve_tokens: typed.budget_reserve_tokens.unwrap_or(file::RESERVE_TOKENS_DEFAULT),
         share_ids: typed.share_ids.unwrap_or(file::SHARE_IDS_DEFAULT),
         api_key: api_key?,
         tls: match tls {

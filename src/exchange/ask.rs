@@ -10,7 +10,7 @@ use http::uri::PathAndQuery;
 
 use super::{AskedModel, AskedObjects};
 use crate::config::{CallKind, Trouble};
-use crate::ledger::CallerId;
+use crate::ledger::{AccountSet, CallerDraw, CallerId, Permit};
 use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, UsageEdit};
 use crate::request::shape::CallShape;
@@ -52,6 +52,10 @@ pub struct Ask {
     pub caller: CallerId,
     /// The same, if it has a key of its own.
     pub named: Option<Arc<Named>>,
+    /// What it draws of that key's limits, if any are set.
+    pub own: Option<CallerDraw>,
+    /// What it has drawn of them, for as long as it lasts.
+    pub own_permit: Option<Permit>,
     /// True if the body is JSON, whatever its content type says.
     pub is_json: bool,
     /// The model's name as the client sent it.
@@ -129,6 +133,11 @@ impl Ask {
             session.drop_place();
             self.pool.sessions.forget(session, &self.pool.ledger);
         }
+    }
+
+    /// Accounts of its caller's own key, if that has limits.
+    pub fn own_accounts(&self) -> Option<&Arc<AccountSet>> {
+        self.named.as_ref()?.caller.accounts.of_model(self.model.as_deref())
     }
 
     /// True if its tokens are estimated when the endpoint reports none.

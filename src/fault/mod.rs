@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::LimitKind;
 use crate::limit::LimitReason;
 
 /// Reason why an endpoint cannot be asked.
@@ -69,6 +70,17 @@ pub enum Fault {
     },
     /// The path is one of our own that is not for the keys of callers.
     PathNotAllowed,
+    /// A limit of the request's own key is reached.
+    KeyLimitsReached {
+        /// Name of the key.
+        name: String,
+        /// The models that the limit is for, if it is for some only.
+        models: Option<String>,
+        /// The limit.
+        reason: LimitReason,
+        /// Time until there is room.
+        wait: Duration,
+    },
     /// The request's key may not ask for the model.
     ModelNotAllowed {
         /// Name of the key.
@@ -262,6 +274,9 @@ impl Fault {
             Self::AddressNotAllowed { .. } => (403, INVALID, Some("address_not_allowed"), "address_not_allowed"),
             Self::CallNotAllowed { .. }    => (403, INVALID, Some("call_not_allowed"), "call_not_allowed"),
             Self::PathNotAllowed           => (403, INVALID, Some("call_not_allowed"), "path_not_allowed"),
+            Self::KeyLimitsReached { reason: LimitReason::Full(LimitKind::Tpm | LimitKind::Tpd, _), .. } =>
+                                              (429, "tokens", Some("key_rate_limited"), "key_limits_reached"),
+            Self::KeyLimitsReached { .. }  => (429, "requests", Some("key_rate_limited"), "key_limits_reached"),
             Self::ModelNotAllowed { .. }   => (404, INVALID, Some("model_not_found"), "model_not_allowed"),
             Self::KeysFailedTooOften       => (429, "requests", Some("rate_limit_exceeded"), "keys_failed_too_often"),
             Self::PathUnknown { .. }       => (404, INVALID, Some("unknown_url"), "path_unknown"),
@@ -314,7 +329,7 @@ impl Fault {
     /// Returns the time that a client should wait before it tries again, if it is known.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::LimitsReached { wait, .. } => Some(*wait),
+            Self::LimitsReached { wait, .. } | Self::KeyLimitsReached { wait, .. } => Some(*wait),
             Self::KeysFailedTooOften => Some(Duration::from_mins(1)),
             Self::NoRoom => Some(Duration::from_secs(1)),
             // A trial takes seconds; it either reopens the endpoint or closes it for its whole cool-down. The ledger is tried
@@ -371,6 +386,14 @@ impl Fault {
             }
             Self::CallNotAllowed { name, call } => {
                 format!("This API key ({name}) may not make calls of the kind `{call}` (calls).")
+            }
+            Self::KeyLimitsReached { name, models, reason, wait } => {
+                let of_models = models.as_ref().map(|models| format!(" for {models}")).unwrap_or_default();
+                let seconds = wait.as_millis().div_ceil(1000);
+                format!(
+                    "This API key ({name}) is at its own limit: {reason}{of_models}. No endpoint was asked. Try again in \
+                     {seconds} s; GET /v1/key shows what is left."
+                )
             }
             Self::ModelNotAllowed { name, model } => format!(
                 "The model `{model}` does not exist for this API key ({name}). GET /v1/models lists the models that it may \
@@ -494,6 +517,7 @@ impl Fault {
             | Self::KeyEnded { .. }
             | Self::AddressNotAllowed { .. }
             | Self::CallNotAllowed { .. }
+            | Self::KeyLimitsReached { .. }
             | Self::ModelNotAllowed { .. }
             | Self::WebSocketUnavailable { .. }
             | Self::ObjectUnknown { .. }

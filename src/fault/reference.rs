@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::{ErrorShape, Fault, Row};
+use crate::config::LimitKind;
+use crate::limit::LimitReason;
 
 /// Label in the log and the metrics of a request whose client disconnected. It is no fault, so it has no row of its own.
 pub const CLIENT_GONE: &str = "client_gone";
@@ -23,6 +25,7 @@ impl Fault {
             Self::AddressNotAllowed { .. } => ("the request's key may not be used from the client's address", "use it from another address, or add this one to its `allowFrom`"),
             Self::CallNotAllowed { .. } => ("the request's key may not make calls of this kind", "use another key, or add the kind to its `calls`"),
             Self::PathNotAllowed => ("the path is for `server.apiKey`, and the request has a caller's key", "use `server.apiKey`"),
+            Self::KeyLimitsReached { .. } => ("a limit of the request's own key is reached; no endpoint was asked", "wait as `Retry-After` says; `GET /v1/key` with that key shows its limits, what is used of them and when they free; or raise the limit"),
             Self::ModelNotAllowed { .. } => ("the request's key may not ask for the model", "`GET /v1/models` with that key lists those that it may ask for; or add it to its `models`"),
             Self::KeyWrong => ("the request's key is not `server.apiKey`", "correct the client's key; an endpoint's key does not open the gateway"),
             Self::KeysFailedTooOften => ("more than `server.failedKeysPerMinute` different wrong keys came from the client's address; right ones are refused too", "correct the client that guesses, and wait a minute; behind a reverse proxy set `server.trustedProxies`"),
@@ -74,6 +77,12 @@ impl Fault {
             Self::AddressNotAllowed { name: name() },
             Self::CallNotAllowed { name: name(), call: "images" },
             Self::PathNotAllowed,
+            Self::KeyLimitsReached {
+                name: name(),
+                models: None,
+                reason: LimitReason::Full(LimitKind::Rpm, 60),
+                wait: Duration::from_secs(12),
+            },
             Self::ModelNotAllowed { name: name(), model: "MODEL".to_owned() },
             Self::KeysFailedTooOften,
             Self::PathUnknown { path: "/PATH".to_owned() },

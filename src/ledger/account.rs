@@ -28,21 +28,33 @@ pub enum AccountId {
         /// A pattern of its `modelLimits`, or one name that matches it.
         models: Arc<str>,
     },
+    /// All requests with a caller's own key, by the key's name.
+    Caller(Arc<str>),
+    /// Requests with it for some models.
+    CallerModels {
+        /// The key's name.
+        caller: Arc<str>,
+        /// A pattern of its `modelLimits`.
+        models: Arc<str>,
+    },
 }
 
 impl AccountId {
-    /// Returns the id of its endpoint.
-    pub fn endpoint(&self) -> &Arc<str> {
+    /// Returns the id of its endpoint, or the name of its caller's key.
+    pub fn owner(&self) -> &Arc<str> {
         match self {
-            Self::Endpoint(endpoint) | Self::Models { endpoint, .. } => endpoint,
+            Self::Endpoint(owner)
+            | Self::Models { endpoint: owner, .. }
+            | Self::Caller(owner)
+            | Self::CallerModels { caller: owner, .. } => owner,
         }
     }
 
     /// Returns the models that it is of; `None` if it is of all.
     pub fn models(&self) -> Option<&Arc<str>> {
         match self {
-            Self::Endpoint(_) => None,
-            Self::Models { models, .. } => Some(models),
+            Self::Endpoint(_) | Self::Caller(_) => None,
+            Self::Models { models, .. } | Self::CallerModels { models, .. } => Some(models),
         }
     }
 }
@@ -52,6 +64,8 @@ impl fmt::Display for AccountId {
         match self {
             Self::Endpoint(endpoint) => f.write_str(endpoint),
             Self::Models { endpoint, models } => write!(f, "{endpoint}, model {models}"),
+            Self::Caller(caller) => write!(f, "key {caller}"),
+            Self::CallerModels { caller, models } => write!(f, "key {caller}, model {models}"),
         }
     }
 }

@@ -62,6 +62,11 @@ impl AccountSet {
         self.in_ledger
     }
 
+    /// True if tokens are limited.
+    pub fn counts_tokens(&self) -> bool {
+        self.accounts.iter().any(|of| of.limits.counts_tokens())
+    }
+
     /// True if concurrent requests are limited.
     pub fn is_concurrency_limited(&self) -> bool {
         self.is_concurrency_limited
@@ -131,17 +136,32 @@ pub(super) type HeldAccount = (AccountId, Held);
 impl AccountSet {
     /// Counts an attempt in every account, or in none if one of them is at a limit.
     pub(super) fn take(&self, clock: &Clock) -> Result<CountedAt, HeldAccount> {
-        self.all_free(|of| of.account.mirror().quota.held(&of.limits, clock))?;
+        self.check_room(clock, 0)?;
+        Ok(self.count(clock, 0))
+    }
+
+    /// Fails if one of the accounts has no room for a request that takes this many tokens.
+    pub(super) fn check_room(&self, clock: &Clock, tokens: u64) -> Result<(), HeldAccount> {
+        self.all_free(|of| of.account.mirror().quota.held_for(&of.limits, clock, tokens))
+    }
+
+    /// Counts a request in every account, and reserves these tokens of it.
+    pub(super) fn count(&self, clock: &Clock, tokens: u64) -> CountedAt {
         let counted = CountedAt { boot: clock.boot, wall: clock.wall };
         // Attempts without a permit from the ledger are counted when they are sent.
-        self.add(counted, u64::from(self.in_ledger));
+        self.add(counted, Counts { attempts: u64::from(self.in_ledger), tokens });
         self.enter_all();
-        Ok(counted)
+        counted
+    }
+
+    /// Fails if one of the accounts has as many requests in flight as it may have.
+    pub(super) fn check_concurrency(&self, clock: &Clock) -> Result<(), HeldAccount> {
+        self.all_free(|of| of.account.mirror().quota.concurrency_holds(&of.limits, clock.boot))
     }
 
     /// Counts a request as in flight, without the ledger: only concurrent requests are limited.
     pub(super) fn enter(&self, clock: &Clock) -> Result<(), HeldAccount> {
-        self.all_free(|of| of.account.mirror().quota.concurrency_holds(&of.limits, clock.boot))?;
+        self.check_concurrency(clock)?;
         self.enter_all();
         Ok(())
     }
@@ -155,9 +175,9 @@ impl AccountSet {
     }
 
     /// Counts attempts in every account.
-    pub(super) fn add(&self, counted: CountedAt, attempts: u64) {
+    pub(super) fn add(&self, counted: CountedAt, counts: Counts) {
         for LimitedAccount { account, limits } in &self.accounts {
-            account.mirror().quota.add(limits.counted(counted), Counts { attempts, tokens: 0 });
+            account.mirror().quota.add(limits.counted(counted), counts);
         }
     }
 

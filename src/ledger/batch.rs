@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::account::{Entry, Mirror};
 use super::account_set::{HeldAccount, NextFree};
-use super::messages::{Draw, HeldEndpoint, Otherwise};
+use super::messages::{CallerDraw, Draw, HeldEndpoint, Otherwise};
 use super::prefetch::spare;
 use super::{Account, AccountSet, Change, Ledger, LedgerError, LimitedAccount, Wanted};
-use crate::limit::{Clock, CountedAt, Held, LimitReason, Minute, Slot};
+use crate::limit::{Clock, CountedAt, Counts, Held, LimitReason, Minute, Slot};
 
 /// A draw and its decision.
 pub(super) struct Served {
@@ -16,9 +16,18 @@ pub(super) struct Served {
 }
 
 pub(super) enum Decision {
-    /// Granted by the endpoint at this position in the list; when it was counted; number of permits prefetched with it.
-    Granted(usize, CountedAt, u64),
+    /// Granted by the endpoint at this position in the list; when it was counted; numbers of permits prefetched with it.
+    Granted(usize, CountedAt, Ahead),
     Held(Vec<HeldEndpoint>),
+    /// The caller's own account is at a limit.
+    HeldByCaller(HeldAccount),
+}
+
+/// Permits that were prefetched together with one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Ahead {
+    pub(super) endpoint: u64,
+    pub(super) caller: u64,
 }
 
 /// State of one batch.
@@ -45,6 +54,14 @@ impl Batch<'_> {
 
     /// Counts the draw for the first endpoint of its list all of whose accounts have a permit.
     pub(super) fn decide(&mut self, draw: &Draw) -> Result<Decision, LedgerError> {
+        if let Some(CallerDraw { accounts, tokens }) = &draw.caller {
+            if accounts.in_ledger() {
+                accounts.accounts().iter().try_for_each(|of| self.refresh(of))?;
+            }
+            if let Err(held) = accounts.check_room(&self.clock, *tokens) {
+                return Ok(Decision::HeldByCaller(held));
+            }
+        }
         let mut held = Vec::new();
         for (at, wanted) in draw.wanted.iter().enumerate() {
             let accounts = &wanted.accounts;
@@ -55,11 +72,15 @@ impl Batch<'_> {
                 Err(by) => held.push(by),
                 Ok(counted) => {
                     let may_prefetch = self.may_prefetch && is_first_choice(draw);
-                    let ahead = if may_prefetch { prefetch(accounts, counted, &self.clock) } else { 0 };
-                    if accounts.in_ledger() {
-                        self.note_drawn(accounts, counted, 1 + ahead);
+                    let ahead = |accounts| if may_prefetch { prefetch(accounts, counted, &self.clock) } else { 0 };
+                    let mut permits = Ahead { endpoint: ahead(accounts), caller: 0 };
+                    if let Some(CallerDraw { accounts, tokens }) = &draw.caller {
+                        accounts.count(&self.clock, *tokens);
+                        permits.caller = if *tokens == 0 { ahead(accounts) } else { 0 };
+                        self.note_drawn(accounts, counted, 1 + permits.caller, *tokens);
                     }
-                    return Ok(Decision::Granted(at, counted, ahead));
+                    self.note_drawn(accounts, counted, 1 + permits.endpoint, 0);
+                    return Ok(Decision::Granted(at, counted, permits));
                 }
             }
         }
@@ -67,14 +88,17 @@ impl Batch<'_> {
     }
 
     /// Notes what [`Batch::write_drawn`] writes.
-    fn note_drawn(&mut self, accounts: &AccountSet, counted: CountedAt, attempts: u64) {
-        let attempts = i64::try_from(attempts).unwrap_or(i64::MAX);
+    fn note_drawn(&mut self, accounts: &AccountSet, counted: CountedAt, attempts: u64, tokens: u64) {
+        if !accounts.in_ledger() {
+            return;
+        }
+        let [attempts, tokens] = [attempts, tokens].map(|count| i64::try_from(count).unwrap_or(i64::MAX));
         for LimitedAccount { account, limits } in accounts.accounts() {
             let mut mirror = account.mirror();
             if mirror.drawn.is_empty() {
                 self.drawn.push(Arc::clone(account));
             }
-            Entry::new(limits.counted(counted), Change { attempts, tokens: 0 }).merge_into(&mut mirror.drawn);
+            Entry::new(limits.counted(counted), Change { attempts, tokens }).merge_into(&mut mirror.drawn);
         }
     }
 
@@ -116,6 +140,7 @@ impl Batch<'_> {
                 && let Some(wanted) = draw.wanted.get(*at)
             {
                 wanted.accounts.release();
+                draw.caller.iter().for_each(|caller| caller.accounts.release());
             }
         }
     }
@@ -123,15 +148,26 @@ impl Batch<'_> {
 
 /// True if the ledger keeps any limit of the draw's endpoints.
 pub(super) fn needs_ledger(draw: &Draw) -> bool {
-    draw.wanted.iter().any(|wanted| wanted.accounts.in_ledger())
+    let of_caller = draw.caller.as_ref().is_some_and(|caller| caller.accounts.in_ledger());
+    of_caller || draw.wanted.iter().any(|wanted| wanted.accounts.in_ledger())
 }
 
 /// Decides a draw none of whose endpoints has a limit that the ledger keeps.
 pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
+    if let Some(CallerDraw { accounts, tokens }) = &draw.caller
+        && let Err(held) = accounts.check_room(clock, *tokens)
+    {
+        return Served { draw, decision: Decision::HeldByCaller(held) };
+    }
     let mut held = Vec::new();
     for (at, wanted) in draw.wanted.iter().enumerate() {
         match take(at, wanted, clock) {
-            Ok(counted) => return Served { draw, decision: Decision::Granted(at, counted, 0) },
+            Ok(counted) => {
+                if let Some(caller) = &draw.caller {
+                    caller.accounts.count(clock, caller.tokens);
+                }
+                return Served { draw, decision: Decision::Granted(at, counted, Ahead::default()) };
+            }
             Err(by) => held.push(by),
         }
     }
@@ -153,7 +189,7 @@ fn prefetch(accounts: &AccountSet, counted: CountedAt, clock: &Clock) -> u64 {
     let all_spare = || accounts.accounts().iter().filter_map(|of| spare(&of.count_up(clock))).min();
     let ahead = accounts.demand().drawn(&accounts.prefetch, || all_spare().unwrap_or_default(), clock.boot);
     if ahead > 0 {
-        accounts.add(counted, ahead);
+        accounts.add(counted, Counts { attempts: ahead, tokens: 0 });
     }
     ahead
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::messages::{Bill, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, Reset, Return, Wanted};
+use super::messages::{Bill, CallerDraw, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, Reset, Return, Wanted};
 use super::places::{Place, PlaceChange, Thing};
 use super::write_behind::WRITE_DELAY;
 use super::{Account, AccountId, AccountSet, LimitedAccount, ModelList, Permit, Spent};
@@ -67,6 +67,15 @@ impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Client").finish_non_exhaustive()
     }
+}
+
+/// A draw before it is sent.
+struct Asked {
+    ticket: u64,
+    wanted: Vec<Wanted>,
+    caller: Option<CallerDraw>,
+    otherwise: Otherwise,
+    instead_of: Option<Return>,
 }
 
 /// A place in the queue for a permit. Dropping it frees the place.
@@ -151,7 +160,18 @@ impl Client {
 
     /// Draws a permit from the first endpoint in the list that has one.
     pub async fn draw(&self, ticket: u64, wanted: Vec<Wanted>, otherwise: Otherwise) -> Drawn {
-        self.send_draw(ticket, wanted, otherwise, None).await
+        self.send_draw(Asked { ticket, wanted, caller: None, otherwise, instead_of: None }).await
+    }
+
+    /// The same together with a permit of a caller's own accounts, or neither.
+    pub async fn draw_for(
+        &self,
+        ticket: u64,
+        wanted: Vec<Wanted>,
+        caller: Option<CallerDraw>,
+        otherwise: Otherwise,
+    ) -> Drawn {
+        self.send_draw(Asked { ticket, wanted, caller, otherwise, instead_of: None }).await
     }
 
     /// Draws a fresh permit in place of one that is too old, or that was spent on an attempt that has to be repeated.
@@ -159,18 +179,14 @@ impl Client {
     pub async fn swap(&self, old: &mut Permit) -> Drawn {
         let wanted = vec![old.wanted()];
         let returned = old.take_return();
-        self.send_draw(self.ticket(), wanted, Otherwise::LookElsewhere, returned).await
+        let (ticket, otherwise) = (self.ticket(), Otherwise::LookElsewhere);
+        self.send_draw(Asked { ticket, wanted, caller: None, otherwise, instead_of: returned }).await
     }
 
-    async fn send_draw(
-        &self,
-        ticket: u64,
-        wanted: Vec<Wanted>,
-        otherwise: Otherwise,
-        instead_of: Option<Return>,
-    ) -> Drawn {
+    async fn send_draw(&self, asked: Asked) -> Drawn {
         let (reply, answer) = oneshot::channel();
-        let draw = Draw { ticket, wanted, otherwise, instead_of, reply };
+        let Asked { ticket, wanted, caller, otherwise, instead_of } = asked;
+        let draw = Draw { ticket, wanted, caller, otherwise, instead_of, reply };
         let patience = match otherwise {
             Otherwise::Wait { until, .. } => ANSWER_MAX + self.clock().boot.until(until),
             Otherwise::LookElsewhere | Otherwise::Refuse(_) => ANSWER_MAX,
@@ -199,6 +215,19 @@ impl Client {
         drawn
     }
 
+    /// Takes prefetched permits of an endpoint and of a caller's own accounts, if there are both, without waiting.
+    pub fn draw_both_at_once(&self, accounts: &Arc<AccountSet>, caller: &CallerDraw, clock: &Clock) -> Option<Permit> {
+        let has = |accounts: &AccountSet| accounts.prefetch.has(clock);
+        // One that is taken in vain would have to be given back.
+        if caller.tokens > 0 || !has(&caller.accounts) || accounts.is_limited() && !has(accounts) {
+            return None;
+        }
+        let mut permit =
+            if accounts.is_limited() { self.draw_at_once(accounts, clock)? } else { self.unlimited(accounts) };
+        permit.set_caller(self.draw_at_once(&caller.accounts, clock)?);
+        Some(permit)
+    }
+
     /// Takes a prefetched permit, if there is one, without waiting.
     pub fn draw_at_once(&self, accounts: &Arc<AccountSet>, clock: &Clock) -> Option<Permit> {
         let counted = accounts.prefetch.take(clock, |counted| accounts.days_last(counted, clock))?;
@@ -211,9 +240,9 @@ impl Client {
     }
 
     /// Counts the tokens of an answer that has just ended.
-    pub fn spend_tokens(&self, accounts: &Arc<AccountSet>, spent: Spent, now: Stamp) {
+    pub fn spend_tokens(&self, accounts: &Arc<AccountSet>, caller: Option<&Arc<AccountSet>>, spent: Spent, now: Stamp) {
         let endpoint = Arc::clone(&spent.endpoint);
-        let bill = Bill { accounts: Arc::clone(accounts), spent };
+        let bill = Bill { accounts: Arc::clone(accounts), caller: caller.cloned(), spent };
         if self.push_until(now + WRITE_DELAY, |messages| messages.bills.push(bill)).is_none() {
             log::error!("endpoint {endpoint}: an answer's tokens are not counted: the ledger is closed");
         }

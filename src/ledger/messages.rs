@@ -9,7 +9,7 @@ use super::places::{Place, PlaceChange, Thing};
 use super::{AccountId, AccountSet, LimitedAccount, ModelList, Permit, Spent};
 use crate::config::LimitKind;
 use crate::fault::HeldBy;
-use crate::limit::{CountedAt, Held, LimitReason, Stamp, View};
+use crate::limit::{CountedAt, Counts, Held, LimitReason, Stamp, View};
 
 /// An endpoint that can serve the request.
 #[derive(Clone, Debug)]
@@ -18,6 +18,15 @@ pub struct Wanted {
     pub accounts: Arc<AccountSet>,
     /// End of the pause that the endpoint asked for (its rest).
     pub not_before: Stamp,
+}
+
+/// The accounts of a caller's own key, which a request counts in wherever it goes.
+#[derive(Clone, Debug)]
+pub struct CallerDraw {
+    /// The accounts.
+    pub accounts: Arc<AccountSet>,
+    /// Tokens that are reserved of their limits until it is known how many it takes.
+    pub tokens: u64,
 }
 
 /// Result of a draw.
@@ -38,6 +47,8 @@ pub struct Refusal {
     pub wait: Duration,
     /// Reason for each endpoint of the list.
     pub held: Vec<HeldEndpoint>,
+    /// The caller's own account that is at a limit, if one is: then no endpoint was looked at.
+    pub caller: Option<(AccountId, Held)>,
 }
 
 /// Why an endpoint has no permit for the request.
@@ -80,6 +91,8 @@ impl HeldEndpoint {
 pub(super) struct Draw {
     pub(super) ticket: u64,
     pub(super) wanted: Vec<Wanted>,
+    /// What is drawn together with it, or not at all.
+    pub(super) caller: Option<CallerDraw>,
     pub(super) otherwise: Otherwise,
     /// The permit that is given back for the new one.
     pub(super) instead_of: Option<Return>,
@@ -106,12 +119,12 @@ pub enum Otherwise {
     },
 }
 
-/// An attempt that has ended, or a permit that was never used.
+/// An attempt that has ended, a permit that was never used, or tokens that were reserved.
 #[derive(Debug)]
 pub(super) struct Return {
     pub(super) accounts: Arc<AccountSet>,
-    /// When it was counted, if that is to be taken back; `None` if the attempt was sent or needed no count.
-    pub(super) counted: Option<CountedAt>,
+    /// What was counted, and when, if it is to be taken back; `None` if the attempt was sent or needed no count.
+    pub(super) counted: Option<(CountedAt, Counts)>,
     /// True if the request was counted as in flight.
     pub(super) concurrent: bool,
 }
@@ -120,6 +133,8 @@ pub(super) struct Return {
 #[derive(Debug)]
 pub(super) struct Bill {
     pub(super) accounts: Arc<AccountSet>,
+    /// The caller's own accounts, if there are any.
+    pub(super) caller: Option<Arc<AccountSet>>,
     pub(super) spent: Spent,
 }
 

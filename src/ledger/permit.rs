@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::messages::Return;
 use super::{AccountSet, Client, Wanted};
-use crate::limit::{Clock, CountedAt, PERMIT_AGE_MAX, Stamp};
+use crate::limit::{Clock, CountedAt, Counts, PERMIT_AGE_MAX, Stamp};
 
 /// The right to one attempt, of every account of its set. A permit that is dropped before it is spent is given back, since the attempt was never
 /// sent.
@@ -17,6 +17,29 @@ pub struct Permit {
     /// True while the request counts as in flight.
     concurrent: bool,
     stage: PermitStage,
+    /// That of the caller's own accounts, which was drawn with it.
+    caller: Option<Box<Self>>,
+    /// Tokens that are reserved, until it is known how many the request takes.
+    reserved: Option<Reservation>,
+}
+
+/// Tokens that are reserved of some accounts. They are free again once this is dropped, and what was taken in their place has been
+/// counted.
+#[derive(Debug)]
+pub struct Reservation {
+    accounts: Arc<AccountSet>,
+    client: Client,
+    counted: CountedAt,
+    tokens: u64,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let counted = Some((self.counted, Counts { attempts: 0, tokens: self.tokens }));
+        let returned = Return { accounts: Arc::clone(&self.accounts), counted, concurrent: false };
+        // If the thread has ended, they stay reserved: counts may be too high, never too low.
+        self.client.push_behind(|messages| messages.returns.push(returned));
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +57,41 @@ impl Permit {
             counted,
             concurrent: false,
             stage: PermitStage::Held,
+            caller: None,
+            reserved: None,
         }
+    }
+
+    /// A permit that was granted, and what it takes for these accounts.
+    pub(super) fn granted(client: &Client, accounts: &Arc<AccountSet>, counted: Option<CountedAt>) -> Self {
+        let permit = Self::new(client, accounts, counted.filter(|_| accounts.in_ledger()));
+        if accounts.is_concurrency_limited() { permit.in_flight() } else { permit }
+    }
+
+    /// The same, with these tokens reserved.
+    pub(super) fn with_reserved(mut self, reserved: Option<(CountedAt, u64)>) -> Self {
+        let reserved = reserved.filter(|(_, tokens)| *tokens > 0 && self.accounts.in_ledger());
+        self.reserved = reserved.map(|(counted, tokens)| Reservation {
+            accounts: Arc::clone(&self.accounts),
+            client: self.client.clone(),
+            counted,
+            tokens,
+        });
+        self
+    }
+
+    pub(super) fn set_caller(&mut self, caller: Self) {
+        self.caller = Some(Box::new(caller));
+    }
+
+    /// Takes out the permit of the caller's own accounts, which holds for the whole request.
+    pub fn take_caller(&mut self) -> Option<Self> {
+        self.caller.take().map(|caller| *caller)
+    }
+
+    /// Takes out the tokens that are reserved.
+    pub fn take_reservation(&mut self) -> Option<Reservation> {
+        self.reserved.take()
     }
 
     /// Counts the request as in flight until the permit is dropped.
@@ -96,7 +153,8 @@ impl Permit {
     /// Takes out what is to be given back: the count, unless it is spent, and the place among the requests in flight.
     pub(super) fn take_return(&mut self) -> Option<Return> {
         let unsent = std::mem::replace(&mut self.stage, PermitStage::GivenBack) == PermitStage::Held;
-        let counted = self.counted.take().filter(|_| unsent);
+        let one = Counts { attempts: 1, tokens: 0 };
+        let counted = self.counted.take().filter(|_| unsent).map(|counted| (counted, one));
         let concurrent = std::mem::take(&mut self.concurrent);
         (counted.is_some() || concurrent).then(|| Return { accounts: Arc::clone(&self.accounts), counted, concurrent })
     }

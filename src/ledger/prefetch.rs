@@ -64,6 +64,11 @@ impl PrefetchBuffer {
         Some(counted)
     }
 
+    /// True if there is a permit that is young enough.
+    pub(super) fn has(&self, clock: &Clock) -> bool {
+        self.lock().ahead.is_some_and(|ahead| clock.boot - ahead.counted.boot < USABLE)
+    }
+
     /// Puts permits into an empty buffer.
     pub(super) fn put(&self, counted: CountedAt, permits: u64) {
         self.lock().ahead = Some(PrefetchedPermits { counted, permits });

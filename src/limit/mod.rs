@@ -60,7 +60,18 @@ impl Limits {
 
     /// Returns limits of some of an endpoint's models, whose day is the endpoint's.
     pub fn in_days_of(endpoint: &config::Endpoint, by_kind: PerLimit<Limit>, server_zone: &TimeZone) -> Self {
-        Self { by_kind, calendar: Calendar::new(endpoint.timezone.as_ref().unwrap_or(server_zone).clone()) }
+        Self::in_days(by_kind, endpoint.timezone.as_ref().unwrap_or(server_zone))
+    }
+
+    /// Returns limits whose day changes in this time zone.
+    pub fn in_days(by_kind: PerLimit<Limit>, zone: &TimeZone) -> Self {
+        Self { by_kind, calendar: Calendar::new(zone.clone()) }
+    }
+
+    /// True if tokens are limited.
+    pub fn counts_tokens(&self) -> bool {
+        let PerLimit { tpm, tpd, .. } = self.by_kind;
+        [tpm, tpd].iter().any(|limit| matches!(limit, Limit::AtMost(_)))
     }
 
     /// Returns the days that an attempt of this moment counts in by these limits' calendar.

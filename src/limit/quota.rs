@@ -180,15 +180,24 @@ impl Quota {
 
     /// Returns why the account takes no requests; `None` if it does.
     pub fn held(&mut self, limits: &Limits, clock: &Clock) -> Option<Held> {
+        self.held_for(limits, clock, 0)
+    }
+
+    /// The same for a request that takes this many tokens, or as many as the limit allows at all.
+    pub fn held_for(&mut self, limits: &Limits, clock: &Clock, tokens: u64) -> Option<Held> {
         self.forget(clock.boot);
-        let minute = self.minute_holds(limits, clock.boot);
-        let day = self.day_holds(limits, clock);
+        let minute = self.minute_holds(limits, clock.boot, tokens);
+        let day = self.day_holds(limits, clock, tokens);
         minute.into_iter().chain(day).flatten().max_by_key(|held| held.until)
     }
 
-    fn minute_holds(&self, limits: &Limits, now: Stamp) -> [Option<Held>; 4] {
+    fn minute_holds(&self, limits: &Limits, now: Stamp, tokens: u64) -> [Option<Held>; 4] {
         let over = |limit: Limit, used: u64| match limit {
             Limit::AtMost(limit) if used >= limit => Some(limit),
+            _ => None,
+        };
+        let tokens_over = match limits.by_kind.tpm {
+            Limit::AtMost(limit) if self.tokens.total() >= least_full(limit, tokens) => Some(limit),
             _ => None,
         };
         let per_minute = limits.by_kind.rpm != Limit::Unlimited || limits.by_kind.tpm != Limit::Unlimited;
@@ -197,9 +206,9 @@ impl Quota {
                 by: LimitReason::Full(LimitKind::Rpm, limit),
                 until: self.attempts.below(limit, now),
             }),
-            over(limits.by_kind.tpm, self.tokens.total()).map(|limit| Held {
+            tokens_over.map(|limit| Held {
                 by: LimitReason::Full(LimitKind::Tpm, limit),
-                until: self.tokens.below(limit, now),
+                until: self.tokens.below(least_full(limit, tokens), now),
             }),
             self.concurrency_holds(limits, now),
             (per_minute && self.unknown_until > now)
@@ -207,19 +216,19 @@ impl Quota {
         ]
     }
 
-    fn day_holds(&self, limits: &Limits, clock: &Clock) -> [Option<Held>; 2] {
+    fn day_holds(&self, limits: &Limits, clock: &Clock, tokens: u64) -> [Option<Held>; 2] {
         if matches!((limits.by_kind.rpd, limits.by_kind.tpd), (Limit::Unlimited, Limit::Unlimited)) {
             return [None, None];
         }
         let days = limits.calendar.days(clock.wall);
-        let over = |kind, limit: Limit, used: fn(Counts) -> u64| {
+        let over = |kind, limit: Limit, wanted: u64, used: fn(Counts) -> u64| {
             let Limit::AtMost(limit) = limit else { return None };
-            let full = days.each().filter(|date| used(self.day(*date)) >= limit).last()?;
+            let full = days.each().filter(|date| used(self.day(*date)) >= least_full(limit, wanted)).last()?;
             Some(Held { by: LimitReason::Full(kind, limit), until: stamp_of(limits.calendar.clear_of(full), clock) })
         };
         [
-            over(LimitKind::Rpd, limits.by_kind.rpd, |counts| counts.attempts),
-            over(LimitKind::Tpd, limits.by_kind.tpd, |counts| counts.tokens),
+            over(LimitKind::Rpd, limits.by_kind.rpd, 0, |counts| counts.attempts),
+            over(LimitKind::Tpd, limits.by_kind.tpd, tokens, |counts| counts.tokens),
         ]
     }
 
@@ -322,6 +331,11 @@ impl Quota {
     fn day_mut(&mut self, date: Date) -> Option<&mut Counts> {
         self.days.iter_mut().find(|(known, _)| *known == date).map(|(_, counts)| counts)
     }
+}
+
+/// The least use of a limit that leaves no room for this much more. What is more than the limit takes all of it.
+fn least_full(limit: u64, wanted: u64) -> u64 {
+    if wanted == 0 { limit } else { limit.saturating_sub(wanted).saturating_add(1) }
 }
 
 /// Returns the stamp at which the wall clock will show this time, unless it is set.

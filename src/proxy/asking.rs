@@ -18,12 +18,13 @@ use super::{Gateway, receive};
 use crate::config::CallKind;
 use crate::exchange::{Ask, AskedObjects, BodyModel, Sealed};
 use crate::fault::{Fault, excerpt};
-use crate::ledger::CallerId;
+use crate::ledger::{CallerDraw, CallerId};
 use crate::request::call::Call;
 use crate::request::fields::{Fields, ModelPlace};
 use crate::request::references::{self, References};
 use crate::request::session_name::{SessionFields, SessionName};
 use crate::request::shape::CallShape;
+use crate::request::token_bound::token_bound;
 use crate::request::{content_type, fields, form, path, sealed};
 use crate::response::objects::Wanted;
 use crate::routing::callers::{Caller, Named};
@@ -122,6 +123,7 @@ pub(super) async fn ask(
     };
     let preferred = session.as_ref().and_then(|session| candidates.place_of(pool, session.at()?));
     let switches_protocol = opens.switches_protocol();
+    let own = caller.and_then(|caller| own_draw(pool, caller, model.as_deref(), (&body, is_json)));
     Ok(Box::new(Ask {
         candidates,
         call,
@@ -143,8 +145,23 @@ pub(super) async fn ask(
         preferred,
         switches_protocol,
         named: origin.named,
+        own,
+        own_permit: None,
         pool: origin.pool,
     }))
+}
+
+/// What a request draws of the limits of its caller's key.
+fn own_draw(pool: &Pool, caller: &Caller, model: Option<&str>, (body, is_json): (&[u8], bool)) -> Option<CallerDraw> {
+    let accounts = caller.accounts.of_model(model).filter(|accounts| accounts.is_limited())?;
+    let reserve = u64::from(pool.server.budget_reserve_tokens);
+    let tokens = match (accounts.counts_tokens(), is_json) {
+        (false, _) => 0,
+        (true, true) => token_bound(body, reserve),
+        // A form's file is no text.
+        (true, false) => reserve,
+    };
+    Some(CallerDraw { accounts: Arc::clone(accounts), tokens })
 }
 
 /// The model that a request asks for, and its place.

@@ -68,12 +68,15 @@ async fn next_attempt(context: &mut Context, method: &Method, otherwise: Option<
 }
 
 async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fault> {
-    let Some(ask) = &context.ask else { return Err(Fault::Internal) };
+    let Some(ask) = &mut context.ask else { return Err(Fault::Internal) };
     let tries = &mut context.tries;
-    let choice = match tries.first.take() {
+    let mut choice = match tries.first.take() {
         Some(choice) => choice,
         None => admission::admit(admission_of(ask, &tries.tried)).await?,
     };
+    if let Some(own) = choice.permit.take_caller() {
+        ask.own_permit = Some(own);
+    }
     let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
     let counters = ask.candidates.counters(choice.candidate).cloned();
@@ -111,7 +114,9 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
 
 /// A request that was sent once does not queue again: its client has waited long enough.
 fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> {
-    admission::Request { options: ask.options(tried), queue: None, caller: ask.caller }
+    // Its caller's own limits count requests, and this one has been counted.
+    let own = ask.own.as_ref().filter(|_| ask.own_permit.is_none());
+    admission::Request { options: ask.options(tried), queue: None, caller: ask.caller, own }
 }
 
 /// Repeats the attempt under way. If its endpoint's limit does not allow that, another endpoint is tried.
@@ -132,11 +137,13 @@ async fn repeat_attempt(context: &mut Context, method: &Method) -> Result<(), Fa
 
 /// Spends the permit as the request's header goes out. False if it has expired and there is no other.
 pub(super) async fn send(context: &mut Context, clock: &Clock) -> bool {
-    if context.exchange.state().attempt.as_mut().is_some_and(|attempt| attempt.send_now(clock)) {
-        return true;
+    let is_sent = context.exchange.state().attempt.as_mut().is_some_and(|attempt| attempt.send_now(clock))
+        // Boxed, since it is rare and would make every attempt's future larger.
+        || Box::pin(send_with_another_permit(context)).await;
+    if let Some(own) = context.ask.as_mut().and_then(|ask| ask.own_permit.as_mut()).filter(|_| is_sent) {
+        own.spend();
     }
-    // Boxed, since it is rare and would make every attempt's future larger.
-    Box::pin(send_with_another_permit(context)).await
+    is_sent
 }
 
 async fn send_with_another_permit(context: &mut Context) -> bool {

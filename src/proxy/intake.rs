@@ -215,7 +215,11 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
     let choice = first_choice(session, &ask).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
-    context.arrival.own.rates = rates::of_model(&ask.options(&[]), &clock);
+    let rates = rates::of_model(&ask.options(&[]), &clock);
+    context.arrival.own.rates = match &ask.own {
+        None => rates,
+        Some(own) => rates.tighter(rates::of_accounts(&own.accounts, &clock)),
+    };
     match choice {
         Ok(choice) => Ok(Next::Proxy(ask, choice)),
         Err(stop) => {
@@ -293,7 +297,7 @@ fn target(pool: &Pool, uri: &Uri, path: &str, named: Option<&Named>) -> Result<P
 /// The first endpoint.
 async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> {
     let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
-    let request = admission::Request { options: ask.options(&[]), queue, caller: ask.caller };
+    let request = admission::Request { options: ask.options(&[]), queue, caller: ask.caller, own: ask.own.as_ref() };
     match admission::at_once(&request) {
         Ok(choice) => Ok(choice),
         // Boxed, since it is rare and would make every request's future larger.

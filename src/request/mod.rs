@@ -17,4 +17,5 @@ pub mod rewrite;
 pub mod sealed;
 pub mod session_name;
 pub mod shape;
+pub(crate) mod token_bound;
 pub(crate) mod websocket;

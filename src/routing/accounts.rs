@@ -202,7 +202,7 @@ impl Singles {
 }
 
 fn id_of_models(whole: &LimitedAccount, models: &str) -> AccountId {
-    AccountId::Models { endpoint: Arc::clone(whole.account.id().endpoint()), models: models.into() }
+    AccountId::Models { endpoint: Arc::clone(whole.account.id().owner()), models: models.into() }
 }
 
 /// The set of an endpoint's account and one of some of its models.

@@ -12,8 +12,10 @@ use std::time::Duration;
 
 use crate::config::Queue;
 use crate::fault::{Fault, HeldBy};
-use crate::ledger::{CallerId, Drawn, HeldEndpoint, Otherwise, Permit, QueuePlace, Refusal, Wanted};
-use crate::limit::{Clock, LimitReason, Stamp};
+use crate::ledger::{
+    AccountId, CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, Permit, QueuePlace, Refusal, Wanted,
+};
+use crate::limit::{Clock, Held, LimitReason, Stamp};
 use crate::routing::balance::{self, Options, Pick};
 use crate::routing::health::Gate;
 use crate::routing::pool::Trial;
@@ -47,6 +49,9 @@ pub struct Request<'a> {
     pub queue: Option<Queue>,
     /// The caller, which is promised a time if it is refused.
     pub caller: CallerId,
+    /// What is drawn of the caller's own accounts together with the endpoint's permit; none if that is limited by nothing, or was drawn
+    /// for an earlier attempt.
+    pub own: Option<&'a CallerDraw>,
 }
 
 /// State if no endpoint could be given at once: the strategy's choice, if it made one.
@@ -71,10 +76,10 @@ pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
     let Some(accounts) = pick.as_ref().and_then(|pick| options.accounts(pick.candidate)) else {
         return Err(Undecided(None));
     };
-    let permit = if accounts.is_limited() {
-        pool.ledger.draw_at_once(accounts, &clock)
-    } else {
-        Some(pool.ledger.unlimited(accounts))
+    let permit = match request.own {
+        Some(own) => pool.ledger.draw_both_at_once(accounts, own, &clock),
+        None if accounts.is_limited() => pool.ledger.draw_at_once(accounts, &clock),
+        None => Some(pool.ledger.unlimited(accounts)),
     };
     match (pick, permit) {
         (Some(Pick { candidate, trial }), Some(permit)) => Ok(Choice { candidate, trial, permit, at: clock }),
@@ -87,8 +92,10 @@ pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice
     let Options { pool, .. } = request.options;
     let Some((Pick { candidate, trial }, clock)) = undecided.0 else { return spill(request).await };
     let wanted = wanted(&request.options, candidate, Stamp::default()).ok_or(Fault::Internal)?;
-    match pool.ledger.draw(pool.ledger.ticket(), vec![wanted], Otherwise::LookElsewhere).await {
+    let own = request.own.cloned();
+    match pool.ledger.draw_for(pool.ledger.ticket(), vec![wanted], own, Otherwise::LookElsewhere).await {
         Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
+        Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => Err(key_limits_reached(&held, wait)),
         Drawn::Refused(_) | Drawn::Unavailable => {
             drop(trial);
             spill(request).await
@@ -110,8 +117,10 @@ async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
         return wait_or_refuse(request, turn).await;
     }
     let open = balance::open(&request.options, &clock);
-    if let Ok(Drawn::Granted(at, permit)) = draw(request, &open, turn.ticket, Otherwise::LookElsewhere).await {
-        return choice(&open, at, permit, clock);
+    match draw(request, &open, turn.ticket, Otherwise::LookElsewhere).await {
+        Ok(Drawn::Granted(at, permit)) => return choice(&open, at, permit, clock),
+        Ok(Drawn::Refused(Refusal { caller: Some(held), wait, .. })) => return Err(key_limits_reached(&held, wait)),
+        Ok(Drawn::Refused(_) | Drawn::Unavailable) | Err(_) => {}
     }
     let mut limited = None;
     let tries = resorts.into_iter().map(|candidate| (candidate, true)).take(RESORTS_MAX);
@@ -162,6 +171,7 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
                     return Ok(choice);
                 }
             }
+            Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => return Err(key_limits_reached(&held, wait)),
             Drawn::Refused(refusal) if waits => {
                 if !refusal.may_end_by(end_of_wait(request, &turn, &clock)) {
                     // Its time would pass in vain.
@@ -196,7 +206,7 @@ async fn draw(
     if wanted.is_empty() {
         return Err(Fault::NoneAvailable);
     }
-    Ok(request.options.pool.ledger.draw(ticket, wanted, otherwise).await)
+    Ok(request.options.pool.ledger.draw_for(ticket, wanted, request.own.cloned(), otherwise).await)
 }
 
 /// The draw of a permit of a candidate, which may be asked from that moment on.
@@ -220,7 +230,7 @@ async fn try_out(
 ) -> Option<Result<Choice, Fault>> {
     let accounts = request.options.accounts(candidate)?;
     let trial = if as_trial { Some(request.options.begin_trial(candidate)?) } else { None };
-    if !accounts.is_limited() {
+    if !accounts.is_limited() && request.own.is_none() {
         let permit = request.options.pool.ledger.unlimited(accounts);
         return Some(Ok(Choice { candidate, trial, permit, at: clock }));
     }
@@ -229,6 +239,16 @@ async fn try_out(
         Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit, at: clock })),
         Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, &refusal))),
         Drawn::Unavailable => Some(Err(Fault::LedgerUnavailable)),
+    }
+}
+
+/// Names the limit of the caller's own key that is reached.
+pub fn key_limits_reached((account, held): &(AccountId, Held), wait: Duration) -> Fault {
+    Fault::KeyLimitsReached {
+        name: account.owner().to_string(),
+        models: account.models().map(ToString::to_string),
+        reason: held.by,
+        wait,
     }
 }
 

@@ -7,11 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use jiff::Timestamp;
+use jiff::tz::TimeZone;
 use tokio::sync::watch;
 
-use crate::config::{CallKind, ClientKey, KeyDigest, Secret};
+use crate::config::{CallKind, ClientKey, KeyDigest, Secret, Server};
 use crate::fault::{Fault, excerpt};
+use crate::ledger::Client;
 use crate::request::auth::Known;
+use crate::routing::caller_accounts::CallerAccounts;
 
 /// How the keys begin that the gateway makes. They are 256 random bits, so nobody guesses one.
 pub const GENERATED_PREFIX: &str = "sk-at-";
@@ -21,32 +24,42 @@ pub const GENERATED_PREFIX: &str = "sk-at-";
 pub struct Callers {
     by_digest: HashMap<KeyDigest, Arc<Caller>>,
     by_name: BTreeMap<Arc<str>, Arc<Caller>>,
+    zone: Option<TimeZone>,
 }
 
 /// The callers of the process, whichever are current: those of the config and those of the file of keys. Cheap to clone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Keyring {
     current: Arc<ArcSwap<Callers>>,
     parts: Arc<Mutex<Parts>>,
+    ledger: Client,
 }
 
 /// Keys by where they stand.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Parts {
     config: Vec<ClientKey>,
     file: Vec<ClientKey>,
+    /// Time zone whose midnight ends a day.
+    zone: TimeZone,
 }
 
 impl Keyring {
+    /// One without keys, whose callers count in this ledger.
+    pub fn new(ledger: Client) -> Self {
+        let parts = Parts { config: Vec::new(), file: Vec::new(), zone: TimeZone::UTC };
+        Self { current: Arc::default(), parts: Arc::new(Mutex::new(parts)), ledger }
+    }
+
     /// The callers as they are now.
     pub fn load(&self) -> arc_swap::Guard<Arc<Callers>> {
         self.current.load()
     }
 
-    /// Puts these keys in the place of the config's.
-    pub fn set_config(&self, keys: &[ClientKey]) {
+    /// Puts the keys of this config in the place of those before.
+    pub fn set_config(&self, server: &Server) {
         let mut parts = self.lock();
-        parts.config = keys.to_vec();
+        (parts.config, parts.zone) = (server.keys.clone(), server.timezone.clone());
         self.renew(&parts);
     }
 
@@ -59,7 +72,7 @@ impl Keyring {
 
     fn renew(&self, parts: &Parts) -> Vec<Arc<str>> {
         let before = self.current.load_full();
-        let (callers, overlooked) = Callers::new(parts, &before);
+        let (callers, overlooked) = Callers::new(parts, &before, &self.ledger);
         callers.end_others(&before);
         self.current.store(Arc::new(callers));
         overlooked
@@ -80,6 +93,8 @@ pub struct Caller {
     pub number: u64,
     /// True if its key stands in the config, false if it stands in the file of keys.
     pub is_of_config: bool,
+    /// Accounts of its requests, with the limits of its key.
+    pub accounts: CallerAccounts,
     /// Says that its key opens nothing any more, to its requests that are still here.
     pub ending: Arc<Ending>,
 }
@@ -142,9 +157,11 @@ pub struct Named {
 impl Callers {
     /// The callers of these keys, and the names of those of the file that the config has as well, by their name or by their key. `before`: those
     /// of the moment before, whose requests are still here.
-    fn new(parts: &Parts, before: &Self) -> (Self, Vec<Arc<str>>) {
+    fn new(parts: &Parts, before: &Self, ledger: &Client) -> (Self, Vec<Arc<str>>) {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
-        let (mut callers, mut overlooked) = (Self::default(), Vec::new());
+        let (mut callers, mut overlooked) = (Self { zone: Some(parts.zone.clone()), ..Self::default() }, Vec::new());
+        let same_days = before.zone.as_ref() == Some(&parts.zone);
+        let config = ledger.next_config();
         let of_config = parts.config.iter().map(|key| (key, true));
         for (key, is_of_config) in of_config.chain(parts.file.iter().map(|key| (key, false))) {
             let is_known = callers.by_name.contains_key(&key.name)
@@ -154,12 +171,15 @@ impl Callers {
                 continue;
             }
             let caller = match before.by_name.get(&key.name) {
-                Some(known) if known.key == *key && known.is_of_config == is_of_config => Arc::clone(known),
+                Some(known) if known.key == *key && known.is_of_config == is_of_config && same_days => {
+                    Arc::clone(known)
+                }
                 known => {
                     let still_opens = known.filter(|known| known.key.opens());
                     let ending = still_opens.map_or_else(Arc::default, |known| Arc::clone(&known.ending));
                     let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
-                    Arc::new(Caller { key: key.clone(), number, is_of_config, ending })
+                    let accounts = CallerAccounts::new(key, &parts.zone, (config, ledger));
+                    Arc::new(Caller { key: key.clone(), number, is_of_config, accounts, ending })
                 }
             };
             callers.by_digest.extend(key.hashes.iter().map(|hash| (hash.digest, Arc::clone(&caller))));
@@ -269,7 +289,8 @@ mod tests {
 
     fn callers(keys: &serde_json::Value) -> Callers {
         let config = config_of(&json!({ "keys": keys }), "[]").server.keys;
-        Callers::new(&Parts { config, file: Vec::new() }, &Callers::default()).0
+        let parts = Parts { config, file: Vec::new(), zone: TimeZone::UTC };
+        Callers::new(&parts, &Callers::default(), &Client::new(crate::limit::Clock::read)).0
     }
 
     fn verdict(callers: &Callers, key: &str, address: &str, now: &str) -> String {

@@ -28,6 +28,12 @@ pub struct Rates {
 }
 
 impl Rates {
+    /// Of each kind the rate that has less remaining.
+    pub fn tighter(self, other: Self) -> Self {
+        let tighter = |one: Option<Rate>, other| one.into_iter().chain(other).min_by_key(|rate: &Rate| rate.remaining);
+        Self { requests: tighter(self.requests, other.requests), tokens: tighter(self.tokens, other.tokens) }
+    }
+
     /// Returns the headers.
     pub fn headers(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
         const REQUESTS: [HeaderName; 3] = [

@@ -58,6 +58,17 @@ fn add_up(options: &Options<'_>, clock: &Clock) -> Rates {
     rates
 }
 
+/// Rates of some accounts.
+pub(crate) fn of_accounts(accounts: &AccountSet, clock: &Clock) -> Rates {
+    let rate = |gauge: Gauge| Rate {
+        limit: gauge.limit,
+        remaining: gauge.left(),
+        reset: gauge.resets.map_or(Duration::ZERO, |resets| clock.boot.until(resets)),
+    };
+    let (requests, tokens) = tightest(accounts);
+    Rates { requests: requests.map(rate), tokens: tokens.map(rate) }
+}
+
 /// The limits of requests and of tokens that a client reaches first.
 fn tightest(accounts: &AccountSet) -> (Option<Gauge>, Option<Gauge>) {
     let tighter = |gauge: Option<Gauge>, of: [(Limit, Option<Gauge>); 2]| {

@@ -288,7 +288,7 @@ async fn counted_ask(
         let cost = Cost::exact(tokens, Speed::default());
         let (zone, clock) = (&pool.server.timezone, pool.clock());
         let spent = Spent::now(&calls.endpoint.config.id, model, cost, zone, clock.wall);
-        pool.ledger.spend_tokens(accounts(calls.endpoint, model), spent, clock.boot);
+        pool.ledger.spend_tokens(accounts(calls.endpoint, model), None, spent, clock.boot);
     }
     Ok(answer)
 }

@@ -46,6 +46,8 @@ pub struct ListedKey {
     pub state: String,
     /// Where it stands: `config` or `file`.
     pub source: String,
+    /// Its limits, such as `60 requests a minute`.
+    pub limits: Vec<String>,
     /// When it stops to open.
     pub expires: Option<String>,
     /// Models that it may ask for; all if none are named.
@@ -73,6 +75,7 @@ impl ListedKey {
             last_four: key.last_four.clone(),
             state: state.to_owned(),
             source: if is_of_config { "config" } else { "file" }.to_owned(),
+            limits: limits_of(key),
             expires: key.expires.map(|expires| expires.to_string()),
             models: key.models.clone(),
             calls: (key.calls != config::CallSet::ALL).then(calls),
@@ -80,6 +83,17 @@ impl ListedKey {
             tags: key.tags.clone(),
         }
     }
+}
+
+fn limits_of(key: &config::ClientKey) -> Vec<String> {
+    let shown = |(kind, limit): (config::LimitKind, config::Limit)| match limit {
+        config::Limit::AtMost(limit) => Some(format!("{limit} {}", kind.unit())),
+        config::Limit::Unlimited | config::Limit::Off => None,
+    };
+    let of_models = key.model_limits.iter().flat_map(|(models, limits)| {
+        limits.each().filter_map(move |limit| Some(format!("{} for {models}", shown(limit)?)))
+    });
+    key.limits.each().filter_map(shown).chain(of_models).collect()
 }
 
 impl KeysReader {

@@ -145,7 +145,7 @@ impl Prepared {
             .map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
         let process = Process {
             pool: Arc::new(ArcSwap::from_pointee(pool)),
-            keyring: Keyring::default(),
+            keyring: Keyring::new(ledger.client().clone()),
             open: OpenRequests::default(),
             draining: Draining::default(),
             ledger: ledger.state().clone(),
@@ -155,7 +155,7 @@ impl Prepared {
             connections: Connections::new(started.memory_bytes_max),
             started_at: SystemTime::now(),
         };
-        process.keyring.set_config(&started.keys);
+        process.keyring.set_config(&started);
         // One that is missing or broken is an error now, and later none that stops anything.
         KeysReader::new(&process.pool, &process.keyring).begin().map_err(StartError)?;
         let pid_file = PidFile::new(&conf.pid_file, options);

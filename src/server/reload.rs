@@ -144,7 +144,7 @@ impl Reloader {
             Ok(pool) => self.pool.store(Arc::new(Pool { version, ..pool })),
             Err(error) => return Err(self.refuse(&format!("an endpoint cannot be set up: {error}"))),
         }
-        self.keyring.set_config(&self.pool.load().server.keys);
+        self.keyring.set_config(&self.pool.load().server);
         logger::set_format(self.pool.load().server.log_format);
         let mut told = Vec::new();
         for warning in &warnings {

@@ -1,6 +1,6 @@
 //! Callers with keys of their own: what each key opens, and whose what is made with it is.
 
-use api_together::simulator::{Options, Simulator};
+use api_together::simulator::{Behaviour, Options, Simulator};
 use http::Method;
 use serde_json::{Value, json};
 
@@ -218,6 +218,160 @@ async fn callers_may_share_what_they_make() {
             }
             assert_eq!(listed(&proxy, key, 1).await.len(), 2);
         }
+    })
+    .await;
+}
+
+/// Checks that a key is at its own limit, and returns for how many milliseconds.
+fn assert_key_full(reply: &Reply, kind: &str) -> u64 {
+    let message = reply.assert_error(429, kind, "key_rate_limited");
+    assert!(message.contains("(ada)") && message.contains("own limit"), "{message}");
+    assert_eq!(reply.header("x-api-together-attempts"), None);
+    reply.header("retry-after-ms").unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keys_own_limits_hold_whatever_the_endpoints_have_left() {
+    within(async {
+        let simulator = simulator().await;
+        let keys = json!([
+            { "name": "ada", "key": ADA, "rpm": 5, "modelLimits": { "o9*": { "rpd": 1 } } },
+            { "name": "bob", "key": BOB },
+        ]);
+        let apis = [endpoint_with("a", &simulator.base_url(), json!({ "rpm": 100, "models": ["m", "o9-mini"] }))];
+        let proxy = Proxy::start(json!({ "keys": keys }), &apis).await;
+        let post = |key: &'static str, model: &'static str| {
+            with_key(&proxy, key, Method::POST, "/v1/chat/completions", Some(chat(model)))
+        };
+        assert_eq!(post(ADA, "o9-mini").await.status, 200);
+        let full = post(ADA, "o9-mini").await;
+        assert!(full.assert_error(429, "requests", "key_rate_limited").contains("o9*"));
+        assert_eq!(full.header("x-should-retry"), Some("false"), "until tomorrow");
+        // At once, by many.
+        let replies = futures_of(20, || post(ADA, "m")).await;
+        let good = replies.iter().filter(|reply| reply.status == 200).count();
+        assert_eq!(good, 4, "5 a minute");
+        let wait = assert_key_full(replies.iter().find(|reply| reply.status == 429).unwrap(), "requests");
+        assert!((50_000..=61_000).contains(&wait), "{wait}");
+        let reply = post(BOB, "m").await;
+        assert_eq!((reply.status, reply.header("x-ratelimit-limit-requests")), (200, Some("100")));
+        assert_eq!(simulator.requests().len(), 6, "no endpoint is asked for what is refused");
+        assert_eq!(proxy.status_of("a").await["usage"]["rpm"], 6);
+
+        let key = with_key(&proxy, ADA, Method::GET, "/v1/key", None).await.json();
+        assert_eq!(
+            (&key["name"], &key["limits"]["rpm"]["used"], &key["limits"]["rpm"]["left"]),
+            (&json!("ada"), &json!(5), &json!(0))
+        );
+        assert_eq!(key["heldBy"], "5 requests a minute");
+        assert!(key["frees"].is_string() && key["modelLimits"]["o9*"]["limits"]["rpd"]["used"] == 1, "{key}");
+        assert_eq!(with_key(&proxy, BOB, Method::GET, "/v1/key", None).await.json()["limits"], json!({}));
+        assert_eq!(proxy.get("/v1/key").await.json()["name"], Value::Null);
+    })
+    .await;
+}
+
+async fn futures_of<F: Future<Output = Reply>>(count: usize, make: impl Fn() -> F) -> Vec<Reply> {
+    let mut all: Vec<_> = (0..count).map(|_| Box::pin(make())).collect();
+    let mut done: Vec<Option<Reply>> = (0..count).map(|_| None).collect();
+    std::future::poll_fn(|context| {
+        for (one, done) in all.iter_mut().zip(&mut done).filter(|(_, done)| done.is_none()) {
+            if let std::task::Poll::Ready(reply) = one.as_mut().poll(context) {
+                *done = Some(reply);
+            }
+        }
+        if done.iter().all(Option::is_some) { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+    done.into_iter().flatten().collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_counts_once_for_its_key_however_often_it_is_tried() {
+    within(async {
+        let failing = crate::harness::behaving(Behaviour::status(500)).await;
+        let good = simulator().await;
+        let keys = json!([{ "name": "ada", "key": ADA, "rpm": 100, "maxConcurrent": 2 }]);
+        let apis = [
+            endpoint_with("a", &failing.base_url(), json!({ "models": ["m"] })),
+            endpoint_with("b", &good.base_url(), json!({ "models": ["m"], "priority": 1 })),
+            endpoint_with("full", &good.base_url(), json!({ "models": ["full"], "rpm": 1 })),
+        ];
+        let proxy = Proxy::start(json!({ "keys": keys }), &apis).await;
+        let used = async |kind: &str| {
+            with_key(&proxy, ADA, Method::GET, "/v1/key", None).await.json()["limits"][kind]["used"].clone()
+        };
+        let post = |model: &str| with_key(&proxy, ADA, Method::POST, "/v1/chat/completions", Some(chat(model)));
+        post("m").await.assert_from("b", 2);
+        assert_eq!(used("rpm").await, 1, "two attempts, one request");
+        post("full").await.assert_from("full", 1);
+        post("full").await.assert_error(429, "requests", "rate_limit_exceeded");
+        assert_eq!(used("rpm").await, 2, "what the endpoints refuse costs the key nothing");
+        for _ in 0..100 {
+            if used("maxConcurrent").await == 0 {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        assert_eq!(used("maxConcurrent").await, 0, "nothing is in flight");
+        // Two at once, and no more.
+        failing.set_default(Behaviour { chunk_delay_ms: 30, events: 1000, ..Behaviour::default() });
+        let open = |key: &'static str| {
+            let request = proxy.request_without_key(Method::POST, "/v1/chat/completions").bearer_auth(key);
+            request.json(&crate::harness::chat_stream("m")).send()
+        };
+        let (one, other) = (open(ADA).await.unwrap(), open(ADA).await.unwrap());
+        assert_eq!((one.status().as_u16(), other.status().as_u16()), (200, 200));
+        let message = post("m").await.assert_error(429, "requests", "key_rate_limited");
+        assert!(message.contains("2 requests at once"), "{message}");
+        drop(one);
+        for _ in 0..300 {
+            if used("maxConcurrent").await == 1 {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        assert_eq!(used("maxConcurrent").await, 1);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keys_tokens_are_reserved_before_a_request_and_settled_after_it() {
+    within(async {
+        let slow = crate::harness::behaving(Behaviour { header_delay_ms: 400, ..Behaviour::default() }).await;
+        let keys = json!([{ "name": "ada", "key": ADA, "tpm": 1000 }]);
+        let apis = [endpoint_with("a", &slow.base_url(), json!({}))];
+        let proxy = Proxy::start(json!({ "keys": keys, "budgetReserveTokens": 500 }), &apis).await;
+        let tpm = async || {
+            with_key(&proxy, ADA, Method::GET, "/v1/key", None).await.json()["limits"]["tpm"]["used"].as_u64().unwrap()
+        };
+        let body = |tokens: u32| json!({ "model": "m", "messages": [], "max_tokens": tokens });
+        let post = |tokens: u32| with_key(&proxy, ADA, Method::POST, "/v1/chat/completions", Some(body(tokens)));
+        // Each may take 400 and its prompt, so two fit, whoever they are.
+        let replies = futures_of(5, || post(400)).await;
+        let good: Vec<_> = replies.iter().filter(|reply| reply.status == 200).collect();
+        assert_eq!(good.len(), 2, "{replies:?}");
+        assert_key_full(replies.iter().find(|reply| reply.status == 429).unwrap(), "tokens");
+        let spent: u64 = good.iter().map(|reply| reply.json()["usage"]["total_tokens"].as_u64().unwrap()).sum();
+        for _ in 0..100 {
+            if tpm().await == spent {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert_eq!(tpm().await, spent, "what was reserved is free again");
+        assert_eq!(post(400).await.status, 200);
+        // A client that leaves before anything was sent to it gives its reservation back too.
+        let left = proxy.request_without_key(Method::POST, "/v1/chat/completions").bearer_auth(ADA).json(&body(400));
+        drop(tokio::time::timeout(std::time::Duration::from_millis(100), left.send()).await);
+        for _ in 0..100 {
+            if tpm().await < 400 {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert!(tpm().await < 400, "{}", tpm().await);
     })
     .await;
 }

@@ -26,9 +26,10 @@ use api_together::fault::{Fault, HeldBy};
 use api_together::ledger::places::{Place, PlaceChange, Thing, ThingKind};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{
-    AccountId, Allocator, CallerId, Change, Client, FaultKind, Ledger, LedgerError, ModelList, Spent, Tally,
+    AccountId, AccountSet, Allocator, CallerDraw, CallerId, Change, Client, FaultKind, Ledger, LedgerError,
+    LimitedAccount, ModelList, Permit, Spent, Tally,
 };
-use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, SPAN, Slot, Stamp};
+use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, Limits, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
 use api_together::routing::balance::Options;
@@ -50,6 +51,8 @@ const STEPS_MAX: usize = 70;
 /// Models that clients ask for, and the patterns that may have limits of their own.
 const MODELS: [&str; 3] = ["m1", "m2", "n"];
 const PATTERNS: [&str; 4] = ["m1", "m*", "*", "n"];
+/// Callers with keys of their own, beside those that have none.
+const CALLERS: [&str; 2] = ["ada", "e0"];
 const ZONES: [&str; 4] = ["UTC", "America/Los_Angeles", "Asia/Kolkata", "Europe/Berlin"];
 
 #[test]
@@ -84,7 +87,9 @@ fn no_limit_is_passed_and_no_permit_withheld() {
     });
     eprintln!("{schedules} schedules and {SCHEDULES_IN_FILE} in a file: {seen:?}");
     // What never happens is not tested.
-    let Seen { sent, refused, failed, swapped, crashes, reboots, turned, waited, unavailable, in_two_accounts } = seen;
+    let Seen { sent, refused, failed, swapped, crashes, reboots, turned, waited, unavailable, in_two_accounts, .. } =
+        seen;
+    let Seen { with_a_key, refused_by_a_key, .. } = seen;
     for (what, often, least) in [
         ("sent", sent, 100_000),
         ("refused", refused, 10_000),
@@ -96,6 +101,8 @@ fn no_limit_is_passed_and_no_permit_withheld() {
         ("waited", waited, 1000),
         ("without the ledger", unavailable, 100),
         ("in two accounts", in_two_accounts, 10_000),
+        ("sent with a key of their own", with_a_key, 10_000),
+        ("refused by a key's own limits", refused_by_a_key, 10_000),
     ] {
         // In a few schedules half as many are enough.
         let least = least * schedules.min(SCHEDULES_COUNTED) / SCHEDULES_COUNTED / 2;
@@ -125,6 +132,8 @@ struct Seen {
     waited: u64,
     unavailable: u64,
     in_two_accounts: u64,
+    with_a_key: u64,
+    refused_by_a_key: u64,
 }
 
 impl Seen {
@@ -139,6 +148,8 @@ impl Seen {
         self.waited += other.waited;
         self.unavailable += other.unavailable;
         self.in_two_accounts += other.in_two_accounts;
+        self.with_a_key += other.with_a_key;
+        self.refused_by_a_key += other.refused_by_a_key;
     }
 }
 
@@ -287,6 +298,26 @@ impl Model {
         }
     }
 
+    /// A caller's request was sent, whose permit was drawn at this moment: that is what its key's limits are about.
+    fn sent_as_drawn(&mut self, id: &AccountId, drawn: u64, wall: SystemTime) {
+        self.sent.push(drawn);
+        self.sent.sort_unstable();
+        if let Some(rpm) = self.rpm {
+            let rpm = usize::try_from(rpm).unwrap();
+            let is_kept = self.sent.windows(rpm + 1).all(|some| some[rpm] - some[0] >= 60_000);
+            assert!(is_kept, "{id}: more than {rpm} drawn within 60 s: {:?}", self.sent);
+        }
+        let (days, date) = with_calendar(&self.zone, |calendar| (calendar.days(wall), calendar.date(wall)));
+        for date in days.each() {
+            *self.by_day_at_most.entry(date).or_default() += 1;
+        }
+        let on_this_day = self.by_day.entry(date).or_default();
+        *on_this_day += 1;
+        if let Some(rpd) = self.rpd {
+            assert!(*on_this_day <= rpd, "{id}: {on_this_day} drawn on {date}, and rpd is {rpd}");
+        }
+    }
+
     fn raise(&mut self, limits: PerLimit<Limit>) {
         (self.rpm, self.rpd) = (number(limits.rpm), number(limits.rpd));
     }
@@ -322,6 +353,7 @@ struct Process {
     allocator: Allocator,
     ledger: Box<Watched>,
     pool: Rc<RefCell<Arc<Pool>>>,
+    callers: Vec<CallerDraw>,
     requests: Vec<Pin<Box<dyn Future<Output = ()>>>>,
 }
 
@@ -394,7 +426,7 @@ impl World {
             let limits = account(&mut shared.models, &id, zone, &mut self.rng);
             let zone = shared.models[&id].zone.clone();
             let mut endpoint = template.clone();
-            endpoint.id = Arc::clone(id.endpoint());
+            endpoint.id = Arc::clone(id.owner());
             endpoint.limits = limits;
             for pattern in PATTERNS {
                 // They come and go with the configs: what was sent without them does not count in them.
@@ -403,7 +435,7 @@ impl World {
                     let matched = MODELS.iter().filter(|model| each && covers(pattern, model));
                     let names = if each { matched.copied().collect() } else { vec![pattern] };
                     let of =
-                        |models: &str| AccountId::Models { endpoint: Arc::clone(id.endpoint()), models: models.into() };
+                        |models: &str| AccountId::Models { endpoint: Arc::clone(id.owner()), models: models.into() };
                     let limits =
                         names.into_iter().map(|name| account(&mut shared.models, &of(name), &zone, &mut self.rng));
                     // Each of them has the same limits, so for the model the largest that any has had.
@@ -433,6 +465,23 @@ impl World {
         config
     }
 
+    /// The accounts of the callers' keys by the next config.
+    fn callers(&mut self, client: &Client) -> Vec<CallerDraw> {
+        let config = client.next_config();
+        let mut shared = self.shared.borrow_mut();
+        let of_caller = |name: &&str| {
+            let id = AccountId::Caller((*name).into());
+            let zone = *self.rng.choice(&ZONES).unwrap();
+            let limits = account(&mut shared.models, &id, zone, &mut self.rng);
+            let zone = TimeZone::get(&shared.models[&id].zone).unwrap();
+            let of = LimitedAccount { account: client.account(&id), limits: Arc::new(Limits::in_days(limits, &zone)) };
+            of.account.look_again();
+            client.list_account(config, of.clone());
+            CallerDraw { accounts: Arc::new(AccountSet::new(vec![of])), tokens: 0 }
+        };
+        CALLERS.iter().map(of_caller).collect()
+    }
+
     fn start_process(&mut self) {
         let clocks = Arc::clone(&self.clocks);
         let client = Client::new(move || clocks.read());
@@ -446,12 +495,13 @@ impl World {
             }
         };
         let pool = Pool::new(self.config(), client.clone(), None).unwrap();
+        let callers = self.callers(&client);
         let allocator = Allocator::new(client.clone(), LedgerOnError::Deny, Arc::new(Tally::default()));
         let pool = Rc::new(RefCell::new(Arc::new(pool)));
         let (clocks, given_back) = (Arc::clone(&self.clocks), Rc::clone(&self.given_back));
         let ledger = Watched { inner: ledger, clocks, given_back, calls_left: None };
         let ledger = Box::new(ledger);
-        self.processes.push(Process { client, allocator, ledger, pool, requests: Vec::new() });
+        self.processes.push(Process { client, allocator, ledger, pool, callers, requests: Vec::new() });
     }
 
     fn step(&mut self) {
@@ -546,7 +596,9 @@ impl World {
             let queue = (self.rng.u8(..) < 40)
                 .then(|| Queue { wait_max: Duration::from_millis(self.rng.u64(1..70_000)), requests_max: 5 });
             let model = *self.rng.choice(&MODELS).unwrap();
-            let request = request(pool, model, queue, Arc::clone(&self.clocks), Rc::clone(&self.shared));
+            let own = process.callers.get(self.rng.usize(..2 * CALLERS.len())).cloned();
+            let own = own.filter(|own| own.accounts.is_limited());
+            let request = request(pool, (model, own), queue, Arc::clone(&self.clocks), Rc::clone(&self.shared));
             process.requests.push(Box::pin(request));
         }
     }
@@ -554,6 +606,8 @@ impl World {
     fn reload(&mut self) {
         let config = self.config();
         let at = self.rng.usize(..self.processes.len());
+        let client = self.processes[at].client.clone();
+        self.processes[at].callers = self.callers(&client);
         let process = &self.processes[at];
         let before = Arc::clone(&process.pool.borrow());
         let pool = Pool::new(config, process.client.clone(), Some(&before)).unwrap();
@@ -573,10 +627,10 @@ impl World {
         let at = self.rng.usize(..self.processes.len());
         let process = self.processes.swap_remove(at);
         self.doubt();
-        let Process { allocator, ledger, requests, pool, client } = process;
+        let Process { allocator, ledger, requests, pool, callers, client } = process;
         drop((allocator, ledger));
         // What the requests give back goes into an inbox that nobody reads any more.
-        drop((requests, pool, client));
+        drop((requests, pool, callers, client));
         self.shared.borrow_mut().seen.crashes += 1;
         if self.processes.is_empty() {
             self.start_process();
@@ -693,16 +747,50 @@ impl Drop for HeldPermit {
     }
 }
 
+/// The permit of a caller's own limits, for as long as the request lasts.
+struct OwnPermit {
+    permit: Permit,
+    drawn: (u64, SystemTime),
+    /// Until its first attempt is sent.
+    held: Option<HeldPermit>,
+    shared: Rc<RefCell<Shared>>,
+}
+
+impl OwnPermit {
+    fn new(permit: Permit, clocks: &Clocks, shared: &Rc<RefCell<Shared>>) -> Self {
+        let accounts: Vec<AccountId> = permit.accounts().accounts().iter().map(|of| of.account.id().clone()).collect();
+        for id in &accounts {
+            shared.borrow_mut().models.get_mut(id).unwrap().held += 1;
+        }
+        let drawn = (clocks.true_ms.load(Ordering::Relaxed), clocks.read().wall);
+        let held = Some(HeldPermit { shared: Rc::clone(shared), accounts });
+        Self { permit, drawn, held, shared: Rc::clone(shared) }
+    }
+
+    fn sent(&mut self) {
+        let Some(held) = self.held.take() else { return };
+        let accounts = held.accounts.clone();
+        drop(held);
+        self.permit.spend();
+        let mut shared = self.shared.borrow_mut();
+        shared.seen.with_a_key += 1;
+        for id in accounts {
+            shared.models.get_mut(&id).unwrap().sent_as_drawn(&id, self.drawn.0, self.drawn.1);
+        }
+    }
+}
+
 /// One client's request, as the proxy runs it.
 async fn request(
     pool: Arc<Pool>,
-    model: &'static str,
+    (model, own): (&'static str, Option<CallerDraw>),
     queue: Option<Queue>,
     clocks: Arc<Clocks>,
     shared: Rc<RefCell<Shared>>,
 ) {
     let Some(candidates) = pool.router.find(model) else { return };
     let mut tried = Vec::new();
+    let mut own_permit: Option<OwnPermit> = None;
     let caller = CallerId(shared.borrow_mut().rng.u64(..3));
     let began = clocks.true_ms.load(Ordering::Relaxed);
     loop {
@@ -718,8 +806,9 @@ async fn request(
             },
             queue,
             caller,
+            own: own.as_ref().filter(|_| own_permit.is_none()),
         };
-        let choice = match admission::admit(admission).await {
+        let mut choice = match admission::admit(admission).await {
             Ok(choice) => choice,
             Err(Fault::LimitsReached { held, wait }) => {
                 let mut shared = shared.borrow_mut();
@@ -735,6 +824,13 @@ async fn request(
                 shared.refusals.extend(limits.map(|held| (account(&held), held.reason)));
                 return;
             }
+            Err(Fault::KeyLimitsReached { name, reason, wait, .. }) => {
+                let mut shared = shared.borrow_mut();
+                shared.seen.refused_by_a_key += 1;
+                assert!(wait > Duration::ZERO, "refused, and told to come at once");
+                shared.refusals.push((AccountId::Caller(name.into()), reason));
+                return;
+            }
             Err(Fault::LedgerUnavailable) => {
                 shared.borrow_mut().seen.unavailable += 1;
                 return;
@@ -742,7 +838,12 @@ async fn request(
             Err(Fault::NoneAvailable) => return,
             Err(fault) => panic!("{fault:?}"),
         };
-        let outcome = attempt(&pool, model, choice, &mut tried, candidates, &clocks, &shared).await;
+        if let Some(permit) = choice.permit.take_caller() {
+            own_permit = Some(OwnPermit::new(permit, &clocks, &shared));
+        }
+        assert_eq!(own.is_some(), own_permit.is_some(), "a request with a limited key has a permit of it");
+        let asked = (model, own_permit.as_mut());
+        let outcome = attempt(&pool, asked, choice, &mut tried, candidates, &clocks, &shared).await;
         let attempts = u32::try_from(tried.len()).unwrap();
         let is_retryable = outcome.is_retryable(&pool.server.retry);
         if !is_retryable || !retry::may_begin(&pool.server.retry, attempts, Duration::ZERO) {
@@ -753,7 +854,7 @@ async fn request(
 
 async fn attempt(
     pool: &Pool,
-    model: &str,
+    (model, own): (&str, Option<&mut OwnPermit>),
     choice: Choice,
     tried: &mut Vec<usize>,
     candidates: &api_together::routing::router::Candidates,
@@ -798,6 +899,9 @@ async fn attempt(
             drop(held);
             shared.borrow_mut().seen.swapped += u64::from(was_stale);
             shared.borrow_mut().sent(&accounts, clocks);
+            if let Some(own) = own {
+                own.sent();
+            }
             sleep(clocks, answer_ms).await;
             match fate {
                 20..50 => Outcome::of_status(500, None),

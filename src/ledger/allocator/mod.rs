@@ -179,8 +179,10 @@ impl Allocator {
         }
         let clears_all = messages.closing || messages.new_config || !messages.flushes.is_empty();
         let looked_at = messages.looks.iter().flat_map(|look| &look.accounts);
-        let exact_draws = messages.draws.iter().filter(|draw| !is_first_choice(draw)).flat_map(|draw| &draw.wanted);
-        let drawn_from = exact_draws.flat_map(|wanted| wanted.accounts.accounts());
+        let exact_draws = || messages.draws.iter().filter(|draw| !is_first_choice(draw));
+        let of_endpoints = exact_draws().flat_map(|draw| &draw.wanted).map(|wanted| &wanted.accounts);
+        let of_callers = exact_draws().filter_map(|draw| Some(&draw.caller.as_ref()?.accounts));
+        let drawn_from = of_endpoints.chain(of_callers).flat_map(|accounts| accounts.accounts());
         let asked: HashSet<*const Account> = looked_at.chain(drawn_from).map(|of| Arc::as_ptr(&of.account)).collect();
         let is_asked = |of: &LimitedAccount| asked.contains(&Arc::as_ptr(&of.account));
         let is_due = |(accounts, until): &mut (Arc<AccountSet>, Stamp)| {
@@ -195,14 +197,16 @@ impl Allocator {
 
     fn give_back_prefetched(&mut self, accounts: &AccountSet, clock: &Clock) {
         let Some(PrefetchedPermits { counted, permits }) = accounts.prefetch.take_all() else { return };
-        self.give_back(accounts, counted, i64::try_from(permits).unwrap_or(i64::MAX), clock);
+        self.give_back(accounts, counted, Counts { attempts: permits, tokens: 0 }, clock);
     }
 
-    /// Takes attempts back that were counted and never sent.
-    fn give_back(&mut self, accounts: &AccountSet, counted: CountedAt, attempts: i64, clock: &Clock) {
+    /// Takes back attempts that were counted and never sent, and tokens that were reserved.
+    fn give_back(&mut self, accounts: &AccountSet, counted: CountedAt, counts: Counts, clock: &Clock) {
+        let less = |count: u64| -i64::try_from(count).unwrap_or(i64::MAX);
+        let (attempts, tokens) = (less(counts.attempts), less(counts.tokens));
         for LimitedAccount { account, limits } in accounts.accounts() {
-            let entry = Entry::new(limits.counted(counted), Change { attempts: -attempts, tokens: 0 });
-            account.mirror().quota.change(entry.slot, entry.days, -attempts, 0);
+            let entry = Entry::new(limits.counted(counted), Change { attempts, tokens });
+            account.mirror().quota.change(entry.slot, entry.days, attempts, tokens);
             account.look_again();
             self.write_behind.add(account, entry);
         }
@@ -260,17 +264,18 @@ impl Allocator {
             accounts.release();
             accounts.accounts().iter().for_each(|of| of.account.look_again());
         }
-        if let Some(counted) = counted {
-            self.give_back(&accounts, counted, 1, clock);
+        if let Some((counted, counts)) = counted {
+            self.give_back(&accounts, counted, counts, clock);
         }
     }
 
     fn take_bill(&mut self, bill: Bill, clock: &Clock) {
-        let Bill { accounts, spent } = bill;
+        let Bill { accounts, caller, spent } = bill;
         let now = CountedAt { boot: clock.boot, wall: clock.wall };
         let tokens = spent.cost.tokens();
         let change = Change { attempts: 0, tokens: i64::try_from(tokens).unwrap_or(i64::MAX) };
-        for of in accounts.accounts() {
+        let of_caller = caller.iter().flat_map(|accounts| accounts.accounts());
+        for of in accounts.accounts().iter().chain(of_caller) {
             let counted = of.limits.counted(now);
             of.account.mirror().quota.add(counted, Counts { attempts: 0, tokens });
             self.write_behind.add(&of.account, Entry::new(counted, change));
@@ -438,8 +443,14 @@ fn merged(bills: impl Iterator<Item = Bill>) -> Vec<Bill> {
     const KINDS_MAX: usize = 32;
     let mut merged: Vec<Bill> = Vec::new();
     for bill in bills {
-        let same =
-            |known: &&mut Bill| Arc::ptr_eq(&known.accounts, &bill.accounts) && known.spent.is_kind_of(&bill.spent);
+        let same_caller = |known: &Bill| match (&known.caller, &bill.caller) {
+            (None, None) => true,
+            (Some(known), Some(caller)) => Arc::ptr_eq(known, caller),
+            _ => false,
+        };
+        let same = |known: &&mut Bill| {
+            Arc::ptr_eq(&known.accounts, &bill.accounts) && same_caller(known) && known.spent.is_kind_of(&bill.spent)
+        };
         match merged.iter_mut().rev().take(KINDS_MAX).find(same) {
             Some(known) => known.spent.merge(&bill.spent),
             None => merged.push(bill),

@@ -7,9 +7,12 @@ use std::sync::atomic::Ordering;
 use super::promised::Told;
 use super::{Allocator, RENEW, SCAN};
 use crate::config::LedgerOnError;
+use crate::ledger::account_set::HeldAccount;
 use crate::ledger::batch::{Decision, Served, enter, next_free};
-use crate::ledger::messages::{CallerId, Draw, Drawn, HeldEndpoint, Messages, Otherwise, Refusal, Wanted, may_end_by};
-use crate::ledger::{Account, Permit, prefetch};
+use crate::ledger::messages::{
+    CallerDraw, CallerId, Draw, Drawn, HeldEndpoint, Messages, Otherwise, Refusal, Wanted, may_end_by,
+};
+use crate::ledger::{Account, AccountSet, Permit, prefetch};
 use crate::limit::{Clock, CountedAt, Stamp};
 
 impl Allocator {
@@ -17,8 +20,9 @@ impl Allocator {
     /// its own permit counted in them.
     pub(super) fn answer(&mut self, served: Vec<Served>, clock: &Clock) {
         let mut seen: HashSet<*const Account> = HashSet::new();
-        let wanted = served.iter().flat_map(|served| &served.draw.wanted);
-        for of in wanted.flat_map(|wanted| wanted.accounts.accounts()) {
+        let wanted = served.iter().flat_map(|served| &served.draw.wanted).map(|wanted| &wanted.accounts);
+        let callers = served.iter().filter_map(|served| Some(&served.draw.caller.as_ref()?.accounts));
+        for of in wanted.chain(callers).flat_map(|accounts| accounts.accounts()) {
             if seen.insert(Arc::as_ptr(&of.account)) {
                 of.publish(clock);
             }
@@ -29,19 +33,23 @@ impl Allocator {
         for Served { draw, decision } in served {
             match decision {
                 Decision::Granted(at, counted, ahead) => {
-                    if ahead > 0 {
-                        self.keep_prefetched(&draw, at, counted, ahead, clock);
+                    let endpoint = draw.wanted.get(at).map(|wanted| &wanted.accounts);
+                    let caller = draw.caller.as_ref().map(|caller| &caller.accounts);
+                    for (accounts, permits) in [(endpoint, ahead.endpoint), (caller, ahead.caller)] {
+                        if let Some(accounts) = accounts.filter(|_| permits > 0) {
+                            self.keep_prefetched(accounts, counted, permits, clock);
+                        }
                     }
                     self.grant(draw, at, Some(counted));
                 }
                 Decision::Held(held) => self.refuse(draw, held, clock),
+                Decision::HeldByCaller(held) => refuse_for_caller(draw, held, clock),
             }
         }
     }
 
     /// Keeps prefetched permits for the requests that come next.
-    fn keep_prefetched(&mut self, draw: &Draw, at: usize, counted: CountedAt, permits: u64, clock: &Clock) {
-        let Some(Wanted { accounts, .. }) = draw.wanted.get(at) else { return };
+    fn keep_prefetched(&mut self, accounts: &Arc<AccountSet>, counted: CountedAt, permits: u64, clock: &Clock) {
         // The permits that are there have expired.
         self.give_back_prefetched(accounts, clock);
         accounts.prefetch.put(counted, permits);
@@ -52,9 +60,11 @@ impl Allocator {
 
     fn grant(&self, draw: Draw, at: usize, counted: Option<CountedAt>) {
         let Some(Wanted { accounts, .. }) = draw.wanted.get(at) else { return };
-        let counted = counted.filter(|_| accounts.in_ledger());
-        let permit = Permit::new(&self.client, accounts, counted);
-        let permit = if accounts.is_concurrency_limited() { permit.in_flight() } else { permit };
+        let mut permit = Permit::granted(&self.client, accounts, counted);
+        if let Some(CallerDraw { accounts, tokens }) = &draw.caller {
+            let of_caller = Permit::granted(&self.client, accounts, counted);
+            permit.set_caller(of_caller.with_reserved(counted.map(|at| (at, *tokens))));
+        }
         // If the client is gone, the permit is dropped, which gives it back.
         drop(draw.reply.send(Drawn::Granted(at, permit)));
     }
@@ -72,7 +82,7 @@ impl Allocator {
             Otherwise::LookElsewhere | Otherwise::Wait { .. } => first,
             Otherwise::Refuse(caller) => self.promise(caller, &draw, first, clock).unwrap_or(first),
         };
-        let refusal = Refusal { wait: clock.boot.until(free_at), held };
+        let refusal = Refusal { wait: clock.boot.until(free_at), held, caller: None };
         // A client that is gone needs no reply.
         drop(draw.reply.send(Drawn::Refused(refusal)));
     }
@@ -100,7 +110,15 @@ impl Allocator {
     /// `ledgerOnError` says.
     pub(super) fn serve_without_ledger(&mut self, draws: Vec<Draw>, clock: &Clock) {
         for mut draw in draws {
-            let may_go = |wanted: &Wanted| !wanted.accounts.in_ledger() || self.on_error == LedgerOnError::Allow;
+            let may_use = |accounts: &AccountSet| !accounts.in_ledger() || self.on_error == LedgerOnError::Allow;
+            let is_caller_held = draw.caller.as_ref().is_some_and(|caller| !may_use(&caller.accounts));
+            let may_go = |wanted: &Wanted| !is_caller_held && may_use(&wanted.accounts);
+            if let Some(caller) = &draw.caller
+                && let Err(held) = caller.accounts.check_concurrency(clock)
+            {
+                refuse_for_caller(draw, held, clock);
+                continue;
+            }
             let mut held = Vec::new();
             let mut granted = None;
             for (at, wanted) in draw.wanted.iter().enumerate().filter(|(_, wanted)| may_go(wanted)) {
@@ -113,6 +131,10 @@ impl Allocator {
                 }
             }
             if let Some((at, without_permit)) = granted {
+                if let Some(caller) = &draw.caller {
+                    // There was room a moment ago, and nothing comes between.
+                    caller.accounts.enter(clock).unwrap_or_default();
+                }
                 self.tally.uncounted.fetch_add(u64::from(without_permit), Ordering::Relaxed);
                 self.grant(draw, at, None);
             } else if held.is_empty() {
@@ -128,6 +150,13 @@ impl Allocator {
             }
         }
     }
+}
+
+/// Refuses a draw whose caller's own account is at a limit. It does not wait in the queue: that is the caller's own affair.
+fn refuse_for_caller(draw: Draw, (account, held): HeldAccount, clock: &Clock) {
+    let refusal = Refusal { wait: clock.boot.until(held.until), held: Vec::new(), caller: Some((account, held)) };
+    // A client that is gone needs no reply.
+    drop(draw.reply.send(Drawn::Refused(refusal)));
 }
 
 /// Replies to messages that do not ask for a permit.

@@ -13,6 +13,7 @@ use crate::limit::{LimitReason, Limits};
 use crate::usage::{Cost, Speed, Tokens};
 use jiff::tz::TimeZone;
 
+mod callers;
 mod sets;
 
 /// 2026-11-25, 12:00 UTC.
@@ -117,6 +118,12 @@ impl Process {
         self.serve();
         let Poll::Ready(view) = look.as_mut().poll(&mut context) else { panic!("no answer") };
         (view.used.rpm, view.used.rpd)
+    }
+}
+
+impl Drawn {
+    fn is_granted(&self) -> bool {
+        matches!(self, Self::Granted(..))
     }
 }
 
@@ -372,7 +379,9 @@ fn nobody_is_refused_for_what_was_drawn_ahead() {
     // Other clients use up the rest of the minute.
     let clock = process.client.clock();
     let used = whole(&wanted).count_up(&clock).used.rpm;
-    wanted.accounts.add(CountedAt { boot: clock.boot, wall: clock.wall }, 100_000 - used);
+    wanted
+        .accounts
+        .add(CountedAt { boot: clock.boot, wall: clock.wall }, Counts { attempts: 100_000 - used, tokens: 0 });
     // A draw that asks for a moment to come back gets one of the prefetched permits, which are given back first.
     assert!(matches!(process.draw(std::slice::from_ref(&wanted)), Drawn::Granted(0, _)));
 }
@@ -445,7 +454,7 @@ fn attempts_without_limits_and_tokens_are_written_a_little_later() {
     for cost in [Cost::exact(tokens, speed), Cost::exact(tokens, speed), Cost::estimated(100, 200)] {
         let spent = Spent::now(&"a".into(), "m", cost, &TimeZone::UTC, wall);
         let now = process.client.clock().boot;
-        process.client.spend_tokens(&wanted.accounts, spent, now);
+        process.client.spend_tokens(&wanted.accounts, None, spent, now);
     }
     process.serve();
     assert!(!process.allocator.is_all_written());
@@ -473,7 +482,7 @@ fn models_beyond_the_bound_are_one() {
         let cost = Cost::exact(Tokens::default(), Speed::default());
         let spent = Spent::now(&"a".into(), &format!("m{number}"), cost, &TimeZone::UTC, wall);
         let now = process.client.clock().boot;
-        process.client.spend_tokens(&wanted.accounts, spent, now);
+        process.client.spend_tokens(&wanted.accounts, None, spent, now);
     }
     process.serve();
     process.pass(WRITE_DELAY);

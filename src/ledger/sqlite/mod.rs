@@ -38,6 +38,29 @@ const MIGRATIONS: [&str; 4] = [
 ];
 /// `kind` of [`AccountId::Models`] in the tables `account_minute` and `account_day`.
 const MODELS: &str = "models";
+/// The same of [`AccountId::Caller`].
+const CALLER: &str = "key";
+/// The same of [`AccountId::CallerModels`].
+const CALLER_MODELS: &str = "key_models";
+
+/// Place of an account's counts.
+enum Rows<'a> {
+    /// In the tables of endpoints, by this id.
+    Endpoint(&'a Arc<str>),
+    /// In those of all other accounts, by kind, owner and part.
+    Other(&'static str, &'a Arc<str>, &'a str),
+}
+
+impl<'a> Rows<'a> {
+    fn of(account: &'a AccountId) -> Self {
+        match account {
+            AccountId::Endpoint(id) => Self::Endpoint(id),
+            AccountId::Models { endpoint, models } => Self::Other(MODELS, endpoint, models),
+            AccountId::Caller(caller) => Self::Other(CALLER, caller, ""),
+            AccountId::CallerModels { caller, models } => Self::Other(CALLER_MODELS, caller, models),
+        }
+    }
+}
 static OPENED: AtomicU64 = AtomicU64::new(0);
 
 /// Circumstances in which a ledger is opened.
@@ -248,16 +271,16 @@ impl Ledger for SqliteLedger {
         let row =
             |row: &rusqlite::Row<'_>| Ok((Slot(row.get(0)?), Counts { attempts: row.get(1)?, tokens: row.get(2)? }));
         let read = || -> rusqlite::Result<Vec<(Slot, Counts)>> {
-            match account {
-                AccountId::Endpoint(id) => {
+            match Rows::of(account) {
+                Rows::Endpoint(id) => {
                     const SQL: &str = "SELECT slot, max(attempts, 0), max(tokens, 0) FROM minute \
                          WHERE endpoint = ?1 AND slot >= ?2";
                     self.connection.prepare_cached(SQL)?.query_map(params![id, oldest.0], row)?.collect()
                 }
-                AccountId::Models { endpoint, models } => {
+                Rows::Other(kind, owner, part) => {
                     const SQL: &str = "SELECT slot, max(attempts, 0), max(tokens, 0) FROM account_minute \
                          WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND slot >= ?4";
-                    let key = params![MODELS, endpoint, models, oldest.0];
+                    let key = params![kind, owner, part, oldest.0];
                     self.connection.prepare_cached(SQL)?.query_map(key, row)?.collect()
                 }
             }
@@ -269,16 +292,16 @@ impl Ledger for SqliteLedger {
         let row = |row: &rusqlite::Row<'_>| Ok(Counts { attempts: row.get(0)?, tokens: row.get(1)? });
         let date = date.to_string();
         let read = || -> rusqlite::Result<Option<Counts>> {
-            match account {
-                AccountId::Endpoint(id) => {
+            match Rows::of(account) {
+                Rows::Endpoint(id) => {
                     const SQL: &str =
                         "SELECT max(attempts, 0), max(tokens, 0) FROM day WHERE endpoint = ?1 AND day = ?2";
                     self.connection.prepare_cached(SQL)?.query_row(params![id, date], row).optional()
                 }
-                AccountId::Models { endpoint, models } => {
+                Rows::Other(kind, owner, part) => {
                     const SQL: &str = "SELECT max(attempts, 0), max(tokens, 0) FROM account_day \
                          WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND day = ?4";
-                    let key = params![MODELS, endpoint, models, date];
+                    let key = params![kind, owner, part, date];
                     self.connection.prepare_cached(SQL)?.query_row(key, row).optional()
                 }
             }
@@ -289,8 +312,8 @@ impl Ledger for SqliteLedger {
     fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
         // Counts that were removed meanwhile cannot be taken back: the value must not become negative.
         let Change { attempts, tokens } = change;
-        match account {
-            AccountId::Endpoint(id) => {
+        match Rows::of(account) {
+            Rows::Endpoint(id) => {
                 const MINUTE: &str = "INSERT INTO minute VALUES (?1, ?2, max(?3, 0), max(?4, 0)) \
                      ON CONFLICT DO UPDATE SET attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
                 const DAY: &str = "INSERT INTO day VALUES (?1, ?2, max(?3, 0), max(?4, 0)) \
@@ -298,15 +321,14 @@ impl Ledger for SqliteLedger {
                 self.run(MINUTE, &[id, &slot.0, &attempts, &tokens])?;
                 days.each().try_for_each(|date| self.run(DAY, &[id, &date.to_string(), &attempts, &tokens]))
             }
-            AccountId::Models { endpoint, models } => {
+            Rows::Other(kind, owner, part) => {
                 const MINUTE: &str = "INSERT INTO account_minute VALUES (?1, ?2, ?3, ?4, max(?5, 0), max(?6, 0)) \
                      ON CONFLICT DO UPDATE SET attempts = max(attempts + ?5, 0), tokens = max(tokens + ?6, 0)";
                 const DAY: &str = "INSERT INTO account_day VALUES (?1, ?2, ?3, ?4, max(?5, 0), max(?6, 0)) \
                      ON CONFLICT DO UPDATE SET attempts = max(attempts + ?5, 0), tokens = max(tokens + ?6, 0)";
-                self.run(MINUTE, &[&MODELS, endpoint, models, &slot.0, &attempts, &tokens])?;
-                days.each().try_for_each(|date| {
-                    self.run(DAY, &[&MODELS, endpoint, models, &date.to_string(), &attempts, &tokens])
-                })
+                self.run(MINUTE, &[&kind, owner, &part, &slot.0, &attempts, &tokens])?;
+                days.each()
+                    .try_for_each(|date| self.run(DAY, &[&kind, owner, &part, &date.to_string(), &attempts, &tokens]))
             }
         }
     }
@@ -343,14 +365,12 @@ impl Ledger for SqliteLedger {
     }
 
     fn forget(&mut self, account: &AccountId, oldest: Slot) -> Result<(), LedgerError> {
-        match account {
-            AccountId::Endpoint(id) => {
-                self.run("DELETE FROM minute WHERE endpoint = ?1 AND slot < ?2", &[id, &oldest.0])
-            }
-            AccountId::Models { endpoint, models } => {
+        match Rows::of(account) {
+            Rows::Endpoint(id) => self.run("DELETE FROM minute WHERE endpoint = ?1 AND slot < ?2", &[id, &oldest.0]),
+            Rows::Other(kind, owner, part) => {
                 const SQL: &str =
                     "DELETE FROM account_minute WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND slot < ?4";
-                self.run(SQL, &[&MODELS, endpoint, models, &oldest.0])
+                self.run(SQL, &[&kind, owner, &part, &oldest.0])
             }
         }
     }
@@ -362,17 +382,17 @@ impl Ledger for SqliteLedger {
 
     fn forget_days(&mut self, account: &AccountId, before: Date) -> Result<(), LedgerError> {
         let before = before.to_string();
-        match account {
-            AccountId::Endpoint(id) => {
+        match Rows::of(account) {
+            Rows::Endpoint(id) => {
                 const SQL: &str = "DELETE FROM day WHERE endpoint = ?1 AND day < ?2 AND day NOT IN \
                      (SELECT day FROM day WHERE endpoint = ?1 ORDER BY day DESC LIMIT 3)";
                 self.run(SQL, &[id, &before])
             }
-            AccountId::Models { endpoint, models } => {
+            Rows::Other(kind, owner, part) => {
                 const SQL: &str = "DELETE FROM account_day WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND day < ?4 \
                      AND day NOT IN (SELECT day FROM account_day WHERE kind = ?1 AND owner = ?2 AND part = ?3 \
                      ORDER BY day DESC LIMIT 3)";
-                self.run(SQL, &[&MODELS, endpoint, models, &before])
+                self.run(SQL, &[&kind, owner, &part, &before])
             }
         }
     }

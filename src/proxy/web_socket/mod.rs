@@ -25,11 +25,13 @@ use crate::billing;
 use crate::config::WebSocketPermits;
 use crate::fault::{ErrorShape, Fault};
 use crate::json::members;
+use crate::ledger::{Client, Drawn, Permit, Refusal};
 use crate::request::body_memory::{FREE_BYTES, Memory, Reserved};
 use crate::request::connections::{OnConnection, Reason};
 use crate::request::fields::{self, Model, ModelPlace};
 use crate::request::websocket::{self, Message, MessageReader};
 use crate::response::websocket::FrameReader;
+use crate::routing::admission;
 use crate::routing::callers::Ending;
 use crate::usage::{Reported, Tokens, mentions_usage};
 
@@ -204,9 +206,12 @@ fn mapped(context: &Context, message: &Message) -> Option<Bytes> {
 
 /// Takes a permit for a response; the first one has that of the session.
 async fn take_permit(context: &mut Context) -> Result<(), Fault> {
-    let (Some(socket), Some(ask)) = (&mut context.web_socket, &context.ask) else { return Err(Fault::Internal) };
+    let (Some(socket), Some(ask)) = (&mut context.web_socket, &mut context.ask) else { return Err(Fault::Internal) };
     if !mem::take(&mut socket.responses.has_first) {
         let ledger = ask.pool.ledger.clone();
+        if let Some(own) = &mut ask.own_permit {
+            take_own_permit(own, &ledger).await?;
+        }
         let Some(mut attempt) = context.exchange.state().attempt.take() else { return Err(Fault::Internal) };
         let taken = attempt.take_another_permit(&ledger).await;
         let endpoint = Arc::clone(&attempt.endpoint);
@@ -219,6 +224,22 @@ async fn take_permit(context: &mut Context) -> Result<(), Fault> {
         socket.responses.paid = socket.responses.paid.saturating_add(1);
     }
     Ok(())
+}
+
+/// Takes another permit of the caller's own limits, which count a response as a request.
+async fn take_own_permit(own: &mut Permit, ledger: &Client) -> Result<(), Fault> {
+    match ledger.swap(own).await {
+        Drawn::Granted(_, mut permit) => {
+            permit.spend();
+            *own = permit;
+            Ok(())
+        }
+        Drawn::Refused(Refusal { held, wait, .. }) => {
+            let held = held.into_iter().find_map(|held| Some((held.account?, held.held)));
+            Err(held.map_or(Fault::Internal, |held| admission::key_limits_reached(&held, wait)))
+        }
+        Drawn::Unavailable => Err(Fault::LedgerUnavailable),
+    }
 }
 
 /// Sends the client an event of ours, between the frames of the endpoint.

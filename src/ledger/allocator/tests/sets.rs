@@ -96,7 +96,7 @@ fn an_endpoint_without_limits_counts_what_its_models_draw() {
     let cost = Cost::exact(Tokens { total: 7, ..Tokens::default() }, Speed::default());
     let clock = process.client.clock();
     let bill = Spent::now(&"a".into(), "m", cost, &TimeZone::UTC, clock.wall);
-    process.client.spend_tokens(&limited.accounts, bill, clock.boot);
+    process.client.spend_tokens(&limited.accounts, None, bill, clock.boot);
     process.serve();
     let tokens = |of: &LimitedAccount| of.account.view().used.tpm;
     assert_eq!((tokens(&whole(&limited)), tokens(&models(&limited))), (7, 7));

@@ -1,0 +1,57 @@
+//! `GET /v1/key`: what the key of a request opens, its limits, what is used of them, and when they free.
+
+use serde_json::{Map, Value, json};
+
+use super::Sources;
+use super::status::{quota, time_of};
+use crate::config::{CallKind, CallSet, ClientKey};
+use crate::ledger::LimitedAccount;
+use crate::limit::{Clock, View};
+
+pub(super) async fn key(from: Sources<'_>) -> String {
+    let Some(caller) = from.caller else {
+        // The server's one key, which opens everything.
+        return json!({ "object": "key", "name": null, "limits": {}, "modelLimits": {} }).to_string();
+    };
+    let accounts: Vec<LimitedAccount> = caller.accounts.all().cloned().collect();
+    let views = from.pool.ledger.look(accounts.clone()).await.unwrap_or_default();
+    let clock = from.pool.clock();
+    let mut of_models = Map::new();
+    let mut whole = state(None, &clock);
+    for (of, view) in accounts.iter().zip(&views) {
+        let shown = state(Some((of, view)), &clock);
+        match of.account.id().models() {
+            None => whole = shown,
+            Some(models) => drop(of_models.insert(models.to_string(), shown.into())),
+        }
+    }
+    let ClientKey { name, models, calls, endpoints, expires, tags, .. } = &caller.key;
+    let calls = (*calls != CallSet::ALL).then(|| calls.kinds().map(CallKind::name).collect::<Vec<_>>());
+    let endpoints = endpoints.as_ref().filter(|_| from.pool.server.endpoint_headers);
+    let mut key = Map::new();
+    for (member, value) in [
+        ("object", json!("key")),
+        ("name", json!(&**name)),
+        ("models", json!(models)),
+        ("calls", json!(calls)),
+        ("endpoints", json!(endpoints)),
+        ("expires", json!(expires.map(|expires| expires.to_string()))),
+        ("tags", json!(tags)),
+    ] {
+        key.insert(member.to_owned(), value);
+    }
+    key.extend(whole);
+    key.insert("modelLimits".to_owned(), of_models.into());
+    Value::Object(key).to_string()
+}
+
+/// Each kind of limit of an account, and the one that holds requests up just now, until when.
+fn state(account: Option<(&LimitedAccount, &View)>, clock: &Clock) -> Map<String, Value> {
+    let limits = account.map_or_else(|| json!({}), |(of, view)| quota(&of.limits, view, view.used, clock));
+    let held = account.and_then(|(_, view)| view.held);
+    let mut state = Map::new();
+    state.insert("limits".to_owned(), limits);
+    state.insert("heldBy".to_owned(), json!(held.map(|held| held.by.to_string())));
+    state.insert("frees".to_owned(), json!(held.map(|held| time_of(held.until, clock))));
+    state
+}

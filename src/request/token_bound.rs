@@ -1,0 +1,76 @@
+//! The most tokens that a request can take, as a guess that needs no tokenizer: it is made before the request is sent.
+
+use memchr::{memchr, memmem};
+
+use crate::json::{members, part};
+
+/// Bytes of text that a token has at least; of most languages' texts, more (a rule of thumb for OpenAI's tokenizers is 4).
+const BYTES_OF_TOKEN: usize = 3;
+/// What stands before a picture or a sound in a body.
+const BASE64: &[u8] = b";base64,";
+/// Tokens of a picture: of a large one, as OpenAI counts it, about as many.
+const PICTURE_TOKENS: u64 = 1000;
+/// Answers of one request.
+const ANSWERS_MAX: u64 = 128;
+
+/// The most tokens of the prompt and the answer of a JSON body. `reserve`: of an answer whose length the client does not bound, or bounds
+/// higher.
+pub(crate) fn token_bound(body: &[u8], reserve: u64) -> u64 {
+    let (mut longest, mut answers) = (None, None);
+    // What is not JSON has been refused, or is no prompt.
+    let _whole = members::members(body, |key, range| {
+        let number = || std::str::from_utf8(part(body, range)).ok()?.parse::<u64>().ok();
+        match key {
+            b"max_tokens" | b"max_completion_tokens" | b"max_output_tokens" => longest = number().or(longest),
+            b"n" => answers = number(),
+            _ => {}
+        }
+    });
+    let answer = longest.unwrap_or(reserve).min(reserve);
+    prompt_bound(body).saturating_add(answer.saturating_mul(answers.unwrap_or(1).clamp(1, ANSWERS_MAX)))
+}
+
+fn prompt_bound(body: &[u8]) -> u64 {
+    let (mut rest, mut bytes, mut pictures) = (body, 0, 0);
+    while let Some(at) = memmem::find(rest, BASE64) {
+        bytes += at;
+        pictures += 1;
+        let data = part(rest, at + BASE64.len()..);
+        rest = part(data, memchr(b'"', data).unwrap_or(data.len())..);
+    }
+    let text = u64::try_from((bytes + rest.len()).div_ceil(BYTES_OF_TOKEN)).unwrap_or(u64::MAX);
+    text.saturating_add(PICTURE_TOKENS * pictures)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_bounded_by_its_client_or_by_the_reserve() {
+        let prompt = |body: &str| u64::try_from(body.len().div_ceil(3)).unwrap();
+        for (body, answer) in [
+            (r#"{"messages":[]}"#, 4096),
+            (r#"{"max_tokens":10}"#, 10),
+            (r#"{"max_completion_tokens":20,"n":3}"#, 60),
+            (r#"{"max_output_tokens": 30}"#, 30),
+            (r#"{"max_tokens":999999}"#, 4096),
+            (r#"{"max_tokens":null,"n":2}"#, 8192),
+            (r#"{"max_tokens":-1}"#, 4096),
+            (r#"{"n":18446744073709551615}"#, 4096 * 128),
+        ] {
+            assert_eq!(token_bound(body.as_bytes(), 4096), prompt(body) + answer, "{body}");
+        }
+        assert_eq!(token_bound(b"", 7), 7);
+        assert_eq!(token_bound(b"not JSON", 7), 10);
+    }
+
+    #[test]
+    fn a_picture_is_not_text() {
+        let picture = "A".repeat(3_000_000);
+        let body = format!(r#"{{"a":"data:image/png;base64,{picture}","b":"data:x;base64,{picture}","max_tokens":1}}"#);
+        let bound = token_bound(body.as_bytes(), 4096);
+        assert!((2000..2100).contains(&bound), "{bound}");
+        assert!(token_bound(b"x;base64,AAA", 0) < 1010);
+    }
+}
