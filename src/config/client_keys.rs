@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -30,7 +31,7 @@ const NAME_CHARS_MAX: usize = 64;
 pub(crate) const DIGEST_PREFIX: &str = "sha256:";
 
 /// The SHA-256 of a key. It opens nothing, but a key that can be guessed can be guessed from it, so it is not shown either.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct KeyDigest([u8; 32]);
 
 impl KeyDigest {
@@ -64,6 +65,13 @@ impl KeyDigest {
             *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
         }
         Some(Self(bytes))
+    }
+}
+
+/// Any part of a digest is as good as a hash of all of it.
+impl Hash for KeyDigest {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.0.first_chunk().copied().map_or(0, u64::from_le_bytes));
     }
 }
 
@@ -193,7 +201,11 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
     for (index, model) in typed.models.iter().flatten().enumerate() {
         check_pattern(model, &format!("{}[{index}]", at("models")), check);
     }
-    // A word that is none of them has been reported with the shape.
+    for (index, call) in typed.calls.iter().flatten().enumerate().filter(|(_, call)| CallKind::named(call).is_none()) {
+        let names: Vec<_> = CallKind::ALL.iter().map(|kind| kind.name()).collect();
+        let hint = format!("use one of {}", names.join(", "));
+        check.report.error(&format!("{}[{index}]", at("calls")), format!("{call:?} names no calls"), &hint);
+    }
     let calls =
         typed.calls.map_or(CallSet::ALL, |calls| calls.iter().filter_map(|name| CallKind::named(name)).collect());
     let typed_limits = PerLimit {
@@ -237,6 +249,11 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
 
 /// Limits of a key. None switches it off: `enabled` does.
 fn limits(typed: PerLimit<Option<i64>>, path: &str, check: &mut Check<'_>) -> PerLimit<Limit> {
+    for (kind, number) in typed.each() {
+        if number.is_some_and(|number| number < -1) {
+            check.report.error(&join(path, kind.key()), "is less than -1", "write -1 for no limit");
+        }
+    }
     let limits = typed.map(limit);
     for (kind, limit) in limits.each() {
         if limit == Limit::Off {

@@ -17,8 +17,15 @@ pub struct Permit {
     /// True while the request counts as in flight.
     concurrent: bool,
     stage: PermitStage,
+    /// What only few permits have.
+    more: Option<Box<More>>,
+}
+
+/// What is held together with a permit.
+#[derive(Debug, Default)]
+struct More {
     /// That of the caller's own accounts, which was drawn with it.
-    caller: Option<Box<Self>>,
+    caller: Option<Permit>,
     /// Tokens that are reserved, until it is known how many the request takes.
     reserved: Option<Reservation>,
 }
@@ -57,8 +64,7 @@ impl Permit {
             counted,
             concurrent: false,
             stage: PermitStage::Held,
-            caller: None,
-            reserved: None,
+            more: None,
         }
     }
 
@@ -71,33 +77,36 @@ impl Permit {
     /// The same, with these tokens reserved.
     pub(super) fn with_reserved(mut self, reserved: Option<(CountedAt, u64)>) -> Self {
         let reserved = reserved.filter(|(_, tokens)| *tokens > 0 && self.accounts.in_ledger());
-        self.reserved = reserved.map(|(counted, tokens)| Reservation {
-            accounts: Arc::clone(&self.accounts),
-            client: self.client.clone(),
-            counted,
-            tokens,
-        });
+        if let Some((counted, tokens)) = reserved {
+            let (accounts, client) = (Arc::clone(&self.accounts), self.client.clone());
+            self.more.get_or_insert_default().reserved = Some(Reservation { accounts, client, counted, tokens });
+        }
         self
     }
 
     pub(super) fn set_caller(&mut self, caller: Self) {
-        self.caller = Some(Box::new(caller));
+        self.more.get_or_insert_default().caller = Some(caller);
     }
 
     /// Takes out the permit of the caller's own accounts, which holds for the whole request.
     pub fn take_caller(&mut self) -> Option<Self> {
-        self.caller.take().map(|caller| *caller)
+        self.more.as_mut()?.caller.take()
     }
 
     /// Takes out the tokens that are reserved.
     pub fn take_reservation(&mut self) -> Option<Reservation> {
-        self.reserved.take()
+        self.more.as_mut()?.reserved.take()
     }
 
     /// Counts the request as in flight until the permit is dropped.
     pub(super) fn in_flight(mut self) -> Self {
         self.concurrent = true;
         self
+    }
+
+    /// Its request stays in flight, though it got no permit in place of this one.
+    pub(super) fn stays_in_flight(&mut self) {
+        self.concurrent = true;
     }
 
     /// Returns the accounts that the attempt counts in.
@@ -126,6 +135,11 @@ impl Permit {
     /// True once the attempt has been sent.
     pub fn is_spent(&self) -> bool {
         self.stage == PermitStage::Spent
+    }
+
+    /// True while it is there to be spent.
+    pub fn is_unspent(&self) -> bool {
+        self.stage == PermitStage::Held
     }
 
     /// Takes back [`Permit::spend`]: the endpoint certainly never received the attempt, so it may be sent again with
