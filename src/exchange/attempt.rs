@@ -262,15 +262,22 @@ impl Attempt {
         self.permit.accounts()
     }
 
-    /// Takes another permit for what the endpoint counts as another request on the same connection.
+    /// Takes another permit for what the endpoint counts as another request on the same connection, unless there is one that was not
+    /// spent.
     pub async fn take_another_permit(&mut self, ledger: &Client) -> Result<(), Drawn> {
-        if self.accounts().is_limited() {
-            self.swap_permit(ledger).await?;
-        } else {
-            self.permit = ledger.unlimited(self.accounts());
+        if self.permit.is_unspent() && !self.permit.is_stale(&ledger.clock()) {
+            return Ok(());
         }
-        self.permit.spend();
+        if self.accounts().is_limited() {
+            return self.swap_permit(ledger).await;
+        }
+        self.permit = ledger.unlimited(self.accounts());
         Ok(())
+    }
+
+    /// Spends it.
+    pub fn spend_another_permit(&mut self) {
+        self.permit.spend();
     }
 
     /// Counts another request that the endpoint has taken, whether there was a permit for it or not.

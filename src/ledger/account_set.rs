@@ -181,7 +181,7 @@ impl AccountSet {
         }
     }
 
-    fn enter_all(&self) {
+    pub(super) fn enter_all(&self) {
         self.accounts.iter().for_each(|of| of.account.mirror().quota.enter(&of.limits));
     }
 

@@ -84,6 +84,7 @@ impl Batch<'_> {
                 }
             }
         }
+        keep_place(draw);
         Ok(Decision::Held(held))
     }
 
@@ -136,6 +137,12 @@ impl Batch<'_> {
             mirror.read_at = None;
         }
         for Served { draw, decision } in served {
+            // None is held by what failed before it was decided.
+            if matches!(decision, Decision::Held(held) if !held.is_empty())
+                && let (true, Some(wanted)) = (draw.keeps_place, draw.wanted.first())
+            {
+                wanted.accounts.release();
+            }
             if let Decision::Granted(at, ..) = decision
                 && let Some(wanted) = draw.wanted.get(*at)
             {
@@ -171,7 +178,15 @@ pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
             Err(by) => held.push(by),
         }
     }
+    keep_place(&draw);
     Served { draw, decision: Decision::Held(held) }
+}
+
+/// Counts the request of a permit that could not be swapped as in flight again, before anybody else can take its place.
+pub(super) fn keep_place(draw: &Draw) {
+    if let (true, Some(wanted)) = (draw.keeps_place, draw.wanted.first()) {
+        wanted.accounts.enter_all();
+    }
 }
 
 /// True if a draw is for the strategy's first choice, which is nearly always granted. All other draws need the exact

@@ -180,13 +180,18 @@ impl Client {
         let wanted = vec![old.wanted()];
         let returned = old.take_return();
         let (ticket, otherwise) = (self.ticket(), Otherwise::LookElsewhere);
-        self.send_draw(Asked { ticket, wanted, caller: None, otherwise, instead_of: returned }).await
+        let was_in_flight = returned.as_ref().is_some_and(|returned| returned.concurrent);
+        let drawn = self.send_draw(Asked { ticket, wanted, caller: None, otherwise, instead_of: returned }).await;
+        if was_in_flight && matches!(drawn, Drawn::Refused(_)) {
+            old.stays_in_flight();
+        }
+        drawn
     }
 
     async fn send_draw(&self, asked: Asked) -> Drawn {
         let (reply, answer) = oneshot::channel();
         let Asked { ticket, wanted, caller, otherwise, instead_of } = asked;
-        let draw = Draw { ticket, wanted, caller, otherwise, instead_of, reply };
+        let draw = Draw { ticket, wanted, caller, otherwise, instead_of, keeps_place: false, reply };
         let patience = match otherwise {
             Otherwise::Wait { until, .. } => ANSWER_MAX + self.clock().boot.until(until),
             Otherwise::LookElsewhere | Otherwise::Refuse(_) => ANSWER_MAX,

@@ -96,6 +96,8 @@ pub(super) struct Draw {
     pub(super) otherwise: Otherwise,
     /// The permit that is given back for the new one.
     pub(super) instead_of: Option<Return>,
+    /// True if its request was in flight until it was drawn, and stays so if it is refused.
+    pub(super) keeps_place: bool,
     pub(super) reply: oneshot::Sender<Drawn>,
 }
 

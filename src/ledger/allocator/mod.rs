@@ -310,6 +310,7 @@ impl Allocator {
             newcomers.into_iter().partition(|draw| draw.instead_of.is_some());
         for draw in &mut draws {
             if let Some(returned) = draw.instead_of.take() {
+                draw.keeps_place = returned.concurrent;
                 self.take_back(returned, clock);
                 self.scan_at = self.scan_at.min(clock.boot);
             }

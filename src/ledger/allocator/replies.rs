@@ -8,7 +8,7 @@ use super::promised::Told;
 use super::{Allocator, RENEW, SCAN};
 use crate::config::LedgerOnError;
 use crate::ledger::account_set::HeldAccount;
-use crate::ledger::batch::{Decision, Served, enter, next_free};
+use crate::ledger::batch::{Decision, Served, enter, keep_place, next_free};
 use crate::ledger::messages::{
     CallerDraw, CallerId, Draw, Drawn, HeldEndpoint, Messages, Otherwise, Refusal, Wanted, may_end_by,
 };
@@ -143,6 +143,7 @@ impl Allocator {
                 drop(draw.reply.send(Drawn::Unavailable));
             } else {
                 // Nothing is promised: endpoints that need the ledger may seem to have permits, but cannot be used.
+                keep_place(&draw);
                 if matches!(draw.otherwise, Otherwise::Refuse(_)) {
                     draw.otherwise = Otherwise::LookElsewhere;
                 }

@@ -184,3 +184,29 @@ fn without_the_ledger_a_limited_caller_is_refused_unless_the_config_says_otherwi
         }
     }
 }
+
+#[test]
+fn a_permit_that_cannot_be_swapped_leaves_its_request_in_flight() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""rpm":1,"maxConcurrent":1"#)];
+    let Drawn::Granted(0, mut permit) = process.draw(&wanted) else { panic!("it is free") };
+    permit.spend();
+    let client = process.client.clone();
+    let entered = process.runtime.enter();
+    let mut swapped = Box::pin(async move {
+        let drawn = client.swap(&mut permit).await;
+        (drawn, permit)
+    });
+    let mut context = Context::from_waker(Waker::noop());
+    assert!(swapped.as_mut().poll(&mut context).is_pending());
+    process.allocator.serve(Some(&mut process.ledger)).unwrap();
+    let Poll::Ready((drawn, permit)) = swapped.as_mut().poll(&mut context) else { panic!("no answer") };
+    assert!(!drawn.is_granted() && !permit.is_unspent());
+    drop(entered);
+    process.pass(Duration::from_secs(61));
+    let refusal = refused(process.draw(&wanted));
+    assert_eq!(refusal.held[0].held.by, LimitReason::Full(LimitKind::MaxConcurrent, 1), "its session goes on");
+    drop(permit);
+    process.serve();
+    assert!(process.draw(&wanted).is_granted());
+}
