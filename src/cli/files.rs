@@ -12,6 +12,8 @@ const VARIABLE: &str = "API_TOGETHER_CONFIG";
 const RUNTIME_FOLDER: &str = "run";
 /// Folder of the packaged service's config.
 const PACKAGED_FOLDER: &str = "/etc/api-together";
+/// Folder of the packaged service's state.
+const PACKAGED_STATE_FOLDER: &str = "/var/lib/api-together";
 /// Runtime folder of the packaged service.
 const PACKAGED_RUNTIME_FOLDER: &str = "/run/api-together";
 
@@ -54,6 +56,11 @@ impl ConfigFile {
         self.unread.iter().map(move |other| {
             format!("{} is not read, since {path} is there too; remove one, or name one with --config", other.display())
         })
+    }
+
+    /// Folder for the state of the packaged service, if that is whose config this is. systemd tells only the service itself.
+    pub(super) fn state_folder(&self) -> Option<&'static Path> {
+        self.path.starts_with(PACKAGED_FOLDER).then_some(Path::new(PACKAGED_STATE_FOLDER))
     }
 
     /// Folders from which its process may run. The packaged service's is one only if its config is meant: nobody who names another

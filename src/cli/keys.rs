@@ -179,7 +179,14 @@ fn change(file: &ConfigFile, change: KeysChange) -> Result<String, String> {
 /// The server's part of the config, where no process runs.
 fn load(file: &ConfigFile) -> Result<config::Server, String> {
     let environment = Environment::from_process(&file.path, &Flags::default());
-    config::load(&file.path, &environment).map(|loaded| loaded.config.server).map_err(|problems| problems.to_string())
+    let loaded = config::load(&file.path, &environment).map_err(|problems| problems.to_string())?;
+    let mut server = loaded.config.server;
+    if let (Some(state), false) = (file.state_folder(), server.keys_file.is_named)
+        && let Some(name) = server.keys_file.path.file_name()
+    {
+        server.keys_file.path = state.join(name);
+    }
+    Ok(server)
 }
 
 fn list(file: &ConfigFile, output: Output) -> Result<(), String> {

@@ -15,6 +15,7 @@ use super::client_keys::{Around, ClientKey, client_keys};
 use super::environment::Environment;
 use super::file::ClientKeyFile;
 use super::problem::{Problem, Problems, Report};
+use super::secret::without_keys;
 use super::{check_ordinary, read};
 
 /// Longest wait for another command that changes the file.
@@ -73,7 +74,8 @@ impl KeysFile {
     /// The keys of the file; none if it is not there.
     pub(super) fn load(&self, around: &Around<'_>) -> Result<Vec<ClientKey>, Problems> {
         let shown = self.path.display().to_string();
-        if !self.path.exists() && !self.is_named {
+        // One in a folder that may not be looked into is there, for all that is known.
+        if !self.is_named && matches!(self.path.try_exists(), Ok(false)) {
             return Ok(Vec::new());
         }
         let hint = "make it with `api-together keys add NAME`, or leave server.keysFile out";
@@ -94,10 +96,9 @@ impl KeysFile {
     pub fn change(&self, change: KeysChange) -> Result<String, String> {
         let path = std::fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
         let fail = |error: io::Error| format!("{}: {error}", path.display());
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).map_err(fail)?;
-        }
-        let _lock = lock(&path.with_extension("lock")).map_err(fail)?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder).map_err(fail)?;
+        let _lock = lock(folder).map_err(fail)?;
         let mut file = match std::fs::read_to_string(&path) {
             Ok(text) => serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => json!({ "keys": [] }),
@@ -107,13 +108,14 @@ impl KeysFile {
         let text = format!("{file:#}\n");
         // Nothing is written that could not be read again.
         parse(&text, &Around::alone()).map_err(|problems| problems.to_string())?;
-        replace(&path, &text).map_err(fail)?;
+        replace(&path, folder, &text).map_err(fail)?;
         Ok(done)
     }
 }
 
 fn parse(text: &str, around: &Around<'_>) -> Result<Vec<ClientKey>, Problems> {
-    let KeysText { keys } = serde_json::from_str(text).map_err(|error| Problem::error("", format!("{error}")))?;
+    let KeysText { keys } =
+        serde_json::from_str(text).map_err(|error| Problem::error("", without_keys(&error.to_string())))?;
     let mut report = Report::default();
     let environment = Environment::fixed::<&str, &str>([]);
     let mut check = Check { report: &mut report, environment: &environment, base_dir: Path::new("") };
@@ -121,9 +123,9 @@ fn parse(text: &str, around: &Around<'_>) -> Result<Vec<ClientKey>, Problems> {
     report.finish(text).map(|_| keys)
 }
 
-/// Holds off other commands. The lock ends with the descriptor.
-fn lock(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+/// Holds off other commands, by the folder: a file for it would belong to whoever came first. The lock ends with the descriptor.
+fn lock(folder: &Path) -> io::Result<File> {
+    let file = File::open(folder)?;
     let begun = Instant::now();
     while let Err(error) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
         if error != rustix::io::Errno::WOULDBLOCK || begun.elapsed() > LOCK_MAX {
@@ -135,10 +137,12 @@ fn lock(path: &Path) -> io::Result<File> {
 }
 
 /// Puts a text in a file's place, for its owner alone: that of the file before, or else of the folder, if root does it for a service.
-fn replace(path: &Path, text: &str) -> io::Result<()> {
+fn replace(path: &Path, folder: &Path, text: &str) -> io::Result<()> {
     let fresh = path.with_extension("new");
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&fresh)?;
+    // One that a command has left, or a link that somebody has put there.
+    std::fs::remove_file(&fresh)
+        .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })?;
+    let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&fresh)?;
     file.set_permissions(Permissions::from_mode(0o600))?;
     let owner = std::fs::metadata(path).or_else(|_| std::fs::metadata(folder))?;
     if rustix::process::geteuid().is_root() {

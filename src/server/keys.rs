@@ -112,6 +112,8 @@ impl KeysReader {
 
     /// Reads the file. A broken one changes nothing, and is logged once.
     fn read(&self) -> Result<String, String> {
+        // Held all the while, so that nobody who read the file earlier puts its keys in place of newer ones.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = self.pool.load_full();
         let file = &pool.server.keys_file;
         let shown = file.path.display().to_string();
@@ -120,7 +122,6 @@ impl KeysReader {
             Ok(keys) => keys,
             Err(problems) => {
                 let why = format!("keys {shown}: not applied, the keys before stay: {problems}");
-                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.seen = Some(seen);
                 if state.error.replace(why.clone()).as_ref() != Some(&why) {
                     log::error!("{why}");
@@ -130,7 +131,6 @@ impl KeysReader {
         };
         let count = keys.len();
         self.take_in(keys);
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         (state.error, state.seen) = (None, Some(seen));
         Ok(format!("keys {shown}: loaded, {count} in all"))
     }
@@ -148,7 +148,14 @@ impl KeysReader {
 
     /// Changes the file, and reads it again.
     pub(super) fn change(&self, change: KeysChange) -> Result<String, String> {
-        let done = self.pool.load().server.keys_file.change(change)?;
+        let pool = self.pool.load_full();
+        if let KeysChange::Add { entry } = &change
+            && let Some(name) = entry.get("name").and_then(serde_json::Value::as_str)
+            && pool.server.keys.iter().any(|key| *key.name == *name)
+        {
+            return Err(format!("server.keys has a key {name} already; name another one"));
+        }
+        let done = pool.server.keys_file.change(change)?;
         let told = self.read()?;
         log::info!("{told}: {done}");
         Ok(done)
@@ -175,14 +182,12 @@ fn changed_at(path: &Path) -> Option<(u64, SystemTime)> {
 
 #[async_trait]
 impl BackgroundService for KeysReader {
-    async fn start(&self, mut shutdown: ShutdownWatch) {
+    async fn start(&self, _shutdown: ShutdownWatch) {
         let path = || self.pool.load().server.keys_file.path.clone();
         let mut watch = Watch::new(vec![path()]);
+        // To the end of the process: what still runs in one that drains can be cut off.
         loop {
-            tokio::select! {
-                () = watch.changed() => {}
-                _ = shutdown.changed() => return,
-            }
+            watch.changed().await;
             watch.set_files(vec![path()]);
             if self.is_changed() {
                 // What is wrong is logged there.
