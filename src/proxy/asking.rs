@@ -18,6 +18,7 @@ use super::{Gateway, receive};
 use crate::config::CallKind;
 use crate::exchange::{Ask, AskedObjects, BodyModel, Sealed};
 use crate::fault::{Fault, excerpt};
+use crate::json::{members, part};
 use crate::ledger::{CallerDraw, CallerId};
 use crate::request::call::Call;
 use crate::request::fields::{Fields, ModelPlace};
@@ -25,7 +26,7 @@ use crate::request::references::{self, References};
 use crate::request::session_name::{SessionFields, SessionName};
 use crate::request::shape::CallShape;
 use crate::request::token_bound::token_bound;
-use crate::request::{content_type, fields, form, path, sealed};
+use crate::request::{content_type, fields, form, path, plain_spelling, sealed};
 use crate::response::objects::Wanted;
 use crate::routing::callers::{Caller, Named};
 use crate::routing::objects::{Named as NamedObjects, Owner};
@@ -100,20 +101,27 @@ pub(super) async fn ask(
 ) -> Result<Box<Ask>, Stop> {
     let content_type = header.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let (body, mut fields, is_json) = read(text, content_type)?;
+    if origin.named.is_some() && is_json {
+        plain_spelling::check_json(&body)?;
+    }
     let kind = CallKind::of_path(target.path());
     let (model, body_model) = model(header, (&target, kind, opens), &mut fields, (&body, is_json))?;
-    let candidates = candidates(&origin, model.as_deref(), (kind, opens))?;
     let call = Call::new(&header.method, target.path());
+    if let Some(caller) = origin.caller() {
+        check_other_models(caller, target.query(), &body)?;
+    }
+    let asks_a_model = header.method == Method::POST && asks_a_model(call, kind);
+    let candidates = candidates(&origin, model.as_deref(), (kind, opens, asks_a_model))?;
     let (pool, caller) = (&origin.pool, origin.caller());
     let objects = if pool.has_several_organizations || origin.is_one_of_several {
         let owner = Owner::new(caller, pool.server.share_ids);
-        objects(owner, &header.method, call, &target, (is_json, &body), fields.store)
+        objects((owner, caller.is_some()), &header.method, call, &target, (is_json, &body), fields.store)?
     } else {
         None
     };
     let (objects, candidates) = match objects {
         // Boxed, since it is rare and would make every request's future larger.
-        Some(asked) => Box::pin(resolve(pool, asked, candidates, (call, &body))).await?,
+        Some(asked) => Box::pin(resolve(&origin, asked, candidates, (call, &body))).await?,
         None => (None, candidates),
     };
     let of = (caller.map_or("", |caller| caller.name()), model.as_deref());
@@ -123,7 +131,7 @@ pub(super) async fn ask(
     };
     let preferred = session.as_ref().and_then(|session| candidates.place_of(pool, session.at()?));
     let switches_protocol = opens.switches_protocol();
-    let own = caller.and_then(|caller| own_draw(pool, caller, model.as_deref(), (&body, is_json)));
+    let own = caller.and_then(|caller| own_draw(pool, caller, model.as_deref(), (call, &body, is_json)));
     Ok(Box::new(Ask {
         candidates,
         call,
@@ -151,15 +159,52 @@ pub(super) async fn ask(
     }))
 }
 
+/// True if a `POST` asks a model for something, even if it names none.
+fn asks_a_model(call: Call, kind: CallKind) -> bool {
+    let has_default = matches!(
+        kind,
+        CallKind::Images | CallKind::Audio | CallKind::Videos | CallKind::Moderations | CallKind::Rerank
+    );
+    call.is_text() || call == Call::Embeddings || call == Call::Other && has_default
+}
+
+/// Checks the models that stand beside the one that decides where a request goes: in the query, and in a list of such that some endpoints
+/// take (`models`).
+fn check_other_models(caller: &Caller, query: Option<&str>, body: &[u8]) -> Result<(), Fault> {
+    if caller.key.models.is_none() {
+        return Ok(());
+    }
+    if let Some(model) = query.and_then(fields::query_model) {
+        caller.check_model(&model)?;
+    }
+    let mut others = Vec::new();
+    // What is not JSON has no such list.
+    let _whole = members::members(body, |key, range| {
+        if key == b"models" {
+            others = serde_json::from_slice(part(body, range)).unwrap_or_default();
+        }
+    });
+    others.iter().try_for_each(|model: &String| caller.check_model(model))
+}
+
 /// What a request draws of the limits of its caller's key.
-fn own_draw(pool: &Pool, caller: &Caller, model: Option<&str>, (body, is_json): (&[u8], bool)) -> Option<CallerDraw> {
+fn own_draw(
+    pool: &Pool,
+    caller: &Caller,
+    model: Option<&str>,
+    (call, body, is_json): (Call, &[u8], bool),
+) -> Option<CallerDraw> {
     let accounts = caller.accounts.of_model(model).filter(|accounts| accounts.is_limited())?;
     let reserve = u64::from(pool.server.budget_reserve_tokens);
-    let tokens = match (accounts.counts_tokens(), is_json) {
-        (false, _) => 0,
-        (true, true) => token_bound(body, reserve),
+    let tokens = match call {
+        _ if !accounts.counts_tokens() => 0,
+        Call::Completion | Call::Responses | Call::Messages => token_bound(body, reserve),
+        // They answer with no text of their own.
+        Call::Embeddings => token_bound(body, 0),
+        Call::Other if is_json && model.is_some() => token_bound(body, reserve),
         // A form's file is no text.
-        (true, false) => reserve,
+        Call::Other if model.is_some() => reserve,
+        Call::Other | Call::Unmetered => 0,
     };
     Some(CallerDraw { accounts: Arc::clone(accounts), tokens })
 }
@@ -200,11 +245,13 @@ fn model(
 fn candidates(
     origin: &Origin,
     model: Option<&str>,
-    (kind, opens): (CallKind, Opens),
+    (kind, opens, asks_a_model): (CallKind, Opens, bool),
 ) -> Result<Arc<Candidates>, Fault> {
     let pool = &*origin.pool;
-    if let (Some(caller), Some(model)) = (origin.caller(), model) {
-        caller.check_model(model)?;
+    match (origin.caller(), model) {
+        (Some(caller), Some(model)) => caller.check_model(model)?,
+        (Some(caller), None) if asks_a_model || opens == Opens::AcceptedWebSocket => caller.check_without_model()?,
+        (_, _) => {}
     }
     let all = match model {
         None => pool.router.any(),
@@ -272,13 +319,13 @@ fn joins_call(query: &str) -> bool {
 
 /// The objects that a request names, and what its answer may make. None if it has to do with none.
 fn objects(
-    owner: Owner,
+    (owner, is_named): (Owner, bool),
     method: &Method,
     call: Call,
     target: &PathAndQuery,
     (is_json, body): (bool, &[u8]),
     store: Option<bool>,
-) -> Option<(References, AskedObjects)> {
+) -> Result<Option<(References, AskedObjects)>, Fault> {
     let json = Some(body).filter(|_| is_json);
     let references = References::find(call, target.path(), target.query(), json);
     let wanted = Wanted {
@@ -286,19 +333,21 @@ fn objects(
         sealed: matches!(call, Call::Responses | Call::Messages),
     };
     if references.is_empty() && wanted == Wanted::default() {
-        return None;
+        return Ok(None);
+    }
+    if references.is_cut && is_named {
+        let problem = "The request names more objects (files, responses, …) than are looked for.".to_owned();
+        return Err(Fault::RequestInvalid { problem });
     }
     let names_any = !references.is_empty();
     let (deletes, looks) = (*method == Method::DELETE, *method == Method::GET);
-    Some((
-        references,
-        AskedObjects { owner, names_any, named: NamedObjects::default(), wanted, deletes, looks, sealed: None },
-    ))
+    let named = NamedObjects::default();
+    Ok(Some((references, AskedObjects { owner, names_any, named, wanted, deletes, looks, sealed: None })))
 }
 
 /// Finds the endpoints that have the objects of a request, among the candidates of its model.
 async fn resolve(
-    pool: &Pool,
+    Origin { pool, is_one_of_several, .. }: &Origin,
     (references, mut asked): (References, AskedObjects),
     candidates: Arc<Candidates>,
     (call, body): (Call, &[u8]),
@@ -306,7 +355,8 @@ async fn resolve(
     if references.is_empty() {
         return Ok((Some(Box::new(asked)), candidates));
     }
-    let resolved = pool.objects.resolve(pool, (references, asked.owner.clone()), &candidates).await?;
+    let resolved =
+        pool.objects.resolve(pool, (references, asked.owner.clone(), *is_one_of_several), &candidates).await?;
     asked.named = resolved.named;
     asked.sealed = resolved.readers.map(|readers| Sealed { readers, ranges: sealed::ranges(call, body) });
     Ok((Some(Box::new(asked)), resolved.candidates.unwrap_or(candidates)))

@@ -24,6 +24,10 @@ use crate::telemetry::metrics::{self, Ended, metrics};
 pub(super) async fn logging(session: &mut Session, error: Option<&Error>, context: &mut Context, process: &Process) {
     // The client has its answer; those of others come before the bookkeeping. Until that is done the request counts as open, so
     // a process that ends waits for it.
+    if let Some(own) = context.ask.as_mut().and_then(|ask| ask.own_permit.as_mut()) {
+        // Nor is the caller's next request to find this one in flight.
+        own.end();
+    }
     step_aside().await;
     context.wrapped.unwrap_session(session);
     let complete = context.exchange.state().committed.and_then(|committed| committed.complete);

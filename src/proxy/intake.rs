@@ -6,6 +6,7 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, Uri, Version, header};
 use jiff::Timestamp;
+use percent_encoding::percent_decode_str;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result as PingoraResult};
@@ -19,10 +20,12 @@ use crate::config::{CallKind, Cors};
 use crate::exchange::Ask;
 use crate::exchange::session::{Framing, Plan, Wrapped};
 use crate::fault::{ErrorShape, Fault, excerpt};
+use crate::ledger::{Drawn, Otherwise, Permit, Wanted};
+use crate::limit::Clock;
 use crate::proxy::context::{Arrival, Context};
 use crate::request::auth::{self, Admitted};
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
-use crate::request::{forward, id, path, rewrite};
+use crate::request::{forward, id, path, plain_spelling, rewrite};
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::callers::Named;
 use crate::routing::objects::Owner;
@@ -195,7 +198,12 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let target = target(&pool, &uri, &path, named.as_deref())?;
     let kind = CallKind::of_path(target.path());
     if let Some(named) = &named {
-        named.caller.check_call(kind)?;
+        plain_spelling::check_path(target.path())?;
+        target.query().map_or(Ok(()), plain_spelling::check_query)?;
+        named.caller.check_call(kind, target.path())?;
+        if let Some(model) = target.path().strip_prefix("/v1/models/") {
+            named.caller.check_model(&percent_decode_str(model).decode_utf8_lossy())?;
+        }
     }
     let is_one_of_several = !pool.server.share_ids && !gateway.process.keyring.load().is_empty();
     if (pool.has_several_organizations || is_one_of_several)
@@ -204,6 +212,9 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
         let owner = Owner::new(named.as_ref().map(|named| &*named.caller), pool.server.share_ids);
         let asker = Asker { named: named.as_deref(), owner, is_one_of_several };
         if lists::is_divided(&pool, &list, &asker) {
+            let clock = pool.clock();
+            // It counts as a request, and takes no tokens.
+            let _own = draw_for_list(&pool, named.as_deref(), &clock).await?;
             // Boxed, since it is rare and would make every request's future larger.
             let answer = Box::pin(lists::answer(&pool, &gateway.cursors, (&list, &asker), &header.headers)).await?;
             return Ok(Next::Answer(answer));
@@ -227,6 +238,22 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
             context.ask = Some(ask);
             Err(stop)
         }
+    }
+}
+
+/// Draws of the limits of the caller's key for a list, which is put together here.
+async fn draw_for_list(pool: &Pool, named: Option<&Named>, clock: &Clock) -> Result<Option<Permit>, Fault> {
+    let accounts =
+        named.and_then(|named| named.caller.accounts.of_model(None)).filter(|accounts| accounts.is_limited());
+    let Some(accounts) = accounts else { return Ok(None) };
+    let wanted = Wanted { accounts: Arc::clone(accounts), not_before: clock.boot };
+    match pool.ledger.draw(pool.ledger.ticket(), vec![wanted], Otherwise::LookElsewhere).await {
+        Drawn::Granted(_, mut permit) => {
+            permit.spend();
+            Ok(Some(permit))
+        }
+        Drawn::Refused(refusal) => Err(admission::own_limits_reached(refusal)),
+        Drawn::Unavailable => Err(Fault::LedgerUnavailable),
     }
 }
 

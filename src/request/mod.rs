@@ -12,6 +12,7 @@ pub mod forward;
 pub(crate) mod guesses;
 pub mod id;
 pub(crate) mod path;
+pub(crate) mod plain_spelling;
 pub mod references;
 pub mod rewrite;
 pub mod sealed;

@@ -54,6 +54,9 @@ const COLLECTIONS: [&str; 34] = [
 /// Returns the path as it is meant: one slash in place of several, one `/v1` at its beginning, none at its end.
 pub(crate) fn as_meant(path: &str) -> Cow<'_, str> {
     let mut meant = with_single_slashes(path);
+    if meant.contains('%') {
+        meant = Cow::Owned(with_unreserved_decoded(&meant));
+    }
     if let Some(rest) = meant.strip_prefix(AZURE) {
         // The rest is typed as by everybody, without the deployment.
         let call = deployment_and_call(rest).map_or(rest, |(_, call)| call);
@@ -63,6 +66,25 @@ pub(crate) fn as_meant(path: &str) -> Cow<'_, str> {
         meant = Cow::Owned(rooted(&meant));
     }
     meant
+}
+
+/// Decodes what needs no encoding (RFC 3986, 2.3): an endpoint that decodes its paths would read it so.
+fn with_unreserved_decoded(path: &str) -> String {
+    let mut plain = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some((before, after)) = rest.split_once('%') {
+        plain.push_str(before);
+        let byte = after.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        if let Some(byte) = byte.filter(|byte| byte.is_ascii_alphanumeric() || b"-._~".contains(byte)) {
+            plain.push(byte.into());
+            rest = after.get(2..).unwrap_or_default();
+        } else {
+            plain.push('%');
+            rest = after;
+        }
+    }
+    plain.push_str(rest);
+    plain
 }
 
 fn with_single_slashes(path: &str) -> Cow<'_, str> {
@@ -133,6 +155,11 @@ mod tests {
             ("/messages/count_tokens", "/v1/messages/count_tokens"),
             ("/v1/", "/v1"),
             ("/v1", "/v1"),
+            ("/v1/%66iles/file%2D1/cont%65nt", "/v1/files/file-1/content"),
+            ("/%76%31/chat/completions", "/v1/chat/completions"),
+            ("/v1/models/a%2Fb%25", "/v1/models/a%2Fb%25"),
+            ("/v1/x%", "/v1/x%"),
+            ("/v1/x%+1%6", "/v1/x%+1%6"),
             // Azure's.
             ("/openai/deployments/gpt-4o/chat/completions", "/v1/chat/completions"),
             ("/openai/deployments/a%2Fb/audio/transcriptions", "/v1/audio/transcriptions"),

@@ -128,6 +128,8 @@ pub struct References {
     pub subject: Option<Arc<str>>,
     /// Names of texts that were sealed for one organisation, the last ones of the body.
     pub sealed: Vec<Arc<str>>,
+    /// True if it names more than are looked for.
+    pub is_cut: bool,
     /// JSON objects that have been read for their `id`.
     looks: usize,
 }
@@ -195,7 +197,7 @@ impl References {
     /// Takes the ids of a list of strings, behind its bracket.
     fn list(&mut self, list: &[u8]) {
         let mut rest = list.trim_ascii_start();
-        while rest.starts_with(b"\"") && self.objects.len() < OBJECTS_MAX {
+        while rest.starts_with(b"\"") && !self.is_cut {
             let Some(length) = self.text(rest, false) else { return };
             let after = part(rest, length..).trim_ascii_start();
             rest = after.strip_prefix(b",").unwrap_or_default().trim_ascii_start();
@@ -214,6 +216,7 @@ impl References {
     /// Takes the `id` of a JSON object.
     fn object(&mut self, value: &[u8]) {
         if self.looks >= LOOKS_MAX || self.objects.len() >= OBJECTS_MAX {
+            self.is_cut = true;
             return;
         }
         self.looks += 1;
@@ -250,6 +253,7 @@ impl References {
 
     fn add(&mut self, id: &str, is_certain: bool) {
         let is_id = (1..=ID_BYTES_MAX).contains(&id.len());
+        self.is_cut |= is_id && self.objects.len() >= OBJECTS_MAX;
         if is_id && self.objects.len() < OBJECTS_MAX && !self.objects.iter().any(|known| *known.id == *id) {
             self.objects.push(Reference { id: id.into(), is_certain });
         }

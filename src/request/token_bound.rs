@@ -21,7 +21,7 @@ pub(crate) fn token_bound(body: &[u8], reserve: u64) -> u64 {
     let _whole = members::members(body, |key, range| {
         let number = || std::str::from_utf8(part(body, range)).ok()?.parse::<u64>().ok();
         match key {
-            b"max_tokens" | b"max_completion_tokens" | b"max_output_tokens" => longest = number().or(longest),
+            b"max_tokens" | b"max_completion_tokens" | b"max_output_tokens" => longest = number().max(longest),
             b"n" => answers = number(),
             _ => {}
         }
@@ -54,6 +54,7 @@ mod tests {
             (r#"{"max_tokens":10}"#, 10),
             (r#"{"max_completion_tokens":20,"n":3}"#, 60),
             (r#"{"max_output_tokens": 30}"#, 30),
+            (r#"{"max_completion_tokens":100,"max_tokens":1}"#, 100),
             (r#"{"max_tokens":999999}"#, 4096),
             (r#"{"max_tokens":null,"n":2}"#, 8192),
             (r#"{"max_tokens":-1}"#, 4096),

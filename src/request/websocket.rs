@@ -126,7 +126,7 @@ pub(crate) fn accept(key: &[u8]) -> String {
 pub(crate) struct Message {
     /// Its frames, as they came.
     pub(crate) frames: Bytes,
-    /// Its text, without the mask; none if it is something else.
+    /// Its content, without the mask; none if it is a frame of control.
     pub(crate) text: Option<Vec<u8>>,
     mask: [u8; 4],
     is_close: bool,
@@ -228,7 +228,7 @@ impl MessageReader {
     fn take(&mut self, header: &FrameHeader, frame: &[u8], mask: [u8; 4]) {
         if !self.has_begun {
             self.has_begun = true;
-            self.text = header.begins_text().then(Vec::new);
+            self.text = Some(Vec::new());
         }
         if let Some(text) = &mut self.text {
             let content = part(frame, header.bytes..);
@@ -280,7 +280,7 @@ mod tests {
             let messages = read(&stream, step).unwrap();
             let texts: Vec<_> =
                 messages.iter().map(|one| one.text.as_deref().map(|text| str::from_utf8(text).unwrap())).collect();
-            assert_eq!(texts, [Some("one"), None, None, Some("two"), Some(""), Some(&long), None], "{step}");
+            assert_eq!(texts, [Some("one"), Some("sound"), None, Some("two"), Some(""), Some(&long), None], "{step}");
             assert!(messages.last().unwrap().is_close());
             // The ping stood between the frames of another message, and every byte goes on.
             assert_eq!(messages.iter().map(|one| one.frames.len()).sum::<usize>(), stream.len());

@@ -17,7 +17,8 @@ pub struct FrameReader {
     left: Option<u64>,
     /// The message so far.
     message: Vec<u8>,
-    is_final: bool,
+    /// True if the message goes on in a further frame.
+    goes_on: bool,
     /// True if the message is not read: it is too long, compressed or masked, or holds no text.
     is_skipped: bool,
     is_control: bool,
@@ -68,7 +69,7 @@ impl FrameReader {
         if self.is_control {
             return;
         }
-        self.is_final = header.is_final;
+        self.goes_on = !header.is_final;
         if !header.continues() {
             self.message.clear();
             self.is_skipped = !header.begins_text();
@@ -77,9 +78,9 @@ impl FrameReader {
         self.is_skipped |= header.is_extended || header.mask.is_some();
     }
 
-    /// True if the last frame has come to its end, so that another one may stand behind it.
-    pub fn is_between_frames(&self) -> bool {
-        self.left.is_none() && self.header.is_empty()
+    /// True if the last message has come to its end, so that another one may stand behind it.
+    pub fn is_between_messages(&self) -> bool {
+        self.left.is_none() && self.header.is_empty() && !self.goes_on
     }
 
     fn take(&mut self, content: &[u8]) {
@@ -96,7 +97,7 @@ impl FrameReader {
 
     fn end_frame(&mut self, each: &mut impl FnMut(&[u8])) {
         self.left = None;
-        if self.is_control || !self.is_final {
+        if self.is_control || self.goes_on {
             return;
         }
         if !self.is_skipped {

@@ -237,6 +237,7 @@ async fn try_out(
     let open = [(candidate, Stamp::default())];
     match draw(request, &open, ticket, Otherwise::LookElsewhere).await.ok()? {
         Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit, at: clock })),
+        Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => Some(Err(key_limits_reached(&held, wait))),
         Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, &refusal))),
         Drawn::Unavailable => Some(Err(Fault::LedgerUnavailable)),
     }
@@ -250,6 +251,12 @@ pub fn key_limits_reached((account, held): &(AccountId, Held), wait: Duration) -
         reason: held.by,
         wait,
     }
+}
+
+/// The same of a draw of nothing but the key's own accounts.
+pub fn own_limits_reached(Refusal { held, wait, .. }: Refusal) -> Fault {
+    let held = held.into_iter().find_map(|held| Some((held.account?, held.held)));
+    held.map_or(Fault::Internal, |held| key_limits_reached(&held, wait))
 }
 
 /// Names everybody who could have taken the request, why it does not, and for how long.

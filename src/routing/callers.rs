@@ -1,6 +1,7 @@
 //! Callers: who has which key, and what it opens. The one key of the server, `server.apiKey`, is not among them.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +11,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tokio::sync::watch;
 
-use crate::config::{CallKind, ClientKey, KeyDigest, Secret, Server};
+use crate::config::{CallKind, CallSet, ClientKey, KeyDigest, Secret, Server};
 use crate::fault::{Fault, excerpt};
 use crate::ledger::Client;
 use crate::request::auth::Known;
@@ -22,9 +23,27 @@ pub const GENERATED_PREFIX: &str = "sk-at-";
 /// All callers of one moment. Immutable, and swapped as a whole.
 #[derive(Debug, Default)]
 pub struct Callers {
-    by_digest: HashMap<KeyDigest, Arc<Caller>>,
+    by_digest: HashMap<KeyDigest, Arc<Caller>, BuildHasherDefault<AsItIs>>,
     by_name: BTreeMap<Arc<str>, Arc<Caller>>,
     zone: Option<TimeZone>,
+}
+
+/// Takes a number for its hash: a digest's part is as random as can be.
+#[derive(Debug, Default)]
+struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 = bytes.iter().fold(self.0, |hash, byte| hash.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        self.0 = number;
+    }
 }
 
 /// The callers of the process, whichever are current: those of the config and those of the file of keys. Cheap to clone.
@@ -127,6 +146,11 @@ impl Ending {
             *now = stage.max(*now);
             is_later
         });
+    }
+
+    /// True if the key opens nothing any more.
+    pub fn has_come(&self) -> bool {
+        *self.0.borrow() >= EndStage::Ended
     }
 
     /// Waits until the key opens nothing any more.
@@ -259,9 +283,24 @@ impl Caller {
         Err(Fault::AddressNotAllowed { name: key.name.to_string() })
     }
 
+    /// Checks that its key opens at this moment what it opened earlier.
+    pub fn check_still_open(&self, now: Timestamp) -> Result<(), Fault> {
+        let why = match () {
+            () if self.ending.has_come() => "was revoked",
+            () if self.key.expires.is_some_and(|expires| expires <= now) => "has expired",
+            () => return Ok(()),
+        };
+        Err(Fault::KeyEnded { name: self.key.name.to_string(), why })
+    }
+
     /// Checks that it may make a call of this kind.
-    pub fn check_call(&self, kind: CallKind) -> Result<(), Fault> {
-        if self.key.calls.contains(kind) {
+    pub fn check_call(&self, kind: CallKind, path: &str) -> Result<(), Fault> {
+        // Their models stand in a file, or deep within, and are not read here.
+        let hides_models = matches!(kind, CallKind::Batches | CallKind::Evals)
+            || path.starts_with("/v1/messages/batches")
+            || path.starts_with("/v1/fine_tuning/alpha/graders");
+        let hides_models = hides_models && self.key.models.is_some() && self.key.calls == CallSet::ALL;
+        if self.key.calls.contains(kind) && !hides_models {
             return Ok(());
         }
         Err(Fault::CallNotAllowed { name: self.key.name.to_string(), call: kind.name() })
@@ -273,6 +312,16 @@ impl Caller {
             return Ok(());
         }
         Err(self.no_model(model))
+    }
+
+    /// Checks a request that names no model, though it asks one for something: which one may stand in what was stored at the endpoint.
+    pub fn check_without_model(&self) -> Result<(), Fault> {
+        if self.key.models.is_none() {
+            return Ok(());
+        }
+        let problem =
+            format!("This API key ({}) may ask for some models only, so the request has to name one.", self.key.name);
+        Err(Fault::RequestInvalid { problem })
     }
 
     /// The fault of a request for a model that it may not ask for.

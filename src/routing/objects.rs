@@ -116,7 +116,7 @@ impl Objects {
     pub async fn resolve(
         &self,
         pool: &Pool,
-        (references, owner): (References, Owner),
+        (references, owner, is_one_of_several): (References, Owner, bool),
         all: &Arc<Candidates>,
     ) -> Result<Resolved, Fault> {
         let mut named = Named { owner, subject: references.subject.clone(), ..Named::default() };
@@ -127,6 +127,10 @@ impl Objects {
         let renewed_before = remembered_until(pool, &pool.clock()).saturating_sub_unsigned(RENEWED_AFTER.as_secs());
         let found = look_up(pool, references).await;
         named.is_unread = found.is_err();
+        if named.is_unread && is_one_of_several {
+            // Whose they are is not known, so they are nobody's.
+            return Err(Fault::LedgerUnavailable);
+        }
         for (thing, places) in found.unwrap_or_else(|unread| unread) {
             if thing.kind == ThingKind::Sealed {
                 // Its organisation can read it for every caller. The last one is the one that goes on.

@@ -15,6 +15,7 @@ fn keys() -> Value {
     json!([
         { "name": "ada", "key": ADA, "tags": ["team a"] },
         { "name": "bob", "key": BOB, "models": ["gpt-4o*", "small"], "calls": ["chat", "files"], "endpoints": ["b"] },
+        { "name": "eve", "key": "sk-eve-7d3f1a90bb2c4e58", "models": ["gpt-4o"] },
         { "name": "old", "key": OLD, "expires": "2020-01-01" },
         { "name": "far", "key": "sk-far-55e0b1c29d7f3a68", "allowFrom": ["192.0.2.0/24"] },
     ])
@@ -53,6 +54,11 @@ async fn a_key_opens_what_it_is_for_and_nothing_else() {
         let refused = with_key(&proxy, BOB, Method::POST, "/v1/embeddings", Some(body)).await;
         let message = refused.assert_error(403, "invalid_request_error", "call_not_allowed");
         assert!(message.contains("bob") && message.contains("embeddings"), "{message}");
+        // A model that stands elsewhere, in what an endpoint keeps, is none that it may ask for.
+        let stored = json!({ "messages": [], "prompt": { "id": "pmpt_1" } });
+        let refused = with_key(&proxy, BOB, Method::POST, "/v1/chat/completions", Some(stored)).await;
+        let message = refused.assert_error(400, "invalid_request_error", None);
+        assert!(message.contains("some models only"), "{message}");
         // An expired one, one from elsewhere, one that is switched off by being unknown.
         for (key, status, code) in [
             (OLD, 401, "invalid_api_key"),
@@ -63,6 +69,12 @@ async fn a_key_opens_what_it_is_for_and_nothing_else() {
             let message = refused.assert_error(status, "invalid_request_error", code);
             assert!(!message.contains(key), "{message}");
         }
+        // The models of a batch stand in a file.
+        with_key(&proxy, "sk-eve-7d3f1a90bb2c4e58", Method::POST, "/v1/batches", Some(json!({}))).await.assert_error(
+            403,
+            "invalid_request_error",
+            "call_not_allowed",
+        );
         // What shows the whole gateway is for its own key.
         for path in ["/v1/status", "/v1/token/stats", "/metrics"] {
             assert_eq!(proxy.get(path).await.status, 200, "{path}");
@@ -372,6 +384,49 @@ async fn a_keys_tokens_are_reserved_before_a_request_and_settled_after_it() {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
         assert!(tpm().await < 400, "{}", tpm().await);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_spelled_plainly_opens_nothing_of_others() {
+    within(async {
+        let simulators = [keeping("a").await];
+        let keys = json!([{ "name": "ada", "key": ADA, "rpm": 60 }, { "name": "bob", "key": BOB, "models": ["m"] }]);
+        let proxy = Proxy::start(json!({ "keys": keys }), &over(&simulators)).await;
+        let adas = make_file(&proxy, ADA).await;
+        // Decoded here as at the endpoint, it is nobody else's still.
+        for path in [format!("/v1/%66iles/{adas}"), format!("/v1/files/{}", adas.replacen('-', "%2D", 1))] {
+            with_key(&proxy, BOB, Method::GET, &path, None).await.assert_error(
+                404,
+                "invalid_request_error",
+                "object_not_found",
+            );
+            assert_eq!(with_key(&proxy, ADA, Method::GET, &path, None).await.status, 200, "{path}");
+        }
+        assert_eq!(with_key(&proxy, BOB, Method::GET, "/v1/%66iles", None).await.json()["data"], json!([]));
+        for path in
+            [format!("/v1/Files/{adas}"), format!("/v1/files;x/{adas}"), "/v1/batches?model=m&%6dodel=o9".into()]
+        {
+            let refused = with_key(&proxy, BOB, Method::GET, &path, None).await;
+            assert_eq!(refused.status, 400, "{path}: {refused:?}");
+        }
+        let asked = simulators[0].requests().len();
+        for body in [
+            format!(r#"{{"model":"m","input":"x","previous\u005fresponse_id":"{adas}"}}"#),
+            r#"{"\u006dodel":"o9","model":"m","messages":[]}"#.to_owned(),
+            r#"{"model":"m","models":["m","o9"],"messages":[]}"#.to_owned(),
+        ] {
+            let request = proxy.request_without_key(Method::POST, "/v1/responses").bearer_auth(BOB);
+            let reply = Reply::of(request.header("content-type", "application/json").body(body.clone())).await;
+            assert!(matches!(reply.status, 400 | 404), "{body}: {reply:?}");
+        }
+        assert_eq!(simulators[0].requests().len(), asked, "no endpoint is asked");
+        // Lists count as requests of the key.
+        let used = with_key(&proxy, ADA, Method::GET, "/v1/key", None).await.json()["limits"]["rpm"]["used"].clone();
+        assert_eq!(listed(&proxy, ADA, 1).await, [adas]);
+        let now = with_key(&proxy, ADA, Method::GET, "/v1/key", None).await.json()["limits"]["rpm"]["used"].clone();
+        assert!(now.as_u64() > used.as_u64(), "{used} {now}");
     })
     .await;
 }

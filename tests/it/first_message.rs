@@ -272,3 +272,51 @@ async fn each_response_of_a_websocket_takes_a_permit_or_the_session_does() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_for_some_models_asks_for_no_other_one_later_on() {
+    within(async {
+        const BOB: &str = "sk-bob-91c7aa02f4d86e35";
+        for path in ["/v1/responses", "/v1/responses?model=m"] {
+            let by_hand = ByHand::bind().await;
+            // Nothing else would have the client's messages read, where the URL names the model.
+            let more = json!({ "models": ["*"], "webSockets": ["responses"], "webSocketPermits": "session" });
+            let server = json!({ "keys": [{ "name": "bob", "key": BOB, "models": ["m"] }] });
+            let proxy = Proxy::start(server, &[endpoint_with("a", &by_hand.base_url(), more)]).await;
+            let mut wire = proxy.wire().await;
+            wire.send(websocket(path).replace(KEY, BOB)).await;
+            if !path.contains('?') {
+                assert_eq!(wire.head().await.unwrap().status(), 101);
+                wire.send(masked(&create("m"))).await;
+            }
+            let (mut endpoint, ..) = by_hand.call().await;
+            endpoint.send(SWITCH).await;
+            if path.contains('?') {
+                assert_eq!(wire.head().await.unwrap().status(), 101);
+                wire.send(masked(&create("m"))).await;
+            }
+            assert_eq!(read_text(&mut endpoint).await, create("m"));
+            wire.send(masked(&create("other"))).await;
+            let event: Value = serde_json::from_str(&read_text(&mut wire).await).unwrap();
+            assert_eq!(
+                (&event["status"], &event["error"]["code"]),
+                (&json!(404), &json!("model_not_found")),
+                "{event}"
+            );
+            wire.send(masked(r#"{"type":"response.cancel"}"#)).await;
+            assert_eq!(read_text(&mut endpoint).await, r#"{"type":"response.cancel"}"#, "the other one never came");
+        }
+        // Nor for one that it does not name.
+        let by_hand = ByHand::bind().await;
+        let server = json!({ "keys": [{ "name": "bob", "key": BOB, "models": ["m"] }] });
+        let more = json!({ "models": ["*"], "webSockets": ["responses"] });
+        let proxy = Proxy::start(server, &[endpoint_with("a", &by_hand.base_url(), more)]).await;
+        let mut wire = proxy.wire().await;
+        wire.send(websocket("/v1/responses").replace(KEY, BOB)).await;
+        assert_eq!(wire.head().await.unwrap().status(), 101);
+        wire.send(masked(r#"{"type":"response.create","prompt":{"id":"pmpt_1"}}"#)).await;
+        let (event, _) = refusal(&mut wire).await;
+        assert_eq!(event["status"], 400, "{event}");
+    })
+    .await;
+}

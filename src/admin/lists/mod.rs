@@ -180,7 +180,9 @@ async fn merged(reader: &Reader<'_>, cursors: &Cursors) -> Result<Answer, Fault>
         return Err(Fault::ObjectUnknown { id: excerpt(after) });
     }
     let size = list.page_size();
-    refill(reader, &mut sources, size).await;
+    // Where most may be others', as many as there are to be had.
+    let asked = if asker.is_one_of_several { list.page_sizes().1 } else { size };
+    refill(reader, &mut sources, asked).await;
     refuse(&sources)?;
     let mut page = Vec::with_capacity(size);
     while page.len() < size && !sources.iter().any(Source::is_due) {
@@ -193,7 +195,7 @@ async fn merged(reader: &Reader<'_>, cursors: &Cursors) -> Result<Answer, Fault>
         page.push(item);
         // An endpoint gives fewer than it was asked for, if it wants to.
         if source.is_due() {
-            refill(reader, &mut sources, size).await;
+            refill(reader, &mut sources, asked).await;
         }
     }
     // One that is missing and was read before has more, for all that is known.
@@ -274,8 +276,13 @@ async fn refill(reader: &Reader<'_>, sources: &mut [Source<'_>], size: usize) {
     while sources.iter().any(|source| source.is_due() && source.pages < PAGES_MAX) {
         refill_once(reader, sources, size).await;
         if !reader.asker.is_one_of_several {
-            break;
+            return;
         }
+    }
+    // So many pages of others' objects: what is behind them is missing, and holds nobody up.
+    for source in sources.iter_mut().filter(|source| source.is_due()) {
+        source.has_more = false;
+        source.failure = Some(Failure::Missing(Fault::EndpointTimeout));
     }
 }
 

@@ -51,11 +51,11 @@ pub(in crate::proxy) async fn accept(
         first_message(&mut stream, &mut said, bytes_max, &mut room).await
     };
     let first = tokio::time::timeout(FIRST_MESSAGE_MAX, first).await.unwrap_or(Err(Fault::BodyTimeout.into()));
-    let mut http1 = HttpSession::new(Box::new(AcceptedStream::new(stream, handshake, &said)));
+    let mut http1 = HttpSession::new(Box::new(AcceptedStream::new(stream, handshake, &said, room)));
     let read = http1.read_request().await;
     *session.downstream_session = ServerSession::H1(http1);
     read.map_err(Stop::Gone)?;
-    Ok(room.hold(first?.into()))
+    Ok(first?.into())
 }
 
 /// The answer to the handshake.

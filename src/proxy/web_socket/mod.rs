@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use http::{StatusCode, header};
+use jiff::Timestamp;
 use memchr::memmem;
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
@@ -25,10 +26,11 @@ use crate::billing;
 use crate::config::WebSocketPermits;
 use crate::fault::{ErrorShape, Fault};
 use crate::json::members;
-use crate::ledger::{Client, Drawn, Permit, Refusal};
+use crate::ledger::{Client, Drawn, Permit};
 use crate::request::body_memory::{FREE_BYTES, Memory, Reserved};
 use crate::request::connections::{OnConnection, Reason};
 use crate::request::fields::{self, Model, ModelPlace};
+use crate::request::plain_spelling;
 use crate::request::websocket::{self, Message, MessageReader};
 use crate::response::websocket::FrameReader;
 use crate::routing::admission;
@@ -120,9 +122,9 @@ pub(super) async fn from_client(
     memory: &Memory,
 ) -> Result<()> {
     let Some(piece) = body.as_ref() else { return Ok(()) };
-    let counts = counts_responses(context);
+    let is_judged = counts_responses(context) || context.arrival.named.is_some();
     let Some(socket) = &mut context.web_socket else { return Ok(()) };
-    let is_read = socket.is_accepted || counts;
+    let is_read = socket.is_accepted || is_judged;
     let Some(messages) = socket.messages.as_mut().filter(|_| is_read) else { return Ok(()) };
     messages.push(piece);
     make_room(socket, memory).await?;
@@ -146,11 +148,12 @@ fn counts_responses(context: &Context) -> bool {
 /// The next message of the client that is whole. One that cannot be read ends a WebSocket whose messages have to be; any other passes as
 /// it comes, from there on.
 fn next_message(context: &mut Context, out: &mut BytesMut) -> Result<Option<Message>> {
+    let is_judged = context.arrival.named.is_some();
     let Some(socket) = &mut context.web_socket else { return Ok(None) };
     let Some(messages) = &mut socket.messages else { return Ok(None) };
     match messages.next() {
         Ok(message) => Ok(message),
-        Err(error) if socket.is_accepted => {
+        Err(error) if socket.is_accepted || is_judged => {
             context.tries.cause = Some(format!("a message of the client cannot be read: {error:?}"));
             Error::err_down(ErrorType::InvalidHTTPHeader)
         }
@@ -182,14 +185,42 @@ async fn make_room(socket: &mut WebSocket, memory: &Memory) -> Result<()> {
 /// A client's message as the endpoint gets it; none if it does not.
 async fn checked(session: &mut Session, context: &mut Context, message: Message) -> Result<Option<Bytes>> {
     let Some(text) = &message.text else { return Ok(Some(message.frames)) };
-    if counts_responses(context)
-        && is_of_type(text, b"response.create")
-        && let Err(fault) = take_permit(context).await
-    {
+    let judged = match judge(context, text) {
+        Ok(true) => take_permit(context).await,
+        other => other.map(drop),
+    };
+    if let Err(fault) = judged {
         say(session, context, event(&fault)).await?;
         return Ok(None);
     }
     Ok(Some(mapped(context, &message).unwrap_or(message.frames)))
+}
+
+/// True if a message asks for a response that takes a permit. A fault if its caller may not send it.
+fn judge(context: &Context, message: &[u8]) -> Result<bool, Fault> {
+    let Some(named) = &context.arrival.named else {
+        return Ok(counts_responses(context) && is_of_type(message, b"response.create"));
+    };
+    // Of a caller's own key nothing is let through that the endpoint may read in another way.
+    plain_spelling::check_json(message)?;
+    let fields = fields::scan(message)?;
+    let is_create = is_of_type(message, b"response.create");
+    if is_create {
+        named.caller.check_still_open(Timestamp::now())?;
+    }
+    match fields.model {
+        Some(model) => named.caller.check_model(&model.name)?,
+        None if is_create && context.ask.as_ref().is_some_and(|ask| ask.model.is_none()) => {
+            named.caller.check_without_model()?;
+        }
+        None => {}
+    }
+    Ok(is_create && is_counted(context))
+}
+
+/// True if each response takes a permit: of the endpoint, or of the caller's own key.
+fn is_counted(context: &Context) -> bool {
+    counts_responses(context) || context.ask.as_ref().is_some_and(|ask| ask.own_permit.is_some())
 }
 
 /// The message with the model's name at the endpoint, if it is another one.
@@ -204,21 +235,28 @@ fn mapped(context: &Context, message: &Message) -> Option<Bytes> {
     is_asked.then(|| message.with(range, serde_json::json!(other).to_string().as_bytes()))
 }
 
-/// Takes a permit for a response; the first one has that of the session.
+/// Takes permits for a response, of the endpoint and of the caller's own key; the first one has those of the session.
 async fn take_permit(context: &mut Context) -> Result<(), Fault> {
+    let counts = counts_responses(context);
     let (Some(socket), Some(ask)) = (&mut context.web_socket, &mut context.ask) else { return Err(Fault::Internal) };
     if !mem::take(&mut socket.responses.has_first) {
         let ledger = ask.pool.ledger.clone();
-        if let Some(own) = &mut ask.own_permit {
-            take_own_permit(own, &ledger).await?;
-        }
         let Some(mut attempt) = context.exchange.state().attempt.take() else { return Err(Fault::Internal) };
-        let taken = attempt.take_another_permit(&ledger).await;
+        // The endpoint's is spent only once there is the caller's as well; until then it is there for the next response.
+        let taken = if counts { attempt.take_another_permit(&ledger).await } else { Ok(()) };
+        let own = match (&taken, &mut ask.own_permit) {
+            (Ok(()), Some(own)) => take_own_permit(own, &ledger).await,
+            _ => Ok(()),
+        };
+        if counts && taken.is_ok() && own.is_ok() {
+            attempt.spend_another_permit();
+        }
         let endpoint = Arc::clone(&attempt.endpoint);
         context.exchange.state().attempt = Some(attempt);
         if let Err(drawn) = taken {
             return Err(attempts::limit_reached(context, &endpoint, drawn));
         }
+        own?;
     }
     if let Some(socket) = &mut context.web_socket {
         socket.responses.paid = socket.responses.paid.saturating_add(1);
@@ -234,10 +272,7 @@ async fn take_own_permit(own: &mut Permit, ledger: &Client) -> Result<(), Fault>
             *own = permit;
             Ok(())
         }
-        Drawn::Refused(Refusal { held, wait, .. }) => {
-            let held = held.into_iter().find_map(|held| Some((held.account?, held.held)));
-            Err(held.map_or(Fault::Internal, |held| admission::key_limits_reached(&held, wait)))
-        }
+        Drawn::Refused(refusal) => Err(admission::own_limits_reached(refusal)),
         Drawn::Unavailable => Err(Fault::LedgerUnavailable),
     }
 }
@@ -245,7 +280,7 @@ async fn take_own_permit(own: &mut Permit, ledger: &Client) -> Result<(), Fault>
 /// Sends the client an event of ours, between the frames of the endpoint.
 async fn say(session: &mut Session, context: &mut Context, event: Vec<u8>) -> Result<()> {
     let Some(socket) = &mut context.web_socket else { return Ok(()) };
-    if socket.frames.is_between_frames() && socket.waiting.is_empty() {
+    if socket.frames.is_between_messages() && socket.waiting.is_empty() {
         let task = HttpTask::UpgradedBody(Some(event.into()), false);
         return session.downstream_session.response_duplex_vec(vec![task]).await.map(drop);
     }
@@ -264,13 +299,19 @@ pub(super) fn from_endpoint(body: &mut Option<Bytes>, context: &mut Context) {
     let mut state = exchange.state();
     let Some(attempt) = &mut state.attempt else { return };
     let counts = attempt.endpoint.config.web_socket_permits == WebSocketPermits::Response;
+    let own = ask.own.as_ref().map(|own| &own.accounts);
     frames.feed(piece, |message| {
-        if counts && is_of_type(message, b"response.created") {
+        if (counts || own.is_some()) && is_of_type(message, b"response.created") {
             if responses.paid > 0 {
                 responses.paid -= 1;
             } else if !mem::take(&mut responses.has_first) {
                 // It has begun by itself, so that nothing is left but to count it.
-                attempt.count_another(&ask.pool.ledger);
+                if counts {
+                    attempt.count_another(&ask.pool.ledger);
+                }
+                if let Some(own) = own {
+                    ask.pool.ledger.unlimited(own).spend();
+                }
             }
         }
         let Some(reported) = Some(message).filter(|message| mentions_usage(message)).and_then(Reported::from_json)
@@ -280,7 +321,7 @@ pub(super) fn from_endpoint(body: &mut Option<Bytes>, context: &mut Context) {
         billing::bill_response(attempt, ask, &reported.usage);
         tokens.get_or_insert_default().merge(&reported.usage.tokens());
     });
-    if !socket.waiting.is_empty() && socket.frames.is_between_frames() {
+    if !socket.waiting.is_empty() && socket.frames.is_between_messages() {
         *body = Some([&piece[..], &mem::take(&mut socket.waiting)].concat().into());
     }
 }

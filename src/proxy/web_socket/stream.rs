@@ -18,6 +18,9 @@ use pingora::protocols::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
+use crate::request::body_memory::Reserved;
+use crate::request::connections::Connection;
+
 /// What a client may say before its endpoint has switched protocols, beside its first message. The rest waits in the socket.
 const WAITING_BYTES_MAX: usize = 64 * 1024;
 /// End of a header.
@@ -36,12 +39,22 @@ pub(super) struct AcceptedStream {
     /// The last bytes of the answer to the handshake, until it is over.
     answer_tail: Option<Vec<u8>>,
     has_ended: bool,
+    /// Room for what the client has said.
+    room: Option<Reserved>,
 }
 
 impl AcceptedStream {
-    pub(super) fn new(inner: Stream, handshake: Bytes, said: &[u8]) -> Self {
+    pub(super) fn new(inner: Stream, handshake: Bytes, said: &[u8], room: Reserved) -> Self {
         let said_max = said.len() + WAITING_BYTES_MAX;
-        Self { inner, handshake, said: said.into(), said_max, answer_tail: Some(Vec::new()), has_ended: false }
+        Self {
+            inner,
+            handshake,
+            said: said.into(),
+            said_max,
+            answer_tail: Some(Vec::new()),
+            has_ended: false,
+            room: Some(room),
+        }
     }
 
     /// Reads ahead while the endpoint is asked, so that a client that disconnects is noticed.
@@ -53,7 +66,20 @@ impl AcceptedStream {
             self.has_ended = piece.filled().is_empty();
             self.said.extend_from_slice(piece.filled());
         }
-        if self.has_ended { Poll::Ready(Ok(())) } else { Poll::Pending }
+        if self.has_ended {
+            return Poll::Ready(Ok(()));
+        }
+        // Nothing more is read, but what its guard would say to a reader is heard.
+        let digest = self.inner.get_proxy_digest();
+        let connection =
+            digest.as_ref().and_then(|digest| digest.user_data.as_ref()?.downcast_ref::<Arc<Connection>>());
+        if let Some(connection) = connection {
+            connection.wait(context.waker());
+            if let Some(told) = connection.told() {
+                return Poll::Ready(Err(told.into()));
+            }
+        }
+        Poll::Pending
     }
 }
 
@@ -73,6 +99,7 @@ impl AsyncRead for AcceptedStream {
             buffer.put_slice(&this.said.split_to(count));
             return Poll::Ready(Ok(()));
         }
+        this.room = None;
         if this.has_ended {
             return Poll::Ready(Ok(()));
         }
