@@ -7,10 +7,12 @@ use std::time::SystemTime;
 use super::status::{Views, is_available};
 use super::{Sources, process_metrics};
 use crate::config::{Limit, LimitKind, PerLimit};
+use crate::ledger::LimitedAccount;
 use crate::limit::{Clock, Limits};
 use crate::request::connections::Reason;
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
+use crate::telemetry::key_metrics::KEYS_MAX;
 use crate::telemetry::metrics::{Scrape, metrics};
 
 /// Endpoints that a scrape shows. Counters of endpoints that a reload has removed stay until the process ends.
@@ -30,6 +32,7 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     add_endpoints(&scrape, from, &endpoints, &views);
     add_limits(&scrape, &endpoints, &views);
     add_model_limits(&scrape, &endpoints, &views);
+    add_key_limits(&scrape, from).await;
     metrics.text(&scrape)
 }
 
@@ -211,6 +214,26 @@ fn add_model_limits(scrape: &Scrape, endpoints: &[&Endpoint], views: &Views) {
     add("api_together_model_limit_left", "Remaining part of each limit of models.", u64::saturating_sub);
 }
 
+/// Limits of callers' keys, the first of them by name.
+async fn add_key_limits(scrape: &Scrape, from: Sources<'_>) {
+    let callers = Arc::clone(&from.process.keyring.load());
+    let whole = callers.all().filter_map(|caller| caller.accounts.all().next());
+    let accounts: Vec<LimitedAccount> = whole.take(KEYS_MAX).cloned().collect();
+    let Some(views) = from.pool.ledger.look(accounts.clone()).await else { return };
+    let mut all = Vec::new();
+    for (of, view) in accounts.iter().zip(&views) {
+        let labels = |kind: LimitKind| [of.account.id().owner().as_ref(), kind.label()];
+        all.extend(known(&of.limits, view.used).map(|(kind, limit, used)| (labels(kind), limit, used)));
+    }
+    let add = |name, help, value: fn(u64, u64) -> u64| {
+        let values = all.iter().map(|(labels, limit, used)| (*labels, value(*limit, *used)));
+        scrape.gauges(name, help, ["key", "limit"], values);
+    };
+    add("api_together_key_limit", "Limits of callers' keys, as configured.", |limit, _| limit);
+    add("api_together_key_limit_used", "Used part of each limit of a key; as api_together_limit_used.", |_, used| used);
+    add("api_together_key_limit_left", "Remaining part of each limit of a key.", u64::saturating_sub);
+}
+
 /// The kinds that are limited, each with its limit and the used part of it.
 fn known(limits: &Limits, used: PerLimit<u64>) -> impl Iterator<Item = (LimitKind, u64, u64)> {
     limits.by_kind.zip(used).each().filter_map(|(kind, (limit, used))| match limit {
@@ -231,9 +254,13 @@ mod tests {
             .collect()
     }
 
-    /// Every metric, since only two files make any.
+    /// Every metric, since no other files make any.
     fn known() -> BTreeSet<&'static str> {
-        let files: [&'static str; 2] = [include_str!("metrics.rs"), include_str!("../telemetry/metrics.rs")];
+        let files: [&'static str; 3] = [
+            include_str!("metrics.rs"),
+            include_str!("../telemetry/metrics.rs"),
+            include_str!("../telemetry/key_metrics.rs"),
+        ];
         files.into_iter().filter_map(|text| text.split("#[cfg(test)]").next()).flat_map(names).collect()
     }
 

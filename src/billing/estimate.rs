@@ -17,6 +17,7 @@ use tiktoken_rs::CoreBPE;
 
 use crate::ledger::{AccountSet, Reservation, Spent};
 use crate::request::call::Call;
+use crate::routing::callers::Caller;
 use crate::routing::pool::Pool;
 use crate::routing::router::Candidates;
 use crate::telemetry::metrics::metrics;
@@ -41,8 +42,10 @@ pub struct Job {
     pub endpoint: Arc<str>,
     /// Accounts that the tokens are charged to.
     pub accounts: Arc<AccountSet>,
-    /// Those of the caller's own key, if that has limits.
-    pub caller: Option<Arc<AccountSet>>,
+    /// The caller, if it has a key of its own.
+    pub caller: Option<Arc<Caller>>,
+    /// Accounts of that key, if it has limits.
+    pub caller_accounts: Option<Arc<AccountSet>>,
     /// Tokens that are reserved of those until then.
     pub reservation: Option<Reservation>,
     /// The model that answered, cut to a sane length.
@@ -196,6 +199,7 @@ fn settle(job: Job) -> Estimated {
         endpoint,
         accounts,
         caller,
+        caller_accounts,
         reservation,
         model,
         candidates,
@@ -219,10 +223,13 @@ fn settle(job: Job) -> Estimated {
     let cost = Cost::estimated(prompt, completion);
     if let Some(metrics) = metrics() {
         metrics.spent(&endpoint, candidates.label(), &cost, None);
+        if let Some(caller) = &caller {
+            metrics.spent_with(&caller.counters, &cost);
+        }
     }
     let clock = pool.clock();
     let spent = Spent::now(&endpoint, &model, cost, &pool.server.timezone, clock.wall);
-    pool.ledger.spend_tokens(&accounts, caller.as_ref(), spent, clock.boot);
+    pool.ledger.spend_tokens(&accounts, caller_accounts.as_ref(), spent, clock.boot);
     // Only now, so that the tokens are always counted, in one way or the other.
     drop(reservation);
     if is_known { Estimated::Whole } else { Estimated::Partly }

@@ -97,7 +97,8 @@ pub fn bill(
             answer: meter.take_text(),
             endpoint: Arc::clone(&attempt.endpoint.config.id),
             accounts: Arc::clone(attempt.accounts()),
-            caller: ask.own_accounts().cloned(),
+            caller: ask.named.as_ref().map(|named| Arc::clone(&named.caller)),
+            caller_accounts: ask.own_accounts().cloned(),
             reservation: ask.own_permit.as_mut().and_then(Permit::take_reservation),
             model: model_name(attempt, ask),
             call: ask.call,
@@ -119,6 +120,9 @@ fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, ended: Instant) {
     let pool = &ask.pool;
     if let Some(metrics) = metrics() {
         metrics.spent(endpoint, ask.candidates.label(), &cost, attempt.counters.as_deref());
+        if let Some(named) = &ask.named {
+            metrics.spent_with(&named.caller.counters, &cost);
+        }
     }
     let clock = attempt.clock_at(ended);
     let spent = Spent::now(endpoint, &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall);

@@ -111,6 +111,7 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
             first_byte: record.first_byte,
             total: record.total,
             counters: attempt.and_then(|attempt| attempt.counters.as_deref()),
+            key: context.arrival.named.as_ref().map(|named| &*named.caller.counters),
         });
         if let Some(affinity) = attempt.and_then(|attempt| attempt.affinity) {
             metrics.affinity(affinity.name());

@@ -16,6 +16,7 @@ use crate::fault::{Fault, excerpt};
 use crate::ledger::Client;
 use crate::request::auth::Known;
 use crate::routing::caller_accounts::CallerAccounts;
+use crate::telemetry::key_metrics::KeyCounters;
 
 /// How the keys begin that the gateway makes. They are 256 random bits, so nobody guesses one.
 pub const GENERATED_PREFIX: &str = "sk-at-";
@@ -114,6 +115,8 @@ pub struct Caller {
     pub is_of_config: bool,
     /// Accounts of its requests, with the limits of its key.
     pub accounts: CallerAccounts,
+    /// Metrics of its key, whatever that opens.
+    pub counters: Arc<KeyCounters>,
     /// Says that its key opens nothing any more, to its requests that are still here.
     pub ending: Arc<Ending>,
 }
@@ -199,11 +202,13 @@ impl Callers {
                     Arc::clone(known)
                 }
                 known => {
+                    let counters = known
+                        .map_or_else(|| Arc::new(KeyCounters::new(&key.name)), |known| Arc::clone(&known.counters));
                     let still_opens = known.filter(|known| known.key.opens());
                     let ending = still_opens.map_or_else(Arc::default, |known| Arc::clone(&known.ending));
                     let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
                     let accounts = CallerAccounts::new(key, &parts.zone, (config, ledger));
-                    Arc::new(Caller { key: key.clone(), number, is_of_config, accounts, ending })
+                    Arc::new(Caller { key: key.clone(), number, is_of_config, accounts, counters, ending })
                 }
             };
             callers.by_digest.extend(key.hashes.iter().map(|hash| (hash.digest, Arc::clone(&caller))));

@@ -13,6 +13,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
+use super::key_metrics::{KeyCounters, KeyMetrics};
 use crate::usage::Cost;
 
 /// Label of a request without a model, or of an answer that came from no endpoint.
@@ -51,6 +52,7 @@ pub(crate) struct Metrics {
     duration: HistogramVec,
     own: HistogramVec,
     permit: HistogramVec,
+    by_key: KeyMetrics,
 }
 
 /// Outcome of a request or an attempt that went well.
@@ -85,6 +87,8 @@ pub(crate) struct Ended<'a> {
     pub total: Duration,
     /// Metrics of the endpoint and the model.
     pub counters: Option<&'a Counters>,
+    /// Those of the caller's own key.
+    pub key: Option<&'a KeyCounters>,
 }
 
 impl Metrics {
@@ -149,6 +153,7 @@ impl Metrics {
                 &[],
                 &OWN_BUCKETS,
             )?,
+            by_key: KeyMetrics::new(&registry)?,
             registry,
         })
     }
@@ -163,6 +168,9 @@ impl Metrics {
             Some(400..=499) => "4xx",
             Some(500..) => "5xx",
         };
+        if let Some(key) = ended.key {
+            self.by_key.request(key, ended.outcome);
+        }
         let endpoint = ended.endpoint.unwrap_or(NONE);
         let counters = ended.counters;
         let is_usual = (200..300).contains(&ended.status.unwrap_or_default()) && ended.outcome == OK;
@@ -194,6 +202,11 @@ impl Metrics {
     /// Counts how a request's session was followed.
     pub(crate) fn affinity(&self, result: &str) {
         self.affinity.with_label_values(&[result]).inc();
+    }
+
+    /// Counts the tokens of an answer for the caller's own key.
+    pub(crate) fn spent_with(&self, key: &KeyCounters, cost: &Cost) {
+        self.by_key.spent(key, cost);
     }
 
     /// Counts the tokens of an answer.
@@ -306,7 +319,7 @@ impl Scrape {
 }
 
 /// Does something to a metric that is looked up the first time, or every time if there is nowhere to keep it.
-fn once<T>(kept: Option<&OnceLock<T>>, use_it: impl FnOnce(&T), look_up: impl FnOnce() -> T) {
+pub(super) fn once<T>(kept: Option<&OnceLock<T>>, use_it: impl FnOnce(&T), look_up: impl FnOnce() -> T) {
     match kept {
         Some(kept) => use_it(kept.get_or_init(look_up)),
         None => use_it(&look_up()),
@@ -314,7 +327,10 @@ fn once<T>(kept: Option<&OnceLock<T>>, use_it: impl FnOnce(&T), look_up: impl Fn
 }
 
 /// Registers a metric. It fails only for an invalid name or one that is used twice.
-fn keep<T: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<T>) -> prometheus::Result<T> {
+pub(super) fn keep<T: Collector + Clone + 'static>(
+    registry: &Registry,
+    made: prometheus::Result<T>,
+) -> prometheus::Result<T> {
     let metric = made?;
     registry.register(Box::new(metric.clone()))?;
     Ok(metric)
@@ -347,6 +363,7 @@ mod tests {
             first_byte: Some(Duration::from_millis(5)),
             total: Duration::from_millis(9),
             counters: None,
+            key: None,
         });
         metrics.attempt("a", "ok", None);
         metrics.spent("a", "m", &Cost::estimated(3, 4), None);
@@ -384,6 +401,7 @@ mod tests {
             first_byte: Some(Duration::from_millis(5)),
             total: Duration::from_millis(9),
             counters: None,
+            key: None,
         };
         for kept in [None, Some(&counters), Some(&counters)] {
             ended.counters = kept;

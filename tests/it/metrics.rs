@@ -1,6 +1,7 @@
 //! What Prometheus is told.
 
 use std::net::TcpListener;
+use std::time::{Duration, Instant};
 
 use api_together::simulator::Behaviour;
 use http::Method;
@@ -69,6 +70,55 @@ async fn requests_attempts_tokens_and_limits_are_told() {
         assert_eq!(scraped.status, 200);
         assert!((value(scraped.text(), "api_together_ledger_up") - 1.0).abs() < 0.1);
         assert_eq!(Reply::of(client.get(format!("http://{free}/v1/status"))).await.status, 404);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_keys_are_counted_by_their_names() {
+    within(async {
+        const ADA: &str = "sk-ada-0f6c1d93be5a7724";
+        const BOB: &str = "sk-bob-91c7aa02f4d86e35";
+        let reports = behaving(Behaviour::default()).await;
+        let reports_not = behaving(Behaviour { usage: Some(false), ..Behaviour::default() }).await;
+        let apis = [
+            endpoint_with("a", &reports.base_url(), json!({ "models": ["m"] })),
+            endpoint_with("b", &reports_not.base_url(), json!({ "models": ["silent"] })),
+        ];
+        let keys = json!([{ "name": "ada", "key": ADA, "rpm": 3 }, { "name": "bob", "key": BOB }]);
+        let program = Running::start(&config_text(json!({ "keys": keys }), &apis), "info");
+        program.ready().await;
+        let client = client(reqwest::ClientBuilder::http1_only);
+        let ask =
+            |key, model| client.post(program.url("/v1/chat/completions")).bearer_auth(key).json(&chat(model)).send();
+        let calls = [(ADA, "m"), (ADA, "m"), (ADA, "silent"), (ADA, "m"), (BOB, "m"), (BOB, "none"), (KEY, "m")];
+        for (key, model) in calls {
+            ask(key, model).await.unwrap().bytes().await.unwrap();
+        }
+        let scrape = async || Reply::of(client.get(program.url("/metrics")).bearer_auth(KEY)).await.text().to_owned();
+        let estimated = r#"api_together_key_estimated_tokens_total{key="ada",kind="completion"}"#;
+        let begun = Instant::now();
+        while !scrape().await.contains(estimated) {
+            assert!(begun.elapsed() < Duration::from_secs(10), "an estimate is never counted");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let text = scrape().await;
+        let told = |name: &str| value(&text, &format!("api_together_key_{name}"));
+        for (name, expected) in [
+            (r#"requests_total{key="ada",outcome="ok"}"#, 3.0),
+            (r#"requests_total{key="ada",outcome="key_limits_reached"}"#, 1.0),
+            (r#"requests_total{key="bob",outcome="ok"}"#, 1.0),
+            (r#"requests_total{key="bob",outcome="model_unknown"}"#, 1.0),
+            (r#"limit{key="ada",limit="rpm"}"#, 3.0),
+            (r#"limit_used{key="ada",limit="rpm"}"#, 3.0),
+            (r#"limit_left{key="ada",limit="rpm"}"#, 0.0),
+        ] {
+            assert!((told(name) - expected).abs() < 0.1, "{name} is not {expected}:\n{text}");
+        }
+        let tokens = |key: &str| told(&format!(r#"tokens_total{{key="{key}",kind="completion"}}"#));
+        let all = value(&text, r#"api_together_tokens_total{endpoint="a",kind="completion",model="m"}"#);
+        assert!(tokens("bob") > 0.0 && (tokens("ada") - 2.0 * tokens("bob")).abs() < 0.1, "{text}");
+        assert!((all - 4.0 * tokens("bob")).abs() < 0.1, "those of the one key count as well:\n{text}");
     })
     .await;
 }
