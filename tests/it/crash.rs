@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use api_together::simulator::Simulator;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
@@ -29,13 +29,23 @@ fn port() -> u16 {
 
 /// Clients that ask without end, and go on when nobody listens.
 fn load(port: u16, stop: &Arc<AtomicBool>, answered: &Arc<AtomicUsize>) -> Vec<JoinHandle<()>> {
+    load_with(KEY, &chat("m"), port, stop, answered)
+}
+
+fn load_with(
+    key: &'static str,
+    body: &Value,
+    port: u16,
+    stop: &Arc<AtomicBool>,
+    answered: &Arc<AtomicUsize>,
+) -> Vec<JoinHandle<()>> {
     let url = format!("http://127.0.0.1:{port}/v1/chat/completions");
     let one = |_| {
-        let (url, stop, answered) = (url.clone(), Arc::clone(stop), Arc::clone(answered));
+        let (url, body, stop, answered) = (url.clone(), body.clone(), Arc::clone(stop), Arc::clone(answered));
         let client = client(|builder| builder.timeout(Duration::from_secs(5)));
         tokio::spawn(async move {
             while !stop.load(Ordering::Relaxed) {
-                let call = client.post(&url).bearer_auth(KEY).json(&chat("m")).send().await;
+                let call = client.post(&url).bearer_auth(key).json(&body).send().await;
                 let is_good = call.is_ok_and(|response| response.status() == 200);
                 answered.fetch_add(usize::from(is_good), Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_millis(fastrand::u64(5..60))).await;
@@ -137,6 +147,119 @@ async fn twenty_kills_pass_no_limit_and_lose_no_count() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_processes_on_one_ledger_pass_no_limit_while_either_is_killed() {
     crash(2).await;
+}
+
+/// Keys of callers in the test of them: one with a limit by the minute, one by the day, one of tokens.
+const KEYS: [(&str, &str); 3] =
+    [("ada", "sk-ada-0f6c1d93be5a7724"), ("bob", "sk-bob-91c7aa02f4d86e35"), ("eve", "sk-eve-7d3f1a90bb2c4e58")];
+const KEY_RPM: u64 = 900;
+const KEY_RPD: u64 = 700;
+const KEY_TPD: u64 = 30_000;
+/// More than a request of the test may take of a key's tokens.
+const TOKENS_MAX: u64 = 300;
+
+/// What a caller of the test sends, which says whose it is.
+fn said_by(name: &str) -> Value {
+    json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }], "user": name, "max_tokens": 200 })
+}
+
+/// The tokens of an answer to it, which are the same each time.
+async fn tokens_of_an_answer(name: &str) -> u64 {
+    let endpoint = simulator().await;
+    let url = format!("{}/chat/completions", endpoint.base_url());
+    let answer = client(|builder| builder).post(url).json(&said_by(name)).send().await.unwrap();
+    let answer: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+    answer["usage"]["total_tokens"].as_u64().unwrap()
+}
+
+/// What the endpoint has got of each caller, in the order of the keys.
+fn received_of_keys(endpoint: &Simulator) -> [u64; 3] {
+    let mut received = [0; 3];
+    for request in endpoint.requests() {
+        let body: Value = serde_json::from_slice(&request.body).unwrap();
+        let at = KEYS.iter().position(|(name, _)| body["user"] == *name).unwrap();
+        received[at] += 1;
+    }
+    received
+}
+
+/// What the ledger counts at one moment: requests of the first key in the minute, of the second on the day, tokens of the third.
+fn counted_of_keys(folder: &Path) -> [u64; 3] {
+    let mut ledger = rusqlite::Connection::open(folder.join("ledger.db")).unwrap();
+    let ledger = ledger.transaction().unwrap();
+    let sum = |what: &str, table: &str, condition: &str| {
+        let sql = format!("SELECT coalesce(sum({what}), 0) FROM {table} WHERE {condition}");
+        ledger.query_row(&sql, [], |row| row.get(0)).unwrap()
+    };
+    let ada = sum("attempts", "account_minute", "kind = 'key' AND owner = 'ada'");
+    assert_eq!(ada, sum("attempts", "account_minute", "kind = 'key_models' AND owner = 'ada'"), "both or neither");
+    [
+        ada,
+        sum("attempts", "account_day", "kind = 'key' AND owner = 'bob'"),
+        sum("tokens", "account_day", "kind = 'key' AND owner = 'eve'"),
+    ]
+}
+
+/// No key has got more than its limit, and nothing that was sent is uncounted.
+fn check_keys(folder: &Path, endpoint: &Simulator, tokens: u64, kills: usize) {
+    let [ada, bob, eve] = received_of_keys(endpoint);
+    let received = [ada, bob, eve * tokens];
+    let counted = counted_of_keys(folder);
+    let in_flight = (kills * TASKS) as u64;
+    let limits = [KEY_RPM, KEY_RPD, KEY_TPD];
+    let uncertain = [in_flight, in_flight, (in_flight + 2 * TASKS as u64) * TOKENS_MAX];
+    for at in 0..KEYS.len() {
+        let what = format!("{}: {} counted of {} received", KEYS[at].0, counted[at], received[at]);
+        assert!(received[at] <= limits[at] && counted[at] <= limits[at], "{what}");
+        assert!((received[at]..=received[at] + uncertain[at]).contains(&counted[at]), "{what}");
+    }
+    eprintln!("{kills} kills: received {received:?}, counted {counted:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_of_two_processes_pass_no_limit_of_a_key_and_lose_no_count() {
+    let begun = Instant::now();
+    let folder = TempDir::new().unwrap();
+    let endpoint = simulator().await;
+    let tokens = tokens_of_an_answer("eve").await;
+    let ports = [port(), port()];
+    let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let load: Vec<_> = ports
+        .iter()
+        .flat_map(|port| KEYS.map(|(name, key)| load_with(key, &said_by(name), *port, &stop, &answered)))
+        .flatten()
+        .collect();
+    let spawn = |at: usize| {
+        let keys = json!([
+            { "name": "ada", "key": KEYS[0].1, "rpm": KEY_RPM, "modelLimits": { "m*": { "rpm": KEY_RPM } } },
+            { "name": "bob", "key": KEYS[1].1, "rpd": KEY_RPD },
+            { "name": "eve", "key": KEYS[2].1, "tpd": KEY_TPD },
+        ]);
+        let server = json!({ "port": ports[at], "ledger": folder.path().join("ledger.db"), "keys": keys });
+        let apis = [endpoint_with("a", &endpoint.base_url(), json!({ "rpm": 1_000_000 }))];
+        start(folder.path(), &format!("{at}.json"), &config_text(server, &apis))
+    };
+    let mut running: Vec<Running> = (0..ports.len()).map(spawn).collect();
+    for kill in 0..KILLS {
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(50..400))).await;
+        let at = kill % ports.len();
+        drop(running.remove(at));
+        check_keys(folder.path(), &endpoint, tokens, kill + 1);
+        running.insert(at, spawn(at));
+    }
+    let all_is_used = || {
+        let [ada, bob, eve] = counted_of_keys(folder.path());
+        (ada, bob) == (KEY_RPM, KEY_RPD) && eve + TOKENS_MAX > KEY_TPD
+    };
+    until("everything is used up", all_is_used).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    stop.store(true, Ordering::Relaxed);
+    for task in load {
+        task.await.unwrap();
+    }
+    assert!(begun.elapsed() < BOUND, "the minute slid on: {:?}", begun.elapsed());
+    check_keys(folder.path(), &endpoint, tokens, KILLS);
+    assert!(answered.load(Ordering::Relaxed) > 300, "too little went through to prove anything");
 }
 
 /// Of an endpoint that is asked all the time and has plenty left permits are drawn ahead. A process that ends gives them back; one
