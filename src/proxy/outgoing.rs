@@ -35,8 +35,9 @@ use crate::upstream::cork::Cork;
 const ENDPOINT: HeaderName = HeaderName::from_static("x-api-together-endpoint");
 const AFFINITY: HeaderName = HeaderName::from_static("x-api-together-affinity");
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-api-together-attempts");
-/// Time for the last bytes of an HTTP/2 stream to leave: a stream that is dropped takes its unsent bytes with it.
-const H2_FLUSH: Duration = Duration::from_millis(10);
+/// Time for the last bytes of an HTTP/2 stream to leave: a stream that is dropped takes its unsent bytes with it. Long
+/// enough for a machine that is busy elsewhere.
+const H2_FLUSH: Duration = Duration::from_millis(100);
 
 /// Longest silence of a WebSocket in both directions.
 const WEBSOCKET_SILENCE_MAX: Duration = Duration::from_hours(1);
