@@ -89,6 +89,9 @@ pub(super) struct AddKey {
     /// Addresses that it may be used from, such as 10.0.0.0/8 [default: all].
     #[arg(long, value_delimiter = ',')]
     allow_from: Vec<String>,
+    /// Turns in the queue for each one of a key of weight 1 [default: 1].
+    #[arg(long)]
+    weight: Option<u16>,
     /// A label of its requests in the log; may be given several times.
     #[arg(long = "tag")]
     tags: Vec<String>,
@@ -143,7 +146,8 @@ fn seconds_of(moment: Timestamp) -> String {
 }
 
 fn entry(add: AddKey, key: &str) -> Map<String, Value> {
-    let AddKey { name, models, calls, endpoints, rpm, rpd, tpm, tpd, max_concurrent, expires, allow_from, tags } = add;
+    let AddKey { name, models, calls, endpoints, expires, allow_from, weight, tags, .. } = add;
+    let AddKey { rpm, rpd, tpm, tpd, max_concurrent, .. } = add;
     let mut entry = Map::new();
     entry.insert("name".into(), name.into());
     entry.insert("keyHash".into(), KeyDigest::of(key.as_bytes()).text().into());
@@ -160,6 +164,9 @@ fn entry(add: AddKey, key: &str) -> Map<String, Value> {
         if let Some(limit) = limit {
             entry.insert(kind.key().into(), limit.into());
         }
+    }
+    if let Some(weight) = weight {
+        entry.insert("weight".into(), weight.into());
     }
     if let Some(expires) = expires {
         entry.insert("expires".into(), expires.into());

@@ -111,6 +111,8 @@ pub struct ClientKey {
     pub expires: Option<Timestamp>,
     /// Addresses that it may be used from; any if none are named.
     pub allow_from: Vec<Cidr>,
+    /// Turns in the queue that it has for each one of a key of weight 1.
+    pub weight: u32,
     /// Labels.
     pub tags: Vec<String>,
     /// False while it is switched off.
@@ -239,12 +241,23 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
         model_limits,
         expires: expires?,
         allow_from,
+        weight: weight(typed.weight, &at("weight"), check),
         tags: typed.tags.unwrap_or_default(),
         enabled: typed.enabled.unwrap_or(file::ENABLED_DEFAULT),
         revoked: typed.revoked.unwrap_or_default(),
         cut: typed.cut.unwrap_or_default(),
         last_four: typed.last_four,
     })
+}
+
+fn weight(typed: Option<u16>, path: &str, check: &mut Check<'_>) -> u32 {
+    let weight = typed.unwrap_or(file::WEIGHT_DEFAULT);
+    if !(1..=file::KEY_WEIGHT_MAX).contains(&weight) {
+        let hint =
+            format!("use 1 to {}; a key of weight 2 has two turns for each one of weight 1", file::KEY_WEIGHT_MAX);
+        check.report.error(path, format!("is {weight}"), &hint);
+    }
+    weight.into()
 }
 
 /// Limits of a key. None switches it off: `enabled` does.

@@ -156,8 +156,9 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     let ping = |ping: &Option<Duration>| ping.as_ref().map_or_else(|| "0".to_owned(), seconds);
     lines.compare(&at("streamPingSeconds"), ping, stream_ping, &after.stream_ping);
     let queued = |queue: &Option<Queue>| {
-        optional(queue.as_ref(), |Queue { wait_max, requests_max }| {
-            format!("maxWaitMs {}, maxRequests {requests_max}", millis(wait_max))
+        optional(queue.as_ref(), |Queue { wait_max, requests_max, requests_per_key_max }| {
+            let wait_max = millis(wait_max);
+            format!("maxWaitMs {wait_max}, maxRequests {requests_max}, maxRequestsPerKey {requests_per_key_max}")
         })
     };
     lines.compare(&at("queue"), queued, queue, &after.queue);
@@ -453,7 +454,7 @@ mod tests {
         for line in [
             "server.apiKey changed",
             "server.strategy random → fastest",
-            "server.queue not set → maxWaitMs 5, maxRequests 1000",
+            "server.queue not set → maxWaitMs 5, maxRequests 1000, maxRequestsPerKey 250",
             "endpoint c: timeouts.idleMs 120000 → 5",
             "endpoint b removed",
             "endpoint a disabled",

@@ -42,6 +42,8 @@ pub(super) const FIRST_BYTE_SECONDS_DEFAULT: u32 = 10;
 pub(super) const KEEP_ALIVE_SECONDS_DEFAULT: u32 = 75;
 pub(super) const CONNECTION_SECONDS_MOST: u32 = 86_400;
 pub(super) const QUEUE_REQUESTS_DEFAULT: u32 = 1000;
+/// One key's share of it, unless the config says otherwise: one part of so many.
+pub(super) const QUEUE_SHARE: u32 = 4;
 /// Each holds a connection and its whole request.
 pub(super) const QUEUE_REQUESTS_MAX: u32 = 100_000;
 
@@ -73,6 +75,8 @@ pub(super) const DISCOVER_DEFAULT: bool = false;
 pub(super) const DISCOVERY_MINUTES_DEFAULT: u32 = 360;
 pub(super) const DISCOVERY_MINUTES_MAX: u32 = 44_640;
 pub(super) const WEIGHT_DEFAULT: u16 = 1;
+/// Greatest weight of a caller's key.
+pub(super) const KEY_WEIGHT_MAX: u16 = 100;
 pub(super) const PRIORITY_DEFAULT: u32 = 0;
 pub(super) const PRIORITY_MAX: u32 = 65_535;
 
@@ -252,6 +256,7 @@ pub(super) struct AffinityFile {
 
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[expect(clippy::struct_field_names, reason = "users write them so")]
 pub(super) struct QueueFile {
     /// Longest wait of a request, in milliseconds.
     #[schemars(required, range(min = 1, max = TIMEOUT_MS_MAX))]
@@ -259,6 +264,9 @@ pub(super) struct QueueFile {
     /// Largest number of waiting requests; more are answered 429.
     #[schemars(range(min = 1, max = QUEUE_REQUESTS_MAX), extend("default" = QUEUE_REQUESTS_DEFAULT))]
     pub max_requests: Option<u32>,
+    /// Largest number of them with one key, where there are several. Default: a quarter of `maxRequests`.
+    #[schemars(range(min = 1, max = QUEUE_REQUESTS_MAX))]
+    pub max_requests_per_key: Option<u32>,
 }
 
 /// A key of a caller.
@@ -302,6 +310,9 @@ pub(super) struct ClientKeyFile {
     pub expires: Option<String>,
     /// Addresses that it may be used from, such as `10.0.0.0/8`. Default: all.
     pub allow_from: Option<Vec<String>>,
+    /// Turns in the queue that its requests get for each one of a key of weight 1.
+    #[schemars(range(min = 1, max = KEY_WEIGHT_MAX), extend("default" = WEIGHT_DEFAULT))]
+    pub weight: Option<u16>,
     /// Labels of its requests in the log.
     pub tags: Option<Vec<String>>,
     /// `false`: it opens nothing.

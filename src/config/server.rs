@@ -127,6 +127,8 @@ pub struct Queue {
     pub wait_max: Duration,
     /// Largest number of waiting requests.
     pub requests_max: usize,
+    /// Largest number of them with one key, where there are several.
+    pub requests_per_key_max: usize,
 }
 
 /// Files that could be read when the configuration was checked.
@@ -460,9 +462,12 @@ fn queue_of(typed: &QueueFile, check: &mut Check<'_>) -> Option<Queue> {
         check.report.error("server.queue.maxWaitMs", "is missing", hint);
         return None;
     };
+    let requests_max = typed.max_requests.unwrap_or(file::QUEUE_REQUESTS_DEFAULT);
+    let requests_per_key_max = typed.max_requests_per_key.unwrap_or(requests_max.div_ceil(file::QUEUE_SHARE));
     Some(Queue {
         wait_max: Duration::from_millis(wait_max_ms.into()),
-        requests_max: usize::try_from(typed.max_requests.unwrap_or(file::QUEUE_REQUESTS_DEFAULT)).ok()?,
+        requests_max: usize::try_from(requests_max).ok()?,
+        requests_per_key_max: usize::try_from(requests_per_key_max).ok()?,
     })
 }
 

@@ -10,7 +10,7 @@ use http::uri::PathAndQuery;
 
 use super::{AskedModel, AskedObjects};
 use crate::config::{CallKind, Trouble};
-use crate::ledger::{AccountSet, CallerDraw, CallerId, Permit};
+use crate::ledger::{AccountSet, CallerDraw, CallerId, Permit, QueuedBy};
 use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, UsageEdit};
 use crate::request::shape::CallShape;
@@ -133,6 +133,15 @@ impl Ask {
             session.drop_place();
             self.pool.sessions.forget(session, &self.pool.ledger);
         }
+    }
+
+    /// Who it is in the queue.
+    pub fn queued_by(&self) -> QueuedBy {
+        let named = self.named.as_ref();
+        named.map_or_else(QueuedBy::default, |named| QueuedBy {
+            caller: named.caller.number,
+            weight: named.caller.key.weight,
+        })
     }
 
     /// Accounts of its caller's own key, if that has limits.

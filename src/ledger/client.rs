@@ -1,13 +1,16 @@
 //! Client of the ledger's thread: sends messages to it and returns permits.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::messages::{Bill, CallerDraw, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, Reset, Return, Wanted};
+use super::account::lock;
+use super::messages::{
+    Bill, CallerDraw, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, QueuedBy, Reset, Return, Wanted,
+};
 use super::places::{Place, PlaceChange, Thing};
 use super::write_behind::WRITE_DELAY;
 use super::{Account, AccountId, AccountSet, LimitedAccount, ModelList, Permit, Spent};
@@ -34,8 +37,15 @@ struct Inbox {
     model_lists: RwLock<Arc<HashMap<Arc<str>, Arc<str>>>>,
     configs: AtomicU64,
     tickets: AtomicU64,
-    queued: AtomicUsize,
+    queued: Mutex<Queued>,
     down: AtomicBool,
+}
+
+/// Requests in the queue: all of them, and those of each caller that has any.
+#[derive(Debug, Default)]
+struct Queued {
+    all: usize,
+    by_caller: HashMap<u64, usize>,
 }
 
 /// Accounts in use, and some that no config has any more: they are dropped when there are twice as many as after the last time.
@@ -80,11 +90,21 @@ struct Asked {
 
 /// A place in the queue for a permit. Dropping it frees the place.
 #[derive(Debug)]
-pub struct QueuePlace(Arc<Inbox>);
+pub struct QueuePlace {
+    inbox: Arc<Inbox>,
+    caller: u64,
+}
 
 impl Drop for QueuePlace {
     fn drop(&mut self) {
-        self.0.queued.fetch_sub(1, Ordering::Relaxed);
+        let mut queued = lock(&self.inbox.queued);
+        queued.all -= 1;
+        if let Some(own) = queued.by_caller.get_mut(&self.caller) {
+            *own -= 1;
+            if *own == 0 {
+                queued.by_caller.remove(&self.caller);
+            }
+        }
     }
 }
 
@@ -135,18 +155,21 @@ impl Client {
         self.inbox.tickets.load(Ordering::Relaxed)
     }
 
-    /// Returns a place in the queue for a permit, if fewer than `requests_max` places are taken.
-    pub fn enter_queue(&self, requests_max: usize) -> Option<QueuePlace> {
-        let entered = self
-            .inbox
-            .queued
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| (queued < requests_max).then_some(queued + 1));
-        entered.ok().map(|_| QueuePlace(Arc::clone(&self.inbox)))
+    /// Returns a place in the queue for a permit, if fewer than `max` places are taken, and fewer than `own_max` by the same caller.
+    pub fn enter_queue(&self, QueuedBy { caller, .. }: QueuedBy, max: usize, own_max: usize) -> Option<QueuePlace> {
+        let mut queued = lock(&self.inbox.queued);
+        let own = queued.by_caller.get(&caller).copied().unwrap_or_default();
+        if queued.all >= max || own >= own_max {
+            return None;
+        }
+        queued.all += 1;
+        queued.by_caller.insert(caller, own + 1);
+        Some(QueuePlace { inbox: Arc::clone(&self.inbox), caller })
     }
 
     /// Returns the number of requests in the queue for a permit.
     pub fn queued(&self) -> usize {
-        self.inbox.queued.load(Ordering::Relaxed)
+        lock(&self.inbox.queued).all
     }
 
     /// True if the ledger could not be used the last time and limited endpoints take no requests without it.

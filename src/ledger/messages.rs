@@ -118,7 +118,34 @@ pub enum Otherwise {
         until: Stamp,
         /// End of its time in the queue. If it is known that nothing can be free by then, the request is not kept waiting.
         end: Stamp,
+        /// Who waits.
+        by: QueuedBy,
     },
+}
+
+impl Otherwise {
+    /// Who waits, if the request does.
+    pub(super) fn queued_by(&self) -> QueuedBy {
+        match self {
+            Self::Wait { by, .. } => *by,
+            Self::LookElsewhere | Self::Refuse(_) => QueuedBy::default(),
+        }
+    }
+}
+
+/// Who waits in the queue, where callers take turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueuedBy {
+    /// Number of the caller that has a key of its own; 0 for all others.
+    pub caller: u64,
+    /// Turns that it has for each one of a caller of weight 1.
+    pub weight: u32,
+}
+
+impl Default for QueuedBy {
+    fn default() -> Self {
+        Self { caller: 0, weight: 1 }
+    }
 }
 
 /// An attempt that has ended, a permit that was never used, or tokens that were reserved.

@@ -54,7 +54,7 @@ pub use account::{Account, AccountId};
 pub use account_set::{AccountSet, LimitedAccount};
 pub use allocator::{Allocator, Tally, Used};
 pub use client::{Client, QueuePlace};
-pub use messages::{CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, Refusal, Wanted};
+pub use messages::{CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, QueuedBy, Refusal, Wanted};
 pub use permit::{Permit, Reservation};
 pub use stats::Spent;
 pub use thread::{Keeper, LedgerState};

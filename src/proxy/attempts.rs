@@ -116,7 +116,8 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
 fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> {
     // Its caller's own limits count requests, and this one has been counted.
     let own = ask.own.as_ref().filter(|_| ask.own_permit.is_none());
-    admission::Request { options: ask.options(tried), queue: None, caller: ask.caller, own }
+    let (options, queued_by) = (ask.options(tried), ask.queued_by());
+    admission::Request { options, queue: None, queued_by, caller: ask.caller, own }
 }
 
 /// Repeats the attempt under way. If its endpoint's limit does not allow that, another endpoint is tried.

@@ -27,7 +27,7 @@ use crate::request::auth::{self, Admitted};
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
 use crate::request::{forward, id, path, plain_spelling, rewrite};
 use crate::routing::admission::{self, Choice, Undecided};
-use crate::routing::callers::Named;
+use crate::routing::callers::{Keyring, Named};
 use crate::routing::objects::Owner;
 use crate::routing::pool::Pool;
 use crate::routing::rates;
@@ -224,7 +224,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let origin = Origin { pool, address: context.arrival.address, named, is_one_of_several };
     let ask = asking::ask(session.req_header(), origin, target, whole).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
-    let choice = first_choice(session, &ask).await;
+    let choice = first_choice(session, &ask, &gateway.process.keyring).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
     let rates = rates::of_model(&ask.options(&[]), &clock);
     context.arrival.own.rates = match &ask.own {
@@ -322,13 +322,19 @@ fn target(pool: &Pool, uri: &Uri, path: &str, named: Option<&Named>) -> Result<P
 }
 
 /// The first endpoint.
-async fn first_choice(session: &mut Session, ask: &Ask) -> Result<Choice, Stop> {
+async fn first_choice(session: &mut Session, ask: &Ask, keyring: &Keyring) -> Result<Choice, Stop> {
     let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
-    let request = admission::Request { options: ask.options(&[]), queue, caller: ask.caller, own: ask.own.as_ref() };
+    let request = admission::Request {
+        options: ask.options(&[]),
+        queue,
+        queued_by: ask.queued_by(),
+        caller: ask.caller,
+        own: ask.own.as_ref(),
+    };
     match admission::at_once(&request) {
         Ok(choice) => Ok(choice),
         // Boxed, since it is rare and would make every request's future larger.
-        Err(undecided) => Box::pin(wait_for_choice(session, ask, request, undecided)).await,
+        Err(undecided) => Box::pin(wait_for_choice(session, ask, keyring, (request, undecided))).await,
     }
 }
 
@@ -347,9 +353,15 @@ async fn ended(ask: &Ask) -> Fault {
 async fn wait_for_choice(
     session: &mut Session,
     ask: &Ask,
-    request: admission::Request<'_>,
-    undecided: Undecided,
+    keyring: &Keyring,
+    (mut request, undecided): (admission::Request<'_>, Undecided),
 ) -> Result<Choice, Stop> {
+    if let Some(queue) = &mut request.queue
+        && keyring.load().is_empty()
+    {
+        // Nobody else has a key, so the queue is all its own.
+        queue.requests_per_key_max = queue.requests_max;
+    }
     let admission = admission::decide(request, undecided);
     if request.queue.is_none() {
         return Ok(admission.await?);

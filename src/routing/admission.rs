@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::config::Queue;
 use crate::fault::{Fault, HeldBy};
 use crate::ledger::{
-    AccountId, CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, Permit, QueuePlace, Refusal, Wanted,
+    AccountId, CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, Permit, QueuePlace, QueuedBy, Refusal, Wanted,
 };
 use crate::limit::{Clock, Held, LimitReason, Stamp};
 use crate::routing::balance::{self, Options, Pick};
@@ -22,7 +22,7 @@ use crate::routing::pool::Trial;
 
 /// Most times that a request waits again because the endpoint it waited for began to cool down.
 const GRANTS_MAX: usize = 16;
-/// Interval at which a queued request checks which endpoints are open; it keeps its place in the order of arrival.
+/// Interval at which a queued request checks which endpoints are open; it keeps its place among its caller's.
 const WAIT_SLICE: Duration = Duration::from_millis(500);
 /// Most cooling endpoints that are tried for one request before it is refused.
 const RESORTS_MAX: usize = 16;
@@ -47,6 +47,8 @@ pub struct Request<'a> {
     pub options: Options<'a>,
     /// Queue, if the request may wait.
     pub queue: Option<Queue>,
+    /// Who waits there.
+    pub queued_by: QueuedBy,
     /// The caller, which is promised a time if it is refused.
     pub caller: CallerId,
     /// What is drawn of the caller's own accounts together with the endpoint's permit; none if that is limited by nothing, or was drawn
@@ -138,7 +140,7 @@ async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
     }
 }
 
-/// A place in the order of arrival.
+/// A place in the order of arrival, which is the caller's own.
 struct Turn {
     ticket: u64,
     place: Option<QueuePlace>,
@@ -149,7 +151,7 @@ struct Turn {
 async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, Fault> {
     let pool = request.options.pool;
     if let Some(queue) = request.queue {
-        turn.place = pool.ledger.enter_queue(queue.requests_max);
+        turn.place = pool.ledger.enter_queue(request.queued_by, queue.requests_max, queue.requests_per_key_max);
         turn.until = pool.clock().boot + queue.wait_max;
     }
     let mut grants = 0;
@@ -158,7 +160,8 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
         let waits = turn.place.is_some() && clock.boot < turn.until;
         let open = balance::open(&request.options, &clock);
         let otherwise = if waits {
-            Otherwise::Wait { until: turn.until.min(clock.boot + WAIT_SLICE), end: end_of_wait(request, &turn, &clock) }
+            let until = turn.until.min(clock.boot + WAIT_SLICE);
+            Otherwise::Wait { until, end: end_of_wait(request, &turn, &clock), by: request.queued_by }
         } else {
             Otherwise::Refuse(request.caller)
         };

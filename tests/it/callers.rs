@@ -389,6 +389,47 @@ async fn a_keys_tokens_are_reserved_before_a_request_and_settled_after_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn callers_take_turns_in_the_queue_and_none_fills_it_alone() {
+    within(async {
+        let slow = crate::harness::behaving(Behaviour { header_delay_ms: 200, ..Behaviour::default() }).await;
+        let keys = json!([{ "name": "agent", "key": ADA }, { "name": "bob", "key": BOB }]);
+        let apis = [endpoint_with("a", &slow.base_url(), json!({ "maxConcurrent": 1 }))];
+        let queue = json!({ "maxWaitMs": 20_000, "maxRequests": 12, "maxRequestsPerKey": 8 });
+        let proxy = Proxy::start(json!({ "keys": keys, "queue": queue }), &apis).await;
+        let body = |user: &str| json!({ "model": "m", "messages": [], "user": user });
+        let post = |key: &'static str, user: &'static str| {
+            let request = proxy.request_without_key(Method::POST, "/v1/chat/completions").bearer_auth(key);
+            tokio::spawn(Reply::of(request.json(&body(user))))
+        };
+        let agent: Vec<_> = (0..12).map(|_| post(ADA, "agent")).collect();
+        crate::harness::until("the agent waits", || slow.requests().len() == 1).await;
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        let bob: Vec<_> = (0..2).map(|_| post(BOB, "bob")).collect();
+        for reply in bob {
+            assert_eq!(reply.await.unwrap().status, 200);
+        }
+        let mut refused = 0;
+        for reply in agent {
+            let reply = reply.await.unwrap();
+            if reply.status == 429 {
+                refused += 1;
+            } else {
+                assert_eq!(reply.status, 200);
+            }
+        }
+        assert_eq!(refused, 3, "one was on its way, and eight may wait");
+        let order: Vec<String> = slow
+            .requests()
+            .iter()
+            .map(|request| serde_json::from_slice::<Value>(&request.body).unwrap()["user"].as_str().unwrap().to_owned())
+            .collect();
+        let last_of_bob = order.iter().rposition(|user| user == "bob").unwrap();
+        assert!(last_of_bob <= 5, "it waited behind the agent: {order:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_spelled_plainly_opens_nothing_of_others() {
     within(async {
         let simulators = [keeping("a").await];

@@ -27,7 +27,7 @@ use api_together::ledger::places::{Place, PlaceChange, Thing, ThingKind};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{
     AccountId, AccountSet, Allocator, CallerDraw, CallerId, Change, Client, FaultKind, Ledger, LedgerError,
-    LimitedAccount, ModelList, Permit, Spent, Tally,
+    LimitedAccount, ModelList, Permit, QueuedBy, Spent, Tally,
 };
 use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, Limits, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
@@ -593,12 +593,18 @@ impl World {
         for _ in 0..count {
             let process = &mut self.processes[at];
             let pool = Arc::clone(&process.pool.borrow());
-            let queue = (self.rng.u8(..) < 40)
-                .then(|| Queue { wait_max: Duration::from_millis(self.rng.u64(1..70_000)), requests_max: 5 });
+            let queue = (self.rng.u8(..) < 40).then(|| Queue {
+                wait_max: Duration::from_millis(self.rng.u64(1..70_000)),
+                requests_max: 5,
+                requests_per_key_max: 3,
+            });
             let model = *self.rng.choice(&MODELS).unwrap();
-            let own = process.callers.get(self.rng.usize(..2 * CALLERS.len())).cloned();
+            let caller = self.rng.usize(..2 * CALLERS.len());
+            let own = process.callers.get(caller).cloned();
+            let queued_by = QueuedBy { caller: caller as u64, weight: self.rng.u32(1..4) };
             let own = own.filter(|own| own.accounts.is_limited());
-            let request = request(pool, (model, own), queue, Arc::clone(&self.clocks), Rc::clone(&self.shared));
+            let request =
+                request(pool, (model, own), (queue, queued_by), Arc::clone(&self.clocks), Rc::clone(&self.shared));
             process.requests.push(Box::pin(request));
         }
     }
@@ -784,7 +790,7 @@ impl OwnPermit {
 async fn request(
     pool: Arc<Pool>,
     (model, own): (&'static str, Option<CallerDraw>),
-    queue: Option<Queue>,
+    (queue, queued_by): (Option<Queue>, QueuedBy),
     clocks: Arc<Clocks>,
     shared: Rc<RefCell<Shared>>,
 ) {
@@ -805,6 +811,7 @@ async fn request(
                 preferred: None,
             },
             queue,
+            queued_by,
             caller,
             own: own.as_ref().filter(|_| own_permit.is_none()),
         };

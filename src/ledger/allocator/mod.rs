@@ -6,6 +6,7 @@
 
 mod promised;
 mod replies;
+mod turns;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -58,6 +59,7 @@ pub struct Allocator {
     accounts: HashMap<AccountId, Listed>,
     /// Draws in the queue, in the order of arrival. The places of the queue bound their number.
     waiting: BTreeMap<u64, Draw>,
+    turns: turns::Turns,
     /// Moments at which refused callers were told to come back.
     promised: promised::Promised,
     scan_at: Stamp,
@@ -96,6 +98,7 @@ impl Allocator {
             tally,
             accounts: HashMap::new(),
             waiting: BTreeMap::new(),
+            turns: turns::Turns::default(),
             promised: promised::Promised::default(),
             scan_at: Stamp::NEVER,
             write_behind: WriteBehind::default(),
@@ -317,7 +320,7 @@ impl Allocator {
         }
         if clock.boot >= self.scan_at {
             self.scan_at = Stamp::NEVER;
-            draws.extend(std::mem::take(&mut self.waiting).into_values());
+            draws.extend(self.turns.order(std::mem::take(&mut self.waiting)));
         }
         draws.extend(newcomers);
         draws.retain(|draw| !draw.reply.is_closed());

@@ -58,12 +58,15 @@ impl Allocator {
         self.prefetched.push((Arc::clone(accounts), counted.boot + prefetch::USABLE));
     }
 
-    fn grant(&self, draw: Draw, at: usize, counted: Option<CountedAt>) {
+    fn grant(&mut self, draw: Draw, at: usize, counted: Option<CountedAt>) {
         let Some(Wanted { accounts, .. }) = draw.wanted.get(at) else { return };
         let mut permit = Permit::granted(&self.client, accounts, counted);
         if let Some(CallerDraw { accounts, tokens }) = &draw.caller {
             let of_caller = Permit::granted(&self.client, accounts, counted);
             permit.set_caller(of_caller.with_reserved(counted.map(|at| (at, *tokens))));
+        }
+        if let Otherwise::Wait { by, .. } = draw.otherwise {
+            self.turns.served(by);
         }
         // If the client is gone, the permit is dropped, which gives it back.
         drop(draw.reply.send(Drawn::Granted(at, permit)));
@@ -72,7 +75,7 @@ impl Allocator {
     fn refuse(&mut self, draw: Draw, held: Vec<HeldEndpoint>, clock: &Clock) {
         let first = held.iter().map(|endpoint| endpoint.held.until).min().unwrap_or(clock.boot);
         let free_at = match draw.otherwise {
-            Otherwise::Wait { until, end } if until > clock.boot && may_end_by(&held, end) => {
+            Otherwise::Wait { until, end, .. } if until > clock.boot && may_end_by(&held, end) => {
                 if !draw.reply.is_closed() {
                     self.scan_at = self.scan_at.min(first).min(until).min(clock.boot + SCAN);
                     self.waiting.insert(draw.ticket, draw);

@@ -8,7 +8,7 @@ use crate::config::{LedgerSync, LimitKind};
 use crate::ledger::sqlite::{Opening, SqliteLedger};
 use crate::ledger::stats::{self, MODELS_MAX, OTHER_MODELS};
 use crate::ledger::write_behind::WRITE_DELAY;
-use crate::ledger::{AccountId, CallerId, Drawn, Otherwise, Permit, Refusal, Spent, Wanted, prefetch};
+use crate::ledger::{AccountId, CallerId, Drawn, Otherwise, Permit, QueuedBy, Refusal, Spent, Wanted, prefetch};
 use crate::limit::{LimitReason, Limits};
 use crate::usage::{Cost, Speed, Tokens};
 use jiff::tz::TimeZone;
@@ -278,7 +278,8 @@ fn those_who_wait_are_served_in_the_order_of_arrival() {
         spent(process.draw(&wanted));
     }
     let until = process.client.clock().boot + Duration::from_secs(100);
-    let mut waiting: Vec<_> = (0..4).map(|_| process.ask(&wanted, Otherwise::Wait { until, end: until })).collect();
+    let mut waiting: Vec<_> =
+        (0..4).map(|_| process.ask(&wanted, Otherwise::Wait { until, end: until, by: QueuedBy::default() })).collect();
     process.serve();
     assert!(waiting.iter_mut().all(|answer| poll(answer).is_pending()));
     // One of them disconnects; the next one takes its place.
@@ -295,6 +296,52 @@ fn those_who_wait_are_served_in_the_order_of_arrival() {
     // No other permit can be free within the last one's time in the queue, so it is not kept waiting.
     let refusal = refused(ready(&mut waiting[2]));
     assert_eq!(refusal.wait, Duration::from_millis(60_500));
+}
+
+#[test]
+fn callers_take_turns_in_the_queue() {
+    let (_folder, mut process) = Process::alone();
+    let wanted = [process.wanted("a", r#""maxConcurrent":1"#)];
+    let Drawn::Granted(_, mut held) = process.draw(&wanted) else { panic!("it is free") };
+    let until = process.client.clock().boot + Duration::from_secs(100);
+    let wait = |caller| Otherwise::Wait { until, end: until, by: QueuedBy { caller, weight: 1 } };
+    let mut waiting: Vec<_> = (0..6).map(|_| (1, process.ask(&wanted, wait(1)))).collect();
+    process.serve();
+    waiting.extend((0..2).map(|_| (2, process.ask(&wanted, wait(2)))));
+    process.serve();
+    let mut served = Vec::new();
+    while !waiting.is_empty() {
+        drop(held);
+        process.serve();
+        let mut granted = None;
+        waiting.retain_mut(|(caller, answer)| match poll(answer) {
+            Poll::Pending => true,
+            Poll::Ready(Drawn::Granted(_, permit)) => {
+                served.push(*caller);
+                granted = Some(permit);
+                false
+            }
+            Poll::Ready(other) => panic!("{other:?}"),
+        });
+        held = granted.expect("somebody waits, and it is free");
+    }
+    drop(held);
+    assert_eq!(served, [1, 2, 1, 2, 1, 1, 1, 1]);
+}
+
+#[test]
+fn one_caller_does_not_take_every_place_of_the_queue() {
+    let client = Client::new(Clock::read);
+    let enter = |caller| client.enter_queue(QueuedBy { caller, weight: 1 }, 5, 3);
+    let places: Vec<_> = (0..9).map_while(|_| enter(1)).collect();
+    assert_eq!(places.len(), 3, "as many as one may have");
+    let others = [enter(2), enter(3)];
+    assert!(others.iter().all(Option::is_some) && enter(4).is_none(), "there are no more");
+    assert_eq!(client.queued(), 5);
+    drop(places);
+    assert!(enter(4).is_some() && enter(1).is_some());
+    drop(others);
+    assert_eq!(client.queued(), 0);
 }
 
 /// Draws one permit per millisecond until permits are prefetched.
@@ -392,7 +439,7 @@ fn a_permit_is_swapped_without_anybody_coming_between() {
     let wanted = [process.wanted("a", r#""rpm":1,"maxConcurrent":1"#)];
     let Drawn::Granted(0, old) = process.draw(&wanted) else { panic!("it is free") };
     let until = process.client.clock().boot + Duration::from_secs(100);
-    let mut waiting = process.ask(&wanted, Otherwise::Wait { until, end: until });
+    let mut waiting = process.ask(&wanted, Otherwise::Wait { until, end: until, by: QueuedBy::default() });
     process.serve();
     process.now_ms.fetch_add(1000, Ordering::Relaxed);
     assert!(old.is_stale(&process.client.clock()));
@@ -416,7 +463,7 @@ fn whoever_waits_takes_what_comes_back_at_once() {
     let Drawn::Granted(0, mut first) = process.draw(&wanted) else { panic!("it is free") };
     first.spend();
     let until = process.client.clock().boot + Duration::from_secs(100);
-    let mut waiting = process.ask(&wanted, Otherwise::Wait { until, end: until });
+    let mut waiting = process.ask(&wanted, Otherwise::Wait { until, end: until, by: QueuedBy::default() });
     process.serve();
     assert!(poll(&mut waiting).is_pending());
     drop(first);
@@ -433,7 +480,7 @@ fn an_endpoint_that_rests_may_be_waited_for() {
     assert_eq!((refusal.wait, reasons(&refusal)), (Duration::from_secs(3), vec![(0, LimitReason::Rest)]));
     assert_eq!(refusal.held[0].held.until, wanted.not_before);
     let until = process.client.clock().boot + Duration::from_secs(5);
-    let mut waiting = process.ask(&[wanted], Otherwise::Wait { until, end: until });
+    let mut waiting = process.ask(&[wanted], Otherwise::Wait { until, end: until, by: QueuedBy::default() });
     process.serve();
     process.pass(Duration::from_secs(3));
     assert!(matches!(ready(&mut waiting), Drawn::Granted(0, _)));
@@ -553,7 +600,7 @@ fn a_waiting_draw_does_not_keep_the_thread_busy() {
     let wanted = [process.wanted("a", r#""rpm":1"#)];
     spent(process.draw(&wanted));
     let until = process.client.clock().boot + Duration::from_secs(100);
-    let waiting = process.ask(&wanted, Otherwise::Wait { until, end: until });
+    let waiting = process.ask(&wanted, Otherwise::Wait { until, end: until, by: QueuedBy::default() });
     process.serve();
     let now = process.client.clock().boot;
     assert!(process.allocator.next_due() > now, "there is nothing to do at this moment");

@@ -82,7 +82,7 @@ fn a_caller_at_its_limit_does_not_wait_in_the_queue() {
     let endpoint = [process.wanted("a", r#""rpm":1"#)];
     let ada = process.of_caller("ada", r#""rpd":1"#, 0);
     let until = process.client.clock().boot + Duration::from_secs(100);
-    let wait = Otherwise::Wait { until, end: until };
+    let wait = Otherwise::Wait { until, end: until, by: QueuedBy::default() };
     let (_, mut permit, mut caller) = both(process.draw_for(&endpoint, &ada));
     permit.spend();
     caller.spend();
