@@ -214,11 +214,16 @@ fn add_model_limits(scrape: &Scrape, endpoints: &[&Endpoint], views: &Views) {
     add("api_together_model_limit_left", "Remaining part of each limit of models.", u64::saturating_sub);
 }
 
-/// Limits of callers' keys, the first of them by name.
+/// Limits of callers' keys that open something, the first of them by name. Those for some models are left out.
 async fn add_key_limits(scrape: &Scrape, from: Sources<'_>) {
     let callers = Arc::clone(&from.process.keyring.load());
-    let whole = callers.all().filter_map(|caller| caller.accounts.all().next());
+    let opening = callers.all().filter(|caller| caller.key.opens());
+    let is_limited = |of: &&LimitedAccount| known(&of.limits, PerLimit::default()).next().is_some();
+    let whole = opening.filter_map(|caller| caller.accounts.all().next().filter(is_limited));
     let accounts: Vec<LimitedAccount> = whole.take(KEYS_MAX).cloned().collect();
+    if accounts.is_empty() {
+        return;
+    }
     let Some(views) = from.pool.ledger.look(accounts.clone()).await else { return };
     let mut all = Vec::new();
     for (of, view) in accounts.iter().zip(&views) {

@@ -139,7 +139,7 @@ impl Ask {
     pub fn queued_by(&self) -> QueuedBy {
         let named = self.named.as_ref();
         named.map_or_else(QueuedBy::default, |named| QueuedBy {
-            caller: named.caller.number,
+            caller: named.caller.queue_number,
             weight: named.caller.key.weight,
         })
     }

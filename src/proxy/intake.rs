@@ -357,7 +357,7 @@ async fn wait_for_choice(
     (mut request, undecided): (admission::Request<'_>, Undecided),
 ) -> Result<Choice, Stop> {
     if let Some(queue) = &mut request.queue
-        && keyring.load().is_empty()
+        && !keyring.load().are_several(ask.pool.server.api_key.is_some())
     {
         // Nobody else has a key, so the queue is all its own.
         queue.requests_per_key_max = queue.requests_max;

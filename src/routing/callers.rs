@@ -26,6 +26,8 @@ pub const GENERATED_PREFIX: &str = "sk-at-";
 pub struct Callers {
     by_digest: HashMap<KeyDigest, Arc<Caller>, BuildHasherDefault<AsItIs>>,
     by_name: BTreeMap<Arc<str>, Arc<Caller>>,
+    /// Number of those whose keys open something, whatever the time.
+    opening: usize,
     zone: Option<TimeZone>,
 }
 
@@ -111,6 +113,8 @@ pub struct Caller {
     pub key: ClientKey,
     /// Distinguishes it from every other one of this process, earlier ones of its name included.
     pub number: u64,
+    /// What it is in the queue, where it stays the same if its key changes.
+    pub queue_number: u64,
     /// True if its key stands in the config, false if it stands in the file of keys.
     pub is_of_config: bool,
     /// Accounts of its requests, with the limits of its key.
@@ -207,13 +211,23 @@ impl Callers {
                     let still_opens = known.filter(|known| known.key.opens());
                     let ending = still_opens.map_or_else(Arc::default, |known| Arc::clone(&known.ending));
                     let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+                    let queue_number = known.map_or(number, |known| known.queue_number);
                     let accounts = CallerAccounts::new(key, &parts.zone, (config, ledger));
-                    Arc::new(Caller { key: key.clone(), number, is_of_config, accounts, counters, ending })
+                    Arc::new(Caller {
+                        key: key.clone(),
+                        number,
+                        queue_number,
+                        is_of_config,
+                        accounts,
+                        counters,
+                        ending,
+                    })
                 }
             };
             callers.by_digest.extend(key.hashes.iter().map(|hash| (hash.digest, Arc::clone(&caller))));
             callers.by_name.insert(Arc::clone(&key.name), caller);
         }
+        callers.opening = callers.by_name.values().filter(|caller| caller.key.opens()).count();
         (callers, overlooked)
     }
 
@@ -231,6 +245,11 @@ impl Callers {
     /// All of them, by name.
     pub fn all(&self) -> impl Iterator<Item = &Arc<Caller>> {
         self.by_name.values()
+    }
+
+    /// True if there is somebody beside a caller, which is one of them or has the one key of the server, if there is that.
+    pub fn are_several(&self, has_shared: bool) -> bool {
+        self.opening + usize::from(has_shared) > 1
     }
 
     /// True if nobody has a key of its own.

@@ -5,11 +5,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 
-use super::metrics::{OK, OTHER, keep, once};
+use super::metrics::{OK, keep, once};
 use crate::usage::Cost;
 
-/// Names of keys that are labels at most, over the whole life of the process. Those that come later are `other`.
+/// Names of keys that are labels at most, over the whole life of the process. Those that come later are `(other)`.
 pub(crate) const KEYS_MAX: usize = 256;
+
+/// Label of those. No key has a name with brackets.
+const OTHERS: &str = "(other)";
 
 /// Metrics of requests with callers' own keys.
 #[derive(Debug)]
@@ -93,7 +96,7 @@ impl KeyMetrics {
             // Nothing panics while it is held.
             let mut labels = self.labels.lock().unwrap_or_else(PoisonError::into_inner);
             if labels.len() >= KEYS_MAX && !labels.contains(&key.name) {
-                return OTHER.into();
+                return OTHERS.into();
             }
             labels.insert(Arc::clone(&key.name));
             Arc::clone(&key.name)
@@ -130,7 +133,7 @@ mod tests {
             r#"api_together_key_requests_total{key="key-0",outcome="ok"} 3"#,
             r#"api_together_key_requests_total{key="key-0",outcome="key_limits_reached"} 1"#,
             r#"api_together_key_requests_total{key="key-255",outcome="ok"} 1"#,
-            r#"api_together_key_requests_total{key="other",outcome="ok"} 3"#,
+            r#"api_together_key_requests_total{key="(other)",outcome="ok"} 3"#,
             r#"api_together_key_tokens_total{key="key-0",kind="prompt"} 10"#,
             r#"api_together_key_tokens_total{key="key-0",kind="completion"} 4"#,
             r#"api_together_key_estimated_tokens_total{key="key-0",kind="prompt"} 3"#,

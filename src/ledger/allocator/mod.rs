@@ -318,6 +318,9 @@ impl Allocator {
                 self.scan_at = self.scan_at.min(clock.boot);
             }
         }
+        if self.waiting.is_empty() && self.client.queued() == 0 {
+            self.turns.clear();
+        }
         if clock.boot >= self.scan_at {
             self.scan_at = Stamp::NEVER;
             draws.extend(self.turns.order(std::mem::take(&mut self.waiting)));

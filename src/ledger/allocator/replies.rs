@@ -65,9 +65,7 @@ impl Allocator {
             let of_caller = Permit::granted(&self.client, accounts, counted);
             permit.set_caller(of_caller.with_reserved(counted.map(|at| (at, *tokens))));
         }
-        if let Otherwise::Wait { by, .. } = draw.otherwise {
-            self.turns.served(by);
-        }
+        self.turns.served(&draw);
         // If the client is gone, the permit is dropped, which gives it back.
         drop(draw.reply.send(Drawn::Granted(at, permit)));
     }

@@ -1,62 +1,93 @@
 //! Whose turn it is in the queue. Callers take turns by their weights, however much each of them has sent; the requests of one caller
 //! keep the order of their arrival. This is fair queueing by start times, each permit being one unit.
+//!
+//! Who waits for other accounts stands in another line: what is full for one says nothing of the other.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
-use crate::ledger::messages::{Draw, QueuedBy};
+use crate::ledger::messages::{Draw, Otherwise, QueuedBy};
 
 /// Length of a turn of weight 1. The greatest weight is 100, whose share is whole.
 const UNITS: u64 = 2_520_000;
 
-/// Turns of the callers in the queue.
+/// Turns of the callers in the queue, by line. A line that nobody stands in is forgotten, and with it whose turns were ahead.
 #[derive(Debug, Default)]
-pub(super) struct Turns {
+pub(super) struct Turns(HashMap<LineId, Line>);
+
+/// Address of the account that draws of one line want, or of one of those that they all want. It tells accounts apart, and is never followed.
+type LineId = Option<usize>;
+
+#[derive(Debug, Default)]
+struct Line {
     /// Beginning of the turn that was served last. A caller that comes begins here, so it waits for one turn of each other one, and has
     /// nothing saved up from when it did not wait.
     now: u64,
-    /// Beginnings of the next turns, of callers that were served a turn ahead of `now`. Forgotten once that is behind, and when the queue is
-    /// empty.
+    /// Beginnings of the next turns, of callers that were served a turn ahead of `now`.
     next: HashMap<u64, u64>,
 }
 
 impl Turns {
     /// All that wait, in the order in which they are served.
     pub(super) fn order(&mut self, waiting: BTreeMap<u64, Draw>) -> Vec<Draw> {
-        if waiting.is_empty() {
-            *self = Self::default();
-            return Vec::new();
-        }
-        self.next.retain(|_, begins| *begins > self.now);
-        let mut next = self.next.clone();
+        let mut lines: HashMap<LineId, Line> = HashMap::new();
+        let mut provisional: HashMap<(LineId, u64), u64> = HashMap::new();
         let mut ordered: Vec<(u64, Draw)> = Vec::with_capacity(waiting.len());
         for draw in waiting.into_values() {
-            let by = draw.otherwise.queued_by();
-            let begins = next.entry(by.caller).or_insert(self.now);
-            ordered.push((*begins, draw));
+            let (id, by) = (line_of(&draw), draw.otherwise.queued_by());
+            let line = lines.entry(id).or_insert_with(|| self.0.remove(&id).unwrap_or_default());
+            let begins = provisional.entry((id, by.caller)).or_insert_with(|| line.begins(by));
+            // Lines have clocks of their own, so what counts is how far ahead it is.
+            ordered.push((begins.saturating_sub(line.now), draw));
             *begins += share(by);
         }
+        for line in lines.values_mut() {
+            line.next.retain(|_, begins| *begins > line.now);
+        }
+        self.0 = lines;
         // Stable: of equal turns the one that came first has the first.
-        ordered.sort_by_key(|(begins, _)| *begins);
+        ordered.sort_by_key(|(ahead, _)| *ahead);
         ordered.into_iter().map(|(_, draw)| draw).collect()
     }
 
-    /// Notes that a request out of the queue has got its permit.
-    pub(super) fn served(&mut self, by: QueuedBy) {
-        let begins = self.next.get(&by.caller).copied().unwrap_or(self.now);
-        self.now = self.now.max(begins);
-        self.next.insert(by.caller, begins + share(by));
+    /// Notes that a request has got its permit, if others stand in its line.
+    pub(super) fn served(&mut self, draw: &Draw) {
+        let Otherwise::Wait { by, .. } = draw.otherwise else { return };
+        let Some(line) = self.0.get_mut(&line_of(draw)) else { return };
+        let begins = line.begins(by);
+        line.now = line.now.max(begins);
+        line.next.insert(by.caller, begins + share(by));
     }
+
+    /// Forgets all, once nobody waits.
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Line {
+    fn begins(&self, by: QueuedBy) -> u64 {
+        self.next.get(&by.caller).copied().unwrap_or_default().max(self.now)
+    }
+}
+
+/// Draws that want other accounts are in different lines. Where there are several, the order in which they are wanted may differ.
+fn line_of(draw: &Draw) -> LineId {
+    let of_models = draw.wanted.iter().filter_map(|wanted| wanted.accounts.accounts().last());
+    of_models.map(|of| Arc::as_ptr(&of.account).addr()).min()
 }
 
 fn share(by: QueuedBy) -> u64 {
     UNITS / u64::from(by.weight.max(1))
 }
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::messages::Otherwise;
-    use crate::limit::Stamp;
+    use crate::config::Endpoint;
+    use crate::config::test_support::config;
+    use crate::ledger::{AccountId, AccountSet, Client, LimitedAccount, Wanted};
+    use crate::limit::{Clock, Limits, Stamp};
+    use jiff::tz::TimeZone;
     use proptest::prelude::*;
     use tokio::sync::oneshot;
 
@@ -67,13 +98,17 @@ mod tests {
         Draw { ticket, wanted: Vec::new(), caller: None, otherwise, instead_of: None, keeps_place: false, reply }
     }
 
+    fn endpoint() -> Endpoint {
+        config(r#"[{"id":"a"}]"#).endpoints.remove(0)
+    }
+
     /// Serves the queue one permit at a time. Returns whose they were.
     fn serve(turns: &mut Turns, waiting: &mut BTreeMap<u64, Draw>, permits: usize) -> Vec<u64> {
         let mut served = Vec::new();
         for _ in 0..permits {
             let mut ordered = turns.order(std::mem::take(waiting)).into_iter();
             let Some(first) = ordered.next() else { break };
-            turns.served(first.otherwise.queued_by());
+            turns.served(&first);
             served.push(first.otherwise.queued_by().caller);
             waiting.extend(ordered.map(|draw| (draw.ticket, draw)));
         }
@@ -96,6 +131,43 @@ mod tests {
         waiting.extend((60..70).map(|ticket| (ticket, draw(ticket, 3, 1))));
         let served = serve(&mut turns, &mut waiting, 8);
         assert_eq!(served.iter().filter(|caller| **caller == 3).count(), 4, "{served:?}");
+    }
+
+    #[test]
+    fn what_is_full_for_one_line_says_nothing_of_the_other() {
+        let client = Client::new(Clock::read);
+        let accounts = ["first", "second"].map(|id| client.account(&AccountId::Endpoint(id.into())));
+        let wants = |id: usize, ticket: u64, caller: u64| {
+            let account = Arc::clone(&accounts[id]);
+            let of = LimitedAccount { account, limits: Arc::new(Limits::new(&endpoint(), &TimeZone::UTC)) };
+            let wanted = Wanted { accounts: Arc::new(AccountSet::new(vec![of])), not_before: Stamp::default() };
+            Draw { wanted: vec![wanted], ..draw(ticket, caller, 1) }
+        };
+        let (first, second) = (line_of(&wants(0, 0, 0)), line_of(&wants(1, 0, 0)));
+        let mut turns = Turns::default();
+        // A permit of one line, for the first that stands in it.
+        let serve_in = |turns: &mut Turns, waiting: &mut BTreeMap<u64, Draw>, line: LineId| {
+            let mut ordered = turns.order(std::mem::take(waiting));
+            let at = ordered.iter().position(|draw| line_of(draw) == line).unwrap();
+            let served = ordered.remove(at);
+            turns.served(&served);
+            waiting.extend(ordered.into_iter().map(|draw| (draw.ticket, draw)));
+            served.otherwise.queued_by().caller
+        };
+        // One caller has twenty in the first line and one in the second, where another one has ten.
+        let mut waiting = queue((0..20).map(|ticket| wants(0, ticket, 1)));
+        waiting.insert(20, wants(1, 20, 1));
+        waiting.extend((21..31).map(|ticket| (ticket, wants(1, ticket, 2))));
+        let served: Vec<u64> = (0..2).map(|_| serve_in(&mut turns, &mut waiting, second)).collect();
+        assert_eq!(served, [1, 2], "its twenty elsewhere are no turns here");
+        // A third one comes to the first line; permits of the second come between.
+        waiting.insert(40, wants(0, 40, 3));
+        let mut served = Vec::new();
+        for _ in 0..3 {
+            served.push(serve_in(&mut turns, &mut waiting, first));
+            serve_in(&mut turns, &mut waiting, second);
+        }
+        assert_eq!(served, [1, 3, 1], "nobody's turn is forgotten for it");
     }
 
     #[test]
@@ -130,7 +202,7 @@ mod tests {
                 let turn = 2 * *weight as usize + 1;
                 prop_assert!(got + turn >= due && got <= due + turn, "{got} of {due}: {weights:?}");
             }
-            prop_assert!(turns.next.len() <= weights.len());
+            prop_assert!(turns.0.len() == 1 && turns.0.values().all(|line| line.next.len() <= weights.len()));
         }
     }
 }
