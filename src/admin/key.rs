@@ -1,11 +1,18 @@
-//! `GET /v1/key`: what the key of a request opens, its limits, what is used of them, and when they free.
+//! `GET /v1/key`: what the key of a request opens, its limits, what is used of them, when they free, and what it has spent.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
+use tokio::sync::Semaphore;
 
 use super::Sources;
 use super::status::{quota, time_of};
+use super::tokens;
 use crate::config::{CallKind, CallSet, ClientKey};
 use crate::ledger::LimitedAccount;
+use crate::ledger::stats::{self, Begins, Part};
 use crate::limit::{Clock, View};
 
 pub(super) async fn key(from: Sources<'_>) -> String {
@@ -42,7 +49,33 @@ pub(super) async fn key(from: Sources<'_>) -> String {
     }
     key.extend(whole);
     key.insert("modelLimits".to_owned(), of_models.into());
+    key.insert("spend".to_owned(), spend(&from, name).await);
     Value::Object(key).to_string()
+}
+
+/// Keys whose spend is read at once: each takes a thread and a connection to the ledger.
+const READS_MAX: usize = 4;
+static READS: Semaphore = Semaphore::const_new(READS_MAX);
+
+/// What its requests took so far, since the statistics were reset; nothing while that cannot be read.
+async fn spend(from: &Sources<'_>, name: &Arc<str>) -> Value {
+    let Ok(_turn) = READS.acquire().await else { return Value::Null };
+    // Writes the counts of this process first; if that fails, the written ones are shown.
+    from.pool.ledger.flush().await;
+    let (path, name, now) = (from.process.ledger.path().to_owned(), Arc::clone(name), SystemTime::now());
+    let read = tokio::task::spawn_blocking(move || stats::read_key(&path, &name, now)).await;
+    let Ok(Ok(stats)) = read else { return Value::Null };
+    let models = || stats.values().flat_map(BTreeMap::values);
+    let day = Begins::new(now, &from.pool.server.timezone).day;
+    let today = models().filter_map(|model| model.days.get(&day)).fold(Part::default(), Part::plus);
+    let cost = tokens::total(models());
+    json!({
+        "requests": cost.exact.requests.saturating_add(cost.estimated.requests),
+        "tokens": cost.tokens(),
+        "usd": tokens::dollars(cost.money),
+        "unpricedRequests": cost.money.unpriced,
+        "today": { "tokens": today.tokens, "usd": today.spent.dollars() },
+    })
 }
 
 /// Each kind of limit of an account, and the one that holds requests up just now, until when.

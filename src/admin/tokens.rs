@@ -8,9 +8,12 @@ use serde_json::{Map, Value, json};
 
 use super::Sources;
 use super::status::{SERVICE, iso};
+use crate::config::Rates;
 use crate::fault::{Fault, excerpt};
-use crate::ledger::stats::{self, Begins, ModelStats, Stats};
-use crate::usage::{Cost, Sum};
+use crate::ledger::stats::{self, Begins, ModelStats, Part, Stats};
+use crate::routing::pool::Pool;
+use crate::usage::prices::{NanoUsd, Priced};
+use crate::usage::{Cost, Money, Sum};
 
 /// Counts of every endpoint that ever answered, in any process that shares the ledger.
 pub(super) async fn stats(from: Sources<'_>) -> Result<String, Fault> {
@@ -19,8 +22,8 @@ pub(super) async fn stats(from: Sources<'_>) -> Result<String, Fault> {
     let path = from.process.ledger.path().to_owned();
     let now = SystemTime::now();
     let read = tokio::task::spawn_blocking(move || stats::read(&path, now)).await;
-    let stats = match read {
-        Ok(Ok(stats)) => stats,
+    let (stats, keys) = match read {
+        Ok(Ok(read)) => read,
         Ok(Err(error)) => {
             log::error!("token statistics: {error}");
             return Err(Fault::StatsUnavailable);
@@ -28,12 +31,16 @@ pub(super) async fn stats(from: Sources<'_>) -> Result<String, Fault> {
         Err(_) => return Err(Fault::Internal),
     };
     let begins = Begins::new(now, &from.pool.server.timezone);
-    let detailed: Map<String, Value> = stats.iter().map(|(id, models)| (id.clone(), endpoint(models))).collect();
+    let shown = Shown { pool: from.pool, now };
+    let detailed: Map<String, Value> =
+        stats.iter().map(|(id, models)| (id.clone(), shown.endpoint(id, models))).collect();
+    let by_key: Map<String, Value> = keys.iter().map(|(name, stats)| (name.clone(), shown.key(stats))).collect();
     Ok(json!({
         "service": SERVICE,
         "timestamp": iso(now),
         "summary": summary(&stats, begins),
         "detailedStats": detailed,
+        "keys": by_key,
     })
     .to_string())
 }
@@ -42,23 +49,33 @@ fn summary(stats: &Stats, begins: Begins) -> Value {
     let models = || stats.values().flat_map(BTreeMap::values);
     let cost = total(models());
     let Sum { requests, tokens } = cost.exact;
-    let sum = |parts: fn(&ModelStats) -> &BTreeMap<i64, u64>, begin: i64| -> u64 {
-        models().filter_map(|model| parts(model).get(&begin)).sum()
+    let sum = |parts: fn(&ModelStats) -> &BTreeMap<i64, Part>, begin: i64| {
+        let parts = models().filter_map(|model| parts(model).get(&begin));
+        parts.fold(Part::default(), Part::plus)
     };
+    let (hour, day) = (sum(|model| &model.hours, begins.hour), sum(|model| &model.days, begins.day));
     let summary = json!({
         "totalTokens": tokens.total,
         "totalRequests": requests,
         "totalPromptTokens": tokens.prompt,
         "totalCompletionTokens": tokens.completion,
-        "currentHourTokens": sum(|model| &model.hours, begins.hour),
-        "currentDayTokens": sum(|model| &model.days, begins.day),
+        "currentHourTokens": hour.tokens,
+        "currentDayTokens": day.tokens,
+        "currentHourUsd": hour.spent.dollars(),
+        "currentDayUsd": day.spent.dollars(),
         "averageTokensPerRequest": (tokens.total + requests / 2).checked_div(requests).unwrap_or(0),
         "activeApis": stats.len(),
     });
     with_details(summary, &cost)
 }
 
-fn total<'a>(models: impl Iterator<Item = &'a ModelStats>) -> Cost {
+/// Dollars; nothing, rather than 0, where no answer had a price.
+pub(super) fn dollars(money: Money) -> Option<f64> {
+    let is_known = money.spent > NanoUsd(0) || money.unpriced == 0;
+    is_known.then(|| money.spent.dollars())
+}
+
+pub(super) fn total<'a>(models: impl Iterator<Item = &'a ModelStats>) -> Cost {
     let mut cost = Cost::default();
     models.for_each(|model| cost.merge(&model.cost));
     cost
@@ -66,12 +83,14 @@ fn total<'a>(models: impl Iterator<Item = &'a ModelStats>) -> Cost {
 
 /// Additional members of every level of the statistics. Estimates are kept apart from reported tokens.
 fn with_details(mut level: Value, cost: &Cost) -> Value {
-    let Cost { exact, estimated, speed } = cost;
+    let Cost { exact, estimated, speed, money } = cost;
     let average = |sum: u64, count: u64| (count > 0).then(|| sum / count);
     let details = json!({
         "cachedTokens": exact.tokens.cached,
         "reasoningTokens": exact.tokens.reasoning,
         "audioTokens": exact.tokens.audio,
+        "usd": dollars(*money),
+        "unpricedRequests": money.unpriced,
         "estimated": {
             "requests": estimated.requests,
             "promptTokens": estimated.tokens.prompt,
@@ -90,28 +109,97 @@ fn with_details(mut level: Value, cost: &Cost) -> Value {
     level
 }
 
-fn endpoint(models: &BTreeMap<String, ModelStats>) -> Value {
-    let cost = total(models.values());
-    let last_used = models.values().map(|model| model.last_used_ms).max().unwrap_or_default();
-    let merged = |parts: fn(&ModelStats) -> &BTreeMap<i64, u64>| {
-        let mut merged: BTreeMap<i64, u64> = BTreeMap::new();
-        for (begin, tokens) in models.values().flat_map(parts) {
-            *merged.entry(*begin).or_default() += tokens;
+/// What statistics are shown with: the prices of the config that is loaded.
+struct Shown<'a> {
+    pool: &'a Pool,
+    now: SystemTime,
+}
+
+impl Shown<'_> {
+    /// Those of an endpoint.
+    fn endpoint(&self, id: &str, models: &BTreeMap<String, ModelStats>) -> Value {
+        let prices = self.pool.endpoints.iter().find(|endpoint| *endpoint.config.id == *id).map(|one| &one.prices);
+        let by_model = models.iter().map(|(name, stats)| {
+            let mut counts = counts(&stats.cost, stats.last_used_ms);
+            let price = prices.and_then(|prices| prices.of(name, self.now));
+            if let Value::Object(fields) = &mut counts {
+                fields.insert("price".into(), price.map_or(Value::Null, |price| price_of(&price)));
+            }
+            (name.clone(), counts)
+        });
+        let by_model: Map<String, Value> = by_model.collect();
+        let mut endpoint = counts(&total(models.values()), last_used(models.values()));
+        if let Value::Object(fields) = &mut endpoint {
+            fields.extend(parts(models.values()));
+            fields.insert("models".into(), by_model.into());
         }
-        merged
-    };
-    let (hours, days) = (merged(|model| &model.hours), merged(|model| &model.days));
-    let by_model: Map<String, Value> =
-        models.iter().map(|(name, stats)| (name.clone(), counts(&stats.cost, stats.last_used_ms))).collect();
-    let mut endpoint = counts(&cost, last_used);
-    if let Value::Object(fields) = &mut endpoint {
-        fields.insert("hourlyTotal".into(), hours.values().sum::<u64>().into());
-        fields.insert("dailyTotal".into(), days.values().sum::<u64>().into());
-        fields.insert("hourlyStats".into(), by_moment(&hours).into());
-        fields.insert("dailyStats".into(), by_moment(&days).into());
-        fields.insert("models".into(), by_model.into());
+        endpoint
     }
-    endpoint
+
+    /// Those of a caller's key.
+    fn key(&self, stats: &Stats) -> Value {
+        let models = || stats.values().flat_map(BTreeMap::values);
+        let mut key = counts(&total(models()), last_used(models()));
+        if let Value::Object(fields) = &mut key {
+            let days = merged(models(), |model| &model.days);
+            fields.insert("dailyStats".into(), by_moment(&days, |part| json!(part.tokens)).into());
+            fields.insert("dailyUsd".into(), by_moment(&days, |part| json!(part.spent.dollars())).into());
+            let endpoints = stats.iter().map(|(id, models)| (id.clone(), self.endpoint(id, models)));
+            fields.insert("endpoints".into(), endpoints.collect::<Map<_, _>>().into());
+        }
+        key
+    }
+}
+
+/// A price as it is shown, in US dollars for a million tokens.
+fn price_of(price: &Priced) -> Value {
+    let Rates { input, cached, cache_written, audio_input, output, reasoning, audio_output } = price.rates;
+    let dollars = |rate: u64| NanoUsd(rate).dollars();
+    json!({
+        "input": dollars(input),
+        "cachedInput": dollars(cached),
+        "cacheWrite": dollars(cache_written),
+        "audioInput": dollars(audio_input),
+        "output": dollars(output),
+        "reasoning": dollars(reasoning),
+        "audioOutput": dollars(audio_output),
+        "longPromptsDiffer": price.is_tiered,
+        "source": price.source,
+    })
+}
+
+fn last_used<'a>(models: impl Iterator<Item = &'a ModelStats>) -> i64 {
+    models.map(|model| model.last_used_ms).max().unwrap_or_default()
+}
+
+fn merged<'a>(
+    models: impl Iterator<Item = &'a ModelStats>,
+    parts: fn(&ModelStats) -> &BTreeMap<i64, Part>,
+) -> BTreeMap<i64, Part> {
+    let mut merged: BTreeMap<i64, Part> = BTreeMap::new();
+    for (begin, part) in models.flat_map(parts) {
+        let sum = merged.entry(*begin).or_default();
+        *sum = sum.plus(part);
+    }
+    merged
+}
+
+/// What hours and days took.
+fn parts<'a>(models: impl Iterator<Item = &'a ModelStats> + Clone) -> Map<String, Value> {
+    let hours = merged(models.clone(), |model| &model.hours);
+    let days = merged(models, |model| &model.days);
+    let tokens = |parts: &BTreeMap<i64, Part>| by_moment(parts, |part| json!(part.tokens));
+    let usd = |parts: &BTreeMap<i64, Part>| by_moment(parts, |part| json!(part.spent.dollars()));
+    let sum = |parts: &BTreeMap<i64, Part>| parts.values().map(|part| part.tokens).sum::<u64>();
+    let members = [
+        ("hourlyTotal", json!(sum(&hours))),
+        ("dailyTotal", json!(sum(&days))),
+        ("hourlyStats", tokens(&hours).into()),
+        ("dailyStats", tokens(&days).into()),
+        ("hourlyUsd", usd(&hours).into()),
+        ("dailyUsd", usd(&days).into()),
+    ];
+    members.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 fn counts(cost: &Cost, last_used_ms: i64) -> Value {
@@ -126,8 +214,8 @@ fn counts(cost: &Cost, last_used_ms: i64) -> Value {
     with_details(counts, cost)
 }
 
-fn by_moment(parts: &BTreeMap<i64, u64>) -> Map<String, Value> {
-    parts.iter().map(|(begin, tokens)| (iso(at(Duration::from_secs(begin.unsigned_abs()))), json!(tokens))).collect()
+fn by_moment(parts: &BTreeMap<i64, Part>, shown: impl Fn(&Part) -> Value) -> Map<String, Value> {
+    parts.iter().map(|(begin, part)| (iso(at(Duration::from_secs(begin.unsigned_abs()))), shown(part))).collect()
 }
 
 fn at(since_1970: Duration) -> SystemTime {

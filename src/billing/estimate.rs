@@ -18,9 +18,10 @@ use tiktoken_rs::CoreBPE;
 use crate::ledger::{AccountSet, Reservation, Spent};
 use crate::request::call::Call;
 use crate::routing::callers::Caller;
-use crate::routing::pool::Pool;
+use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::Candidates;
 use crate::telemetry::metrics::metrics;
+use crate::usage::prices::PricedTokens;
 use crate::usage::{AnswerText, Cost, answer_texts};
 
 /// Answers that may wait for their estimate, and the bytes that they may hold. More are dropped and counted.
@@ -38,8 +39,8 @@ pub struct Job {
     pub id: String,
     /// The config it ran under.
     pub pool: Arc<Pool>,
-    /// The endpoint's id.
-    pub endpoint: Arc<str>,
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
     /// Accounts that the tokens are charged to.
     pub accounts: Arc<AccountSet>,
     /// The caller, if it has a key of its own.
@@ -217,18 +218,21 @@ fn settle(job: Job) -> Estimated {
     let is_known = prompt_reported.is_some() || !prompt.is_empty();
     let prompt = prompt_reported.unwrap_or_else(|| prompt_tokens(tokenizer, &prompt));
     let shown = if is_known { prompt.to_string() } else { "unknown".to_owned() };
+    let endpoint_id = &endpoint.config.id;
     log::info!(
-        "request {id}: endpoint {endpoint} reported no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
+        "request {id}: endpoint {endpoint_id} reported no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
     );
-    let cost = Cost::estimated(prompt, completion);
+    let clock = pool.clock();
+    let price = endpoint.prices.cost(&model, &PricedTokens::plain(prompt, completion), clock.wall);
+    let cost = Cost::estimated(prompt, completion).priced(price);
     if let Some(metrics) = metrics() {
-        metrics.spent(&endpoint, candidates.label(), &cost, None);
+        metrics.spent(endpoint_id, candidates.label(), &cost, None);
         if let Some(caller) = &caller {
             metrics.spent_with(&caller.counters, &cost);
         }
     }
-    let clock = pool.clock();
-    let spent = Spent::now(&endpoint, &model, cost, &pool.server.timezone, clock.wall);
+    let key = caller.as_ref().map(|caller| caller.name());
+    let spent = Spent::now(endpoint_id, &model, cost, &pool.server.timezone, clock.wall).by(key);
     pool.ledger.spend_tokens(&accounts, caller_accounts.as_ref(), spent, clock.boot);
     // Only now, so that the tokens are always counted, in one way or the other.
     drop(reservation);

@@ -11,6 +11,7 @@ use crate::fault::excerpt;
 use crate::ledger::{Permit, Spent};
 use crate::request::call::Call;
 use crate::telemetry::metrics::metrics;
+use crate::usage::prices::{NanoUsd, PricedTokens};
 use crate::usage::{Cost, Speed, Tokens, Usage};
 
 /// Measurements of a request's answer.
@@ -22,6 +23,8 @@ pub struct Measured {
     pub first_token: Option<Duration>,
     /// Time from the first token to the end.
     pub generation: Option<Duration>,
+    /// What those tokens cost, if they have a price.
+    pub price: Option<NanoUsd>,
 }
 
 /// Shorter than that is not how long a stream took to be generated: all of it lay ready.
@@ -50,15 +53,19 @@ impl Measured {
 pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
     let meter = &attempt.meter;
     match (meter.reported(), meter.prompt_reported()) {
-        (Some(usage), _) => spend(attempt, ask, Cost::exact(usage.tokens(), Speed::default()), Instant::now()),
-        (None, Some(prompt)) => spend(attempt, ask, Cost::estimated(prompt, 0), Instant::now()),
+        (Some(usage), _) => bill_response(attempt, ask, &usage),
+        (None, Some(prompt)) => {
+            let tokens = PricedTokens::plain(prompt, 0);
+            spend(attempt, ask, Cost::estimated(prompt, 0), (tokens, Instant::now()));
+        }
         (None, None) => {}
     }
 }
 
 /// Charges for one response of a realtime session, which goes on.
 pub fn bill_response(attempt: &Attempt, ask: &Ask, usage: &Usage) {
-    spend(attempt, ask, Cost::exact(usage.tokens(), Speed::default()), Instant::now());
+    let cost = Cost::exact(usage.tokens(), Speed::default());
+    spend(attempt, ask, cost, (PricedTokens::of(usage), Instant::now()));
 }
 
 /// Charges for the last answer. Unreported tokens are estimated later, if the answer had any content.
@@ -76,6 +83,7 @@ pub fn bill(
         tokens: None,
         first_token: first_token.map(|first| first.saturating_duration_since(arrived)),
         generation: first_token.map(|first| ended.saturating_duration_since(first)),
+        price: None,
     };
     if attempt.terms.usage.injected && attempt.meter.has_timings() {
         // Asked, it moves its timings from the last chunk with choices into the one that is taken out.
@@ -86,7 +94,8 @@ pub fn bill(
     if let Some(usage) = meter.reported() {
         let tokens = usage.tokens();
         measured.tokens = Some(tokens);
-        spend(attempt, ask, Cost::exact(tokens, measured.speed(tokens)), ended);
+        let cost = Cost::exact(tokens, measured.speed(tokens));
+        measured.price = spend(attempt, ask, cost, (PricedTokens::of(&usage), ended));
     } else if ask.is_estimated()
         && (meter.has_text() || meter.prompt_reported().is_some() || ask.call == Call::Embeddings && has_succeeded)
     {
@@ -95,7 +104,7 @@ pub fn bill(
             pool: Arc::clone(&ask.pool),
             prompt_reported: meter.prompt_reported(),
             answer: meter.take_text(),
-            endpoint: Arc::clone(&attempt.endpoint.config.id),
+            endpoint: Arc::clone(&attempt.endpoint),
             accounts: Arc::clone(attempt.accounts()),
             caller: ask.named.as_ref().map(|named| Arc::clone(&named.caller)),
             caller_accounts: ask.own_accounts().cloned(),
@@ -114,17 +123,22 @@ fn model_name(attempt: &Attempt, ask: &Ask) -> String {
     excerpt(attempt.model.mapped.as_deref().or(ask.model.as_deref()).unwrap_or("-"))
 }
 
-/// Adds to the statistics, by hours and days of the server's time zone.
-fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, ended: Instant) {
+/// Adds to the statistics, by hours and days of the server's time zone. Returns what the tokens cost, if they have a price.
+fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, (tokens, ended): (PricedTokens, Instant)) -> Option<NanoUsd> {
     let endpoint = &attempt.endpoint.config.id;
     let pool = &ask.pool;
+    let clock = attempt.clock_at(ended);
+    let model = model_name(attempt, ask);
+    let price = attempt.endpoint.prices.cost(&model, &tokens, clock.wall);
+    let cost = cost.priced(price);
     if let Some(metrics) = metrics() {
         metrics.spent(endpoint, ask.candidates.label(), &cost, attempt.counters.as_deref());
         if let Some(named) = &ask.named {
             metrics.spent_with(&named.caller.counters, &cost);
         }
     }
-    let clock = attempt.clock_at(ended);
-    let spent = Spent::now(endpoint, &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall);
+    let key = ask.named.as_ref().map(|named| named.caller.name());
+    let spent = Spent::now(endpoint, &model, cost, &pool.server.timezone, clock.wall).by(key);
     pool.ledger.spend_tokens(attempt.accounts(), ask.own_accounts(), spent, clock.boot);
+    price
 }

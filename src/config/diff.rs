@@ -54,6 +54,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         keys: _,
         keys_file: _,
         budget_reserve_tokens: _,
+        prices: _,
         share_ids: _,
         cors: _,
         body_bytes_max: _,
@@ -100,6 +101,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         keys,
         keys_file,
         budget_reserve_tokens,
+        prices,
         share_ids,
         tls,
         cors,
@@ -135,6 +137,9 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     lines.compare(&at("keysFile"), path, &keys_file.path, &after.keys_file.path);
     let reserve = (budget_reserve_tokens, &after.budget_reserve_tokens);
     lines.compare(&at("budgetReserveTokens"), plain, reserve.0, reserve.1);
+    if *prices != after.prices {
+        lines.add(at("prices changed"));
+    }
     lines.compare(&at("shareIds"), plain, share_ids, &after.share_ids);
     if let (Some(before), Some(after)) = (tls, &after.tls) {
         let ServerTls { cert_file, key_file } = before;
@@ -235,6 +240,8 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         web_socket_permits,
         limits,
         model_limits,
+        prices,
+        price_provider,
         timezone,
         organization,
         enabled,
@@ -275,6 +282,10 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         lines.compare(&at(kind.key()), plain, &before.as_number(), &after.as_number());
     }
     compare_model_limits(lines, id, model_limits, &after.model_limits);
+    if *prices != after.prices {
+        lines.add(at("prices changed"));
+    }
+    lines.compare(&at("priceProvider"), |id| optional(id.as_ref(), plain), price_provider, &after.price_provider);
     lines.compare_lists(&at("models"), models, &after.models);
     lines.compare_lists(&at("modelMapping"), &pairs(model_mapping), &pairs(&after.model_mapping));
     lines.compare(&at("authHeader"), plain, auth_header, &after.auth_header);

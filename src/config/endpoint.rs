@@ -18,6 +18,7 @@ use super::checked::Check;
 use super::errors::{ErrorRule, MessagePattern};
 use super::file::{self, EndpointFile, EndpointTlsFile, ErrorRuleFile, FormatFile, ModelLimitsFile, TimeoutsFile};
 use super::limits::{Limit, PerLimit};
+use super::prices::{PriceEntry, prices, provider as price_provider};
 use super::problem::join;
 use super::proxy::Proxy;
 use crate::config::secret::Secret;
@@ -55,6 +56,10 @@ pub struct Endpoint {
     pub limits: PerLimit<Limit>,
     /// Limits of models, by exact name or beginning that ends in `*`, of names as the endpoint is sent them.
     pub model_limits: BTreeMap<String, ModelLimits>,
+    /// Prices of its models, the closest one first.
+    pub prices: Vec<PriceEntry>,
+    /// The provider whose prices count otherwise; the one whose address it has if none is named.
+    pub price_provider: Option<String>,
     /// Time zone whose midnight ends its day; the server's if `None`.
     pub timezone: Option<TimeZone>,
     /// The organisation whose objects it has; its id, if it was not said.
@@ -217,6 +222,8 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let proxy = proxy(typed.proxy.as_ref(), base_url.as_ref(), &at("proxy"), check);
     let timezone = super::server::timezone(typed.timezone.as_deref(), &at("timezone"), check);
     let model_limits = model_limits(typed.model_limits, (&models, &model_mapping), &at("modelLimits"), check);
+    let prices = prices(typed.prices, &at("prices"), check);
+    let price_provider = price_provider(typed.price_provider, &at("priceProvider"), check);
     let organization = organization(typed.organization, &at("organization"), check);
     let auth_header = auth_header(typed.auth_header.as_deref(), &at("authHeader"), check);
     // A word that is none of them has been reported with the shape.
@@ -248,6 +255,8 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         web_socket_permits: typed.web_socket_permits.unwrap_or_default(),
         limits: limits.map(limit),
         model_limits,
+        prices,
+        price_provider,
         timezone: timezone?,
         enabled,
         models,

@@ -63,6 +63,8 @@ pub(super) const LIMIT_MAX: i64 = 9_007_199_254_740_991;
 pub(super) const LIMIT_DEFAULT: i64 = -1;
 pub(super) const EACH_DEFAULT: bool = false;
 pub(super) const ENABLED_DEFAULT: bool = true;
+/// US dollars for a million tokens.
+pub(super) const PRICE_MAX: u32 = 1_000_000;
 pub(super) const RESERVE_TOKENS_DEFAULT: u32 = 4096;
 pub(super) const SHARE_IDS_DEFAULT: bool = false;
 pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
@@ -130,6 +132,10 @@ pub(super) struct ServerFile {
     /// Tokens of an answer that are reserved of a key's limits before a request is sent, if the request bounds its answer higher or not at all.
     #[schemars(range(min = 1, max = COUNT_MAX), extend("default" = RESERVE_TOKENS_DEFAULT))]
     pub budget_reserve_tokens: Option<u32>,
+    /// Prices of models, for endpoints that have none of their own: by the name that an endpoint is sent, or a prefix such as `gpt-4o*`;
+    /// the closest one counts. They win over the price table that comes with this program.
+    #[schemars(extend("maxProperties" = super::prices::PRICES_MAX))]
+    pub prices: Option<BTreeMap<String, PriceFile>>,
     /// Whether what one key made (files, stored responses, conversations and others) may be used with every other one.
     #[schemars(extend("default" = SHARE_IDS_DEFAULT))]
     pub share_ids: Option<bool>,
@@ -495,6 +501,11 @@ pub(super) struct EndpointFile {
     /// `modelMapping`: an exact name, a prefix such as `gpt-4o*`, or `*`; the closest one counts. At most 256.
     #[schemars(extend("maxProperties" = super::endpoint::MODEL_LIMITS_MAX))]
     pub model_limits: Option<BTreeMap<String, ModelLimitsFile>>,
+    /// Prices of its models, in place of those of `server.prices` and of the price table that comes with this program.
+    #[schemars(extend("maxProperties" = super::prices::PRICES_MAX))]
+    pub prices: Option<BTreeMap<String, PriceFile>>,
+    /// The provider whose prices in that table count, such as `openai` or `azure`. Default: the one whose address `baseUrl` is.
+    pub price_provider: Option<String>,
     /// The time zone whose midnight ends this endpoint's day, such as `America/Los_Angeles`. Default:
     /// `server.timezone`.
     pub timezone: Option<String>,
@@ -573,6 +584,35 @@ pub(super) struct ModelLimitsFile {
     /// `true`: each model that a prefix matches has these limits for itself. `false`: all of them share these limits.
     #[schemars(extend("default" = EACH_DEFAULT))]
     pub each: Option<bool>,
+}
+
+/// Prices of a model, in US dollars for a million tokens.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct PriceFile {
+    /// Tokens of the prompt.
+    #[schemars(required, range(min = 0, max = PRICE_MAX))]
+    pub input: Option<f64>,
+    /// Those of them that come from a cache. Default: as `input`.
+    #[schemars(range(min = 0, max = PRICE_MAX))]
+    pub cached_input: Option<f64>,
+    /// Those of them that are written to a cache. Default: as `input`.
+    #[schemars(range(min = 0, max = PRICE_MAX))]
+    pub cache_write: Option<f64>,
+    /// Audio tokens of the prompt. Default: as `input`.
+    #[schemars(range(min = 0, max = PRICE_MAX))]
+    pub audio_input: Option<f64>,
+    /// Tokens of the answer.
+    #[schemars(required, range(min = 0, max = PRICE_MAX))]
+    pub output: Option<f64>,
+    /// Those of them that are reasoning. Default: as `output`.
+    #[schemars(range(min = 0, max = PRICE_MAX))]
+    pub reasoning: Option<f64>,
+    /// Audio tokens of the answer. Default: as `output`.
+    #[schemars(range(min = 0, max = PRICE_MAX))]
+    pub audio_output: Option<f64>,
+    /// Day of which the prices are, such as `2026-11-30`. It is shown beside what was calculated with them.
+    pub as_of: Option<String>,
 }
 
 /// A rule fits an error that has everything that is set here.

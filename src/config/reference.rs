@@ -169,6 +169,10 @@ fn type_in_chinese(schema: &Value) -> String {
             (Some(min), Some(max)) => format!("{min} 到 {max} 的整数"),
             _ => "整数".to_owned(),
         },
+        Some("number") => match (bound(schema, "minimum"), bound(schema, "maximum")) {
+            (Some(min), Some(max)) => format!("{min} 到 {max} 的数"),
+            _ => "数".to_owned(),
+        },
         _ => "文本".to_owned(),
     };
     if is_secret(schema) { format!("{name}（机密）") } else { name }

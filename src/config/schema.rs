@@ -97,6 +97,10 @@ pub(super) fn expected(schema: &Value) -> String {
             (Some(min), Some(max)) => format!("a whole number from {min} to {max}"),
             _ => "a whole number".to_owned(),
         },
+        Some("number") => match (bound(schema, "minimum"), bound(schema, "maximum")) {
+            (Some(min), Some(max)) => format!("a number from {min} to {max}"),
+            _ => "a number".to_owned(),
+        },
         _ => "text".to_owned(),
     }
 }
@@ -141,7 +145,7 @@ pub(super) mod tests {
             seen += 1;
             assert!(inner.get("description").is_some(), "{path} has no description");
             assert!(inner.get("type").is_none_or(Value::is_string), "{path}: {inner}");
-            if inner["type"] == "integer" {
+            if inner["type"] == "integer" || inner["type"] == "number" {
                 assert!(bound(inner, "minimum").is_some(), "{path} has no minimum");
                 assert!(bound(inner, "maximum").is_some(), "{path} has no maximum");
             }

@@ -266,8 +266,17 @@ fn fits(value: &Value, schema: &Value) -> bool {
             bound(schema, "minimum").is_none_or(|min| number >= min)
                 && bound(schema, "maximum").is_none_or(|max| number <= max)
         }),
+        Some("number") => value.as_f64().is_some_and(|number| {
+            bound(schema, "minimum").and_then(real).is_none_or(|min| number >= min)
+                && bound(schema, "maximum").and_then(real).is_none_or(|max| number <= max)
+        }),
         _ => false,
     }
+}
+
+/// A bound of a number that need not be whole. None is so large that it would have none.
+fn real(bound: i64) -> Option<f64> {
+    i32::try_from(bound).ok().map(f64::from)
 }
 
 /// An item that means nothing, of the shape that is wanted.
@@ -277,7 +286,7 @@ fn empty(schema: &Value) -> Value {
     }
     match schema.get("type").and_then(Value::as_str) {
         Some("object") => Value::Object(Map::new()),
-        Some("integer") => bound(schema, "minimum").unwrap_or_default().into(),
+        Some("integer" | "number") => bound(schema, "minimum").unwrap_or_default().into(),
         _ => Value::String(String::new()),
     }
 }

@@ -19,6 +19,7 @@ use super::header_pattern::HeaderPattern;
 use super::key_strength::warn_of_a_weak_key;
 use super::keys_file::KeysFile;
 use super::memory::memory_bytes;
+use super::prices::{PriceEntry, prices};
 use super::status_set::StatusSet;
 use crate::config::secret::Secret;
 
@@ -37,6 +38,8 @@ pub struct Server {
     pub keys_file: KeysFile,
     /// Tokens of an answer that are reserved before a request is sent.
     pub budget_reserve_tokens: u32,
+    /// Prices of models, the closest one first.
+    pub prices: Vec<PriceEntry>,
     /// True if what one key made may be used with every other one.
     pub share_ids: bool,
     /// HTTPS with this certificate, or plain HTTP.
@@ -230,6 +233,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let zone = timezone.clone().flatten().unwrap_or_else(TimeZone::system);
     let around = Around { timezone: &zone, shared: api_key.as_ref().and_then(Option::as_ref) };
     let keys = client_keys(typed.keys.unwrap_or_default(), "server.keys", &around, check);
+    let prices = prices(typed.prices, "server.prices", check);
     let metrics_listen = metrics_listen(typed.metrics_listen.as_deref(), check);
     let queue = typed.queue.and_then(|queue| queue_of(&queue, check));
     let body_bytes_max = typed.body_bytes_max.unwrap_or(file::BODY_BYTES_DEFAULT);
@@ -239,6 +243,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         port: port?,
         keys,
         keys_file,
+        prices,
         budget_reserve_tokens: typed.budget_reserve_tokens.unwrap_or(file::RESERVE_TOKENS_DEFAULT),
         share_ids: typed.share_ids.unwrap_or(file::SHARE_IDS_DEFAULT),
         api_key: api_key?,

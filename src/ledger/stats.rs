@@ -7,11 +7,12 @@ use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
-use rusqlite::Connection;
+use rusqlite::{Connection, params};
 
 use super::LedgerError;
 use super::sqlite;
 use crate::usage::Cost;
+use crate::usage::prices::NanoUsd;
 
 /// Time for which hours are kept.
 pub const HOURS_KEPT: Duration = Duration::from_hours(48);
@@ -30,6 +31,8 @@ pub struct Spent {
     pub endpoint: Arc<str>,
     /// The model that the client asked for.
     pub model: Arc<str>,
+    /// Name of the caller's own key, if the request had one.
+    pub key: Option<Arc<str>>,
     /// Beginning of the hour, in seconds of Unix time.
     pub hour: i64,
     /// Beginning of the day, in seconds of Unix time.
@@ -45,17 +48,26 @@ impl Spent {
     pub fn now(endpoint: &Arc<str>, model: &str, cost: Cost, zone: &TimeZone, wall: SystemTime) -> Self {
         let Begins { hour, day } = Begins::new(wall, zone);
         let at_ms = Timestamp::try_from(wall).unwrap_or_default().as_millisecond();
-        Self { endpoint: Arc::clone(endpoint), model: model.into(), hour, day, at_ms, cost }
+        Self { endpoint: Arc::clone(endpoint), model: model.into(), key: None, hour, day, at_ms, cost }
     }
 }
 
 impl Spent {
-    /// True if it has the same endpoint, model, hour and day.
-    pub(super) fn is_kind_of(&self, other: &Self) -> bool {
-        (self.hour, self.day) == (other.hour, other.day) && self.model == other.model && self.endpoint == other.endpoint
+    /// The same for a request with a caller's own key.
+    #[must_use]
+    pub fn by(self, key: Option<&Arc<str>>) -> Self {
+        Self { key: key.cloned(), ..self }
     }
 
-    /// Adds another entry of the same endpoint, model, hour and day.
+    /// True if it has the same endpoint, model, key, hour and day.
+    pub(super) fn is_kind_of(&self, other: &Self) -> bool {
+        (self.hour, self.day) == (other.hour, other.day)
+            && self.model == other.model
+            && self.endpoint == other.endpoint
+            && self.key == other.key
+    }
+
+    /// Adds another entry of the same endpoint, model, key, hour and day.
     pub(super) fn merge(&mut self, other: &Self) {
         self.cost.merge(&other.cost);
         self.at_ms = self.at_ms.max(other.at_ms);
@@ -89,50 +101,113 @@ pub struct ModelStats {
     pub cost: Cost,
     /// End of the last answer, in milliseconds of Unix time.
     pub last_used_ms: i64,
-    /// Total tokens by the beginning of the hour (seconds of Unix time), without estimates.
-    pub hours: BTreeMap<i64, u64>,
-    /// Total tokens by the beginning of the day (seconds of Unix time), without estimates.
-    pub days: BTreeMap<i64, u64>,
+    /// Parts of it by the beginning of the hour (seconds of Unix time).
+    pub hours: BTreeMap<i64, Part>,
+    /// Parts of it by the beginning of the day (seconds of Unix time).
+    pub days: BTreeMap<i64, Part>,
+}
+
+/// What one hour or day took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// Tokens, without estimates.
+    pub tokens: u64,
+    /// What it cost, as far as there are prices.
+    pub spent: NanoUsd,
+}
+
+impl Part {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: &Self) -> Self {
+        let spent = NanoUsd(self.spent.0.saturating_add(other.spent.0));
+        Self { tokens: self.tokens.saturating_add(other.tokens), spent }
+    }
 }
 
 /// Statistics by endpoint, then by model.
 pub type Stats = BTreeMap<String, BTreeMap<String, ModelStats>>;
 
+/// Statistics by the callers' own keys, then as all others. They have no hours.
+pub type KeyStats = BTreeMap<String, Stats>;
+
 /// Reads the statistics while another connection may write them. This takes time, so it must not be called on the
 /// request path.
-pub fn read(path: &Path, now: SystemTime) -> Result<Stats, LedgerError> {
+pub fn read(path: &Path, now: SystemTime) -> Result<(Stats, KeyStats), LedgerError> {
     let connection = sqlite::open_to_read(path)?;
     let second = Timestamp::try_from(now).unwrap_or_default().as_second();
-    read_from(&connection, second).map_err(|error| sqlite::explain(path, &error))
+    let both = || -> rusqlite::Result<_> {
+        // A transaction, so that all reads see the same state even if the ledger is written meanwhile.
+        let connection = connection.unchecked_transaction()?;
+        Ok((read_stats(&connection, second)?, read_keys(&connection, second, None)?))
+    };
+    both().map_err(|error| sqlite::explain(path, &error))
 }
 
-fn read_from(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
+/// Reads those of one key.
+pub fn read_key(path: &Path, key: &str, now: SystemTime) -> Result<Stats, LedgerError> {
+    let connection = sqlite::open_to_read(path)?;
+    let second = Timestamp::try_from(now).unwrap_or_default().as_second();
+    let mut keys = read_keys(&connection, second, Some(key)).map_err(|error| sqlite::explain(path, &error))?;
+    Ok(keys.remove(key).unwrap_or_default())
+}
+
+fn read_stats(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
     let mut stats = Stats::new();
-    // A transaction, so that all reads see the same state even if the ledger is written meanwhile.
-    let connection = connection.unchecked_transaction()?;
     let columns = Cost::COLUMNS.join(", ");
     let mut totals = connection.prepare(&format!("SELECT endpoint, model, last_used, {columns} FROM token_total"))?;
     let mut rows = totals.query([])?;
     while let Some(row) = rows.next()? {
         let entry = stats.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
-        entry.last_used_ms = row.get(2)?;
-        let mut columns = [0; Cost::COLUMNS.len()];
-        for (column, index) in columns.iter_mut().zip(3_usize..) {
-            *column = row.get(index)?;
-        }
-        entry.cost = Cost::from_columns(columns);
+        read_total(entry, row, 2)?;
     }
-    for (table, key, kept) in [("token_hour", "hour", HOURS_KEPT), ("token_day", "day", DAYS_KEPT)] {
-        let mut parts = connection
-            .prepare(&format!("SELECT endpoint, model, {key}, total FROM {table} WHERE {key} > ?1 AND total > 0"))?;
+    for (table, column, kept) in [("token_hour", "hour", HOURS_KEPT), ("token_day", "day", DAYS_KEPT)] {
+        let sql = format!(
+            "SELECT endpoint, model, {column}, total, nano_usd FROM {table} \
+             WHERE {column} > ?1 AND (total > 0 OR nano_usd > 0)"
+        );
+        let mut parts = connection.prepare(&sql)?;
         let mut rows = parts.query([oldest(now, kept)])?;
         while let Some(row) = rows.next()? {
             let entry = stats.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
-            let parts = if key == "hour" { &mut entry.hours } else { &mut entry.days };
-            parts.insert(row.get(2)?, row.get(3)?);
+            let part = Part { tokens: row.get(3)?, spent: NanoUsd(row.get(4)?) };
+            if column == "hour" { &mut entry.hours } else { &mut entry.days }.insert(row.get(2)?, part);
         }
     }
     Ok(stats)
+}
+
+fn read_keys(connection: &Connection, now: i64, only: Option<&str>) -> rusqlite::Result<KeyStats> {
+    const DAYS: &str = "SELECT key, endpoint, model, day, total, nano_usd FROM key_day \
+         WHERE (?1 IS NULL OR key = ?1) AND day > ?2 AND (total > 0 OR nano_usd > 0)";
+    let mut keys = KeyStats::new();
+    let columns = Cost::COLUMNS.join(", ");
+    let sql = format!("SELECT key, endpoint, model, last_used, {columns} FROM key_total WHERE ?1 IS NULL OR key = ?1");
+    let mut totals = connection.prepare(&sql)?;
+    let mut rows = totals.query([only])?;
+    while let Some(row) = rows.next()? {
+        let of_key = keys.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
+        read_total(of_key.entry(row.get(2)?).or_default(), row, 3)?;
+    }
+    let mut days = connection.prepare(DAYS)?;
+    let mut rows = days.query(params![only, oldest(now, DAYS_KEPT)])?;
+    while let Some(row) = rows.next()? {
+        let of_key = keys.entry(row.get(0)?).or_default().entry(row.get(1)?).or_default();
+        let part = Part { tokens: row.get(4)?, spent: NanoUsd(row.get(5)?) };
+        of_key.entry(row.get(2)?).or_default().days.insert(row.get(3)?, part);
+    }
+    Ok(keys)
+}
+
+/// Reads the moment that stands in a column, and the numbers behind it.
+fn read_total(entry: &mut ModelStats, row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<()> {
+    entry.last_used_ms = row.get(column)?;
+    let mut columns = [0; Cost::COLUMNS.len()];
+    for (number, index) in columns.iter_mut().zip(column + 1..) {
+        *number = row.get(index)?;
+    }
+    entry.cost = Cost::from_columns(columns);
+    Ok(())
 }
 
 /// Returns the second of Unix time at or before which an hour or a day must begin to be too old to be kept.

@@ -35,8 +35,8 @@ pub(super) struct WriteBehind {
     pub(super) due_at: Stamp,
 }
 
-/// Endpoint, model, hour, day.
-type SpentKey = (Arc<str>, Arc<str>, i64, i64);
+/// Endpoint, model, caller's key, hour, day.
+type SpentKey = (Arc<str>, Arc<str>, Option<Arc<str>>, i64, i64);
 
 impl Default for WriteBehind {
     fn default() -> Self {
@@ -86,7 +86,7 @@ impl WriteBehind {
                 spent.model = OTHER_MODELS.into();
             }
         }
-        let key = (Arc::clone(&spent.endpoint), Arc::clone(&spent.model), spent.hour, spent.day);
+        let key = (Arc::clone(&spent.endpoint), Arc::clone(&spent.model), spent.key.clone(), spent.hour, spent.day);
         if let Some(kept) = self.spent.get_mut(&key) {
             kept.merge(&spent);
         } else if self.spent.len() < SPENT_MAX {

@@ -83,6 +83,7 @@ impl Record<'_> {
             ("total_tokens", tokens(|tokens| tokens.total)),
             ("cached_tokens", tokens(|tokens| tokens.cached)),
             ("reasoning_tokens", tokens(|tokens| tokens.reasoning)),
+            ("cost_usd", self.measured.price.map(|price| json!(price.dollars()))),
             ("tokens_per_second", self.measured.tokens_per_second().map(|rate| json!((rate * 10.0).round() / 10.0))),
             ("trouble", self.meaning.map(|meaning| json!(meaning.trouble.name()))),
             ("rule", self.meaning.map(|meaning| json!(meaning.rule))),
@@ -157,6 +158,9 @@ impl Record<'_> {
             line.number("total_tokens", total);
             line.number("cached_tokens", cached);
             line.number("reasoning_tokens", reasoning);
+        }
+        if let Some(price) = self.measured.price {
+            line.shown("cost_usd", price);
         }
         if let Some(rate) = self.measured.tokens_per_second() {
             line.shown("tokens_per_second", format_args!("{rate:.1}"));
@@ -269,6 +273,7 @@ mod tests {
     use super::*;
     use crate::config::LimitKind;
     use crate::limit::LimitReason;
+    use crate::usage::prices::NanoUsd;
 
     #[test]
     fn a_line_is_one_line() {
@@ -306,11 +311,12 @@ mod tests {
         assert!(members.get("fault").is_none() && members.get("prompt_tokens").is_none());
         let tokens = Tokens { prompt: 5, completion: 9, total: 14, cached: 2, reasoning: 3, audio: 0 };
         let seconds = |seconds| Some(Duration::from_secs(seconds));
-        let measured = Measured { tokens: Some(tokens), first_token: seconds(1), generation: seconds(2) };
+        let price = Some(NanoUsd(1_500_000));
+        let measured = Measured { tokens: Some(tokens), first_token: seconds(1), generation: seconds(2), price };
         let record = Record { measured, meaning: None, fault: None, ..record };
         assert!(record.text().ends_with(
             " total_ms=20.0 first_token_ms=1000.0 prompt_tokens=5 completion_tokens=9 total_tokens=14 \
-                 cached_tokens=2 reasoning_tokens=3 tokens_per_second=4.5"
+                 cached_tokens=2 reasoning_tokens=3 cost_usd=0.0015 tokens_per_second=4.5"
         ),);
         let held = HeldBy {
             endpoint: "a\"b".into(),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use http::HeaderValue;
 
-use crate::config::{self, Breaker, CallKind, CallSet, Config, Door};
+use crate::config::{self, Breaker, CallKind, CallSet, Config, Door, Server};
 use crate::ledger::{Account, AccountId, AccountSet, Client, Drawn, Otherwise, Wanted};
 use crate::limit::{Clock, Stamp};
 use crate::response::redact::Secrets;
@@ -21,6 +21,7 @@ use crate::routing::router::{Candidates, ModelName, Router};
 use crate::routing::sessions::Sessions;
 use crate::routing::usage_injection::InjectionMemory;
 use crate::upstream::Upstream;
+use crate::usage::prices::PriceList;
 
 /// One config, ready to serve.
 #[derive(Debug)]
@@ -62,6 +63,8 @@ pub struct Endpoint {
     doors: Vec<(CallKind, Upstream)>,
     /// Secrets that its answers must not show.
     pub secrets: Secrets,
+    /// What its models cost.
+    pub prices: PriceList,
     /// Accounts of its requests, with the limits of this config.
     pub accounts: EndpointAccounts,
     /// Live state, whichever config it came from.
@@ -75,6 +78,7 @@ impl Pool {
         let known: HashMap<&str, &Arc<Endpoint>> =
             before.iter().flat_map(|pool| &pool.endpoints).map(|e| (e.config.id.as_ref(), e)).collect();
         let same_days = before.is_some_and(|pool| pool.server.timezone == server.timezone);
+        let same_prices = before.is_some_and(|pool| pool.server.prices == server.prices);
         let router = Router::new(&endpoints);
         let number = ledger.next_config();
         let endpoints: Vec<Arc<Endpoint>> = endpoints
@@ -88,6 +92,7 @@ impl Pool {
                 if let Some(before) = before
                     && before.config == config
                     && same_days
+                    && same_prices
                     && config.tls.ca_file.is_none()
                 {
                     return Ok(Arc::clone(before));
@@ -103,7 +108,8 @@ impl Pool {
                 let secrets = secrets_of(&config);
                 let accounts = EndpointAccounts::new(&config, &live.account, &server.timezone, (number, &ledger));
                 let id_header = id_header(&config.id);
-                Ok(Arc::new(Endpoint { config, id_header, upstream, doors, secrets, accounts, live }))
+                let prices = prices(&config, &server);
+                Ok(Arc::new(Endpoint { config, id_header, upstream, doors, secrets, prices, accounts, live }))
             })
             .collect::<std::io::Result<_>>()?;
         ledger.list_accounts(number, endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned());
@@ -172,6 +178,10 @@ fn secrets_of(config: &config::Endpoint) -> Secrets {
     let headers = config.headers.iter().map(|(_, value)| value.as_bytes());
     let query = config.query.iter().map(|(_, value)| value.expose().as_bytes());
     std::iter::once(key).chain(headers).chain(query).collect()
+}
+
+fn prices(config: &config::Endpoint, server: &Server) -> PriceList {
+    PriceList::new(&config.prices, &server.prices, config.price_provider.as_deref(), config.base_url.to_string())
 }
 
 impl Endpoint {

@@ -18,6 +18,7 @@ use crate::response::vendor_error::VendorError;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::ModelName;
 use crate::upstream::ConnectStage;
+use crate::usage::prices::PricedTokens;
 use crate::usage::{Cost, Reported, Speed, Tokens};
 
 /// Endpoints that are tested at once.
@@ -285,8 +286,10 @@ async fn counted_ask(
     let answer =
         calls.ask(OwnCall::post(path, body)).await.map_err(|(what, way_out)| (format!("{model}: {what}"), way_out))?;
     if let (true, Some(tokens)) = (counted, tokens_of(&answer)) {
-        let cost = Cost::exact(tokens, Speed::default());
         let (zone, clock) = (&pool.server.timezone, pool.clock());
+        let priced = PricedTokens::plain(tokens.prompt, tokens.completion);
+        let price = calls.endpoint.prices.cost(model, &priced, clock.wall);
+        let cost = Cost::exact(tokens, Speed::default()).priced(price);
         let spent = Spent::now(&calls.endpoint.config.id, model, cost, zone, clock.wall);
         pool.ledger.spend_tokens(accounts(calls.endpoint, model), None, spent, clock.boot);
     }

@@ -25,6 +25,7 @@ use crate::server::runtime_folder::Running;
 use crate::telemetry::log_writer;
 use crate::telemetry::metrics;
 use crate::upstream::RESOLVE_INTERVAL;
+use crate::usage::prices;
 
 /// Interval, and largest number, of a starting process's checks whether it listens.
 const LISTEN_POLL: Duration = Duration::from_millis(5);
@@ -38,6 +39,7 @@ pub(super) struct StartThreads(pub(super) Arc<Keeper>);
 impl BackgroundService for StartThreads {
     async fn start(&self, _shutdown: ShutdownWatch) {
         log_writer::start();
+        prices::read_table_ahead();
         // Requests that wait already are refused, too, if it cannot be started.
         if let Err(error) = self.0.start() {
             log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");

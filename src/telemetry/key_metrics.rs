@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
+use prometheus::{Counter, CounterVec, IntCounter, IntCounterVec, Opts, Registry};
 
 use super::metrics::{OK, keep, once};
 use crate::usage::Cost;
+use crate::usage::prices::NanoUsd;
 
 /// Names of keys that are labels at most, over the whole life of the process. Those that come later are `(other)`.
 pub(crate) const KEYS_MAX: usize = 256;
@@ -20,6 +21,7 @@ pub(crate) struct KeyMetrics {
     requests: IntCounterVec,
     tokens: IntCounterVec,
     estimated: IntCounterVec,
+    cost: CounterVec,
     labels: Mutex<BTreeSet<Arc<str>>>,
 }
 
@@ -31,6 +33,7 @@ pub struct KeyCounters {
     requests: OnceLock<IntCounter>,
     prompt: OnceLock<IntCounter>,
     completion: OnceLock<IntCounter>,
+    cost: OnceLock<Counter>,
 }
 
 impl KeyCounters {
@@ -42,6 +45,7 @@ impl KeyCounters {
             requests: OnceLock::new(),
             prompt: OnceLock::new(),
             completion: OnceLock::new(),
+            cost: OnceLock::new(),
         }
     }
 }
@@ -66,6 +70,16 @@ impl KeyMetrics {
                 "Tokens estimated where endpoints reported none for such a request.",
                 &["key", "kind"],
             )?,
+            cost: keep(
+                registry,
+                CounterVec::new(
+                    Opts::new(
+                        "api_together_key_cost_usd_total",
+                        "What answers to requests with a caller's own key cost, in US dollars, estimates included.",
+                    ),
+                    &["key"],
+                ),
+            )?,
             labels: Mutex::default(),
         })
     }
@@ -87,6 +101,10 @@ impl KeyMetrics {
         let estimated = [("prompt", estimated.prompt), ("completion", estimated.completion)];
         for (kind, tokens) in estimated.into_iter().filter(|(_, tokens)| *tokens > 0) {
             self.estimated.with_label_values(&[self.label(key), kind]).inc_by(tokens);
+        }
+        if cost.money.spent > NanoUsd(0) {
+            let add = |counter: &Counter| counter.inc_by(cost.money.spent.dollars());
+            once(Some(&key.cost), add, || self.cost.with_label_values(&[self.label(key)]));
         }
     }
 

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Counter, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    Opts, Registry, TextEncoder,
+    Counter, CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGauge, Opts, Registry, TextEncoder,
 };
 
 use super::key_metrics::{KeyCounters, KeyMetrics};
-use crate::usage::Cost;
+use crate::usage::prices::NanoUsd;
+use crate::usage::{Cost, Money};
 
 /// Label of a request without a model, or of an answer that came from no endpoint.
 pub(crate) const NONE: &str = "none";
@@ -48,6 +49,8 @@ pub(crate) struct Metrics {
     affinity: IntCounterVec,
     tokens: IntCounterVec,
     estimated: IntCounterVec,
+    cost: CounterVec,
+    unpriced: IntCounterVec,
     first_byte: HistogramVec,
     duration: HistogramVec,
     own: HistogramVec,
@@ -66,6 +69,7 @@ pub struct Counters {
     attempts: OnceLock<IntCounter>,
     prompt: OnceLock<IntCounter>,
     completion: OnceLock<IntCounter>,
+    cost: OnceLock<Counter>,
     first_byte: OnceLock<Histogram>,
     duration: OnceLock<Histogram>,
 }
@@ -128,6 +132,18 @@ impl Metrics {
                 "api_together_estimated_tokens_total",
                 "Tokens estimated where endpoints reported none.",
                 &of_model,
+            )?,
+            cost: keep(
+                &registry,
+                CounterVec::new(
+                    Opts::new("api_together_cost_usd_total", "What answers cost, in US dollars, estimates included."),
+                    &["endpoint", "model"],
+                ),
+            )?,
+            unpriced: counter(
+                "api_together_unpriced_answers_total",
+                "Answers whose model has no price.",
+                &["endpoint", "model"],
             )?,
             first_byte: histogram(
                 "api_together_time_to_first_byte_seconds",
@@ -226,6 +242,15 @@ impl Metrics {
             for (kind, tokens) in kinds.iter().filter(|(_, tokens)| *tokens > 0) {
                 counter.with_label_values(&[endpoint, model, kind]).inc_by(*tokens);
             }
+        }
+        let Money { spent, unpriced } = cost.money;
+        if spent > NanoUsd(0) {
+            let add = |counter: &Counter| counter.inc_by(spent.dollars());
+            let kept = counters.map(|counters| &counters.cost);
+            once(kept, add, || self.cost.with_label_values(&[endpoint, model]));
+        }
+        if unpriced > 0 {
+            self.unpriced.with_label_values(&[endpoint, model]).inc_by(unpriced);
         }
     }
 

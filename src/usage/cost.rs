@@ -1,5 +1,7 @@
 //! Tokens and costs of answers, as plain sums.
 
+use super::prices::NanoUsd;
+
 /// Tokens of one answer or of many.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tokens {
@@ -66,11 +68,22 @@ pub struct Cost {
     pub estimated: Sum,
     /// Speed of the streams among them.
     pub speed: Speed,
+    /// What they cost.
+    pub money: Money,
+}
+
+/// What answers cost, and how many have no price.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Money {
+    /// Price of those that have one.
+    pub spent: NanoUsd,
+    /// Answers whose model has no price.
+    pub unpriced: u64,
 }
 
 impl Cost {
     /// Names of its numbers, for tables that keep them.
-    pub(crate) const COLUMNS: [&str; 14] = [
+    pub(crate) const COLUMNS: [&str; 16] = [
         "requests",
         "prompt",
         "completion",
@@ -85,6 +98,8 @@ impl Cost {
         "stream_tokens",
         "first_token_ms",
         "stream_ms",
+        "nano_usd",
+        "unpriced",
     ];
 
     /// Returns the cost of one answer that reported its tokens.
@@ -96,6 +111,16 @@ impl Cost {
     pub fn estimated(prompt: u64, completion: u64) -> Self {
         let tokens = Tokens { prompt, completion, total: prompt + completion, ..Tokens::default() };
         Self { estimated: Sum { requests: 1, tokens }, ..Self::default() }
+    }
+
+    /// The same with its price, if it has one.
+    #[must_use]
+    pub fn priced(self, price: Option<NanoUsd>) -> Self {
+        let money = match price {
+            Some(spent) => Money { spent, unpriced: 0 },
+            None => Money { spent: NanoUsd(0), unpriced: 1 },
+        };
+        Self { money, ..self }
     }
 
     /// Returns all tokens, reported and estimated. Token limits use this sum: an estimate is better than counting
@@ -113,7 +138,7 @@ impl Cost {
 
     /// Returns the numbers in the order of [`Cost::COLUMNS`].
     pub(crate) fn to_columns(self) -> [u64; Self::COLUMNS.len()] {
-        let Self { exact, estimated, speed } = self;
+        let Self { exact, estimated, speed, money } = self;
         let Tokens { prompt, completion, total, cached, reasoning, audio } = exact.tokens;
         let guessed = estimated.tokens;
         [
@@ -131,17 +156,21 @@ impl Cost {
             speed.tokens,
             speed.first_token_ms,
             speed.ms,
+            money.spent.0,
+            money.unpriced,
         ]
     }
 
     pub(crate) fn from_columns(columns: [u64; Self::COLUMNS.len()]) -> Self {
         let [requests, prompt, completion, total, cached, reasoning, audio, rest @ ..] = columns;
-        let [guessed, guessed_prompt, guessed_completion, streams, stream_tokens, first_token_ms, ms] = rest;
+        let [guessed, guessed_prompt, guessed_completion, rest @ ..] = rest;
+        let [streams, stream_tokens, first_token_ms, ms, nano_usd, unpriced] = rest;
         let guess = Self::estimated(guessed_prompt, guessed_completion).estimated.tokens;
         Self {
             exact: Sum { requests, tokens: Tokens { prompt, completion, total, cached, reasoning, audio } },
             estimated: Sum { requests: guessed, tokens: guess },
             speed: Speed { streams, tokens: stream_tokens, first_token_ms, ms },
+            money: Money { spent: NanoUsd(nano_usd), unpriced },
         }
     }
 }

@@ -16,9 +16,10 @@ mod finder;
 mod lenient;
 mod meter;
 mod plain;
+pub mod prices;
 mod reported;
 
-pub use cost::{Cost, Speed, Sum, Tokens};
+pub use cost::{Cost, Money, Speed, Sum, Tokens};
 pub use finder::Finder;
 pub use meter::{AnswerText, BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, answer_texts, event_texts, mentions_usage};
 pub use reported::Reported;

@@ -9,6 +9,7 @@
 
 mod authority;
 mod harness;
+mod prices;
 mod program;
 mod wire;
 

@@ -508,7 +508,7 @@ fn attempts_without_limits_and_tokens_are_written_a_little_later() {
     process.pass(WRITE_DELAY);
     assert!(process.allocator.is_all_written());
     assert_eq!(process.used(&wanted), (3, 3));
-    let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
+    let (stats, _) = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
     let model = &stats["a"]["m"];
     let mut cost = Cost::exact(tokens, speed);
     cost.merge(&Cost::exact(tokens, speed));
@@ -516,7 +516,7 @@ fn attempts_without_limits_and_tokens_are_written_a_little_later() {
     cost.merge(&Cost::estimated(100, 200));
     assert_eq!((cost.exact.requests, cost.exact.tokens.total), (2, 14), "estimates are not mixed in");
     assert_eq!((model.cost, cost.tokens()), (cost, 314));
-    assert_eq!(model.hours.values().sum::<u64>(), 14);
+    assert_eq!(model.hours.values().map(|part| part.tokens).sum::<u64>(), 14);
     assert_eq!(model.days.keys().copied().collect::<Vec<_>>(), [i64::try_from(NOON).unwrap() - 12 * 3600]);
 }
 
@@ -533,7 +533,7 @@ fn models_beyond_the_bound_are_one() {
     }
     process.serve();
     process.pass(WRITE_DELAY);
-    let stats = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
+    let (stats, _) = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
     assert_eq!(stats["a"].len(), MODELS_MAX + 1);
     assert_eq!(stats["a"][OTHER_MODELS].cost.exact.requests, 10);
 }

@@ -30,11 +30,12 @@ const APPLICATION_ID: i64 = 0x6170_7467;
 /// Steps from one schema version to the next. A step may add to the schema but must not change what is there: during an
 /// upgrade, the previous version still writes to the same file (it can do so as long as it does not have to open it
 /// again).
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 5] = [
     include_str!("schema/1.sql"),
     include_str!("schema/2.sql"),
     include_str!("schema/3.sql"),
     include_str!("schema/4.sql"),
+    include_str!("schema/5.sql"),
 ];
 /// `kind` of [`AccountId::Models`] in the tables `account_minute` and `account_day`.
 const MODELS: &str = "models";
@@ -245,6 +246,34 @@ impl SqliteLedger {
         self.connection.execute_batch(sql).map_err(|error| explain(&self.path, &error))
     }
 
+    /// Adds to a table of the token statistics, which may be one by callers' keys. `column` holds the moment.
+    fn add_spent(
+        &mut self,
+        table: &str,
+        column: &str,
+        moment: i64,
+        (key, spent): (Option<&Arc<str>>, &Spent),
+    ) -> Result<(), LedgerError> {
+        let cost = spent.cost.to_columns();
+        let mut parameters: Vec<&dyn ToSql> = vec![&spent.endpoint, &spent.model, &moment];
+        parameters.extend(cost.iter().map(|number| number as &dyn ToSql));
+        let names = Cost::COLUMNS.join(", ");
+        let places: Vec<String> = (4..4 + cost.len()).map(|place| format!("?{place}")).collect();
+        let sums = Cost::COLUMNS.iter().zip(&places).map(|(name, place)| format!("{name} = {name} + {place}"));
+        let sums = sums.collect::<Vec<_>>().join(", ");
+        let (mut names, mut places) = (format!("endpoint, model, {column}, {names}"), places.join(", "));
+        if let Some(key) = key {
+            parameters.push(key);
+            names.push_str(", key");
+            places = format!("{places}, ?{}", parameters.len());
+        }
+        let newest = if column == "last_used" { "last_used = max(last_used, ?3), " } else { "" };
+        let sql = format!(
+            "INSERT INTO {table} ({names}) VALUES (?1, ?2, ?3, {places}) ON CONFLICT DO UPDATE SET {newest}{sums}"
+        );
+        self.run(&sql, &parameters)
+    }
+
     fn run(&mut self, sql: &str, parameters: &[&dyn ToSql]) -> Result<(), LedgerError> {
         let ran = self.connection.prepare_cached(sql).and_then(|mut statement| statement.execute(parameters));
         ran.map(|_| ()).map_err(|error| explain(&self.path, &error))
@@ -334,32 +363,17 @@ impl Ledger for SqliteLedger {
     }
 
     fn add_tokens(&mut self, spent: &Spent) -> Result<(), LedgerError> {
-        let cost = spent.cost.to_columns();
-        let names = Cost::COLUMNS.join(", ");
-        let places: Vec<String> = (4..4 + cost.len()).map(|place| format!("?{place}")).collect();
-        let sums: Vec<String> =
-            Cost::COLUMNS.iter().zip(&places).map(|(name, place)| format!("{name} = {name} + {place}")).collect();
-        let (places, sums) = (places.join(", "), sums.join(", "));
-        for (table, key, when) in [
-            ("token_hour", "hour", spent.hour),
-            ("token_day", "day", spent.day),
-            ("token_total", "last_used", spent.at_ms),
-        ] {
-            let newest = if key == "last_used" { "last_used = max(last_used, ?3), " } else { "" };
-            let sql = format!(
-                "INSERT INTO {table} (endpoint, model, {key}, {names}) VALUES (?1, ?2, ?3, {places}) \
-                 ON CONFLICT DO UPDATE SET {newest}{sums}"
-            );
-            let mut parameters: Vec<&dyn ToSql> = vec![&spent.endpoint, &spent.model, &when];
-            parameters.extend(cost.iter().map(|column| column as &dyn ToSql));
-            self.run(&sql, &parameters)?;
-        }
-        Ok(())
+        self.add_spent("token_hour", "hour", spent.hour, (None, spent))?;
+        self.add_spent("token_day", "day", spent.day, (None, spent))?;
+        self.add_spent("token_total", "last_used", spent.at_ms, (None, spent))?;
+        let Some(key) = &spent.key else { return Ok(()) };
+        self.add_spent("key_day", "day", spent.day, (Some(key), spent))?;
+        self.add_spent("key_total", "last_used", spent.at_ms, (Some(key), spent))
     }
 
     fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
         let endpoint = endpoint.map_or(Value::Null, |id| Value::Text(id.to_owned()));
-        ["token_hour", "token_day", "token_total"].iter().try_for_each(|table| {
+        ["token_hour", "token_day", "token_total", "key_day", "key_total"].iter().try_for_each(|table| {
             self.run(&format!("DELETE FROM {table} WHERE ?1 IS NULL OR endpoint = ?1"), &[&endpoint])
         })
     }
@@ -377,7 +391,8 @@ impl Ledger for SqliteLedger {
 
     fn forget_tokens(&mut self, hours: i64, days: i64) -> Result<(), LedgerError> {
         self.run("DELETE FROM token_hour WHERE hour <= ?1", &[&hours])?;
-        self.run("DELETE FROM token_day WHERE day <= ?1", &[&days])
+        self.run("DELETE FROM token_day WHERE day <= ?1", &[&days])?;
+        self.run("DELETE FROM key_day WHERE day <= ?1", &[&days])
     }
 
     fn forget_days(&mut self, account: &AccountId, before: Date) -> Result<(), LedgerError> {

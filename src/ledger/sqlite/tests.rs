@@ -3,6 +3,7 @@ use std::os::unix::fs::PermissionsExt;
 use super::file::beside;
 use super::*;
 use crate::ledger::stats;
+use crate::usage::prices::NanoUsd;
 use crate::usage::{Speed, Tokens};
 use jiff::civil::date;
 
@@ -318,10 +319,11 @@ fn statistics_that_are_too_old_are_removed() {
     let spent = |hours_ago: i64| Spent {
         endpoint: "a".into(),
         model: "m".into(),
+        key: Some("ada".into()),
         hour: now - hours_ago * 3600,
         day: now - hours_ago / 24 * 86_400,
         at_ms: (now - hours_ago * 3600) * 1000,
-        cost: Cost::exact(Tokens { total: 3, ..Tokens::default() }, Speed::default()),
+        cost: Cost::exact(Tokens { total: 3, ..Tokens::default() }, Speed::default()).priced(Some(NanoUsd(10))),
     };
     batch(&mut ledger, |ledger| {
         for hours_ago in [0, 47, 48, 399 * 24, 400 * 24] {
@@ -330,26 +332,34 @@ fn statistics_that_are_too_old_are_removed() {
     });
     let wall = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(now.unsigned_abs());
     let kept = |path: &Path| {
-        let model = stats::read(path, wall).unwrap()["a"]["m"].clone();
+        let (stats, keys) = stats::read(path, wall).unwrap();
+        let (model, of_key) = (&stats["a"]["m"], &keys["ada"]["a"]["m"]);
+        assert_eq!((&of_key.days, of_key.cost, of_key.last_used_ms), (&model.days, model.cost, model.last_used_ms));
+        assert_eq!((model.cost.money.spent, of_key.hours.len()), (NanoUsd(50), 0));
+        assert!(model.days.values().all(|part| part.spent.0 == 10 * part.tokens / 3));
         (model.hours.len(), model.days.len(), model.cost.exact.requests, model.last_used_ms)
     };
     let expected = (2, 4, 5, now * 1000);
     assert_eq!(kept(&path), expected, "they are not shown any more");
-    let rows = |ledger: &SqliteLedger| -> i64 {
-        let sql = "SELECT (SELECT count(*) FROM token_hour) + (SELECT count(*) FROM token_day)";
-        ledger.connection.query_row(sql, [], |row| row.get(0)).unwrap()
+    let rows = |ledger: &SqliteLedger| {
+        let count = |table: &str| -> i64 {
+            ledger.connection.query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get(0)).unwrap()
+        };
+        ["token_hour", "token_day", "key_day"].map(count)
     };
     let before = rows(&ledger);
     let oldest = |kept| stats::oldest(now, kept);
     batch(&mut ledger, |ledger| {
         ledger.forget_tokens(oldest(stats::HOURS_KEPT), oldest(stats::DAYS_KEPT)).unwrap();
     });
-    assert!(rows(&ledger) < before, "nor kept");
+    assert!(rows(&ledger).iter().zip(before).all(|(now, before)| *now < before), "nor kept");
     assert_eq!(kept(&path), expected);
     batch(&mut ledger, |ledger| ledger.reset_tokens(Some("b")).unwrap());
     assert_eq!(kept(&path), expected);
     batch(&mut ledger, |ledger| ledger.reset_tokens(Some("a")).unwrap());
-    assert!(stats::read(&path, wall).unwrap().is_empty());
+    assert_eq!(stats::read_key(&path, "ada", wall).unwrap().len(), 0);
+    let (stats, keys) = stats::read(&path, wall).unwrap();
+    assert!(stats.is_empty() && keys.is_empty());
 }
 
 #[test]
