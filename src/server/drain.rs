@@ -20,6 +20,10 @@ const DRAIN_POLL: Duration = Duration::from_millis(50);
 /// Time for the last bytes to leave after the last request has ended.
 const LAST_FLUSH: Duration = Duration::from_millis(200);
 
+/// Longest time for which a process that has handed over goes on with what it has. Its successor serves, so nobody waits for its end;
+/// a session may be as long as its client likes.
+const HANDED_OVER_MAX: Duration = Duration::from_hours(24);
+
 /// Signals that a process which has handed over gets without a second meaning when its service is stopped: systemd signals all
 /// processes of the service, and those that are left once more when the main process has ended.
 const SIGNALS_TO_A_SERVICE: u32 = 2;
@@ -30,6 +34,8 @@ pub(super) struct Drain {
     pub(super) open: OpenRequests,
     pub(super) draining: Draining,
     pub(super) writes: FinalWrites,
+    /// Longest time until the end of a process that has no successor.
+    pub(super) grace: Duration,
 }
 
 /// What has to be done before the end of the process; every way out waits for it.
@@ -79,18 +85,23 @@ impl Drain {
         let mut patience = if hands_over { SIGNALS_TO_A_SERVICE } else { 0 };
         let mut asked_again = [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| signal(kind).ok());
         let [terminated, interrupted] = &mut asked_again;
-        while self.open.count() > 0 {
+        let longest = if hands_over { HANDED_OVER_MAX } else { self.grace };
+        let over = tokio::time::sleep(longest);
+        tokio::pin!(over);
+        let mut why = String::new();
+        while self.open.count() > 0 && why.is_empty() {
             tokio::select! {
                 () = tokio::time::sleep(DRAIN_POLL) => {}
                 () = heard(terminated.as_mut()) => match patience.checked_sub(1) {
                     Some(left) => patience = left,
-                    None => break,
+                    None => "at once, on a second signal".clone_into(&mut why),
                 },
-                () = heard(interrupted.as_mut()) => break,
+                () = heard(interrupted.as_mut()) => "at once, on a second signal".clone_into(&mut why),
+                () = &mut over => why = format!("after {} s", longest.as_secs()),
             }
         }
         if self.open.count() > 0 {
-            log::warn!("stopping at once, on a second signal: {} requests are cut off", self.open.count());
+            log::warn!("stopping {why}: {} requests are cut off", self.open.count());
         }
         // The last bytes of an HTTP/2 answer may still be on their way out.
         tokio::time::sleep(LAST_FLUSH).await;

@@ -23,7 +23,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use pingora::apps::HttpServerOptions;
@@ -120,6 +120,8 @@ pub struct Prepared {
     /// Runtime folder, if the process may be replaced.
     runtime_folder: Option<PathBuf>,
     writes: FinalWrites,
+    /// Longest wait of a stopping process for its open requests.
+    grace: Duration,
     /// Keeps a free port ours until Pingora has bound it.
     _reserved: Option<Arc<socket2::Socket>>,
 }
@@ -134,7 +136,7 @@ impl Prepared {
     /// Sets everything up. Nothing serves yet, but whatever can be wrong has been found.
     pub fn new(config: Config, options: &RunOptions) -> Result<Self, StartError> {
         let options = &in_its_folder(options)?;
-        let conf = pingora_conf::for_process(&config, options)?;
+        let (conf, grace) = pingora_conf::for_process(&config, options)?;
         let listening = Listening::new(&config.server, options)?;
         let ledger = Arc::new(Keeper::new(&config.server));
         if options.test {
@@ -170,6 +172,7 @@ impl Prepared {
             takes_over: options.upgrade && !options.test,
             runtime_folder: options.arguments.is_some().then(|| options.runtime_folder.clone()),
             writes: FinalWrites { estimator: process.estimator.clone(), ledger, pid_file },
+            grace,
             _reserved: listening.reserved.clone(),
         };
         prepared.with_services(started, &listening, options, process)
@@ -207,6 +210,7 @@ impl Prepared {
             open: process.open.clone(),
             draining: process.draining.clone(),
             writes: self.writes.clone(),
+            grace: self.grace,
         };
         server.add_service(background_service("drain", drain));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&process.pool))));

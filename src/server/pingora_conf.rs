@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use pingora::server::configuration::ServerConf;
 use serde_yaml::Value;
@@ -18,11 +19,13 @@ const PINGORA_TRIES_MAX: usize = 100 * (16 + 2 + 1);
 const IDLE_CONNECTIONS_MAX: usize = 1024;
 /// A stopping process waits this long for its open requests, unless the server conf says otherwise.
 const GRACE_PERIOD_SECONDS: u64 = 600;
+/// Pingora's own wait for open requests: longer than ours ever is.
+const PINGORA_GRACE: Duration = Duration::from_hours(10 * 365 * 24);
 /// Keys of our own config at its top, which Pingora would ignore.
 const KEYS_OF_OURS: [&str; 2] = ["server", "apis"];
 
-/// Returns the settings of a process.
-pub(super) fn for_process(config: &Config, options: &RunOptions) -> Result<ServerConf, StartError> {
+/// Returns the settings of a process, and its longest wait for open requests.
+pub(super) fn for_process(config: &Config, options: &RunOptions) -> Result<(ServerConf, Duration), StartError> {
     let mut conf = match &options.server_conf {
         Some(path) => read(path)?,
         None => ServerConf::default(),
@@ -49,7 +52,6 @@ pub(super) fn for_process(config: &Config, options: &RunOptions) -> Result<Serve
         }
         log::warn!("{problem}");
     }
-    conf.grace_period_seconds.get_or_insert(GRACE_PERIOD_SECONDS);
     if options.daemon {
         // Otherwise Pingora would throw the log away.
         conf.error_log.get_or_insert_with(|| private("api-together.log"));
@@ -61,9 +63,12 @@ pub(super) fn for_process(config: &Config, options: &RunOptions) -> Result<Serve
     if conf.upstream_keepalive_pool_size == defaults.upstream_keepalive_pool_size {
         conf.upstream_keepalive_pool_size = IDLE_CONNECTIONS_MAX;
     }
+    let grace = Duration::from_secs(conf.grace_period_seconds.unwrap_or(GRACE_PERIOD_SECONDS));
+    // Pingora would end the process without a word, and before its counts are written.
+    conf.grace_period_seconds = Some(PINGORA_GRACE.as_secs());
     conf.threads = config.server.threads;
     conf.max_retries = PINGORA_TRIES_MAX;
-    Ok(conf)
+    Ok((conf, grace))
 }
 
 /// Reads a server conf file. Pingora itself ignores keys that it does not know.

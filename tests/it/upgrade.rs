@@ -50,6 +50,9 @@ impl Served {
         for name in ["PORT", "RUNTIME_DIRECTORY", "NOTIFY_SOCKET"] {
             command.env_remove(name);
         }
+        if folder.path().join("pingora.yaml").exists() {
+            command.args(["--conf", "pingora.yaml"]);
+        }
         if let Some(notify) = notify {
             command.env("NOTIFY_SOCKET", notify);
         }
@@ -378,6 +381,52 @@ async fn a_second_sigterm_ends_it_at_once() {
         running.signal("TERM");
         assert_eq!(running.exit().await.code(), Some(0));
         while let Ok(Some(_)) = stream.chunk().await {}
+    })
+    .await;
+}
+
+/// A process that waits for a second at most, with a stream of nine seconds under way.
+async fn with_a_short_patience() -> (Served, reqwest::Response, api_together::simulator::Simulator) {
+    let slow = behaving(Behaviour { chunk_delay_ms: 100, events: 90, ..Behaviour::default() }).await;
+    let config = config_text(json!({ "port": free_port() }), &[endpoint_with("a", &slow.base_url(), json!({}))]);
+    let folder = folder_with("apis.json", &config);
+    std::fs::write(folder.path().join("pingora.yaml"), "version: 1\ngrace_period_seconds: 1\n").unwrap();
+    let binary = PathBuf::from(env!("CARGO_BIN_EXE_api-together"));
+    let served = Served::of(folder, binary, None).await;
+    let call = client(|builder| builder).post(served.url("/v1/chat/completions")).bearer_auth(KEY);
+    let mut stream = call.json(&chat_stream("m")).send().await.unwrap();
+    stream.chunk().await.unwrap();
+    (served, stream, slow)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_cuts_off_what_lasts_too_long_and_says_so() {
+    within(async {
+        let (mut served, mut stream, _simulator) = with_a_short_patience().await;
+        let running = &mut served.first;
+        running.signal("TERM");
+        running.logs("stopping after 1 s: 1 requests are cut off").await;
+        assert_eq!(running.exit().await.code(), Some(0));
+        running.logs("INFO  stopped").await;
+        while let Ok(Some(_)) = stream.chunk().await {}
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_was_replaced_cuts_nothing_off() {
+    within(async {
+        let (mut served, mut stream, _simulator) = with_a_short_patience().await;
+        let (code, said) = served.upgrade().await;
+        assert_eq!(code, 0, "{said}");
+        let running = &mut served.first;
+        running.logs("shutting down gracefully: 1 requests are open").await;
+        let mut text = String::new();
+        while let Some(chunk) = stream.chunk().await.unwrap() {
+            text += std::str::from_utf8(&chunk).unwrap();
+        }
+        assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+        assert_eq!(running.exit().await.code(), Some(0));
     })
     .await;
 }
