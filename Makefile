@@ -200,11 +200,13 @@ test-image: release ## Put the image's file system together as the Dockerfile wo
 	packaging/docker/test $(BINARY) target/debug/examples/simulator
 
 .PHONY: soak
-soak: build-tools ## Run the long forms of tests that are short in make test, and the guided build (an hour and a half)
+soak: build-tools client-tools ## Run the long forms of tests that are short in make test, and the guided build (an hour and a half)
 	$(MAKE) release
 	ISOLATION_SECONDS=3600 cargo test --locked --test it -- --nocapture isolation
 	SIM_SCHEDULES=10000 cargo test --locked --test it -- --nocapture sim
 	SESSIONS=1000 cargo test --locked --test it -- --nocapture realtime
+	tests/clients/run $(BINARY)
+	tests/clients/.venv/bin/python tests/clients/realtime_soak.py --binary $(BINARY)
 	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load
 
 # Programs for the benchmarks: the load generator, nginx, and other gateways where their registries can be reached
