@@ -65,6 +65,8 @@ impl SessionFields {
 pub struct SessionName {
     /// Hash of the name and the model, the same in every process.
     pub hash: u64,
+    /// Hash of the caller's name; 0 for requests with the key that all have.
+    pub caller: u64,
     /// False if the name may be a single request's, and is a session's only if it comes again.
     pub is_certain: bool,
 }
@@ -79,8 +81,9 @@ impl SessionName {
         prefix: bool,
     ) -> Option<Self> {
         let of = (caller, model);
+        let caller = if caller.is_empty() { 0 } else { hash(b"caller", (caller, None), []) };
         let header = |name: &str| Some(headers.get(name)?.as_bytes().trim_ascii()).filter(|value| is_name(value));
-        let named = |name: &[u8]| Self { hash: hash(b"name", of, [name]), is_certain: true };
+        let named = |name: &[u8]| Self { hash: hash(b"name", of, [name]), caller, is_certain: true };
         if let Some(name) = HEADERS.into_iter().find_map(header) {
             return Some(named(name));
         }
@@ -93,7 +96,7 @@ impl SessionName {
             return Some(named(name.as_bytes()));
         }
         if let Some(name) = header(MAYBE_HEADER) {
-            return Some(Self { hash: hash(b"name", of, [name]), is_certain: false });
+            return Some(Self { hash: hash(b"name", of, [name]), caller, is_certain: false });
         }
         if !prefix {
             return None;
@@ -101,7 +104,7 @@ impl SessionName {
         let begins = fields.messages.as_ref().map(|range| first_messages(part(body, range.clone())));
         let begins = begins.filter(|begins| !begins.is_empty())?;
         let shared = [in_body(&fields.system), in_body(&fields.tools), Some(begins)];
-        Some(Self { hash: hash(b"prefix", of, shared.into_iter().flatten()), is_certain: true })
+        Some(Self { hash: hash(b"prefix", of, shared.into_iter().flatten()), caller, is_certain: true })
     }
 }
 
@@ -218,7 +221,7 @@ mod tests {
     #[test]
     fn the_first_name_counts_wherever_it_stands() {
         let name =
-            |name: &str| Some(SessionName { hash: hash(b"name", ("", None), [name.as_bytes()]), is_certain: true });
+            |name: &str| Some(SessionName { hash: hash(b"name", ("", None), [name.as_bytes()]), caller: 0, is_certain: true });
         let all = json!({ "prompt_cache_key": "key", "metadata": { "user_id": "user" }, "conversation": "talk" });
         let headers = [("x-session-id", "one"), ("session_id", "two"), ("x-session-affinity", "three")];
         for first in 0..3 {

@@ -7,6 +7,7 @@ pub mod caller_accounts;
 pub mod callers;
 pub mod discovered;
 pub mod health;
+mod kept_sessions;
 pub mod objects;
 pub(crate) mod path_memory;
 pub mod pool;

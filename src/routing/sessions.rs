@@ -14,12 +14,11 @@ use crate::ledger::Client;
 use crate::ledger::places::{Place, PlaceChange, SOLE_CALLER, Thing, ThingKind};
 use crate::limit::Clock;
 use crate::request::session_name::SessionName;
+use crate::routing::kept_sessions::{Kept, KeptSessions};
 use crate::routing::pool::Endpoint;
 
 /// Time for which a session is kept from its last request on. Providers' caches last five minutes to an hour.
 const KEPT: Duration = Duration::from_hours(1);
-/// Sessions that are known without a look into the ledger; of more those that were used longest ago are left out.
-const SESSIONS_MAX: usize = 100_000;
 /// Names that have come once and may be single requests'.
 const ONCE_MAX: usize = 10_000;
 /// Longest wait for the ledger to say where a session was. It is no more than a preference, and a prompt that is read anew takes seconds.
@@ -30,16 +29,8 @@ const RENEWED_AFTER: Duration = Duration::from_mins(5);
 /// Sessions of this process. They outlive every reload.
 #[derive(Debug)]
 pub struct Sessions {
-    kept: Mutex<LruCache<u64, Kept>>,
+    kept: Mutex<KeptSessions>,
     once: Mutex<LruCache<u64, Arc<str>>>,
-}
-
-#[derive(Clone, Debug)]
-struct Kept {
-    /// Id of the endpoint.
-    endpoint: Arc<str>,
-    used: Instant,
-    written: Instant,
 }
 
 /// The session of one request.
@@ -87,7 +78,7 @@ impl Affinity {
 impl Default for Sessions {
     fn default() -> Self {
         // Bounded where they grow; a bounded one would take its room at once.
-        Self { kept: Mutex::new(LruCache::unbounded()), once: Mutex::new(LruCache::unbounded()) }
+        Self { kept: Mutex::default(), once: Mutex::new(LruCache::unbounded()) }
     }
 }
 
@@ -104,13 +95,8 @@ impl Sessions {
     /// Returns a session as far as it is known without the ledger.
     fn recall(&self, name: SessionName, now: Instant) -> Option<Session> {
         let mut kept = lock(&self.kept);
-        let known = kept.get_mut(&name.hash)?;
-        if now.saturating_duration_since(known.used) >= KEPT {
-            kept.pop(&name.hash);
-            return None;
-        }
-        known.used = now;
-        Some(Session { name, at: Some(Arc::clone(&known.endpoint)), is_dropped: false, is_maybe: false })
+        let at = Some(Arc::clone(&kept.used(name.hash, now, KEPT)?.endpoint));
+        Some(Session { name, at, is_dropped: false, is_maybe: false })
     }
 
     /// Looks a session up that is not known here.
@@ -120,7 +106,7 @@ impl Sessions {
         let place = found.into_iter().flatten().flatten().next();
         let mut at = place.map(|place| place.endpoint);
         if let Some(endpoint) = &at {
-            self.keep(name.hash, endpoint, ledger.clock().now);
+            self.keep(name, endpoint, ledger.clock().now);
         } else {
             at = lock(&self.once).get(&name.hash).cloned();
         }
@@ -133,10 +119,10 @@ impl Sessions {
         let Some(how) = how else { return self.note_once(hash, &endpoint.config.id) };
         let writes = match how {
             Affinity::New | Affinity::Moved => {
-                self.keep(hash, &endpoint.config.id, clock.now);
+                self.keep(session.name, &endpoint.config.id, clock.now);
                 true
             }
-            Affinity::Followed => self.is_due(hash, &endpoint.config.id, clock.now),
+            Affinity::Followed => self.is_due(session.name, &endpoint.config.id, clock.now),
             Affinity::Spilled => false,
         };
         if writes {
@@ -154,7 +140,7 @@ impl Sessions {
 
     /// Forgets where a session is: its endpoint cannot serve it any more.
     pub fn forget(&self, session: &Session, ledger: &Client) {
-        lock(&self.kept).pop(&session.name.hash);
+        lock(&self.kept).forget(session.name.hash);
         lock(&self.once).pop(&session.name.hash);
         ledger.change_place(PlaceChange::Forget(thing(session.name), SOLE_CALLER.into()));
     }
@@ -172,20 +158,17 @@ impl Sessions {
         }
     }
 
-    fn keep(&self, hash: u64, endpoint: &Arc<str>, now: Instant) {
-        let mut kept = lock(&self.kept);
-        kept.put(hash, Kept { endpoint: Arc::clone(endpoint), used: now, written: now });
-        if kept.len() > SESSIONS_MAX {
-            kept.pop_lru();
-        }
+    fn keep(&self, name: SessionName, endpoint: &Arc<str>, now: Instant) {
+        let kept = Kept { endpoint: Arc::clone(endpoint), caller: name.caller, used: now, written: now };
+        lock(&self.kept).keep(name.hash, kept);
     }
 
     /// True if the ledger is to be told that a session is still at its endpoint.
-    fn is_due(&self, hash: u64, endpoint: &Arc<str>, now: Instant) -> bool {
+    fn is_due(&self, name: SessionName, endpoint: &Arc<str>, now: Instant) -> bool {
         let mut kept = lock(&self.kept);
-        let Some(known) = kept.peek_mut(&hash) else {
+        let Some(known) = kept.peek_mut(name.hash) else {
             drop(kept);
-            self.keep(hash, endpoint, now);
+            self.keep(name, endpoint, now);
             return true;
         };
         let is_due = now.saturating_duration_since(known.written) >= RENEWED_AFTER;
