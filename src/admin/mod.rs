@@ -205,7 +205,11 @@ impl Answer {
         }
         // OpenAI's SDKs would wait for so long; and some clients ask again and again, and say nothing of a key that is wrong.
         let waits_too_long = fault.retry_after().is_some_and(|wait| wait > SDK_WAIT_MAX);
-        if waits_too_long || matches!(fault, Fault::KeyWrong | Fault::KeyEnded { .. } | Fault::EndpointKeyRefused) {
+        let never_helps = matches!(
+            fault,
+            Fault::KeyWrong | Fault::KeyEnded { .. } | Fault::EndpointKeyRefused | Fault::BudgetExhausted { .. }
+        );
+        if waits_too_long || never_helps {
             let never = HeaderValue::from_static("false");
             answer.headers.push((HeaderName::from_static("x-should-retry"), never));
         }

@@ -15,6 +15,8 @@ use bytes::Bytes;
 use serde_json::Value;
 use tiktoken_rs::CoreBPE;
 
+use crate::exchange::AttemptBudget;
+use crate::ledger::budgets::Amount;
 use crate::ledger::{AccountSet, Reservation, Spent};
 use crate::request::call::Call;
 use crate::routing::callers::Caller;
@@ -49,6 +51,8 @@ pub struct Job {
     pub caller_accounts: Option<Arc<AccountSet>>,
     /// Tokens that are reserved of those until then.
     pub reservation: Option<Reservation>,
+    /// What is reserved of the caller's budgets until then.
+    pub budget: Option<Box<AttemptBudget>>,
     /// The model that answered, cut to a sane length.
     pub model: String,
     /// Candidates of the client's request.
@@ -202,6 +206,7 @@ fn settle(job: Job) -> Estimated {
         caller,
         caller_accounts,
         reservation,
+        budget,
         model,
         candidates,
         call,
@@ -234,6 +239,9 @@ fn settle(job: Job) -> Estimated {
     let key = caller.as_ref().map(|caller| caller.name());
     let spent = Spent::now(endpoint_id, &model, cost, &pool.server.timezone, clock.wall).by(key);
     pool.ledger.spend_tokens(&accounts, caller_accounts.as_ref(), spent, clock.boot);
+    if let Some(budget) = budget {
+        budget.settle(Amount { tokens: cost.tokens(), nano_usd: price.unwrap_or_default().0 });
+    }
     // Only now, so that the tokens are always counted, in one way or the other.
     drop(reservation);
     if is_known { Estimated::Whole } else { Estimated::Partly }

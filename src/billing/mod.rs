@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::billing::estimate::{Estimator, Job};
-use crate::exchange::{Ask, Attempt};
+use crate::exchange::{Ask, Attempt, AttemptBudget};
 use crate::fault::excerpt;
+use crate::ledger::budgets::Amount;
 use crate::ledger::{Permit, Spent};
 use crate::request::call::Call;
+use crate::routing::retry::Outcome;
 use crate::telemetry::metrics::metrics;
 use crate::usage::prices::{NanoUsd, PricedTokens};
 use crate::usage::{Cost, Speed, Tokens, Usage};
@@ -49,23 +51,35 @@ impl Measured {
     }
 }
 
-/// Charges for an answer that was not good enough for the client, as far as the endpoint reported its tokens.
-pub fn bill_dropped(attempt: &Attempt, ask: &Ask) {
-    let meter = &attempt.meter;
-    match (meter.reported(), meter.prompt_reported()) {
+/// Charges for an attempt that came to this end without an answer for the client, as far as the endpoint reported its tokens.
+pub fn bill_dropped(attempt: &mut Attempt, ask: &Ask, outcome: &Outcome) {
+    match (attempt.meter.reported(), attempt.meter.prompt_reported()) {
         (Some(usage), _) => bill_response(attempt, ask, &usage),
         (None, Some(prompt)) => {
             let tokens = PricedTokens::plain(prompt, 0);
-            spend(attempt, ask, Cost::estimated(prompt, 0), (tokens, Instant::now()));
+            let amount = spend(attempt, ask, Cost::estimated(prompt, 0), (tokens, Instant::now()));
+            settle(attempt.budget.take(), ask, amount);
         }
-        (None, None) => {}
+        // What it would have been billed by then, if it has been sent at all.
+        (None, None) if outcome.may_be_billed() => drop(attempt.budget.take()),
+        (None, None) => attempt.budget.take().into_iter().for_each(|budget| budget.release()),
     }
 }
 
-/// Charges for one response of a realtime session, which goes on.
-pub fn bill_response(attempt: &Attempt, ask: &Ask, usage: &Usage) {
+/// Charges for one response, which need not be the last one: a realtime session goes on.
+pub fn bill_response(attempt: &mut Attempt, ask: &Ask, usage: &Usage) {
     let cost = Cost::exact(usage.tokens(), Speed::default());
-    spend(attempt, ask, cost, (PricedTokens::of(usage), Instant::now()));
+    let amount = spend(attempt, ask, cost, (PricedTokens::of(usage), Instant::now()));
+    settle(attempt.budget.take(), ask, amount);
+}
+
+/// Settles what was reserved of the caller's budgets. What had no reservation is taken of them all the same.
+fn settle(budget: Option<Box<AttemptBudget>>, ask: &Ask, amount: Amount) {
+    match (budget, &ask.budget) {
+        (Some(budget), _) => budget.settle(amount),
+        (None, Some(budget)) => ask.pool.ledger.spend_unreserved(&budget.set, amount),
+        (None, None) => {}
+    }
 }
 
 /// Charges for the last answer. Unreported tokens are estimated later, if the answer had any content.
@@ -90,12 +104,18 @@ pub fn bill(
         attempt.endpoint.live.usage_injection.note_unneeded();
     }
     let has_succeeded = attempt.has_succeeded();
+    let is_error = attempt.meaning().is_some();
+    let budget = attempt.budget.take();
     let meter = &mut attempt.meter;
+    let has_text = meter.has_text();
     if let Some(usage) = meter.reported() {
         let tokens = usage.tokens();
         measured.tokens = Some(tokens);
         let cost = Cost::exact(tokens, measured.speed(tokens));
-        measured.price = spend(attempt, ask, cost, (PricedTokens::of(&usage), ended));
+        let priced = PricedTokens::of(&usage);
+        measured.price = price_of(attempt, ask, &priced, ended);
+        let amount = spend(attempt, ask, cost, (priced, ended));
+        settle(budget, ask, amount);
     } else if ask.is_estimated()
         && (meter.has_text() || meter.prompt_reported().is_some() || ask.call == Call::Embeddings && has_succeeded)
     {
@@ -113,7 +133,11 @@ pub fn bill(
             call: ask.call,
             candidates: Arc::clone(&ask.candidates),
             prompt: ask.prompt.clone(),
+            budget,
         });
+    } else if let Some(budget) = budget.filter(|_| is_error && !has_text) {
+        // Otherwise it is settled at what is known: nobody answers for nothing.
+        budget.release();
     }
     measured
 }
@@ -123,13 +147,17 @@ fn model_name(attempt: &Attempt, ask: &Ask) -> String {
     excerpt(attempt.model.mapped.as_deref().or(ask.model.as_deref()).unwrap_or("-"))
 }
 
-/// Adds to the statistics, by hours and days of the server's time zone. Returns what the tokens cost, if they have a price.
-fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, (tokens, ended): (PricedTokens, Instant)) -> Option<NanoUsd> {
+/// What the tokens of an attempt's model cost, if it has a price.
+fn price_of(attempt: &Attempt, ask: &Ask, tokens: &PricedTokens, ended: Instant) -> Option<NanoUsd> {
+    attempt.endpoint.prices.cost(&model_name(attempt, ask), tokens, attempt.clock_at(ended).wall)
+}
+
+/// Adds to the statistics, by hours and days of the server's time zone. Returns what the tokens took.
+fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, (tokens, ended): (PricedTokens, Instant)) -> Amount {
     let endpoint = &attempt.endpoint.config.id;
     let pool = &ask.pool;
     let clock = attempt.clock_at(ended);
-    let model = model_name(attempt, ask);
-    let price = attempt.endpoint.prices.cost(&model, &tokens, clock.wall);
+    let price = price_of(attempt, ask, &tokens, ended);
     let cost = cost.priced(price);
     if let Some(metrics) = metrics() {
         metrics.spent(endpoint, ask.candidates.label(), &cost, attempt.counters.as_deref());
@@ -138,7 +166,7 @@ fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, (tokens, ended): (PricedToken
         }
     }
     let key = ask.named.as_ref().map(|named| named.caller.name());
-    let spent = Spent::now(endpoint, &model, cost, &pool.server.timezone, clock.wall).by(key);
+    let spent = Spent::now(endpoint, &model_name(attempt, ask), cost, &pool.server.timezone, clock.wall).by(key);
     pool.ledger.spend_tokens(attempt.accounts(), ask.own_accounts(), spent, clock.boot);
-    price
+    Amount { tokens: cost.tokens(), nano_usd: price.unwrap_or_default().0 }
 }

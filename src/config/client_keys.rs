@@ -11,6 +11,7 @@ use jiff::tz::TimeZone;
 use ring::digest::{SHA256, digest};
 use subtle::ConstantTimeEq as _;
 
+use super::budgets::{Budget, OnOverrun, budgets};
 use super::calls::{CallKind, CallSet};
 use super::checked::Check;
 use super::cidr::Cidr;
@@ -107,6 +108,10 @@ pub struct ClientKey {
     pub limits: PerLimit<Limit>,
     /// Limits for some models, by the name that is asked for or a prefix.
     pub model_limits: BTreeMap<String, PerLimit<Limit>>,
+    /// What its requests may take in an hour, a day or longer.
+    pub budgets: Vec<Budget>,
+    /// What becomes of a stream that a budget has no room for.
+    pub on_overrun: OnOverrun,
     /// When it stops to open.
     pub expires: Option<Timestamp>,
     /// Addresses that it may be used from; any if none are named.
@@ -219,6 +224,7 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
     };
     let limits = limits(typed_limits, path, check);
     let model_limits = model_limits(typed.model_limits.unwrap_or_default(), &at("modelLimits"), check);
+    let budgets = budgets(typed.budget, &at("budget"), around.timezone, check);
     let expires = moment(typed.expires.as_deref(), &at("expires"), around.timezone, check);
     let mut allow_from = Vec::new();
     for (index, text) in typed.allow_from.unwrap_or_default().iter().enumerate() {
@@ -239,6 +245,8 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
         endpoints: typed.endpoints,
         limits,
         model_limits,
+        budgets,
+        on_overrun: typed.on_overrun.unwrap_or_default(),
         expires: expires?,
         allow_from,
         weight: weight(typed.weight, &at("weight"), check),
@@ -367,7 +375,12 @@ fn hashes(
 
 /// A moment: with its time and offset, or a day, to whose end it goes. The outer none is an error that was reported.
 #[expect(clippy::option_option, reason = "absent, and wrong, are two things")]
-fn moment(typed: Option<&str>, path: &str, timezone: &TimeZone, check: &mut Check<'_>) -> Option<Option<Timestamp>> {
+pub(super) fn moment(
+    typed: Option<&str>,
+    path: &str,
+    timezone: &TimeZone,
+    check: &mut Check<'_>,
+) -> Option<Option<Timestamp>> {
     let Some(text) = typed else { return Some(None) };
     let moment = parse_moment(text, timezone);
     if moment.is_none() {

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::budgets::{BudgetPeriod, OnOverrun};
 use super::calls::{CallKind, WebSocketCall};
 use super::endpoint::{StreamUsage, VersionPath, WebSocketPermits};
 use super::errors::Trouble;
@@ -312,6 +313,13 @@ pub(super) struct ClientKeyFile {
     pub max_concurrent: Option<i64>,
     /// Limits for some models beside these, by the name that is asked for, or a prefix such as `gpt-4o*`; the closest one counts.
     pub model_limits: Option<BTreeMap<String, CallerModelLimitsFile>>,
+    /// What its requests may take in an hour, a day or longer, in US dollars or tokens. Every entry must have room for a request.
+    #[schemars(extend("maxItems" = super::budgets::BUDGETS_MAX))]
+    pub budget: Option<Vec<BudgetFile>>,
+    /// `finish`: a stream that takes more than could be foreseen goes on to its end, even if a budget has no room for that. `cut`: it is
+    /// cut off.
+    #[schemars(extend("default" = OnOverrun::Finish))]
+    pub on_overrun: Option<OnOverrun>,
     /// When it stops to open: a day, to whose end it goes, such as `2027-03-31`, or a moment such as `2027-03-31T18:00:00Z`.
     pub expires: Option<String>,
     /// Addresses that it may be used from, such as `10.0.0.0/8`. Default: all.
@@ -333,6 +341,42 @@ pub(super) struct ClientKeyFile {
     /// When it was made.
     #[expect(dead_code, reason = "for people, not for us")]
     pub created: Option<String>,
+}
+
+/// A budget of a key.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct BudgetFile {
+    /// US dollars.
+    #[schemars(range(min = 0, max = super::budgets::USD_MAX))]
+    pub usd: Option<f64>,
+    /// Tokens, in place of dollars.
+    #[schemars(range(min = 1, max = LIMIT_MAX))]
+    pub tokens: Option<i64>,
+    /// The time that it is for: a clock hour, a calendar day, a week from Monday on, a calendar month, five hours from the first request
+    /// on, or all time.
+    #[schemars(required, with = "BudgetPeriod")]
+    pub per: Option<String>,
+    /// The time zone of hours, days, weeks and months. Default: `server.timezone`.
+    pub timezone: Option<String>,
+    /// The share of it, such as 0.8, that a warning is logged at. Default: none.
+    #[schemars(range(min = 0, max = 1))]
+    pub warn_at: Option<f64>,
+    /// More of it for a while, as `api-together keys raise` writes it.
+    #[schemars(extend("maxItems" = super::budgets::RAISES_MAX))]
+    pub raises: Option<Vec<RaiseFile>>,
+}
+
+/// More of a budget, for a while.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct RaiseFile {
+    /// How much more, in dollars or tokens as the budget is.
+    #[schemars(required, range(min = 0, max = LIMIT_MAX))]
+    pub by: Option<f64>,
+    /// Until when: a day, to whose end it goes, or a moment.
+    #[schemars(required)]
+    pub until: Option<String>,
 }
 
 /// Limits of a key for some models.

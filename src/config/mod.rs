@@ -11,6 +11,7 @@
 mod affinity;
 mod auth_header;
 mod base_url;
+mod budgets;
 mod calls;
 mod checked;
 mod cidr;
@@ -53,6 +54,7 @@ use std::path::Path;
 pub use affinity::AffinityRules;
 pub use auth_header::AuthHeader;
 pub use base_url::{BaseUrl, BaseUrlError};
+pub use budgets::{Budget, BudgetPeriod, BudgetUnit, OnOverrun, Raise};
 pub use calls::{CallKind, CallSet};
 pub use checked::Config;
 pub use cidr::{Cidr, CidrError};

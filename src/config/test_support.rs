@@ -34,6 +34,16 @@ pub(crate) fn server(settings: &str) -> Server {
         .server
 }
 
+/// What is wrong with such a config.
+pub(crate) fn problems_of(settings: &Value) -> String {
+    let mut server = settings.clone();
+    server.as_object_mut().unwrap().entry("apiKey").or_insert_with(|| json!("sk-client-key"));
+    let api = json!({ "id": "a", "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-endpoint-key" });
+    let file = json!({ "server": server, "apis": [api] });
+    let environment = Environment::fixed::<&str, &str>([]);
+    check_str(&file.to_string(), Format::Json, &environment, Path::new("")).unwrap_err().to_string()
+}
+
 fn load(file: &Value) -> Config {
     let environment = Environment::fixed::<&str, &str>([]);
     check_str(&file.to_string(), Format::Json, &environment, Path::new("")).unwrap().config

@@ -15,6 +15,7 @@ use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, UsageEdit};
 use crate::request::shape::CallShape;
 use crate::routing::balance::Options;
+use crate::routing::budgets::BudgetAsk;
 use crate::routing::callers::Named;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::retry::Outcome;
@@ -54,6 +55,8 @@ pub struct Ask {
     pub named: Option<Arc<Named>>,
     /// What it draws of that key's limits, if any are set.
     pub own: Option<CallerDraw>,
+    /// What it may take of that key's budgets, which each attempt reserves.
+    pub budget: Option<BudgetAsk>,
     /// What it has drawn of them, for as long as it lasts.
     pub own_permit: Option<Permit>,
     /// True if the body is JSON, whatever its content type says.

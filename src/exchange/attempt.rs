@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 
 use super::objects::is_object_missing;
-use super::{Ask, AttemptObjects};
+use super::{Ask, AttemptBudget, AttemptObjects};
 use crate::config::{Breaker, Server, StreamUsage, Trouble};
 use crate::exchange::judge::Terms;
 use crate::ledger::{AccountSet, Client, Drawn, Permit};
@@ -149,6 +149,8 @@ pub struct Attempt {
     pub session: Option<Session>,
     /// How that is served by this attempt.
     pub affinity: Option<Affinity>,
+    /// What is reserved of the caller's budgets.
+    pub budget: Option<Box<AttemptBudget>>,
     permit: Permit,
     /// When the endpoint was chosen.
     chosen_at: Clock,
@@ -199,6 +201,7 @@ impl Attempt {
             objects: None,
             session: None,
             affinity: None,
+            budget: None,
             permit: choice.permit,
             chosen_at: choice.at,
             started: now,
@@ -233,13 +236,28 @@ impl Attempt {
         if holds {
             self.permit.spend();
             self.sent_at = clock.now;
+            self.set_budget_sent(true);
         }
         holds
+    }
+
+    fn set_budget_sent(&mut self, is_sent: bool) {
+        if let Some(budget) = &mut self.budget {
+            budget.set_sent(is_sent);
+        }
+    }
+
+    /// Takes what the answer has taken so far out of the caller's budgets. True if one of them has no room for more, and the answer is
+    /// to be cut off.
+    pub fn passes_budget(&mut self) -> bool {
+        let bytes = self.meter.text_bytes();
+        self.budget.as_mut().is_some_and(|budget| budget.watch(bytes))
     }
 
     /// Gives the permit back: the endpoint is known never to have received the request.
     pub fn never_sent(&mut self) {
         self.permit.never_sent();
+        self.set_budget_sent(false);
     }
 
     /// Prepares to be sent again. The endpoint may have counted the first time, so that takes another permit.

@@ -2,6 +2,7 @@
 
 mod ask;
 mod attempt;
+mod budget;
 mod hold;
 pub mod judge;
 mod kept;
@@ -26,6 +27,7 @@ use crate::upstream::cork::Cork;
 pub(crate) use ask::PROMPT_BYTES_MAX;
 pub use ask::{Ask, BodyModel};
 pub use attempt::{AskedModel, Attempt, Charge};
+pub use budget::AttemptBudget;
 pub use kept::Kept;
 pub use objects::{AskedObjects, AttemptObjects, Sealed, is_object_missing};
 pub use own_headers::OwnHeaders;
@@ -45,6 +47,8 @@ pub struct ExchangeState {
     pub committed: Option<Committed>,
     /// True once the client has a header of ours and comments, of an answer that has not come yet.
     pub opened: bool,
+    /// True once the answer is cut off, as a budget of its caller has no room for more.
+    pub is_over_budget: bool,
     /// The last error answer that was kept from the client.
     pub kept: Option<Kept>,
     /// Failures that may be the request's; at most one for each attempt.

@@ -165,10 +165,16 @@ impl Outlet {
             attempt.means(outcome);
         }
         attempt.note_measured();
+        let is_over_budget = attempt.passes_budget() && !last && !attempt.meter.is_complete();
         committed.between_events = !reading.is_within_event();
         if reading.is_stream() && attempt.meter.is_complete() && committed.complete.is_none() {
             committed.complete = Some(Instant::now());
             *complete = true;
+        }
+        if is_over_budget {
+            state.is_over_budget = true;
+            state.ended = Some(Outcome::Ours);
+            return Some(Error::explain(ErrorType::ConnectionClosed, "a budget has no room for more").into_up());
         }
         if !is_cut {
             if last {

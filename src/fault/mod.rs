@@ -81,6 +81,40 @@ pub enum Fault {
         /// Time until there is room.
         wait: Duration,
     },
+    /// A budget of the request's own key has no room for it.
+    BudgetExhausted {
+        /// Name of the key.
+        name: String,
+        /// The budget.
+        budget: String,
+        /// What is spent of it.
+        spent: String,
+        /// What is reserved of it for requests under way.
+        reserved: String,
+        /// What the request could take.
+        wanted: String,
+        /// When its period ends; none for all time.
+        ends: Option<String>,
+    },
+    /// A budget of the request's own key had no room for the rest of an answer.
+    BudgetOverrun {
+        /// Name of the key.
+        name: String,
+    },
+    /// The request's key has a budget in dollars, and the model has no price.
+    ModelWithoutPrice {
+        /// Name of the key.
+        name: String,
+        /// The model's name.
+        model: String,
+    },
+    /// The request's key has a budget in dollars, and what such calls cost is not known.
+    CallWithoutPrice {
+        /// Name of the key.
+        name: String,
+        /// Kind of the call.
+        call: &'static str,
+    },
     /// The request's key may not ask for the model.
     ModelNotAllowed {
         /// Name of the key.
@@ -277,6 +311,10 @@ impl Fault {
             Self::KeyLimitsReached { reason: LimitReason::Full(LimitKind::Tpm | LimitKind::Tpd, _), .. } =>
                                               (429, "tokens", Some("key_rate_limited"), "key_limits_reached"),
             Self::KeyLimitsReached { .. }  => (429, "requests", Some("key_rate_limited"), "key_limits_reached"),
+            Self::BudgetExhausted { .. }   => (429, "insufficient_quota", Some("insufficient_quota"), "budget_exhausted"),
+            Self::BudgetOverrun { .. }     => (429, "insufficient_quota", Some("insufficient_quota"), "budget_overrun"),
+            Self::ModelWithoutPrice { .. } => (403, INVALID, Some("model_has_no_price"), "model_without_price"),
+            Self::CallWithoutPrice { .. }  => (403, INVALID, Some("call_not_allowed"), "call_without_price"),
             Self::ModelNotAllowed { .. }   => (404, INVALID, Some("model_not_found"), "model_not_allowed"),
             Self::KeysFailedTooOften       => (429, "requests", Some("rate_limit_exceeded"), "keys_failed_too_often"),
             Self::PathUnknown { .. }       => (404, INVALID, Some("unknown_url"), "path_unknown"),
@@ -344,6 +382,7 @@ impl Fault {
         match self {
             Self::ModelUnknown { model }
             | Self::ModelNotAllowed { model, .. }
+            | Self::ModelWithoutPrice { model, .. }
             | Self::WebSocketUnavailable { model } => Some(model),
             _ => None,
         }
@@ -395,6 +434,26 @@ impl Fault {
                      {seconds} s; GET /v1/key shows what is left."
                 )
             }
+            Self::BudgetExhausted { name, budget, spent, reserved, wanted, ends } => {
+                let ends = ends.as_ref().map_or_else(String::new, |ends| format!(" The budget begins anew at {ends}."));
+                format!(
+                    "This API key ({name}) has a budget of {budget}, of which {spent} are spent and {reserved} reserved for \
+                     requests under way. This request may take up to {wanted}; a smaller max_tokens takes less. No endpoint was \
+                     asked.{ends} GET /v1/key shows what is left."
+                )
+            }
+            Self::BudgetOverrun { name } => format!(
+                "A budget of this API key ({name}) has no room for the rest of this answer, so it is cut off here. GET /v1/key shows \
+                 what is left."
+            ),
+            Self::ModelWithoutPrice { name, model } => format!(
+                "The model `{model}` has no price here, so this API key ({name}), which has a budget in dollars, cannot ask for \
+                 it. server.prices can give it one."
+            ),
+            Self::CallWithoutPrice { name, call } => format!(
+                "What calls of the kind `{call}` cost is not known before they are billed, so this API key ({name}), which has a \
+                 budget in dollars, can make them only if its `calls` name them."
+            ),
             Self::ModelNotAllowed { name, model } => format!(
                 "The model `{model}` does not exist for this API key ({name}). GET /v1/models lists the models that it may \
                  ask for."
@@ -519,6 +578,10 @@ impl Fault {
             | Self::CallNotAllowed { .. }
             | Self::KeyLimitsReached { .. }
             | Self::ModelNotAllowed { .. }
+            | Self::BudgetExhausted { .. }
+            | Self::BudgetOverrun { .. }
+            | Self::ModelWithoutPrice { .. }
+            | Self::CallWithoutPrice { .. }
             | Self::WebSocketUnavailable { .. }
             | Self::ObjectUnknown { .. }
             | Self::ObjectsApart { .. }

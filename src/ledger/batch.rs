@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use super::account::{Entry, Mirror};
 use super::account_set::{HeldAccount, NextFree};
+use super::allocator::Spending;
+use super::budgets::{HeldBudget, Spends};
 use super::messages::{CallerDraw, Draw, HeldEndpoint, Otherwise};
 use super::prefetch::spare;
 use super::{Account, AccountSet, Change, Ledger, LedgerError, LimitedAccount, Wanted};
@@ -16,11 +18,14 @@ pub(super) struct Served {
 }
 
 pub(super) enum Decision {
-    /// Granted by the endpoint at this position in the list; when it was counted; numbers of permits prefetched with it.
-    Granted(usize, CountedAt, Ahead),
+    /// Granted by the endpoint at this position in the list; when it was counted; numbers of permits prefetched with it; number of what
+    /// is reserved of budgets.
+    Granted(usize, CountedAt, Ahead, Option<u64>),
     Held(Vec<HeldEndpoint>),
     /// The caller's own account is at a limit.
     HeldByCaller(HeldAccount),
+    /// The caller's budget has no room for it.
+    HeldByBudget(HeldBudget),
 }
 
 /// Permits that were prefetched together with one.
@@ -37,6 +42,8 @@ pub(super) struct Batch<'a> {
     pub(super) clock: Clock,
     /// Accounts from which permits were drawn.
     pub(super) drawn: Vec<Arc<Account>>,
+    /// Budgets, and what is reserved of them in this batch.
+    pub(super) spending: Spending,
     /// True if permits may be prefetched: no draw waits in the queue and the thread is not closing.
     pub(super) may_prefetch: bool,
 }
@@ -62,8 +69,15 @@ impl Batch<'_> {
                 return Ok(Decision::HeldByCaller(held));
             }
         }
-        let mut held = Vec::new();
+        let (mut held, mut held_budget) = (Vec::new(), None);
         for (at, wanted) in draw.wanted.iter().enumerate() {
+            if let Some(set) = &draw.budgets {
+                let here = (&mut *self.ledger, self.generation, &self.clock);
+                held_budget = self.spending.check(set, wanted.spends.reserved, here)?;
+                if held_budget.is_some() {
+                    continue;
+                }
+            }
             let accounts = &wanted.accounts;
             if accounts.in_ledger() {
                 accounts.accounts().iter().try_for_each(|of| self.refresh(of))?;
@@ -80,12 +94,17 @@ impl Batch<'_> {
                         self.note_drawn(accounts, counted, 1 + permits.caller, *tokens);
                     }
                     self.note_drawn(accounts, counted, 1 + permits.endpoint, 0);
-                    return Ok(Decision::Granted(at, counted, permits));
+                    let Spends { reserved, known } = wanted.spends;
+                    let reserved = draw.budgets.as_ref().map(|set| self.spending.reserve(set, reserved, known));
+                    return Ok(Decision::Granted(at, counted, permits, reserved));
                 }
             }
         }
         keep_place(draw);
-        Ok(Decision::Held(held))
+        match held_budget.filter(|_| held.is_empty()) {
+            Some(budget) => Ok(Decision::HeldByBudget(budget)),
+            None => Ok(Decision::Held(held)),
+        }
     }
 
     /// Notes what [`Batch::write_drawn`] writes.
@@ -136,6 +155,7 @@ impl Batch<'_> {
             mirror.drawn.clear();
             mirror.read_at = None;
         }
+        self.spending.undo();
         for Served { draw, decision } in served {
             // None is held by what failed before it was decided.
             if matches!(decision, Decision::Held(held) if !held.is_empty())
@@ -156,7 +176,7 @@ impl Batch<'_> {
 /// True if the ledger keeps any limit of the draw's endpoints.
 pub(super) fn needs_ledger(draw: &Draw) -> bool {
     let of_caller = draw.caller.as_ref().is_some_and(|caller| caller.accounts.in_ledger());
-    of_caller || draw.wanted.iter().any(|wanted| wanted.accounts.in_ledger())
+    of_caller || draw.budgets.is_some() || draw.wanted.iter().any(|wanted| wanted.accounts.in_ledger())
 }
 
 /// Decides a draw none of whose endpoints has a limit that the ledger keeps.
@@ -173,7 +193,7 @@ pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
                 if let Some(caller) = &draw.caller {
                     caller.accounts.count(clock, caller.tokens);
                 }
-                return Served { draw, decision: Decision::Granted(at, counted, Ahead::default()) };
+                return Served { draw, decision: Decision::Granted(at, counted, Ahead::default(), None) };
             }
             Err(by) => held.push(by),
         }

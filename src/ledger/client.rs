@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::account::lock;
+use super::budgets::{Amount, BudgetSet, BudgetView, Unreserved};
 use super::messages::{
-    Bill, CallerDraw, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, QueuedBy, Reset, Return, Wanted,
+    Bill, BudgetLook, CallerDraw, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, OwnDraw, QueuedBy, Reset,
+    Return, Wanted,
 };
 use super::places::{Place, PlaceChange, Thing};
 use super::write_behind::WRITE_DELAY;
@@ -83,7 +85,7 @@ impl std::fmt::Debug for Client {
 struct Asked {
     ticket: u64,
     wanted: Vec<Wanted>,
-    caller: Option<CallerDraw>,
+    own: OwnDraw,
     otherwise: Otherwise,
     instead_of: Option<Return>,
 }
@@ -183,18 +185,12 @@ impl Client {
 
     /// Draws a permit from the first endpoint in the list that has one.
     pub async fn draw(&self, ticket: u64, wanted: Vec<Wanted>, otherwise: Otherwise) -> Drawn {
-        self.send_draw(Asked { ticket, wanted, caller: None, otherwise, instead_of: None }).await
+        self.draw_for(ticket, wanted, OwnDraw::default(), otherwise).await
     }
 
-    /// The same together with a permit of a caller's own accounts, or neither.
-    pub async fn draw_for(
-        &self,
-        ticket: u64,
-        wanted: Vec<Wanted>,
-        caller: Option<CallerDraw>,
-        otherwise: Otherwise,
-    ) -> Drawn {
-        self.send_draw(Asked { ticket, wanted, caller, otherwise, instead_of: None }).await
+    /// The same together with what is drawn of a caller's own, or neither.
+    pub async fn draw_for(&self, ticket: u64, wanted: Vec<Wanted>, own: OwnDraw, otherwise: Otherwise) -> Drawn {
+        self.send_draw(Asked { ticket, wanted, own, otherwise, instead_of: None }).await
     }
 
     /// Draws a fresh permit in place of one that is too old, or that was spent on an attempt that has to be repeated.
@@ -204,7 +200,8 @@ impl Client {
         let returned = old.take_return();
         let (ticket, otherwise) = (self.ticket(), Otherwise::LookElsewhere);
         let was_in_flight = returned.as_ref().is_some_and(|returned| returned.concurrent);
-        let drawn = self.send_draw(Asked { ticket, wanted, caller: None, otherwise, instead_of: returned }).await;
+        let own = OwnDraw::default();
+        let drawn = self.send_draw(Asked { ticket, wanted, own, otherwise, instead_of: returned }).await;
         if was_in_flight && matches!(drawn, Drawn::Refused(_)) {
             old.stays_in_flight();
         }
@@ -213,8 +210,8 @@ impl Client {
 
     async fn send_draw(&self, asked: Asked) -> Drawn {
         let (reply, answer) = oneshot::channel();
-        let Asked { ticket, wanted, caller, otherwise, instead_of } = asked;
-        let draw = Draw { ticket, wanted, caller, otherwise, instead_of, keeps_place: false, reply };
+        let Asked { ticket, wanted, own: OwnDraw { caller, budgets }, otherwise, instead_of } = asked;
+        let draw = Draw { ticket, wanted, caller, budgets, otherwise, instead_of, keeps_place: false, reply };
         let patience = match otherwise {
             Otherwise::Wait { until, .. } => ANSWER_MAX + self.clock().boot.until(until),
             Otherwise::LookElsewhere | Otherwise::Refuse(_) => ANSWER_MAX,
@@ -281,6 +278,22 @@ impl Client {
         let (reply, answer) = oneshot::channel();
         self.push(|messages| messages.looks.push(Look { accounts, reply }))?;
         answer.await.ok()
+    }
+
+    /// Counts what was taken of a key's budgets without a reservation: it has begun by itself.
+    pub fn spend_unreserved(&self, set: &Arc<BudgetSet>, amount: Amount) {
+        let unreserved = Unreserved { set: Arc::clone(set), amount };
+        if self.push_behind(|messages| messages.unreserved.push(unreserved)).is_none() {
+            log::error!("key {}: what an answer took is not counted in its budgets: the ledger is closed", set.key);
+        }
+    }
+
+    /// Returns the state of a key's budgets; `None` if the ledger cannot be read.
+    pub async fn look_at_budgets(&self, set: &Arc<BudgetSet>) -> Option<Vec<BudgetView>> {
+        let (reply, answer) = oneshot::channel();
+        let look = BudgetLook { set: Arc::clone(set), found: Vec::new(), reply };
+        self.push(|messages| messages.budget_looks.push(look))?;
+        tokio::time::timeout(ANSWER_MAX, answer).await.ok()?.ok()?
     }
 
     /// Returns the places of each of these things, of all owners; `None` if the ledger cannot be read.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::budgets::{BudgetSet, BudgetView, Extend, HeldBudget, Settled, Spends, Unreserved};
 use super::places::{Place, PlaceChange, Thing};
 use super::{AccountId, AccountSet, LimitedAccount, ModelList, Permit, Spent};
 use crate::config::LimitKind;
@@ -18,6 +19,8 @@ pub struct Wanted {
     pub accounts: Arc<AccountSet>,
     /// End of the pause that the endpoint asked for (its rest).
     pub not_before: Stamp,
+    /// What the request may take of its caller's budgets if it goes there.
+    pub spends: Spends,
 }
 
 /// The accounts of a caller's own key, which a request counts in wherever it goes.
@@ -27,6 +30,15 @@ pub struct CallerDraw {
     pub accounts: Arc<AccountSet>,
     /// Tokens that are reserved of their limits until it is known how many it takes.
     pub tokens: u64,
+}
+
+/// What a request draws of its caller's own, wherever it goes.
+#[derive(Clone, Debug, Default)]
+pub struct OwnDraw {
+    /// Permits of the key's limits; none if it has no limits, or has drawn them for an earlier attempt.
+    pub caller: Option<CallerDraw>,
+    /// The key's budgets, which every attempt draws from.
+    pub budgets: Option<Arc<BudgetSet>>,
 }
 
 /// Result of a draw.
@@ -49,6 +61,8 @@ pub struct Refusal {
     pub held: Vec<HeldEndpoint>,
     /// The caller's own account that is at a limit, if one is: then no endpoint was looked at.
     pub caller: Option<(AccountId, Held)>,
+    /// The caller's budget that has no room for it, if that is why.
+    pub budget: Option<HeldBudget>,
 }
 
 /// Why an endpoint has no permit for the request.
@@ -93,6 +107,8 @@ pub(super) struct Draw {
     pub(super) wanted: Vec<Wanted>,
     /// What is drawn together with it, or not at all.
     pub(super) caller: Option<CallerDraw>,
+    /// Budgets that what it may take is reserved of.
+    pub(super) budgets: Option<Arc<BudgetSet>>,
     pub(super) otherwise: Otherwise,
     /// The permit that is given back for the new one.
     pub(super) instead_of: Option<Return>,
@@ -174,6 +190,16 @@ pub(super) struct Look {
     pub(super) reply: oneshot::Sender<Vec<View>>,
 }
 
+/// A question for the state of budgets.
+#[derive(Debug)]
+pub(super) struct BudgetLook {
+    pub(super) set: Arc<BudgetSet>,
+    /// What is found.
+    pub(super) found: Vec<BudgetView>,
+    /// None if the ledger cannot be read.
+    pub(super) reply: oneshot::Sender<Option<Vec<BudgetView>>>,
+}
+
 /// A question for the places of things.
 #[derive(Debug)]
 pub(super) struct Find {
@@ -208,6 +234,13 @@ pub(super) struct Messages {
     pub(super) looks: Vec<Look>,
     pub(super) resets: Vec<Reset>,
     pub(super) finds: Vec<Find>,
+    pub(super) budget_looks: Vec<BudgetLook>,
+    /// Reservations that grow.
+    pub(super) extends: Vec<Extend>,
+    /// What was taken of budgets without a reservation.
+    pub(super) unreserved: Vec<Unreserved>,
+    /// Reservations that are over.
+    pub(super) settled: Vec<Settled>,
     pub(super) places: Vec<PlaceChange>,
     /// Lists of models, by endpoint.
     pub(super) model_lists: Vec<ModelList>,
@@ -230,6 +263,10 @@ impl Messages {
             && self.looks.is_empty()
             && self.resets.is_empty()
             && self.finds.is_empty()
+            && self.budget_looks.is_empty()
+            && self.extends.is_empty()
+            && self.unreserved.is_empty()
+            && self.settled.is_empty()
             && self.places.is_empty()
             && self.model_lists.is_empty()
             && self.flushes.is_empty()

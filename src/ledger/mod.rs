@@ -15,6 +15,7 @@
 //! |---|---|
 //! | `account` | what limits belong to, and its counts as this process knows them |
 //! | `account_set` | the accounts that one attempt counts in, all or none |
+//! | [`budgets`] | what a request may take of its caller's budgets, reserved and settled |
 //! | `client` | the handle to the ledger's thread |
 //! | `messages` | the messages to that thread and its replies |
 //! | `permit` | the right to one attempt, which gives itself back if it is not used |
@@ -31,6 +32,7 @@ mod account;
 mod account_set;
 mod allocator;
 mod batch;
+pub mod budgets;
 mod client;
 mod messages;
 mod permit;
@@ -46,6 +48,7 @@ use std::sync::Arc;
 
 use jiff::civil::Date;
 
+use budgets::BudgetRows;
 use places::{Place, PlaceChange, Thing, ThingKind};
 
 use crate::limit::{Counts, Days, Slot, Stamp};
@@ -54,14 +57,14 @@ pub use account::{Account, AccountId};
 pub use account_set::{AccountSet, LimitedAccount};
 pub use allocator::{Allocator, Tally, Used};
 pub use client::{Client, QueuePlace};
-pub use messages::{CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, QueuedBy, Refusal, Wanted};
+pub use messages::{CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, OwnDraw, QueuedBy, Refusal, Wanted};
 pub use permit::{Permit, Reservation};
 pub use stats::Spent;
 pub use thread::{Keeper, LedgerState};
 
 /// Interface between the allocator and a ledger. A batch is one transaction: no other process writes between `begin`
 /// and `commit`.
-pub trait Ledger {
+pub trait Ledger: BudgetRows {
     /// Begins a batch. Returns the generation: a number that differs from the last one if another process has written
     /// since the last batch.
     fn begin(&mut self) -> Result<u64, LedgerError>;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::budgets::{BudgetHold, Spends};
 use super::messages::Return;
 use super::{AccountSet, Client, Wanted};
 use crate::limit::{Clock, CountedAt, Counts, PERMIT_AGE_MAX, Stamp};
@@ -28,6 +29,8 @@ struct More {
     caller: Option<Permit>,
     /// Tokens that are reserved, until it is known how many the request takes.
     reserved: Option<Reservation>,
+    /// What is reserved of the caller's budgets.
+    budgets: Option<BudgetHold>,
 }
 
 /// Tokens that are reserved of some accounts. They are free again once this is dropped, and what was taken in their place has been
@@ -91,6 +94,15 @@ impl Permit {
     /// Takes out the permit of the caller's own accounts, which holds for the whole request.
     pub fn take_caller(&mut self) -> Option<Self> {
         self.more.as_mut()?.caller.take()
+    }
+
+    pub(super) fn set_budgets(&mut self, hold: BudgetHold) {
+        self.more.get_or_insert_default().budgets = Some(hold);
+    }
+
+    /// Takes out what is reserved of the caller's budgets for the attempt.
+    pub fn take_budgets(&mut self) -> Option<BudgetHold> {
+        self.more.as_mut()?.budgets.take()
     }
 
     /// Takes out the tokens that are reserved.
@@ -161,7 +173,7 @@ impl Permit {
 
     /// Returns the input for a draw of another permit of the same accounts.
     pub(super) fn wanted(&self) -> Wanted {
-        Wanted { accounts: Arc::clone(&self.accounts), not_before: Stamp::default() }
+        Wanted { accounts: Arc::clone(&self.accounts), not_before: Stamp::default(), spends: Spends::default() }
     }
 
     /// Takes out what is to be given back: the count, unless it is spent, and the place among the requests in flight.

@@ -6,6 +6,7 @@
 
 mod calendar;
 mod clock;
+mod period;
 mod promise;
 mod quota;
 mod window;
@@ -16,6 +17,7 @@ use crate::config::{self, Limit, LimitKind, PerLimit};
 
 pub use calendar::{Calendar, Days};
 pub use clock::{Clock, Stamp};
+pub use period::Period;
 pub use quota::{Counted, CountedAt, Counts, Gauge, Held, Quota, View};
 pub use window::{Minute, PERMIT_AGE_MAX, SPAN, Slot};
 

@@ -14,18 +14,17 @@ use pingora_proxy::Session;
 use super::context::Context;
 use super::intake::Stop;
 use super::web_socket::{self, WebSocket};
-use super::{Gateway, receive};
+use super::{Gateway, drawing, receive};
 use crate::config::CallKind;
 use crate::exchange::{Ask, AskedObjects, BodyModel, Sealed};
 use crate::fault::{Fault, excerpt};
 use crate::json::{members, part};
-use crate::ledger::{CallerDraw, CallerId};
+use crate::ledger::CallerId;
 use crate::request::call::Call;
 use crate::request::fields::{Fields, ModelPlace};
 use crate::request::references::{self, References};
 use crate::request::session_name::{SessionFields, SessionName};
 use crate::request::shape::CallShape;
-use crate::request::token_bound::token_bound;
 use crate::request::{content_type, fields, form, path, plain_spelling, sealed};
 use crate::response::objects::Wanted;
 use crate::routing::callers::{Caller, Named};
@@ -131,7 +130,16 @@ pub(super) async fn ask(
     };
     let preferred = session.as_ref().and_then(|session| candidates.place_of(pool, session.at()?));
     let switches_protocol = opens.switches_protocol();
-    let own = caller.and_then(|caller| own_draw(pool, caller, model.as_deref(), (call, &body, is_json)));
+    let bound =
+        || drawing::token_bound_of(call, model.is_some(), (&body, is_json), pool.server.budget_reserve_tokens.into());
+    let own = caller.and_then(|caller| drawing::own_draw(caller, model.as_deref(), bound));
+    let (budget, candidates) = match caller.and_then(|caller| Some((caller, caller.budgets.as_ref()?))) {
+        Some((caller, set)) => {
+            let asked = drawing::Asked { call, kind, model: model.as_deref(), body: &body, bound: bound() };
+            drawing::budget_of((pool, caller, set), &asked, candidates)?
+        }
+        None => (None, candidates),
+    };
     Ok(Box::new(Ask {
         candidates,
         call,
@@ -154,6 +162,7 @@ pub(super) async fn ask(
         switches_protocol,
         named: origin.named,
         own,
+        budget,
         own_permit: None,
         pool: origin.pool,
     }))
@@ -185,28 +194,6 @@ fn check_other_models(caller: &Caller, query: Option<&str>, body: &[u8]) -> Resu
         }
     });
     others.iter().try_for_each(|model: &String| caller.check_model(model))
-}
-
-/// What a request draws of the limits of its caller's key.
-fn own_draw(
-    pool: &Pool,
-    caller: &Caller,
-    model: Option<&str>,
-    (call, body, is_json): (Call, &[u8], bool),
-) -> Option<CallerDraw> {
-    let accounts = caller.accounts.of_model(model).filter(|accounts| accounts.is_limited())?;
-    let reserve = u64::from(pool.server.budget_reserve_tokens);
-    let tokens = match call {
-        _ if !accounts.counts_tokens() => 0,
-        Call::Completion | Call::Responses | Call::Messages => token_bound(body, reserve),
-        // They answer with no text of their own.
-        Call::Embeddings => token_bound(body, 0),
-        Call::Other if is_json && model.is_some() => token_bound(body, reserve),
-        // A form's file is no text.
-        Call::Other if model.is_some() => reserve,
-        Call::Other | Call::Unmetered => 0,
-    };
-    Some(CallerDraw { accounts: Arc::clone(accounts), tokens })
 }
 
 /// The model that a request asks for, and its place.

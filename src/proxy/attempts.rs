@@ -14,7 +14,7 @@ use super::context::Context;
 use super::failure::{self, Follow};
 use super::outgoing;
 use crate::exchange::judge::{Terms, UsageTerms};
-use crate::exchange::{Ask, Attempt, AttemptObjects};
+use crate::exchange::{Ask, Attempt, AttemptBudget, AttemptObjects};
 use crate::fault::Fault;
 use crate::ledger::Drawn;
 use crate::limit::Clock;
@@ -77,6 +77,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     if let Some(own) = choice.permit.take_caller() {
         ask.own_permit = Some(own);
     }
+    let hold = choice.permit.take_budgets();
     let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
     let counters = ask.candidates.counters(choice.candidate).cloned();
@@ -97,6 +98,13 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     };
     let now = Instant::now();
     let mut attempt = Attempt::new(endpoint, ask.model_for(candidate), terms, choice, &ask.pool.server, now);
+    if let (Some(hold), Some(budget)) = (hold, &ask.budget) {
+        let (model, wall) = (attempt.model.name().name, chosen_at.wall);
+        let prompt = budget.spends(endpoint, model, wall).unwrap_or_default().known;
+        let step = budget.step(endpoint, model, wall);
+        attempt.budget = Some(Box::new(AttemptBudget::new(hold, prompt, step, budget.on_overrun)));
+        attempt.meter.count_text();
+    }
     attempt.counters = counters;
     attempt.shape = ask.shape;
     attempt.affinity = ask.affinity(candidate);
@@ -117,7 +125,7 @@ fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> 
     // Its caller's own limits count requests, and this one has been counted.
     let own = ask.own.as_ref().filter(|_| ask.own_permit.is_none());
     let (options, queued_by) = (ask.options(tried), ask.queued_by());
-    admission::Request { options, queue: None, queued_by, caller: ask.caller, own }
+    admission::Request { options, queue: None, queued_by, caller: ask.caller, own, budget: ask.budget.as_ref() }
 }
 
 /// Repeats the attempt under way. If its endpoint's limit does not allow that, another endpoint is tried.

@@ -92,6 +92,11 @@ fn conclude_committed(context: &mut Context, error: &Error) {
             let outcome = ended.unwrap_or(Outcome::Broken);
             attempt.conclude(&outcome);
             state.settle_charges(false);
+            if state.is_over_budget {
+                let name = context.arrival.named.as_ref().map(|named| named.caller.name().to_string());
+                context.fault = Some(Fault::BudgetOverrun { name: name.unwrap_or_default() });
+                return;
+            }
             context.fault = Some(Fault::StreamBroken);
             context.tries.cause = Some(match outcome {
                 Outcome::Broken => "broke off in its answer".to_owned(),
@@ -212,7 +217,7 @@ fn conclude_failed(context: &mut Context, outcome: &Outcome) {
     let Some(ask) = &mut context.ask else { return };
     let mut state = context.exchange.state();
     if let Some(mut attempt) = state.attempt.take() {
-        billing::bill_dropped(&attempt, ask);
+        billing::bill_dropped(&mut attempt, ask, outcome);
         attempt.conclude(outcome);
         state.charges.extend(attempt.take_charge());
         context.tries.last = Some(Arc::clone(&attempt.endpoint));

@@ -20,6 +20,7 @@ use crate::config::{CallKind, Cors};
 use crate::exchange::Ask;
 use crate::exchange::session::{Framing, Plan, Wrapped};
 use crate::fault::{ErrorShape, Fault, excerpt};
+use crate::ledger::budgets::Spends;
 use crate::ledger::{Drawn, Otherwise, Permit, Wanted};
 use crate::limit::Clock;
 use crate::proxy::context::{Arrival, Context};
@@ -246,7 +247,7 @@ async fn draw_for_list(pool: &Pool, named: Option<&Named>, clock: &Clock) -> Res
     let accounts =
         named.and_then(|named| named.caller.accounts.of_model(None)).filter(|accounts| accounts.is_limited());
     let Some(accounts) = accounts else { return Ok(None) };
-    let wanted = Wanted { accounts: Arc::clone(accounts), not_before: clock.boot };
+    let wanted = Wanted { accounts: Arc::clone(accounts), not_before: clock.boot, spends: Spends::default() };
     match pool.ledger.draw(pool.ledger.ticket(), vec![wanted], Otherwise::LookElsewhere).await {
         Drawn::Granted(_, mut permit) => {
             permit.spend();
@@ -330,6 +331,7 @@ async fn first_choice(session: &mut Session, ask: &Ask, keyring: &Keyring) -> Re
         queued_by: ask.queued_by(),
         caller: ask.caller,
         own: ask.own.as_ref(),
+        budget: ask.budget.as_ref(),
     };
     match admission::at_once(&request) {
         Ok(choice) => Ok(choice),

@@ -19,6 +19,7 @@ pub mod access_log;
 mod asking;
 mod attempts;
 mod context;
+mod drawing;
 mod ending;
 mod failure;
 mod intake;

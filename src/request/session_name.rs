@@ -220,8 +220,9 @@ mod tests {
 
     #[test]
     fn the_first_name_counts_wherever_it_stands() {
-        let name =
-            |name: &str| Some(SessionName { hash: hash(b"name", ("", None), [name.as_bytes()]), caller: 0, is_certain: true });
+        let name = |name: &str| {
+            Some(SessionName { hash: hash(b"name", ("", None), [name.as_bytes()]), caller: 0, is_certain: true })
+        };
         let all = json!({ "prompt_cache_key": "key", "metadata": { "user_id": "user" }, "conversation": "talk" });
         let headers = [("x-session-id", "one"), ("session_id", "two"), ("x-session-affinity", "three")];
         for first in 0..3 {

@@ -13,9 +13,25 @@ const PICTURE_TOKENS: u64 = 1000;
 /// Answers of one request.
 const ANSWERS_MAX: u64 = 128;
 
+/// The most tokens that a request can take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenBound {
+    /// Of the prompt.
+    pub prompt: u64,
+    /// Of all its answers.
+    pub answer: u64,
+}
+
+impl TokenBound {
+    /// Both together.
+    pub fn total(self) -> u64 {
+        self.prompt.saturating_add(self.answer)
+    }
+}
+
 /// The most tokens of the prompt and the answer of a JSON body. `reserve`: of an answer whose length the client does not bound, or bounds
 /// higher.
-pub(crate) fn token_bound(body: &[u8], reserve: u64) -> u64 {
+pub(crate) fn token_bound(body: &[u8], reserve: u64) -> TokenBound {
     let (mut longest, mut answers) = (None, None);
     // What is not JSON has been refused, or is no prompt.
     let _whole = members::members(body, |key, range| {
@@ -27,7 +43,7 @@ pub(crate) fn token_bound(body: &[u8], reserve: u64) -> u64 {
         }
     });
     let answer = longest.unwrap_or(reserve).min(reserve);
-    prompt_bound(body).saturating_add(answer.saturating_mul(answers.unwrap_or(1).clamp(1, ANSWERS_MAX)))
+    TokenBound { prompt: prompt_bound(body), answer: answer.saturating_mul(answers.unwrap_or(1).clamp(1, ANSWERS_MAX)) }
 }
 
 fn prompt_bound(body: &[u8]) -> u64 {
@@ -60,18 +76,19 @@ mod tests {
             (r#"{"max_tokens":-1}"#, 4096),
             (r#"{"n":18446744073709551615}"#, 4096 * 128),
         ] {
-            assert_eq!(token_bound(body.as_bytes(), 4096), prompt(body) + answer, "{body}");
+            let expected = TokenBound { prompt: prompt(body), answer };
+            assert_eq!(token_bound(body.as_bytes(), 4096), expected, "{body}");
         }
-        assert_eq!(token_bound(b"", 7), 7);
-        assert_eq!(token_bound(b"not JSON", 7), 10);
+        assert_eq!(token_bound(b"", 7).total(), 7);
+        assert_eq!(token_bound(b"not JSON", 7).total(), 10);
     }
 
     #[test]
     fn a_picture_is_not_text() {
         let picture = "A".repeat(3_000_000);
         let body = format!(r#"{{"a":"data:image/png;base64,{picture}","b":"data:x;base64,{picture}","max_tokens":1}}"#);
-        let bound = token_bound(body.as_bytes(), 4096);
+        let bound = token_bound(body.as_bytes(), 4096).total();
         assert!((2000..2100).contains(&bound), "{bound}");
-        assert!(token_bound(b"x;base64,AAA", 0) < 1010);
+        assert!(token_bound(b"x;base64,AAA", 0).total() < 1010);
     }
 }

@@ -10,15 +10,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::Queue;
+use jiff::Timestamp;
+
+use crate::config::{BudgetUnit, Queue};
 use crate::fault::{Fault, HeldBy};
+use crate::ledger::budgets::{BudgetView, HeldBudget};
 use crate::ledger::{
-    AccountId, CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, Permit, QueuePlace, QueuedBy, Refusal, Wanted,
+    AccountId, CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, OwnDraw, Permit, QueuePlace, QueuedBy, Refusal,
+    Wanted,
 };
 use crate::limit::{Clock, Held, LimitReason, Stamp};
 use crate::routing::balance::{self, Options, Pick};
+use crate::routing::budgets::BudgetAsk;
 use crate::routing::health::Gate;
 use crate::routing::pool::Trial;
+use crate::usage::prices::NanoUsd;
 
 /// Most times that a request waits again because the endpoint it waited for began to cool down.
 const GRANTS_MAX: usize = 16;
@@ -54,6 +60,15 @@ pub struct Request<'a> {
     /// What is drawn of the caller's own accounts together with the endpoint's permit; none if that is limited by nothing, or was drawn
     /// for an earlier attempt.
     pub own: Option<&'a CallerDraw>,
+    /// What it may take of its caller's budgets, which each attempt reserves; none if the caller has none, or it takes nothing.
+    pub budget: Option<&'a BudgetAsk>,
+}
+
+impl Request<'_> {
+    /// What is drawn of the caller's own.
+    fn own_draw(&self) -> OwnDraw {
+        OwnDraw { caller: self.own.cloned(), budgets: self.budget.map(|budget| Arc::clone(&budget.set)) }
+    }
 }
 
 /// State if no endpoint could be given at once: the strategy's choice, if it made one.
@@ -79,6 +94,8 @@ pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
         return Err(Undecided(None));
     };
     let permit = match request.own {
+        // What is reserved is written before anything is sent.
+        _ if request.budget.is_some() => None,
         Some(own) => pool.ledger.draw_both_at_once(accounts, own, &clock),
         None if accounts.is_limited() => pool.ledger.draw_at_once(accounts, &clock),
         None => Some(pool.ledger.unlimited(accounts)),
@@ -93,9 +110,8 @@ pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
 pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice, Fault> {
     let Options { pool, .. } = request.options;
     let Some((Pick { candidate, trial }, clock)) = undecided.0 else { return spill(request).await };
-    let wanted = wanted(&request.options, candidate, Stamp::default()).ok_or(Fault::Internal)?;
-    let own = request.own.cloned();
-    match pool.ledger.draw_for(pool.ledger.ticket(), vec![wanted], own, Otherwise::LookElsewhere).await {
+    let Some(wanted) = wanted(&request, candidate, Stamp::default()) else { return spill(request).await };
+    match pool.ledger.draw_for(pool.ledger.ticket(), vec![wanted], request.own_draw(), Otherwise::LookElsewhere).await {
         Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
         Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => Err(key_limits_reached(&held, wait)),
         Drawn::Refused(_) | Drawn::Unavailable => {
@@ -122,6 +138,7 @@ async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
     match draw(request, &open, turn.ticket, Otherwise::LookElsewhere).await {
         Ok(Drawn::Granted(at, permit)) => return choice(&open, at, permit, clock),
         Ok(Drawn::Refused(Refusal { caller: Some(held), wait, .. })) => return Err(key_limits_reached(&held, wait)),
+        Ok(Drawn::Refused(Refusal { budget: Some(held), .. })) => return Err(budget_exhausted(&held)),
         Ok(Drawn::Refused(_) | Drawn::Unavailable) | Err(_) => {}
     }
     let mut limited = None;
@@ -175,6 +192,7 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
                 }
             }
             Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => return Err(key_limits_reached(&held, wait)),
+            Drawn::Refused(Refusal { budget: Some(held), .. }) => return Err(budget_exhausted(&held)),
             Drawn::Refused(refusal) if waits => {
                 if !refusal.may_end_by(end_of_wait(request, &turn, &clock)) {
                     // Its time would pass in vain.
@@ -204,17 +222,22 @@ async fn draw(
     ticket: u64,
     otherwise: Otherwise,
 ) -> Result<Drawn, Fault> {
-    let wanted: Vec<_> =
-        open.iter().filter_map(|(candidate, from)| wanted(&request.options, *candidate, *from)).collect();
+    let wanted: Vec<_> = open.iter().filter_map(|(candidate, from)| wanted(&request, *candidate, *from)).collect();
     if wanted.is_empty() {
         return Err(Fault::NoneAvailable);
     }
-    Ok(request.options.pool.ledger.draw_for(ticket, wanted, request.own.cloned(), otherwise).await)
+    Ok(request.options.pool.ledger.draw_for(ticket, wanted, request.own_draw(), otherwise).await)
 }
 
-/// The draw of a permit of a candidate, which may be asked from that moment on.
-fn wanted(options: &Options<'_>, candidate: usize, from: Stamp) -> Option<Wanted> {
-    Some(options.endpoint(candidate)?.wanted(options.model_of(candidate)?, from))
+/// The draw of a permit of a candidate, which may be asked from that moment on. The candidates of a request whose caller has a budget in
+/// dollars have prices, so that none is left out here.
+fn wanted(request: &Request<'_>, candidate: usize, from: Stamp) -> Option<Wanted> {
+    let options = &request.options;
+    let (endpoint, model) = (options.endpoint(candidate)?, options.model_of(candidate)?);
+    let wanted = endpoint.wanted(model, from);
+    let Some(budget) = request.budget else { return Some(wanted) };
+    let spends = budget.spends(endpoint, model.name, options.pool.clock().wall)?;
+    Some(Wanted { spends, ..wanted })
 }
 
 fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit, clock: Clock) -> Result<Choice, Fault> {
@@ -233,7 +256,7 @@ async fn try_out(
 ) -> Option<Result<Choice, Fault>> {
     let accounts = request.options.accounts(candidate)?;
     let trial = if as_trial { Some(request.options.begin_trial(candidate)?) } else { None };
-    if !accounts.is_limited() && request.own.is_none() {
+    if !accounts.is_limited() && request.own.is_none() && request.budget.is_none() {
         let permit = request.options.pool.ledger.unlimited(accounts);
         return Some(Ok(Choice { candidate, trial, permit, at: clock }));
     }
@@ -241,6 +264,7 @@ async fn try_out(
     match draw(request, &open, ticket, Otherwise::LookElsewhere).await.ok()? {
         Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit, at: clock })),
         Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => Some(Err(key_limits_reached(&held, wait))),
+        Drawn::Refused(Refusal { budget: Some(held), .. }) => Some(Err(budget_exhausted(&held))),
         Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, &refusal))),
         Drawn::Unavailable => Some(Err(Fault::LedgerUnavailable)),
     }
@@ -253,6 +277,23 @@ pub fn key_limits_reached((account, held): &(AccountId, Held), wait: Duration) -
         models: account.models().map(ToString::to_string),
         reason: held.by,
         wait,
+    }
+}
+
+/// Names the budget that has no room for the request.
+pub fn budget_exhausted(HeldBudget { key, view, wanted }: &HeldBudget) -> Fault {
+    let BudgetView { kind, limit, totals, ends } = view;
+    let amount = |number: u64| match kind.unit {
+        BudgetUnit::NanoUsd => format!("${}", NanoUsd(number)),
+        BudgetUnit::Tokens => format!("{number} tokens"),
+    };
+    Fault::BudgetExhausted {
+        name: key.to_string(),
+        budget: format!("{} ({})", amount(*limit), kind.period.word()),
+        spent: amount(totals.spent),
+        reserved: amount(totals.reserved),
+        wanted: amount(*wanted),
+        ends: ends.and_then(|ends| Timestamp::try_from(ends).ok()).map(|ends| ends.to_string()),
     }
 }
 

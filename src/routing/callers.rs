@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use crate::config::{CallKind, CallSet, ClientKey, KeyDigest, Secret, Server};
 use crate::fault::{Fault, excerpt};
 use crate::ledger::Client;
+use crate::ledger::budgets::BudgetSet;
 use crate::request::auth::Known;
 use crate::routing::caller_accounts::CallerAccounts;
 use crate::telemetry::key_metrics::KeyCounters;
@@ -119,6 +120,8 @@ pub struct Caller {
     pub is_of_config: bool,
     /// Accounts of its requests, with the limits of its key.
     pub accounts: CallerAccounts,
+    /// Its budgets, if it has any.
+    pub budgets: Option<Arc<BudgetSet>>,
     /// Metrics of its key, whatever that opens.
     pub counters: Arc<KeyCounters>,
     /// Says that its key opens nothing any more, to its requests that are still here.
@@ -213,7 +216,10 @@ impl Callers {
                     let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
                     let queue_number = known.map_or(number, |known| known.queue_number);
                     let accounts = CallerAccounts::new(key, &parts.zone, (config, ledger));
+                    let budgets = (!key.budgets.is_empty())
+                        .then(|| Arc::new(BudgetSet { key: Arc::clone(&key.name), budgets: key.budgets.clone() }));
                     Arc::new(Caller {
+                        budgets,
                         key: key.clone(),
                         number,
                         queue_number,

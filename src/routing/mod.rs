@@ -3,6 +3,7 @@
 pub mod accounts;
 pub mod admission;
 pub mod balance;
+pub mod budgets;
 pub mod caller_accounts;
 pub mod callers;
 pub mod discovered;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use http::HeaderValue;
 
 use crate::config::{self, Breaker, CallKind, CallSet, Config, Door, Server};
+use crate::ledger::budgets::Spends;
 use crate::ledger::{Account, AccountId, AccountSet, Client, Drawn, Otherwise, Wanted};
 use crate::limit::{Clock, Stamp};
 use crate::response::redact::Secrets;
@@ -139,7 +140,8 @@ impl Pool {
         if !accounts.is_limited() {
             return Drawn::Granted(0, self.ledger.unlimited(accounts));
         }
-        let wanted = Wanted { accounts: Arc::clone(accounts), not_before: Stamp::default() };
+        let spends = Spends::default();
+        let wanted = Wanted { accounts: Arc::clone(accounts), not_before: Stamp::default(), spends };
         self.ledger.draw(self.ledger.ticket(), vec![wanted], Otherwise::LookElsewhere).await
     }
 
@@ -208,7 +210,7 @@ impl Endpoint {
 
     /// Returns the draw of a permit for a model, if it may be asked from that moment on.
     pub fn wanted(&self, model: ModelName<'_>, not_before: Stamp) -> Wanted {
-        Wanted { accounts: Arc::clone(self.accounts_of(model)), not_before }
+        Wanted { accounts: Arc::clone(self.accounts_of(model)), not_before, spends: Spends::default() }
     }
 
     /// Whether its health lets requests through at all, whatever their model.

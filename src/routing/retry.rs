@@ -102,6 +102,25 @@ impl Outcome {
         }
     }
 
+    /// True if an attempt that came to this end may be billed, though it reported no tokens: it was under way.
+    pub fn may_be_billed(&self) -> bool {
+        match self {
+            Self::TooSlow
+            | Self::Broken
+            | Self::Empty
+            | Self::Unrecognised
+            | Self::NotStreamed
+            | Self::ClientGone
+            | Self::Answered { .. } => true,
+            Self::Error { .. }
+            | Self::ConnectFailed
+            | Self::ProxyRefused
+            | Self::LimitReached
+            | Self::UsageRefused
+            | Self::Ours => false,
+        }
+    }
+
     /// True if it is an answer of the class 2xx.
     pub fn is_success(&self) -> bool {
         matches!(self, Self::Answered { status: 200..=299 })

@@ -292,6 +292,19 @@ impl Meter {
         !matches!(self.text, AnswerText::None)
     }
 
+    /// Length of the text that has come, in bytes, if it is counted for an estimate.
+    pub fn text_bytes(&self) -> u64 {
+        match &self.text {
+            AnswerText::None => 0,
+            AnswerText::Sample { bytes, .. } | AnswerText::Json { bytes, .. } => *bytes,
+        }
+    }
+
+    /// Counts the text of the answer, even if it is not to be estimated.
+    pub fn count_text(&mut self) {
+        self.estimates = self.call.is_text();
+    }
+
     /// True if the answer had llama.cpp's `timings`: such an endpoint reports its tokens without being asked.
     pub fn has_timings(&self) -> bool {
         self.has_timings

@@ -41,7 +41,7 @@ const ON_PINGORA: [&str; 9] = [
 ];
 
 /// Files and folders that read no clock, no file and no socket.
-const PURE: [&str; 14] = [
+const PURE: [&str; 15] = [
     "exchange/judge.rs",
     "exchange/timers.rs",
     "routing/balance.rs",
@@ -51,6 +51,7 @@ const PURE: [&str; 14] = [
     "response/",
     "usage/",
     "limit/calendar.rs",
+    "limit/period.rs",
     "limit/promise.rs",
     "limit/quota.rs",
     "limit/window.rs",

@@ -23,6 +23,7 @@ use api_together::config::{
 use api_together::exchange::judge::{Terms, UsageTerms};
 use api_together::exchange::{AskedModel, Attempt};
 use api_together::fault::{Fault, HeldBy};
+use api_together::ledger::budgets::{BudgetKind, BudgetRows, OthersReservation, ReservationRow, Totals};
 use api_together::ledger::places::{Place, PlaceChange, Thing, ThingKind};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{
@@ -802,6 +803,7 @@ async fn request(
     loop {
         let queue = queue.filter(|_| tried.is_empty());
         let admission = admission::Request {
+            budget: None,
             options: Options {
                 pool: &pool,
                 candidates,
@@ -1077,6 +1079,10 @@ impl Ledger for Watched {
 /// What a disk holds.
 #[derive(Clone, Debug, Default)]
 struct Pages {
+    /// By key, kind and period: spent and reserved.
+    budgets: BTreeMap<(Arc<str>, BudgetKind, i64), (i64, i64)>,
+    reservations: BTreeMap<(i64, i64, BudgetKind), ReservationRow>,
+    heard: BTreeMap<i64, Stamp>,
     version: u64,
     boot_id: String,
     unknown_until: Stamp,
@@ -1102,6 +1108,7 @@ impl MemoryLedger {
             disk.unknown_until = if disk.boot_id.is_empty() { Stamp::default() } else { Stamp::default() + SPAN };
             boot_id.clone_into(&mut disk.boot_id);
             disk.minutes.clear();
+            disk.heard.clear();
             disk.version += 1;
         }
         let unknown_until = disk.unknown_until;
@@ -1210,5 +1217,110 @@ impl Ledger for MemoryLedger {
 
     fn unknown_until(&self) -> Stamp {
         self.unknown_until
+    }
+}
+
+impl BudgetRows for Watched {
+    fn budget(&mut self, key: &str, kind: BudgetKind, period: i64) -> Result<Totals, LedgerError> {
+        self.call()?;
+        self.inner.budget(key, kind, period)
+    }
+
+    fn latest_period(&mut self, key: &str, kind: BudgetKind) -> Result<Option<i64>, LedgerError> {
+        self.call()?;
+        self.inner.latest_period(key, kind)
+    }
+
+    fn change_budget(&mut self, row: &ReservationRow, spent: i64, reserved: i64) -> Result<(), LedgerError> {
+        self.call()?;
+        self.inner.change_budget(row, spent, reserved)
+    }
+
+    fn put_reservation(&mut self, owner: i64, id: i64, row: &ReservationRow) -> Result<(), LedgerError> {
+        self.call()?;
+        self.inner.put_reservation(owner, id, row)
+    }
+
+    fn end_reservation(&mut self, owner: i64, id: i64) -> Result<bool, LedgerError> {
+        self.call()?;
+        self.inner.end_reservation(owner, id)
+    }
+
+    fn end_part(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<(), LedgerError> {
+        self.call()?;
+        self.inner.end_part(owner, id, kind)
+    }
+
+    fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError> {
+        self.call()?;
+        self.inner.hear(owner, now)
+    }
+
+    fn others_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<(OthersReservation, bool)>, LedgerError> {
+        self.call()?;
+        self.inner.others_reservations(owner, since)
+    }
+
+    fn forget_budgets(&mut self, since: Stamp, now: i64) -> Result<(), LedgerError> {
+        self.inner.forget_budgets(since, now)
+    }
+}
+
+impl BudgetRows for MemoryLedger {
+    fn budget(&mut self, key: &str, kind: BudgetKind, period: i64) -> Result<Totals, LedgerError> {
+        let (spent, reserved) = self.group().budgets.get(&(key.into(), kind, period)).copied().unwrap_or_default();
+        let [spent, reserved] = [spent, reserved].map(|amount| u64::try_from(amount).expect("less than nothing"));
+        Ok(Totals { spent, reserved })
+    }
+
+    fn latest_period(&mut self, key: &str, kind: BudgetKind) -> Result<Option<i64>, LedgerError> {
+        let of_kind = self.group().budgets.keys().filter(|(of, its_kind, _)| **of == *key && *its_kind == kind);
+        Ok(of_kind.map(|(_, _, period)| *period).max())
+    }
+
+    fn change_budget(&mut self, row: &ReservationRow, spent: i64, reserved: i64) -> Result<(), LedgerError> {
+        let id = (Arc::clone(&row.key), row.kind, row.period.number);
+        let totals = self.group().budgets.entry(id).or_default();
+        *totals = (totals.0 + spent, totals.1 + reserved);
+        assert!(totals.0 >= 0 && totals.1 >= 0, "less than nothing is spent or reserved: {totals:?}");
+        Ok(())
+    }
+
+    fn put_reservation(&mut self, owner: i64, id: i64, row: &ReservationRow) -> Result<(), LedgerError> {
+        self.group().reservations.insert((owner, id, row.kind), row.clone());
+        Ok(())
+    }
+
+    fn end_reservation(&mut self, owner: i64, id: i64) -> Result<bool, LedgerError> {
+        let before = self.group().reservations.len();
+        self.group().reservations.retain(|(of, number, _), _| (*of, *number) != (owner, id));
+        Ok(self.group().reservations.len() < before)
+    }
+
+    fn end_part(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<(), LedgerError> {
+        self.group().reservations.remove(&(owner, id, kind)).expect("it was there a moment ago");
+        Ok(())
+    }
+
+    fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError> {
+        self.group().heard.insert(owner, now);
+        Ok(())
+    }
+
+    fn others_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<(OthersReservation, bool)>, LedgerError> {
+        let group = self.group();
+        let others = group.reservations.iter().filter(|((of, ..), _)| *of != owner);
+        let shown = |((owner, id, _), row): (&(i64, i64, BudgetKind), &ReservationRow)| {
+            let is_dead = group.heard.get(owner).is_none_or(|heard| *heard < since);
+            (OthersReservation { owner: *owner, id: *id, row: row.clone() }, is_dead)
+        };
+        Ok(others.map(shown).collect())
+    }
+
+    fn forget_budgets(&mut self, since: Stamp, _now: i64) -> Result<(), LedgerError> {
+        let group = self.group();
+        let alive: Vec<i64> = group.reservations.keys().map(|(owner, ..)| *owner).collect();
+        group.heard.retain(|owner, heard| *heard >= since || alive.contains(owner));
+        Ok(())
     }
 }

@@ -6,6 +6,7 @@
 
 mod promised;
 mod replies;
+mod spending;
 mod turns;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -26,6 +27,7 @@ use super::{Account, AccountId, AccountSet, Change, Client, FaultKind, Ledger, L
 use crate::config::LedgerOnError;
 use crate::limit::{Clock, CountedAt, Counts, Slot, Stamp};
 use replies::answer_others;
+pub(super) use spending::Spending;
 
 /// Time between two updates of the views while anything counts, so that they show expired counts and the draws of other
 /// processes.
@@ -60,6 +62,7 @@ pub struct Allocator {
     /// Draws in the queue, in the order of arrival. The places of the queue bound their number.
     waiting: BTreeMap<u64, Draw>,
     turns: turns::Turns,
+    spending: Spending,
     /// Moments at which refused callers were told to come back.
     promised: promised::Promised,
     scan_at: Stamp,
@@ -99,6 +102,7 @@ impl Allocator {
             accounts: HashMap::new(),
             waiting: BTreeMap::new(),
             turns: turns::Turns::default(),
+            spending: Spending::default(),
             promised: promised::Promised::default(),
             scan_at: Stamp::NEVER,
             write_behind: WriteBehind::default(),
@@ -118,7 +122,7 @@ impl Allocator {
 
     /// True if everything that was counted is in the ledger.
     pub fn is_all_written(&self) -> bool {
-        self.write_behind.is_empty() && self.prefetched.is_empty()
+        self.write_behind.is_empty() && self.prefetched.is_empty() && self.spending.is_written()
     }
 
     /// Serves all messages and all work that is due, with the ledger or, if it cannot be used, without. Returns an
@@ -144,6 +148,8 @@ impl Allocator {
         let asks = !messages.looks.is_empty()
             || !messages.resets.is_empty()
             || !messages.finds.is_empty()
+            || !messages.budget_looks.is_empty()
+            || !messages.extends.is_empty()
             || !messages.flushes.is_empty();
         if !due.writes && !due.renews && !asks && !draws.iter().any(needs_ledger) {
             let served = draws.into_iter().map(|draw| decide_without_ledger(draw, &clock)).collect();
@@ -241,6 +247,14 @@ impl Allocator {
         if !messages.finds.is_empty() || !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing
         {
             self.write_behind.due_at = clock.boot;
+        }
+        for settled in messages.settled.drain(..) {
+            self.spending.settle(settled);
+            self.write_behind.due_soon(clock);
+        }
+        for unreserved in messages.unreserved.drain(..) {
+            self.spending.take_unreserved(unreserved);
+            self.write_behind.due_soon(clock);
         }
         if !messages.returns.is_empty() {
             self.scan_at = self.scan_at.min(clock.boot);
@@ -345,7 +359,8 @@ impl Allocator {
         // Read only now: the ledger may have waited for another process's batch.
         let clock = self.client.clock();
         let may_prefetch = self.waiting.is_empty() && !messages.closing;
-        let mut batch = Batch { ledger, generation, clock, drawn: Vec::new(), may_prefetch };
+        let spending = std::mem::take(&mut self.spending);
+        let mut batch = Batch { ledger, generation, clock, drawn: Vec::new(), spending, may_prefetch };
         let mut served = Vec::with_capacity(draws.len());
         let mut draws = draws.into_iter();
         let done = loop {
@@ -361,11 +376,17 @@ impl Allocator {
         if let Err(error) = done {
             batch.ledger.roll_back();
             batch.undo(&served);
+            self.spending = batch.spending;
             let draws = served.into_iter().map(|served| served.draw).chain(draws).collect();
             return Err((error, draws));
         }
         batch.forget_drawn();
+        batch.spending.committed(due.writes);
+        self.spending = batch.spending;
         self.forget_written(&clock, due);
+        if self.spending.is_busy() {
+            self.renew_at = self.renew_at.min(clock.boot + RENEW);
+        }
         Ok((served, clock))
     }
 
@@ -375,12 +396,21 @@ impl Allocator {
         for look in &messages.looks {
             look.accounts.iter().try_for_each(|of| batch.refresh(of))?;
         }
+        for look in &mut messages.budget_looks {
+            look.found = batch.spending.views(&look.set, (&mut *batch.ledger, batch.generation, &batch.clock))?;
+        }
+        for extend in &messages.extends {
+            batch.spending.extend(extend, (&mut *batch.ledger, batch.generation, &batch.clock))?;
+        }
         if due.renews {
             self.renew(batch)?;
         }
         batch.write_drawn()?;
+        batch.spending.write_made(batch.ledger, &batch.clock)?;
         if due.writes {
             self.write_behind.write(batch.ledger)?;
+            batch.spending.write_unreserved((&mut *batch.ledger, batch.generation, &batch.clock))?;
+            batch.spending.write_settled(batch.ledger)?;
         }
         for reset in &messages.resets {
             batch.ledger.reset_tokens(reset.endpoint.as_deref())?;
@@ -399,13 +429,15 @@ impl Allocator {
         }
         if due.renews {
             let is_moving = self.accounts.values().any(|listed| listed.of.account.mirror().quota.is_moving());
-            self.renew_at = if is_moving || self.has_surplus { clock.boot + RENEW } else { Stamp::NEVER };
+            let goes_on = is_moving || self.has_surplus || self.spending.is_busy();
+            self.renew_at = if goes_on { clock.boot + RENEW } else { Stamp::NEVER };
         }
     }
 
     /// Updates the views, which then show expired counts, and removes what is too old.
     fn renew(&mut self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
         let clock = batch.clock;
+        batch.spending.look_after_others(batch.ledger, &clock)?;
         let cleans = clock.boot >= self.clean_at;
         for Listed { of, .. } in self.accounts.values() {
             let is_known = of.account.mirror().read_at.is_some();
@@ -429,6 +461,7 @@ impl Allocator {
             // Removes accounts that no config and no request uses any more, and that have nothing left to be written.
             let in_use = |of: &LimitedAccount| Arc::strong_count(&of.account) > 1 || of.account.has_unwritten();
             self.accounts.retain(|_, listed| in_use(&listed.of));
+            batch.spending.clean(clock.boot);
         }
         if clock.boot >= self.clean_stats_at {
             self.clean_stats_at = clock.boot + CLEAN_STATS;

@@ -3,12 +3,14 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::promised::Told;
 use super::{Allocator, RENEW, SCAN};
 use crate::config::LedgerOnError;
 use crate::ledger::account_set::HeldAccount;
 use crate::ledger::batch::{Decision, Served, enter, keep_place, next_free};
+use crate::ledger::budgets::{BudgetHold, HeldBudget};
 use crate::ledger::messages::{
     CallerDraw, CallerId, Draw, Drawn, HeldEndpoint, Messages, Otherwise, Refusal, Wanted, may_end_by,
 };
@@ -32,7 +34,7 @@ impl Allocator {
         }
         for Served { draw, decision } in served {
             match decision {
-                Decision::Granted(at, counted, ahead) => {
+                Decision::Granted(at, counted, ahead, reserved) => {
                     let endpoint = draw.wanted.get(at).map(|wanted| &wanted.accounts);
                     let caller = draw.caller.as_ref().map(|caller| &caller.accounts);
                     for (accounts, permits) in [(endpoint, ahead.endpoint), (caller, ahead.caller)] {
@@ -40,10 +42,11 @@ impl Allocator {
                             self.keep_prefetched(accounts, counted, permits, clock);
                         }
                     }
-                    self.grant(draw, at, Some(counted));
+                    self.grant(draw, at, Some(counted), reserved);
                 }
                 Decision::Held(held) => self.refuse(draw, held, clock),
                 Decision::HeldByCaller(held) => refuse_for_caller(draw, held, clock),
+                Decision::HeldByBudget(budget) => refuse_for_budget(draw, budget),
             }
         }
     }
@@ -58,12 +61,15 @@ impl Allocator {
         self.prefetched.push((Arc::clone(accounts), counted.boot + prefetch::USABLE));
     }
 
-    fn grant(&mut self, draw: Draw, at: usize, counted: Option<CountedAt>) {
-        let Some(Wanted { accounts, .. }) = draw.wanted.get(at) else { return };
+    fn grant(&mut self, draw: Draw, at: usize, counted: Option<CountedAt>, reserved: Option<u64>) {
+        let Some(Wanted { accounts, spends, .. }) = draw.wanted.get(at) else { return };
         let mut permit = Permit::granted(&self.client, accounts, counted);
         if let Some(CallerDraw { accounts, tokens }) = &draw.caller {
             let of_caller = Permit::granted(&self.client, accounts, counted);
             permit.set_caller(of_caller.with_reserved(counted.map(|at| (at, *tokens))));
+        }
+        if let (Some(id), Some(set)) = (reserved, &draw.budgets) {
+            permit.set_budgets(BudgetHold::new(&self.client, id, Arc::clone(set), *spends));
         }
         self.turns.served(&draw);
         // If the client is gone, the permit is dropped, which gives it back.
@@ -83,7 +89,7 @@ impl Allocator {
             Otherwise::LookElsewhere | Otherwise::Wait { .. } => first,
             Otherwise::Refuse(caller) => self.promise(caller, &draw, first, clock).unwrap_or(first),
         };
-        let refusal = Refusal { wait: clock.boot.until(free_at), held, caller: None };
+        let refusal = Refusal { wait: clock.boot.until(free_at), held, caller: None, budget: None };
         // A client that is gone needs no reply.
         drop(draw.reply.send(Drawn::Refused(refusal)));
     }
@@ -113,7 +119,8 @@ impl Allocator {
         for mut draw in draws {
             let may_use = |accounts: &AccountSet| !accounts.in_ledger() || self.on_error == LedgerOnError::Allow;
             let is_caller_held = draw.caller.as_ref().is_some_and(|caller| !may_use(&caller.accounts));
-            let may_go = |wanted: &Wanted| !is_caller_held && may_use(&wanted.accounts);
+            // Nobody may spend what cannot be written down.
+            let may_go = |wanted: &Wanted| !is_caller_held && draw.budgets.is_none() && may_use(&wanted.accounts);
             if let Some(caller) = &draw.caller
                 && let Err(held) = caller.accounts.check_concurrency(clock)
             {
@@ -137,7 +144,7 @@ impl Allocator {
                     caller.accounts.enter(clock).unwrap_or_default();
                 }
                 self.tally.uncounted.fetch_add(u64::from(without_permit), Ordering::Relaxed);
-                self.grant(draw, at, None);
+                self.grant(draw, at, None, None);
             } else if held.is_empty() {
                 self.tally.denied.fetch_add(1, Ordering::Relaxed);
                 // A client that is gone needs no reply.
@@ -156,7 +163,15 @@ impl Allocator {
 
 /// Refuses a draw whose caller's own account is at a limit. It does not wait in the queue: that is the caller's own affair.
 fn refuse_for_caller(draw: Draw, (account, held): HeldAccount, clock: &Clock) {
-    let refusal = Refusal { wait: clock.boot.until(held.until), held: Vec::new(), caller: Some((account, held)) };
+    let refusal =
+        Refusal { wait: clock.boot.until(held.until), held: Vec::new(), caller: Some((account, held)), budget: None };
+    // A client that is gone needs no reply.
+    drop(draw.reply.send(Drawn::Refused(refusal)));
+}
+
+/// Refuses a draw whose caller's budget has no room for it. Nor does it wait in the queue.
+fn refuse_for_budget(draw: Draw, budget: HeldBudget) {
+    let refusal = Refusal { wait: Duration::ZERO, held: Vec::new(), caller: None, budget: Some(budget) };
     // A client that is gone needs no reply.
     drop(draw.reply.send(Drawn::Refused(refusal)));
 }
@@ -169,6 +184,9 @@ pub(super) fn answer_others(messages: Messages, clock: &Clock, written: bool) {
     }
     for reset in messages.resets {
         reset.reply.send(written).unwrap_or_default();
+    }
+    for look in messages.budget_looks {
+        drop(look.reply.send(written.then_some(look.found)));
     }
     for find in messages.finds {
         drop(find.reply.send(written.then_some(find.found)));

@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime};
 use super::*;
 use crate::config::test_support::config;
 use crate::config::{LedgerSync, LimitKind};
+use crate::ledger::budgets::Spends;
 use crate::ledger::sqlite::{Opening, SqliteLedger};
 use crate::ledger::stats::{self, MODELS_MAX, OTHER_MODELS};
 use crate::ledger::write_behind::WRITE_DELAY;
@@ -13,6 +14,7 @@ use crate::limit::{LimitReason, Limits};
 use crate::usage::{Cost, Speed, Tokens};
 use jiff::tz::TimeZone;
 
+mod budgets;
 mod callers;
 mod sets;
 
@@ -128,7 +130,8 @@ impl Drawn {
 }
 
 fn wanted<const N: usize>(accounts: [LimitedAccount; N]) -> Wanted {
-    Wanted { accounts: Arc::new(AccountSet::new(accounts.into())), not_before: Stamp::default() }
+    let accounts = Arc::new(AccountSet::new(accounts.into()));
+    Wanted { accounts, not_before: Stamp::default(), spends: Spends::default() }
 }
 
 /// The endpoint's own account.

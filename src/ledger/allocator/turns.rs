@@ -85,6 +85,7 @@ mod tests {
     use super::*;
     use crate::config::Endpoint;
     use crate::config::test_support::config;
+    use crate::ledger::budgets::Spends;
     use crate::ledger::{AccountId, AccountSet, Client, LimitedAccount, Wanted};
     use crate::limit::{Clock, Limits, Stamp};
     use jiff::tz::TimeZone;
@@ -95,7 +96,8 @@ mod tests {
         let end = Stamp::NEVER;
         let otherwise = Otherwise::Wait { until: end, end, by: QueuedBy { caller, weight } };
         let (reply, _) = oneshot::channel();
-        Draw { ticket, wanted: Vec::new(), caller: None, otherwise, instead_of: None, keeps_place: false, reply }
+        let (wanted, caller, budgets) = (Vec::new(), None, None);
+        Draw { ticket, wanted, caller, budgets, otherwise, instead_of: None, keeps_place: false, reply }
     }
 
     fn endpoint() -> Endpoint {
@@ -140,7 +142,8 @@ mod tests {
         let wants = |id: usize, ticket: u64, caller: u64| {
             let account = Arc::clone(&accounts[id]);
             let of = LimitedAccount { account, limits: Arc::new(Limits::new(&endpoint(), &TimeZone::UTC)) };
-            let wanted = Wanted { accounts: Arc::new(AccountSet::new(vec![of])), not_before: Stamp::default() };
+            let accounts = Arc::new(AccountSet::new(vec![of]));
+            let wanted = Wanted { accounts, not_before: Stamp::default(), spends: Spends::default() };
             Draw { wanted: vec![wanted], ..draw(ticket, caller, 1) }
         };
         let (first, second) = (line_of(&wants(0, 0, 0)), line_of(&wants(1, 0, 0)));

@@ -1,6 +1,7 @@
 //! The ledger on one machine: a SQLite file in WAL mode. Several processes can use it at once, it can be opened with
 //! `sqlite3`, and a power failure does not corrupt it.
 
+mod budgets;
 mod examine;
 mod file;
 
@@ -30,12 +31,13 @@ const APPLICATION_ID: i64 = 0x6170_7467;
 /// Steps from one schema version to the next. A step may add to the schema but must not change what is there: during an
 /// upgrade, the previous version still writes to the same file (it can do so as long as it does not have to open it
 /// again).
-const MIGRATIONS: [&str; 5] = [
+const MIGRATIONS: [&str; 6] = [
     include_str!("schema/1.sql"),
     include_str!("schema/2.sql"),
     include_str!("schema/3.sql"),
     include_str!("schema/4.sql"),
     include_str!("schema/5.sql"),
+    include_str!("schema/6.sql"),
 ];
 /// `kind` of [`AccountId::Models`] in the tables `account_minute` and `account_day`.
 const MODELS: &str = "models";
@@ -225,6 +227,8 @@ impl SqliteLedger {
         if is_other {
             self.run("DELETE FROM minute", &[])?;
             self.run("DELETE FROM account_minute", &[])?;
+            // Whoever made reservations before the restart is dead.
+            self.run("DELETE FROM reservation_owner", &[])?;
             self.unknown_until = Stamp::default() + SPAN;
         } else {
             self.unknown_until = until.and_then(|until| until.parse().ok()).map(Stamp).unwrap_or_default();

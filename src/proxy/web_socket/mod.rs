@@ -24,9 +24,11 @@ use super::context::Context;
 use super::outgoing::other_model;
 use crate::billing;
 use crate::config::WebSocketPermits;
+use crate::exchange::{Ask, Attempt, AttemptBudget};
 use crate::fault::{ErrorShape, Fault};
 use crate::json::members;
-use crate::ledger::{Client, Drawn, Permit};
+use crate::ledger::{AccountSet, Client, Drawn, Otherwise, OwnDraw, Permit, Refusal, Wanted};
+use crate::limit::Stamp;
 use crate::request::body_memory::{FREE_BYTES, Memory, Reserved};
 use crate::request::connections::{OnConnection, Reason};
 use crate::request::fields::{self, Model, ModelPlace};
@@ -220,7 +222,8 @@ fn judge(context: &Context, message: &[u8]) -> Result<bool, Fault> {
 
 /// True if each response takes a permit: of the endpoint, or of the caller's own key.
 fn is_counted(context: &Context) -> bool {
-    counts_responses(context) || context.ask.as_ref().is_some_and(|ask| ask.own_permit.is_some())
+    let draws = |ask: &Box<Ask>| ask.own_permit.is_some() || ask.budget.is_some();
+    counts_responses(context) || context.ask.as_ref().is_some_and(draws)
 }
 
 /// The message with the model's name at the endpoint, if it is another one.
@@ -248,6 +251,10 @@ async fn take_permit(context: &mut Context) -> Result<(), Fault> {
             (Ok(()), Some(own)) => take_own_permit(own, &ledger).await,
             _ => Ok(()),
         };
+        let own = match own {
+            Ok(()) => reserve_again(ask, &mut attempt).await,
+            Err(fault) => Err(fault),
+        };
         if counts && taken.is_ok() && own.is_ok() {
             attempt.spend_another_permit();
         }
@@ -273,6 +280,32 @@ async fn take_own_permit(own: &mut Permit, ledger: &Client) -> Result<(), Fault>
             Ok(())
         }
         Drawn::Refused(refusal) => Err(admission::own_limits_reached(refusal)),
+        Drawn::Unavailable => Err(Fault::LedgerUnavailable),
+    }
+}
+
+/// Reserves what another response may take of the caller's budgets, unless the last one has not settled its own.
+async fn reserve_again(ask: &Ask, attempt: &mut Attempt) -> Result<(), Fault> {
+    let Some(budget) = ask.budget.as_ref().filter(|_| attempt.budget.is_none()) else { return Ok(()) };
+    let (model, ledger) = (attempt.model.name().name, &ask.pool.ledger);
+    let wall = ledger.clock().wall;
+    let spends = budget.spends(&attempt.endpoint, model, wall).unwrap_or_default();
+    let accounts = Arc::new(AccountSet::new(Vec::new()));
+    let wanted = vec![Wanted { accounts, not_before: Stamp::default(), spends }];
+    let own = OwnDraw { caller: None, budgets: Some(Arc::clone(&budget.set)) };
+    match ledger.draw_for(ledger.ticket(), wanted, own, Otherwise::LookElsewhere).await {
+        Drawn::Granted(_, mut permit) => {
+            let step = budget.step(&attempt.endpoint, model, wall);
+            let taken = permit.take_budgets();
+            attempt.budget = taken.map(|hold| {
+                let mut reserved = Box::new(AttemptBudget::new(hold, spends.known, step, budget.on_overrun));
+                reserved.set_sent(true);
+                reserved
+            });
+            Ok(())
+        }
+        Drawn::Refused(Refusal { budget: Some(held), .. }) => Err(admission::budget_exhausted(&held)),
+        Drawn::Refused(_) => Err(Fault::Internal),
         Drawn::Unavailable => Err(Fault::LedgerUnavailable),
     }
 }

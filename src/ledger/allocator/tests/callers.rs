@@ -1,7 +1,7 @@
 //! Draws of a caller's own accounts together with an endpoint's: both or neither.
 
 use super::*;
-use crate::ledger::CallerDraw;
+use crate::ledger::{CallerDraw, OwnDraw};
 
 impl Process {
     /// What a caller draws whose key has these limits.
@@ -11,10 +11,11 @@ impl Process {
     }
 
     fn ask_for(&self, wanted: &[Wanted], caller: &CallerDraw, otherwise: Otherwise) -> Answer {
-        let (client, wanted, caller) = (self.client.clone(), wanted.to_vec(), caller.clone());
+        let (client, wanted) = (self.client.clone(), wanted.to_vec());
+        let own = OwnDraw { caller: Some(caller.clone()), budgets: None };
         let _entered = self.runtime.enter();
         let mut answer: Answer =
-            Box::pin(async move { client.draw_for(client.ticket(), wanted, Some(caller), otherwise).await });
+            Box::pin(async move { client.draw_for(client.ticket(), wanted, own, otherwise).await });
         assert!(poll(&mut answer).is_pending());
         answer
     }

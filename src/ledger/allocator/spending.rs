@@ -1,0 +1,417 @@
+//! Budgets as the allocator has them: what is taken of each, which reservations are this process's, and those of dead ones.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
+
+use crate::config::{Budget, BudgetPeriod};
+use crate::ledger::budgets::{
+    Amount, BudgetKind, BudgetSet, BudgetTerms as _, BudgetView, Extend, HeldBudget, OthersReservation, ReservationRow,
+    Settled, Totals, Unreserved,
+};
+use crate::ledger::{FaultKind, Ledger, LedgerError};
+use crate::limit::{Clock, Period, Stamp};
+
+/// Interval in which a process with reservations says that it is alive.
+const HEARD_EVERY: Duration = Duration::from_secs(2);
+/// Time after which a process that was not heard of is dead. A disk may hang for some seconds, which holds up all processes alike.
+const DEAD_AFTER: Duration = Duration::from_secs(30);
+/// Interval in which reservations of other processes are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Time after which what is known of a budget is dropped if nobody asks for it.
+const KEPT: Duration = Duration::from_hours(1);
+
+/// Budgets of one process.
+#[derive(Debug)]
+pub(in crate::ledger) struct Spending {
+    /// Distinguishes this process's reservations from all others'.
+    owner: i64,
+    next_id: u64,
+    known: HashMap<(Arc<str>, BudgetKind), Known>,
+    /// Reservations of this process, each with its parts.
+    open: HashMap<u64, Vec<ReservationRow>>,
+    /// Reservations that are made in the current batch.
+    made: Vec<u64>,
+    /// Those that are extended in it, with what they become.
+    extended: Vec<Extended>,
+    /// Reservations that are settled, and wait to be written.
+    settled: Vec<(u64, Vec<SettledRow>)>,
+    /// What was taken without a reservation, and waits to be written.
+    unreserved: Vec<Unreserved>,
+    heard_at: Option<Stamp>,
+    look_at: Stamp,
+    /// True if other processes had reservations when they were last looked at.
+    others: bool,
+}
+
+/// A reservation that grows: its parts as they are to be, each with what is added to it.
+#[derive(Debug)]
+struct Extended {
+    id: u64,
+    rows: Vec<(ReservationRow, u64)>,
+}
+
+/// A part of a reservation, and what was taken in its place.
+#[derive(Debug)]
+struct SettledRow {
+    row: ReservationRow,
+    spent: u64,
+}
+
+/// What is known of a budget: a copy of its row, with what is not written yet.
+#[derive(Debug)]
+struct Known {
+    period: Period,
+    /// Since when the period is known to be this one.
+    since: SystemTime,
+    totals: Totals,
+    /// Generation of the ledger that it was read from; `None` if it has to be read.
+    read_at: Option<u64>,
+    used_at: Stamp,
+    /// What is warned at.
+    warns_at: Option<u64>,
+    /// Period in which its end was logged.
+    told_end: Option<i64>,
+}
+
+impl Default for Spending {
+    fn default() -> Self {
+        Self {
+            owner: i64::from_ne_bytes(fastrand::u64(..).to_ne_bytes()),
+            next_id: 1,
+            known: HashMap::new(),
+            open: HashMap::new(),
+            made: Vec::new(),
+            extended: Vec::new(),
+            settled: Vec::new(),
+            unreserved: Vec::new(),
+            heard_at: None,
+            look_at: Stamp::default(),
+            others: false,
+        }
+    }
+}
+
+/// What was looked up a moment ago is there.
+const NOT_THERE: LedgerError = LedgerError { kind: FaultKind::Unusable, message: String::new() };
+
+/// Where a batch is: its ledger, the ledger's generation, and its clock.
+pub(in crate::ledger) type At<'a, 'l> = (&'a mut (dyn Ledger + 'l), u64, &'a Clock);
+
+impl Spending {
+    /// True if nothing waits to be written.
+    pub(super) fn is_written(&self) -> bool {
+        self.settled.is_empty() && self.unreserved.is_empty()
+    }
+
+    /// True while there are reservations, which have to be looked after.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.open.is_empty() || self.others
+    }
+
+    /// Reads what is taken of a key's budgets.
+    pub(in crate::ledger) fn views(
+        &mut self,
+        set: &BudgetSet,
+        (ledger, generation, clock): At<'_, '_>,
+    ) -> Result<Vec<BudgetView>, LedgerError> {
+        set.budgets.iter().map(|budget| self.view(&set.key, budget, (&mut *ledger, generation, clock))).collect()
+    }
+
+    fn view(&mut self, key: &Arc<str>, budget: &Budget, at: At<'_, '_>) -> Result<BudgetView, LedgerError> {
+        let clock = at.2;
+        let known = self.refresh(key, budget, at)?;
+        let limit = budget.limit_at(clock.wall);
+        Ok(BudgetView { kind: budget.kind(), limit, totals: known.totals, ends: known.period.ends })
+    }
+
+    /// Returns the budget that has no room for a request, if there is one. The one that is full for longest says most.
+    pub(in crate::ledger) fn check(
+        &mut self,
+        set: &BudgetSet,
+        wanted: Amount,
+        (ledger, generation, clock): At<'_, '_>,
+    ) -> Result<Option<HeldBudget>, LedgerError> {
+        let mut held: Option<HeldBudget> = None;
+        for budget in &set.budgets {
+            let view = self.view(&set.key, budget, (&mut *ledger, generation, clock))?;
+            let wanted = wanted.of(budget.unit);
+            let is_full = wanted > 0 && view.totals.taken().saturating_add(wanted) > view.limit;
+            let is_longer = |before: &HeldBudget| match (before.view.ends, view.ends) {
+                (None, _) => false,
+                (Some(_), None) => true,
+                (Some(before), Some(ends)) => ends > before,
+            };
+            if is_full && held.as_ref().is_none_or(is_longer) {
+                held = Some(HeldBudget { key: Arc::clone(&set.key), view, wanted });
+            }
+        }
+        if let Some(held) = &held {
+            self.tell_end(held);
+        }
+        Ok(held)
+    }
+
+    /// Logs that a budget is used up, once in a period.
+    fn tell_end(&mut self, held: &HeldBudget) {
+        let Some(known) = self.known.get_mut(&(Arc::clone(&held.key), held.view.kind)) else { return };
+        let number = known.period.number;
+        if known.totals.spent >= held.view.limit && known.told_end.replace(number) != Some(number) {
+            log::warn!("key {}: its budget {} is used up", held.key, held.view.kind);
+        }
+    }
+
+    /// Reserves of a key's budgets, which have room for it. Returns the reservation's number.
+    pub(in crate::ledger) fn reserve(&mut self, set: &BudgetSet, reserved: Amount, known: Amount) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut rows = Vec::with_capacity(set.budgets.len());
+        for budget in &set.budgets {
+            let kind = budget.kind();
+            let Some(of) = self.known.get_mut(&(Arc::clone(&set.key), kind)) else { continue };
+            let amount = reserved.of(budget.unit);
+            of.totals.reserved = of.totals.reserved.saturating_add(amount);
+            let (key, known) = (Arc::clone(&set.key), known.of(budget.unit).min(amount));
+            rows.push(ReservationRow { key, kind, period: of.period, amount, known });
+        }
+        self.open.insert(id, rows);
+        self.made.push(id);
+        id
+    }
+
+    /// Reserves more for what takes more than was foreseen. If a budget has no room for it, it is told so; what it takes counts in any
+    /// case.
+    pub(in crate::ledger) fn extend(
+        &mut self,
+        extend: &Extend,
+        (ledger, generation, clock): At<'_, '_>,
+    ) -> Result<(), LedgerError> {
+        let Some(before) = self.open.get(&extend.id).cloned() else { return Ok(()) };
+        let set = Arc::clone(&extend.set);
+        let views = self.views(&set, (&mut *ledger, generation, clock))?;
+        let has_room = |row: &ReservationRow| {
+            let view = views.iter().find(|view| view.kind == row.kind);
+            let more = extend.more.of(row.kind.unit);
+            view.is_none_or(|view| more == 0 || view.totals.taken().saturating_add(more) <= view.limit)
+        };
+        let fits = before.iter().all(has_room);
+        let grown = |row: ReservationRow| {
+            let more = if fits { extend.more.of(row.kind.unit) } else { 0 };
+            let (amount, known) = (row.amount.saturating_add(more), extend.known.of(row.kind.unit));
+            (ReservationRow { amount, known, ..row }, more)
+        };
+        self.extended.push(Extended { id: extend.id, rows: before.into_iter().map(grown).collect() });
+        if !fits {
+            extend.overrun.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Settles a reservation at what was taken. It is written a little later.
+    pub(super) fn settle(&mut self, Settled { id, amount }: Settled) {
+        let Some(rows) = self.open.remove(&id) else { return };
+        let mut settled = Vec::with_capacity(rows.len());
+        for row in rows {
+            let spent = amount.of(row.kind.unit);
+            if let Some(of) = self.known_mut(&row) {
+                let before = of.totals.spent;
+                of.totals.reserved = of.totals.reserved.saturating_sub(row.amount);
+                of.totals.spent = before.saturating_add(spent);
+                if of.warns_at.is_some_and(|limit| before < limit && of.totals.spent >= limit) {
+                    log::warn!("key {}: its budget {} has reached its warning (warnAt)", row.key, row.kind);
+                }
+            }
+            settled.push(SettledRow { row, spent });
+        }
+        self.settled.push((id, settled));
+    }
+
+    /// What is known of the budget and period that a part of a reservation is of.
+    fn known_mut(&mut self, row: &ReservationRow) -> Option<&mut Known> {
+        let known = self.known.get_mut(&(Arc::clone(&row.key), row.kind))?;
+        (known.period.number == row.period.number).then_some(known)
+    }
+
+    /// Brings what is known of a budget up to date.
+    fn refresh(
+        &mut self,
+        key: &Arc<str>,
+        budget: &Budget,
+        (ledger, generation, clock): At<'_, '_>,
+    ) -> Result<&Known, LedgerError> {
+        let (kind, id) = (budget.kind(), (Arc::clone(key), budget.kind()));
+        let is_five_hours = budget.period == BudgetPeriod::FiveHours;
+        let is_current = self.known.get(&id).is_some_and(|known| {
+            known.read_at == Some(generation)
+                && known.since <= clock.wall
+                && known.period.lasts(clock.wall)
+                // One that nothing was taken in has not begun.
+                && (!is_five_hours || known.totals.taken() > 0)
+        });
+        if !is_current {
+            let latest = if is_five_hours { ledger.latest_period(key, kind)? } else { None };
+            let period = Period::of(budget.period, &budget.timezone, clock.wall, latest);
+            let mut totals = ledger.budget(key, kind, period.number)?;
+            let is_of_it =
+                |row: &ReservationRow| row.key == *key && row.kind == kind && row.period.number == period.number;
+            for SettledRow { row, spent } in
+                self.settled.iter().flat_map(|(_, rows)| rows).filter(|of| is_of_it(&of.row))
+            {
+                totals.reserved = totals.reserved.saturating_sub(row.amount);
+                totals.spent = totals.spent.saturating_add(*spent);
+            }
+            let told_end = self.known.get(&id).and_then(|known| known.told_end);
+            let read_at = Some(generation);
+            let known =
+                Known { period, since: clock.wall, totals, read_at, used_at: clock.boot, warns_at: None, told_end };
+            self.known.insert(id.clone(), known);
+            self.others |= totals.reserved > 0;
+        }
+        let known = self.known.get_mut(&id).ok_or(NOT_THERE)?;
+        known.used_at = clock.boot;
+        let limit = budget.limit_at(clock.wall);
+        known.warns_at = budget.warn_at.map(|share| (limit / 1000).saturating_mul(share) + limit % 1000 * share / 1000);
+        Ok(known)
+    }
+
+    /// Writes the reservations of this batch, and those that have grown.
+    pub(in crate::ledger) fn write_made(&mut self, ledger: &mut dyn Ledger, clock: &Clock) -> Result<(), LedgerError> {
+        let is_due = self.heard_at.is_none_or(|heard| clock.boot - heard >= HEARD_EVERY);
+        if is_due && !self.open.is_empty() {
+            ledger.hear(self.owner, clock.boot)?;
+            self.heard_at = Some(clock.boot);
+        }
+        for id in &self.made {
+            for row in self.open.get(id).into_iter().flatten() {
+                ledger.put_reservation(self.owner, signed(*id), row)?;
+                ledger.change_budget(row, 0, signed(row.amount))?;
+            }
+        }
+        for Extended { id, rows } in &self.extended {
+            for (row, more) in rows {
+                ledger.put_reservation(self.owner, signed(*id), row)?;
+                ledger.change_budget(row, 0, signed(*more))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what was taken without a reservation.
+    pub(super) fn take_unreserved(&mut self, unreserved: Unreserved) {
+        self.unreserved.push(unreserved);
+    }
+
+    /// Writes what was taken without a reservation.
+    pub(super) fn write_unreserved(&mut self, (ledger, generation, clock): At<'_, '_>) -> Result<(), LedgerError> {
+        let all = std::mem::take(&mut self.unreserved);
+        let mut written = Ok(());
+        for Unreserved { set, amount } in &all {
+            for budget in &set.budgets {
+                let spent = amount.of(budget.unit);
+                written = written.and_then(|()| {
+                    let period = self.refresh(&set.key, budget, (&mut *ledger, generation, clock))?.period;
+                    let (key, kind) = (Arc::clone(&set.key), budget.kind());
+                    let row = ReservationRow { key, kind, period, amount: 0, known: 0 };
+                    ledger.change_budget(&row, signed(spent), 0)?;
+                    // What was read before it was written is read again.
+                    if let Some(known) = self.known_mut(&row) {
+                        known.read_at = None;
+                    }
+                    Ok(())
+                });
+            }
+        }
+        // Until the batch is committed it may yet fail.
+        self.unreserved = all;
+        written
+    }
+
+    /// Writes what was settled.
+    pub(super) fn write_settled(&mut self, ledger: &mut dyn Ledger) -> Result<(), LedgerError> {
+        let mut was_taken_for_dead = false;
+        for (id, rows) in &self.settled {
+            let is_ours = ledger.end_reservation(self.owner, signed(*id))?;
+            was_taken_for_dead |= !is_ours;
+            for SettledRow { row, spent } in rows {
+                if is_ours {
+                    ledger.change_budget(row, signed(*spent), -signed(row.amount))?;
+                } else {
+                    // Another process has settled it at what was known.
+                    ledger.change_budget(row, signed(*spent).saturating_sub(signed(row.known)), 0)?;
+                }
+            }
+        }
+        if was_taken_for_dead {
+            self.read_again();
+        }
+        Ok(())
+    }
+
+    /// Looks at the reservations of other processes, if it is time for that, and settles those of dead ones.
+    pub(super) fn look_after_others(&mut self, ledger: &mut dyn Ledger, clock: &Clock) -> Result<(), LedgerError> {
+        if clock.boot < self.look_at {
+            return Ok(());
+        }
+        self.look_at = clock.boot + LOOK_EVERY;
+        // Of a process that began with the machine nothing could be heard earlier.
+        let since = Stamp(clock.boot.0.saturating_sub(u64::try_from(DEAD_AFTER.as_millis()).unwrap_or(u64::MAX)));
+        let others = ledger.others_reservations(self.owner, since)?;
+        self.others = !others.is_empty();
+        let mut settled = 0;
+        for (OthersReservation { owner, id, row }, is_dead) in others {
+            if is_dead {
+                ledger.change_budget(&row, signed(row.known), -signed(row.amount))?;
+                ledger.end_part(owner, id, row.kind)?;
+                settled += 1;
+            }
+        }
+        if settled > 0 {
+            self.read_again();
+            log::warn!("{settled} reservations of budgets of a process that has died were settled at what was known");
+        }
+        ledger.forget_budgets(since, clock.seconds_after(Duration::ZERO))
+    }
+
+    /// The batch is committed: what it has made and written is so.
+    pub(super) fn committed(&mut self, wrote_settled: bool) {
+        self.made.clear();
+        for Extended { id, rows } in std::mem::take(&mut self.extended) {
+            for (row, more) in &rows {
+                if let Some(of) = self.known_mut(row) {
+                    of.totals.reserved = of.totals.reserved.saturating_add(*more);
+                }
+            }
+            if let Some(open) = self.open.get_mut(&id) {
+                *open = rows.into_iter().map(|(row, _)| row).collect();
+            }
+        }
+        if wrote_settled {
+            self.settled.clear();
+            self.unreserved.clear();
+        }
+    }
+
+    /// The batch has failed: none of it was done.
+    pub(in crate::ledger) fn undo(&mut self) {
+        for id in std::mem::take(&mut self.made) {
+            self.open.remove(&id);
+        }
+        self.extended.clear();
+        self.heard_at = None;
+        self.read_again();
+    }
+
+    /// Drops what nobody has asked for in a while.
+    pub(super) fn clean(&mut self, now: Stamp) {
+        self.known.retain(|_, known| now - known.used_at < KEPT);
+    }
+
+    fn read_again(&mut self) {
+        self.known.values_mut().for_each(|known| known.read_at = None);
+    }
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,104 @@
+//! Rows of budgets and their reservations.
+
+use std::time::{Duration, SystemTime};
+
+use rusqlite::types::ToSql;
+use rusqlite::{OptionalExtension, params};
+
+use super::{SqliteLedger, explain};
+use crate::ledger::LedgerError;
+use crate::ledger::budgets::{BudgetKind, BudgetRows, OthersReservation, ReservationRow, Totals};
+use crate::limit::{Period, Stamp};
+
+/// Time for which a budget's row is kept once its period is over: the last one of a month is still there to be looked at.
+const KEPT: Duration = Duration::from_hours(35 * 24);
+/// Reservations of other processes that are looked at together; the rest have their turn once these are settled.
+const OTHERS_MAX: u32 = 10_000;
+
+impl BudgetRows for SqliteLedger {
+    fn budget(&mut self, key: &str, kind: BudgetKind, period: i64) -> Result<Totals, LedgerError> {
+        const SQL: &str =
+            "SELECT max(spent, 0), max(reserved, 0) FROM budget WHERE key = ?1 AND kind = ?2 AND period = ?3";
+        let read = || -> rusqlite::Result<Option<Totals>> {
+            let row = |row: &rusqlite::Row<'_>| Ok(Totals { spent: row.get(0)?, reserved: row.get(1)? });
+            self.connection.prepare_cached(SQL)?.query_row(params![key, kind.to_string(), period], row).optional()
+        };
+        read().map(Option::unwrap_or_default).map_err(|error| explain(&self.path, &error))
+    }
+
+    fn latest_period(&mut self, key: &str, kind: BudgetKind) -> Result<Option<i64>, LedgerError> {
+        const SQL: &str = "SELECT max(period) FROM budget WHERE key = ?1 AND kind = ?2";
+        let read = || -> rusqlite::Result<Option<i64>> {
+            self.connection.prepare_cached(SQL)?.query_row(params![key, kind.to_string()], |row| row.get(0))
+        };
+        read().map_err(|error| explain(&self.path, &error))
+    }
+
+    fn change_budget(&mut self, row: &ReservationRow, spent: i64, reserved: i64) -> Result<(), LedgerError> {
+        // A lost reservation leaves a difference, and it must not become negative.
+        const SQL: &str = "INSERT INTO budget VALUES (?1, ?2, ?3, max(?4, 0), max(?5, 0), ?6) \
+             ON CONFLICT DO UPDATE SET spent = max(spent + ?4, 0), reserved = max(reserved + ?5, 0)";
+        let ReservationRow { key, kind, period, .. } = row;
+        let until = period.ends.map(|ends| seconds(ends + KEPT));
+        self.run(SQL, &[key, &kind.to_string(), &period.number, &spent, &reserved, &until])
+    }
+
+    fn put_reservation(&mut self, owner: i64, id: i64, row: &ReservationRow) -> Result<(), LedgerError> {
+        const SQL: &str = "INSERT OR REPLACE INTO reservation VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+        let ReservationRow { key, kind, period, amount, known } = row;
+        self.run(SQL, &[&owner, &id, key, &kind.to_string(), &period.number, amount, known])
+    }
+
+    fn end_reservation(&mut self, owner: i64, id: i64) -> Result<bool, LedgerError> {
+        const SQL: &str = "DELETE FROM reservation WHERE owner = ?1 AND id = ?2";
+        let parameters: [&dyn ToSql; 2] = [&owner, &id];
+        let ran = self.connection.prepare_cached(SQL).and_then(|mut statement| statement.execute(&parameters[..]));
+        ran.map(|rows| rows > 0).map_err(|error| explain(&self.path, &error))
+    }
+
+    fn end_part(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<(), LedgerError> {
+        const SQL: &str = "DELETE FROM reservation WHERE owner = ?1 AND id = ?2 AND kind = ?3";
+        self.run(SQL, &[&owner, &id, &kind.to_string()])
+    }
+
+    fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError> {
+        self.run("INSERT OR REPLACE INTO reservation_owner VALUES (?1, ?2)", &[&owner, &now.0])
+    }
+
+    fn others_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<(OthersReservation, bool)>, LedgerError> {
+        const SQL: &str = "SELECT owner, id, key, kind, period, amount, known, coalesce(heard, 0) < ?2 \
+             FROM reservation LEFT JOIN reservation_owner USING (owner) WHERE owner <> ?1 LIMIT ?3";
+        let read = || -> rusqlite::Result<Vec<_>> {
+            let row = |row: &rusqlite::Row<'_>| {
+                let kind: String = row.get(3)?;
+                // Of a later version's kinds this one knows nothing.
+                let Some(kind) = BudgetKind::parse(&kind) else { return Ok(None) };
+                let period = Period { number: row.get(4)?, ends: None };
+                let part = ReservationRow {
+                    key: row.get::<_, String>(2)?.into(),
+                    kind,
+                    period,
+                    amount: row.get(5)?,
+                    known: row.get(6)?,
+                };
+                Ok(Some((OthersReservation { owner: row.get(0)?, id: row.get(1)?, row: part }, row.get(7)?)))
+            };
+            let mut statement = self.connection.prepare_cached(SQL)?;
+            let rows = statement.query_map(params![owner, since.0, OTHERS_MAX], row)?;
+            rows.filter_map(Result::transpose).collect()
+        };
+        read().map_err(|error| explain(&self.path, &error))
+    }
+
+    fn forget_budgets(&mut self, since: Stamp, now: i64) -> Result<(), LedgerError> {
+        const OWNERS: &str = "DELETE FROM reservation_owner WHERE heard < ?1 \
+             AND owner NOT IN (SELECT owner FROM reservation)";
+        self.run(OWNERS, &[&since.0])?;
+        self.run("DELETE FROM budget WHERE until < ?1", &[&now])
+    }
+}
+
+fn seconds(moment: SystemTime) -> i64 {
+    let seconds = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    i64::try_from(seconds).unwrap_or(i64::MAX)
+}
