@@ -8,12 +8,14 @@ use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
 
 use super::Sources;
-use super::status::{quota, time_of};
+use super::status::{iso, quota, time_of};
 use super::tokens;
-use crate::config::{CallKind, CallSet, ClientKey};
+use crate::config::{BudgetUnit, CallKind, CallSet, ClientKey};
 use crate::ledger::LimitedAccount;
+use crate::ledger::budgets::BudgetView;
 use crate::ledger::stats::{self, Begins, Part};
 use crate::limit::{Clock, View};
+use crate::usage::prices::NanoUsd;
 
 pub(super) async fn key(from: Sources<'_>) -> String {
     let Some(caller) = from.caller else {
@@ -49,8 +51,33 @@ pub(super) async fn key(from: Sources<'_>) -> String {
     }
     key.extend(whole);
     key.insert("modelLimits".to_owned(), of_models.into());
+    if let Some(set) = &caller.budgets {
+        let views = from.pool.ledger.look_at_budgets(set).await;
+        key.insert("budget".to_owned(), json!(views.map(|views| views.iter().map(budget).collect::<Vec<_>>())));
+    }
     key.insert("spend".to_owned(), spend(&from, name).await);
     Value::Object(key).to_string()
+}
+
+/// A budget: what there is of it, what is taken, what is left, and when it begins anew.
+fn budget(view: &BudgetView) -> Value {
+    let BudgetView { kind, limit, totals, ends } = view;
+    let amount = |number: u64| match kind.unit {
+        BudgetUnit::NanoUsd => json!(NanoUsd(number).dollars()),
+        BudgetUnit::Tokens => json!(number),
+    };
+    json!({
+        "unit": match kind.unit {
+            BudgetUnit::NanoUsd => "usd",
+            BudgetUnit::Tokens => "tokens",
+        },
+        "per": kind.period.word(),
+        "limit": amount(*limit),
+        "spent": amount(totals.spent),
+        "reserved": amount(totals.reserved),
+        "left": amount(limit.saturating_sub(totals.taken())),
+        "resets": ends.map(iso),
+    })
 }
 
 /// Keys whose spend is read at once: each takes a thread and a connection to the ledger.

@@ -6,14 +6,15 @@ use std::time::SystemTime;
 
 use super::status::{Views, is_available};
 use super::{Sources, process_metrics};
-use crate::config::{Limit, LimitKind, PerLimit};
+use crate::config::{BudgetUnit, Limit, LimitKind, PerLimit};
 use crate::ledger::LimitedAccount;
+use crate::ledger::budgets::BudgetView;
 use crate::limit::{Clock, Limits};
 use crate::request::connections::Reason;
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
 use crate::telemetry::key_metrics::KEYS_MAX;
-use crate::telemetry::metrics::{Scrape, metrics};
+use crate::telemetry::metrics::{Scrape, metrics, to_f64};
 
 /// Endpoints that a scrape shows. Counters of endpoints that a reload has removed stay until the process ends.
 const ENDPOINTS_MAX: usize = 2000;
@@ -33,6 +34,7 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     add_limits(&scrape, &endpoints, &views);
     add_model_limits(&scrape, &endpoints, &views);
     add_key_limits(&scrape, from).await;
+    add_key_budgets(&scrape, from).await;
     metrics.text(&scrape)
 }
 
@@ -237,6 +239,34 @@ async fn add_key_limits(scrape: &Scrape, from: Sources<'_>) {
     add("api_together_key_limit", "Limits of callers' keys, as configured.", |limit, _| limit);
     add("api_together_key_limit_used", "Used part of each limit of a key; as api_together_limit_used.", |_, used| used);
     add("api_together_key_limit_left", "Remaining part of each limit of a key.", u64::saturating_sub);
+}
+
+/// Budgets of callers' keys that open something, the first of them by name.
+async fn add_key_budgets(scrape: &Scrape, from: Sources<'_>) {
+    let callers = Arc::clone(&from.process.keyring.load());
+    let sets: Vec<_> =
+        callers.all().filter(|caller| caller.key.opens()).filter_map(|caller| caller.budgets.clone()).collect();
+    let mut all = Vec::new();
+    for set in sets.iter().take(KEYS_MAX) {
+        let Some(views) = from.pool.ledger.look_at_budgets(set).await else { return };
+        for view in views {
+            let kind = view.kind;
+            let (unit, scale) = match kind.unit {
+                BudgetUnit::NanoUsd => ("usd", 1e9),
+                BudgetUnit::Tokens => ("tokens", 1.0),
+            };
+            all.push(([&*set.key, kind.period.word(), unit], view, scale));
+        }
+    }
+    let add = |name, help, value: fn(&BudgetView) -> u64| {
+        let values = all.iter().map(|(labels, view, scale)| (*labels, to_f64(value(view)) / scale));
+        scrape.gauges_f64(name, help, ["key", "per", "unit"], values);
+    };
+    add("api_together_key_budget", "Budgets of callers' keys, raises included.", |view| view.limit);
+    add("api_together_key_budget_spent", "What is spent of each budget in its period.", |view| view.totals.spent);
+    add("api_together_key_budget_reserved", "What is reserved of each budget for requests under way.", |view| {
+        view.totals.reserved
+    });
 }
 
 /// The kinds that are limited, each with its limit and the used part of it.

@@ -207,7 +207,7 @@ impl Answer {
         let waits_too_long = fault.retry_after().is_some_and(|wait| wait > SDK_WAIT_MAX);
         let never_helps = matches!(
             fault,
-            Fault::KeyWrong | Fault::KeyEnded { .. } | Fault::EndpointKeyRefused | Fault::BudgetExhausted { .. }
+            Fault::KeyWrong | Fault::KeyEnded { .. } | Fault::EndpointKeyRefused | Fault::BudgetExhausted(_)
         );
         if waits_too_long || never_helps {
             let never = HeaderValue::from_static("false");

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::files::ConfigFile;
 use super::status::Output;
 use super::table::Table;
-use crate::config::{self, Environment, Flags, KeyDigest, KeysChange, PerLimit};
+use crate::config::{self, BudgetPeriod, Environment, Flags, KeyDigest, KeysChange, PerLimit};
 use crate::routing::callers::GENERATED_PREFIX;
 use crate::server::control::{self, Request};
 use crate::server::keys::ListedKey;
@@ -43,6 +43,20 @@ pub(super) enum KeysCommand {
         /// Time for which the one before still opens, such as 24h, 7d or 0s.
         #[arg(long, default_value = "24h", value_parser = parse_time)]
         overlap: Duration,
+    },
+    /// Give a key more of one of its budgets, for a while.
+    Raise {
+        /// Name of the key.
+        name: String,
+        /// How much more, such as 5usd or 100000tokens; the unit may be left out.
+        #[arg(long, value_parser = parse_amount)]
+        by: AmountGiven,
+        /// Period of the budget: hour, 5h, day, week, month or total; may be left out where there is one budget.
+        #[arg(long)]
+        per: Option<String>,
+        /// Until when, such as 2027-03-31 (to the end of that day) or 2027-03-31T18:00:00Z.
+        #[arg(long)]
+        until: String,
     },
     /// Have a key open nothing any more, at once. Requests that are running go on.
     Revoke {
@@ -83,6 +97,15 @@ pub(super) struct AddKey {
     /// Requests at once [default: no limit].
     #[arg(long)]
     max_concurrent: Option<u64>,
+    /// What it may take, such as 10usd/month or 2000000tokens/day (hour, 5h, day, week, month or total); may be given several times.
+    #[arg(long, value_parser = parse_budget)]
+    budget: Vec<BudgetGiven>,
+    /// Share of its budgets that a warning is logged at, such as 0.8.
+    #[arg(long)]
+    warn_at: Option<f64>,
+    /// Cut a stream off that takes more than could be foreseen, if a budget has no room for that.
+    #[arg(long)]
+    cut_overrun: bool,
     /// When it stops to open, such as 2027-03-31 or 2027-03-31T18:00:00Z [default: never].
     #[arg(long)]
     expires: Option<String>,
@@ -117,10 +140,67 @@ pub(super) fn run(file: &ConfigFile, command: KeysCommand) -> Result<(), String>
             show_key(&key, &done);
             Ok(())
         }
+        KeysCommand::Raise { name, by: AmountGiven { number: by, unit }, per, until } => {
+            println!("{}", change(file, KeysChange::Raise { name, by, unit, per, until })?);
+            Ok(())
+        }
         KeysCommand::Revoke { name, now } => {
             println!("{}", change(file, KeysChange::Revoke { name, now })?);
             Ok(())
         }
+    }
+}
+
+/// An amount of a budget, as it is typed.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct AmountGiven {
+    number: f64,
+    /// `usd` or `tokens`.
+    unit: Option<String>,
+}
+
+/// A budget, as it is typed.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct BudgetGiven {
+    amount: AmountGiven,
+    per: String,
+}
+
+fn parse_amount(text: &str) -> Result<AmountGiven, String> {
+    let wrong = || format!("{text:?} is no amount such as 5usd or 100000tokens");
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let number = number.parse().map_err(|_| wrong())?;
+    let unit = match unit {
+        "" => None,
+        "usd" | "tokens" => Some(unit.to_owned()),
+        _ => return Err(wrong()),
+    };
+    Ok(AmountGiven { number, unit })
+}
+
+fn parse_budget(text: &str) -> Result<BudgetGiven, String> {
+    let wrong = || format!("{text:?} is no budget such as 10usd/month or 2000000tokens/day");
+    let (amount, per) = text.split_once('/').ok_or_else(wrong)?;
+    let amount = parse_amount(amount)?;
+    if amount.unit.is_none() || BudgetPeriod::named(per).is_none() {
+        return Err(wrong());
+    }
+    Ok(BudgetGiven { amount, per: per.to_owned() })
+}
+
+impl BudgetGiven {
+    /// The budget as the file of keys has it.
+    fn entry(&self, warn_at: Option<f64>) -> Value {
+        let Self { amount: AmountGiven { number, unit }, per } = self;
+        let mut entry = Map::new();
+        let is_usd = unit.as_deref() == Some("usd");
+        #[expect(clippy::cast_possible_truncation, reason = "what is too large is refused where it is read")]
+        let number = if is_usd { json!(number) } else { json!(number.round() as i64) };
+        entry.insert(if is_usd { "usd" } else { "tokens" }.to_owned(), number);
+        entry.insert("per".to_owned(), json!(per));
+        entry.extend(warn_at.map(|share| ("warnAt".to_owned(), json!(share))));
+        entry.into()
     }
 }
 
@@ -147,7 +227,7 @@ fn seconds_of(moment: Timestamp) -> String {
 
 fn entry(add: AddKey, key: &str) -> Map<String, Value> {
     let AddKey { name, models, calls, endpoints, expires, allow_from, weight, tags, .. } = add;
-    let AddKey { rpm, rpd, tpm, tpd, max_concurrent, .. } = add;
+    let AddKey { rpm, rpd, tpm, tpd, max_concurrent, budget, warn_at, cut_overrun, .. } = add;
     let mut entry = Map::new();
     entry.insert("name".into(), name.into());
     entry.insert("keyHash".into(), KeyDigest::of(key.as_bytes()).text().into());
@@ -164,6 +244,12 @@ fn entry(add: AddKey, key: &str) -> Map<String, Value> {
         if let Some(limit) = limit {
             entry.insert(kind.key().into(), limit.into());
         }
+    }
+    if !budget.is_empty() {
+        entry.insert("budget".into(), budget.iter().map(|budget| budget.entry(warn_at)).collect());
+    }
+    if cut_overrun {
+        entry.insert("onOverrun".into(), "cut".into());
     }
     if let Some(weight) = weight {
         entry.insert("weight".into(), weight.into());
@@ -257,6 +343,19 @@ fn parse_time(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn budgets_are_typed_as_an_amount_and_a_period() {
+        let amount = |number, unit: &str| AmountGiven { number, unit: Some(unit.to_owned()) };
+        let budget = |text: &str| parse_budget(text).unwrap();
+        assert_eq!(budget("10usd/month"), BudgetGiven { amount: amount(10.0, "usd"), per: "month".into() });
+        assert_eq!(budget("0.5usd/5h").entry(Some(0.8)), json!({ "usd": 0.5, "per": "5h", "warnAt": 0.8 }));
+        assert_eq!(budget("2000000tokens/day").entry(None), json!({ "tokens": 2_000_000, "per": "day" }));
+        assert_eq!(parse_amount("7").unwrap(), AmountGiven { number: 7.0, unit: None });
+        for wrong in ["", "10", "10usd", "10/day", "10eur/day", "usd/day", "10usd/year", "-1usd/day"] {
+            assert!(parse_budget(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_key_is_256_bits_and_never_the_same() {

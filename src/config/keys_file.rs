@@ -10,6 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::budgets::RAISES_MAX;
 use super::checked::Check;
 use super::client_keys::{Around, ClientKey, client_keys};
 use super::environment::Environment;
@@ -42,7 +43,7 @@ struct KeysText {
 }
 
 /// A change of the file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "change", rename_all = "camelCase")]
 pub enum KeysChange {
     /// Another key, with what it opens as the file has it.
@@ -59,6 +60,19 @@ pub enum KeysChange {
         /// Its last characters, for lists.
         last_four: String,
         /// When the ones before stop to open.
+        until: String,
+    },
+    /// More of a budget, for a while.
+    Raise {
+        /// Name.
+        name: String,
+        /// How much more, in the budget's unit.
+        by: f64,
+        /// That unit, `usd` or `tokens`, if it is named.
+        unit: Option<String>,
+        /// Period of the budget, if it is named.
+        per: Option<String>,
+        /// Until when.
         until: String,
     },
     /// A key that opens nothing any more.
@@ -185,6 +199,14 @@ fn apply(change: KeysChange, file: &mut Value) -> Result<String, String> {
             key.insert("lastFour".into(), last_four.into());
             Ok(format!("{name} has another key; the one before opens until {until}"))
         }
+        KeysChange::Raise { name, by, unit, per, until } => {
+            let budget = one_budget(named(keys, &name)?, &name, unit.as_deref(), per.as_deref())?;
+            let raises = budget.entry("raises").or_insert_with(|| json!([]));
+            let raises = raises.as_array_mut().ok_or("has raises that are no list")?;
+            raises.push(json!({ "by": by, "until": until }));
+            raises.drain(..raises.len().saturating_sub(RAISES_MAX));
+            Ok(format!("{name} has {by} more of its budget until {until}"))
+        }
         KeysChange::Revoke { name, now } => {
             let key = named(keys, &name)?;
             key.insert("revoked".into(), json!(true));
@@ -202,10 +224,58 @@ fn named<'a>(keys: &'a mut [Value], name: &str) -> Result<&'a mut Map<String, Va
     found.next().ok_or_else(|| format!("has no key {name}; those of the config are changed there"))
 }
 
+/// The budget of a key that is meant, if there is only one that may be.
+fn one_budget<'a>(
+    key: &'a mut Map<String, Value>,
+    name: &str,
+    unit: Option<&str>,
+    per: Option<&str>,
+) -> Result<&'a mut Map<String, Value>, String> {
+    let budgets = key.get_mut("budget").and_then(Value::as_array_mut).map(Vec::as_mut_slice).unwrap_or_default();
+    let budgets = budgets.iter_mut().filter_map(Value::as_object_mut);
+    let is_meant = |budget: &Map<String, Value>| {
+        per.is_none_or(|per| budget.get("per").and_then(Value::as_str) == Some(per))
+            && unit.is_none_or(|unit| budget.contains_key(unit))
+    };
+    let mut meant: Vec<_> = budgets.filter(|budget| is_meant(budget)).collect();
+    match (meant.pop(), meant.is_empty()) {
+        (Some(budget), true) => Ok(budget),
+        (Some(_), false) => Err(format!("{name} has several such budgets; name one, with --per and the unit of --by")),
+        (None, _) => Err(format!("{name} has no such budget; `api-together keys list` shows those that it has")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::client_keys::KeyDigest;
+
+    #[test]
+    fn a_budget_is_raised_if_it_is_known_which() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = KeysFile { path: folder.path().join("keys.json"), is_named: false };
+        let budgets = json!([{ "usd": 10, "per": "month" }, { "usd": 1, "per": "day" }, { "tokens": 9, "per": "day" }]);
+        let KeysChange::Add { mut entry } = entry("ada", "one") else { unreachable!() };
+        entry.insert("budget".into(), budgets);
+        file.change(KeysChange::Add { entry }).unwrap();
+        let raise = |unit: Option<&str>, per: Option<&str>, by: f64| {
+            let (unit, per) = (unit.map(str::to_owned), per.map(str::to_owned));
+            file.change(KeysChange::Raise { name: "ada".into(), by, unit, per, until: "2027-01-01T00:00:00Z".into() })
+        };
+        raise(None, Some("month"), 2.5).unwrap();
+        raise(Some("tokens"), None, 7.0).unwrap();
+        for (unit, per, why) in
+            [(None, None, "several"), (None, Some("day"), "several"), (None, Some("week"), "no such budget")]
+        {
+            let problem = raise(unit, per, 1.0).unwrap_err();
+            assert!(problem.contains(why), "{problem}");
+        }
+        assert!(raise(None, Some("month"), -1.0).is_err());
+        let keys = file.load(&Around::alone()).unwrap();
+        let raised: Vec<Vec<u64>> =
+            keys[0].budgets.iter().map(|budget| budget.raises.iter().map(|raise| raise.by).collect()).collect();
+        assert_eq!(raised, [vec![2_500_000_000], vec![], vec![7]]);
+    }
 
     fn entry(name: &str, key: &str) -> KeysChange {
         let hash = KeyDigest::of(key.as_bytes()).text();

@@ -42,6 +42,23 @@ impl HeldBy {
     }
 }
 
+/// A budget, and a request that it has no room for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BudgetShortage {
+    /// Name of the key.
+    pub name: String,
+    /// The budget.
+    pub budget: String,
+    /// What is spent of it.
+    pub spent: String,
+    /// What is reserved of it for requests under way.
+    pub reserved: String,
+    /// What the request could take.
+    pub wanted: String,
+    /// When its period ends; none for all time.
+    pub ends: Option<String>,
+}
+
 /// A fault that the proxy itself reports to a client, as opposed to an error that an endpoint answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -82,20 +99,7 @@ pub enum Fault {
         wait: Duration,
     },
     /// A budget of the request's own key has no room for it.
-    BudgetExhausted {
-        /// Name of the key.
-        name: String,
-        /// The budget.
-        budget: String,
-        /// What is spent of it.
-        spent: String,
-        /// What is reserved of it for requests under way.
-        reserved: String,
-        /// What the request could take.
-        wanted: String,
-        /// When its period ends; none for all time.
-        ends: Option<String>,
-    },
+    BudgetExhausted(Box<BudgetShortage>),
     /// A budget of the request's own key had no room for the rest of an answer.
     BudgetOverrun {
         /// Name of the key.
@@ -311,7 +315,7 @@ impl Fault {
             Self::KeyLimitsReached { reason: LimitReason::Full(LimitKind::Tpm | LimitKind::Tpd, _), .. } =>
                                               (429, "tokens", Some("key_rate_limited"), "key_limits_reached"),
             Self::KeyLimitsReached { .. }  => (429, "requests", Some("key_rate_limited"), "key_limits_reached"),
-            Self::BudgetExhausted { .. }   => (429, "insufficient_quota", Some("insufficient_quota"), "budget_exhausted"),
+            Self::BudgetExhausted(_)       => (429, "insufficient_quota", Some("insufficient_quota"), "budget_exhausted"),
             Self::BudgetOverrun { .. }     => (429, "insufficient_quota", Some("insufficient_quota"), "budget_overrun"),
             Self::ModelWithoutPrice { .. } => (403, INVALID, Some("model_has_no_price"), "model_without_price"),
             Self::CallWithoutPrice { .. }  => (403, INVALID, Some("call_not_allowed"), "call_without_price"),
@@ -434,7 +438,8 @@ impl Fault {
                      {seconds} s; GET /v1/key shows what is left."
                 )
             }
-            Self::BudgetExhausted { name, budget, spent, reserved, wanted, ends } => {
+            Self::BudgetExhausted(shortage) => {
+                let BudgetShortage { name, budget, spent, reserved, wanted, ends } = &**shortage;
                 let ends = ends.as_ref().map_or_else(String::new, |ends| format!(" The budget begins anew at {ends}."));
                 format!(
                     "This API key ({name}) has a budget of {budget}, of which {spent} are spent and {reserved} reserved for \
@@ -578,7 +583,7 @@ impl Fault {
             | Self::CallNotAllowed { .. }
             | Self::KeyLimitsReached { .. }
             | Self::ModelNotAllowed { .. }
-            | Self::BudgetExhausted { .. }
+            | Self::BudgetExhausted(_)
             | Self::BudgetOverrun { .. }
             | Self::ModelWithoutPrice { .. }
             | Self::CallWithoutPrice { .. }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::{ErrorShape, Fault, Row};
+use super::{BudgetShortage, ErrorShape, Fault, Row};
 use crate::config::LimitKind;
 use crate::limit::LimitReason;
 
@@ -26,7 +26,7 @@ impl Fault {
             Self::CallNotAllowed { .. } => ("the request's key may not make calls of this kind", "use another key, or add the kind to its `calls`"),
             Self::PathNotAllowed => ("the path is for `server.apiKey`, and the request has a caller's key", "use `server.apiKey`"),
             Self::KeyLimitsReached { .. } => ("a limit of the request's own key is reached; no endpoint was asked", "wait as `Retry-After` says; `GET /v1/key` with that key shows its limits, what is used of them and when they free; or raise the limit"),
-            Self::BudgetExhausted { .. } => ("a budget of the request's own key has no room for what the request may take; no endpoint was asked", "`GET /v1/key` with that key shows the budget and when it begins anew; ask for a shorter answer (`max_tokens`), or raise the budget: `api-together keys raise`"),
+            Self::BudgetExhausted(_) => ("a budget of the request's own key has no room for what the request may take; no endpoint was asked", "`GET /v1/key` with that key shows the budget and when it begins anew; ask for a shorter answer (`max_tokens`), or raise the budget: `api-together keys raise`"),
             Self::BudgetOverrun { .. } => ("a stream took more than could be foreseen, a budget of the request's own key had no room for that, and the key's `onOverrun` is `cut`", "raise the budget, or bound the answer (`max_tokens`)"),
             Self::ModelWithoutPrice { .. } => ("the request's key has a budget in dollars, and the model has no price", "give it one in `server.prices` or `apis[].prices`, 0 if it is free"),
             Self::CallWithoutPrice { .. } => ("the request's key has a budget in dollars, and what such calls cost is not known before they are billed", "name the calls in the key's `calls`, if they may be made all the same"),
@@ -87,14 +87,14 @@ impl Fault {
                 reason: LimitReason::Full(LimitKind::Rpm, 60),
                 wait: Duration::from_secs(12),
             },
-            Self::BudgetExhausted {
+            Self::BudgetExhausted(Box::new(BudgetShortage {
                 name: name(),
                 budget: "$10 (month)".to_owned(),
                 spent: "$9.98".to_owned(),
                 reserved: "$0".to_owned(),
                 wanted: "$0.05".to_owned(),
                 ends: Some("2026-12-01T00:00:00Z".to_owned()),
-            },
+            })),
             Self::BudgetOverrun { name: name() },
             Self::ModelWithoutPrice { name: name(), model: "MODEL".to_owned() },
             Self::CallWithoutPrice { name: name(), call: "batches" },

@@ -62,7 +62,7 @@ pub struct Refusal {
     /// The caller's own account that is at a limit, if one is: then no endpoint was looked at.
     pub caller: Option<(AccountId, Held)>,
     /// The caller's budget that has no room for it, if that is why.
-    pub budget: Option<HeldBudget>,
+    pub budget: Option<Box<HeldBudget>>,
 }
 
 /// Why an endpoint has no permit for the request.

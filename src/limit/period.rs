@@ -68,6 +68,7 @@ fn at(second: i64) -> SystemTime {
 }
 
 #[cfg(test)]
+#[expect(clippy::unreadable_literal, reason = "they are dates")]
 mod tests {
     use super::*;
     use BudgetPeriod::{Day, FiveHours, Hour, Month, Total, Week};

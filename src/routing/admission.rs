@@ -13,7 +13,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::config::{BudgetUnit, Queue};
-use crate::fault::{Fault, HeldBy};
+use crate::fault::{BudgetShortage, Fault, HeldBy};
 use crate::ledger::budgets::{BudgetView, HeldBudget};
 use crate::ledger::{
     AccountId, CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, OwnDraw, Permit, QueuePlace, QueuedBy, Refusal,
@@ -287,14 +287,14 @@ pub fn budget_exhausted(HeldBudget { key, view, wanted }: &HeldBudget) -> Fault 
         BudgetUnit::NanoUsd => format!("${}", NanoUsd(number)),
         BudgetUnit::Tokens => format!("{number} tokens"),
     };
-    Fault::BudgetExhausted {
+    Fault::BudgetExhausted(Box::new(BudgetShortage {
         name: key.to_string(),
         budget: format!("{} ({})", amount(*limit), kind.period.word()),
         spent: amount(totals.spent),
         reserved: amount(totals.reserved),
         wanted: amount(*wanted),
         ends: ends.and_then(|ends| Timestamp::try_from(ends).ok()).map(|ends| ends.to_string()),
-    }
+    }))
 }
 
 /// The same of a draw of nothing but the key's own accounts.

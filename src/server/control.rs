@@ -47,7 +47,7 @@ const SIGNALS_MAX: usize = 20;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// What a command asks for: one line of JSON.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "camelCase")]
 pub enum Request {
     /// Read the config again.

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{self, KeysChange, Watch};
 use crate::routing::callers::{Caller, Keyring};
 use crate::routing::pool::Pool;
+use crate::usage::prices::NanoUsd;
 
 /// Reads the file of keys. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -93,7 +94,14 @@ fn limits_of(key: &config::ClientKey) -> Vec<String> {
     let of_models = key.model_limits.iter().flat_map(|(models, limits)| {
         limits.each().filter_map(move |limit| Some(format!("{} for {models}", shown(limit)?)))
     });
-    key.limits.each().filter_map(shown).chain(of_models).collect()
+    let of_budget = |budget: &config::Budget| {
+        let amount = match budget.unit {
+            config::BudgetUnit::NanoUsd => format!("${}", NanoUsd(budget.limit)),
+            config::BudgetUnit::Tokens => format!("{} tokens", budget.limit),
+        };
+        format!("{amount} ({})", budget.period.word())
+    };
+    key.limits.each().filter_map(shown).chain(of_models).chain(key.budgets.iter().map(of_budget)).collect()
 }
 
 impl KeysReader {

@@ -312,9 +312,20 @@ impl Scrape {
         labels: [&str; LABELS],
         values: impl Iterator<Item = ([&'a str; LABELS], u64)>,
     ) {
+        self.gauges_f64(name, help, labels, values.map(|(labels, value)| (labels, to_f64(value))));
+    }
+
+    /// The same of values that need not be whole.
+    pub(crate) fn gauges_f64<'a, const LABELS: usize>(
+        &self,
+        name: &str,
+        help: &str,
+        labels: [&str; LABELS],
+        values: impl Iterator<Item = ([&'a str; LABELS], f64)>,
+    ) {
         self.keep(name, GaugeVec::new(Opts::new(name, help), &labels), |gauges| {
             for (labels, value) in values {
-                gauges.with_label_values(&labels).set(to_f64(value));
+                gauges.with_label_values(&labels).set(value);
             }
         });
     }
@@ -365,7 +376,7 @@ fn to_i64(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-fn to_f64(value: u64) -> f64 {
+pub(crate) fn to_f64(value: u64) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "limits end at 2^53")]
     {
         value as f64

@@ -283,7 +283,7 @@ async fn a_keys_own_limits_hold_whatever_the_endpoints_have_left() {
     .await;
 }
 
-async fn futures_of<F: Future<Output = Reply>>(count: usize, make: impl Fn() -> F) -> Vec<Reply> {
+pub(crate) async fn futures_of<F: Future<Output = Reply>>(count: usize, make: impl Fn() -> F) -> Vec<Reply> {
     let mut all: Vec<_> = (0..count).map(|_| Box::pin(make())).collect();
     let mut done: Vec<Option<Reply>> = (0..count).map(|_| None).collect();
     std::future::poll_fn(|context| {

@@ -262,6 +262,77 @@ async fn kills_of_two_processes_pass_no_limit_of_a_key_and_lose_no_count() {
     assert!(answered.load(Ordering::Relaxed) > 300, "too little went through to prove anything");
 }
 
+/// A budget in 1e-9 dollars, and the prices by which its requests take of it: in dollars for a million tokens.
+const BUDGET: u64 = 2_000_000_000;
+const PRICE: u64 = 100;
+
+/// What the ledger has of the budget: spent and reserved.
+fn budget_of(folder: &Path) -> (u64, u64) {
+    let ledger = rusqlite::Connection::open(folder.join("ledger.db")).unwrap();
+    let sql = "SELECT coalesce(sum(spent), 0), coalesce(sum(reserved), 0) FROM budget";
+    ledger.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap()
+}
+
+/// The budget is not passed, and what was received is spent or reserved, but for what was under way when its process was killed: that
+/// is spent as far as it was known.
+fn check_budget(folder: &Path, endpoint: &Simulator, cost: u64, kills: usize) {
+    // What is received after this line is not looked for in the ledger.
+    let received = endpoint.requests().len() as u64;
+    let (spent, reserved) = budget_of(folder);
+    let killed = (kills * TASKS) as u64;
+    let what = format!("{kills} kills: {received} received at {cost}, {spent} spent, {reserved} reserved");
+    assert!(spent + reserved <= BUDGET && received * cost <= BUDGET, "{what}");
+    assert!(spent + reserved + killed * cost >= received * cost, "{what}");
+    eprintln!("{what}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_of_two_processes_neither_leak_a_budget_nor_leave_a_gap_in_it() {
+    let folder = TempDir::new().unwrap();
+    let endpoint = simulator().await;
+    let cost = tokens_of_an_answer("ada").await * PRICE * 1000;
+    let ports = [port(), port()];
+    let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (_, key) = KEYS[0];
+    let load: Vec<_> = ports.iter().flat_map(|port| load_with(key, &said_by("ada"), *port, &stop, &answered)).collect();
+    let spawn = |at: usize| {
+        let keys = json!([{ "name": "ada", "key": key, "budget": [{ "usd": 2, "per": "total" }] }]);
+        let prices = json!({ "m": { "input": PRICE, "output": PRICE } });
+        let server =
+            json!({ "port": ports[at], "ledger": folder.path().join("ledger.db"), "keys": keys, "prices": prices });
+        start(
+            folder.path(),
+            &format!("{at}.json"),
+            &config_text(server, &[endpoint_with("a", &endpoint.base_url(), json!({}))]),
+        )
+    };
+    let mut running: Vec<Running> = (0..ports.len()).map(spawn).collect();
+    for kill in 0..KILLS {
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(50..400))).await;
+        let at = kill % ports.len();
+        drop(running.remove(at));
+        check_budget(folder.path(), &endpoint, cost, kill + 1);
+        running.insert(at, spawn(at));
+    }
+    stop.store(true, Ordering::Relaxed);
+    for task in load {
+        task.await.unwrap();
+    }
+    // A process that says nothing for half a minute is dead, and is settled.
+    let begun = Instant::now();
+    while budget_of(folder.path()).1 > 0 {
+        assert!(begun.elapsed() < Duration::from_mins(1), "a reservation is left: {:?}", budget_of(folder.path()));
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    check_budget(folder.path(), &endpoint, cost, KILLS);
+    let received = endpoint.requests().len() as u64;
+    let (spent, _) = budget_of(folder.path());
+    // Of those that were killed before they were sent, the prompt counts.
+    let unsent = (KILLS * TASKS) as u64 * 60 * PRICE * 1000;
+    assert!(spent <= received * cost + unsent, "{spent} spent of {received} requests at {cost}");
+    assert!(answered.load(Ordering::Relaxed) > 100, "too little went through to prove anything");
+}
+
 /// Of an endpoint that is asked all the time and has plenty left permits are drawn ahead. A process that ends gives them back; one
 /// that is killed wastes what it has used up within a moment.
 #[tokio::test(flavor = "multi_thread")]

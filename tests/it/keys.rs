@@ -101,6 +101,38 @@ async fn a_key_is_made_rotated_and_revoked_while_the_process_serves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_given_a_budget_and_more_of_it() {
+    within(async {
+        let simulator = simulator().await;
+        let prices = json!({ "m": { "input": 100, "output": 1000 } });
+        let apis = [endpoint_with("a", &simulator.base_url(), json!({ "models": ["m"] }))];
+        let keyed = Keyed::start(json!({ "prices": prices, "budgetReserveTokens": 20 }), &apis).await;
+        let budgets =
+            ["--budget", "0.01usd/day", "--budget", "100000tokens/total", "--warn-at", "0.5", "--cut-overrun"];
+        let ada = keyed.keys(&[&["add", "ada"], &budgets[..]].concat()).await;
+        assert_eq!(keyed.chat(&ada).await, 429, "20 tokens of an answer may cost 2 cents");
+        let until = "2999-01-01T00:00:00Z";
+        let raised = keyed.keys(&["raise", "ada", "--by", "0.05usd", "--until", until]).await;
+        assert_eq!(raised, format!("ada has 0.05 more of its budget until {until}"));
+        assert_eq!(keyed.chat(&ada).await, 200, "at once");
+        let listed = keyed.keys(&["list"]).await;
+        assert!(listed.contains("$0.01 (day), 100000 tokens (total)"), "{listed}");
+        for (wrong, why) in [
+            (&["raise", "ada", "--by", "1", "--until", until][..], "several such budgets"),
+            (&["raise", "ada", "--by", "1", "--per", "week", "--until", until], "no such budget"),
+            (&["raise", "ada", "--by", "1", "--per", "day", "--until", "soon"], "no moment"),
+            (&["raise", "bob", "--by", "1", "--until", until], "has no key bob"),
+            (&["raise", "ada", "--by", "1eur", "--until", until], "no amount"),
+            (&["add", "bob", "--budget", "10/day"], "no budget"),
+        ] {
+            let (code, _, errors) = keyed.try_keys(wrong).await;
+            assert!(code != 0 && errors.contains(why), "{wrong:?}: {errors}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_file_of_keys_is_read_when_it_changes_and_a_broken_one_changes_nothing() {
     within(async {
         let simulator = simulator().await;

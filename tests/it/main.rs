@@ -18,6 +18,7 @@ mod agents_day;
 mod auth;
 mod azure;
 mod body;
+mod budgets;
 mod by_model;
 mod callers;
 mod chaos;

@@ -381,7 +381,7 @@ impl Allocator {
             return Err((error, draws));
         }
         batch.forget_drawn();
-        batch.spending.committed(due.writes);
+        batch.spending.committed();
         self.spending = batch.spending;
         self.forget_written(&clock, due);
         if self.spending.is_busy() {
@@ -409,8 +409,10 @@ impl Allocator {
         batch.spending.write_made(batch.ledger, &batch.clock)?;
         if due.writes {
             self.write_behind.write(batch.ledger)?;
-            batch.spending.write_unreserved((&mut *batch.ledger, batch.generation, &batch.clock))?;
-            batch.spending.write_settled(batch.ledger)?;
+        }
+        // What is reserved now had room because of what was settled, so both are written or neither.
+        if due.writes || batch.spending.has_made() {
+            batch.spending.write_settled((&mut *batch.ledger, batch.generation, &batch.clock))?;
         }
         for reset in &messages.resets {
             batch.ledger.reset_tokens(reset.endpoint.as_deref())?;

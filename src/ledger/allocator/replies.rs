@@ -171,7 +171,7 @@ fn refuse_for_caller(draw: Draw, (account, held): HeldAccount, clock: &Clock) {
 
 /// Refuses a draw whose caller's budget has no room for it. Nor does it wait in the queue.
 fn refuse_for_budget(draw: Draw, budget: HeldBudget) {
-    let refusal = Refusal { wait: Duration::ZERO, held: Vec::new(), caller: None, budget: Some(budget) };
+    let refusal = Refusal { wait: Duration::ZERO, held: Vec::new(), caller: None, budget: Some(Box::new(budget)) };
     // A client that is gone needs no reply.
     drop(draw.reply.send(Drawn::Refused(refusal)));
 }

@@ -39,6 +39,8 @@ pub(in crate::ledger) struct Spending {
     settled: Vec<(u64, Vec<SettledRow>)>,
     /// What was taken without a reservation, and waits to be written.
     unreserved: Vec<Unreserved>,
+    /// True once these two are written in the current batch.
+    has_written_settled: bool,
     heard_at: Option<Stamp>,
     look_at: Stamp,
     /// True if other processes had reservations when they were last looked at.
@@ -86,6 +88,7 @@ impl Default for Spending {
             extended: Vec::new(),
             settled: Vec::new(),
             unreserved: Vec::new(),
+            has_written_settled: false,
             heard_at: None,
             look_at: Stamp::default(),
             others: false,
@@ -103,6 +106,11 @@ impl Spending {
     /// True if nothing waits to be written.
     pub(super) fn is_written(&self) -> bool {
         self.settled.is_empty() && self.unreserved.is_empty()
+    }
+
+    /// True if anything is reserved in this batch.
+    pub(super) fn has_made(&self) -> bool {
+        !self.made.is_empty() || !self.extended.is_empty()
     }
 
     /// True while there are reservations, which have to be looked after.
@@ -303,7 +311,7 @@ impl Spending {
     }
 
     /// Writes what was taken without a reservation.
-    pub(super) fn write_unreserved(&mut self, (ledger, generation, clock): At<'_, '_>) -> Result<(), LedgerError> {
+    fn write_unreserved(&mut self, (ledger, generation, clock): At<'_, '_>) -> Result<(), LedgerError> {
         let all = std::mem::take(&mut self.unreserved);
         let mut written = Ok(());
         for Unreserved { set, amount } in &all {
@@ -327,8 +335,10 @@ impl Spending {
         written
     }
 
-    /// Writes what was settled.
-    pub(super) fn write_settled(&mut self, ledger: &mut dyn Ledger) -> Result<(), LedgerError> {
+    /// Writes what was settled, and what was taken without a reservation.
+    pub(super) fn write_settled(&mut self, (ledger, generation, clock): At<'_, '_>) -> Result<(), LedgerError> {
+        self.write_unreserved((&mut *ledger, generation, clock))?;
+        self.has_written_settled = true;
         let mut was_taken_for_dead = false;
         for (id, rows) in &self.settled {
             let is_ours = ledger.end_reservation(self.owner, signed(*id))?;
@@ -374,7 +384,7 @@ impl Spending {
     }
 
     /// The batch is committed: what it has made and written is so.
-    pub(super) fn committed(&mut self, wrote_settled: bool) {
+    pub(super) fn committed(&mut self) {
         self.made.clear();
         for Extended { id, rows } in std::mem::take(&mut self.extended) {
             for (row, more) in &rows {
@@ -386,7 +396,7 @@ impl Spending {
                 *open = rows.into_iter().map(|(row, _)| row).collect();
             }
         }
-        if wrote_settled {
+        if std::mem::take(&mut self.has_written_settled) {
             self.settled.clear();
             self.unreserved.clear();
         }
@@ -398,6 +408,7 @@ impl Spending {
             self.open.remove(&id);
         }
         self.extended.clear();
+        self.has_written_settled = false;
         self.heard_at = None;
         self.read_again();
     }

@@ -222,8 +222,8 @@ fn judge(context: &Context, message: &[u8]) -> Result<bool, Fault> {
 
 /// True if each response takes a permit: of the endpoint, or of the caller's own key.
 fn is_counted(context: &Context) -> bool {
-    let draws = |ask: &Box<Ask>| ask.own_permit.is_some() || ask.budget.is_some();
-    counts_responses(context) || context.ask.as_ref().is_some_and(draws)
+    let ask = context.ask.as_ref();
+    counts_responses(context) || ask.is_some_and(|ask| ask.own_permit.is_some() || ask.budget.is_some())
 }
 
 /// The message with the model's name at the endpoint, if it is another one.

@@ -82,7 +82,7 @@ fn totals(spent: u64, reserved: u64) -> Totals {
 
 fn full(refused: Result<(Permit, BudgetHold), Drawn>) -> HeldBudget {
     let Err(Drawn::Refused(Refusal { budget: Some(held), .. })) = refused else { panic!("{refused:?}") };
-    held
+    *held
 }
 
 #[test]
@@ -91,9 +91,9 @@ fn what_may_be_taken_is_reserved_and_settled_at_what_was() {
     let set = dollars(100);
     let (_permit, hold) = process.reserve(&set, money(60), money(10)).unwrap();
     assert_eq!(process.totals(&set), [totals(0, 60)]);
-    let held = full(process.reserve(&set, money(41), money(1)));
-    assert_eq!((held.view.totals, held.view.limit, held.wanted), (totals(0, 60), 100, 41));
-    assert_eq!(held.view.ends, Some(SystemTime::UNIX_EPOCH + Duration::from_secs(NOON + 12 * 3600)));
+    let refusal = full(process.reserve(&set, money(41), money(1)));
+    assert_eq!((refusal.view.totals, refusal.view.limit, refusal.wanted), (totals(0, 60), 100, 41));
+    assert_eq!(refusal.view.ends, Some(SystemTime::UNIX_EPOCH + Duration::from_secs(NOON + 12 * 3600)));
     hold.settle(money(25));
     process.write();
     assert_eq!(process.totals(&set), [totals(25, 0)]);
@@ -136,8 +136,8 @@ fn every_budget_must_have_room() {
         budgets(&[(BudgetUnit::NanoUsd, 1000, BudgetPeriod::Hour), (BudgetUnit::Tokens, 50, BudgetPeriod::Total)]);
     let amount = |tokens, nano_usd| Amount { tokens, nano_usd };
     let (_permit, hold) = process.reserve(&set, amount(30, 30), amount(1, 1)).unwrap();
-    let held = full(process.reserve(&set, amount(21, 1), amount(1, 1)));
-    assert_eq!((held.view.kind.to_string().as_str(), held.view.ends), ("tokens/total", None));
+    let refusal = full(process.reserve(&set, amount(21, 1), amount(1, 1)));
+    assert_eq!((refusal.view.kind.to_string().as_str(), refusal.view.ends), ("tokens/total", None));
     assert_eq!(process.totals(&set), [totals(0, 30), totals(0, 30)], "nothing of either is reserved in vain");
     hold.settle(amount(20, 10));
     process.write();
