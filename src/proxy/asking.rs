@@ -114,7 +114,7 @@ pub(super) async fn ask(
     let (pool, caller) = (&origin.pool, origin.caller());
     let objects = if pool.has_several_organizations || origin.is_one_of_several {
         let owner = Owner::new(caller, pool.server.share_ids);
-        objects((owner, caller.is_some()), &header.method, call, &target, (is_json, &body), fields.store)?
+        objects((owner, caller.is_some()), &header.method, call, &target, (is_json, &body, &fields))?
     } else {
         None
     };
@@ -310,13 +310,13 @@ fn objects(
     method: &Method,
     call: Call,
     target: &PathAndQuery,
-    (is_json, body): (bool, &[u8]),
-    store: Option<bool>,
+    (is_json, body, fields): (bool, &[u8], &Fields),
 ) -> Result<Option<(References, AskedObjects)>, Fault> {
     let json = Some(body).filter(|_| is_json);
-    let references = References::find(call, target.path(), target.query(), json);
+    let mut references = References::find(call, target.path(), target.query(), json);
+    references.add_fields(body, &fields.objects);
     let wanted = Wanted {
-        objects: references::shows_objects(call, target.path(), store),
+        objects: references::shows_objects(call, target.path(), fields.store),
         sealed: matches!(call, Call::Responses | Call::Messages),
     };
     if references.is_empty() && wanted == Wanted::default() {

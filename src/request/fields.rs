@@ -42,6 +42,8 @@ pub struct Fields {
     pub store: Option<bool>,
     /// Members that tell its session.
     pub session: SessionFields,
+    /// Fields of a form that may be ids of objects.
+    pub objects: Vec<Range<usize>>,
 }
 
 /// A model's name as the client sent it, and its place in the body.
@@ -190,7 +192,8 @@ impl Found {
             _ => None,
         });
         let model = model.transpose()?;
-        Ok(Fields { model, unnamed, stream: stream.is_some(), usage_edit, store, session: self.session })
+        let (stream, session) = (stream.is_some(), self.session);
+        Ok(Fields { model, unnamed, stream, usage_edit, store, session, objects: Vec::new() })
     }
 }
 

@@ -8,6 +8,7 @@ use std::ops::Range;
 use memchr::memmem;
 
 use super::fields::{self, Fields, Model, ModelPlace};
+use super::references::{ID_BYTES_MAX, OBJECTS_MAX, is_field_of_object};
 use crate::fault::Fault;
 use crate::json::part;
 use crate::json::scan::Key;
@@ -37,6 +38,9 @@ pub fn scan(content_type: &str, body: &[u8]) -> Result<Fields, Fault> {
                 fields.unnamed = fields.model.is_none().then_some(ModelPlace::Form(content));
             }
             Some(name) if name == b"session" => of_session = session_model(body, content)?,
+            Some(name) if is_field_of_object(&name) && fields.objects.len() < OBJECTS_MAX => {
+                fields.objects.extend(Some(content).filter(|content| content.len() <= ID_BYTES_MAX));
+            }
             Some(name) if name == b"stream" => fields.stream = part(body, content).eq_ignore_ascii_case(b"true"),
             _ => {}
         }

@@ -34,7 +34,7 @@ const LOOKS_MAX: usize = 256;
 const SEALED_BYTES: usize = 128;
 
 /// Members of JSON bodies whose value is an id, a list of ids, or an object with an `id`, as they stand in a body.
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 25] = [
     PREVIOUS_RESPONSE,
     CONVERSATION,
     "\"file_id\"",
@@ -53,10 +53,20 @@ const KEYS: [&str; 18] = [
     "\"eval_id\"",
     "\"skill_id\"",
     "\"batch_id\"",
+    "\"agent_id\"",
+    "\"certificate_ids\"",
+    "\"comparison_response_id\"",
+    "\"project_id\"",
+    "\"vault_ids\"",
+    VIDEO,
+    VOICE,
 ];
 const PREVIOUS_RESPONSE: &str = "\"previous_response_id\"";
 /// Clients of relays put the name of their session there.
 const CONVERSATION: &str = "\"conversation\"";
+/// As texts these are names, such as `alloy`; as objects with an `id` they are what somebody made.
+const VIDEO: &str = "\"video\"";
+const VOICE: &str = "\"voice\"";
 /// An item of an earlier answer, by its id.
 const ITEM_REFERENCE: &str = "\"item_reference\"";
 /// How ids begin that endpoints make up. Other texts under these keys may be anything, such as an argument of a tool.
@@ -156,6 +166,14 @@ impl References {
         found
     }
 
+    /// Adds the ids that stand in fields of a form, at these places.
+    pub fn add_fields(&mut self, form: &[u8], fields: &[Range<usize>]) {
+        for field in fields {
+            let id = String::from_utf8_lossy(part(form, field.clone()));
+            self.add(&id, KINDS.iter().any(|kind| id.starts_with(kind)));
+        }
+    }
+
     /// True if it names none.
     pub fn is_empty(&self) -> bool {
         self.objects.is_empty() && self.sealed.is_empty()
@@ -187,6 +205,7 @@ impl References {
         let Some(value) = value_of(json, key.clone()) else { return };
         match (value.first(), part(json, key)) {
             (Some(b'"'), name) if name == CONVERSATION.as_bytes() && !value.starts_with(b"\"conv_") => {}
+            (Some(b'"'), name) if name == VIDEO.as_bytes() || name == VOICE.as_bytes() => {}
             (Some(b'"'), name) => drop(self.text(value, name == PREVIOUS_RESPONSE.as_bytes())),
             (Some(b'['), _) => self.list(part(value, 1..)),
             (Some(b'{'), _) => self.object(value),
@@ -284,30 +303,49 @@ impl<'de> Visitor<'de> for IdOf<'_, 'de> {
     }
 }
 
+/// Fields of forms whose value is an id: what SDKs make of objects is `video[id]`, `input_reference[file_id]` and the like.
+const FIELDS: [&[u8]; 2] = [b"consent", b"file_id"];
+const FIELD_ENDS: [&[u8]; 3] = [b"[id]", b"[file_id]", b"file_ids[]"];
+
+/// True if a field of a form may be the id of an object.
+pub(crate) fn is_field_of_object(name: &[u8]) -> bool {
+    FIELDS.contains(&name) || FIELD_ENDS.iter().any(|end| name.ends_with(end))
+}
+
 /// First segments of the paths of calls that make, show or list objects.
-const COLLECTIONS: [&str; 15] = [
+const COLLECTIONS: [&str; 24] = [
+    "agents",
     "assistants",
     "batches",
     "chat",
+    "chatkit",
     "containers",
     "conversations",
     "evals",
     "files",
     "fine_tuning",
+    "live",
+    // A model that was fine-tuned is deleted where it is; all models are shown by the gateway itself.
+    "models",
+    "organization",
+    "projects",
     "realtime",
     "responses",
+    "safety",
     "skills",
     "threads",
     "uploads",
+    "vaults",
     "vector_stores",
     "videos",
+    "webhook_endpoints",
 ];
 
 /// True if the segments of a path that are no words of the API are ids of objects.
 fn names_objects(path: &str) -> bool {
     let path = path.strip_prefix("/v1/").unwrap_or_default();
     let first = path.split('/').next().unwrap_or_default();
-    COLLECTIONS.contains(&first) || path.starts_with("messages/batches")
+    COLLECTIONS.contains(&first) || ["messages/batches", "audio/voice"].iter().any(|begin| path.starts_with(begin))
 }
 
 /// True if the answer to a call may name objects that stay at its endpoint. `store`: what the request says of storing the answer.
@@ -403,8 +441,25 @@ mod tests {
         assert_eq!(of(Call::Other, json!({ "training_file": "file-1", "validation_file": null })), ["file-1"]);
         let chat = json!({ "messages": [{ "content": [{ "type": "file", "file": { "file_id": "file-9" } }] }] });
         assert_eq!(of(Call::Completion, chat), ["file-9"]);
+        let voice = |voice: Value| of(Call::Other, json!({ "model": "tts", "voice": voice }));
+        assert_eq!(voice(json!({ "id": "voice_1" })), ["voice_1"]);
+        assert!(voice(json!("alloy")).is_empty());
         let told = json!({ "input": "say {\"file_id\": \"file-1\"} and \"file_id\"", "file_ids": "file_id" });
         assert_eq!(of(Call::Responses, told), ["file_id"], "what a prompt says is no member");
+    }
+
+    #[test]
+    fn ids_stand_in_the_fields_of_forms() {
+        for name in ["consent", "file_id", "video[id]", "input_reference[file_id]", "file_ids[]"] {
+            assert!(is_field_of_object(name.as_bytes()), "{name}");
+        }
+        for name in ["model", "prompt", "file", "id", "[id"] {
+            assert!(!is_field_of_object(name.as_bytes()), "{name}");
+        }
+        let mut references = References::default();
+        references.add_fields(b"file-1 cons_2", &[0..6, 7..13, 6..6]);
+        let found: Vec<_> = references.objects.iter().map(|one| (&*one.id, one.is_certain)).collect();
+        assert_eq!(found, [("file-1", true), ("cons_2", false)]);
     }
 
     #[test]

@@ -25,18 +25,39 @@ pub(crate) struct ListCall<'a> {
 impl<'a> ListCall<'a> {
     /// The list that a request asks for; none if it asks for something else.
     pub(crate) fn new(method: &Method, path: &'a str, query: Option<&'a str>) -> Option<Self> {
-        const LISTS: [&str; 12] = [
+        const LISTS: [&str; 33] = [
+            "/v1/agents",
+            "/v1/agents/automations",
+            "/v1/agents/environments",
+            "/v1/agents/environments/templates",
+            "/v1/agents/sessions",
             "/v1/assistants",
+            "/v1/audio/voice_consents",
             "/v1/batches",
             "/v1/chat/completions",
+            "/v1/chatkit/threads",
             "/v1/containers",
             "/v1/evals",
             "/v1/files",
             "/v1/fine_tuning/jobs",
             "/v1/messages/batches",
+            "/v1/organization/admin_api_keys",
+            "/v1/organization/audit_logs",
+            "/v1/organization/certificates",
+            "/v1/organization/external_keys",
+            "/v1/organization/external_storage",
+            "/v1/organization/groups",
+            "/v1/organization/invites",
+            "/v1/organization/projects",
+            "/v1/organization/roles",
+            "/v1/organization/spend_alerts",
+            "/v1/organization/users",
+            "/v1/organization/workload_identity_providers",
             "/v1/skills",
+            "/v1/vaults",
             "/v1/vector_stores",
             "/v1/videos",
+            "/v1/webhook_endpoints",
             "/v1/conversations",
         ];
         /// Those that begin with the oldest, unless the client says otherwise (platform.openai.com/docs/api-reference).
