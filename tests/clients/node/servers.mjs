@@ -89,6 +89,10 @@ export const scriptedRequests = async (url) => (await fetch(`${url}/control/requ
 const keeping = (folder, key) =>
   start(process.execPath, [join(HERE, "keeping.mjs"), key], /listening on (http:\/\/\S+)\s/, folder);
 
+/** Prism, which nobody here wrote, as an endpoint that answers each call of resources.json and knows its own ids alone. */
+const described = (folder, letter) =>
+  start(process.execPath, [join(HERE, "described.mjs"), letter], /Prism is listening on (http:\/\/\S+)\s/, folder);
+
 /** Runs `make`, which starts programs in a folder of their own and adds them to a list; stops them all if it fails. */
 async function together(make) {
   const folder = await mkdtemp(join(tmpdir(), "api-together-clients-"));
@@ -131,6 +135,14 @@ export const startKeeping = () =>
     for (const key of ["sk-a", "sk-b", "sk-c", "sk-one"]) started.push(await keeping(folder, key));
     const [a, b, c, directUrl] = started.map((program) => program.found);
     return { url: await startProxy(folder, "keeping.json", { A_URL: a, B_URL: b, C_URL: c }, started), directUrl };
+  });
+
+/** Three endpoints that each answer each call of resources.json and know their own ids alone, and the proxy in front of them. */
+export const startDescribed = () =>
+  together(async (folder, started) => {
+    for (const letter of ["a", "b", "c"]) started.push(await described(folder, letter));
+    const [a, b, c] = started.map((program) => program.found);
+    return { url: await startProxy(folder, "keeping.json", { A_URL: a, B_URL: b, C_URL: c }, started), directUrl: a };
   });
 
 const isHealthy = (url) => fetch(`${url}/health`).then((answer) => answer.ok, () => false);

@@ -102,6 +102,11 @@ def keeping(folder, key):
     return Program(["node", HERE / "keeping.mjs", key], r"listening on (http://\S+)", folder)
 
 
+def described(folder, letter):
+    """Prism, which nobody here wrote, as an endpoint that answers each call of resources.json and knows its own ids alone."""
+    return Program(["node", HERE / "described.mjs", letter], r"listening on (http://\S+)", folder)
+
+
 def sockets(folder):
     """An endpoint that takes responses over WebSockets; what it says stands in sockets.py."""
     return Program([sys.executable, HERE / "sockets.py"], r"listening on (http://\S+)", folder)
