@@ -41,7 +41,27 @@ impl Config {
         let endpoints = endpoints(typed.apis, check);
         let (server, endpoints) = (server?, endpoints?);
         warn_of_unknown_endpoints(&server.keys, &endpoints, "server.keys", check);
+        warn_of_unserved_fallbacks(&server, &endpoints, check);
         Some(Self { server, endpoints })
+    }
+}
+
+/// A model that nobody serves takes no other's place.
+fn warn_of_unserved_fallbacks(server: &Server, endpoints: &[Endpoint], check: &mut Check<'_>) {
+    let matches = |pattern: &str, model: &str| match pattern.strip_suffix('*') {
+        Some(beginning) => model.starts_with(beginning),
+        None => pattern == model,
+    };
+    let is_served = |model: &str| {
+        let names = |one: &Endpoint| one.models.iter().chain(one.model_mapping.keys()).any(|name| matches(name, model));
+        endpoints.iter().any(names)
+    };
+    for (model, others) in &server.fallbacks {
+        for other in others.iter().filter(|other| !is_served(other)) {
+            let hint = "correct the name, or add it to the `models` of an endpoint";
+            let message = format!("no endpoint serves {other:?}");
+            check.report.warning(&format!("server.fallbacks.{model}"), message, hint);
+        }
     }
 }
 

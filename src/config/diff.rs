@@ -55,6 +55,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         keys_file: _,
         budget_reserve_tokens: _,
         prices: _,
+        fallbacks: _,
         share_ids: _,
         cors: _,
         body_bytes_max: _,
@@ -102,6 +103,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         keys_file,
         budget_reserve_tokens,
         prices,
+        fallbacks,
         share_ids,
         tls,
         cors,
@@ -140,6 +142,10 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     if *prices != after.prices {
         lines.add(at("prices changed"));
     }
+    let shown = |all: &BTreeMap<String, Vec<String>>| {
+        all.iter().map(|(model, others)| format!("{model} → {}", others.join(", "))).collect::<Vec<_>>()
+    };
+    lines.compare_lists(&at("fallbacks"), &shown(fallbacks), &shown(&after.fallbacks));
     lines.compare(&at("shareIds"), plain, share_ids, &after.share_ids);
     if let (Some(before), Some(after)) = (tls, &after.tls) {
         let ServerTls { cert_file, key_file } = before;

@@ -133,6 +133,9 @@ pub(super) struct ServerFile {
     /// Tokens of an answer that are reserved of a key's limits before a request is sent, if the request bounds its answer higher or not at all.
     #[schemars(range(min = 1, max = COUNT_MAX), extend("default" = RESERVE_TOKENS_DEFAULT))]
     pub budget_reserve_tokens: Option<u32>,
+    /// Models that others take the place of, the first one first, when no endpoint can take a request for them. Off where none are named.
+    #[schemars(extend("maxProperties" = super::server::FALLBACKS_MAX))]
+    pub fallbacks: Option<BTreeMap<String, Vec<String>>>,
     /// Prices of models, for endpoints that have none of their own: by the name that an endpoint is sent, or a prefix such as `gpt-4o*`;
     /// the closest one counts. They win over the price table that comes with this program.
     #[schemars(extend("maxProperties" = super::prices::PRICES_MAX))]

@@ -1,5 +1,6 @@
 //! The checked `server` part: the client's side, and everything that applies to all endpoints.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,8 +21,13 @@ use super::key_strength::warn_of_a_weak_key;
 use super::keys_file::KeysFile;
 use super::memory::memory_bytes;
 use super::prices::{PriceEntry, prices};
+use super::problem::join;
 use super::status_set::StatusSet;
 use crate::config::secret::Secret;
+
+/// Models that others take the place of, and how many of one.
+pub(super) const FALLBACKS_MAX: usize = 256;
+const FALLBACKS_OF_ONE_MAX: usize = 8;
 
 /// The client's side, and everything that applies to all endpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +44,8 @@ pub struct Server {
     pub keys_file: KeysFile,
     /// Tokens of an answer that are reserved before a request is sent.
     pub budget_reserve_tokens: u32,
+    /// Models that others take the place of when no endpoint can take a request for them.
+    pub fallbacks: BTreeMap<String, Vec<String>>,
     /// Prices of models, the closest one first.
     pub prices: Vec<PriceEntry>,
     /// True if what one key made may be used with every other one.
@@ -233,6 +241,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let zone = timezone.clone().flatten().unwrap_or_else(TimeZone::system);
     let around = Around { timezone: &zone, shared: api_key.as_ref().and_then(Option::as_ref) };
     let keys = client_keys(typed.keys.unwrap_or_default(), "server.keys", &around, check);
+    let fallbacks = fallbacks(typed.fallbacks.unwrap_or_default(), check);
     let prices = prices(typed.prices, "server.prices", check);
     let metrics_listen = metrics_listen(typed.metrics_listen.as_deref(), check);
     let queue = typed.queue.and_then(|queue| queue_of(&queue, check));
@@ -243,6 +252,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         port: port?,
         keys,
         keys_file,
+        fallbacks,
         prices,
         budget_reserve_tokens: typed.budget_reserve_tokens.unwrap_or(file::RESERVE_TOKENS_DEFAULT),
         share_ids: typed.share_ids.unwrap_or(file::SHARE_IDS_DEFAULT),
@@ -435,6 +445,29 @@ fn default_ledger(check: &mut Check<'_>) -> PathBuf {
         &format!("name it to say so, or move it to {} while the service is stopped", of_service.display()),
     );
     beside
+}
+
+/// Checks the models that take others' places. Which of them are served is known only with the endpoints.
+fn fallbacks(typed: BTreeMap<String, Vec<String>>, check: &mut Check<'_>) -> BTreeMap<String, Vec<String>> {
+    const PATH: &str = "server.fallbacks";
+    if typed.len() > FALLBACKS_MAX {
+        let message = format!("has {} entries", typed.len());
+        check.report.error(PATH, message, &format!("use {FALLBACKS_MAX} at most"));
+    }
+    for (model, others) in &typed {
+        let path = join(PATH, model);
+        if model.contains('*') || others.iter().any(|other| other.contains('*')) {
+            check.report.error(&path, "has a `*`", "name each model, as clients ask for it");
+        }
+        if others.contains(model) {
+            check.report.error(&path, "names the model itself", "name those that are to take its place");
+        }
+        if others.is_empty() || others.len() > FALLBACKS_OF_ONE_MAX {
+            let hint = format!("name 1 to {FALLBACKS_OF_ONE_MAX} models");
+            check.report.error(&path, format!("names {} models", others.len()), &hint);
+        }
+    }
+    typed
 }
 
 /// The time zone of an IANA name; an inner none if none is named.

@@ -19,7 +19,7 @@ use crate::routing::budgets::BudgetAsk;
 use crate::routing::callers::Named;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::retry::Outcome;
-use crate::routing::router::{Candidate, Candidates, ModelName};
+use crate::routing::router::{Candidate, Candidates, ModelName, Tried};
 use crate::routing::sessions::{Affinity, Session};
 
 /// Prompts of more than 256 KiB are not kept, and not estimated.
@@ -87,7 +87,7 @@ pub struct Ask {
 
 impl Ask {
     /// The choices that are left after these endpoints.
-    pub fn options<'a>(&'a self, tried: &'a [usize]) -> Options<'a> {
+    pub fn options<'a>(&'a self, tried: &'a [Tried]) -> Options<'a> {
         Options {
             pool: &self.pool,
             candidates: &self.candidates,

@@ -30,7 +30,7 @@ use crate::response::objects::Wanted;
 use crate::routing::callers::{Caller, Named};
 use crate::routing::objects::{Named as NamedObjects, Owner};
 use crate::routing::pool::Pool;
-use crate::routing::router::Candidates;
+use crate::routing::router::{Candidate, Candidates};
 
 /// Where a request comes from, and what it runs under.
 pub(super) struct Origin {
@@ -247,7 +247,9 @@ fn candidates(
     if all.list().is_empty() {
         return Err(Fault::NoEndpoint);
     }
-    let having = match origin.caller().filter(|caller| caller.key.endpoints.is_some()) {
+    let is_narrowed =
+        |caller: &&Caller| caller.key.endpoints.is_some() || caller.key.models.is_some() && all.have_fallbacks();
+    let having = match origin.caller().filter(is_narrowed) {
         None => pool.having_call(all, kind),
         Some(caller) => {
             let open = pool.open_to(all, caller);
@@ -263,7 +265,8 @@ fn candidates(
     if opens != Opens::AcceptedWebSocket {
         return Ok(having);
     }
-    let takes = |index: usize| pool.endpoints.get(index).is_some_and(|one| one.takes_web_socket(kind));
+    let takes =
+        |candidate: &Candidate| pool.endpoints.get(candidate.endpoint).is_some_and(|one| one.takes_web_socket(kind));
     let taking = having.narrowed(takes);
     if taking.list().is_empty() {
         return Err(Fault::WebSocketUnavailable { model: excerpt(model.unwrap_or_default()) });

@@ -22,6 +22,7 @@ use crate::routing::admission;
 use crate::routing::objects::SEARCHED_MAX;
 use crate::routing::pool::Endpoint;
 use crate::routing::retry::Outcome;
+use crate::routing::router::Tried;
 
 /// Chooses the next peer, by what was decided to follow.
 pub(super) async fn upstream_peer(session: &mut Session, context: &mut Context) -> PingoraResult<Box<HttpPeer>> {
@@ -82,7 +83,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
     let counters = ask.candidates.counters(choice.candidate).cloned();
     let chosen_at = choice.at;
-    tries.tried.push(candidate.endpoint);
+    tries.tried.push(candidate.tried());
     tries.addresses_failed = 0;
     tries.reconnected = 0;
     let search_goes_on = !ask.is_search() || tries.absences + 1 < SEARCHED_MAX;
@@ -121,7 +122,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
 }
 
 /// A request that was sent once does not queue again: its client has waited long enough.
-fn admission_of<'a>(ask: &'a Ask, tried: &'a [usize]) -> admission::Request<'a> {
+fn admission_of<'a>(ask: &'a Ask, tried: &'a [Tried]) -> admission::Request<'a> {
     // Its caller's own limits count requests, and this one has been counted.
     let own = ask.own.as_ref().filter(|_| ask.own_permit.is_none());
     let (options, queued_by) = (ask.options(tried), ask.queued_by());

@@ -16,6 +16,7 @@ use crate::response::redact::Redactor;
 use crate::routing::admission::Choice;
 use crate::routing::callers::Named;
 use crate::routing::pool::Endpoint;
+use crate::routing::router::Tried;
 
 /// One request, from its header to its last byte.
 #[derive(Debug)]
@@ -72,8 +73,8 @@ impl Arrival {
 /// Attempts of a request.
 #[derive(Debug, Default)]
 pub struct Tries {
-    /// The endpoints tried, by their place in the pool; at most `retry.attempts`, a hundred.
-    pub tried: Vec<usize>,
+    /// The candidates tried; at most `retry.attempts`, a hundred.
+    pub tried: Vec<Tried>,
     /// The proxy's own share of the time so far, until the first attempt is on its way.
     pub own: Option<Duration>,
     /// The choice that the first attempt goes to, until it begins.

@@ -72,14 +72,15 @@ pub(super) fn budget_of(
         let endpoint = pool.endpoints.get(candidate.endpoint);
         endpoint.is_some_and(|endpoint| budget.spends(endpoint, model.name, wall).is_some())
     };
-    let priced: Vec<usize> =
-        candidates.list().iter().filter(|one| has_price(one)).map(|candidate| candidate.endpoint).collect();
-    if priced.is_empty() {
+    if candidates.list().iter().all(has_price) {
+        return Ok((Some(budget), candidates));
+    }
+    let priced = candidates.narrowed(has_price);
+    if priced.list().is_empty() {
         let model = excerpt(asked.model.unwrap_or_default());
         return Err(Fault::ModelWithoutPrice { name: caller.name().to_string(), model });
     }
-    let is_whole = priced.len() == candidates.list().len();
-    let candidates = if is_whole { candidates } else { Arc::new(candidates.narrowed(|index| priced.contains(&index))) };
+    let candidates = Arc::new(priced);
     Ok((Some(budget), candidates))
 }
 

@@ -19,6 +19,7 @@ use crate::request::connections::OnConnection;
 use crate::routing::balance;
 use crate::routing::objects::SEARCHED_MAX;
 use crate::routing::retry::{self, Outcome};
+use crate::routing::router::Tried;
 use crate::upstream::ConnectError;
 
 /// Number of times that another endpoint takes over from an answer that was merely empty: it may be what the request gets.
@@ -306,7 +307,7 @@ fn fault_of(outcome: &Outcome) -> Fault {
 }
 
 /// True if another attempt may begin and an endpoint is left for it.
-pub(super) fn has_more(ask: &Ask, tried: &[usize], came_at: Instant, clock: &Clock) -> bool {
+pub(super) fn has_more(ask: &Ask, tried: &[Tried], came_at: Instant, clock: &Clock) -> bool {
     let attempts = u32::try_from(tried.len()).unwrap_or(u32::MAX);
     retry::may_begin(&ask.pool.server.retry, attempts, clock.now.saturating_duration_since(came_at))
         && balance::any_left(&ask.options(tried), clock)

@@ -29,11 +29,14 @@ use crate::response::redact::Redactor;
 use crate::response::wait;
 use crate::routing::rate_headers;
 use crate::routing::retry::Outcome;
+use crate::routing::router::Tried;
 use crate::telemetry::metrics::metrics;
 use crate::upstream::cork::Cork;
 
 const ENDPOINT: HeaderName = HeaderName::from_static("x-api-together-endpoint");
 const AFFINITY: HeaderName = HeaderName::from_static("x-api-together-affinity");
+/// The model that served in the place of the one that was asked for.
+const MODEL: HeaderName = HeaderName::from_static("x-api-together-model");
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-api-together-attempts");
 /// Time for the last bytes of an HTTP/2 stream to leave: a stream that is dropped takes its unsent bytes with it. Long
 /// enough for a machine that is busy elsewhere.
@@ -266,7 +269,7 @@ fn rewrite_body(context: &Context) -> Vec<Bytes> {
     let model = place.and_then(|place| Some(rewrite::model_edit(place, other_model(ask, attempt)?)));
     let usage = ask.usage_edit.as_ref().filter(|_| asks);
     let usage = usage.map(|usage| Edit { range: usage.range.clone(), with: usage.with.into() });
-    let left_out = ask.left_out(context.tries.tried.last().copied());
+    let left_out = ask.left_out(context.tries.tried.last().map(|tried| tried.endpoint));
     if !left_out.is_empty() {
         let cuts = left_out.iter().map(|range| Edit { range: range.clone(), with: "".into() });
         let mut edits: Vec<Edit<'_>> = cuts.chain(model).chain(usage).collect();
@@ -329,6 +332,11 @@ fn add_our_headers(headers: &mut HeaderMap, context: &Context) {
         if let Some(affinity) = attempt.affinity {
             headers.insert(AFFINITY, affinity.header());
         }
+    }
+    if let Some(Tried { fallback: Some(model), .. }) = context.tries.tried.last()
+        && let Ok(model) = HeaderValue::from_str(model)
+    {
+        headers.insert(MODEL, model);
     }
     add_attempts(headers, context);
 }

@@ -10,7 +10,7 @@ use crate::limit::{Clock, Stamp};
 use crate::request::shape::CallShape;
 use crate::routing::health::Gate;
 use crate::routing::pool::{Endpoint, Pool, Trial};
-use crate::routing::router::{Candidate, Candidates, ModelName};
+use crate::routing::router::{Candidate, Candidates, ModelName, Tried};
 
 /// A request among its candidates.
 #[derive(Clone, Copy, Debug)]
@@ -23,8 +23,8 @@ pub struct Options<'a> {
     pub model: Option<&'a str>,
     /// The shape of its call, if it has one.
     pub shape: Option<CallShape>,
-    /// Endpoints it has been to, by their place in the pool.
-    pub tried: &'a [usize],
+    /// Candidates that it has been to.
+    pub tried: &'a [Tried],
     /// Candidate that goes before others of its tier, if it can take the request.
     pub preferred: Option<usize>,
 }
@@ -60,7 +60,7 @@ impl<'a> Options<'a> {
 
     /// A candidate that the request has not been to, and that is not known to lack its call.
     fn untried(&self, candidate: &'a Candidate, now: Instant) -> Option<(&'a Endpoint, ModelName<'a>)> {
-        if self.tried.contains(&candidate.endpoint) {
+        if self.tried.iter().any(|tried| tried.is(candidate)) {
             return None;
         }
         let endpoint = self.pool.endpoints.get(candidate.endpoint)?;
@@ -377,7 +377,12 @@ mod tests {
         Pool::new(config, Client::new(Clock::read), None).unwrap()
     }
 
-    fn options<'a>(pool: &'a Pool, tried: &'a [usize]) -> Options<'a> {
+    /// A candidate that a request has been to, by its endpoint's place.
+    fn at(endpoint: usize) -> Tried {
+        Tried { endpoint, fallback: None }
+    }
+
+    fn options<'a>(pool: &'a Pool, tried: &'a [Tried]) -> Options<'a> {
         Options {
             pool,
             candidates: pool.router.find("m").unwrap(),
@@ -489,7 +494,7 @@ mod tests {
         let pool = pool(Strategy::Random, TWO);
         learn(&pool, 0, FAILURE, 3);
         assert!(floor(&options(&pool, &[]), &pool.clock()).is_empty());
-        assert_eq!(floor(&options(&pool, &[1]), &pool.clock()), [0]);
+        assert_eq!(floor(&options(&pool, &[at(1)]), &pool.clock()), [0]);
         learn(&pool, 1, rest(false), 1);
         assert_eq!(floor(&options(&pool, &[]), &pool.clock()), [0], "one that rests by its own word is left alone");
     }
@@ -553,8 +558,8 @@ mod tests {
     #[test]
     fn what_was_tried_is_not_picked_again() {
         let pool = pool(Strategy::Random, TWO);
-        assert!(pick(&options(&pool, &[0, 1]), &pool.clock()).is_none());
-        assert!(any_left(&options(&pool, &[0]), &pool.clock()));
-        assert!(!any_left(&options(&pool, &[0, 1]), &pool.clock()));
+        assert!(pick(&options(&pool, &[at(0), at(1)]), &pool.clock()).is_none());
+        assert!(any_left(&options(&pool, &[at(0)]), &pool.clock()));
+        assert!(!any_left(&options(&pool, &[at(0), at(1)]), &pool.clock()));
     }
 }

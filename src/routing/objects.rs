@@ -163,7 +163,7 @@ impl Objects {
                 None
             }
             Some(Shared { id, places }) => {
-                let narrowed = all.narrowed(|endpoint| places.contains(&endpoint));
+                let narrowed = all.narrowed(|candidate| places.contains(&candidate.endpoint));
                 if narrowed.list().is_empty() {
                     return Err(apart_from_model(pool, &id, &places));
                 }
@@ -331,7 +331,7 @@ fn read_by(
     if rules.drop_sealed {
         return Ok((Arc::new(candidates.preferring(reads)), Some(readers)));
     }
-    let narrowed = candidates.narrowed(reads);
+    let narrowed = candidates.narrowed(|candidate| reads(candidate.endpoint));
     if narrowed.list().is_empty() { Err(Fault::SealedApart) } else { Ok((Arc::new(narrowed), None)) }
 }
 

@@ -18,7 +18,7 @@ use crate::routing::discovered::Discovered;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
 use crate::routing::objects::Objects;
 use crate::routing::path_memory::PathMemory;
-use crate::routing::router::{Candidates, ModelName, Router};
+use crate::routing::router::{Candidate, Candidates, ModelName, Router};
 use crate::routing::sessions::Sessions;
 use crate::routing::usage_injection::InjectionMemory;
 use crate::upstream::Upstream;
@@ -80,7 +80,7 @@ impl Pool {
             before.iter().flat_map(|pool| &pool.endpoints).map(|e| (e.config.id.as_ref(), e)).collect();
         let same_days = before.is_some_and(|pool| pool.server.timezone == server.timezone);
         let same_prices = before.is_some_and(|pool| pool.server.prices == server.prices);
-        let router = Router::new(&endpoints);
+        let router = Router::new(&endpoints).with_fallbacks(&server.fallbacks);
         let number = ledger.next_config();
         let endpoints: Vec<Arc<Endpoint>> = endpoints
             .into_iter()
@@ -150,14 +150,18 @@ impl Pool {
         if !self.has_call_lists {
             return Arc::clone(candidates);
         }
-        let has = |index: usize| self.endpoints.get(index).is_some_and(|one| one.config.calls.contains(kind));
+        let has = |candidate: &Candidate| {
+            self.endpoints.get(candidate.endpoint).is_some_and(|one| one.config.calls.contains(kind))
+        };
         candidates.having_call(kind, has)
     }
 
     /// Those of some candidates that a caller's requests may go to.
     pub fn open_to(&self, candidates: &Arc<Candidates>, caller: &Caller) -> Arc<Candidates> {
-        let is_open = |index: usize| {
-            self.endpoints.get(index).is_some_and(|endpoint| caller.key.allows_endpoint(&endpoint.config.id))
+        let is_open = |candidate: &Candidate| {
+            let endpoint = self.endpoints.get(candidate.endpoint);
+            endpoint.is_some_and(|endpoint| caller.key.allows_endpoint(&endpoint.config.id))
+                && candidate.fallback.as_ref().is_none_or(|model| caller.key.allows_model(model))
         };
         candidates.open_to(caller.number, is_open)
     }

@@ -3,7 +3,7 @@
 //! Everything is worked out when the config is loaded. A request costs one look-up for an exact name, and one for each
 //! distinct pattern length otherwise, however many endpoints there are.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -23,6 +23,31 @@ pub struct Candidate {
     pub tier: usize,
     /// Share among the candidates of its tier.
     pub weight: u32,
+    /// The model that it serves in place of the one that was asked for, where that is another one (`server.fallbacks`).
+    pub fallback: Option<Arc<str>>,
+}
+
+impl Candidate {
+    /// What distinguishes it from the other candidates: an endpoint may serve a model and what takes its place.
+    pub fn tried(&self) -> Tried {
+        Tried { endpoint: self.endpoint, fallback: self.fallback.clone() }
+    }
+}
+
+/// A candidate that a request has been to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tried {
+    /// The endpoint's place in the pool.
+    pub endpoint: usize,
+    /// The model that it served in place of the one that was asked for.
+    pub fallback: Option<Arc<str>>,
+}
+
+impl Tried {
+    /// True if it was this candidate.
+    pub fn is(&self, candidate: &Candidate) -> bool {
+        self.endpoint == candidate.endpoint && self.fallback == candidate.fallback
+    }
 }
 
 /// A model as an endpoint is asked for it; empty for a request without one.
@@ -74,7 +99,8 @@ impl Candidates {
                 tier += 1;
             }
             rank_before = Some(rank);
-            list.push(Candidate { endpoint: m.endpoint, model: m.model, tier, weight: m.weight });
+            let Match { endpoint, model, weight, fallback, .. } = m;
+            list.push(Candidate { endpoint, model, tier, weight, fallback });
         }
         let turns = Mutex::new(vec![0; list.len()]);
         let first = || list.iter().take_while(|candidate| candidate.tier == 0);
@@ -102,7 +128,7 @@ impl Candidates {
     }
 
     /// Those of them that have calls of this kind, as `has` says the first time.
-    pub fn having_call(&self, kind: CallKind, has: impl Fn(usize) -> bool) -> Arc<Self> {
+    pub fn having_call(&self, kind: CallKind, has: impl Fn(&Candidate) -> bool) -> Arc<Self> {
         let mut by_call = self.by_call.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, known)) = by_call.iter().find(|(known, _)| *known == kind) {
             return Arc::clone(known);
@@ -113,7 +139,7 @@ impl Candidates {
     }
 
     /// Those of them that the requests of the caller of this number may go to, as `is_open` says the first time.
-    pub fn open_to(&self, caller: u64, is_open: impl Fn(usize) -> bool) -> Arc<Self> {
+    pub fn open_to(&self, caller: u64, is_open: impl Fn(&Candidate) -> bool) -> Arc<Self> {
         let mut by_caller = self.by_caller.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, known)) = by_caller.iter().find(|(known, _)| *known == caller) {
             return Arc::clone(known);
@@ -131,33 +157,37 @@ impl Candidates {
     #[must_use]
     pub fn preferring(&self, is_first: impl Fn(usize) -> bool) -> Self {
         let tiers = self.list.last().map_or(0, |last| last.tier + 1);
-        let matches = self.list.iter().map(|candidate| {
-            let behind = if is_first(candidate.endpoint) { 0 } else { tiers };
-            let closeness = EXACT - candidate.tier - behind;
-            Match {
-                endpoint: candidate.endpoint,
-                model: candidate.model.clone(),
-                closeness,
-                priority: 0,
-                weight: candidate.weight,
-            }
-        });
+        let matches =
+            self.list.iter().map(|candidate| candidate.as_match(if is_first(candidate.endpoint) { 0 } else { tiers }));
         Self { is_exact: self.is_exact, ..Self::new(&self.label, matches.collect()) }
     }
 
-    /// Those of them whose endpoint, by its place in the pool, is one of these.
+    /// Some of them.
     #[must_use]
-    pub fn narrowed(&self, is_kept: impl Fn(usize) -> bool) -> Self {
-        let kept = self.list.iter().filter(|candidate| is_kept(candidate.endpoint));
-        let matches = kept.map(|candidate| Match {
-            endpoint: candidate.endpoint,
-            model: candidate.model.clone(),
-            // The tiers keep their order.
-            closeness: EXACT - candidate.tier,
-            priority: 0,
-            weight: candidate.weight,
-        });
+    pub fn narrowed(&self, is_kept: impl Fn(&Candidate) -> bool) -> Self {
+        let kept = self.list.iter().filter(|candidate| is_kept(candidate));
+        let matches = kept.map(|candidate| candidate.as_match(0));
         Self { is_exact: self.is_exact, ..Self::new(&self.label, matches.collect()) }
+    }
+
+    /// The same, and behind them those of other models, each the first of them that can take a request in its place.
+    fn with_fallbacks(&self, others: &[(Arc<str>, Arc<Self>)]) -> Self {
+        let mut matches: Vec<Match> = self.list.iter().map(|candidate| candidate.as_match(0)).collect();
+        let mut behind = self.list.last().map_or(0, |last| last.tier + 1);
+        for (name, other) in others {
+            matches.extend(other.list.iter().map(|candidate| Match {
+                model: Some(candidate.model.clone().unwrap_or_else(|| Arc::clone(name))),
+                fallback: Some(Arc::clone(name)),
+                ..candidate.as_match(behind)
+            }));
+            behind += other.list.last().map_or(0, |last| last.tier + 1);
+        }
+        Self { is_exact: self.is_exact, ..Self::new(&self.label, matches) }
+    }
+
+    /// True if some of them serve another model.
+    pub fn have_fallbacks(&self) -> bool {
+        self.list.last().is_some_and(|last| last.fallback.is_some())
     }
 
     /// The name that a candidate is asked for, of a request for `asked`.
@@ -201,6 +231,20 @@ impl Candidates {
     }
 }
 
+impl Candidate {
+    /// The match that it is made of, in the same order, behind so many tiers.
+    fn as_match(&self, behind: usize) -> Match {
+        Match {
+            endpoint: self.endpoint,
+            model: self.model.clone(),
+            closeness: EXACT - behind - self.tier,
+            priority: 0,
+            weight: self.weight,
+            fallback: self.fallback.clone(),
+        }
+    }
+}
+
 /// Closeness of a match: longer patterns are closer than shorter ones, exact names closest of all.
 type Closeness = usize;
 const EXACT: Closeness = usize::MAX;
@@ -211,6 +255,7 @@ struct Match {
     closeness: Closeness,
     priority: u32,
     weight: u32,
+    fallback: Option<Arc<str>>,
 }
 
 /// Names come from the config, so no client can choose them to collide, and a look-up costs the same in every process.
@@ -226,6 +271,8 @@ pub struct Router {
     prefix_lengths: Vec<usize>,
     any: Arc<Candidates>,
     names: Vec<Box<str>>,
+    /// Models that others take the place of, with all their candidates.
+    with_fallbacks: Index,
 }
 
 impl Router {
@@ -250,11 +297,32 @@ impl Router {
             any: Arc::new(Candidates::new(metrics::NONE, any)),
             names: exact.into_iter().map(Into::into).collect(),
             prefix_lengths,
+            with_fallbacks: Index::default(),
         }
+    }
+
+    /// The same with models that others take the place of, once nobody can take a request for them.
+    #[must_use]
+    pub fn with_fallbacks(mut self, fallbacks: &BTreeMap<String, Vec<String>>) -> Self {
+        let all = |(model, names): (&String, &Vec<String>)| {
+            let others: Vec<_> =
+                names.iter().filter_map(|name| Some((name.as_str().into(), Arc::clone(self.find(name)?)))).collect();
+            let nobody = Arc::new(Candidates::new(model, Vec::new()));
+            let own = self.find(model).unwrap_or(&nobody);
+            (model.as_str().into(), Arc::new(own.with_fallbacks(&others)))
+        };
+        let all: Index = fallbacks.iter().map(all).filter(|(_, candidates)| !candidates.list().is_empty()).collect();
+        self.with_fallbacks = all;
+        self
     }
 
     /// The candidates for a model; none if no endpoint serves or maps it.
     pub fn find(&self, model: &str) -> Option<&Arc<Candidates>> {
+        if !self.with_fallbacks.is_empty()
+            && let Some(all) = self.with_fallbacks.get(model)
+        {
+            return Some(all);
+        }
         self.exact.get(model).or_else(|| {
             self.prefix_lengths
                 .iter()
@@ -283,7 +351,8 @@ fn served(endpoint: &config::Endpoint) -> impl Iterator<Item = &str> {
 }
 
 fn any_match(index: usize, endpoint: &config::Endpoint) -> Match {
-    Match { endpoint: index, model: None, closeness: EXACT, priority: endpoint.priority, weight: endpoint.weight }
+    let (priority, weight) = (endpoint.priority, endpoint.weight);
+    Match { endpoint: index, model: None, closeness: EXACT, priority, weight, fallback: None }
 }
 
 /// An endpoint's closest match for a name (or for a pattern, taken as a name), mapped names before served ones.

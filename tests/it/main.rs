@@ -26,6 +26,7 @@ mod cli;
 mod commands;
 mod connections;
 mod crash;
+mod fallbacks;
 mod first_message;
 mod formats;
 mod forms;

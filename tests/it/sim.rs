@@ -37,6 +37,7 @@ use api_together::routing::balance::Options;
 use api_together::routing::health;
 use api_together::routing::pool::{Pool, Trial};
 use api_together::routing::retry::{self, Outcome};
+use api_together::routing::router::Tried;
 use fastrand::Rng;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
@@ -865,13 +866,13 @@ async fn attempt(
     pool: &Pool,
     (model, own): (&str, Option<&mut OwnPermit>),
     choice: Choice,
-    tried: &mut Vec<usize>,
+    tried: &mut Vec<Tried>,
     candidates: &api_together::routing::router::Candidates,
     clocks: &Arc<Clocks>,
     shared: &Rc<RefCell<Shared>>,
 ) -> Outcome {
     let candidate = &candidates.list()[choice.candidate];
-    tried.push(candidate.endpoint);
+    tried.push(candidate.tried());
     let endpoint = &pool.endpoints[candidate.endpoint];
     let accounts = accounts_of(&endpoint.config, model);
     let trial = choice.trial.as_ref().map(Trial::scope);
