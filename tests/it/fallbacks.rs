@@ -25,7 +25,11 @@ async fn another_model_serves_once_the_limits_of_one_are_reached() {
         let limits = json!({ "big": { "rpm": 2 }, "mini": { "rpm": 1 } });
         let mapping = json!({ "small": "mini" });
         let apis = [
-            endpoint_with("a", &first.base_url(), json!({ "models": ["big"], "modelMapping": mapping, "modelLimits": limits })),
+            endpoint_with(
+                "a",
+                &first.base_url(),
+                json!({ "models": ["big"], "modelMapping": mapping, "modelLimits": limits }),
+            ),
             endpoint_with("b", &second.base_url(), json!({ "models": ["tiny"] })),
         ];
         let proxy = Proxy::start(json!({ "fallbacks": fallbacks() }), &apis).await;
@@ -43,8 +47,12 @@ async fn another_model_serves_once_the_limits_of_one_are_reached() {
         proxy.chat("small").await.assert_error(429, "requests", "rate_limit_exceeded");
         // What is spent is that model's.
         let stats = proxy.get("/v1/token/stats").await.json();
-        let requests = |endpoint: &str, model: &str| stats["detailedStats"][endpoint]["models"][model]["requests"].clone();
-        assert_eq!((requests("a", "big"), requests("a", "mini"), requests("b", "tiny")), (json!(2), json!(1), json!(1)));
+        let requests =
+            |endpoint: &str, model: &str| stats["detailedStats"][endpoint]["models"][model]["requests"].clone();
+        assert_eq!(
+            (requests("a", "big"), requests("a", "mini"), requests("b", "tiny")),
+            (json!(2), json!(1), json!(1))
+        );
         proxy.chat("nowhere").await.assert_error(404, "invalid_request_error", "model_not_found");
     })
     .await;
