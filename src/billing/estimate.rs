@@ -19,6 +19,7 @@ use crate::exchange::AttemptBudget;
 use crate::ledger::budgets::Amount;
 use crate::ledger::{AccountSet, Reservation, Spent};
 use crate::request::call::Call;
+use crate::request::fields::ServiceTier;
 use crate::routing::callers::Caller;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::Candidates;
@@ -55,6 +56,8 @@ pub struct Job {
     pub budget: Option<Box<AttemptBudget>>,
     /// The model that answered, cut to a sane length.
     pub model: String,
+    /// Tier of service that the request asked for.
+    pub tier: Option<ServiceTier>,
     /// Candidates of the client's request.
     pub candidates: Arc<Candidates>,
     /// Call of the API.
@@ -207,6 +210,7 @@ fn settle(job: Job) -> Estimated {
         caller_accounts,
         reservation,
         budget,
+        tier,
         model,
         candidates,
         call,
@@ -228,7 +232,7 @@ fn settle(job: Job) -> Estimated {
         "request {id}: endpoint {endpoint_id} reported no tokens; estimated prompt_tokens={shown} completion_tokens={completion}",
     );
     let clock = pool.clock();
-    let price = endpoint.prices.cost(&model, &PricedTokens::plain(prompt, completion), clock.wall);
+    let price = endpoint.prices.cost(&model, &PricedTokens::plain(prompt, completion), tier, clock.wall);
     let cost = Cost::estimated(prompt, completion).priced(price);
     if let Some(metrics) = metrics() {
         metrics.spent(endpoint_id, candidates.label(), &cost, None);

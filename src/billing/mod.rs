@@ -133,6 +133,7 @@ pub fn bill(
             call: ask.call,
             candidates: Arc::clone(&ask.candidates),
             prompt: ask.prompt.clone(),
+            tier: ask.tier,
             budget,
         });
     } else if let Some(budget) = budget.filter(|_| is_error && !has_text) {
@@ -149,7 +150,7 @@ fn model_name(attempt: &Attempt, ask: &Ask) -> String {
 
 /// What the tokens of an attempt's model cost, if it has a price.
 fn price_of(attempt: &Attempt, ask: &Ask, tokens: &PricedTokens, ended: Instant) -> Option<NanoUsd> {
-    attempt.endpoint.prices.cost(&model_name(attempt, ask), tokens, attempt.clock_at(ended).wall)
+    attempt.endpoint.prices.cost(&model_name(attempt, ask), tokens, ask.tier, attempt.clock_at(ended).wall)
 }
 
 /// Adds to the statistics, by hours and days of the server's time zone. Returns what the tokens took.

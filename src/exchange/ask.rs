@@ -12,7 +12,7 @@ use super::{AskedModel, AskedObjects};
 use crate::config::{CallKind, Trouble};
 use crate::ledger::{AccountSet, CallerDraw, CallerId, Permit, QueuedBy};
 use crate::request::call::Call;
-use crate::request::fields::{ModelPlace, UsageEdit};
+use crate::request::fields::{ModelPlace, ServiceTier, UsageEdit};
 use crate::request::shape::CallShape;
 use crate::routing::balance::Options;
 use crate::routing::budgets::BudgetAsk;
@@ -67,6 +67,8 @@ pub struct Ask {
     pub body_model: Option<BodyModel>,
     /// True if the answer is to be streamed.
     pub stream: bool,
+    /// Tier of service that it asks for, if that has prices of its own.
+    pub tier: Option<ServiceTier>,
     /// Edit of the body that asks a stream for its usage, if the client did not.
     pub usage_edit: Option<UsageEdit>,
     /// The body as it came, until the answer is committed.

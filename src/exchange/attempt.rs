@@ -13,6 +13,7 @@ use crate::exchange::judge::Terms;
 use crate::ledger::{AccountSet, Client, Drawn, Permit};
 use crate::limit::Clock;
 use crate::request::call::Call;
+use crate::request::fields::ServiceTier;
 use crate::request::shape::CallShape;
 use crate::response::classify::Meaning;
 use crate::response::decode::Encoding;
@@ -149,6 +150,8 @@ pub struct Attempt {
     pub session: Option<Session>,
     /// How that is served by this attempt.
     pub affinity: Option<Affinity>,
+    /// Tier of service that is asked for.
+    pub tier: Option<ServiceTier>,
     /// What is reserved of the caller's budgets.
     pub budget: Option<Box<AttemptBudget>>,
     permit: Permit,
@@ -201,6 +204,7 @@ impl Attempt {
             objects: None,
             session: None,
             affinity: None,
+            tier: None,
             budget: None,
             permit: choice.permit,
             chosen_at: choice.at,

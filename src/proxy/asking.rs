@@ -135,7 +135,8 @@ pub(super) async fn ask(
     let own = caller.and_then(|caller| drawing::own_draw(caller, model.as_deref(), bound));
     let (budget, candidates) = match caller.and_then(|caller| Some((caller, caller.budgets.as_ref()?))) {
         Some((caller, set)) => {
-            let asked = drawing::Asked { call, kind, model: model.as_deref(), body: &body, bound: bound() };
+            let asked =
+                drawing::Asked { call, kind, model: model.as_deref(), body: &body, bound: bound(), tier: fields.tier };
             drawing::budget_of((pool, caller, set), &asked, candidates)?
         }
         None => (None, candidates),
@@ -149,6 +150,7 @@ pub(super) async fn ask(
         caller: caller_id(origin.address, caller),
         is_json,
         stream: fields.stream && !switches_protocol,
+        tier: fields.tier,
         usage_edit: fields.usage_edit,
         prompt: Bytes::new(),
         read_at,

@@ -107,6 +107,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
         attempt.meter.count_text();
     }
     attempt.counters = counters;
+    attempt.tier = ask.tier;
     attempt.shape = ask.shape;
     attempt.affinity = ask.affinity(candidate);
     attempt.session.clone_from(&ask.session);

@@ -8,6 +8,7 @@ use crate::json::{members, part};
 use crate::ledger::CallerDraw;
 use crate::ledger::budgets::BudgetSet;
 use crate::request::call::Call;
+use crate::request::fields::ServiceTier;
 use crate::request::token_bound::{TokenBound, token_bound};
 use crate::routing::budgets::BudgetAsk;
 use crate::routing::callers::Caller;
@@ -41,6 +42,7 @@ pub(super) struct Asked<'a> {
     pub(super) model: Option<&'a str>,
     pub(super) body: &'a [u8],
     pub(super) bound: TokenBound,
+    pub(super) tier: Option<ServiceTier>,
 }
 
 /// What a request may take of its caller's budgets, and its candidates that have a price for that.
@@ -60,6 +62,7 @@ pub(super) fn budget_of(
     let budget = BudgetAsk {
         set: Arc::clone(set),
         bound: asked.bound,
+        tier: asked.tier,
         step_tokens: pool.server.budget_reserve_tokens.into(),
         on_overrun: caller.key.on_overrun,
     };

@@ -40,10 +40,39 @@ pub struct Fields {
     pub usage_edit: Option<UsageEdit>,
     /// What it says of storing the answer.
     pub store: Option<bool>,
+    /// Tier of service that it asks for, if that has prices of its own.
+    pub tier: Option<ServiceTier>,
     /// Members that tell its session.
     pub session: SessionFields,
     /// Fields of a form that may be ids of objects.
     pub objects: Vec<Range<usize>>,
+}
+
+/// A tier of service that costs more or less than the usual one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServiceTier {
+    /// Slower, and cheaper.
+    Flex,
+    /// Faster, and dearer.
+    Priority,
+    /// The same under its later name.
+    Fast,
+}
+
+impl ServiceTier {
+    /// Its word in requests.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Flex => "flex",
+            Self::Priority => "priority",
+            Self::Fast => "fast",
+        }
+    }
+
+    fn of_json(value: &[u8]) -> Option<Self> {
+        let Key(word) = serde_json::from_slice(value).ok()?;
+        [Self::Flex, Self::Priority, Self::Fast].into_iter().find(|tier| tier.word() == word)
+    }
 }
 
 /// A model's name as the client sent it, and its place in the body.
@@ -128,6 +157,7 @@ struct Found {
     /// True if one of the two occurs twice, so that it is not clear which one counts.
     stream_again: bool,
     store: Option<Range<usize>>,
+    tier: Option<Range<usize>>,
     /// Members that hold the model of a realtime session.
     realtime: [Option<Range<usize>>; 2],
     session: SessionFields,
@@ -148,6 +178,7 @@ impl Found {
                 self.stream_options = Some(range());
             }
             b"store" => self.store = Some(range()),
+            b"service_tier" => self.tier = Some(range()),
             b"session" => self.realtime[0] = Some(range()),
             b"input_audio_transcription" => self.realtime[1] = Some(range()),
             _ => self.session.take(key, range),
@@ -191,9 +222,10 @@ impl Found {
             b"false" => Some(false),
             _ => None,
         });
+        let tier = self.tier.and_then(|range| ServiceTier::of_json(text(&range)));
         let model = model.transpose()?;
         let (stream, session) = (stream.is_some(), self.session);
-        Ok(Fields { model, unnamed, stream, usage_edit, store, session, objects: Vec::new() })
+        Ok(Fields { model, unnamed, stream, usage_edit, store, tier, session, objects: Vec::new() })
     }
 }
 
@@ -295,6 +327,15 @@ mod tests {
         assert_eq!((&*model.name, model.place), ("gpt-4", ModelPlace::Json(43..50)));
         assert_eq!(&body[43..50], b"\"gpt-4\"");
         assert!(fields.stream);
+    }
+
+    #[test]
+    fn a_tier_of_service_is_known_if_it_has_prices_of_its_own() {
+        let of = |tier: &str| scan(format!(r#"{{"service_tier":{tier}}}"#).as_bytes()).unwrap().tier;
+        assert_eq!((of(r#""flex""#), of(r#""priorit\u0079""#)), (Some(ServiceTier::Flex), Some(ServiceTier::Priority)));
+        for usual in [r#""auto""#, r#""default""#, "null", "1"] {
+            assert_eq!(of(usual), None, "{usual}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use crate::config::OnOverrun;
 use crate::ledger::budgets::{Amount, BudgetSet, Spends};
+use crate::request::fields::ServiceTier;
 use crate::request::token_bound::TokenBound;
 use crate::routing::pool::Endpoint;
 use crate::usage::prices::PricedTokens;
@@ -16,6 +17,8 @@ pub struct BudgetAsk {
     pub set: Arc<BudgetSet>,
     /// The most tokens that it can take, as far as that can be foreseen.
     pub bound: TokenBound,
+    /// Tier of service that it asks for.
+    pub tier: Option<ServiceTier>,
     /// Tokens by which that grows if its answer is longer.
     pub step_tokens: u64,
     /// What becomes of such a stream if a budget has no room for it.
@@ -37,7 +40,7 @@ impl BudgetAsk {
     }
 
     fn amount(&self, endpoint: &Endpoint, model: &str, tokens: PricedTokens, wall: SystemTime) -> Option<Amount> {
-        let price = endpoint.prices.cost(model, &tokens, wall);
+        let price = endpoint.prices.cost(model, &tokens, self.tier, wall);
         let nano_usd = match price {
             Some(price) => price.0,
             None if self.set.counts_money() => return None,

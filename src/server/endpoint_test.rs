@@ -288,7 +288,7 @@ async fn counted_ask(
     if let (true, Some(tokens)) = (counted, tokens_of(&answer)) {
         let (zone, clock) = (&pool.server.timezone, pool.clock());
         let priced = PricedTokens::plain(tokens.prompt, tokens.completion);
-        let price = calls.endpoint.prices.cost(model, &priced, clock.wall);
+        let price = calls.endpoint.prices.cost(model, &priced, None, clock.wall);
         let cost = Cost::exact(tokens, Speed::default()).priced(price);
         let spent = Spent::now(&calls.endpoint.config.id, model, cost, zone, clock.wall);
         pool.ledger.spend_tokens(accounts(calls.endpoint, model), None, spent, clock.boot);

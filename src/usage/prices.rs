@@ -12,6 +12,7 @@ use genai_prices::{Calculator, PriceRequest, Usage as PricedUsage, UsageKey};
 
 use super::Usage;
 use crate::config::{PriceEntry, Rates};
+use crate::request::fields::ServiceTier;
 
 /// The table, and its version, which dates it.
 pub const TABLE: &str = "genai-prices 0.2.1";
@@ -149,11 +150,20 @@ impl PriceList {
     }
 
     /// What these tokens of a model cost; none if it has no price.
-    pub fn cost(&self, model: &str, tokens: &PricedTokens, at: SystemTime) -> Option<NanoUsd> {
+    pub fn cost(
+        &self,
+        model: &str,
+        tokens: &PricedTokens,
+        tier: Option<ServiceTier>,
+        at: SystemTime,
+    ) -> Option<NanoUsd> {
+        let of_table = || self.of_table(model, tokens, tier, at).map(|dollars| NanoUsd(nano(dollars)));
         match self.known(model, at) {
             Known::Nothing => None,
+            // The config's prices are for whatever tier.
+            Known::Flat(_) if tier.is_some() && self.entry(model).is_none() => of_table(),
             Known::Flat(rates) => Some(tokens.cost(&rates)),
-            Known::Tiered => self.of_table(model, tokens, at).map(|dollars| NanoUsd(nano(dollars))),
+            Known::Tiered => of_table(),
         }
     }
 
@@ -208,7 +218,7 @@ impl PriceList {
     /// The rates that the table has for a prompt of this length. It has none of a model whose tokens cost nothing: that is priced by
     /// something else, such as minutes.
     fn table_rates(&self, model: &str, prompt: u64, at: SystemTime) -> Option<Rates> {
-        let of = |tokens: PricedTokens| self.of_table(model, &tokens, at);
+        let of = |tokens: PricedTokens| self.of_table(model, &tokens, None, at);
         // All of a kind that is a part of another is that part.
         let base = PricedTokens::plain(prompt, 0);
         let with = |part: PricedTokens| Some(nano(of(part)? * real(RATE_TOKENS) / real(prompt)));
@@ -230,7 +240,7 @@ impl PriceList {
     }
 
     /// The table's price of these tokens, in dollars.
-    fn of_table(&self, model: &str, tokens: &PricedTokens, at: SystemTime) -> Option<f64> {
+    fn of_table(&self, model: &str, tokens: &PricedTokens, tier: Option<ServiceTier>, at: SystemTime) -> Option<f64> {
         let PricedTokens { input, cached, cache_written, audio_input, output, reasoning, audio_output } = *tokens;
         let usage: PricedUsage = [
             (UsageKey::INPUT_TOKENS, input),
@@ -245,7 +255,10 @@ impl PriceList {
         .filter(|(_, tokens)| *tokens > 0)
         .map(|(key, tokens)| (key, real(tokens)))
         .collect();
-        let request = PriceRequest::new(model, &usage).with_timestamp(at);
+        let mut request = PriceRequest::new(model, &usage).with_timestamp(at);
+        if let Some(tier) = tier {
+            request = request.with_price_context("service_tier", tier.word());
+        }
         let request = match &self.provider {
             Some(provider) => request.with_provider_id(provider),
             None => request.with_provider_api_url(&self.url),
@@ -349,14 +362,14 @@ mod tests {
     fn the_table_knows_providers_by_their_addresses() {
         let openai = list("https://api.openai.com/v1", None);
         let tokens = PricedTokens { cached: 500_000, ..PricedTokens::plain(1_000_000, 100_000) };
-        assert_eq!(openai.cost("gpt-4o", &tokens, noon()), Some(NanoUsd(2_875_000_000)));
+        assert_eq!(openai.cost("gpt-4o", &tokens, None, noon()), Some(NanoUsd(2_875_000_000)));
         assert_eq!(openai.of("gpt-4o", noon()).unwrap().rates.cached, 1_250_000_000);
-        assert_eq!(openai.cost("gpt-4o-2024-08-06", &tokens, noon()), Some(NanoUsd(2_875_000_000)));
-        assert_eq!(openai.cost("no-such-model", &tokens, noon()), None);
-        assert_eq!(openai.cost("whisper-1", &tokens, noon()), None, "it is priced by minutes");
-        assert_eq!(list("http://localhost:8000/v1", None).cost("gpt-4o", &tokens, noon()), None);
+        assert_eq!(openai.cost("gpt-4o-2024-08-06", &tokens, None, noon()), Some(NanoUsd(2_875_000_000)));
+        assert_eq!(openai.cost("no-such-model", &tokens, None, noon()), None);
+        assert_eq!(openai.cost("whisper-1", &tokens, None, noon()), None, "it is priced by minutes");
+        assert_eq!(list("http://localhost:8000/v1", None).cost("gpt-4o", &tokens, None, noon()), None);
         let named = list("http://localhost:8000/v1", Some("openai"));
-        assert_eq!(named.cost("gpt-4o", &tokens, noon()), Some(NanoUsd(2_875_000_000)));
+        assert_eq!(named.cost("gpt-4o", &tokens, None, noon()), Some(NanoUsd(2_875_000_000)));
     }
 
     #[test]
@@ -368,16 +381,24 @@ mod tests {
     #[test]
     fn a_long_prompt_may_cost_more() {
         let google = list("https://generativelanguage.googleapis.com/v1beta/openai", None);
-        let of = |input: u64| google.cost("gemini-2.5-pro", &PricedTokens::plain(input, 0), noon()).unwrap().0;
+        let of = |input: u64| google.cost("gemini-2.5-pro", &PricedTokens::plain(input, 0), None, noon()).unwrap().0;
         assert_eq!(of(100_000), 125_000_000);
         assert_eq!(of(300_000), 750_000_000, "all of it, not only what is above");
         assert!(google.of("gemini-2.5-pro", noon()).unwrap().is_tiered);
     }
 
     #[test]
+    fn a_tier_of_service_has_prices_of_its_own() {
+        let openai = list("https://api.openai.com/v1", None);
+        let of = |tier| openai.cost("o3", &PricedTokens::plain(1_000_000, 1_000_000), tier, noon()).unwrap();
+        let (usual, flex, priority) = (of(None), of(Some(ServiceTier::Flex)), of(Some(ServiceTier::Priority)));
+        assert!(flex < usual && usual < priority, "{flex} {usual} {priority}");
+    }
+
+    #[test]
     fn a_price_changes_with_the_time_of_the_day() {
         let deepseek = list("https://api.deepseek.com", None);
-        let of = |at| deepseek.cost("deepseek-chat", &PricedTokens::plain(1_000_000, 0), at).unwrap();
+        let of = |at| deepseek.cost("deepseek-chat", &PricedTokens::plain(1_000_000, 0), None, at).unwrap();
         let night = noon() + Duration::from_hours(6);
         assert!(of(noon()) > of(night), "{} {}", of(noon()), of(night));
         assert_eq!(of(noon()), of(noon()), "the clock may go back");
@@ -395,17 +416,21 @@ mod tests {
         assert_eq!(of("gpt-4o-mini").unwrap().source, "config, of 2026-11-01");
         assert_eq!(of("gpt-4o").unwrap().rates, rates(200, 200, 300));
         assert_eq!(of("o3").unwrap().source, TABLE);
-        assert_eq!(list.cost("local", &PricedTokens::plain(9, 9), noon()), Some(NanoUsd(0)), "the config may say 0");
+        assert_eq!(
+            list.cost("local", &PricedTokens::plain(9, 9), None, noon()),
+            Some(NanoUsd(0)),
+            "the config may say 0"
+        );
     }
 
     #[test]
     fn names_that_clients_invent_do_not_fill_the_memory() {
         let openai = list("https://api.openai.com/v1", None);
         for number in 0..2 * MODELS_KEPT_MAX {
-            assert_eq!(openai.cost(&format!("x{number}"), &PricedTokens::plain(1, 1), noon()), None);
+            assert_eq!(openai.cost(&format!("x{number}"), &PricedTokens::plain(1, 1), None, noon()), None);
         }
         assert_eq!(openai.kept.read().unwrap().len(), MODELS_KEPT_MAX);
-        assert!(openai.cost("gpt-4o", &PricedTokens::plain(1, 1), noon()).is_some());
+        assert!(openai.cost("gpt-4o", &PricedTokens::plain(1, 1), None, noon()).is_some());
     }
 
     #[test]
