@@ -56,6 +56,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         budget_reserve_tokens: _,
         prices: _,
         fallbacks: _,
+        cost_header: _,
         share_ids: _,
         cors: _,
         body_bytes_max: _,
@@ -104,6 +105,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         budget_reserve_tokens,
         prices,
         fallbacks,
+        cost_header,
         share_ids,
         tls,
         cors,
@@ -142,6 +144,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     if *prices != after.prices {
         lines.add(at("prices changed"));
     }
+    lines.compare(&at("costHeader"), plain, cost_header, &after.cost_header);
     let shown = |all: &BTreeMap<String, Vec<String>>| {
         all.iter().map(|(model, others)| format!("{model} → {}", others.join(", "))).collect::<Vec<_>>()
     };

@@ -68,6 +68,7 @@ pub(super) const ENABLED_DEFAULT: bool = true;
 pub(super) const PRICE_MAX: u32 = 1_000_000;
 pub(super) const RESERVE_TOKENS_DEFAULT: u32 = 4096;
 pub(super) const SHARE_IDS_DEFAULT: bool = false;
+pub(super) const COST_HEADER_DEFAULT: bool = false;
 pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
 pub(super) const SESSIONS_DEFAULT: bool = true;
 pub(super) const PREFIX_DEFAULT: bool = false;
@@ -133,6 +134,10 @@ pub(super) struct ServerFile {
     /// Tokens of an answer that are reserved of a key's limits before a request is sent, if the request bounds its answer higher or not at all.
     #[schemars(range(min = 1, max = COUNT_MAX), extend("default" = RESERVE_TOKENS_DEFAULT))]
     pub budget_reserve_tokens: Option<u32>,
+    /// Whether answers have the header `x-api-together-cost-usd`, where what they cost is known before they are sent: JSON answers up to
+    /// 64 KiB that report their tokens.
+    #[schemars(extend("default" = COST_HEADER_DEFAULT))]
+    pub cost_header: Option<bool>,
     /// Models that others take the place of, the first one first, when no endpoint can take a request for them. Off where none are named.
     #[schemars(extend("maxProperties" = super::server::FALLBACKS_MAX))]
     pub fallbacks: Option<BTreeMap<String, Vec<String>>>,

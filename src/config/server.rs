@@ -31,6 +31,7 @@ const FALLBACKS_OF_ONE_MAX: usize = 8;
 
 /// The client's side, and everything that applies to all endpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "switches of the config, each of its own")]
 pub struct Server {
     /// The address to listen on.
     pub host: IpAddr,
@@ -44,6 +45,8 @@ pub struct Server {
     pub keys_file: KeysFile,
     /// Tokens of an answer that are reserved before a request is sent.
     pub budget_reserve_tokens: u32,
+    /// True if answers say what they cost.
+    pub cost_header: bool,
     /// Models that others take the place of when no endpoint can take a request for them.
     pub fallbacks: BTreeMap<String, Vec<String>>,
     /// Prices of models, the closest one first.
@@ -252,6 +255,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         port: port?,
         keys,
         keys_file,
+        cost_header: typed.cost_header.unwrap_or(file::COST_HEADER_DEFAULT),
         fallbacks,
         prices,
         budget_reserve_tokens: typed.budget_reserve_tokens.unwrap_or(file::RESERVE_TOKENS_DEFAULT),

@@ -25,7 +25,11 @@ use crate::response::redact::Secrets;
 use crate::routing::pool::Endpoint;
 use crate::routing::retry::{Outcome, Place};
 use crate::upstream::cork::Cork;
+use crate::usage::Reported;
+use crate::usage::prices::PricedTokens;
 
+/// What an answer cost, in US dollars.
+const COST: &str = "x-api-together-cost-usd";
 /// A comment, which every reader of streams skips and every proxy on the way takes for life.
 const PING: Bytes = Bytes::from_static(b": ping\n\n");
 
@@ -268,6 +272,7 @@ impl HeldResponse {
         self.decoder = None;
         self.choose_reading();
         self.label_stream();
+        self.add_cost(now);
         let outcome = self.judge.take_outcome();
         self.judge.commit();
         let event_stream = self.outlet.reading.takes_events();
@@ -295,6 +300,35 @@ impl HeldResponse {
         if let Some(HttpTask::Header(header, _)) = self.held.first_mut() {
             // The name is known to be valid.
             header.insert_header(CONTENT_TYPE, HeaderValue::from_static("text/event-stream")).unwrap_or_default();
+        }
+    }
+
+    /// Says what a JSON answer cost, if it is here as a whole and the config wants it said. Of others it is not known yet.
+    fn add_cost(&mut self, now: Instant) {
+        let is_whole =
+            || matches!(self.held.last(), Some(HttpTask::Body(_, true) | HttpTask::Done | HttpTask::Trailer(_)));
+        if !self.plan.pool.server.cost_header
+            || self.header.status != 200
+            || self.header.encoding.is_some()
+            || !is_whole()
+        {
+            return;
+        }
+        let price = self.exchange.state().attempt.as_ref().and_then(|attempt| {
+            let body: Vec<&Bytes> = self.held.iter().filter_map(body_of).collect();
+            let usage = match &*body {
+                [whole] => Reported::from_json(whole)?.usage,
+                pieces => {
+                    Reported::from_json(&pieces.iter().flat_map(|piece| piece.iter().copied()).collect::<Vec<u8>>())?
+                        .usage
+                }
+            };
+            let (model, wall) = (attempt.model.name().name, attempt.clock_at(now).wall);
+            attempt.endpoint.prices.cost(model, &PricedTokens::of(&usage), attempt.tier, wall)
+        });
+        if let (Some(price), Some(HttpTask::Header(header, _))) = (price, self.held.first_mut()) {
+            // Digits and a point are a value.
+            header.insert_header(COST, price.to_string()).unwrap_or_default();
         }
     }
 
