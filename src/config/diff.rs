@@ -56,6 +56,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         budget_reserve_tokens: _,
         prices: _,
         fallbacks: _,
+        webhook: _,
         cost_header: _,
         share_ids: _,
         cors: _,
@@ -105,6 +106,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         budget_reserve_tokens,
         prices,
         fallbacks,
+        webhook,
         cost_header,
         share_ids,
         tls,
@@ -145,6 +147,10 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         lines.add(at("prices changed"));
     }
     lines.compare(&at("costHeader"), plain, cost_header, &after.cost_header);
+    // Its URL may be a secret.
+    if *webhook != after.webhook {
+        lines.add(at("webhook changed"));
+    }
     let shown = |all: &BTreeMap<String, Vec<String>>| {
         all.iter().map(|(model, others)| format!("{model} → {}", others.join(", "))).collect::<Vec<_>>()
     };

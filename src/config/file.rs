@@ -14,6 +14,7 @@ use super::calls::{CallKind, WebSocketCall};
 use super::endpoint::{StreamUsage, VersionPath, WebSocketPermits};
 use super::errors::Trouble;
 use super::server::{LedgerOnError, LedgerSync, LogFormat, Strategy};
+use super::webhook::{AlertEvent, WebhookFormat};
 use crate::config::secret::Secret;
 
 pub(super) const HOST_DEFAULT: &str = "0.0.0.0";
@@ -138,6 +139,8 @@ pub(super) struct ServerFile {
     /// 64 KiB that report their tokens.
     #[schemars(extend("default" = COST_HEADER_DEFAULT))]
     pub cost_header: Option<bool>,
+    /// Where those who run the gateway are told of what wants their hands.
+    pub webhook: Option<WebhookFile>,
     /// Models that others take the place of, the first one first, when no endpoint can take a request for them. Off where none are named.
     #[schemars(extend("maxProperties" = super::server::FALLBACKS_MAX))]
     pub fallbacks: Option<BTreeMap<String, Vec<String>>>,
@@ -349,6 +352,22 @@ pub(super) struct ClientKeyFile {
     /// When it was made.
     #[expect(dead_code, reason = "for people, not for us")]
     pub created: Option<String>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct WebhookFile {
+    /// URL that events are sent to, `http` or `https`. It is treated as a secret.
+    #[schemars(required)]
+    pub url: Option<Secret>,
+    /// What events are signed with, as Standard Webhooks are (`webhook-signature`): a random text, or base64 behind `whsec_`. Required
+    /// with the format `standard`.
+    pub secret: Option<Secret>,
+    /// The events that are sent. Default: all.
+    pub events: Option<Vec<AlertEvent>>,
+    /// `standard`: an object with `type`, `timestamp` and `data`. `slack`: a `text`, as Slack's incoming webhooks take it.
+    #[schemars(extend("default" = WebhookFormat::Standard))]
+    pub format: Option<WebhookFormat>,
 }
 
 /// A budget of a key.

@@ -42,6 +42,7 @@ mod spelling;
 mod status_set;
 mod syntax;
 mod watch;
+mod webhook;
 
 #[cfg(test)]
 pub(crate) mod test_support;
@@ -78,6 +79,7 @@ pub(crate) use secret::Secret;
 pub use server::{Breaker, Cors, LedgerOnError, LedgerSync, LogFormat, Queue, Retry, Server, ServerTls, Strategy};
 pub use status_set::StatusSet;
 pub use watch::Watch;
+pub use webhook::{AlertEvent, Webhook, WebhookFormat, is_link_local};
 
 use checked::Check;
 use problem::Report;

@@ -284,6 +284,9 @@ fn empty(schema: &Value) -> Value {
     if let Some(choices) = schema.get("anyOf").and_then(Value::as_array) {
         return choices.first().map_or(Value::Null, empty);
     }
+    if let Some(choices) = schema.get("enum").and_then(Value::as_array) {
+        return choices.first().cloned().unwrap_or_default();
+    }
     match schema.get("type").and_then(Value::as_str) {
         Some("object") => Value::Object(Map::new()),
         Some("integer" | "number") => bound(schema, "minimum").unwrap_or_default().into(),

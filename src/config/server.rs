@@ -23,6 +23,7 @@ use super::memory::memory_bytes;
 use super::prices::{PriceEntry, prices};
 use super::problem::join;
 use super::status_set::StatusSet;
+use super::webhook::{Webhook, webhook};
 use crate::config::secret::Secret;
 
 /// Models that others take the place of, and how many of one.
@@ -47,6 +48,8 @@ pub struct Server {
     pub budget_reserve_tokens: u32,
     /// True if answers say what they cost.
     pub cost_header: bool,
+    /// Where those who run the gateway are told of what wants their hands.
+    pub webhook: Option<Webhook>,
     /// Models that others take the place of when no endpoint can take a request for them.
     pub fallbacks: BTreeMap<String, Vec<String>>,
     /// Prices of models, the closest one first.
@@ -244,6 +247,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let zone = timezone.clone().flatten().unwrap_or_else(TimeZone::system);
     let around = Around { timezone: &zone, shared: api_key.as_ref().and_then(Option::as_ref) };
     let keys = client_keys(typed.keys.unwrap_or_default(), "server.keys", &around, check);
+    let webhook = webhook(typed.webhook, check);
     let fallbacks = fallbacks(typed.fallbacks.unwrap_or_default(), check);
     let prices = prices(typed.prices, "server.prices", check);
     let metrics_listen = metrics_listen(typed.metrics_listen.as_deref(), check);
@@ -256,6 +260,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         keys,
         keys_file,
         cost_header: typed.cost_header.unwrap_or(file::COST_HEADER_DEFAULT),
+        webhook: webhook?,
         fallbacks,
         prices,
         budget_reserve_tokens: typed.budget_reserve_tokens.unwrap_or(file::RESERVE_TOKENS_DEFAULT),

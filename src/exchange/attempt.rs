@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use super::objects::is_object_missing;
 use super::{Ask, AttemptBudget, AttemptObjects};
-use crate::config::{Breaker, Server, StreamUsage, Trouble};
+use crate::config::{AlertEvent, Breaker, Server, StreamUsage, Trouble};
 use crate::exchange::judge::Terms;
 use crate::ledger::{AccountSet, Client, Drawn, Permit};
 use crate::limit::Clock;
@@ -24,6 +24,7 @@ use crate::routing::retry::Outcome;
 use crate::routing::router::ModelName;
 use crate::routing::sessions::{Affinity, Session};
 use crate::routing::usage_injection::UsageInjection;
+use crate::telemetry::alerts;
 use crate::telemetry::metrics::{Counters, metrics};
 use crate::usage::Meter;
 
@@ -509,7 +510,10 @@ impl Attempt {
             }
             Effect::KeyRefused | Effect::Failure(Scope::Endpoint) => {
                 if outcome.meaning().is_some_and(|meaning| meaning.trouble == Trouble::Key) {
-                    log::warn!("endpoint {id}: its key is refused; it {outcome}; check its apiKey and its account");
+                    let message =
+                        format!("endpoint {id}: its key is refused; it {outcome}; check its apiKey and its account");
+                    log::warn!("{message}");
+                    alerts::raise(AlertEvent::KeyRefused, id, message);
                 }
             }
             Effect::Answers | Effect::Success | Effect::Neutral | Effect::Failure(Scope::Model) => {}

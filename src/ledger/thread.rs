@@ -12,8 +12,9 @@ use super::allocator::{Allocator, Tally, Used};
 use super::messages::Messages;
 use super::sqlite::{self, Opening, SqliteLedger};
 use super::{Client, FaultKind, Ledger, LedgerError};
-use crate::config::{self, LedgerOnError, LedgerSync};
+use crate::config::{self, AlertEvent, LedgerOnError, LedgerSync};
 use crate::limit::{Clock, Stamp};
+use crate::telemetry::alerts;
 
 /// Pause after an error of the ledger; meanwhile requests do not wait for it.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
@@ -94,13 +95,15 @@ impl LedgerState {
         let Some(fault) = self.lock().take() else { return };
         let seconds = fault.since.elapsed().unwrap_or_default().as_secs_f64();
         let (denied, uncounted) = (&self.tally.denied, &self.tally.uncounted);
-        log::info!(
-            "ledger {}: works again after {seconds:.1} s; since the start {} requests were refused without it, and {} attempts \
+        let path = self.path.display().to_string();
+        let message = format!(
+            "ledger {path}: works again after {seconds:.1} s; since the start {} requests were refused without it, and {} attempts \
              went on without a permit",
-            self.path.display(),
             denied.load(Ordering::Relaxed),
             uncounted.load(Ordering::Relaxed),
         );
+        log::info!("{message}");
+        alerts::raise(AlertEvent::Ledger, &path, message);
     }
 
     /// Records an error, and logs it if it is new or due again. An empty message means that the previous error
@@ -123,7 +126,9 @@ impl LedgerState {
             LedgerOnError::Deny => "endpoints with limits take no requests until it works again",
             LedgerOnError::Allow => "endpoints with limits go on WITHOUT PERMITS until it works again",
         };
-        log::error!("{}; {follows} (server.ledgerOnError)", fault.message);
+        let message = format!("{}; {follows} (server.ledgerOnError)", fault.message);
+        log::error!("{message}");
+        alerts::raise(AlertEvent::Ledger, &self.path.display().to_string(), message);
     }
 }
 

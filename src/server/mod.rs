@@ -16,6 +16,7 @@ mod reload;
 pub mod runtime_folder;
 mod services;
 mod systemd;
+mod webhook;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -60,6 +61,7 @@ pub use listen::callable;
 use log_file::ReopenLog;
 use pid_file::PidFile;
 use services::{Announce, MetricsService, Resolve, StartThreads, Sweep};
+use webhook::Webhooks;
 
 /// Flow-control window of an HTTP/2 stream. Over a distance, each of these takes a round trip: HTTP's own 64 KiB made
 /// 20 MB over 50 ms take 18 s.
@@ -213,6 +215,7 @@ impl Prepared {
             grace: self.grace,
         };
         server.add_service(background_service("drain", drain));
+        server.add_service(background_service("webhook", Webhooks { pool: Arc::clone(&process.pool) }));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&process.pool))));
         server.add_service(background_service("discovery", Discovery(Arc::clone(&process.pool))));
         if let Some(arguments) = options.arguments.clone() {

@@ -13,12 +13,13 @@ use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::config::{self, Config, Environment, Flags, Loaded, Server, Watch, changes, needs_upgrade};
+use crate::config::{self, AlertEvent, Config, Environment, Flags, Loaded, Server, Watch, changes, needs_upgrade};
 use crate::process::{Applied, ConfigState};
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
 use crate::server::control::Reloads;
+use crate::telemetry::alerts;
 use crate::telemetry::logger;
 
 /// Reloads the configuration when its files change, at SIGHUP, and when a command asks for it.
@@ -183,6 +184,7 @@ impl Reloader {
         // The same error is logged once, however often it is found again.
         if self.state.refused(why) {
             log::error!("{refused}");
+            alerts::raise(AlertEvent::ConfigRefused, &self.path.display().to_string(), refused.clone());
         }
         refused
     }

@@ -1,5 +1,6 @@
 //! The operator's view: metrics and the log.
 
+pub(crate) mod alerts;
 pub(crate) mod key_metrics;
 pub(crate) mod log_writer;
 pub(crate) mod logger;

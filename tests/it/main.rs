@@ -11,6 +11,7 @@ mod authority;
 mod harness;
 mod prices;
 mod program;
+mod webhook;
 mod wire;
 
 mod affinity;

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use crate::config::{Budget, BudgetPeriod};
+use crate::config::{AlertEvent, Budget, BudgetPeriod};
 use crate::ledger::budgets::{
     Amount, BudgetKind, BudgetSet, BudgetTerms as _, BudgetView, Extend, HeldBudget, OthersReservation, ReservationRow,
     Settled, Totals, Unreserved,
 };
 use crate::ledger::{FaultKind, Ledger, LedgerError};
 use crate::limit::{Clock, Period, Stamp};
+use crate::telemetry::alerts;
 
 /// Interval in which a process with reservations says that it is alive.
 const HEARD_EVERY: Duration = Duration::from_secs(2);
@@ -166,7 +167,9 @@ impl Spending {
         let Some(known) = self.known.get_mut(&(Arc::clone(&held.key), held.view.kind)) else { return };
         let number = known.period.number;
         if known.totals.spent >= held.view.limit && known.told_end.replace(number) != Some(number) {
-            log::warn!("key {}: its budget {} is used up", held.key, held.view.kind);
+            let message = format!("key {}: its budget {} is used up", held.key, held.view.kind);
+            log::warn!("{message}");
+            alerts::raise(AlertEvent::BudgetExhausted, &held.key, message);
         }
     }
 
@@ -227,7 +230,9 @@ impl Spending {
                 of.totals.reserved = of.totals.reserved.saturating_sub(row.amount);
                 of.totals.spent = before.saturating_add(spent);
                 if of.warns_at.is_some_and(|limit| before < limit && of.totals.spent >= limit) {
-                    log::warn!("key {}: its budget {} has reached its warning (warnAt)", row.key, row.kind);
+                    let message = format!("key {}: its budget {} has reached its warning (warnAt)", row.key, row.kind);
+                    log::warn!("{message}");
+                    alerts::raise(AlertEvent::BudgetWarning, &row.key, message);
                 }
             }
             settled.push(SettledRow { row, spent });
