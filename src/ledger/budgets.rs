@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use super::{Client, LedgerError};
 use crate::config::{Budget, BudgetPeriod, BudgetUnit};
 use crate::limit::{Period, Stamp};
+use crate::usage::prices::NanoUsd;
 
 /// An amount in each unit of budgets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,6 +62,14 @@ pub struct BudgetKind {
 }
 
 impl BudgetKind {
+    /// An amount as people write it.
+    pub fn amount(self, number: u64) -> String {
+        match self.unit {
+            BudgetUnit::NanoUsd => format!("${}", NanoUsd(number)),
+            BudgetUnit::Tokens => format!("{number} tokens"),
+        }
+    }
+
     /// The kind of a text that [`fmt::Display`] has written.
     pub fn parse(text: &str) -> Option<Self> {
         let (unit, period) = text.split_once('/')?;
@@ -178,20 +187,25 @@ pub struct ReservationRow {
 pub trait BudgetRows {
     /// Returns what is taken of a budget in a period.
     fn budget(&mut self, key: &str, kind: BudgetKind, period: i64) -> Result<Totals, LedgerError>;
-    /// Returns the latest period of a budget that anything was taken in.
-    fn latest_period(&mut self, key: &str, kind: BudgetKind) -> Result<Option<i64>, LedgerError>;
+    /// Returns the latest period of a budget that anything was taken in. One that begins after `now` does not count: the clock was ahead.
+    fn latest_period(&mut self, key: &str, kind: BudgetKind, now: i64) -> Result<Option<i64>, LedgerError>;
     /// Changes what is spent and reserved of a budget.
     fn change_budget(&mut self, row: &ReservationRow, spent: i64, reserved: i64) -> Result<(), LedgerError>;
-    /// Writes a part of a reservation, in the place of what it was.
+    /// Writes a part of a new reservation.
     fn put_reservation(&mut self, owner: i64, id: i64, row: &ReservationRow) -> Result<(), LedgerError>;
-    /// Deletes a reservation. Returns false if it is gone, since another process took its owner for dead and has settled it.
-    fn end_reservation(&mut self, owner: i64, id: i64) -> Result<bool, LedgerError>;
-    /// Deletes a part of a reservation.
-    fn end_part(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<(), LedgerError>;
+    /// Writes a part of a reservation in the place of what it was. Returns false if it is gone, since another process took its owner for
+    /// dead and has settled it.
+    fn grow_reservation(&mut self, owner: i64, id: i64, row: &ReservationRow) -> Result<bool, LedgerError>;
+    /// Deletes a part of a reservation. Returns false if it is gone.
+    fn end_reservation(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<bool, LedgerError>;
     /// Notes that the owner of reservations is alive.
     fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError>;
-    /// Returns the parts of all reservations of others than this owner, each with true if that was not heard of since.
-    fn others_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<(OthersReservation, bool)>, LedgerError>;
+    /// True if there are reservations of others than this owner.
+    fn has_others_reservations(&mut self, owner: i64) -> Result<bool, LedgerError>;
+    /// Returns the parts of reservations whose owners, others than this one, were not heard of since.
+    fn dead_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<OthersReservation>, LedgerError>;
+    /// Lets each budget have reserved what its reservations come to. Returns how many had something else.
+    fn reconcile_budgets(&mut self) -> Result<usize, LedgerError>;
     /// Forgets owners that were not heard of since and have no reservations, and budgets of periods that are over for long.
     fn forget_budgets(&mut self, since: Stamp, now: i64) -> Result<(), LedgerError>;
 }
@@ -259,13 +273,20 @@ impl BudgetHold {
         self.spends.reserved
     }
 
-    /// Notes what the attempt has taken so far, and reserves more once it has taken what was reserved.
-    pub fn progress(&mut self, known: Amount, more: Amount) {
+    /// Notes what the attempt has taken so far, and reserves more, in whole steps, once it has taken what was reserved.
+    pub fn progress(&mut self, known: Amount, step: Amount) {
         self.spends.known = known;
-        let Amount { tokens, nano_usd } = self.spends.reserved;
-        if known.tokens <= tokens && known.nano_usd <= nano_usd {
+        let reserved = self.spends.reserved;
+        let steps = |known: u64, reserved: u64, step: u64| known.saturating_sub(reserved).div_ceil(step.max(1));
+        let steps = steps(known.tokens, reserved.tokens, step.tokens).max(steps(
+            known.nano_usd,
+            reserved.nano_usd,
+            step.nano_usd,
+        ));
+        if steps == 0 {
             return;
         }
+        let more = Amount { tokens: step.tokens.saturating_mul(steps), nano_usd: step.nano_usd.saturating_mul(steps) };
         self.spends.reserved = self.spends.reserved.plus(more);
         let (set, overrun) = (Arc::clone(&self.set), Arc::clone(&self.overrun));
         let extend = Extend { id: self.id, set, more, known, overrun };

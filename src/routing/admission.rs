@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::config::{BudgetUnit, Queue};
+use crate::config::Queue;
 use crate::fault::{BudgetShortage, Fault, HeldBy};
 use crate::ledger::budgets::{BudgetView, HeldBudget};
 use crate::ledger::{
@@ -24,7 +24,6 @@ use crate::routing::balance::{self, Options, Pick};
 use crate::routing::budgets::BudgetAsk;
 use crate::routing::health::Gate;
 use crate::routing::pool::Trial;
-use crate::usage::prices::NanoUsd;
 
 /// Most times that a request waits again because the endpoint it waited for began to cool down.
 const GRANTS_MAX: usize = 16;
@@ -283,10 +282,7 @@ pub fn key_limits_reached((account, held): &(AccountId, Held), wait: Duration) -
 /// Names the budget that has no room for the request.
 pub fn budget_exhausted(HeldBudget { key, view, wanted }: &HeldBudget) -> Fault {
     let BudgetView { kind, limit, totals, ends } = view;
-    let amount = |number: u64| match kind.unit {
-        BudgetUnit::NanoUsd => format!("${}", NanoUsd(number)),
-        BudgetUnit::Tokens => format!("{number} tokens"),
-    };
+    let amount = |number: u64| kind.amount(number);
     Fault::BudgetExhausted(Box::new(BudgetShortage {
         name: key.to_string(),
         budget: format!("{} ({})", amount(*limit), kind.period.word()),

@@ -1227,9 +1227,9 @@ impl BudgetRows for Watched {
         self.inner.budget(key, kind, period)
     }
 
-    fn latest_period(&mut self, key: &str, kind: BudgetKind) -> Result<Option<i64>, LedgerError> {
+    fn latest_period(&mut self, key: &str, kind: BudgetKind, now: i64) -> Result<Option<i64>, LedgerError> {
         self.call()?;
-        self.inner.latest_period(key, kind)
+        self.inner.latest_period(key, kind, now)
     }
 
     fn change_budget(&mut self, row: &ReservationRow, spent: i64, reserved: i64) -> Result<(), LedgerError> {
@@ -1242,14 +1242,14 @@ impl BudgetRows for Watched {
         self.inner.put_reservation(owner, id, row)
     }
 
-    fn end_reservation(&mut self, owner: i64, id: i64) -> Result<bool, LedgerError> {
+    fn grow_reservation(&mut self, owner: i64, id: i64, row: &ReservationRow) -> Result<bool, LedgerError> {
         self.call()?;
-        self.inner.end_reservation(owner, id)
+        self.inner.grow_reservation(owner, id, row)
     }
 
-    fn end_part(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<(), LedgerError> {
+    fn end_reservation(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<bool, LedgerError> {
         self.call()?;
-        self.inner.end_part(owner, id, kind)
+        self.inner.end_reservation(owner, id, kind)
     }
 
     fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError> {
@@ -1257,9 +1257,19 @@ impl BudgetRows for Watched {
         self.inner.hear(owner, now)
     }
 
-    fn others_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<(OthersReservation, bool)>, LedgerError> {
+    fn has_others_reservations(&mut self, owner: i64) -> Result<bool, LedgerError> {
         self.call()?;
-        self.inner.others_reservations(owner, since)
+        self.inner.has_others_reservations(owner)
+    }
+
+    fn dead_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<OthersReservation>, LedgerError> {
+        self.call()?;
+        self.inner.dead_reservations(owner, since)
+    }
+
+    fn reconcile_budgets(&mut self) -> Result<usize, LedgerError> {
+        self.call()?;
+        self.inner.reconcile_budgets()
     }
 
     fn forget_budgets(&mut self, since: Stamp, now: i64) -> Result<(), LedgerError> {
@@ -1274,9 +1284,9 @@ impl BudgetRows for MemoryLedger {
         Ok(Totals { spent, reserved })
     }
 
-    fn latest_period(&mut self, key: &str, kind: BudgetKind) -> Result<Option<i64>, LedgerError> {
+    fn latest_period(&mut self, key: &str, kind: BudgetKind, now: i64) -> Result<Option<i64>, LedgerError> {
         let of_kind = self.group().budgets.keys().filter(|(of, its_kind, _)| **of == *key && *its_kind == kind);
-        Ok(of_kind.map(|(_, _, period)| *period).max())
+        Ok(of_kind.map(|(_, _, period)| *period).filter(|period| *period <= now).max())
     }
 
     fn change_budget(&mut self, row: &ReservationRow, spent: i64, reserved: i64) -> Result<(), LedgerError> {
@@ -1292,15 +1302,13 @@ impl BudgetRows for MemoryLedger {
         Ok(())
     }
 
-    fn end_reservation(&mut self, owner: i64, id: i64) -> Result<bool, LedgerError> {
-        let before = self.group().reservations.len();
-        self.group().reservations.retain(|(of, number, _), _| (*of, *number) != (owner, id));
-        Ok(self.group().reservations.len() < before)
+    fn grow_reservation(&mut self, owner: i64, id: i64, row: &ReservationRow) -> Result<bool, LedgerError> {
+        let part = self.group().reservations.get_mut(&(owner, id, row.kind));
+        Ok(part.map(|part| *part = row.clone()).is_some())
     }
 
-    fn end_part(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<(), LedgerError> {
-        self.group().reservations.remove(&(owner, id, kind)).expect("it was there a moment ago");
-        Ok(())
+    fn end_reservation(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<bool, LedgerError> {
+        Ok(self.group().reservations.remove(&(owner, id, kind)).is_some())
     }
 
     fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError> {
@@ -1308,14 +1316,30 @@ impl BudgetRows for MemoryLedger {
         Ok(())
     }
 
-    fn others_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<(OthersReservation, bool)>, LedgerError> {
+    fn has_others_reservations(&mut self, owner: i64) -> Result<bool, LedgerError> {
+        Ok(self.group().reservations.keys().any(|(of, ..)| *of != owner))
+    }
+
+    fn dead_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<OthersReservation>, LedgerError> {
         let group = self.group();
-        let others = group.reservations.iter().filter(|((of, ..), _)| *of != owner);
-        let shown = |((owner, id, _), row): (&(i64, i64, BudgetKind), &ReservationRow)| {
-            let is_dead = group.heard.get(owner).is_none_or(|heard| *heard < since);
-            (OthersReservation { owner: *owner, id: *id, row: row.clone() }, is_dead)
+        let is_dead = |of: &i64| *of != owner && group.heard.get(of).is_none_or(|heard| *heard < since);
+        let dead = group.reservations.iter().filter(|((of, ..), _)| is_dead(of));
+        let part = |((owner, id, _), row): (&(i64, i64, BudgetKind), &ReservationRow)| OthersReservation {
+            owner: *owner,
+            id: *id,
+            row: row.clone(),
         };
-        Ok(others.map(shown).collect())
+        Ok(dead.map(part).collect())
+    }
+
+    fn reconcile_budgets(&mut self) -> Result<usize, LedgerError> {
+        let group = self.group();
+        for ((key, kind, period), (_, reserved)) in &group.budgets {
+            let of_it = |row: &&ReservationRow| row.key == *key && row.kind == *kind && row.period.number == *period;
+            let sum: u64 = group.reservations.values().filter(of_it).map(|row| row.amount).sum();
+            assert_eq!(*reserved, i64::try_from(sum).unwrap(), "reserved of {key} {kind}, and its reservations");
+        }
+        Ok(0)
     }
 
     fn forget_budgets(&mut self, since: Stamp, _now: i64) -> Result<(), LedgerError> {

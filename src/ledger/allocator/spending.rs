@@ -20,6 +20,8 @@ const HEARD_EVERY: Duration = Duration::from_secs(2);
 const DEAD_AFTER: Duration = Duration::from_secs(30);
 /// Interval in which reservations of other processes are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Interval in which what budgets have reserved is compared with their reservations.
+const RECONCILE_EVERY: Duration = Duration::from_hours(1);
 /// Time after which what is known of a budget is dropped if nobody asks for it.
 const KEPT: Duration = Duration::from_hours(1);
 
@@ -34,8 +36,8 @@ pub(in crate::ledger) struct Spending {
     open: HashMap<u64, Vec<ReservationRow>>,
     /// Reservations that are made in the current batch.
     made: Vec<u64>,
-    /// Those that are extended in it, with what they become.
-    extended: Vec<Extended>,
+    /// Those that are extended in it: their parts as they are to be, each with what is added to it.
+    extended: HashMap<u64, Vec<(ReservationRow, u64)>>,
     /// Reservations that are settled, and wait to be written.
     settled: Vec<(u64, Vec<SettledRow>)>,
     /// What was taken without a reservation, and waits to be written.
@@ -44,15 +46,9 @@ pub(in crate::ledger) struct Spending {
     has_written_settled: bool,
     heard_at: Option<Stamp>,
     look_at: Stamp,
+    reconcile_at: Stamp,
     /// True if other processes had reservations when they were last looked at.
     others: bool,
-}
-
-/// A reservation that grows: its parts as they are to be, each with what is added to it.
-#[derive(Debug)]
-struct Extended {
-    id: u64,
-    rows: Vec<(ReservationRow, u64)>,
 }
 
 /// A part of a reservation, and what was taken in its place.
@@ -78,6 +74,23 @@ struct Known {
     told_end: Option<i64>,
 }
 
+impl Known {
+    /// Adds what was spent, and logs that the budget has reached its warning by that.
+    fn spend(&mut self, row: &ReservationRow, spent: u64) {
+        let before = self.totals.spent;
+        self.totals.spent = before.saturating_add(spent);
+        if self.warns_at.is_some_and(|limit| before < limit && self.totals.spent >= limit) {
+            let [spent, at] = [self.totals.spent, self.warns_at.unwrap_or_default()].map(|of| row.kind.amount(of));
+            let (key, kind) = (&row.key, row.kind);
+            let message = format!(
+                "key {key}: its budget {kind} has reached its warning (warnAt): {spent} are spent, it warns at {at}"
+            );
+            log::warn!("{message}");
+            alerts::raise(AlertEvent::BudgetWarning, key, message);
+        }
+    }
+}
+
 impl Default for Spending {
     fn default() -> Self {
         Self {
@@ -86,12 +99,13 @@ impl Default for Spending {
             known: HashMap::new(),
             open: HashMap::new(),
             made: Vec::new(),
-            extended: Vec::new(),
+            extended: HashMap::new(),
             settled: Vec::new(),
             unreserved: Vec::new(),
             has_written_settled: false,
             heard_at: None,
             look_at: Stamp::default(),
+            reconcile_at: Stamp::default(),
             others: false,
         }
     }
@@ -162,14 +176,21 @@ impl Spending {
         Ok(held)
     }
 
-    /// Logs that a budget is used up, once in a period.
-    fn tell_end(&mut self, held: &HeldBudget) {
-        let Some(known) = self.known.get_mut(&(Arc::clone(&held.key), held.view.kind)) else { return };
-        let number = known.period.number;
-        if known.totals.spent >= held.view.limit && known.told_end.replace(number) != Some(number) {
-            let message = format!("key {}: its budget {} is used up", held.key, held.view.kind);
+    /// Logs that a budget has no room any more, once in a period. Where nothing but requests under way are in the way, or one that no
+    /// budget of that size has room for, it may have room for the next one.
+    fn tell_end(&mut self, HeldBudget { key, view, wanted }: &HeldBudget) {
+        let Some(known) = self.known.get_mut(&(Arc::clone(key), view.kind)) else { return };
+        let (number, spent) = (known.period.number, view.totals.spent);
+        let is_used_up = spent >= view.limit || *wanted <= view.limit && spent.saturating_add(*wanted) > view.limit;
+        if is_used_up && known.told_end.replace(number) != Some(number) {
+            let [limit, spent, wanted] = [view.limit, spent, *wanted].map(|amount| view.kind.amount(amount));
+            let message = format!(
+                "key {key}: its budget {} is used up: {spent} of {limit} are spent, and a request was refused that may take \
+                 up to {wanted}",
+                view.kind
+            );
             log::warn!("{message}");
-            alerts::raise(AlertEvent::BudgetExhausted, &held.key, message);
+            alerts::raise(AlertEvent::BudgetExhausted, key, message);
         }
     }
 
@@ -198,7 +219,9 @@ impl Spending {
         extend: &Extend,
         (ledger, generation, clock): At<'_, '_>,
     ) -> Result<(), LedgerError> {
-        let Some(before) = self.open.get(&extend.id).cloned() else { return Ok(()) };
+        // One that grows twice in a batch goes on from what it has become.
+        let open = || self.open.get(&extend.id).map(|rows| rows.iter().map(|row| (row.clone(), 0)).collect());
+        let Some(mut rows) = self.extended.get(&extend.id).cloned().or_else(open) else { return Ok(()) };
         let set = Arc::clone(&extend.set);
         let views = self.views(&set, (&mut *ledger, generation, clock))?;
         let has_room = |row: &ReservationRow| {
@@ -206,13 +229,17 @@ impl Spending {
             let more = extend.more.of(row.kind.unit);
             view.is_none_or(|view| more == 0 || view.totals.taken().saturating_add(more) <= view.limit)
         };
-        let fits = before.iter().all(has_room);
-        let grown = |row: ReservationRow| {
+        let fits = rows.iter().all(|(row, _)| has_room(row));
+        for (row, added) in &mut rows {
             let more = if fits { extend.more.of(row.kind.unit) } else { 0 };
-            let (amount, known) = (row.amount.saturating_add(more), extend.known.of(row.kind.unit));
-            (ReservationRow { amount, known, ..row }, more)
-        };
-        self.extended.push(Extended { id: extend.id, rows: before.into_iter().map(grown).collect() });
+            row.amount = row.amount.saturating_add(more);
+            row.known = extend.known.of(row.kind.unit);
+            *added = added.saturating_add(more);
+            if let Some(of) = self.known_mut(row) {
+                of.totals.reserved = of.totals.reserved.saturating_add(more);
+            }
+        }
+        self.extended.insert(extend.id, rows);
         if !fits {
             extend.overrun.store(true, Ordering::Relaxed);
         }
@@ -226,14 +253,8 @@ impl Spending {
         for row in rows {
             let spent = amount.of(row.kind.unit);
             if let Some(of) = self.known_mut(&row) {
-                let before = of.totals.spent;
                 of.totals.reserved = of.totals.reserved.saturating_sub(row.amount);
-                of.totals.spent = before.saturating_add(spent);
-                if of.warns_at.is_some_and(|limit| before < limit && of.totals.spent >= limit) {
-                    let message = format!("key {}: its budget {} has reached its warning (warnAt)", row.key, row.kind);
-                    log::warn!("{message}");
-                    alerts::raise(AlertEvent::BudgetWarning, &row.key, message);
-                }
+                of.spend(&row, spent);
             }
             settled.push(SettledRow { row, spent });
         }
@@ -263,7 +284,11 @@ impl Spending {
                 && (!is_five_hours || known.totals.taken() > 0)
         });
         if !is_current {
-            let latest = if is_five_hours { ledger.latest_period(key, kind)? } else { None };
+            let latest = if is_five_hours {
+                ledger.latest_period(key, kind, clock.seconds_after(Duration::ZERO))?
+            } else {
+                None
+            };
             let period = Period::of(budget.period, &budget.timezone, clock.wall, latest);
             let mut totals = ledger.budget(key, kind, period.number)?;
             let is_of_it =
@@ -301,11 +326,20 @@ impl Spending {
                 ledger.change_budget(row, 0, signed(row.amount))?;
             }
         }
-        for Extended { id, rows } in &self.extended {
-            for (row, more) in rows {
-                ledger.put_reservation(self.owner, signed(*id), row)?;
-                ledger.change_budget(row, 0, signed(*more))?;
+        let mut was_taken_for_dead = false;
+        for (id, rows) in &mut self.extended {
+            for (row, more) in std::mem::take(rows) {
+                if ledger.grow_reservation(self.owner, signed(*id), &row)? {
+                    ledger.change_budget(&row, 0, signed(more))?;
+                    rows.push((row, more));
+                } else {
+                    // It stays what it was when another process has settled it, so that what it took beyond that counts at its end.
+                    was_taken_for_dead = true;
+                }
             }
+        }
+        if was_taken_for_dead {
+            self.read_again();
         }
         Ok(())
     }
@@ -329,6 +363,7 @@ impl Spending {
                     ledger.change_budget(&row, signed(spent), 0)?;
                     // What was read before it was written is read again.
                     if let Some(known) = self.known_mut(&row) {
+                        known.spend(&row, spent);
                         known.read_at = None;
                     }
                     Ok(())
@@ -346,13 +381,12 @@ impl Spending {
         self.has_written_settled = true;
         let mut was_taken_for_dead = false;
         for (id, rows) in &self.settled {
-            let is_ours = ledger.end_reservation(self.owner, signed(*id))?;
-            was_taken_for_dead |= !is_ours;
             for SettledRow { row, spent } in rows {
-                if is_ours {
+                if ledger.end_reservation(self.owner, signed(*id), row.kind)? {
                     ledger.change_budget(row, signed(*spent), -signed(row.amount))?;
                 } else {
                     // Another process has settled it at what was known.
+                    was_taken_for_dead = true;
                     ledger.change_budget(row, signed(*spent).saturating_sub(signed(row.known)), 0)?;
                 }
             }
@@ -371,19 +405,23 @@ impl Spending {
         self.look_at = clock.boot + LOOK_EVERY;
         // Of a process that began with the machine nothing could be heard earlier.
         let since = Stamp(clock.boot.0.saturating_sub(u64::try_from(DEAD_AFTER.as_millis()).unwrap_or(u64::MAX)));
-        let others = ledger.others_reservations(self.owner, since)?;
-        self.others = !others.is_empty();
-        let mut settled = 0;
-        for (OthersReservation { owner, id, row }, is_dead) in others {
-            if is_dead {
-                ledger.change_budget(&row, signed(row.known), -signed(row.amount))?;
-                ledger.end_part(owner, id, row.kind)?;
-                settled += 1;
-            }
+        self.others = ledger.has_others_reservations(self.owner)?;
+        let dead = if self.others { ledger.dead_reservations(self.owner, since)? } else { Vec::new() };
+        let settled = dead.len();
+        for OthersReservation { owner, id, row } in dead {
+            ledger.change_budget(&row, signed(row.known), -signed(row.amount))?;
+            ledger.end_reservation(owner, id, row.kind)?;
         }
         if settled > 0 {
             self.read_again();
             log::warn!("{settled} reservations of budgets of a process that has died were settled at what was known");
+        }
+        if clock.boot >= self.reconcile_at {
+            self.reconcile_at = clock.boot + RECONCILE_EVERY;
+            if ledger.reconcile_budgets()? > 0 {
+                self.read_again();
+                log::warn!("budgets had more reserved than their reservations come to; that is corrected");
+            }
         }
         ledger.forget_budgets(since, clock.seconds_after(Duration::ZERO))
     }
@@ -391,14 +429,12 @@ impl Spending {
     /// The batch is committed: what it has made and written is so.
     pub(super) fn committed(&mut self) {
         self.made.clear();
-        for Extended { id, rows } in std::mem::take(&mut self.extended) {
-            for (row, more) in &rows {
-                if let Some(of) = self.known_mut(row) {
-                    of.totals.reserved = of.totals.reserved.saturating_add(*more);
+        for (id, rows) in self.extended.drain() {
+            let Some(open) = self.open.get_mut(&id) else { continue };
+            for (row, _) in rows {
+                if let Some(part) = open.iter_mut().find(|part| part.kind == row.kind) {
+                    *part = row;
                 }
-            }
-            if let Some(open) = self.open.get_mut(&id) {
-                *open = rows.into_iter().map(|(row, _)| row).collect();
             }
         }
         if std::mem::take(&mut self.has_written_settled) {

@@ -268,6 +268,91 @@ fn a_process_that_is_busy_for_long_is_not_dead() {
 }
 
 #[test]
+fn what_grows_twice_at_once_leaves_nothing_reserved() {
+    let (_folder, mut process) = Process::alone();
+    let set =
+        budgets(&[(BudgetUnit::NanoUsd, 1000, BudgetPeriod::Day), (BudgetUnit::Tokens, 500, BudgetPeriod::Total)]);
+    let amount = |number| Amount { tokens: number, nano_usd: number };
+    let (_permit, mut hold) = process.reserve(&set, amount(10), amount(1)).unwrap();
+    hold.set_sent(true);
+    for known in [20, 40, 60] {
+        hold.progress(amount(known), amount(100));
+    }
+    process.serve();
+    assert_eq!(process.totals(&set), [totals(0, 110); 2], "once is enough for all that is known");
+    for known in [150, 200, 400] {
+        hold.progress(amount(known), amount(100));
+    }
+    process.serve();
+    assert_eq!(process.totals(&set), [totals(0, 410); 2]);
+    assert!(!hold.has_overrun());
+    hold.progress(amount(450), amount(100));
+    process.serve();
+    assert_eq!(process.totals(&set), [totals(0, 410); 2], "the budget of tokens has no room");
+    assert!(hold.has_overrun());
+    hold.settle(amount(460));
+    process.write();
+    assert_eq!(process.totals(&set), [totals(460, 0); 2]);
+}
+
+#[test]
+fn what_grows_once_its_process_was_taken_for_dead_counts_once() {
+    let (folder, mut first) = Process::alone();
+    let mut second = Process::new(folder.path(), &first.now_ms.clone(), LedgerOnError::Deny);
+    let set = dollars(1000);
+    let (_permit, mut hold) = first.reserve(&set, money(60), money(15)).unwrap();
+    hold.set_sent(true);
+    second.totals(&set);
+    for _ in 0..45 {
+        second.pass(Duration::from_secs(1));
+    }
+    assert_eq!(second.totals(&set), [totals(15, 0)], "it said nothing, and is settled at what was known");
+    hold.progress(money(100), money(50));
+    first.serve();
+    assert_eq!(second.totals(&set), [totals(15, 0)]);
+    hold.settle(money(120));
+    first.write();
+    assert_eq!((first.totals(&set), second.totals(&set)), (vec![totals(120, 0)], vec![totals(120, 0)]));
+}
+
+#[test]
+fn five_hours_that_begin_tomorrow_are_not_those_that_run() {
+    let (folder, mut process) = Process::alone();
+    let set = budgets(&[(BudgetUnit::NanoUsd, 100, BudgetPeriod::FiveHours)]);
+    let ahead = "INSERT INTO budget VALUES ('ada', 'usd/5h', ?1, 90, 0, NULL)";
+    let ledger = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+    ledger.execute(ahead, [i64::try_from(NOON + 24 * 3600).unwrap()]).unwrap();
+    let mut taken = 0;
+    for _ in 0..3 {
+        let (_permit, hold) = process.reserve(&set, money(30), money(1)).unwrap();
+        hold.settle(money(30));
+        taken += 30;
+        process.write();
+        // Another process has written something.
+        ledger.execute("UPDATE budget SET spent = spent WHERE period = 0", []).unwrap();
+        ledger.execute("INSERT OR REPLACE INTO budget VALUES ('bob', 'usd/day', 0, ?1, 0, NULL)", [taken]).unwrap();
+        process.pass(Duration::from_secs(2));
+        assert_eq!(process.totals(&set), [totals(taken, 0)]);
+    }
+    assert_eq!(full(process.reserve(&set, money(30), money(1))).view.totals, totals(90, 0));
+}
+
+#[test]
+fn what_is_reserved_by_nobody_is_given_back() {
+    let (folder, mut process) = Process::alone();
+    let set = dollars(100);
+    let (_permit, hold) = process.reserve(&set, money(60), money(1)).unwrap();
+    let ledger = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+    ledger.execute("UPDATE budget SET reserved = reserved + 35", []).unwrap();
+    process.pass(Duration::from_secs(3601));
+    process.serve();
+    assert_eq!(process.totals(&set), [totals(0, 60)]);
+    hold.settle(money(1));
+    process.write();
+    assert_eq!(process.totals(&set), [totals(1, 0)]);
+}
+
+#[test]
 fn a_ledger_that_cannot_be_written_opens_no_budget() {
     for on_error in [LedgerOnError::Deny, LedgerOnError::Allow] {
         let folder = tempfile::tempdir().unwrap();
