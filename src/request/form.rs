@@ -8,7 +8,7 @@ use std::ops::Range;
 use memchr::memmem;
 
 use super::fields::{self, Fields, Model, ModelPlace};
-use super::references::{ID_BYTES_MAX, OBJECTS_MAX, is_field_of_object};
+use super::references::{ID_BYTES_MAX, is_field_of_object};
 use crate::fault::Fault;
 use crate::json::part;
 use crate::json::scan::Key;
@@ -38,7 +38,8 @@ pub fn scan(content_type: &str, body: &[u8]) -> Result<Fields, Fault> {
                 fields.unnamed = fields.model.is_none().then_some(ModelPlace::Form(content));
             }
             Some(name) if name == b"session" => of_session = session_model(body, content)?,
-            Some(name) if is_field_of_object(&name) && fields.objects.len() < OBJECTS_MAX => {
+            // As many as there are: the body bounds them, and those that are too many to be looked for must be known as such.
+            Some(name) if is_field_of_object(&name) => {
                 fields.objects.extend(Some(content).filter(|content| content.len() <= ID_BYTES_MAX));
             }
             Some(name) if name == b"stream" => fields.stream = part(body, content).eq_ignore_ascii_case(b"true"),
@@ -242,6 +243,15 @@ mod tests {
         let model = scan(label, body.as_bytes()).unwrap_or_else(|fault| panic!("{body:?}: {fault:?}")).model?;
         let ModelPlace::Form(range) = model.place else { panic!("{:?}", model.place) };
         Some((model.name.to_string(), body[range].to_owned()))
+    }
+
+    #[test]
+    fn fields_before_it_hide_no_object() {
+        let mut parts = vec!["name=\"junk[id]\"\r\n\r\nq"; 5000];
+        parts.push("name=\"video[id]\"\r\n\r\nvideo_1");
+        let body = form(&parts);
+        let objects = scan(LABEL, body.as_bytes()).unwrap().objects;
+        assert_eq!(objects.last().map(|range| &body[range.clone()]), Some("video_1"));
     }
 
     #[test]
