@@ -243,7 +243,8 @@ fn settle(job: Job) -> Estimated {
     let key = caller.as_ref().map(|caller| caller.name());
     let spent = Spent::now(endpoint_id, &model, cost, &pool.server.timezone, clock.wall).by(key);
     pool.ledger.spend_tokens(&accounts, caller_accounts.as_ref(), spent, clock.boot);
-    if let Some(budget) = budget {
+    // Of a prompt that was too long to be kept, what was foreseen stands.
+    if let Some(budget) = budget.filter(|_| is_known) {
         budget.settle(Amount { tokens: cost.tokens(), nano_usd: price.unwrap_or_default().0 });
     }
     // Only now, so that the tokens are always counted, in one way or the other.

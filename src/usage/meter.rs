@@ -292,11 +292,12 @@ impl Meter {
         !matches!(self.text, AnswerText::None)
     }
 
-    /// Length of the text that has come, in bytes, if it is counted for an estimate.
+    /// Length of a stream's text that has come, in bytes, if it is counted for an estimate. Of an answer in one piece that is not known
+    /// until it is whole: much of it need not be text.
     pub fn text_bytes(&self) -> u64 {
         match &self.text {
-            AnswerText::None => 0,
-            AnswerText::Sample { bytes, .. } | AnswerText::Json { bytes, .. } => *bytes,
+            AnswerText::None | AnswerText::Json { .. } => 0,
+            AnswerText::Sample { bytes, .. } => *bytes,
         }
     }
 

@@ -48,6 +48,8 @@ pub struct Usage {
     /// Tokens of the answer spent on reasoning, which is not shown.
     reasoning: Option<u64>,
     audio_in: Option<u64>,
+    /// Part of both the cached tokens and those that are audio.
+    cached_audio: Option<u64>,
     audio_out: Option<u64>,
 }
 
@@ -66,6 +68,7 @@ impl Usage {
             cache_written: of(later.cache_written, self.cache_written),
             reasoning: of(later.reasoning, self.reasoning),
             audio_in: of(later.audio_in, self.audio_in),
+            cached_audio: of(later.cached_audio, self.cached_audio),
             audio_out: of(later.audio_out, self.audio_out),
         };
     }

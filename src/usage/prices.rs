@@ -81,11 +81,17 @@ impl PricedTokens {
         let hidden = tokens.total.saturating_sub(tokens.prompt).saturating_sub(tokens.completion);
         let part = |part: Option<u64>, whole: u64| part.unwrap_or_default().min(whole);
         let output = tokens.completion.saturating_add(hidden);
+        let cached = tokens.cached.min(tokens.prompt);
+        let cache_written = part(usage.cache_written, tokens.prompt - cached);
+        // Audio that was cached is in both, and costs what is cached.
+        let of_audio = part(usage.audio_in, tokens.prompt);
+        let audio_input =
+            of_audio.saturating_sub(part(usage.cached_audio, cached)).min(tokens.prompt - cached - cache_written);
         Self {
             input: tokens.prompt,
-            cached: tokens.cached.min(tokens.prompt),
-            cache_written: part(usage.cache_written, tokens.prompt),
-            audio_input: part(usage.audio_in, tokens.prompt),
+            cached,
+            cache_written,
+            audio_input,
             output,
             reasoning: tokens.reasoning.min(output),
             audio_output: part(usage.audio_out, output),
@@ -445,5 +451,13 @@ mod tests {
             "completion_tokens_details": { "audio_tokens": 4, "reasoning_tokens": 1 } });
         let parts = PricedTokens { audio_input: 3, audio_output: 4, reasoning: 1, ..PricedTokens::plain(9, 5) };
         assert_eq!(of(audio), parts);
+        // Audio that was cached costs what is cached, and nothing beside it.
+        let mut cached = json!({ "input_tokens": 5000, "output_tokens": 0, "input_token_details": { "audio_tokens": 4500,
+            "cached_tokens": 4000, "cached_tokens_details": { "text_tokens": 300, "audio_tokens": 3700 } } });
+        let parts = PricedTokens { cached: 4000, audio_input: 800, ..PricedTokens::plain(5000, 0) };
+        assert_eq!(of(cached.clone()), parts);
+        cached["input_token_details"]["cached_tokens_details"] = Value::Null;
+        let parts = PricedTokens { cached: 4000, audio_input: 1000, ..PricedTokens::plain(5000, 0) };
+        assert_eq!(of(cached), parts, "no more than there is beside the cached ones");
     }
 }

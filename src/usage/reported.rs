@@ -261,6 +261,7 @@ impl UsageCounts {
             cache_written: self.cache_written.0,
             reasoning: detail(&self.of_answer, |details| details.reasoning).or(self.reasoning.0),
             audio_in: detail(&self.of_prompt, |details| details.audio),
+            cached_audio: detail(&self.of_prompt, |details| details.cached_audio),
             audio_out: detail(&self.of_answer, |details| details.audio),
         };
         let counts = [usage.prompt, usage.completion, usage.input, usage.output, usage.total];
@@ -283,10 +284,16 @@ struct Details {
     cached: Count,
     reasoning: Count,
     audio: Count,
+    /// Part of the cached ones that is audio.
+    cached_audio: Count,
 }
 
 impl<'de> Members<'de> for Details {
     fn member<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        if key == "cached_tokens_details" {
+            self.cached_audio = map.next_value::<Lenient<Self>>()?.0.audio;
+            return Ok(());
+        }
         match self.count(key.as_bytes()) {
             Some(count) => *count = map.next_value()?,
             None => drop(map.next_value::<IgnoredAny>()?),
