@@ -54,7 +54,7 @@ impl Measured {
 /// Charges for an attempt that came to this end without an answer for the client, as far as the endpoint reported its tokens.
 pub fn bill_dropped(attempt: &mut Attempt, ask: &Ask, outcome: &Outcome) {
     match (attempt.meter.reported(), attempt.meter.prompt_reported()) {
-        (Some(usage), _) => bill_response(attempt, ask, &usage),
+        (Some(usage), _) => bill_response(attempt, ask, &usage, true),
         (None, Some(prompt)) => {
             let tokens = PricedTokens::plain(prompt, 0);
             let amount = spend(attempt, ask, Cost::estimated(prompt, 0), (tokens, Instant::now()));
@@ -66,11 +66,12 @@ pub fn bill_dropped(attempt: &mut Attempt, ask: &Ask, outcome: &Outcome) {
     }
 }
 
-/// Charges for one response, which need not be the last one: a realtime session goes on.
-pub fn bill_response(attempt: &mut Attempt, ask: &Ask, usage: &Usage) {
+/// Charges for one response, which need not be the last one: a realtime session goes on. `ends`: it is the one that a reservation is for.
+pub fn bill_response(attempt: &mut Attempt, ask: &Ask, usage: &Usage, ends: bool) {
     let cost = Cost::exact(usage.tokens(), Speed::default());
     let amount = spend(attempt, ask, cost, (PricedTokens::of(usage), Instant::now()));
-    settle(attempt.budget.take(), ask, amount);
+    let reserved = if ends { attempt.budget.take() } else { None };
+    settle(reserved, ask, amount);
 }
 
 /// Settles what was reserved of the caller's budgets. What had no reservation is taken of them all the same.
@@ -136,9 +137,14 @@ pub fn bill(
             tier: ask.tier,
             budget,
         });
-    } else if let Some(budget) = budget.filter(|_| is_error && !has_text) {
+    } else if is_error && !has_text {
         // Otherwise it is settled at what is known: nobody answers for nothing.
-        budget.release();
+        if let Some(budget) = budget {
+            budget.release();
+        }
+    } else if let Some(budget) = budget.filter(|_| ask.call == Call::Other && has_succeeded) {
+        // What it took is not told, as with speech and text files: as much as was foreseen.
+        budget.settle_as_foreseen();
     }
     measured
 }

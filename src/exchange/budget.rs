@@ -42,6 +42,12 @@ impl AttemptBudget {
         self.hold.settle(amount);
     }
 
+    /// Settles it at what was reserved, as nothing better is known.
+    pub fn settle_as_foreseen(self) {
+        let reserved = self.hold.reserved();
+        self.hold.settle(reserved);
+    }
+
     /// Settles it at nothing, as the attempt is not billed.
     pub fn release(self) {
         self.hold.release();

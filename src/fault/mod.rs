@@ -112,7 +112,7 @@ pub enum Fault {
         /// The model's name.
         model: String,
     },
-    /// The request's key has a budget in dollars, and what such calls cost is not known.
+    /// The request's key has a budget, and what such a call costs is not known when it is answered.
     CallWithoutPrice {
         /// Name of the key.
         name: String,
@@ -456,8 +456,9 @@ impl Fault {
                  it. server.prices can give it one."
             ),
             Self::CallWithoutPrice { name, call } => format!(
-                "What calls of the kind `{call}` cost is not known before they are billed, so this API key ({name}), which has a \
-                 budget in dollars, can make them only if its `calls` name them."
+                "What this call of the kind `{call}` costs is not known when it is answered: it is billed later or elsewhere, or \
+                 names no model that has a price. So this API key ({name}), which has a budget, cannot make it. Batches, fine-tuning, \
+                 evals, runs of threads, containers and vector stores are open if the key's `calls` name them."
             ),
             Self::ModelNotAllowed { name, model } => format!(
                 "The model `{model}` does not exist for this API key ({name}). GET /v1/models lists the models that it may \

@@ -102,6 +102,7 @@ pub(super) async fn ask(
     let (body, mut fields, is_json) = read(text, content_type)?;
     if origin.named.is_some() && is_json {
         plain_spelling::check_json(&body)?;
+        plain_spelling::check_names(&fields)?;
     }
     let kind = CallKind::of_path(target.path());
     let (model, body_model) = model(header, (&target, kind, opens), &mut fields, (&body, is_json))?;
@@ -128,19 +129,23 @@ pub(super) async fn ask(
         Some(name) => Some(pool.sessions.find(name, &pool.ledger).await),
         None => None,
     };
-    let preferred = session.as_ref().and_then(|session| candidates.place_of(pool, session.at()?));
     let switches_protocol = opens.switches_protocol();
-    let bound =
-        || drawing::token_bound_of(call, model.is_some(), (&body, is_json), pool.server.budget_reserve_tokens.into());
-    let own = caller.and_then(|caller| drawing::own_draw(caller, model.as_deref(), bound));
+    let asked = drawing::Asked {
+        call,
+        kind,
+        path: target.path(),
+        opens_socket: switches_protocol,
+        model: model.as_deref(),
+        body: &body,
+        is_json,
+        tier: fields.tier,
+    };
+    let own = caller.and_then(|caller| drawing::own_draw((pool, caller), &asked));
     let (budget, candidates) = match caller.and_then(|caller| Some((caller, caller.budgets.as_ref()?))) {
-        Some((caller, set)) => {
-            let asked =
-                drawing::Asked { call, kind, model: model.as_deref(), body: &body, bound: bound(), tier: fields.tier };
-            drawing::budget_of((pool, caller, set), &asked, candidates)?
-        }
+        Some((caller, set)) => drawing::budget_of((pool, caller, set), &asked, candidates)?,
         None => (None, candidates),
     };
+    let preferred = session.as_ref().and_then(|session| candidates.place_of(pool, session.at()?));
     Ok(Box::new(Ask {
         candidates,
         call,

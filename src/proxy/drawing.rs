@@ -16,33 +16,83 @@ use crate::routing::pool::Pool;
 use crate::routing::router::{Candidate, Candidates};
 
 /// What a request draws of the limits of its caller's key.
-pub(super) fn own_draw(caller: &Caller, model: Option<&str>, bound: impl Fn() -> TokenBound) -> Option<CallerDraw> {
-    let accounts = caller.accounts.of_model(model).filter(|accounts| accounts.is_limited())?;
-    let tokens = if accounts.counts_tokens() { bound().total() } else { 0 };
+pub(super) fn own_draw((pool, caller): (&Pool, &Caller), asked: &Asked<'_>) -> Option<CallerDraw> {
+    let accounts = caller.accounts.of_model(asked.model).filter(|accounts| accounts.is_limited())?;
+    // Each response of a WebSocket has its own permit, and settles what it took.
+    let counts = accounts.counts_tokens() && !asked.opens_socket;
+    let tokens = if counts { asked.bound(pool.server.budget_reserve_tokens.into()).total() } else { 0 };
     Some(CallerDraw { accounts: Arc::clone(accounts), tokens })
 }
 
-/// The most tokens that a request can take, as far as that can be foreseen. `reserve`: of an answer that is not bounded.
-pub(super) fn token_bound_of(call: Call, has_model: bool, (body, is_json): (&[u8], bool), reserve: u64) -> TokenBound {
-    match call {
-        Call::Completion | Call::Responses | Call::Messages => token_bound(body, reserve),
-        // They answer with no text of their own.
-        Call::Embeddings => token_bound(body, 0),
-        Call::Other if is_json && has_model => token_bound(body, reserve),
-        // A form's file is no text.
-        Call::Other if has_model => TokenBound { prompt: 0, answer: reserve },
-        Call::Other | Call::Unmetered => TokenBound::default(),
-    }
+/// By what a call is paid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Payment {
+    /// By nothing, or with another call.
+    Free,
+    /// By the tokens that its answer reports.
+    Answer,
+    /// By what is billed later, or never seen here.
+    Elsewhere,
 }
+
+/// Calls that nothing but such costs: billed later, by the hour, the gigabyte or the search. Whoever names them in the `calls` of a key
+/// with a budget knows that nothing holds them; to name chats or messages says nothing of that.
+const NAMED: [CallKind; 6] = [
+    CallKind::Batches,
+    CallKind::FineTuning,
+    CallKind::Evals,
+    CallKind::Threads,
+    CallKind::Containers,
+    CallKind::VectorStores,
+];
 
 /// What a request asks for, as far as its price goes.
 pub(super) struct Asked<'a> {
     pub(super) call: Call,
     pub(super) kind: CallKind,
+    pub(super) path: &'a str,
+    pub(super) opens_socket: bool,
     pub(super) model: Option<&'a str>,
     pub(super) body: &'a [u8],
-    pub(super) bound: TokenBound,
+    pub(super) is_json: bool,
     pub(super) tier: Option<ServiceTier>,
+}
+
+impl Asked<'_> {
+    /// The most tokens that it can take, as far as that can be foreseen. `reserve`: of an answer that is not bounded.
+    pub(super) fn bound(&self, reserve: u64) -> TokenBound {
+        match self.call {
+            _ if self.payment() == Payment::Free => TokenBound::default(),
+            Call::Completion | Call::Responses | Call::Messages => token_bound(self.body, reserve),
+            // They answer with no text of their own.
+            Call::Embeddings => token_bound(self.body, 0),
+            Call::Other if self.is_json => token_bound(self.body, reserve),
+            // A form's file is no text, and a WebSocket has said nothing yet.
+            Call::Other | Call::Unmetered => TokenBound { prompt: 0, answer: reserve },
+        }
+    }
+
+    fn payment(&self) -> Payment {
+        let has_part = |part: &str| self.path.split('/').any(|segment| segment == part);
+        match self.kind {
+            _ if self.opens_socket => Payment::Answer,
+            _ if self.call == Call::Unmetered => Payment::Free,
+            _ if self.call == Call::Responses && is_in_background(self.body) => Payment::Elsewhere,
+            CallKind::Messages if has_part("batches") => Payment::Elsewhere,
+            CallKind::Other if has_part("batch") => Payment::Elsewhere,
+            // What opens a realtime session outside of the gateway says nothing of what it takes there.
+            CallKind::Realtime => Payment::Elsewhere,
+            // A run goes on, and what it took is told to who asks for it later.
+            CallKind::Threads if !has_part("runs") => Payment::Free,
+            _ if NAMED.contains(&self.kind) => Payment::Elsewhere,
+            CallKind::Assistants
+            | CallKind::Conversations
+            | CallKind::Files
+            | CallKind::Uploads
+            | CallKind::Moderations => Payment::Free,
+            _ => Payment::Answer,
+        }
+    }
 }
 
 /// What a request may take of its caller's budgets, and its candidates that have a price for that.
@@ -51,19 +101,24 @@ pub(super) fn budget_of(
     asked: &Asked<'_>,
     candidates: Arc<Candidates>,
 ) -> Result<(Option<BudgetAsk>, Arc<Candidates>), Fault> {
-    let is_billed_later = matches!(asked.kind, CallKind::Batches | CallKind::FineTuning)
-        || asked.call == Call::Responses && is_in_background(asked.body);
-    if set.counts_money() && is_billed_later && caller.key.calls == CallSet::ALL {
+    let payment = asked.payment();
+    let has_no_price = asked.model.is_none() && set.counts_money();
+    if payment == Payment::Elsewhere || payment == Payment::Answer && has_no_price {
+        let is_named = caller.key.calls != CallSet::ALL && NAMED.contains(&asked.kind);
+        if is_named {
+            return Ok((None, candidates));
+        }
         return Err(Fault::CallWithoutPrice { name: caller.name().to_string(), call: asked.kind.name() });
     }
-    if asked.bound == TokenBound::default() || is_billed_later {
+    if payment == Payment::Free {
         return Ok((None, candidates));
     }
+    let step_tokens = pool.server.budget_reserve_tokens.into();
     let budget = BudgetAsk {
         set: Arc::clone(set),
-        bound: asked.bound,
+        bound: asked.bound(step_tokens),
         tier: asked.tier,
-        step_tokens: pool.server.budget_reserve_tokens.into(),
+        step_tokens,
         on_overrun: caller.key.on_overrun,
     };
     if !set.counts_money() {
@@ -78,17 +133,17 @@ pub(super) fn budget_of(
     if candidates.list().iter().all(has_price) {
         return Ok((Some(budget), candidates));
     }
-    let priced = candidates.narrowed(has_price);
+    // Kept, so that they take turns from one request to the next.
+    let priced = candidates.priced(asked.model, has_price);
     if priced.list().is_empty() {
         let model = excerpt(asked.model.unwrap_or_default());
         return Err(Fault::ModelWithoutPrice { name: caller.name().to_string(), model });
     }
-    let candidates = Arc::new(priced);
-    Ok((Some(budget), candidates))
+    Ok((Some(budget), priced))
 }
 
 /// True if a response is made in the background, and billed when it is done.
-fn is_in_background(body: &[u8]) -> bool {
+pub(super) fn is_in_background(body: &[u8]) -> bool {
     let mut is_so = false;
     // What is not JSON has been refused.
     let _whole = members::members(body, |key, range| is_so |= key == b"background" && part(body, range) == b"true");

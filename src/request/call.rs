@@ -29,6 +29,7 @@ impl Call {
             "/v1/responses" => Self::Responses,
             "/v1/messages" => Self::Messages,
             "/v1/embeddings" => Self::Embeddings,
+            _ if counts_only(path) => Self::Unmetered,
             _ if changes_what_is_stored(path) => Self::Unmetered,
             _ if path.ends_with("/completions") => Self::Completion,
             _ => Self::Other,
@@ -39,6 +40,11 @@ impl Call {
     pub fn is_text(self) -> bool {
         matches!(self, Self::Completion | Self::Responses | Self::Messages)
     }
+}
+
+/// True if a `POST` is answered with a count of tokens, which costs nothing.
+fn counts_only(path: &str) -> bool {
+    matches!(path, "/v1/messages/count_tokens" | "/v1/responses/input_tokens" | "/v1/tokenize" | "/v1/detokenize")
 }
 
 /// True if a `POST` changes an answer that was made before, and is answered with the usage of that one.
@@ -63,6 +69,7 @@ mod tests {
         assert_eq!(of(Method::POST, "/v1/images/generations"), Call::Other);
         assert_eq!(of(Method::GET, "/v1/responses/r"), Call::Unmetered, "it was counted when it was made");
         assert_eq!(of(Method::POST, "/v1/responses/r/cancel"), Call::Unmetered);
+        assert_eq!(of(Method::POST, "/v1/messages/count_tokens"), Call::Unmetered);
         assert_eq!(of(Method::POST, "/v1/chat/completions/c"), Call::Unmetered);
         assert_eq!(of(Method::POST, "/v1/responses/compact"), Call::Other);
         assert_eq!(of(Method::POST, "/v1/threads/t/runs"), Call::Other);

@@ -44,6 +44,8 @@ pub struct Fields {
     pub tier: Option<ServiceTier>,
     /// Members that tell its session.
     pub session: SessionFields,
+    /// True if the name of a member of the JSON body is written with an escape.
+    pub has_escaped_names: bool,
     /// Fields of a form that may be ids of objects.
     pub objects: Vec<Range<usize>>,
 }
@@ -119,7 +121,7 @@ impl ModelPlace {
 pub fn scan(body: &[u8]) -> Result<Fields, Fault> {
     match walk(body) {
         Some(found) => found.locate(body),
-        None => parse(body)?.locate(body),
+        None => parse(body)?.locate(body).map(|fields| Fields { has_escaped_names: true, ..fields }),
     }
 }
 
@@ -225,7 +227,17 @@ impl Found {
         let tier = self.tier.and_then(|range| ServiceTier::of_json(text(&range)));
         let model = model.transpose()?;
         let (stream, session) = (stream.is_some(), self.session);
-        Ok(Fields { model, unnamed, stream, usage_edit, store, tier, session, objects: Vec::new() })
+        Ok(Fields {
+            model,
+            unnamed,
+            stream,
+            usage_edit,
+            store,
+            tier,
+            session,
+            has_escaped_names: false,
+            objects: Vec::new(),
+        })
     }
 }
 

@@ -7,6 +7,7 @@ use memchr::memmem;
 use percent_encoding::percent_decode_str;
 
 use crate::fault::Fault;
+use crate::request::fields::Fields;
 
 /// Checks the path, as it is meant: its first segment is a word of the API, and no other one is encoded or has parameters.
 pub(crate) fn check_path(path: &str) -> Result<(), Fault> {
@@ -48,6 +49,14 @@ pub(crate) fn check_json(body: &[u8]) -> Result<(), Fault> {
         if letter.is_ascii_alphanumeric() || letter == b'_' {
             return refuse("The body has an escaped letter, such as \\u0061, that needs no escape");
         }
+    }
+    Ok(())
+}
+
+/// Checks that no name of a member of a JSON body is written with an escape, as none needs one: what comes behind it is overlooked here.
+pub(crate) fn check_names(fields: &Fields) -> Result<(), Fault> {
+    if fields.has_escaped_names {
+        return refuse("The name of a member of the body has an escaped character, such as \\n");
     }
     Ok(())
 }

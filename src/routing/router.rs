@@ -4,7 +4,7 @@
 //! distinct pattern length otherwise, however many endpoints there are.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::hash::{BuildHasherDefault, DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::config::{self, CallKind};
@@ -150,6 +150,14 @@ impl Candidates {
         }
         by_caller.push_back((caller, Arc::clone(&open)));
         open
+    }
+
+    /// Those of them that have a price for a model, as `has_price` says the first time.
+    pub fn priced(&self, model: Option<&str>, has_price: impl Fn(&Candidate) -> bool) -> Arc<Self> {
+        // Numbers of callers are small.
+        let mut hasher = DefaultHasher::new();
+        model.hash(&mut hasher);
+        self.open_to(hasher.finish() | 1 << 63, has_price)
     }
 
     /// The same, those first whose endpoint, by its place in the pool, is one of these: all others are for when none of them can take the

@@ -22,7 +22,7 @@ fn frame(first: u8, content: &[u8], mask: Option<[u8; 4]>) -> Vec<u8> {
 }
 
 /// A client's message.
-fn masked(text: &str) -> Vec<u8> {
+pub(crate) fn masked(text: &str) -> Vec<u8> {
     frame(0x81, text.as_bytes(), Some(MASK))
 }
 

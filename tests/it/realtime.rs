@@ -197,7 +197,7 @@ async fn sessions_over_tls_lose_no_byte() {
 }
 
 /// A frame of a server with a text in it.
-fn text_frame(text: &str) -> Vec<u8> {
+pub(crate) fn text_frame(text: &str) -> Vec<u8> {
     let length = u16::try_from(text.len()).unwrap();
     [&[0x81, 126], &length.to_be_bytes()[..], text.as_bytes()].concat()
 }

@@ -19,11 +19,11 @@ use tokio::task::AbortHandle;
 
 pub(super) use accept::accept;
 
-use super::attempts;
 use super::context::Context;
 use super::outgoing::other_model;
+use super::{attempts, drawing};
 use crate::billing;
-use crate::config::WebSocketPermits;
+use crate::config::{CallKind, WebSocketPermits};
 use crate::exchange::{Ask, Attempt, AttemptBudget};
 use crate::fault::{ErrorShape, Fault};
 use crate::json::members;
@@ -45,6 +45,9 @@ const TRY_AGAIN_LATER: u16 = 1013;
 const POLICY_VIOLATION: u16 = 1008;
 /// Text of our own that waits for the end of an endpoint's frame. A client that asks for more meanwhile is disconnected.
 const WAITING_BYTES_MAX: usize = 64 * 1024;
+
+/// Events that end a response, and report what it took.
+const RESPONSE_ENDS: [&[u8]; 4] = [b"response.done", b"response.completed", b"response.incomplete", b"response.failed"];
 
 /// One WebSocket.
 #[derive(Debug)]
@@ -206,6 +209,12 @@ fn judge(context: &Context, message: &[u8]) -> Result<bool, Fault> {
     // Of a caller's own key nothing is let through that the endpoint may read in another way.
     plain_spelling::check_json(message)?;
     let fields = fields::scan(message)?;
+    plain_spelling::check_names(&fields)?;
+    let has_budget = context.ask.as_ref().is_some_and(|ask| ask.budget.is_some());
+    if has_budget && drawing::is_in_background(message) {
+        let name = named.caller.name().to_string();
+        return Err(Fault::CallWithoutPrice { name, call: CallKind::Responses.name() });
+    }
     let is_create = is_of_type(message, b"response.create");
     if is_create {
         named.caller.check_still_open(Timestamp::now())?;
@@ -334,7 +343,7 @@ pub(super) fn from_endpoint(body: &mut Option<Bytes>, context: &mut Context) {
     let counts = attempt.endpoint.config.web_socket_permits == WebSocketPermits::Response;
     let own = ask.own.as_ref().map(|own| &own.accounts);
     frames.feed(piece, |message| {
-        if (counts || own.is_some()) && is_of_type(message, b"response.created") {
+        if (counts || own.is_some() || ask.budget.is_some()) && is_of_type(message, b"response.created") {
             if responses.paid > 0 {
                 responses.paid -= 1;
             } else if !mem::take(&mut responses.has_first) {
@@ -351,7 +360,9 @@ pub(super) fn from_endpoint(body: &mut Option<Bytes>, context: &mut Context) {
         else {
             return;
         };
-        billing::bill_response(attempt, ask, &reported.usage);
+        // Transcriptions of what was said report theirs as well.
+        let ends = RESPONSE_ENDS.iter().any(|wanted| is_of_type(message, wanted));
+        billing::bill_response(attempt, ask, &reported.usage, ends);
         tokens.get_or_insert_default().merge(&reported.usage.tokens());
     });
     if !socket.waiting.is_empty() && socket.frames.is_between_messages() {
@@ -365,14 +376,18 @@ fn is_of_type(message: &[u8], wanted: &[u8]) -> bool {
         return false;
     }
     let mut is_wanted = false;
-    // What is not JSON is for the other side to judge.
-    let _ = members::members(message, |key, range| {
+    let whole = members::members(message, |key, range| {
         if key == b"type" {
             let range = range.start + 1..range.end.saturating_sub(1).max(range.start + 1);
             is_wanted = message.get(range) == Some(wanted);
         }
     });
-    is_wanted
+    if whole.is_some() {
+        return is_wanted;
+    }
+    // It has an unusual name of a member. What is not JSON is for the other side to judge.
+    let read = serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(message);
+    read.is_ok_and(|read| read.get("type").and_then(|of| of.as_str()).map(str::as_bytes) == Some(wanted))
 }
 
 /// A fault as an event, of the shape that the clients of both APIs read.
