@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use super::Sources;
 use super::status::{iso, quota, time_of};
 use super::tokens;
-use crate::config::{BudgetUnit, CallKind, CallSet, ClientKey};
+use crate::config::{BudgetPeriod, BudgetUnit, CallKind, CallSet, ClientKey};
 use crate::ledger::LimitedAccount;
 use crate::ledger::budgets::BudgetView;
 use crate::ledger::stats::{self, Begins, Part};
@@ -76,7 +76,8 @@ fn budget(view: &BudgetView) -> Value {
         "spent": amount(totals.spent),
         "reserved": amount(totals.reserved),
         "left": amount(limit.saturating_sub(totals.taken())),
-        "resets": ends.map(iso),
+        // What nothing is taken of has not begun.
+        "resets": ends.filter(|_| kind.period != BudgetPeriod::FiveHours || totals.taken() > 0).map(iso),
     })
 }
 

@@ -55,6 +55,8 @@ pub struct BudgetShortage {
     pub reserved: String,
     /// What the request could take.
     pub wanted: String,
+    /// True if the whole budget has no room for that.
+    pub is_too_large: bool,
     /// When its period ends; none for all time.
     pub ends: Option<String>,
 }
@@ -100,6 +102,8 @@ pub enum Fault {
     },
     /// A budget of the request's own key has no room for it.
     BudgetExhausted(Box<BudgetShortage>),
+    /// A budget of the request's own key has room for what the request may take once requests under way have ended.
+    BudgetReserved(Box<BudgetShortage>),
     /// A budget of the request's own key had no room for the rest of an answer.
     BudgetOverrun {
         /// Name of the key.
@@ -316,6 +320,7 @@ impl Fault {
                                               (429, "tokens", Some("key_rate_limited"), "key_limits_reached"),
             Self::KeyLimitsReached { .. }  => (429, "requests", Some("key_rate_limited"), "key_limits_reached"),
             Self::BudgetExhausted(_)       => (429, "insufficient_quota", Some("insufficient_quota"), "budget_exhausted"),
+            Self::BudgetReserved(_)        => (429, "tokens", Some("key_rate_limited"), "budget_reserved"),
             Self::BudgetOverrun { .. }     => (429, "insufficient_quota", Some("insufficient_quota"), "budget_overrun"),
             Self::ModelWithoutPrice { .. } => (403, INVALID, Some("model_has_no_price"), "model_without_price"),
             Self::CallWithoutPrice { .. }  => (403, INVALID, Some("call_not_allowed"), "call_without_price"),
@@ -373,7 +378,8 @@ impl Fault {
         match self {
             Self::LimitsReached { wait, .. } | Self::KeyLimitsReached { wait, .. } => Some(*wait),
             Self::KeysFailedTooOften => Some(Duration::from_mins(1)),
-            Self::NoRoom => Some(Duration::from_secs(1)),
+            // Most answers take no longer than some seconds.
+            Self::NoRoom | Self::BudgetReserved(_) => Some(Duration::from_secs(1)),
             // A trial takes seconds; it either reopens the endpoint or closes it for its whole cool-down. The ledger is tried
             // again several times a second.
             Self::NoneAvailable | Self::LedgerUnavailable => Some(Duration::from_secs(5)),
@@ -439,12 +445,24 @@ impl Fault {
                 )
             }
             Self::BudgetExhausted(shortage) => {
-                let BudgetShortage { name, budget, spent, reserved, wanted, ends } = &**shortage;
-                let ends = ends.as_ref().map_or_else(String::new, |ends| format!(" The budget begins anew at {ends}."));
+                let BudgetShortage { name, budget, spent, reserved, wanted, is_too_large, ends } = &**shortage;
+                let ends = match ends {
+                    _ if *is_too_large => " Even the whole budget has no room for it.".to_owned(),
+                    Some(ends) => format!(" The budget begins anew at {ends}."),
+                    None => String::new(),
+                };
                 format!(
                     "This API key ({name}) has a budget of {budget}, of which {spent} are spent and {reserved} reserved for \
                      requests under way. This request may take up to {wanted}; a smaller max_tokens takes less. No endpoint was \
                      asked.{ends} GET /v1/key shows what is left."
+                )
+            }
+            Self::BudgetReserved(shortage) => {
+                let BudgetShortage { name, budget, spent, reserved, wanted, .. } = &**shortage;
+                format!(
+                    "This API key ({name}) has a budget of {budget}, of which {spent} are spent and {reserved} reserved for \
+                     requests under way. This request may take up to {wanted}, for which there is room once some of those have \
+                     ended; a smaller max_tokens takes less. No endpoint was asked. Try again in a second."
                 )
             }
             Self::BudgetOverrun { name } => format!(
@@ -585,6 +603,7 @@ impl Fault {
             | Self::KeyLimitsReached { .. }
             | Self::ModelNotAllowed { .. }
             | Self::BudgetExhausted(_)
+            | Self::BudgetReserved(_)
             | Self::BudgetOverrun { .. }
             | Self::ModelWithoutPrice { .. }
             | Self::CallWithoutPrice { .. }

@@ -27,6 +27,7 @@ impl Fault {
             Self::PathNotAllowed => ("the path is for `server.apiKey`, and the request has a caller's key", "use `server.apiKey`"),
             Self::KeyLimitsReached { .. } => ("a limit of the request's own key is reached; no endpoint was asked", "wait as `Retry-After` says; `GET /v1/key` with that key shows its limits, what is used of them and when they free; or raise the limit"),
             Self::BudgetExhausted(_) => ("a budget of the request's own key has no room for what the request may take; no endpoint was asked", "`GET /v1/key` with that key shows the budget and when it begins anew; ask for a shorter answer (`max_tokens`), or raise the budget: `api-together keys raise`"),
+            Self::BudgetReserved(_) => ("a budget of the request's own key has room for what the request may take only once requests under way have ended; no endpoint was asked", "try again in a second; ask for a shorter answer (`max_tokens`), of which less is reserved"),
             Self::BudgetOverrun { .. } => ("a stream took more than could be foreseen, a budget of the request's own key had no room for that, and the key's `onOverrun` is `cut`", "raise the budget, or bound the answer (`max_tokens`)"),
             Self::ModelWithoutPrice { .. } => ("the request's key has a budget in dollars, and the model has no price", "give it one in `server.prices` or `apis[].prices`, 0 if it is free"),
             Self::CallWithoutPrice { .. } => ("the request's key has a budget, and what such a call costs is not known when it is answered: it is billed later or elsewhere, or names no model that has a price", "name a model; name batches, fine-tuning, evals, threads, containers or vector stores in the key's `calls`, if they may be made all the same and take nothing of the budget; all else needs a key without a budget"),
@@ -87,14 +88,8 @@ impl Fault {
                 reason: LimitReason::Full(LimitKind::Rpm, 60),
                 wait: Duration::from_secs(12),
             },
-            Self::BudgetExhausted(Box::new(BudgetShortage {
-                name: name(),
-                budget: "$10 (month)".to_owned(),
-                spent: "$9.98".to_owned(),
-                reserved: "$0".to_owned(),
-                wanted: "$0.05".to_owned(),
-                ends: Some("2026-12-01T00:00:00Z".to_owned()),
-            })),
+            Self::BudgetExhausted(shortage("$9.98", "$0")),
+            Self::BudgetReserved(shortage("$2", "$7.98")),
             Self::BudgetOverrun { name: name() },
             Self::ModelWithoutPrice { name: name(), model: "MODEL".to_owned() },
             Self::CallWithoutPrice { name: name(), call: "batches" },
@@ -154,6 +149,18 @@ pub fn markdown() -> String {
         writeln!(text, "| `{label}` | {status} | {code} | {meaning} | {message} | {way_out} |").unwrap_or_default();
     }
     text
+}
+
+fn shortage(spent: &str, reserved: &str) -> Box<BudgetShortage> {
+    Box::new(BudgetShortage {
+        name: "NAME".to_owned(),
+        budget: "$10 (month)".to_owned(),
+        spent: spent.to_owned(),
+        reserved: reserved.to_owned(),
+        wanted: "$0.05".to_owned(),
+        is_too_large: false,
+        ends: Some("2026-12-01T00:00:00Z".to_owned()),
+    })
 }
 
 /// Returns an error as each API's clients read it, as Markdown.

@@ -283,14 +283,17 @@ pub fn key_limits_reached((account, held): &(AccountId, Held), wait: Duration) -
 pub fn budget_exhausted(HeldBudget { key, view, wanted }: &HeldBudget) -> Fault {
     let BudgetView { kind, limit, totals, ends } = view;
     let amount = |number: u64| kind.amount(number);
-    Fault::BudgetExhausted(Box::new(BudgetShortage {
+    let has_room_later = totals.spent.saturating_add(*wanted) <= *limit;
+    let shortage = Box::new(BudgetShortage {
         name: key.to_string(),
         budget: format!("{} ({})", amount(*limit), kind.period.word()),
         spent: amount(totals.spent),
         reserved: amount(totals.reserved),
         wanted: amount(*wanted),
+        is_too_large: wanted > limit,
         ends: ends.and_then(|ends| Timestamp::try_from(ends).ok()).map(|ends| ends.to_string()),
-    }))
+    });
+    if has_room_later { Fault::BudgetReserved(shortage) } else { Fault::BudgetExhausted(shortage) }
 }
 
 /// The same of a draw of nothing but the key's own accounts.

@@ -53,7 +53,7 @@ async fn a_budget_in_dollars_is_settled_at_what_an_answer_cost_and_then_refuses(
         let proxy = with_budget(&simulator, json!({ "budget": [{ "usd": 0.05, "per": "day" }] })).await;
         // Nobody knows how long an answer is that is not bounded: 4,096 tokens of it are four dollars.
         let message = assert_exhausted(&ask(&proxy, "/v1/chat/completions", chat("m")).await);
-        for part in ["ada", "$0.05 (day)", "$0 are spent", "max_tokens", "begins anew at"] {
+        for part in ["ada", "$0.05 (day)", "$0 are spent", "max_tokens", "Even the whole budget"] {
             assert!(message.contains(part), "{part}: {message}");
         }
         assert_eq!(simulator.requests().len(), 0, "no endpoint was asked");
@@ -265,6 +265,7 @@ async fn what_is_under_way_is_reserved_and_what_a_client_leaves_is_spent() {
     within(async {
         let slow = behaving(Behaviour { chunk_delay_ms: 50, events: 200, ..Behaviour::default() }).await;
         let proxy = with_budget(&slow, json!({ "budget": [{ "tokens": 10_000, "per": "5h" }] })).await;
+        assert_eq!(budget(&proxy).await["resets"], Value::Null, "it begins with the first request");
         let body = json!({ "model": "m", "stream": true, "max_tokens": 4000, "messages": [{ "role": "user", "content": "x" }] });
         let open = || async {
             let request = proxy.request_without_key(Method::POST, "/v1/chat/completions").bearer_auth(ADA).json(&body);
@@ -275,8 +276,18 @@ async fn what_is_under_way_is_reserved_and_what_a_client_leaves_is_spent() {
         };
         let (first, second) = (open().await, open().await);
         let state = budget(&proxy).await;
+        assert!(state["resets"].is_string(), "{state}");
         assert!(state["reserved"].as_u64().unwrap() > 8000 && state["spent"] == 0, "{state}");
-        assert_exhausted(&ask(&proxy, "/v1/chat/completions", body.clone()).await);
+        // It has room once these have ended, and a client that tries again is served.
+        let refused = ask(&proxy, "/v1/chat/completions", body.clone()).await;
+        let message = refused.assert_error(429, "tokens", "key_rate_limited");
+        assert!(message.contains("once some of those have ended"), "{message}");
+        assert_eq!((refused.header("retry-after"), refused.header("x-should-retry")), (Some("1"), None));
+        // What the whole budget has no room for never is.
+        let mut huge = body.clone();
+        huge["n"] = json!(100);
+        let message = assert_exhausted(&ask(&proxy, "/v1/chat/completions", huge).await);
+        assert!(message.contains("Even the whole budget"), "{message}");
         tokio::time::sleep(Duration::from_millis(500)).await;
         drop((first, second));
         // Their tokens are estimated, and the rest is free again.
