@@ -265,7 +265,7 @@ fn change(file: &ConfigFile, change: KeysChange) -> Result<String, String> {
     let folders = file.runtime_folders();
     match Found::look(&folders)? {
         Some(found) => control::ask_found(&found, &Request::ChangeKeys(change)),
-        None => load(file)?.keys_file.change(change),
+        None => config::change_keys(&load(file)?, change),
     }
 }
 

@@ -84,6 +84,16 @@ pub enum KeysChange {
     },
 }
 
+impl KeysChange {
+    /// The name of the key that it is about.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Add { entry } => entry.get("name").and_then(Value::as_str).unwrap_or_default(),
+            Self::Rotate { name, .. } | Self::Raise { name, .. } | Self::Revoke { name, .. } => name,
+        }
+    }
+}
+
 impl KeysFile {
     /// The keys of the file; none if it is not there.
     pub(super) fn load(&self, around: &Around<'_>) -> Result<Vec<ClientKey>, Problems> {

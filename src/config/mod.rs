@@ -135,6 +135,19 @@ pub fn load_keys(server: &Server) -> Result<Vec<ClientKey>, Problems> {
     server.keys_file.load(&around)
 }
 
+/// Changes the keys of a server that stand in its file for them. Returns what was done, in words.
+pub fn change_keys(server: &Server, change: KeysChange) -> Result<String, String> {
+    let name = change.name();
+    if server.keys.iter().any(|key| *key.name == *name) {
+        let way_out = match change {
+            KeysChange::Add { .. } => "name another one",
+            _ => "it wins over one of the file, so change it in the config, and reload",
+        };
+        return Err(format!("server.keys has a key {name}; {way_out}"));
+    }
+    server.keys_file.change(change)
+}
+
 /// Reads what can be kept of a file: no more than one byte above 16 MiB.
 pub fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();

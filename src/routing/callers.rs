@@ -79,11 +79,11 @@ impl Keyring {
         self.current.load()
     }
 
-    /// Puts the keys of this config in the place of those before.
-    pub fn set_config(&self, server: &Server) {
+    /// Puts the keys of this config in the place of those before. Returns the names of those of the file that it has as well.
+    pub fn set_config(&self, server: &Server) -> Vec<Arc<str>> {
         let mut parts = self.lock();
         (parts.config, parts.zone) = (server.keys.clone(), server.timezone.clone());
-        self.renew(&parts);
+        self.renew(&parts)
     }
 
     /// Puts these keys in the place of the file's. Returns the names of those that the config has as well, and that are overlooked.
@@ -91,6 +91,11 @@ impl Keyring {
         let mut parts = self.lock();
         parts.file = keys;
         self.renew(&parts)
+    }
+
+    /// True if any of them stands in the file.
+    pub fn has_file_keys(&self) -> bool {
+        !self.lock().file.is_empty()
     }
 
     fn renew(&self, parts: &Parts) -> Vec<Arc<str>> {

@@ -104,6 +104,12 @@ fn limits_of(key: &config::ClientKey) -> Vec<String> {
     key.limits.each().filter_map(shown).chain(of_models).chain(key.budgets.iter().map(of_budget)).collect()
 }
 
+/// Says that a key of the file counts for nothing.
+pub(super) fn overlooked(server: &config::Server, name: &str) -> String {
+    let path = server.keys_file.path.display();
+    format!("keys {path}: {name} is overlooked: server.keys has its name, or its key, and it opens what it says there")
+}
+
 impl KeysReader {
     pub(super) fn new(pool: &Arc<ArcSwap<Pool>>, keyring: &Keyring) -> Self {
         Self { pool: Arc::clone(pool), keyring: keyring.clone(), state: Arc::default() }
@@ -126,6 +132,9 @@ impl KeysReader {
         let file = &pool.server.keys_file;
         let shown = file.path.display().to_string();
         let seen = (file.path.clone(), changed_at(&file.path));
+        if self.keyring.has_file_keys() && !file.path.exists() {
+            log::error!("keys {shown}: the file is gone, and its keys open nothing any more; put it back to open them");
+        }
         let keys = match config::load_keys(&pool.server) {
             Ok(keys) => keys,
             Err(problems) => {
@@ -147,7 +156,7 @@ impl KeysReader {
         let pool = self.pool.load();
         let file = &pool.server.keys_file;
         for name in self.keyring.set_file(keys) {
-            log::warn!("keys {}: {name} is overlooked: server.keys has its name, or its key", file.path.display());
+            log::warn!("{}", overlooked(&pool.server, &name));
         }
         if let Some(why) = file.openness() {
             log::warn!("{why}");
@@ -157,13 +166,7 @@ impl KeysReader {
     /// Changes the file, and reads it again.
     pub(super) fn change(&self, change: KeysChange) -> Result<String, String> {
         let pool = self.pool.load_full();
-        if let KeysChange::Add { entry } = &change
-            && let Some(name) = entry.get("name").and_then(serde_json::Value::as_str)
-            && pool.server.keys.iter().any(|key| *key.name == *name)
-        {
-            return Err(format!("server.keys has a key {name} already; name another one"));
-        }
-        let done = pool.server.keys_file.change(change)?;
+        let done = config::change_keys(&pool.server, change)?;
         let told = self.read()?;
         log::info!("{told}: {done}");
         Ok(done)

@@ -159,7 +159,8 @@ impl Prepared {
             connections: Connections::new(started.memory_bytes_max),
             started_at: SystemTime::now(),
         };
-        process.keyring.set_config(&started);
+        // The file's are read below, which says which of them are overlooked.
+        let _none = process.keyring.set_config(&started);
         // One that is missing or broken is an error now, and later none that stops anything.
         KeysReader::new(&process.pool, &process.keyring).begin().map_err(StartError)?;
         let pid_file = PidFile::new(&conf.pid_file, options);

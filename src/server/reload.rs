@@ -19,6 +19,7 @@ use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
 use crate::server::control::Reloads;
+use crate::server::keys;
 use crate::telemetry::alerts;
 use crate::telemetry::logger;
 
@@ -145,10 +146,12 @@ impl Reloader {
             Ok(pool) => self.pool.store(Arc::new(Pool { version, ..pool })),
             Err(error) => return Err(self.refuse(&format!("an endpoint cannot be set up: {error}"))),
         }
-        self.keyring.set_config(&self.pool.load().server);
-        logger::set_format(self.pool.load().server.log_format);
+        let pool = self.pool.load();
+        let overlooked = self.keyring.set_config(&pool.server);
+        logger::set_format(pool.server.log_format);
+        let overlooked = overlooked.iter().map(|name| keys::overlooked(&pool.server, name));
         let mut told = Vec::new();
-        for warning in &warnings {
+        for warning in warnings.iter().map(ToString::to_string).chain(overlooked) {
             log::warn!("{warning}");
             told.push(format!("warning: {warning}"));
         }

@@ -161,6 +161,39 @@ async fn the_file_of_keys_is_read_when_it_changes_and_a_broken_one_changes_nothi
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         assert_eq!(status, 401);
+        keyed.process.logs("the file is gone, and its keys open nothing any more").await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_of_the_config_is_changed_there_and_nowhere_else() {
+    within(async {
+        let simulator = simulator().await;
+        let apis = [endpoint_with("a", &simulator.base_url(), json!({ "models": ["m"] }))];
+        let mut keyed = Keyed::start(json!({}), &apis).await;
+        let ada = keyed.keys(&["add", "ada", "--budget", "5usd/day"]).await;
+        let file = std::fs::read_to_string(keyed.folder().join("keys.json")).unwrap();
+        let config = config_text(json!({ "keys": [{ "name": "ada", "key": ada }] }), &apis);
+        std::fs::write(keyed.folder().join("apis.json"), config).unwrap();
+        keyed.process.logs("ada is overlooked").await;
+        for runs in [true, false] {
+            if !runs {
+                keyed.process.signal("TERM");
+                keyed.process.exit().await;
+            }
+            for change in [
+                &["revoke", "ada"][..],
+                &["rotate", "ada"],
+                &["raise", "ada", "--by", "1usd", "--until", "2099-01-01"],
+                &["add", "ada"],
+            ] {
+                let (code, output, errors) = keyed.try_keys(change).await;
+                assert!(code == 1 && output.is_empty(), "{change:?}: {output}");
+                assert!(errors.contains("server.keys has a key ada; "), "{change:?}: {errors}");
+            }
+        }
+        assert_eq!(std::fs::read_to_string(keyed.folder().join("keys.json")).unwrap(), file);
     })
     .await;
 }
