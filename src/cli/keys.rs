@@ -101,12 +101,12 @@ pub(super) struct AddKey {
     #[arg(long, value_parser = parse_budget)]
     budget: Vec<BudgetGiven>,
     /// Share of its budgets that a warning is logged at, such as 0.8.
-    #[arg(long)]
+    #[arg(long, requires = "budget")]
     warn_at: Option<f64>,
     /// Cut a stream off that takes more than could be foreseen, if a budget has no room for that.
-    #[arg(long)]
+    #[arg(long, requires = "budget")]
     cut_overrun: bool,
-    /// When it stops to open, such as 2027-03-31 or 2027-03-31T18:00:00Z [default: never].
+    /// When it stops opening, such as 2027-03-31 or 2027-03-31T18:00:00Z [default: never].
     #[arg(long)]
     expires: Option<String>,
     /// Addresses that it may be used from, such as 10.0.0.0/8 [default: all].

@@ -141,7 +141,7 @@ fn budget(typed: BudgetFile, path: &str, around: &TimeZone, check: &mut Check<'_
         (Some(_), None) => Some(BudgetUnit::NanoUsd),
         (None, Some(_)) => Some(BudgetUnit::Tokens),
         (None, None) => {
-            check.report.error(path, "says not how much", hint);
+            check.report.error(path, "does not say how much", hint);
             None
         }
         (Some(_), Some(_)) => {

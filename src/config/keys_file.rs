@@ -59,7 +59,7 @@ pub enum KeysChange {
         hash: String,
         /// Its last characters, for lists.
         last_four: String,
-        /// When the ones before stop to open.
+        /// When the ones before stop opening.
         until: String,
     },
     /// More of a budget, for a while.
