@@ -61,6 +61,26 @@ pub struct BudgetShortage {
     pub ends: Option<String>,
 }
 
+impl BudgetShortage {
+    /// What the client is told. `has_room_soon`: once requests under way have ended.
+    fn message(&self, has_room_soon: bool) -> String {
+        let Self { name, budget, spent, reserved, wanted, is_too_large, ends } = self;
+        let way_out = match ends {
+            _ if has_room_soon => {
+                " There is room for that once some of those have ended: try again in a second.".to_owned()
+            }
+            _ if *is_too_large => " Even the whole budget has no room for that.".to_owned(),
+            Some(ends) => format!(" The budget begins anew at {ends}."),
+            None => String::new(),
+        };
+        format!(
+            "This API key ({name}) has a budget of {budget}, of which {spent} are spent and {reserved} reserved for requests under \
+             way. This request may take up to {wanted}; a smaller max_tokens takes less. No endpoint was asked.{way_out} GET /v1/key \
+             shows what is left."
+        )
+    }
+}
+
 /// A fault that the proxy itself reports to a client, as opposed to an error that an endpoint answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -444,27 +464,8 @@ impl Fault {
                      {seconds} s; GET /v1/key shows what is left."
                 )
             }
-            Self::BudgetExhausted(shortage) => {
-                let BudgetShortage { name, budget, spent, reserved, wanted, is_too_large, ends } = &**shortage;
-                let ends = match ends {
-                    _ if *is_too_large => " Even the whole budget has no room for it.".to_owned(),
-                    Some(ends) => format!(" The budget begins anew at {ends}."),
-                    None => String::new(),
-                };
-                format!(
-                    "This API key ({name}) has a budget of {budget}, of which {spent} are spent and {reserved} reserved for \
-                     requests under way. This request may take up to {wanted}; a smaller max_tokens takes less. No endpoint was \
-                     asked.{ends} GET /v1/key shows what is left."
-                )
-            }
-            Self::BudgetReserved(shortage) => {
-                let BudgetShortage { name, budget, spent, reserved, wanted, .. } = &**shortage;
-                format!(
-                    "This API key ({name}) has a budget of {budget}, of which {spent} are spent and {reserved} reserved for \
-                     requests under way. This request may take up to {wanted}, for which there is room once some of those have \
-                     ended; a smaller max_tokens takes less. No endpoint was asked. Try again in a second."
-                )
-            }
+            Self::BudgetExhausted(shortage) => shortage.message(false),
+            Self::BudgetReserved(shortage) => shortage.message(true),
             Self::BudgetOverrun { name } => format!(
                 "A budget of this API key ({name}) has no room for the rest of this answer, so it is cut off here. GET /v1/key shows \
                  what is left."
