@@ -1,6 +1,7 @@
 //! The most tokens that a request can take, as a guess that needs no tokenizer: it is made before the request is sent.
 
 use memchr::{memchr, memmem};
+use serde::de::IgnoredAny;
 
 use crate::json::{members, part};
 
@@ -10,8 +11,10 @@ const BYTES_OF_TOKEN: usize = 3;
 const BASE64: &[u8] = b";base64,";
 /// Tokens of a picture: of a large one, as OpenAI counts it, about as many.
 const PICTURE_TOKENS: u64 = 1000;
-/// Answers of one request.
+/// Answers of one prompt.
 const ANSWERS_MAX: u64 = 128;
+/// Prompts of one request: as many as OpenAI takes.
+const PROMPTS_MAX: usize = 2048;
 
 /// The most tokens that a request can take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,18 +35,33 @@ impl TokenBound {
 /// The most tokens of the prompt and the answer of a JSON body. `reserve`: of an answer whose length the client does not bound, or bounds
 /// higher.
 pub(crate) fn token_bound(body: &[u8], reserve: u64) -> TokenBound {
-    let (mut longest, mut answers) = (None, None);
+    let (mut longest, mut answers, mut prompts) = (None, None, 1);
     // What is not JSON has been refused, or is no prompt.
     let _whole = members::members(body, |key, range| {
-        let number = || std::str::from_utf8(part(body, range)).ok()?.parse::<u64>().ok();
+        let value = part(body, range);
+        let number = || std::str::from_utf8(value).ok()?.parse::<u64>().ok();
         match key {
             b"max_tokens" | b"max_completion_tokens" | b"max_output_tokens" => longest = number().max(longest),
-            b"n" => answers = number(),
+            // Of `best_of` answers all are paid, and the best `n` are shown.
+            b"n" | b"best_of" => answers = number().max(answers),
+            b"prompt" => prompts = elements(value),
             _ => {}
         }
     });
     let answer = longest.unwrap_or(reserve).min(reserve);
-    TokenBound { prompt: prompt_bound(body), answer: answer.saturating_mul(answers.unwrap_or(1).clamp(1, ANSWERS_MAX)) }
+    let answers = answers.unwrap_or(1).clamp(1, ANSWERS_MAX).saturating_mul(prompts);
+    TokenBound { prompt: prompt_bound(body), answer: answer.saturating_mul(answers) }
+}
+
+/// Prompts in a list of texts, or of lists of tokens, each of which is answered; a list of tokens is one prompt.
+fn elements(prompt: &[u8]) -> u64 {
+    let first = prompt.strip_prefix(b"[").map(<[u8]>::trim_ascii_start).and_then(<[u8]>::first);
+    if !matches!(first, Some(b'"' | b'[')) {
+        return 1;
+    }
+    // Elements that take no room, however many there are.
+    let prompts = serde_json::from_slice::<Vec<IgnoredAny>>(prompt).map_or(1, |list| list.len());
+    u64::try_from(prompts.clamp(1, PROMPTS_MAX)).unwrap_or(1)
 }
 
 fn prompt_bound(body: &[u8]) -> u64 {
@@ -70,6 +88,12 @@ mod tests {
             (r#"{"max_tokens":10}"#, 10),
             (r#"{"max_completion_tokens":20,"n":3}"#, 60),
             (r#"{"max_output_tokens": 30}"#, 30),
+            (r#"{"max_tokens":10,"n":2,"best_of":5}"#, 50),
+            (r#"{"max_tokens":10,"best_of":3,"n":2,"prompt":["a","b"]}"#, 60),
+            (r#"{"max_tokens":10,"prompt":[[1,2],[3],[4]]}"#, 30),
+            (r#"{"max_tokens":10,"prompt":[1,2,3]}"#, 10),
+            (r#"{"max_tokens":10,"prompt":"[1,2]"}"#, 10),
+            (r#"{"max_tokens":10,"prompt":[]}"#, 10),
             (r#"{"max_completion_tokens":100,"max_tokens":1}"#, 100),
             (r#"{"max_tokens":999999}"#, 4096),
             (r#"{"max_tokens":null,"n":2}"#, 8192),
