@@ -472,7 +472,7 @@ impl Fault {
             ),
             Self::ModelWithoutPrice { name, model } => format!(
                 "The model `{model}` has no price here, so this API key ({name}), which has a budget in dollars, cannot ask for \
-                 it. server.prices can give it one."
+                 it. server.prices or apis[].prices can give it one; apis[].priceProvider names the vendor whose prices an endpoint has."
             ),
             Self::CallWithoutPrice { name, call } => format!(
                 "What this call of the kind `{call}` costs is not known when it is answered: it is billed later or elsewhere, or \
