@@ -338,11 +338,13 @@ impl Keeping {
     fn replace(&mut self, seen: Option<(u64, u64)>) {
         let path = &self.options.path;
         match sqlite::move_aside(path, seen) {
-            Ok(Some(aside)) => log::error!(
-                "ledger {}: THE FILE IS CORRUPT. It was moved to {} and a new one begun: what was counted today, and all token \
-                 statistics, begin at 0; endpoints with limits by the minute take no requests for a minute",
-                path.display(),
-                aside.display(),
+            Ok(Some(aside)) => tell(
+                path,
+                &format!(
+                    "THE FILE IS CORRUPT. It was moved to {} and a new one begun: what was counted today, all token statistics, \
+                     and what is spent of BUDGETS begin at 0; endpoints with limits by the minute take no requests for a minute",
+                    aside.display()
+                ),
             ),
             Ok(None) => log::warn!("ledger {}: another process has replaced the corrupt file", path.display()),
             Err(error) => {
@@ -368,10 +370,10 @@ impl Keeping {
         }
         self.look_at = now + LOOK_AT_FILE;
         if self.ledger.as_ref().is_some_and(SqliteLedger::was_replaced) {
-            log::error!(
-                "ledger {}: THE FILE WAS DELETED OR REPLACED while it was in use. What it counted is gone; the one that is there \
-                 now is used, and endpoints with limits by the minute take no requests for a minute",
-                self.options.path.display()
+            tell(
+                &self.options.path,
+                "THE FILE WAS DELETED OR REPLACED while it was in use. What it counted, and what was spent of BUDGETS, is gone; the \
+                 one that is there now is used, and endpoints with limits by the minute take no requests for a minute",
             );
             self.ledger = None;
             self.open(true);
@@ -386,4 +388,12 @@ fn checkpoints(path: &Path, due: &Receiver<()>) {
             log::warn!("{error}; its write-ahead log could not be written back and grows meanwhile");
         }
     }
+}
+
+/// Says that counts are lost: in the log, and to those who run the gateway.
+fn tell(path: &Path, what: &str) {
+    let path = path.display().to_string();
+    let message = format!("ledger {path}: {what}");
+    log::error!("{message}");
+    alerts::raise(AlertEvent::Ledger, &path, message);
 }
