@@ -1,5 +1,6 @@
 //! Asking: a request's body, and what it says of the request's way, become an [`Ask`].
 
+use std::cell::OnceCell;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -139,6 +140,7 @@ pub(super) async fn ask(
         body: &body,
         is_json,
         tier: fields.tier,
+        payment: OnceCell::new(),
     };
     let own = caller.and_then(|caller| drawing::own_draw((pool, caller), &asked));
     let (budget, candidates) = match caller.and_then(|caller| Some((caller, caller.budgets.as_ref()?))) {

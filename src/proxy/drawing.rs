@@ -1,5 +1,6 @@
 //! What a request draws of its caller's own: limits and budgets of the key, as far as what it takes can be foreseen.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use crate::config::{CallKind, CallSet};
@@ -26,7 +27,7 @@ pub(super) fn own_draw((pool, caller): (&Pool, &Caller), asked: &Asked<'_>) -> O
 
 /// By what a call is paid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Payment {
+pub(super) enum Payment {
     /// By nothing, or with another call.
     Free,
     /// By the tokens that its answer reports.
@@ -56,6 +57,8 @@ pub(super) struct Asked<'a> {
     pub(super) body: &'a [u8],
     pub(super) is_json: bool,
     pub(super) tier: Option<ServiceTier>,
+    /// By what it is paid, once that was looked for, which may take a walk through the body.
+    pub(super) payment: OnceCell<Payment>,
 }
 
 impl Asked<'_> {
@@ -73,6 +76,10 @@ impl Asked<'_> {
     }
 
     fn payment(&self) -> Payment {
+        *self.payment.get_or_init(|| self.find_payment())
+    }
+
+    fn find_payment(&self) -> Payment {
         let has_part = |part: &str| self.path.split('/').any(|segment| segment == part);
         match self.kind {
             _ if self.opens_socket => Payment::Answer,
