@@ -139,7 +139,7 @@ pub(super) struct ServerFile {
     /// 64 KiB that report their tokens.
     #[schemars(extend("default" = COST_HEADER_DEFAULT))]
     pub cost_header: Option<bool>,
-    /// Where those who run the gateway are told of what wants their hands.
+    /// Where alerts are sent: refused keys, budgets at their end, a failing ledger, refused configs.
     pub webhook: Option<WebhookFile>,
     /// Models that others take the place of, the first one first, when no endpoint can take a request for them. Off where none are named.
     #[schemars(extend("maxProperties" = super::server::FALLBACKS_MAX))]

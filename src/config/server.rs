@@ -48,7 +48,7 @@ pub struct Server {
     pub budget_reserve_tokens: u32,
     /// True if answers say what they cost.
     pub cost_header: bool,
-    /// Where those who run the gateway are told of what wants their hands.
+    /// Where alerts are sent: refused keys, budgets at their end, a failing ledger, refused configs.
     pub webhook: Option<Webhook>,
     /// Models that others take the place of when no endpoint can take a request for them.
     pub fallbacks: BTreeMap<String, Vec<String>>,

@@ -1,4 +1,4 @@
-//! The webhook: where those who run the gateway are told of what wants their hands.
+//! The webhook: where alerts are sent.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ use super::checked::Check;
 use super::file::WebhookFile;
 use crate::config::secret::Secret;
 
-/// What is told.
+/// Kind of an alert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AlertEvent {
