@@ -19,7 +19,9 @@ use crate::response::classify::Meaning;
 use crate::response::decode::Encoding;
 use crate::routing::admission::Choice;
 use crate::routing::health::{Effect, Gate, Scope, Seen};
-use crate::routing::pool::{Endpoint, InFlight, Pool, Trial};
+use crate::routing::health_record::Trial;
+use crate::routing::live::InFlight;
+use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::retry::Outcome;
 use crate::routing::router::ModelName;
 use crate::routing::sessions::{Affinity, Session};
@@ -212,7 +214,7 @@ impl Attempt {
             started: now,
             sent_at: now,
             trial: choice.trial,
-            record: endpoint.live.record(),
+            record: endpoint.live.health.number(),
             charge: None,
             meaning: None,
             breaker: server.breaker.clone(),

@@ -23,7 +23,7 @@ use crate::limit::{Clock, Held, LimitReason, Stamp};
 use crate::routing::balance::{self, Options, Pick};
 use crate::routing::budgets::BudgetAsk;
 use crate::routing::health::Gate;
-use crate::routing::pool::Trial;
+use crate::routing::health_record::Trial;
 
 /// Most times that a request waits again because the endpoint it waited for began to cool down.
 const GRANTS_MAX: usize = 16;

@@ -9,7 +9,8 @@ use crate::ledger::AccountSet;
 use crate::limit::{Clock, Stamp};
 use crate::request::shape::CallShape;
 use crate::routing::health::Gate;
-use crate::routing::pool::{Endpoint, Pool, Trial};
+use crate::routing::health_record::Trial;
+use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::{Candidate, Candidates, ModelName, Tried};
 
 /// A request among its candidates.

@@ -35,7 +35,8 @@ use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
 use api_together::routing::balance::Options;
 use api_together::routing::health;
-use api_together::routing::pool::{Pool, Trial};
+use api_together::routing::health_record::Trial;
+use api_together::routing::pool::Pool;
 use api_together::routing::retry::{self, Outcome};
 use api_together::routing::router::Tried;
 use fastrand::Rng;
@@ -876,7 +877,7 @@ async fn attempt(
     let endpoint = &pool.endpoints[candidate.endpoint];
     let accounts = accounts_of(&endpoint.config, model);
     let trial = choice.trial.as_ref().map(Trial::scope);
-    let record = endpoint.live.record();
+    let record = endpoint.live.health.number();
     for id in &accounts {
         shared.borrow_mut().models.get_mut(id).unwrap().held += 1;
     }
