@@ -93,6 +93,8 @@ pub struct FileState {
     pub needs_upgrade: Vec<String>,
     /// Number of times that a changed file could not be applied.
     pub failures: u64,
+    /// Reason why the file of callers' keys is not applied.
+    pub keys_error: Option<String>,
 }
 
 /// State before a file was applied.
@@ -127,6 +129,14 @@ impl ConfigState {
             file.failures += 1;
             file.error = Some(why.to_owned());
         }
+        is_news
+    }
+
+    /// Notes why the file of callers' keys is not in use, or that it is. False if that is known already.
+    pub(crate) fn set_keys_error(&self, error: Option<String>) -> bool {
+        let mut file = self.lock();
+        let is_news = file.keys_error != error;
+        file.keys_error = error;
         is_news
     }
 

@@ -41,12 +41,13 @@ pub(crate) async fn status(from: Sources<'_>) -> String {
 }
 
 fn config_state(config: &ConfigState, pool: &Pool) -> Value {
-    let FileState { error, needs_upgrade, failures: _ } = config.file();
+    let FileState { error, needs_upgrade, failures: _, keys_error } = config.file();
     json!({
         "loadedAt": iso(pool.loaded_at),
         "version": pool.version,
         "error": error,
         "needsUpgrade": needs_upgrade,
+        "keysError": keys_error,
     })
 }
 

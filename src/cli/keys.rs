@@ -17,7 +17,7 @@ use super::table::Table;
 use crate::config::{self, BudgetPeriod, Environment, Flags, KeyDigest, KeysChange, PerLimit};
 use crate::routing::callers::GENERATED_PREFIX;
 use crate::server::control::{self, Request};
-use crate::server::keys::ListedKey;
+use crate::server::keys::{ListedBudget, ListedKey};
 use crate::server::runtime_folder::Found;
 
 /// Random bytes of a key: 256 bits.
@@ -82,21 +82,21 @@ pub(super) struct AddKey {
     /// Endpoints that its requests may go to [default: all].
     #[arg(long, value_delimiter = ',')]
     endpoints: Vec<String>,
-    /// Requests in any 60 seconds [default: no limit].
-    #[arg(long)]
-    rpm: Option<u64>,
+    /// Requests in any 60 seconds; -1 is no limit [default: no limit].
+    #[arg(long, allow_negative_numbers = true)]
+    rpm: Option<i64>,
     /// Requests a day [default: no limit].
-    #[arg(long)]
-    rpd: Option<u64>,
+    #[arg(long, allow_negative_numbers = true)]
+    rpd: Option<i64>,
     /// Tokens in any 60 seconds [default: no limit].
-    #[arg(long)]
-    tpm: Option<u64>,
+    #[arg(long, allow_negative_numbers = true)]
+    tpm: Option<i64>,
     /// Tokens a day [default: no limit].
-    #[arg(long)]
-    tpd: Option<u64>,
+    #[arg(long, allow_negative_numbers = true)]
+    tpd: Option<i64>,
     /// Requests at once [default: no limit].
-    #[arg(long)]
-    max_concurrent: Option<u64>,
+    #[arg(long, allow_negative_numbers = true)]
+    max_concurrent: Option<i64>,
     /// What it may take, such as 10usd/month or 2000000tokens/day (hour, 5h, day, week, month or total); may be given several times.
     #[arg(long, value_parser = parse_budget)]
     budget: Vec<BudgetGiven>,
@@ -167,7 +167,10 @@ pub(super) struct BudgetGiven {
 }
 
 fn parse_amount(text: &str) -> Result<AmountGiven, String> {
-    let wrong = || format!("{text:?} is no amount such as 5usd or 100000tokens");
+    let wrong = || format!("{text:?} is no amount such as 5usd, $5 or 100000tokens");
+    let text = text.to_ascii_lowercase();
+    let dollars = text.strip_prefix('$').map(|number| format!("{number}usd"));
+    let text = dollars.as_ref().unwrap_or(&text);
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     let number = number.parse().map_err(|_| wrong())?;
@@ -181,7 +184,8 @@ fn parse_amount(text: &str) -> Result<AmountGiven, String> {
 
 fn parse_budget(text: &str) -> Result<BudgetGiven, String> {
     let wrong = || format!("{text:?} is no budget such as 10usd/month or 2000000tokens/day");
-    let (amount, per) = text.split_once('/').ok_or_else(wrong)?;
+    let lower = text.to_ascii_lowercase();
+    let (amount, per) = lower.split_once('/').ok_or_else(wrong)?;
     let amount = parse_amount(amount)?;
     if amount.unit.is_none() || BudgetPeriod::named(per).is_none() {
         return Err(wrong());
@@ -310,12 +314,17 @@ fn list(file: &ConfigFile, output: Output) -> Result<(), String> {
 
 fn table(keys: &[ListedKey]) -> Table {
     const BAD: Style = AnsiColor::Yellow.on_default();
-    let mut table = Table::new(&["NAME", "KEY", "STATE", "EXPIRES", "LIMITS", "MODELS", "CALLS", "ENDPOINTS", "FROM"]);
+    let has_budgets = keys.iter().any(|key| !key.budgets.is_empty());
+    let mut head = vec!["NAME", "KEY", "STATE", "EXPIRES", "LIMITS", "MODELS", "CALLS", "ENDPOINTS", "FROM"];
+    if has_budgets {
+        head.insert(5, "SPENT");
+    }
+    let mut table = Table::new(&head);
     let plain = |text: String| (text, Style::new());
     let all = |list: &Option<Vec<String>>| plain(list.as_ref().map_or_else(|| "all".to_owned(), |list| list.join(",")));
     for key in keys {
         let style = if key.state == "open" { Style::new() } else { BAD };
-        table.row(vec![
+        let mut row = vec![
             plain(key.name.clone()),
             plain(key.last_four.as_ref().map_or_else(|| "-".to_owned(), |four| format!("…{four}"))),
             (key.state.clone(), style),
@@ -325,7 +334,12 @@ fn table(keys: &[ListedKey]) -> Table {
             all(&key.calls),
             all(&key.endpoints),
             plain(key.source.clone()),
-        ]);
+        ];
+        if has_budgets {
+            let spent = |budget: &ListedBudget| format!("{} of {} ({})", budget.spent, budget.limit, budget.per);
+            row.insert(5, plain(key.budgets.iter().map(spent).collect::<Vec<_>>().join(", ")));
+        }
+        table.row(row);
     }
     table
 }
@@ -352,7 +366,9 @@ mod tests {
         assert_eq!(budget("0.5usd/5h").entry(Some(0.8)), json!({ "usd": 0.5, "per": "5h", "warnAt": 0.8 }));
         assert_eq!(budget("2000000tokens/day").entry(None), json!({ "tokens": 2_000_000, "per": "day" }));
         assert_eq!(parse_amount("7").unwrap(), AmountGiven { number: 7.0, unit: None });
-        for wrong in ["", "10", "10usd", "10/day", "10eur/day", "usd/day", "10usd/year", "-1usd/day"] {
+        assert_eq!(budget("$2.50/Week"), BudgetGiven { amount: amount(2.5, "usd"), per: "week".into() });
+        for wrong in ["", "$", "$5usd/day", "10", "10usd", "10/day", "10eur/day", "usd/day", "10usd/year", "-1usd/day"]
+        {
             assert!(parse_budget(wrong).is_err(), "{wrong}");
         }
     }

@@ -103,6 +103,7 @@ struct Config {
     version: u64,
     error: Option<String>,
     needs_upgrade: Vec<String>,
+    keys_error: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -228,6 +229,9 @@ fn status_text(running: &Running, status: &Status, now: &ZonedDateTime) -> Strin
     lines.push(format!("config    version {}, loaded {}", config.version, moment(config.loaded_at, now)));
     if let Some(error) = &config.error {
         lines.push(format!("          {BAD}the file is not applied{BAD:#}: {error}"));
+    }
+    if let Some(error) = &config.keys_error {
+        lines.push(format!("          {BAD}the file of keys is not applied{BAD:#}: {error}"));
     }
     for change in &config.needs_upgrade {
         lines.push(format!("          {BUSY}not in use yet{BUSY:#}: {change}"));

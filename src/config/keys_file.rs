@@ -6,6 +6,9 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
+use jiff::civil::Date;
+use jiff::tz::{Offset, TimeZone};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -183,17 +186,22 @@ fn apply(change: KeysChange, file: &mut Value) -> Result<String, String> {
     match change {
         KeysChange::Add { entry } => {
             let name = entry.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
-            if keys.iter().any(|key| key["name"] == name) {
-                return Err(format!("there is a key {name} already; name another one, or rotate it"));
+            if let Some(known) = keys.iter().find(|key| key["name"] == name) {
+                let what = if known["revoked"] == true { "was revoked" } else { "is there already" };
+                // Another holder of the name would find its counts, its spend and its objects.
+                return Err(format!(
+                    "{name} {what}; name another one, or `keys rotate {name}` gives its holder a new key"
+                ));
             }
             keys.push(entry.into());
             Ok(format!("{name} added"))
         }
         KeysChange::Rotate { name, hash, last_four, until } => {
             let key = named(keys, &name)?;
-            if key.get("revoked") == Some(&json!(true)) {
-                return Err(format!("{name} was revoked; add another key"));
-            }
+            // What was revoked stays so.
+            let is_revoked = key.shift_remove("revoked") == Some(json!(true));
+            key.shift_remove("cut");
+            let until = if is_revoked { Timestamp::UNIX_EPOCH.to_string() } else { until };
             let mut hashes =
                 key.shift_remove("hashes").and_then(|hashes| hashes.as_array().cloned()).unwrap_or_default();
             hashes.extend(key.shift_remove("keyHash").map(|hash| json!({ "hash": hash })));
@@ -207,15 +215,33 @@ fn apply(change: KeysChange, file: &mut Value) -> Result<String, String> {
             hashes.drain(..hashes.len().saturating_sub(HASHES_MAX));
             key.insert("hashes".into(), hashes.into());
             key.insert("lastFour".into(), last_four.into());
-            Ok(format!("{name} has another key; the one before opens until {until}"))
+            Ok(if is_revoked {
+                format!("{name} opens again, with another key; the one before stays revoked")
+            } else {
+                format!("{name} has another key; the one before opens until {until}")
+            })
         }
         KeysChange::Raise { name, by, unit, per, until } => {
             let budget = one_budget(named(keys, &name)?, &name, unit.as_deref(), per.as_deref())?;
+            let per = budget.get("per").and_then(Value::as_str).unwrap_or_default().to_owned();
+            let unit = if budget.contains_key("tokens") { "tokens" } else { "usd" };
+            if unit == "tokens" && by.fract() != 0.0 {
+                return Err(format!("{by} tokens are no number of tokens; leave the fraction out"));
+            }
+            if is_past(&until) {
+                return Err(format!("{until} is past, so that it would raise nothing; name a day or a moment to come"));
+            }
             let raises = budget.entry("raises").or_insert_with(|| json!([]));
             let raises = raises.as_array_mut().ok_or("has raises that are no list")?;
             raises.push(json!({ "by": by, "until": until }));
             raises.drain(..raises.len().saturating_sub(RAISES_MAX));
-            Ok(format!("{name} has {by} more of its budget until {until}"))
+            let of = match per.as_str() {
+                "total" => "in all".to_owned(),
+                "5h" => "in five hours".to_owned(),
+                "hour" => "an hour".to_owned(),
+                per => format!("a {per}"),
+            };
+            Ok(format!("{name} may take {by} {unit} more {of}, until {until}"))
         }
         KeysChange::Revoke { name, now } => {
             let key = named(keys, &name)?;
@@ -226,6 +252,13 @@ fn apply(change: KeysChange, file: &mut Value) -> Result<String, String> {
             Ok(format!("{name} revoked"))
         }
     }
+}
+
+/// True if a day or a moment is over everywhere. What is neither is refused where it is read.
+fn is_past(text: &str) -> bool {
+    let now = Timestamp::now();
+    let day = || text.parse::<Date>().is_ok_and(|day| day < TimeZone::fixed(Offset::MIN).to_datetime(now).date());
+    text.parse::<Timestamp>().map_or_else(|_| day(), |moment| moment <= now)
 }
 
 fn named<'a>(keys: &'a mut [Value], name: &str) -> Result<&'a mut Map<String, Value>, String> {
@@ -281,6 +314,15 @@ mod tests {
             assert!(problem.contains(why), "{problem}");
         }
         assert!(raise(None, Some("month"), -1.0).is_err());
+        assert!(raise(Some("tokens"), None, 1.5).unwrap_err().contains("leave the fraction out"));
+        let past = KeysChange::Raise {
+            name: "ada".into(),
+            by: 1.0,
+            unit: None,
+            per: Some("month".into()),
+            until: "2024-02-29".into(),
+        };
+        assert!(file.change(past).unwrap_err().contains("2024-02-29 is past"));
         let keys = file.load(&Around::alone()).unwrap();
         let raised: Vec<Vec<u64>> =
             keys[0].budgets.iter().map(|budget| budget.raises.iter().map(|raise| raise.by).collect()).collect();
@@ -306,7 +348,7 @@ mod tests {
         assert!(load().is_empty());
         file.change(entry("ada", "one")).unwrap();
         file.change(entry("bob", "two")).unwrap();
-        assert!(file.change(entry("ada", "three")).unwrap_err().contains("ada already"));
+        assert!(file.change(entry("ada", "three")).unwrap_err().contains("ada is there already"));
         assert!(file.change(entry("eve", "two")).unwrap_err().contains("has the key of"), "one key opens one thing");
         assert!(file.change(entry("a b", "four")).is_err());
         assert_eq!(std::fs::metadata(&file.path).unwrap().permissions().mode() & 0o777, 0o600);
@@ -325,9 +367,12 @@ mod tests {
 
         file.change(KeysChange::Revoke { name: "bob".into(), now: true }).unwrap();
         assert!(load()[1].revoked && load()[1].cut && !load()[0].revoked);
-        for change in [rotated("bob", "x", "2027-01-01"), KeysChange::Revoke { name: "eve".into(), now: false }] {
-            assert!(file.change(change).is_err());
-        }
+        assert!(file.change(KeysChange::Revoke { name: "eve".into(), now: false }).is_err());
+        assert!(file.change(entry("bob", "x")).unwrap_err().contains("keys rotate bob"));
+        file.change(rotated("bob", "x", "2027-01-01T00:00:00Z")).unwrap();
+        let [_, bob] = &load()[..] else { panic!() };
+        let ends: Vec<_> = bob.hashes.iter().map(|hash| hash.until.map(Timestamp::as_second)).collect();
+        assert_eq!((bob.revoked, bob.cut, &ends[..]), (false, false, &[Some(0), None][..]), "the revoked one stays so");
     }
 
     #[test]

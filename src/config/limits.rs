@@ -35,15 +35,16 @@ impl LimitKind {
         }
     }
 
-    /// Unit of the limit's number, as in "60 requests a minute".
-    pub fn unit(self) -> &'static str {
-        match self {
-            Self::Rpm => "requests a minute",
-            Self::Rpd => "requests a day",
-            Self::Tpm => "tokens a minute",
-            Self::Tpd => "tokens a day",
-            Self::MaxConcurrent => "requests at once",
-        }
+    /// A limit in words: "60 requests a minute", "1 request at once".
+    pub fn words(self, limit: u64) -> String {
+        let (one, of) = match self {
+            Self::Rpm => ("request", "a minute"),
+            Self::Rpd => ("request", "a day"),
+            Self::Tpm => ("token", "a minute"),
+            Self::Tpd => ("token", "a day"),
+            Self::MaxConcurrent => ("request", "at once"),
+        };
+        format!("{limit} {one}{} {of}", if limit == 1 { "" } else { "s" })
     }
 }
 

@@ -17,7 +17,7 @@ use super::reading::{BodyHeader, Reading};
 use super::session::{Framing, Plan};
 use super::timers::{Due, Timers};
 use crate::exchange::judge::{Form, HOLD_TIME_MAX, Head, Judge, Rules, Terms, UsageTerms, Verdict};
-use crate::exchange::{Committed, Exchange, Kept};
+use crate::exchange::{Committed, CutBy, Exchange, Kept};
 use crate::request::call::Call;
 use crate::request::content_type::is_event_stream;
 use crate::response::decode::{Decoder, Encoding};
@@ -117,6 +117,13 @@ impl HeldResponse {
             self.secrets = attempt.endpoint.secrets.clone();
             self.endpoint = Some(Arc::clone(&attempt.endpoint));
         }
+    }
+
+    /// Notes that the answer is cut off, since its caller's key was revoked.
+    pub(super) fn note_key_ended(&self) {
+        let mut state = self.exchange.state();
+        state.cut = Some(CutBy::Key);
+        state.ended = Some(Outcome::ClientGone);
     }
 
     fn idle(&self) -> Duration {

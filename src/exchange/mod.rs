@@ -32,6 +32,15 @@ pub use kept::Kept;
 pub use objects::{AskedObjects, AttemptObjects, Sealed, is_object_missing};
 pub use own_headers::OwnHeaders;
 
+/// Why the gateway cuts an answer off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CutBy {
+    /// A budget of its caller has no room for more.
+    Budget,
+    /// Its caller's key was revoked, and what runs with it is to end.
+    Key,
+}
+
 /// State that the hooks share with the session that holds the response back.
 #[derive(Debug, Default)]
 pub struct Exchange(Mutex<ExchangeState>);
@@ -47,8 +56,8 @@ pub struct ExchangeState {
     pub committed: Option<Committed>,
     /// True once the client has a header of ours and comments, of an answer that has not come yet.
     pub opened: bool,
-    /// True once the answer is cut off, as a budget of its caller has no room for more.
-    pub is_over_budget: bool,
+    /// Why the gateway cuts the answer off, once it does.
+    pub cut: Option<CutBy>,
     /// The last error answer that was kept from the client.
     pub kept: Option<Kept>,
     /// Failures that may be the request's; at most one for each attempt.

@@ -12,7 +12,7 @@ use pingora::{Error, ErrorType};
 use super::reading::Reading;
 use super::session::Framing;
 use crate::config::ErrorRule;
-use crate::exchange::{Exchange, ExchangeState};
+use crate::exchange::{CutBy, Exchange, ExchangeState};
 use crate::response::classify;
 use crate::routing::retry::{Outcome, Place};
 
@@ -159,7 +159,7 @@ impl Outlet {
             }
         }
         if let Some(event) = reading.take_error()
-            && let Some(outcome) = error_of(&event, &attempt.endpoint.config.errors)
+            && let Some(outcome) = error_of(&event, &attempt.asked.endpoint.config.errors)
         {
             // The client sees it; the endpoint answers for it.
             attempt.means(outcome);
@@ -172,7 +172,7 @@ impl Outlet {
             *complete = true;
         }
         if is_over_budget {
-            state.is_over_budget = true;
+            state.cut = Some(CutBy::Budget);
             state.ended = Some(Outcome::Ours);
             return Some(Error::explain(ErrorType::ConnectionClosed, "a budget has no room for more").into_up());
         }

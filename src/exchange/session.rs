@@ -330,13 +330,17 @@ impl CustomSession for Replay {
         }
         if let Some(ending) = self.hold.plan.ending.clone() {
             // Boxed, since it would make every other caller's future larger.
-            return Box::pin(async move {
+            let read = Box::pin(async {
                 tokio::select! {
-                    read = self.wait() => read,
-                    () = ending.cut() => Err(Error::explain(ErrorType::ConnectionClosed, "the key was revoked").into_down()),
+                    read = self.wait() => Some(read),
+                    () = ending.cut() => None,
                 }
-            })
-            .await;
+            });
+            let Some(read) = read.await else {
+                self.hold.note_key_ended();
+                return Err(Error::explain(ErrorType::ConnectionClosed, "the key was revoked").into_down());
+            };
+            return read;
         }
         self.wait().await
     }

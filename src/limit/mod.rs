@@ -46,7 +46,7 @@ pub enum LimitReason {
 impl std::fmt::Display for LimitReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Full(kind, limit) => write!(f, "{limit} {}", kind.unit()),
+            Self::Full(kind, limit) => f.write_str(&kind.words(*limit)),
             Self::MinuteUnknown => f.write_str("the last minute's requests are not known"),
             Self::Rest => f.write_str("it asked for a pause"),
             Self::CoolingDown => f.write_str("it failed and is cooling down"),

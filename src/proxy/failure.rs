@@ -7,12 +7,12 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, RetryType};
 use pingora_proxy::{FailToProxy, Session};
 
-use super::context::Context;
+use super::context::{Arrival, Context};
 use super::{is_final, outgoing};
 use crate::admin::Answer;
 use crate::billing;
 use crate::config::CallKind;
-use crate::exchange::{Ask, Attempt, Kept, is_object_missing};
+use crate::exchange::{Ask, Attempt, CutBy, Kept, is_object_missing};
 use crate::fault::Fault;
 use crate::limit::Clock;
 use crate::request::connections::OnConnection;
@@ -76,8 +76,23 @@ pub(super) fn error_while_proxy(session: &Session, context: &mut Context, error:
         return false;
     }
     log::debug!("request {}: {error}", context.arrival.id_text());
+    let cut = context.exchange.state().cut;
+    if let Some(cut) = cut {
+        after(context, &Outcome::ClientGone);
+        context.fault = Some(cut_fault(cut, &context.arrival));
+        return false;
+    }
     let follow = decide(context, error, reused);
     take_up(context, follow)
+}
+
+/// Says why the gateway cut an answer off.
+fn cut_fault(cut: CutBy, arrival: &Arrival) -> Fault {
+    let name = arrival.named.as_ref().map(|named| named.caller.name().to_string()).unwrap_or_default();
+    match cut {
+        CutBy::Budget => Fault::BudgetOverrun { name },
+        CutBy::Key => Fault::KeyEnded { name, why: "was revoked" },
+    }
 }
 
 /// The client has been sent a part of the answer, so nothing can follow. It breaks, unless it is whole.
@@ -93,9 +108,8 @@ fn conclude_committed(context: &mut Context, error: &Error) {
             let outcome = ended.unwrap_or(Outcome::Broken);
             attempt.conclude(&outcome);
             state.settle_charges(false);
-            if state.is_over_budget {
-                let name = context.arrival.named.as_ref().map(|named| named.caller.name().to_string());
-                context.fault = Some(Fault::BudgetOverrun { name: name.unwrap_or_default() });
+            if let Some(cut) = state.cut {
+                context.fault = Some(cut_fault(cut, &context.arrival));
                 return;
             }
             context.fault = Some(Fault::StreamBroken);

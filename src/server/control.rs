@@ -207,7 +207,7 @@ impl Commands {
             Request::Reload => self.reload().await,
             Request::Status => Ok(self.status().await),
             Request::Test { endpoint } => self.test(endpoint.as_deref()).await,
-            Request::Keys => serde_json::to_string(&self.keys.list()).map_err(|error| error.to_string()),
+            Request::Keys => serde_json::to_string(&self.keys.list().await).map_err(|error| error.to_string()),
             Request::ChangeKeys(change) => {
                 let keys = self.keys.clone();
                 let changed = tokio::task::spawn_blocking(move || keys.change(change)).await;

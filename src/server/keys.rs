@@ -12,9 +12,12 @@ use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{self, KeysChange, Watch};
-use crate::routing::callers::{Caller, Keyring};
+use crate::config::{self, AlertEvent, KeysChange, Watch};
+use crate::ledger::budgets::BudgetView;
+use crate::process::{ConfigState, Process};
+use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
+use crate::telemetry::alerts;
 use crate::usage::prices::NanoUsd;
 
 /// Reads the file of keys. Cheap to clone.
@@ -22,14 +25,9 @@ use crate::usage::prices::NanoUsd;
 pub(super) struct KeysReader {
     pool: Arc<ArcSwap<Pool>>,
     keyring: Keyring,
-    /// Why it was not read the last time, and the state of the file that was.
-    state: Arc<Mutex<State>>,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    error: Option<String>,
-    seen: Option<Seen>,
+    config: ConfigState,
+    /// The file that was read the last time.
+    seen: Arc<Mutex<Option<Seen>>>,
 }
 
 /// A file, and what is another whenever it is changed: its number, and when it was written.
@@ -47,8 +45,11 @@ pub struct ListedKey {
     pub state: String,
     /// Where it stands: `config` or `file`.
     pub source: String,
-    /// Its limits, such as `60 requests a minute`.
+    /// Its limits, such as `60 requests a minute`, and its budgets.
     pub limits: Vec<String>,
+    /// What is spent of each budget, where the process that counts it runs.
+    #[serde(default)]
+    pub budgets: Vec<ListedBudget>,
     /// When it stops to open.
     pub expires: Option<String>,
     /// Models that it may ask for; all if none are named.
@@ -59,6 +60,35 @@ pub struct ListedKey {
     pub endpoints: Option<Vec<String>>,
     /// Labels.
     pub tags: Vec<String>,
+}
+
+/// A budget as lists show it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListedBudget {
+    /// Its period, as the config has it.
+    pub per: String,
+    /// What there is of it, raises included.
+    pub limit: String,
+    /// What is spent of it in its period.
+    pub spent: String,
+    /// What is reserved of it for requests under way.
+    pub reserved: String,
+    /// When its period ends; none for all time.
+    pub ends: Option<String>,
+}
+
+impl ListedBudget {
+    fn new(view: &BudgetView) -> Self {
+        let BudgetView { kind, limit, totals, ends } = view;
+        Self {
+            per: kind.period.word().to_owned(),
+            limit: kind.amount(*limit),
+            spent: kind.amount(totals.spent),
+            reserved: kind.amount(totals.reserved),
+            ends: ends.and_then(|ends| Timestamp::try_from(ends).ok()).map(|ends| ends.to_string()),
+        }
+    }
 }
 
 impl ListedKey {
@@ -77,6 +107,7 @@ impl ListedKey {
             state: state.to_owned(),
             source: if is_of_config { "config" } else { "file" }.to_owned(),
             limits: limits_of(key),
+            budgets: Vec::new(),
             expires: key.expires.map(|expires| expires.to_string()),
             models: key.models.clone(),
             calls: (key.calls != config::CallSet::ALL).then(calls),
@@ -88,7 +119,7 @@ impl ListedKey {
 
 fn limits_of(key: &config::ClientKey) -> Vec<String> {
     let shown = |(kind, limit): (config::LimitKind, config::Limit)| match limit {
-        config::Limit::AtMost(limit) => Some(format!("{limit} {}", kind.unit())),
+        config::Limit::AtMost(limit) => Some(kind.words(limit)),
         config::Limit::Unlimited | config::Limit::Off => None,
     };
     let of_models = key.model_limits.iter().flat_map(|(models, limits)| {
@@ -111,8 +142,9 @@ pub(super) fn overlooked(server: &config::Server, name: &str) -> String {
 }
 
 impl KeysReader {
-    pub(super) fn new(pool: &Arc<ArcSwap<Pool>>, keyring: &Keyring) -> Self {
-        Self { pool: Arc::clone(pool), keyring: keyring.clone(), state: Arc::default() }
+    pub(super) fn new(process: &Process) -> Self {
+        let Process { pool, keyring, config, .. } = process;
+        Self { pool: Arc::clone(pool), keyring: keyring.clone(), config: config.clone(), seen: Arc::default() }
     }
 
     /// Reads the file for the first time. Returns why it cannot be used.
@@ -127,7 +159,7 @@ impl KeysReader {
     /// Reads the file. A broken one changes nothing, and is logged once.
     fn read(&self) -> Result<String, String> {
         // Held all the while, so that nobody who read the file earlier puts its keys in place of newer ones.
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = self.pool.load_full();
         let file = &pool.server.keys_file;
         let shown = file.path.display().to_string();
@@ -139,16 +171,18 @@ impl KeysReader {
             Ok(keys) => keys,
             Err(problems) => {
                 let why = format!("keys {shown}: not applied, the keys before stay: {problems}");
-                state.seen = Some(seen);
-                if state.error.replace(why.clone()).as_ref() != Some(&why) {
+                *last = Some(seen);
+                if self.config.set_keys_error(Some(why.clone())) {
                     log::error!("{why}");
+                    alerts::raise(AlertEvent::ConfigRefused, &shown, why.clone());
                 }
                 return Err(why);
             }
         };
         let count = keys.len();
         self.take_in(keys);
-        (state.error, state.seen) = (None, Some(seen));
+        self.config.set_keys_error(None);
+        *last = Some(seen);
         Ok(format!("keys {shown}: loaded, {count} in all"))
     }
 
@@ -173,16 +207,26 @@ impl KeysReader {
     }
 
     /// All keys, those of the config among them.
-    pub(super) fn list(&self) -> Vec<ListedKey> {
+    pub(super) async fn list(&self) -> Vec<ListedKey> {
         let now = Timestamp::now();
-        let listed = |caller: &Arc<Caller>| ListedKey::new(&caller.key, caller.is_of_config, now);
-        self.keyring.load().all().map(listed).collect()
+        let (ledger, callers) = (self.pool.load().ledger.clone(), Arc::clone(&self.keyring.load()));
+        let mut all = Vec::new();
+        for caller in callers.all() {
+            let mut listed = ListedKey::new(&caller.key, caller.is_of_config, now);
+            if let Some(set) = &caller.budgets
+                && let Some(views) = ledger.look_at_budgets(set).await
+            {
+                listed.budgets = views.iter().map(ListedBudget::new).collect();
+            }
+            all.push(listed);
+        }
+        all
     }
 
     fn is_changed(&self) -> bool {
         let path = self.pool.load().server.keys_file.path.clone();
         let found = (path.clone(), changed_at(&path));
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).seen.as_ref() != Some(&found)
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).as_ref() != Some(&found)
     }
 }
 

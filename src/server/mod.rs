@@ -162,7 +162,7 @@ impl Prepared {
         // The file's are read below, which says which of them are overlooked.
         let _none = process.keyring.set_config(&started);
         // One that is missing or broken is an error now, and later none that stops anything.
-        KeysReader::new(&process.pool, &process.keyring).begin().map_err(StartError)?;
+        KeysReader::new(&process).begin().map_err(StartError)?;
         let pid_file = PidFile::new(&conf.pid_file, options);
         let opt = Opt { upgrade: options.upgrade, daemon: options.daemon, test: options.test, ..Opt::default() };
         let prepared = Self {
@@ -249,7 +249,7 @@ impl Prepared {
                 asked: reloads,
             };
             server.add_service(background_service("reload", reloader));
-            let keys = KeysReader::new(&process.pool, &process.keyring);
+            let keys = KeysReader::new(&process);
             server.add_service(background_service("keys", keys.clone()));
             if options.arguments.is_some() {
                 let commands = Commands::new(reload, keys.clone(), process.clone());

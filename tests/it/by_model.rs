@@ -405,7 +405,7 @@ async fn the_429_that_names_who_is_full_names_everybody() {
         let refused = proxy.chat("m").await;
         let message = refused.assert_error(429, "requests", "rate_limit_exceeded");
         for said in [
-            "full: 1 requests a minute, for 6",
+            "full: 1 request a minute, for 6",
             "resting: it asked for a pause, for 40 s",
             "cooling: it failed and is cooling down, for 600 s",
         ] {

@@ -204,7 +204,7 @@ async fn the_status_of_the_running_process_is_a_table() {
             |name: &str| row(name).split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect::<Vec<_>>();
         assert_eq!(cells("ENDPOINT"), ["ENDPOINT", "STATE", "OPEN", "ERRORS", "RPM", "RPD"]);
         assert_eq!(cells("steady"), ["steady", "ok", "0", "0", "1/60", "1/7"]);
-        assert!(row("full").contains("full (1 requests a minute) until ") && row("full").ends_with("1/1"), "{out}");
+        assert!(row("full").contains("full (1 request a minute) until ") && row("full").ends_with("1/1"), "{out}");
         assert!(row("broken").contains("cooling down until "), "{out}");
         assert_eq!(cells("unused")[1], "off");
         let error = out.split_once("LAST ERROR").unwrap().1;

@@ -73,7 +73,7 @@ async fn a_key_is_made_rotated_and_revoked_while_the_process_serves() {
         assert!(ada.starts_with("sk-at-") && ada.len() == 49, "{ada}");
         assert_eq!(keyed.chat(&ada).await, 200, "at once");
         let again = keyed.try_keys(&["add", "ada"]).await;
-        assert!(again.0 == 1 && again.1.is_empty() && again.2.contains("ada already"), "{again:?}");
+        assert!(again.0 == 1 && again.1.is_empty() && again.2.contains("ada is there already"), "{again:?}");
         let wrong = keyed.try_keys(&["add", "bob", "--expires", "soon"]).await;
         assert!(wrong.0 == 1 && wrong.2.contains("no moment"), "{wrong:?}");
 
@@ -113,10 +113,13 @@ async fn a_key_is_given_a_budget_and_more_of_it() {
         assert_eq!(keyed.chat(&ada).await, 429, "20 tokens of an answer may cost 2 cents");
         let until = "2999-01-01T00:00:00Z";
         let raised = keyed.keys(&["raise", "ada", "--by", "0.05usd", "--until", until]).await;
-        assert_eq!(raised, format!("ada has 0.05 more of its budget until {until}"));
+        assert_eq!(raised, format!("ada may take 0.05 usd more a day, until {until}"));
         assert_eq!(keyed.chat(&ada).await, 200, "at once");
         let listed = keyed.keys(&["list"]).await;
         assert!(listed.contains("$0.01 (day), 100000 tokens (total)"), "{listed}");
+        // A request was counted a moment ago, and what it took.
+        assert!(listed.contains("SPENT") && listed.contains(" of $0.06 (day)"), "{listed}");
+        assert!(listed.contains(" of 100000 tokens (total)"), "{listed}");
         for (wrong, why) in [
             (&["raise", "ada", "--by", "1", "--until", until][..], "several such budgets"),
             (&["raise", "ada", "--by", "1", "--per", "week", "--until", until], "no such budget"),
@@ -259,8 +262,15 @@ async fn a_revoked_key_ends_who_waits_and_with_now_what_runs() {
         assert_eq!(socket.exactly(2).await.unwrap(), "hi");
         assert!(!other.is_finished());
         keyed.keys(&["revoke", "ada", "--now"]).await;
-        let cut = async { while let Ok(Some(_)) = running.chunk().await {} };
-        tokio::time::timeout(Duration::from_secs(5), cut).await.expect("it is cut off");
+        let cut = async {
+            let mut last = String::new();
+            while let Ok(Some(piece)) = running.chunk().await {
+                last = String::from_utf8_lossy(&piece).into_owned();
+            }
+            last
+        };
+        let last = tokio::time::timeout(Duration::from_secs(5), cut).await.expect("it is cut off");
+        assert!(last.contains("invalid_api_key") && last.contains("(ada) was revoked"), "{last}");
         assert_eq!(socket.rest().await, "", "and so is a WebSocket");
         // Its place goes to the other caller, which is not touched.
         let mut other = other.await.unwrap().unwrap();

@@ -396,7 +396,7 @@ async fn with_a_queue_requests_wait_for_their_turn() {
         // The queue is full.
         let refused = proxy.chat("4").await;
         let message = refused.assert_error(429, "requests", "rate_limit_exceeded");
-        assert!(message.contains("a: 1 requests at once"), "{message}");
+        assert!(message.contains("a: 1 request at once"), "{message}");
         // The second one's client goes away.
         waiting.remove(1).abort();
         first.await.unwrap().assert_from("a", 1);
@@ -461,7 +461,7 @@ async fn ids_are_kept_from_clients_where_the_config_says_so() {
         }
         let refused = proxy.chat("m").await;
         assert_full(&refused);
-        assert!(refused.text().contains("(1 requests a minute, for 61 s)"), "{}", refused.text());
+        assert!(refused.text().contains("(1 request a minute, for 61 s)"), "{}", refused.text());
         assert!(!refused.text().contains("x1"), "{}", refused.text());
     })
     .await;

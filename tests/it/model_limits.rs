@@ -35,7 +35,7 @@ async fn a_full_model_goes_to_the_next_endpoint_and_leaves_the_others_alone() {
         }
         let refused = proxy.chat("gpt-4o").await;
         let message = refused.assert_error(429, "requests", "rate_limit_exceeded");
-        for part in ["a: 2 requests a minute for gpt-4o*, for ", "b: 1 requests a minute for *, for "] {
+        for part in ["a: 2 requests a minute for gpt-4o*, for ", "b: 1 request a minute for *, for "] {
             assert!(message.contains(part), "{message}");
         }
         let status = proxy.status_of("a").await;
@@ -118,7 +118,7 @@ async fn tokens_and_requests_at_once_are_limited_by_model_too() {
         }
         let stream = proxy.open_stream("slow").await;
         let message = proxy.chat("slow").await.assert_error(429, "requests", "rate_limit_exceeded");
-        assert!(message.contains("1 requests at once for slow"), "{message}");
+        assert!(message.contains("1 request at once for slow"), "{message}");
         proxy.chat("cheap").await.assert_from("a", 1);
         assert_eq!(used(&proxy, "slow", "maxConcurrent").await, 1);
         drop(stream);
@@ -131,7 +131,7 @@ async fn tokens_and_requests_at_once_are_limited_by_model_too() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let message = proxy.chat("dear").await.assert_error(429, "requests", "rate_limit_exceeded");
-        assert!(message.contains("1 tokens a day for dear"), "{message}");
+        assert!(message.contains("1 token a day for dear"), "{message}");
     })
     .await;
 }
@@ -185,7 +185,7 @@ async fn names_of_models_stay_hidden_with_the_endpoints() {
         let proxy = Proxy::start(json!({ "endpointHeaders": false }), &[api]).await;
         assert_eq!(proxy.chat("m").await.status, 200);
         let message = proxy.chat("m").await.assert_error(429, "requests", "rate_limit_exceeded");
-        assert!(message.contains("1 requests a minute") && !message.contains("secret"), "{message}");
+        assert!(message.contains("1 request a minute") && !message.contains("secret"), "{message}");
     })
     .await;
 }

@@ -97,7 +97,7 @@ async fn a_refused_request_names_who_could_not_be_asked_and_why() {
         );
         let held = third["held"].to_string();
         assert!(
-            held.contains("full: 1 requests a minute, for ") && held.contains("asks: it asked for a pause, for "),
+            held.contains("full: 1 request a minute, for ") && held.contains("asks: it asked for a pause, for "),
             "{held}"
         );
         ask(&running, "guessed", chat("g")).await;
