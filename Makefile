@@ -261,7 +261,7 @@ bench-instructions-write: build-tools ## Store new instruction counts of each st
 	cargo bench --locked --bench instructions -- --write
 
 .PHONY: bench-limits
-bench-limits: build-tools ## Measure what limits cost: requests a second and latencies with them against without
+bench-limits: build-tools ## Measure what limits, keys, budgets and key pools cost: requests a second and latencies against none of them
 	command -v oha >/dev/null || { echo "==> oha is missing: installing it with cargo"; cargo install --locked oha; }
 	$(call install,jq,jq)
 	$(call install,curl,curl)

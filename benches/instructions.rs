@@ -32,7 +32,7 @@ use api_together::request::id;
 use api_together::request::rewrite;
 use api_together::response::redact::Secrets;
 use api_together::response::relay::Relay;
-use api_together::routing::balance::{self, Options};
+use api_together::routing::balance::{self, KeyWish, Options};
 use api_together::routing::callers::Keyring;
 use api_together::routing::pool::Pool;
 use api_together::usage::Meter;
@@ -74,6 +74,8 @@ const STAGES: &[Stage] = &[
     ("pick, 1,000 endpoints", || pick(1000, "model-0")),
     ("pick, 3 endpoints of one model", || pick(3, "shared")),
     ("pick, 1,000 endpoints of one model", || pick(1000, "shared")),
+    ("pick one of 3 keys", || pick_key(3)),
+    ("pick one of 10,000 keys", || pick_key(10_000)),
     ("permit without limits", permit),
     ("headers to forward", forward_headers),
     ("judge a 1 KB answer", judge),
@@ -84,12 +86,13 @@ const STAGES: &[Stage] = &[
 ];
 
 /// Pairs of stages of which the second, with many endpoints, must not cost more than the first.
-const FLAT: [(&str, &str); 5] = [
+const FLAT: [(&str, &str); 6] = [
     ("check a caller's key, 1 caller", "check a caller's key, 10,000 callers"),
     ("route an exact name, 1 endpoint", "route an exact name, 1,000 endpoints"),
     ("route a pattern, 1 endpoint", "route a pattern, 1,000 endpoints"),
     ("pick, 1 endpoint", "pick, 1,000 endpoints"),
     ("pick, 3 endpoints of one model", "pick, 1,000 endpoints of one model"),
+    ("pick one of 3 keys", "pick one of 10,000 keys"),
 ];
 
 fn chat(bytes: usize) -> Bytes {
@@ -175,8 +178,25 @@ fn route(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
     })
 }
 
+/// An endpoint with this many keys, each with a limit of its own.
+fn pick_key(keys: usize) -> Box<dyn FnMut()> {
+    let keys: Vec<_> = (0..keys)
+        .map(|index| serde_json::json!({ "key": format!("sk-{index}-4be2a90c7d115f38"), "rpm": 60 }))
+        .collect();
+    let apis =
+        serde_json::json!([{ "id": "a", "baseUrl": "http://127.0.0.1:9", "models": ["shared"], "apiKeys": keys }]);
+    let text = serde_json::json!({ "server": { "apiKey": "sk-client-key" }, "apis": apis }).to_string();
+    let config =
+        check_str(&text, Format::Json, &Environment::default(), Path::new("")).expect("the config is good").config;
+    pick_of(Pool::new(config, Client::new(Clock::read), None).expect("the pool is good"), "shared")
+}
+
 fn pick(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
-    let pool = pool(endpoints);
+    pick_of(pool(endpoints), model)
+}
+
+/// Picks an endpoint and a key, and finds the accounts that the request counts in.
+fn pick_of(pool: Pool, model: &'static str) -> Box<dyn FnMut()> {
     let (clock, candidates) = (pool.clock(), Arc::clone(pool.router.find(model).expect("it is served")));
     Box::new(move || {
         let options = Options {
@@ -186,8 +206,10 @@ fn pick(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
             shape: None,
             tried: &[],
             preferred: None,
+            keys: KeyWish::default(),
         };
-        black_box(balance::pick(&options, &clock));
+        let pick = black_box(balance::pick(&options, &clock)).expect("one is open");
+        black_box(options.accounts(pick.candidate, pick.lane));
     })
 }
 
@@ -297,6 +319,7 @@ fn line() -> Box<dyn FnMut()> {
             model: Some(black_box("gpt-4o")),
             endpoint_model: None,
             endpoint: Some("endpoint-1"),
+            endpoint_key: None,
             attempts: 1,
             status: Some(200),
             bytes: 1234,

@@ -21,7 +21,7 @@ use api_together::request::{fields, rewrite};
 use api_together::response::redact::Secrets;
 use api_together::response::relay::Relay;
 use api_together::response::sse::Splitter;
-use api_together::routing::balance::{self, Options};
+use api_together::routing::balance::{self, KeyWish, Options};
 use api_together::routing::pool::Pool;
 use api_together::routing::router::ModelName;
 use api_together::usage::Meter;
@@ -82,6 +82,7 @@ fn choice(criterion: &mut Criterion) {
                         shape: None,
                         tried: &[],
                         preferred: None,
+                        keys: KeyWish::default(),
                     },
                     &pool.clock(),
                 )
@@ -144,7 +145,7 @@ fn permits(criterion: &mut Criterion) {
                 let mut draws: Vec<_> = (pool.endpoints.iter().cycle().take(count))
                     .map(|endpoint| {
                         let model = ModelName { name: "m", in_config: true };
-                        let wanted = vec![endpoint.wanted(model, Stamp::default())];
+                        let wanted = vec![endpoint.wanted(model, 0, Stamp::default())];
                         Box::pin(client.draw(client.ticket(), wanted, Otherwise::LookElsewhere))
                     })
                     .collect();

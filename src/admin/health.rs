@@ -46,7 +46,9 @@ fn no_endpoint(from: Sources<'_>) -> Option<&'static str> {
     let denies = pool.ledger.is_down();
     let is_open = |endpoint: &Endpoint| {
         let is_full = |accounts: &Arc<AccountSet>| accounts.seems_full(clock.boot) || denies && accounts.in_ledger();
-        matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue) && !endpoint.accounts.in_use().all(is_full)
+        matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
+            && !endpoint.accounts.in_use().all(is_full)
+            && endpoint.lanes.have_room(clock.boot)
     };
     if usable().any(|endpoint| is_open(endpoint)) {
         None

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use super::status::{Views, is_available};
-use super::{Sources, process_metrics};
+use super::{Sources, lanes, process_metrics};
 use crate::config::{BudgetUnit, Limit, LimitKind, PerLimit};
 use crate::ledger::LimitedAccount;
 use crate::ledger::budgets::BudgetView;
@@ -18,6 +18,9 @@ use crate::telemetry::metrics::{Scrape, metrics, to_f64};
 
 /// Endpoints that a scrape shows. Counters of endpoints that a reload has removed stay until the process ends.
 const ENDPOINTS_MAX: usize = 2000;
+
+/// Keys of one endpoint that are shown one by one.
+const LANES_MAX: usize = 256;
 
 /// All metrics in Prometheus's text format.
 pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
@@ -33,6 +36,7 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     add_endpoints(&scrape, from, &endpoints, &views);
     add_limits(&scrape, &endpoints, &views);
     add_model_limits(&scrape, &endpoints, &views);
+    add_lanes(&scrape, &endpoints, &pool.clock());
     add_key_limits(&scrape, from).await;
     add_key_budgets(&scrape, from).await;
     metrics.text(&scrape)
@@ -214,6 +218,33 @@ fn add_model_limits(scrape: &Scrape, endpoints: &[&Endpoint], views: &Views) {
         |_, used| used,
     );
     add("api_together_model_limit_left", "Remaining part of each limit of models.", u64::saturating_sub);
+}
+
+/// The keys of endpoints that have several.
+fn add_lanes(scrape: &Scrape, endpoints: &[&Endpoint], clock: &Clock) {
+    let pools = || endpoints.iter().filter(|endpoint| endpoint.lanes.is_pool());
+    let by_state = pools().flat_map(|endpoint| {
+        let counts = lanes::counts(&endpoint.lanes, clock);
+        counts.map(|(state, count)| ([endpoint.config.id.as_ref(), state.word()], count))
+    });
+    scrape.gauges(
+        "api_together_endpoint_keys",
+        "Keys of an endpoint that has several, by what they can do now: open, full, resting or cooling_down.",
+        ["endpoint", "state"],
+        by_state,
+    );
+    let keys = pools().flat_map(|endpoint| {
+        let lanes = endpoint.lanes.list().iter().take(LANES_MAX);
+        lanes.filter_map(|lane| {
+            Some(([endpoint.config.id.as_ref(), lane.config.label.as_ref()], lane.live()?.requests()))
+        })
+    });
+    scrape.counters(
+        "api_together_endpoint_key_attempts_total",
+        "Attempts with each key of an endpoint that has several; of the first 256 keys.",
+        ["endpoint", "key"],
+        keys,
+    );
 }
 
 /// Limits of callers' keys that open something, the first of them by name. Those for some models are left out.

@@ -2,6 +2,7 @@
 
 mod health;
 mod key;
+mod lanes;
 pub(crate) mod lists;
 pub(crate) mod metrics;
 mod models;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::Sources;
+use super::{Sources, lanes};
 use crate::config::{Limit, PerLimit, StreamUsage};
 use crate::ledger::{self, AccountId, AccountSet, LimitedAccount};
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
@@ -72,8 +72,10 @@ pub(super) struct Views(HashMap<AccountId, View>);
 
 impl Views {
     pub(super) async fn look(pool: &Pool) -> Self {
-        let accounts = || pool.endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned();
-        let accounts: Vec<LimitedAccount> = accounts().collect();
+        let clock = pool.clock();
+        let of_endpoints = pool.endpoints.iter().flat_map(|endpoint| endpoint.accounts.all());
+        let of_keys = pool.endpoints.iter().flat_map(|endpoint| lanes::limited(endpoint, &clock));
+        let accounts: Vec<LimitedAccount> = of_endpoints.chain(of_keys).cloned().collect();
         let ids: Vec<AccountId> = accounts.iter().map(|of| of.account.id().clone()).collect();
         let views = pool.ledger.look(accounts).await.unwrap_or_default();
         Self(ids.into_iter().zip(views).collect())
@@ -94,6 +96,7 @@ pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, views: &Views, cloc
     endpoint.config.usable()
         && endpoint.accounts.in_use().any(has_room)
         && matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
+        && endpoint.lanes.have_room(clock.boot)
 }
 
 fn api(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value {
@@ -120,6 +123,7 @@ fn api(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value 
         "heldBy": view.held.map(|held| held.by.to_string()),
         "limitFrees": view.held.map(|held| time_of(held.until, clock)),
         "modelLimits": model_limits(endpoint, views, clock),
+        "keys": lanes::status(endpoint, views, clock),
         "timezone": limits.calendar.zone_name(),
         "baseUrl": config.base_url.to_string(),
         "serves": config.models.iter().chain(config.model_mapping.keys()).collect::<BTreeSet<_>>(),
@@ -154,14 +158,14 @@ fn model_limits(endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value {
     Value::Object(endpoint.accounts.models().filter_map(one).collect())
 }
 
-fn cool_down_ends(gate: Gate, now: Instant) -> Option<String> {
+pub(super) fn cool_down_ends(gate: Gate, now: Instant) -> Option<String> {
     match gate {
         Gate::Cooling { until } => Some(iso(wall_clock(until, now))),
         _ => None,
     }
 }
 
-fn rest_ends(gate: Gate, now: Instant) -> Option<String> {
+pub(super) fn rest_ends(gate: Gate, now: Instant) -> Option<String> {
     match gate {
         Gate::Resting { until, .. } => Some(iso(wall_clock(until, now))),
         _ => None,
@@ -213,7 +217,7 @@ pub(super) fn quota(limits: &Limits, view: &View, used: PerLimit<u64>, clock: &C
 }
 
 /// A JSON object with a number for each kind of limit.
-fn by_kind<T: Copy + Into<Value>>(values: &PerLimit<T>) -> Value {
+pub(super) fn by_kind<T: Copy + Into<Value>>(values: &PerLimit<T>) -> Value {
     Value::Object(values.each().map(|(kind, value)| (kind.key().to_owned(), value.into())).collect())
 }
 

@@ -102,7 +102,7 @@ pub fn bill(
     };
     if attempt.terms.usage.injected && attempt.meter.has_timings() {
         // Asked, it moves its timings from the last chunk with choices into the one that is taken out.
-        attempt.endpoint.live.usage_injection.note_unneeded();
+        attempt.asked.endpoint.live.usage_injection.note_unneeded();
     }
     let has_succeeded = attempt.has_succeeded();
     let is_error = attempt.meaning().is_some();
@@ -125,7 +125,7 @@ pub fn bill(
             pool: Arc::clone(&ask.pool),
             prompt_reported: meter.prompt_reported(),
             answer: meter.take_text(),
-            endpoint: Arc::clone(&attempt.endpoint),
+            endpoint: Arc::clone(&attempt.asked.endpoint),
             accounts: Arc::clone(attempt.accounts()),
             caller: ask.named.as_ref().map(|named| Arc::clone(&named.caller)),
             caller_accounts: ask.own_accounts().cloned(),
@@ -156,12 +156,12 @@ fn model_name(attempt: &Attempt, ask: &Ask) -> String {
 
 /// What the tokens of an attempt's model cost, if it has a price.
 fn price_of(attempt: &Attempt, ask: &Ask, tokens: &PricedTokens, ended: Instant) -> Option<NanoUsd> {
-    attempt.endpoint.prices.cost(&model_name(attempt, ask), tokens, ask.tier, attempt.clock_at(ended).wall)
+    attempt.asked.endpoint.prices.cost(&model_name(attempt, ask), tokens, ask.tier, attempt.clock_at(ended).wall)
 }
 
 /// Adds to the statistics, by hours and days of the server's time zone. Returns what the tokens took.
 fn spend(attempt: &Attempt, ask: &Ask, cost: Cost, (tokens, ended): (PricedTokens, Instant)) -> Amount {
-    let endpoint = &attempt.endpoint.config.id;
+    let endpoint = &attempt.asked.endpoint.config.id;
     let pool = &ask.pool;
     let clock = attempt.clock_at(ended);
     let price = price_of(attempt, ask, &tokens, ended);

@@ -131,10 +131,45 @@ struct Api {
     models: BTreeMap<String, Health>,
     #[serde(default)]
     model_limits: BTreeMap<String, ModelLimit>,
+    keys: Option<Keys>,
     #[serde(default)]
     serves: Vec<String>,
     model_mapping: BTreeMap<String, String>,
     last_error: Option<LastError>,
+}
+
+/// The keys of an endpoint that has several.
+#[derive(Debug, Deserialize)]
+struct Keys {
+    count: u64,
+    list: Vec<Key>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Key {
+    key: String,
+    state: String,
+    in_flight: u64,
+    error_count: u64,
+    cool_down_ends: Option<Timestamp>,
+    rest_ends: Option<Timestamp>,
+    held_by: Option<String>,
+    limit_frees: Option<Timestamp>,
+    quota: Option<BTreeMap<String, Quota>>,
+    last_error: Option<LastError>,
+}
+
+impl Key {
+    fn state(&self, now: &ZonedDateTime) -> Shown {
+        match (self.cool_down_ends, self.rest_ends, &self.held_by) {
+            (Some(until), ..) => (format!("cooling down until {}", moment(until, now)), BAD),
+            (_, Some(until), _) => (format!("resting until {}", moment(until, now)), BUSY),
+            (_, _, Some(by)) => (full(by, self.limit_frees, now), BUSY),
+            _ if self.state == "cooling_down" => ("on trial after a cool-down".to_owned(), BAD),
+            _ => ("ok".to_owned(), GOOD),
+        }
+    }
 }
 
 /// State of an endpoint or of one of its models.
@@ -251,6 +286,12 @@ fn status_text(running: &Running, status: &Status, now: &ZonedDateTime) -> Strin
         let cells = [api.id.clone(), moment(error.at, now), error.what.clone()];
         errors.row(cells.map(|cell| (cell, PLAIN)).into());
     }
+    for (api, keys) in apis.iter().filter_map(|api| Some((api, api.keys.as_ref()?))) {
+        for (key, error) in keys.list.iter().filter_map(|key| Some((key, key.last_error.as_ref()?))) {
+            let cells = [format!("{}, {}", api.id, key.key), moment(error.at, now), error.what.clone()];
+            errors.row(cells.map(|cell| (cell, PLAIN)).into());
+        }
+    }
     if !errors.is_empty() {
         lines.push(errors.text());
     }
@@ -259,7 +300,13 @@ fn status_text(running: &Running, status: &Status, now: &ZonedDateTime) -> Strin
 
 fn endpoints(apis: &[Api], now: &ZonedDateTime) -> Table {
     // Limits that nobody has are not worth a column.
-    let quotas = || apis.iter().flat_map(|api| api.model_limits.values().map(|of| &of.quota).chain([&api.quota]));
+    fn of_keys(api: &Api) -> impl Iterator<Item = &BTreeMap<String, Quota>> {
+        api.keys.iter().flat_map(|keys| &keys.list).filter_map(|key| key.quota.as_ref())
+    }
+    let quotas = || {
+        apis.iter()
+            .flat_map(|api| api.model_limits.values().map(|of| &of.quota).chain([&api.quota]).chain(of_keys(api)))
+    };
     let is_set = |kind: &&str| quotas().any(|quotas| quotas.get(*kind).is_some_and(|quota| quota.limit >= 0));
     let kinds: Vec<&str> = PerLimit::<()>::default().each().map(|(kind, ())| kind.key()).filter(is_set).collect();
     let heads: Vec<String> = kinds.iter().map(|kind| kind.to_uppercase()).collect();
@@ -274,6 +321,17 @@ fn endpoints(apis: &[Api], now: &ZonedDateTime) -> Table {
         row.push((api.health.error_count.to_string(), PLAIN));
         row.extend(limits(&api.quota));
         table.row(row);
+        for key in api.keys.iter().flat_map(|keys| &keys.list) {
+            let mut row = vec![(format!("  {}", key.key), PLAIN), key.state(now), (key.in_flight.to_string(), PLAIN)];
+            row.push((key.error_count.to_string(), PLAIN));
+            row.extend(key.quota.as_ref().map_or_else(Vec::new, limits));
+            table.row(row);
+        }
+        if let Some(keys) = &api.keys
+            && let Some(more) = keys.count.checked_sub(keys.list.len() as u64).filter(|more| *more > 0)
+        {
+            table.row(vec![(format!("  and {more} more"), PLAIN)]);
+        }
         for (model, state) in api.troubled_models(now) {
             let empty = || (String::new(), PLAIN);
             let mut row = vec![(format!("  {model}"), PLAIN), state, empty(), empty()];

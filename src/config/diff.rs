@@ -9,6 +9,7 @@ use super::calls::{CallKind, CallSet};
 use super::client_keys::ClientKey;
 use super::connections::ConnectionLimits;
 use super::endpoint::{Door, Endpoint, EndpointTls, ModelLimits, Timeouts};
+use super::lanes::{EndpointKeys, Lane};
 use super::proxy::Proxy;
 use super::server::{Breaker, Queue, Retry, Server, ServerTls};
 use super::spelling::{self, millis, optional, path, plain, seconds, word};
@@ -242,12 +243,40 @@ fn compare_keys(lines: &mut ChangeLines, before: &[ClientKey], after: &[ClientKe
     }
 }
 
+/// The keys of an endpoint, of which no more than how many there are is shown.
+fn compare_lanes(lines: &mut ChangeLines, id: &str, before: &EndpointKeys, after: &EndpointKeys) {
+    if before == after {
+        return;
+    }
+    if !before.is_pool || !after.is_pool {
+        let key = |keys: &EndpointKeys| if keys.is_pool { "apiKeys" } else { "apiKey" };
+        return match (key(before), key(after)) {
+            (was, now) if was == now => lines.add(format!("endpoint {id}: {now} changed")),
+            (was, now) => lines.add(format!("endpoint {id}: {now} in place of {was}")),
+        };
+    }
+    let by_id = |keys: &EndpointKeys| -> HashMap<Arc<str>, Lane> {
+        keys.lanes.iter().map(|lane| (Arc::clone(&lane.id), lane.clone())).collect()
+    };
+    let (was, now) = (by_id(before), by_id(after));
+    let count = |what: &str, number: usize| (number > 0).then(|| format!("{number} {what}"));
+    let changed = was.iter().filter(|(id, lane)| now.get(*id).is_some_and(|after| after != *lane)).count();
+    let parts = [
+        count("added", now.keys().filter(|id| !was.contains_key(*id)).count()),
+        count("removed", was.keys().filter(|id| !now.contains_key(*id)).count()),
+        count("changed", changed),
+    ];
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    let what = if parts.is_empty() { "in another order".to_owned() } else { parts.join(", ") };
+    lines.add(format!("endpoint {id}: apiKeys: {what}"));
+}
+
 fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     let Endpoint {
         id,
         name,
         base_url,
-        api_key,
+        keys,
         auth_header,
         calls,
         formats,
@@ -274,14 +303,14 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         errors,
         version_path,
         query,
+        learns_limits,
     } = before;
     let at = |key: &str| format!("endpoint {id}: {key}");
     if *enabled != after.enabled {
         lines.add(format!("endpoint {id} {}", if after.enabled { "enabled" } else { "disabled" }));
     }
-    if *api_key != after.api_key {
-        lines.add(at("apiKey changed"));
-    }
+    compare_lanes(lines, id, keys, &after.keys);
+    lines.compare(&at("learnLimits"), plain, learns_limits, &after.learns_limits);
     // Their values may be keys as well.
     if *headers != after.headers {
         lines.add(at("headers changed"));

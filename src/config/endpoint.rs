@@ -17,6 +17,7 @@ use super::calls::{CallKind, CallSet};
 use super::checked::Check;
 use super::errors::{ErrorRule, MessagePattern};
 use super::file::{self, EndpointFile, EndpointTlsFile, ErrorRuleFile, FormatFile, ModelLimitsFile, TimeoutsFile};
+use super::lanes::{self, EndpointKeys};
 use super::limits::{Limit, PerLimit};
 use super::prices::{PriceEntry, prices, provider as price_provider};
 use super::problem::join;
@@ -40,8 +41,8 @@ pub struct Endpoint {
     pub name: Arc<str>,
     /// Base URL.
     pub base_url: BaseUrl,
-    /// The key it is sent.
-    pub api_key: Secret,
+    /// The keys it is sent, of which each request has one.
+    pub keys: EndpointKeys,
     /// Where it wants its key.
     pub auth_header: AuthHeader,
     /// Calls that it has.
@@ -92,6 +93,8 @@ pub struct Endpoint {
     pub query: Vec<(String, Secret)>,
     /// Time between two questions for its models; none if it is not asked.
     pub discovery: Option<Duration>,
+    /// True if what it says of its limits is believed before it refuses.
+    pub learns_limits: bool,
     /// Meaning of its errors, before what is known of vendors.
     pub errors: Vec<ErrorRule>,
 }
@@ -198,7 +201,6 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let id = id(typed.id, &at("id"), check);
     let name = name(typed.name, &at("name"), check);
     let base_url = base_url(typed.base_url.as_deref(), &at("baseUrl"), check);
-    let api_key = endpoint_key(typed.api_key, &at("apiKey"), check);
     let enabled = typed.enabled.unwrap_or(file::ENABLED_DEFAULT);
     let models = models(typed.models, &at("models"), check);
     let model_mapping = typed.model_mapping.unwrap_or_default();
@@ -225,6 +227,8 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let prices = prices(typed.prices, &at("prices"), check);
     let price_provider = price_provider(typed.price_provider, &at("priceProvider"), check);
     let organization = organization(typed.organization, &at("organization"), check);
+    let of = lanes::Of { id: id.as_deref().unwrap_or_default(), organization: organization.as_deref(), path };
+    let keys = lanes::check((typed.api_key, typed.api_keys), of, check);
     let auth_header = auth_header(typed.auth_header.as_deref(), &at("authHeader"), check);
     // A word that is none of them has been reported with the shape.
     let calls =
@@ -247,7 +251,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         base_url: base_url?,
         version_path,
         query,
-        api_key: api_key?,
+        keys: keys?,
         auth_header: auth_header?,
         calls,
         formats,
@@ -273,6 +277,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
             let minutes = typed.discovery_minutes.unwrap_or(file::DISCOVERY_MINUTES_DEFAULT);
             Duration::from_mins(minutes.into())
         }),
+        learns_limits: typed.learn_limits.unwrap_or(file::LEARN_LIMITS_DEFAULT),
         errors,
     })
 }
@@ -365,7 +370,7 @@ fn organization(typed: Option<String>, path: &str, check: &mut Check<'_>) -> Opt
 }
 
 /// Ids and names go into logs and headers, where a control character would break a line.
-fn check_label(text: &str, chars_max: usize, path: &str, check: &mut Check<'_>) -> bool {
+pub(super) fn check_label(text: &str, chars_max: usize, path: &str, check: &mut Check<'_>) -> bool {
     if text.chars().any(char::is_control) {
         check.report.error(path, "has a control character", "leave off line breaks and tabs");
         return false;
@@ -411,20 +416,6 @@ fn proxy(typed: Option<&Secret>, to: Option<&BaseUrl>, path: &str, check: &mut C
             None
         }
     }
-}
-
-fn endpoint_key(typed: Option<Secret>, path: &str, check: &mut Check<'_>) -> Option<Secret> {
-    let hint = "it is the key the endpoint gave you; for one that wants none write any word";
-    let key = check.key(typed, path, hint)?;
-    if key.expose().contains(char::is_whitespace) {
-        check.report.warning(path, "has a space in it", "was something else copied with it?");
-    }
-    let text = key.expose().to_ascii_lowercase();
-    if ["your-", "your_", "-here"].iter().any(|part| text.contains(part)) {
-        let hint = "put your real key here, or ${NAME} to take it from the environment";
-        check.report.warning(path, "looks like a placeholder", hint);
-    }
-    Some(key)
 }
 
 /// What stands for itself nowhere in a query (RFC 3986, 2.3).

@@ -65,6 +65,7 @@ pub(super) const LIMIT_MAX: i64 = 9_007_199_254_740_991;
 pub(super) const LIMIT_DEFAULT: i64 = -1;
 pub(super) const EACH_DEFAULT: bool = false;
 pub(super) const ENABLED_DEFAULT: bool = true;
+pub(super) const LEARN_LIMITS_DEFAULT: bool = false;
 /// US dollars for a million tokens.
 pub(super) const PRICE_MAX: u32 = 1_000_000;
 pub(super) const RESERVE_TOKENS_DEFAULT: u32 = 4096;
@@ -531,9 +532,15 @@ pub(super) struct EndpointFile {
     /// Parameters added to the query of each request to the endpoint, such as `{"api-version": "2024-10-21"}`; they replace the
     /// client's of the same name. Their values are treated as secrets.
     pub query: Option<BTreeMap<String, Secret>>,
-    /// The key sent to the endpoint.
-    #[schemars(required)]
+    /// The key sent to the endpoint. Either this or `apiKeys`.
     pub api_key: Option<Secret>,
+    /// Several keys of the endpoint in place of `apiKey`, each with counts, limits and a health of its own: a text, or an object that says
+    /// more. At most 20000.
+    pub api_keys: Option<Vec<ApiKeyFile>>,
+    /// `true`: what the endpoint says of its limits in the headers of good answers (`x-ratelimit-remaining-requests` and the like) is
+    /// believed, so that a key or a model rests once nothing is left, before it is refused.
+    #[schemars(extend("default" = LEARN_LIMITS_DEFAULT))]
+    pub learn_limits: Option<bool>,
     /// Where the endpoint wants its key: `authorization` (as `Bearer <key>`), the header `api-key`, `x-api-key` or `x-goog-api-key`, or
     /// `query:NAME`, a parameter of the query.
     #[schemars(extend("default" = "authorization"))]
@@ -622,6 +629,52 @@ pub(super) struct EndpointFile {
     pub discovery_minutes: Option<u32>,
     /// Meaning of errors of this endpoint that are not known here, or known wrongly. The first rule that fits counts.
     pub errors: Option<Vec<ErrorRuleFile>>,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub(super) enum ApiKeyFile {
+    Key(Secret),
+    Lane(Box<LaneFile>),
+}
+
+/// A key of an endpoint, or several from a file or a variable that have the same settings.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct LaneFile {
+    /// The key. Exactly one of `key`, `file` and `env` is needed.
+    pub key: Option<Secret>,
+    /// A file with one key a line; what follows a `#` is a comment. It is read again when it changes. A relative path starts from this
+    /// file's folder.
+    pub file: Option<String>,
+    /// A variable of the environment or of `.env` with keys, separated by commas or line breaks.
+    pub env: Option<String>,
+    /// Name of the key in lists, logs and counts; counts stay with the name when the key behind it changes. Default: its last four
+    /// characters are shown, and counts stay with the key.
+    pub name: Option<String>,
+    /// Requests with the key in any 60 seconds. -1: no limit. 0: the key is switched off.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpm: Option<i64>,
+    /// Requests with the key a day. -1: no limit. 0: the key is switched off.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub rpd: Option<i64>,
+    /// Tokens with the key in any 60 seconds; requests in flight may exceed the limit. -1: no limit. 0: the key is switched off.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpm: Option<i64>,
+    /// Tokens with the key a day; requests in flight may exceed the limit. -1: no limit. 0: the key is switched off.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub tpd: Option<i64>,
+    /// Requests with the key at once, counted by each process for itself. -1: no limit. 0: the key is switched off.
+    #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
+    pub max_concurrent: Option<i64>,
+    /// The key's share of the requests among the keys of its endpoint.
+    #[schemars(range(min = 1, max = u16::MAX), extend("default" = WEIGHT_DEFAULT))]
+    pub weight: Option<u16>,
+    /// Models that the key is for, as the endpoint is sent them: exact names, and beginnings that end in `*`. Default: all.
+    pub models: Option<Vec<String>>,
+    /// The organisation that the key belongs to; keys of one have the same files and other objects. Default: that of the endpoint, or
+    /// else each key is one of its own.
+    pub organization: Option<String>,
 }
 
 #[derive(Deserialize, JsonSchema)]

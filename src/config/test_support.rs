@@ -13,7 +13,9 @@ pub(crate) fn config(apis: &str) -> Config {
         let api = api.as_object_mut().unwrap();
         api.entry("id").or_insert_with(|| json!(format!("api{index}")));
         api.entry("baseUrl").or_insert_with(|| json!("http://127.0.0.1:9"));
-        api.entry("apiKey").or_insert_with(|| json!("sk-endpoint-key"));
+        if !api.contains_key("apiKeys") {
+            api.entry("apiKey").or_insert_with(|| json!("sk-endpoint-key"));
+        }
     }
     if apis.as_array().unwrap().is_empty() {
         apis = json!([{ "id": "only", "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-endpoint-key" }]);

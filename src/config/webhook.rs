@@ -17,6 +17,8 @@ use crate::config::secret::Secret;
 pub enum AlertEvent {
     /// An endpoint refuses its key or account.
     KeyRefused,
+    /// None of the keys of an endpoint that has several can be used.
+    PoolEmpty,
     /// A budget has reached its warning.
     BudgetWarning,
     /// A budget is used up.
@@ -28,13 +30,20 @@ pub enum AlertEvent {
 }
 
 impl AlertEvent {
-    const ALL: [Self; 5] =
-        [Self::KeyRefused, Self::BudgetWarning, Self::BudgetExhausted, Self::Ledger, Self::ConfigRefused];
+    const ALL: [Self; 6] = [
+        Self::KeyRefused,
+        Self::PoolEmpty,
+        Self::BudgetWarning,
+        Self::BudgetExhausted,
+        Self::Ledger,
+        Self::ConfigRefused,
+    ];
 
     /// Its word.
     pub fn word(self) -> &'static str {
         match self {
             Self::KeyRefused => "key_refused",
+            Self::PoolEmpty => "pool_empty",
             Self::BudgetWarning => "budget_warning",
             Self::BudgetExhausted => "budget_exhausted",
             Self::Ledger => "ledger",

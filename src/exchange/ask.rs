@@ -14,7 +14,7 @@ use crate::ledger::{AccountSet, CallerDraw, CallerId, Permit, QueuedBy};
 use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, ServiceTier, UsageEdit};
 use crate::request::shape::CallShape;
-use crate::routing::balance::Options;
+use crate::routing::balance::{KeyWish, Options};
 use crate::routing::budgets::BudgetAsk;
 use crate::routing::callers::Named;
 use crate::routing::pool::{Endpoint, Pool};
@@ -97,7 +97,14 @@ impl Ask {
             shape: self.shape,
             tried,
             preferred: self.preferred,
+            keys: self.key_wish(),
         }
+    }
+
+    /// What it wants of the keys of an endpoint that has several.
+    pub fn key_wish(&self) -> KeyWish<'_> {
+        let organizations = self.objects.as_ref().map_or(&[][..], |objects| &objects.organizations);
+        KeyWish { session: self.session.as_ref().map(Session::number), organizations }
     }
 
     /// The model that a candidate is asked for.
@@ -133,7 +140,8 @@ impl Ask {
         let trouble = outcome.meaning().map(|meaning| meaning.trouble);
         if let Some(session) = &mut self.session
             && session.at() == Some(&endpoint.config.id)
-            && matches!(trouble, Some(Trouble::Key | Trouble::ModelMissing))
+            // Another of several keys may still do.
+            && (trouble == Some(Trouble::ModelMissing) || trouble == Some(Trouble::Key) && !endpoint.lanes.is_pool())
         {
             session.drop_place();
             self.pool.sessions.forget(session, &self.pool.ledger);

@@ -1,11 +1,11 @@
 //! One attempt at one endpoint: the guards it holds, and what it reports to the endpoint's health.
 
-use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
+use super::charge::{Asked, Charge};
 use super::objects::is_object_missing;
 use super::{Ask, AttemptBudget, AttemptObjects};
 use crate::config::{AlertEvent, Breaker, Server, StreamUsage, Trouble};
@@ -17,9 +17,11 @@ use crate::request::fields::ServiceTier;
 use crate::request::shape::CallShape;
 use crate::response::classify::Meaning;
 use crate::response::decode::Encoding;
+use crate::response::redact::Secrets;
 use crate::routing::admission::Choice;
-use crate::routing::health::{Effect, Gate, Scope, Seen};
+use crate::routing::health::{Effect, Scope};
 use crate::routing::health_record::Trial;
+use crate::routing::lanes::{LaneInFlight, LaneLive};
 use crate::routing::live::InFlight;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::retry::Outcome;
@@ -44,57 +46,6 @@ enum Stage {
         /// True if an answer with a status of success was let through before.
         succeeded: bool,
     },
-}
-
-/// A failure that may turn out to be the request's: it is held against the endpoint only if no other endpoint says the same.
-#[derive(Debug)]
-pub struct Charge {
-    endpoint: Arc<Endpoint>,
-    model: AskedModel,
-    outcome: Outcome,
-    effect: Effect,
-    began: Instant,
-    trial: Option<Trial>,
-    record: u32,
-    breaker: Breaker,
-}
-
-/// Failures of one kind are alike.
-type ChargeKind = (mem::Discriminant<Outcome>, Option<u16>);
-
-impl Charge {
-    /// What two endpoints may have in common: how it failed, and the status of an error.
-    pub fn kind(&self) -> ChargeKind {
-        (mem::discriminant(&self.outcome), self.outcome.meaning().map(|meaning| meaning.status))
-    }
-
-    /// True if the answer had nothing in it.
-    pub fn is_of_empty_answer(&self) -> bool {
-        self.outcome == Outcome::Empty
-    }
-
-    /// Holds it against the endpoint.
-    pub fn apply(self) {
-        let Self { endpoint, model, outcome, effect, began, trial, record, breaker } = self;
-        if matches!(effect, Effect::Failure(_) | Effect::KeyRefused) {
-            endpoint.live.note_error(outcome.to_string());
-        }
-        let seen = Seen { effect, began, trial: trial.as_ref().map(Trial::scope) };
-        let cools = endpoint.live.learn(model.name(), &seen, record, Instant::now, &breaker);
-        if let Some(scope) = cools {
-            let id = &endpoint.config.id;
-            let whom = match (scope, model.name().name) {
-                (Scope::Model, name) if !name.is_empty() => format!("endpoint {id}, model {name:?}"),
-                _ => format!("endpoint {id}"),
-            };
-            let now = Instant::now();
-            let until = match endpoint.live.gate(model.name(), now) {
-                Gate::Cooling { until } => format!(" for {:.0} s", until.saturating_duration_since(now).as_secs_f64()),
-                _ => String::new(),
-            };
-            log::warn!("{whom}: cooling down{until}; its last error: it {outcome}");
-        }
-    }
 }
 
 /// The model that an attempt asks its endpoint for.
@@ -122,8 +73,8 @@ const INTERIM_MAX: u8 = 100;
 /// One attempt at one endpoint. Its outcome is counted once; an attempt that is dropped before that counts for nothing.
 #[derive(Debug)]
 pub struct Attempt {
-    /// The endpoint.
-    pub endpoint: Arc<Endpoint>,
+    /// The endpoint, and the key that it is sent.
+    pub asked: Asked,
     /// The model it is asked for.
     pub model: AskedModel,
     /// Shape of the call, if the endpoint is remembered to have it or not.
@@ -139,6 +90,8 @@ pub struct Attempt {
     pub ends_with_connection: bool,
     /// Pause that an error's headers ask for, as the endpoint sent them.
     pub wait: Option<Duration>,
+    /// Time for which nothing is left of a limit, as a good answer says.
+    pub until_room: Option<Duration>,
     /// Compression of the body; `None` if it is plain.
     pub encoding: Option<Encoding>,
     /// Measurements of the answer.
@@ -166,8 +119,6 @@ pub struct Attempt {
     /// Interim answers so far.
     interim: u8,
     trial: Option<Trial>,
-    /// The endpoint's record of health at the beginning.
-    record: u32,
     /// Its failure, as long as it may be the request's.
     charge: Option<Charge>,
     /// What its error meant, if it ended with one.
@@ -175,7 +126,7 @@ pub struct Attempt {
     breaker: Breaker,
     first_byte: Option<Duration>,
     first_token: Option<Instant>,
-    in_flight: Option<InFlight>,
+    in_flight: Option<(InFlight, Option<LaneInFlight>)>,
 }
 
 impl Attempt {
@@ -188,9 +139,10 @@ impl Attempt {
         server: &Server,
         now: Instant,
     ) -> Self {
+        let asked = Asked::new(endpoint, choice.lane);
         Self {
-            in_flight: Some(endpoint.live.enter()),
-            endpoint: Arc::clone(endpoint),
+            in_flight: Some((endpoint.live.enter(), asked.lane_live().map(LaneLive::enter))),
+            asked,
             model,
             shape: None,
             terms,
@@ -200,6 +152,7 @@ impl Attempt {
             usage_refused: false,
             ends_with_connection: false,
             wait: None,
+            until_room: None,
             encoding: None,
             meter: Meter::new(terms.call, server.estimate_tokens),
             is_empty: false,
@@ -214,7 +167,6 @@ impl Attempt {
             started: now,
             sent_at: now,
             trial: choice.trial,
-            record: endpoint.live.health.number(),
             charge: None,
             meaning: None,
             breaker: server.breaker.clone(),
@@ -280,6 +232,11 @@ impl Attempt {
         }
         self.permit = ledger.unlimited(self.accounts());
         Ok(())
+    }
+
+    /// The secrets that its answer must not show.
+    pub fn secrets(&self) -> Secrets {
+        self.asked.lane().map(|lane| lane.secrets.clone()).unwrap_or_default()
     }
 
     /// The accounts that it counts in.
@@ -372,15 +329,18 @@ impl Attempt {
         self.stage = Stage::Committed(outcome);
         self.remember_refusal(pool);
         if let (Some(session), true) = (&self.session, outcome.is_success()) {
-            pool.sessions.note(session, self.affinity, &self.endpoint, &pool.ledger, &self.chosen_at.at(now));
+            pool.sessions.note(session, self.affinity, &self.asked.endpoint, &pool.ledger, &self.chosen_at.at(now));
         }
         if let (Some(objects), true) = (&self.objects, outcome.is_success()) {
-            objects.answered(&self.endpoint);
+            objects.answered(&self.asked);
         }
         let trial = self.trial.is_some();
         self.report_to_health(&outcome, Effect::Answers);
+        if let (Some(wait), true) = (self.until_room, outcome.is_success()) {
+            self.asked.rest_unasked(&self.model, wait, &self.breaker);
+        }
         if trial {
-            log::info!("endpoint {}: answers again", self.endpoint.config.id);
+            log::info!("endpoint {}: answers again", self.asked.endpoint.config.id);
         }
         self.report_first_byte(now);
     }
@@ -388,7 +348,7 @@ impl Attempt {
     /// Remembers an endpoint that refused `stream_options` and has answered now without them, and one that compresses its
     /// streams, from which the usage cannot be taken out.
     fn remember_refusal(&self, pool: &Pool) {
-        let endpoint = &self.endpoint;
+        let endpoint = &self.asked.endpoint;
         if self.usage_refused || self.terms.usage.injected && self.encoding.is_some() {
             endpoint.live.usage_injection.note_refused(pool.clock().boot);
         }
@@ -414,7 +374,7 @@ impl Attempt {
     pub fn read_objects(&mut self, piece: &Bytes, is_stream: bool, ends: bool) {
         let succeeded = self.has_succeeded();
         if let Some(objects) = self.objects.as_mut().filter(|_| succeeded) {
-            objects.read(piece, is_stream, ends, &self.endpoint);
+            objects.read(piece, is_stream, ends, &self.asked);
         }
     }
 
@@ -435,7 +395,7 @@ impl Attempt {
 
     /// Decides if `stream_options` are added to the request.
     pub fn inject_usage(&mut self, ask: &Ask) -> bool {
-        let endpoint = &self.endpoint;
+        let endpoint = &self.asked.endpoint;
         let now = self.chosen_at.boot;
         self.terms.usage.injected = ask.call == Call::Completion
             && ask.usage_edit.is_some()
@@ -454,9 +414,9 @@ impl Attempt {
         self.stage = Stage::Concluded { succeeded: self.has_succeeded() };
         self.meaning = outcome.meaning().copied();
         if let Some(metrics) = metrics() {
-            metrics.attempt(&self.endpoint.config.id, outcome.label(), self.counters.as_deref());
+            metrics.attempt(&self.asked.endpoint.config.id, outcome.label(), self.counters.as_deref());
             if let Some(meaning) = outcome.meaning() {
-                metrics.error(&self.endpoint.config.id, meaning.trouble.name(), meaning.rule);
+                metrics.error(&self.asked.endpoint.config.id, meaning.trouble.name(), meaning.rule);
             }
         }
         self.remember_call(outcome);
@@ -474,7 +434,7 @@ impl Attempt {
 
     /// Remembers whether the endpoint has the call.
     fn remember_call(&self, outcome: &Outcome) {
-        let (Some(shape), paths) = (self.shape, &self.endpoint.live.paths) else { return };
+        let (Some(shape), paths) = (self.shape, &self.asked.endpoint.live.paths) else { return };
         // What it says may be about an object that the request names.
         let names_objects = self.objects.as_ref().is_some_and(|objects| objects.names_any());
         match outcome {
@@ -501,44 +461,43 @@ impl Attempt {
     }
 
     fn log_effect(&self, outcome: &Outcome, effect: Effect) {
-        let id = &self.endpoint.config.id;
+        let whom = self.asked.words();
         match effect {
             Effect::Rest { scope, wait, guessed } => {
                 let name = self.model.name().name;
-                let whom =
+                let model =
                     if scope == Scope::Model && !name.is_empty() { format!(", model {name:?}") } else { String::new() };
                 let why = if guessed { "a guess, since it does not say for how long" } else { "as it asked" };
-                log::info!("endpoint {id}{whom}: rests for {:.1} s, {why}; it {outcome}", wait.as_secs_f64());
+                log::info!("{whom}{model}: rests for {:.1} s, {why}; it {outcome}", wait.as_secs_f64());
             }
-            Effect::KeyRefused | Effect::Failure(Scope::Endpoint) => {
+            Effect::KeyRefused { .. } | Effect::Failure(Scope::Endpoint) => {
                 if outcome.meaning().is_some_and(|meaning| meaning.trouble == Trouble::Key) {
-                    let message =
-                        format!("endpoint {id}: its key is refused; it {outcome}; check its apiKey and its account");
+                    let message = format!(
+                        "{whom}: its key is refused; it {outcome}; check the key in the config, and its account"
+                    );
                     log::warn!("{message}");
-                    alerts::raise(AlertEvent::KeyRefused, id, message);
+                    alerts::raise(AlertEvent::KeyRefused, whom.trim_start_matches("endpoint "), message);
                 }
             }
             Effect::Answers | Effect::Success | Effect::Neutral | Effect::Failure(Scope::Model) => {}
         }
     }
 
-    /// The rest of the endpoint's day, but an hour at most: its day may turn at another time than is known here.
+    /// The rest of the endpoint's day.
     fn day_left(&self) -> Duration {
-        const DAY_LEFT_MAX: Duration = Duration::from_hours(1);
         let wall = SystemTime::now();
-        let (_, ends) = self.endpoint.accounts.whole().limits.calendar.today_and_clear(wall);
-        ends.duration_since(wall).unwrap_or_default().min(DAY_LEFT_MAX)
+        let (_, ends) = self.asked.endpoint.accounts.whole().limits.calendar.today_and_clear(wall);
+        ends.duration_since(wall).unwrap_or_default()
     }
 
     fn charge(&mut self, outcome: &Outcome, effect: Effect) -> Charge {
         Charge {
-            endpoint: Arc::clone(&self.endpoint),
+            asked: self.asked.clone(),
             model: self.model.clone(),
             outcome: *outcome,
             effect,
             began: self.started,
             trial: self.trial.take(),
-            record: self.record,
             breaker: self.breaker.clone(),
         }
     }
@@ -546,8 +505,7 @@ impl Attempt {
     fn report_to_health(&mut self, outcome: &Outcome, effect: Effect) {
         if matches!(effect, Effect::Answers | Effect::Success | Effect::Neutral) {
             let trial = self.trial.take();
-            let seen = Seen { effect, began: self.started, trial: trial.as_ref().map(Trial::scope) };
-            self.endpoint.live.learn(self.model.name(), &seen, self.record, Instant::now, &self.breaker);
+            self.asked.note_well(&self.model, (effect, self.started), trial.as_ref(), &self.breaker);
         } else {
             self.charge(outcome, effect).apply();
         }
@@ -574,7 +532,7 @@ impl Attempt {
     fn report_first_byte(&mut self, now: Instant) {
         self.first_byte_came(now);
         if let Some(took) = self.first_byte {
-            self.endpoint.live.observe_first_byte(took, self.started + took);
+            self.asked.endpoint.live.observe_first_byte(took, self.started + took);
         }
     }
 

@@ -114,8 +114,8 @@ impl HeldResponse {
                 // The silence of an attempt before counts as well.
                 self.timers.ping_at = ping_at.or_else(|| attempt.sent_at.checked_add(ping));
             }
-            self.secrets = attempt.endpoint.secrets.clone();
-            self.endpoint = Some(Arc::clone(&attempt.endpoint));
+            self.secrets = attempt.secrets();
+            self.endpoint = Some(Arc::clone(&attempt.asked.endpoint));
         }
     }
 
@@ -331,7 +331,7 @@ impl HeldResponse {
                 }
             };
             let (model, wall) = (attempt.model.name().name, attempt.clock_at(now).wall);
-            attempt.endpoint.prices.cost(model, &PricedTokens::of(&usage), attempt.tier, wall)
+            attempt.asked.endpoint.prices.cost(model, &PricedTokens::of(&usage), attempt.tier, wall)
         });
         if let (Some(price), Some(HttpTask::Header(header, _))) = (price, self.held.first_mut()) {
             // Digits and a point are a value.

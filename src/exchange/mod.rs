@@ -3,6 +3,7 @@
 mod ask;
 mod attempt;
 mod budget;
+mod charge;
 mod hold;
 pub mod judge;
 mod kept;
@@ -26,8 +27,9 @@ use crate::upstream::cork::Cork;
 #[cfg(test)]
 pub(crate) use ask::PROMPT_BYTES_MAX;
 pub use ask::{Ask, BodyModel};
-pub use attempt::{AskedModel, Attempt, Charge};
+pub use attempt::{AskedModel, Attempt};
 pub use budget::AttemptBudget;
+pub use charge::{Asked, Charge};
 pub use kept::Kept;
 pub use objects::{AskedObjects, AttemptObjects, Sealed, is_object_missing};
 pub use own_headers::OwnHeaders;

@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::charge::Asked;
 use crate::config::Trouble;
 use crate::ledger::Client;
 use crate::limit::Clock;
 use crate::request::shape;
 use crate::response::objects::{Found, ObjectReader, Wanted};
 use crate::routing::objects::{self, Named, Objects, Owner};
-use crate::routing::pool::{Endpoint, Pool};
+use crate::routing::pool::Pool;
 use crate::routing::retry::Outcome;
 
 /// What a request has to do with objects.
@@ -32,6 +33,8 @@ pub struct AskedObjects {
     pub looks: bool,
     /// What is left out of the body at an endpoint that cannot read it.
     pub sealed: Option<Sealed>,
+    /// The organisations whose things it names.
+    pub organizations: Vec<Arc<str>>,
 }
 
 /// Reasoning that was sealed for an organisation.
@@ -79,8 +82,8 @@ impl AttemptObjects {
     }
 
     /// Notes that the endpoint answers well: it has what the request names.
-    pub fn answered(&self, endpoint: &Endpoint) {
-        self.asked.named.note_answered(endpoint, self.asked.deletes, self.until, &self.ledger);
+    pub fn answered(&self, at: &Asked) {
+        self.asked.named.note_answered((&at.endpoint, at.lane), self.asked.deletes, self.until, &self.ledger);
     }
 
     /// Notes that the endpoint does not have it. `is_last`: no other one is asked.
@@ -95,13 +98,14 @@ impl AttemptObjects {
     }
 
     /// Notes the object that an answer's `Location` names.
-    pub fn made_at(&self, location: &str, endpoint: &Endpoint) {
+    pub fn made_at(&self, location: &str, at: &Asked) {
         if self.asked.wanted.objects
             && let Some(id) = shape::ids(location).last()
         {
             objects::note_found(
                 vec![Found::Object(id.into())],
-                (endpoint, &self.asked.owner),
+                (&at.endpoint, at.lane),
+                &self.asked.owner,
                 self.until,
                 &self.ledger,
             );
@@ -109,7 +113,7 @@ impl AttemptObjects {
     }
 
     /// Reads a piece of a good answer.
-    pub fn read(&mut self, piece: &Bytes, is_stream: bool, ends: bool, endpoint: &Endpoint) {
+    pub fn read(&mut self, piece: &Bytes, is_stream: bool, ends: bool, at: &Asked) {
         if self.asked.wanted == Wanted::default() {
             return;
         }
@@ -118,6 +122,7 @@ impl AttemptObjects {
         if ends {
             reader.end();
         }
-        objects::note_found(reader.take_found(), (endpoint, &self.asked.owner), self.until, &self.ledger);
+        let found = reader.take_found();
+        objects::note_found(found, (&at.endpoint, at.lane), &self.asked.owner, self.until, &self.ledger);
     }
 }

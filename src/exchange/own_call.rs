@@ -10,6 +10,7 @@ use pingora::protocols::http::client::HttpSession;
 use serde_json::Value;
 use tokio::time::timeout;
 
+use crate::config::CallKind;
 use crate::response::decode::{Decoder, Encoding};
 use crate::response::redact::Redactor;
 use crate::routing::pool::Endpoint;
@@ -29,6 +30,9 @@ pub(crate) type Why = (String, String);
 /// Calls of one endpoint, each on a connection of its own.
 pub(crate) struct OwnCalls<'a> {
     pub(crate) endpoint: &'a Endpoint,
+    /// The key, by its place among the endpoint's.
+    pub(crate) lane: usize,
+    kind: CallKind,
     upstream: &'a Upstream,
     address: SocketAddr,
     connector: Connector,
@@ -82,9 +86,10 @@ async fn final_header(session: &mut HttpSession) -> Result<(u16, Option<Encoding
 }
 
 impl<'a> OwnCalls<'a> {
-    /// Calls of an endpoint at this address of one of its doors.
-    pub(crate) fn new(endpoint: &'a Endpoint, upstream: &'a Upstream, address: SocketAddr) -> Self {
-        Self { endpoint, upstream, address, connector: Connector::new(None) }
+    /// Calls of an endpoint with one of its keys, at this address of its door for calls of a kind.
+    pub(crate) fn new(endpoint: &'a Endpoint, (kind, lane): (CallKind, usize), address: SocketAddr) -> Self {
+        let upstream = endpoint.upstream_of(kind);
+        Self { endpoint, lane, kind, upstream, address, connector: Connector::new(None) }
     }
 
     /// Connects, and no more.
@@ -116,7 +121,10 @@ impl<'a> OwnCalls<'a> {
             request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
             request.headers.insert(header::CONTENT_LENGTH, body.len().into());
         }
-        let dressed = self.upstream.dress(request, &self.endpoint.config, call.target, false).map_err(broken)?;
+        let credential = self.endpoint.credential(self.kind, self.lane);
+        let credential = credential.ok_or_else(|| ("it has no such key any more".to_owned(), String::new()))?;
+        let endpoint = (&self.endpoint.config, credential);
+        let dressed = self.upstream.dress(request, endpoint, call.target, false).map_err(broken)?;
         session.write_request_header(Box::new(dressed)).await.map_err(broken)?;
         if let Some(body) = body {
             session.write_request_body(body, true).await.map_err(broken)?;
@@ -135,7 +143,8 @@ impl<'a> OwnCalls<'a> {
             Some(encoding) => Decoder::new(encoding).feed(&read, |piece| plain.extend_from_slice(&piece)),
             None => plain = read,
         }
-        let body = Redactor::new(self.endpoint.secrets.clone()).piece(&plain, true);
+        let secrets = self.endpoint.lanes.get(self.lane).map(|lane| lane.secrets.clone()).unwrap_or_default();
+        let body = Redactor::new(secrets).piece(&plain, true);
         Ok(OwnAnswer { status, body })
     }
 }

@@ -22,6 +22,8 @@ pub struct HeldBy {
     pub is_public: bool,
     /// The models whose limit it is, as `modelLimits` has them; `None` if it is the whole endpoint's.
     pub models: Option<Arc<str>>,
+    /// What is shown of the key whose limit it is, if it is one of the endpoint's several.
+    pub key: Option<Arc<str>>,
     /// Reason.
     pub reason: LimitReason,
     /// Time until it is over.
@@ -31,14 +33,22 @@ pub struct HeldBy {
 impl HeldBy {
     /// The reason as its operator reads it.
     pub fn text(&self) -> String {
-        let Self { endpoint, is_public: _, models, reason, wait } = self;
-        let models = models.as_ref().map_or_else(String::new, |models| format!(" for {models}"));
-        format!("{endpoint}: {reason}{models}, for {} s", wait.as_secs_f64().ceil())
+        let key = self.key.as_ref().map_or_else(String::new, |key| format!(", key {key}"));
+        self.text_of(&format!("{}{key}", self.endpoint))
     }
 
-    /// The reason as a client may read it.
+    fn text_of(&self, whom: &str) -> String {
+        let models = self.models.as_ref().map_or_else(String::new, |models| format!(" for {models}"));
+        format!("{whom}: {}{models}, for {} s", self.reason, self.wait.as_secs_f64().ceil())
+    }
+
+    /// The reason as a client may read it, to whom keys of endpoints are nothing.
     fn public_text(&self) -> String {
-        if self.is_public { self.text() } else { format!("{}, for {} s", self.reason, self.wait.as_secs_f64().ceil()) }
+        if self.is_public {
+            self.text_of(&self.endpoint)
+        } else {
+            format!("{}, for {} s", self.reason, self.wait.as_secs_f64().ceil())
+        }
     }
 }
 

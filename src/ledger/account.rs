@@ -28,6 +28,13 @@ pub enum AccountId {
         /// A pattern of its `modelLimits`, or one name that matches it.
         models: Arc<str>,
     },
+    /// Requests with one of an endpoint's keys.
+    Lane {
+        /// The endpoint's id.
+        endpoint: Arc<str>,
+        /// The key's name, or a digest of it.
+        lane: Arc<str>,
+    },
     /// All requests with a caller's own key, by the key's name.
     Caller(Arc<str>),
     /// Requests with it for some models.
@@ -45,6 +52,7 @@ impl AccountId {
         match self {
             Self::Endpoint(owner)
             | Self::Models { endpoint: owner, .. }
+            | Self::Lane { endpoint: owner, .. }
             | Self::Caller(owner)
             | Self::CallerModels { caller: owner, .. } => owner,
         }
@@ -53,7 +61,7 @@ impl AccountId {
     /// Returns the models that it is of; `None` if it is of all.
     pub fn models(&self) -> Option<&Arc<str>> {
         match self {
-            Self::Endpoint(_) | Self::Caller(_) => None,
+            Self::Endpoint(_) | Self::Lane { .. } | Self::Caller(_) => None,
             Self::Models { models, .. } | Self::CallerModels { models, .. } => Some(models),
         }
     }
@@ -64,6 +72,7 @@ impl fmt::Display for AccountId {
         match self {
             Self::Endpoint(endpoint) => f.write_str(endpoint),
             Self::Models { endpoint, models } => write!(f, "{endpoint}, model {models}"),
+            Self::Lane { endpoint, lane } => write!(f, "{endpoint}, key {lane}"),
             Self::Caller(caller) => write!(f, "key {caller}"),
             Self::CallerModels { caller, models } => write!(f, "key {caller}, model {models}"),
         }

@@ -96,7 +96,7 @@ impl HeldEndpoint {
     /// Returns it as a fault tells it. Names of the endpoint's own models are no more the client's than its id.
     pub fn held_by(&self, endpoint: Arc<str>, is_public: bool, now: Stamp) -> HeldBy {
         let models = self.account.as_ref().and_then(AccountId::models).cloned();
-        HeldBy { endpoint, is_public, models, reason: self.held.by, wait: now.until(self.held.until) }
+        HeldBy { endpoint, is_public, models, key: None, reason: self.held.by, wait: now.until(self.held.until) }
     }
 }
 

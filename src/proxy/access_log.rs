@@ -32,6 +32,8 @@ pub struct Record<'a> {
     pub endpoint_model: Option<&'a str>,
     /// The endpoint that the answer came from.
     pub endpoint: Option<&'a str>,
+    /// What is shown of the key that it was sent, if it has several.
+    pub endpoint_key: Option<&'a str>,
     /// Number of endpoints tried.
     pub attempts: usize,
     /// The status that the client got; none if it got nothing.
@@ -72,6 +74,7 @@ impl Record<'_> {
             ("model", self.model.map(|model| json!(cut(model)))),
             ("endpoint_model", self.endpoint_model.map(|model| json!(cut(model)))),
             ("endpoint", self.endpoint.map(|endpoint| json!(endpoint))),
+            ("endpoint_key", self.endpoint_key.map(|key| json!(key))),
             ("attempts", Some(json!(self.attempts))),
             ("status", self.status.map(|status| json!(status))),
             ("bytes", Some(json!(self.bytes))),
@@ -132,9 +135,12 @@ impl Record<'_> {
         }
         line.plain("method", self.method);
         line.word("path", self.path);
-        for (name, value) in
-            [("model", self.model), ("endpoint_model", self.endpoint_model), ("endpoint", self.endpoint)]
-        {
+        for (name, value) in [
+            ("model", self.model),
+            ("endpoint_model", self.endpoint_model),
+            ("endpoint", self.endpoint),
+            ("endpoint_key", self.endpoint_key),
+        ] {
             if let Some(value) = value {
                 line.word(name, value);
             }
@@ -287,6 +293,7 @@ mod tests {
             model: Some("gpt-4\nfake line"),
             endpoint_model: None,
             endpoint: Some("api1"),
+            endpoint_key: None,
             attempts: 2,
             status: Some(200),
             bytes: 10,
@@ -322,6 +329,7 @@ mod tests {
             endpoint: "a\"b".into(),
             is_public: false,
             models: Some("gpt-4*".into()),
+            key: None,
             reason: LimitReason::Full(LimitKind::Rpm, 3),
             wait: Duration::from_millis(1500),
         };

@@ -341,7 +341,10 @@ fn objects(
     let names_any = !references.is_empty();
     let (deletes, looks) = (*method == Method::DELETE, *method == Method::GET);
     let named = NamedObjects::default();
-    Ok(Some((references, AskedObjects { owner, names_any, named, wanted, deletes, looks, sealed: None })))
+    Ok(Some((
+        references,
+        AskedObjects { owner, names_any, named, wanted, deletes, looks, sealed: None, organizations: Vec::new() },
+    )))
 }
 
 /// Finds the endpoints that have the objects of a request, among the candidates of its model.
@@ -357,11 +360,12 @@ async fn resolve(
     let resolved =
         pool.objects.resolve(pool, (references, asked.owner.clone(), *is_one_of_several), &candidates).await?;
     asked.named = resolved.named;
+    asked.organizations = resolved.organizations;
     asked.sealed = resolved.readers.map(|readers| Sealed { readers, ranges: sealed::ranges(call, body) });
     Ok((Some(Box::new(asked)), resolved.candidates.unwrap_or(candidates)))
 }
 
-/// The session of a request. There is none where only one endpoint could take it.
+/// The session of a request. There is none where only one endpoint could take it, with one key.
 fn session_name(
     pool: &Pool,
     header: &RequestHeader,
@@ -370,7 +374,12 @@ fn session_name(
     (of, candidates): ((&str, Option<&str>), &Candidates),
 ) -> Option<SessionName> {
     let rules = &pool.server.affinity;
-    if !rules.sessions || candidates.list().len() < 2 {
+    let has_choice = || match candidates.list() {
+        [] => false,
+        [only] => pool.endpoints.get(only.endpoint).is_some_and(|endpoint| endpoint.lanes.is_pool()),
+        _ => true,
+    };
+    if !rules.sessions || !has_choice() {
         return None;
     }
     SessionName::find(&header.headers, body, fields, of, rules.prefix)

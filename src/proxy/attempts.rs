@@ -83,7 +83,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
     let counters = ask.candidates.counters(choice.candidate).cloned();
     let chosen_at = choice.at;
-    tries.tried.push(candidate.tried());
+    tries.tried.push(candidate.tried(choice.lane, !endpoint.lanes.is_pool()));
     tries.addresses_failed = 0;
     tries.reconnected = 0;
     let search_goes_on = !ask.is_search() || tries.absences + 1 < SEARCHED_MAX;
@@ -135,7 +135,7 @@ async fn repeat_attempt(context: &mut Context, method: &Method) -> Result<(), Fa
     let ledger = context.ask.as_ref().ok_or(Fault::Internal)?.pool.ledger.clone();
     let mut attempt = context.exchange.state().attempt.take().ok_or(Fault::Internal)?;
     let begun = attempt.begin_anew(&ledger).await;
-    let endpoint = Arc::clone(&attempt.endpoint);
+    let endpoint = Arc::clone(&attempt.asked.endpoint);
     context.exchange.state().attempt = Some(attempt);
     let Err(drawn) = begun else { return Ok(()) };
     context.tries.limit = Some(limit_reached(context, &endpoint, drawn));
@@ -161,7 +161,7 @@ async fn send_with_another_permit(context: &mut Context) -> bool {
     let Some(ask) = &context.ask else { return false };
     let Some(mut attempt) = context.exchange.state().attempt.take() else { return false };
     let sent = attempt.send(&ask.pool.ledger).await;
-    let endpoint = Arc::clone(&attempt.endpoint);
+    let endpoint = Arc::clone(&attempt.asked.endpoint);
     context.exchange.state().attempt = Some(attempt);
     let Err(drawn) = sent else { return true };
     context.tries.limit = Some(limit_reached(context, &endpoint, drawn));
@@ -180,7 +180,7 @@ pub(super) fn limit_reached(context: &Context, endpoint: &Endpoint, drawn: Drawn
 
 /// Returns the address of the current attempt: the endpoint's first one that has not failed it yet.
 pub(super) async fn address(context: &Context) -> Option<(Arc<Endpoint>, SocketAddr)> {
-    let endpoint = context.exchange.state().attempt.as_ref()?.endpoint.clone();
+    let endpoint = context.exchange.state().attempt.as_ref()?.asked.endpoint.clone();
     let upstream = endpoint.upstream_of(context.ask.as_ref()?.kind);
     match upstream.addresses().await {
         Ok(addresses) => {

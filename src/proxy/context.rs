@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::failure::Follow;
 use super::web_socket::WebSocket;
 use crate::exchange::session::Wrapped;
-use crate::exchange::{Ask, Exchange, OwnHeaders};
+use crate::exchange::{Ask, Asked, Exchange, OwnHeaders};
 use crate::fault::{ErrorShape, Fault};
 use crate::process::{OpenRequest, OpenRequests};
 use crate::request::connections::OnConnection;
@@ -15,7 +15,6 @@ use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
 use crate::routing::admission::Choice;
 use crate::routing::callers::Named;
-use crate::routing::pool::Endpoint;
 use crate::routing::router::Tried;
 
 /// One request, from its header to its last byte.
@@ -95,7 +94,7 @@ pub struct Tries {
     /// Fault of a limit that was reached on the way, for the client if no other endpoint takes the request.
     pub limit: Option<Fault>,
     /// The endpoint of the last attempt that ended without an answer.
-    pub last: Option<Arc<Endpoint>>,
+    pub last: Option<Asked>,
     /// Why the request failed, in words for the log.
     pub cause: Option<String>,
 }

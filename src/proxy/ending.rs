@@ -11,8 +11,8 @@ use super::context::Context;
 use super::is_final;
 use crate::billing::estimate::Estimator;
 use crate::billing::{self, Measured};
-use crate::exchange::Attempt;
 use crate::exchange::scheduling::step_aside;
+use crate::exchange::{Asked, Attempt};
 use crate::fault::Fault;
 use crate::fault::reference::CLIENT_GONE;
 use crate::process::Process;
@@ -67,7 +67,8 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
     let ledger_fault = fault.filter(|fault| is_of_ledger(fault)).and_then(|_| process.ledger.fault());
     let state = context.exchange.state();
     let attempt = state.attempt.as_ref();
-    let endpoint = attempt.map(|attempt| &attempt.endpoint).or(context.tries.last.as_ref());
+    let asked = attempt.map(|attempt| &attempt.asked).or(context.tries.last.as_ref());
+    let lane = asked.and_then(Asked::lane).filter(|lane| lane.live().is_some());
     let ask = context.ask.as_ref();
     let header = session.req_header();
     let meaning = attempt.map_or(context.tries.meaning, Attempt::meaning);
@@ -86,7 +87,8 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
         path: header.uri.path(),
         model: ask.and_then(|ask| ask.model.as_deref()).or(context.fault.as_ref().and_then(Fault::model)),
         endpoint_model: attempt.and_then(|attempt| attempt.model.mapped.as_deref()),
-        endpoint: endpoint.map(|endpoint| endpoint.config.id.as_ref()),
+        endpoint: asked.map(|asked| asked.endpoint.config.id.as_ref()),
+        endpoint_key: lane.map(|lane| lane.config.label.as_ref()),
         attempts: context.tries.tried.len(),
         status,
         bytes: session.body_bytes_sent(),

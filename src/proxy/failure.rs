@@ -1,6 +1,5 @@
 //! The step after a failed attempt: one decision, which the next call of `upstream_peer` reads.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use pingora::upstreams::peer::HttpPeer;
@@ -160,7 +159,7 @@ fn decide(context: &mut Context, error: &Error, reused: bool) -> Follow {
 
 /// No connection could be made to the attempt's address. True if Pingora is to ask for another peer.
 pub(super) fn fail_to_connect(context: &mut Context, peer: &HttpPeer, error: &Error) -> bool {
-    let Some(endpoint) = context.exchange.state().attempt.as_ref().map(|attempt| attempt.endpoint.clone()) else {
+    let Some(endpoint) = context.exchange.state().attempt.as_ref().map(|attempt| attempt.asked.endpoint.clone()) else {
         return false;
     };
     let Some(kind) = context.ask.as_ref().map(|ask| ask.kind) else { return false };
@@ -235,9 +234,9 @@ fn conclude_failed(context: &mut Context, outcome: &Outcome) {
         billing::bill_dropped(&mut attempt, ask, outcome);
         attempt.conclude(outcome);
         state.charges.extend(attempt.take_charge());
-        context.tries.last = Some(Arc::clone(&attempt.endpoint));
+        context.tries.last = Some(attempt.asked.clone());
         context.tries.meaning = attempt.meaning();
-        ask.leave_if_refused(&attempt.endpoint, outcome);
+        ask.leave_if_refused(&attempt.asked.endpoint, outcome);
     }
 }
 
@@ -255,6 +254,13 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
     let mut state = context.exchange.state();
     context.tries.empties += u32::from(*outcome == Outcome::Empty);
     let is_sought_elsewhere = ask.is_search() && is_object_missing(outcome);
+    // Another key may do better where it was this one's trouble.
+    if let Some(last) = context.tries.tried.last_mut() {
+        let endpoint = ask.pool.endpoints.get(last.endpoint);
+        let is_sought_by_key = || endpoint.is_some_and(|one| one.lanes.have_several_organizations());
+        let is_keys = outcome.is_of_key() || *outcome == Outcome::LimitReached;
+        last.is_over |= !is_keys && !(is_sought_elsewhere && is_sought_by_key());
+    }
     context.tries.absences += usize::from(is_sought_elsewhere);
     // An error of another endpoint says more than that this one could not be asked.
     let kept = state.kept.as_ref().map(|kept| kept.header.status.as_u16());
@@ -290,19 +296,25 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
 
 /// Logs how an attempt ended. `hidden` are the endpoint's words, if the client is not shown them.
 fn log_end(context: &Context, outcome: &Outcome, hidden: Option<String>, more: bool) {
-    let (Some(endpoint), false) = (&context.tries.last, *outcome == Outcome::Ours) else { return };
+    let (Some(asked), false) = (&context.tries.last, *outcome == Outcome::Ours) else { return };
+    let endpoint = &asked.endpoint;
     let id = context.arrival.id_text();
-    let endpoint = match outcome {
+    let whom = match outcome {
         // The way matters more than where it leads.
         Outcome::ProxyRefused => {
             let kind = context.ask.as_ref().map_or(CallKind::Other, |ask| ask.kind);
-            format!("{} ({})", endpoint.config.id, endpoint.upstream_of(kind).name())
+            format!("endpoint {} ({})", endpoint.config.id, endpoint.upstream_of(kind).name())
         }
-        _ => endpoint.config.id.to_string(),
+        _ => asked.words(),
     };
     let words = hidden.map(|words| format!(", with the words {words:?}")).unwrap_or_default();
-    let next = if more { "another endpoint is tried" } else { "no other endpoint is left" };
-    log::info!("request {id}: endpoint {endpoint} {outcome}{words}; {next}");
+    let is_over = context.tries.tried.last().is_none_or(|tried| tried.is_over);
+    let next = match (more, is_over) {
+        (true, true) => "another endpoint is tried",
+        (true, false) => "another key or endpoint is tried",
+        (false, _) => "no other endpoint is left",
+    };
+    log::info!("request {id}: {whom} {outcome}{words}; {next}");
 }
 
 /// The fault of an attempt that nothing follows.

@@ -120,11 +120,14 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
     let is_error = header.status.as_u16() >= 400;
     if let (Some(objects), Some(location), false) = (&attempt.objects, header.headers.get(header::LOCATION), is_error) {
         // A call of the realtime API is named here only.
-        objects.made_at(location.to_str().unwrap_or_default(), &attempt.endpoint);
+        objects.made_at(location.to_str().unwrap_or_default(), &attempt.asked);
     }
     // Here, since not all of these headers go on.
     let status = header.status.as_u16();
     attempt.wait = if is_error { wait::in_headers(&header.headers, status, SystemTime::now()) } else { None };
+    if !is_error && attempt.asked.endpoint.config.learns_limits {
+        attempt.until_room = wait::until_room(&header.headers, SystemTime::now());
+    }
     if is_error && attempt.encoding.is_some_and(|encoding| encoding != Encoding::Unknown) {
         // A key quoted in it can be redacted in plain text only.
         header.remove_header(&header::CONTENT_ENCODING);
@@ -179,10 +182,10 @@ pub(super) fn response_filter(session: &Session, header: &mut ResponseHeader, co
             connection.flows(if context.switched {
                 WEBSOCKET_SILENCE_MAX
             } else {
-                attempt.endpoint.config.timeouts.idle
+                attempt.asked.endpoint.config.timeouts.idle
             });
         }
-        context.refusal = (!context.switched).then(|| Redactor::new(attempt.endpoint.secrets.clone()));
+        context.refusal = (!context.switched).then(|| Redactor::new(attempt.secrets()));
         attempt.header_came(Outcome::of_status(header.status.as_u16(), attempt.wait));
         if let Some(ask) = &context.ask {
             attempt.committed(&ask.pool, Instant::now());
@@ -240,7 +243,7 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
     let Some(ask) = &context.ask else { return Error::err_in(ErrorType::InternalError) };
     let state = context.exchange.state();
     let Some(attempt) = &state.attempt else { return Error::err_in(ErrorType::InternalError) };
-    let endpoint = &attempt.endpoint;
+    let endpoint = &attempt.asked.endpoint;
     let taken = mem::replace(request, RequestHeader::build_no_case(Method::GET, b"/", Some(0))?);
     // The session of a request that switches protocols is not wrapped, so nothing has been left out yet.
     let whole = if ask.switches_protocol { forwarded(&taken, ask, context.arrival.own.id.as_ref()) } else { taken };
@@ -249,7 +252,10 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
     let other = other_model(ask, attempt).filter(|_| in_query);
     let target = other
         .map_or(Cow::Borrowed(ask.target.as_str()), |other| rewrite::with_model(ask.target.as_str(), other).into());
-    *request = endpoint.upstream_of(ask.kind).dress(parts, &endpoint.config, &target, ask.switches_protocol)?;
+    let credential = endpoint.credential(ask.kind, attempt.asked.lane);
+    let credential = credential.ok_or_else(|| Error::new_in(ErrorType::InternalError))?;
+    let upstream = endpoint.upstream_of(ask.kind);
+    *request = upstream.dress(parts, (&endpoint.config, credential), &target, ask.switches_protocol)?;
     Ok(())
 }
 
@@ -308,7 +314,7 @@ fn rewrite_answer(header: &mut ResponseHeader, context: &Context) -> Result<()> 
 
 fn leaving(answer: &response::Parts, context: &Context) -> Vec<HeaderName> {
     let state = context.exchange.state();
-    let secrets = state.attempt.as_ref().map(|attempt| &attempt.endpoint.secrets);
+    let secrets = state.attempt.as_ref().and_then(|attempt| attempt.asked.lane()).map(|lane| &lane.secrets);
     let quotes_key = |value: &HeaderValue| secrets.is_some_and(|secrets| secrets.are_in(value.as_bytes()));
     let switches_protocol = answer.status == StatusCode::SWITCHING_PROTOCOLS;
     let is_hop_by_hop = forward::hop_by_hop(&answer.headers);
@@ -328,7 +334,7 @@ fn add_our_headers(headers: &mut HeaderMap, context: &Context) {
     if arrival.endpoint_headers
         && let Some(attempt) = &context.exchange.state().attempt
     {
-        headers.insert(ENDPOINT, attempt.endpoint.id_header.clone());
+        headers.insert(ENDPOINT, attempt.asked.endpoint.id_header.clone());
         if let Some(affinity) = attempt.affinity {
             headers.insert(AFFINITY, affinity.header());
         }

@@ -5,6 +5,7 @@
 //! status. A verdict against a key, an account or an endpoint needs a code or a type, or a message in the vendor's own words
 //! from its beginning on: vendors quote prompts and model names in their messages, and no caller may steer a verdict.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -32,6 +33,8 @@ pub struct Meaning {
     pub rule: &'static str,
     /// Time for which the endpoint asks to be left alone.
     pub wait: Wait,
+    /// A digest of its code and its words, to find two that are alike.
+    pub words: u64,
 }
 
 /// Time for which an endpoint asks to be left alone.
@@ -43,6 +46,8 @@ pub enum Wait {
     Stated(Duration),
     /// Until its day is over: a daily quota is used up.
     Day,
+    /// Until a quota turns that is not known here: the money is used up.
+    Quota,
     /// Not at all: the request alone is larger than the limit.
     Not,
 }
@@ -51,7 +56,7 @@ impl Meaning {
     /// Meaning of a status alone.
     pub fn of_status(status: u16, wait: Option<Duration>) -> Self {
         let wait = wait.map_or(Wait::Unsaid, Wait::Stated);
-        Self { status, trouble: by_status(status), rule: BY_STATUS, wait }
+        Self { status, trouble: by_status(status), rule: BY_STATUS, wait, words: 0 }
     }
 
     /// True if a code, a type, or a vendor's own words decided, not the status alone.
@@ -79,21 +84,33 @@ pub(crate) fn of_error(error: &VendorError, rules: &[ErrorRule]) -> Meaning {
 fn classify(status: u16, error: &VendorError, wait: Option<Duration>, rules: &[ErrorRule]) -> Meaning {
     let stated = |wait: Option<Duration>| wait.map_or(Wait::Unsaid, Wait::Stated);
     let wait = wait.or(error.wait);
+    let words = digest(status, error);
     if let Some(rule) = rules.iter().find(|rule| fits(rule, status, error)) {
         let wait = stated(wait.or(error.wait_in_words));
-        return Meaning { status, trouble: rule.means, rule: BY_CONFIG, wait };
+        return Meaning { status, trouble: rule.means, rule: BY_CONFIG, wait, words };
     }
     if let Some(row) = vendors::ROWS.iter().find(|row| row_fits(row, status, error)) {
         let wait = match row.lasts {
             Lasts::AsSaid => stated(wait.or(error.wait_in_words)),
             Lasts::Day => Wait::Day,
+            Lasts::Quota => Wait::Quota,
             Lasts::Not => Wait::Not,
         };
-        return Meaning { status, trouble: row.means, rule: row.id, wait };
+        return Meaning { status, trouble: row.means, rule: row.id, wait, words };
     }
     // Where nothing is known, words may be the prompt's. A 429 is about the vendor's own limit.
-    let words = error.wait_in_words.filter(|_| status == 429);
-    Meaning { status, trouble: by_status(status), rule: BY_STATUS, wait: stated(wait.or(words)) }
+    let wait_in_words = error.wait_in_words.filter(|_| status == 429);
+    Meaning { status, trouble: by_status(status), rule: BY_STATUS, wait: stated(wait.or(wait_in_words)), words }
+}
+
+/// A digest of what an error says, without what differs each time: numbers, dates and ids of requests. What is left of a key that a
+/// vendor quotes stays in it.
+fn digest(status: u16, error: &VendorError) -> u64 {
+    let is_id = |word: &&str| word.bytes().any(|byte| byte.is_ascii_digit()) && !word.contains('*');
+    let mut hasher = DefaultHasher::new();
+    (status, &error.codes, &error.kinds).hash(&mut hasher);
+    error.message.split_whitespace().filter(|word| !is_id(word)).for_each(|word| word.hash(&mut hasher));
+    hasher.finish()
 }
 
 fn fits(rule: &ErrorRule, status: u16, error: &VendorError) -> bool {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use jiff::Timestamp;
 
 /// Longest wait, whatever an endpoint asks for: longer than any daily quota takes to come back.
@@ -22,20 +22,38 @@ pub(crate) fn in_headers(headers: &HeaderMap, status: u16, now: SystemTime) -> O
     asked.or_else(reset).map(|wait| wait.min(WAIT_MAX))
 }
 
-/// Time until the rate limits that are used up are reset. Vendors name each limit's rest and reset alike:
+/// Returns how long nothing is left of a rate limit, by the headers of a good answer: of one that says how much is left.
+pub(crate) fn until_room(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    resets(headers, now, |remaining| remaining.is_some_and(is_zero))
+        .filter(|wait| !wait.is_zero())
+        .map(|wait| wait.min(WAIT_MAX))
+}
+
+/// Time until the rate limits that are used up are reset. One that is not used up did not refuse the request.
+fn of_rate_limits(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    resets(headers, now, |remaining| remaining.is_none_or(is_zero))
+}
+
+fn is_zero(value: &HeaderValue) -> bool {
+    value.to_str().is_ok_and(|text| text.trim() == "0")
+}
+
+/// Longest time until the reset of the rate limits whose rest is as it is asked for. Vendors name each limit's rest and reset alike:
 /// `x-ratelimit-remaining-tokens` and `x-ratelimit-reset-tokens`, `anthropic-ratelimit-tokens-remaining` and
 /// `anthropic-ratelimit-tokens-reset`.
-fn of_rate_limits(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+fn resets(
+    headers: &HeaderMap,
+    now: SystemTime,
+    is_asked_for: impl Fn(Option<&HeaderValue>) -> bool,
+) -> Option<Duration> {
     let resets = headers.iter().filter_map(|(name, value)| {
         let name = name.as_str();
         if !name.contains("ratelimit") || !name.contains("reset") {
             return None;
         }
-        // One that is not used up did not refuse the request.
         let remaining = headers.get(name.replace("reset", "remaining"));
-        let is_used_up = remaining.is_none_or(|value| value.to_str().is_ok_and(|text| text.trim() == "0"));
         let reset = value.to_str().ok()?.trim();
-        is_used_up.then(|| moment(reset, now)).flatten()
+        is_asked_for(remaining).then(|| moment(reset, now)).flatten()
     });
     resets.max()
 }
@@ -130,7 +148,7 @@ pub(crate) fn in_message(message: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http::{HeaderName, HeaderValue};
+    use http::HeaderName;
     use proptest::prelude::*;
 
     fn wall() -> SystemTime {

@@ -16,11 +16,10 @@ use crate::config::Queue;
 use crate::fault::{BudgetShortage, Fault, HeldBy};
 use crate::ledger::budgets::{BudgetView, HeldBudget};
 use crate::ledger::{
-    AccountId, CallerDraw, CallerId, Drawn, HeldEndpoint, Otherwise, OwnDraw, Permit, QueuePlace, QueuedBy, Refusal,
-    Wanted,
+    AccountId, CallerDraw, CallerId, Drawn, Otherwise, OwnDraw, Permit, QueuePlace, QueuedBy, Refusal, Wanted,
 };
 use crate::limit::{Clock, Held, LimitReason, Stamp};
-use crate::routing::balance::{self, Options, Pick};
+use crate::routing::balance::{self, OpenWay, Options, Pick, Way};
 use crate::routing::budgets::BudgetAsk;
 use crate::routing::health::Gate;
 use crate::routing::health_record::Trial;
@@ -37,7 +36,9 @@ const RESORTS_MAX: usize = 16;
 pub struct Choice {
     /// Place among the candidates.
     pub candidate: usize,
-    /// Held by the request that tries an endpoint out after its errors.
+    /// The key, by its place among the endpoint's.
+    pub lane: usize,
+    /// Held by the request that tries an endpoint or a key out after its errors.
     pub trial: Option<Trial>,
     /// The right to one attempt.
     pub permit: Permit,
@@ -89,18 +90,20 @@ pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
     let pool = options.pool;
     let clock = pool.clock();
     let pick = balance::pick(options, &clock);
-    let Some(accounts) = pick.as_ref().and_then(|pick| options.accounts(pick.candidate)) else {
+    let Some(accounts) = pick.as_ref().and_then(|pick| options.accounts(pick.candidate, pick.lane)) else {
         return Err(Undecided(None));
     };
     let permit = match request.own {
         // What is reserved is written before anything is sent.
         _ if request.budget.is_some() => None,
-        Some(own) => pool.ledger.draw_both_at_once(accounts, own, &clock),
-        None if accounts.is_limited() => pool.ledger.draw_at_once(accounts, &clock),
-        None => Some(pool.ledger.unlimited(accounts)),
+        Some(own) => pool.ledger.draw_both_at_once(&accounts, own, &clock),
+        None if accounts.is_limited() => pool.ledger.draw_at_once(&accounts, &clock),
+        None => Some(pool.ledger.unlimited(&accounts)),
     };
     match (pick, permit) {
-        (Some(Pick { candidate, trial }), Some(permit)) => Ok(Choice { candidate, trial, permit, at: clock }),
+        (Some(Pick { candidate, lane, trial }), Some(permit)) => {
+            Ok(Choice { candidate, lane, trial, permit, at: clock })
+        }
         (pick, _) => Err(Undecided(pick.map(|pick| (pick, clock)))),
     }
 }
@@ -108,10 +111,11 @@ pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
 /// Gives an endpoint and a permit to a request that [`at_once`] had none for.
 pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice, Fault> {
     let Options { pool, .. } = request.options;
-    let Some((Pick { candidate, trial }, clock)) = undecided.0 else { return spill(request).await };
-    let Some(wanted) = wanted(&request, candidate, Stamp::default()) else { return spill(request).await };
+    let Some((Pick { candidate, lane, trial }, clock)) = undecided.0 else { return spill(request).await };
+    let way = OpenWay { index: candidate, lane, from: Stamp::default() };
+    let Some(wanted) = wanted(&request, way) else { return spill(request).await };
     match pool.ledger.draw_for(pool.ledger.ticket(), vec![wanted], request.own_draw(), Otherwise::LookElsewhere).await {
-        Drawn::Granted(_, permit) => Ok(Choice { candidate, trial, permit, at: clock }),
+        Drawn::Granted(_, permit) => Ok(Choice { candidate, lane, trial, permit, at: clock }),
         Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => Err(key_limits_reached(&held, wait)),
         Drawn::Refused(_) | Drawn::Unavailable => {
             drop(trial);
@@ -141,9 +145,9 @@ async fn spill(request: Request<'_>) -> Result<Choice, Fault> {
         Ok(Drawn::Refused(_) | Drawn::Unavailable) | Err(_) => {}
     }
     let mut limited = None;
-    let tries = resorts.into_iter().map(|candidate| (candidate, true)).take(RESORTS_MAX);
-    for (candidate, as_trial) in tries.chain(floor.into_iter().map(|candidate| (candidate, false)).take(RESORTS_MAX)) {
-        match try_out(request, candidate, as_trial, turn.ticket, clock).await {
+    let tries = resorts.into_iter().map(|way| (way, true)).take(RESORTS_MAX);
+    for (way, as_trial) in tries.chain(floor.into_iter().map(|way| (way, false)).take(RESORTS_MAX)) {
+        match try_out(request, way, as_trial, turn.ticket, clock).await {
             Some(Ok(choice)) => return Ok(choice),
             Some(Err(fault)) => limited = Some(fault),
             None => {}
@@ -186,7 +190,7 @@ async fn wait_or_refuse(request: Request<'_>, mut turn: Turn) -> Result<Choice, 
                 let choice = choice(&open, at, permit, clock)?;
                 // It may have failed others while this one waited for it; then the permit is given back.
                 grants += 1;
-                if request.options.gate(choice.candidate, pool.clock().now) == Some(Gate::Open) {
+                if request.options.gate_at(choice.candidate, choice.lane, &pool.clock()) == Some(Gate::Open) {
                     return Ok(choice);
                 }
             }
@@ -215,53 +219,49 @@ fn end_of_wait(request: Request<'_>, turn: &Turn, clock: &Clock) -> Stamp {
 }
 
 /// Draws from candidates. It is a fault if there are none.
-async fn draw(
-    request: Request<'_>,
-    open: &[(usize, Stamp)],
-    ticket: u64,
-    otherwise: Otherwise,
-) -> Result<Drawn, Fault> {
-    let wanted: Vec<_> = open.iter().filter_map(|(candidate, from)| wanted(&request, *candidate, *from)).collect();
+async fn draw(request: Request<'_>, open: &[OpenWay], ticket: u64, otherwise: Otherwise) -> Result<Drawn, Fault> {
+    let wanted: Vec<_> = open.iter().filter_map(|way| wanted(&request, *way)).collect();
     if wanted.is_empty() {
         return Err(Fault::NoneAvailable);
     }
     Ok(request.options.pool.ledger.draw_for(ticket, wanted, request.own_draw(), otherwise).await)
 }
 
-/// The draw of a permit of a candidate, which may be asked from that moment on. The candidates of a request whose caller has a budget in
+/// The draw of a permit of a way, which may be asked from its moment on. The candidates of a request whose caller has a budget in
 /// dollars have prices, so that none is left out here.
-fn wanted(request: &Request<'_>, candidate: usize, from: Stamp) -> Option<Wanted> {
+fn wanted(request: &Request<'_>, OpenWay { index, lane, from }: OpenWay) -> Option<Wanted> {
     let options = &request.options;
-    let (endpoint, model) = (options.endpoint(candidate)?, options.model_of(candidate)?);
-    let wanted = endpoint.wanted(model, from);
+    let (endpoint, model) = (options.endpoint(index)?, options.model_of(index)?);
+    let wanted = endpoint.wanted(model, lane, from);
     let Some(budget) = request.budget else { return Some(wanted) };
     let spends = budget.spends(endpoint, model.name, options.pool.clock().wall)?;
     Some(Wanted { spends, ..wanted })
 }
 
-fn choice(open: &[(usize, Stamp)], at: usize, permit: Permit, clock: Clock) -> Result<Choice, Fault> {
-    let (candidate, _) = *open.get(at).ok_or(Fault::Internal)?;
-    Ok(Choice { candidate, trial: None, permit, at: clock })
+fn choice(open: &[OpenWay], at: usize, permit: Permit, clock: Clock) -> Result<Choice, Fault> {
+    let OpenWay { index: candidate, lane, .. } = *open.get(at).ok_or(Fault::Internal)?;
+    Ok(Choice { candidate, lane, trial: None, permit, at: clock })
 }
 
 /// Tries an endpoint out that is cooling down or rests by our guess: as the one trial, if no other request is that, or as one
 /// that has nobody else left. A fault is its limit.
 async fn try_out(
     request: Request<'_>,
-    candidate: usize,
+    (candidate, way): (usize, Way),
     as_trial: bool,
     ticket: u64,
     clock: Clock,
 ) -> Option<Result<Choice, Fault>> {
-    let accounts = request.options.accounts(candidate)?;
-    let trial = if as_trial { Some(request.options.begin_trial(candidate)?) } else { None };
+    let lane = way.lane;
+    let accounts = request.options.accounts(candidate, lane)?;
+    let trial = if as_trial { Some(request.options.begin_trial(candidate, way)?) } else { None };
     if !accounts.is_limited() && request.own.is_none() && request.budget.is_none() {
-        let permit = request.options.pool.ledger.unlimited(accounts);
-        return Some(Ok(Choice { candidate, trial, permit, at: clock }));
+        let permit = request.options.pool.ledger.unlimited(&accounts);
+        return Some(Ok(Choice { candidate, lane, trial, permit, at: clock }));
     }
-    let open = [(candidate, Stamp::default())];
+    let open = [OpenWay { index: candidate, lane, from: Stamp::default() }];
     match draw(request, &open, ticket, Otherwise::LookElsewhere).await.ok()? {
-        Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, trial, permit, at: clock })),
+        Drawn::Granted(_, permit) => Some(Ok(Choice { candidate, lane, trial, permit, at: clock })),
         Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => Some(Err(key_limits_reached(&held, wait))),
         Drawn::Refused(Refusal { budget: Some(held), .. }) => Some(Err(budget_exhausted(&held))),
         Drawn::Refused(refusal) => Some(Err(limits_reached(request, &open, &refusal))),
@@ -303,30 +303,41 @@ pub fn own_limits_reached(Refusal { held, wait, .. }: Refusal) -> Fault {
 }
 
 /// Names everybody who could have taken the request, why it does not, and for how long.
-fn limits_reached(request: Request<'_>, open: &[(usize, Stamp)], refusal: &Refusal) -> Fault {
+fn limits_reached(request: Request<'_>, open: &[OpenWay], refusal: &Refusal) -> Fault {
     let options = request.options;
     let now = options.pool.clock().boot;
-    let held = |held: &HeldEndpoint| {
-        let (candidate, _) = *open.get(held.at)?;
-        let id = Arc::clone(&options.endpoint(candidate)?.config.id);
-        Some(held.held_by(id, options.pool.server.endpoint_headers, now))
-    };
-    let held = refusal.held.iter().filter_map(held).chain(out_of_service(&options)).collect();
+    let mut all: Vec<(usize, HeldBy)> = Vec::new();
+    for held in &refusal.held {
+        let Some(OpenWay { index, lane, .. }) = open.get(held.at) else { continue };
+        let Some(endpoint) = options.endpoint(*index) else { continue };
+        let by = held.held_by(Arc::clone(&endpoint.config.id), options.pool.server.endpoint_headers, now);
+        let is_keys = matches!(held.account, Some(AccountId::Lane { .. }));
+        let key = endpoint.lanes.get(*lane).filter(|_| is_keys).map(|lane| Arc::clone(&lane.config.label));
+        let by = HeldBy { key, ..by };
+        // Of the keys of one endpoint, the one that has room first.
+        match all.iter_mut().find(|(known, _)| known == index) {
+            Some((_, known)) if by.wait < known.wait => *known = by,
+            Some(_) => {}
+            None => all.push((*index, by)),
+        }
+    }
+    let held = all.into_iter().map(|(_, by)| by).chain(out_of_service(&options)).collect();
     Fault::LimitsReached { wait: refusal.wait, held }
 }
 
 /// The candidates that are cooling down.
 pub fn out_of_service(options: &Options<'_>) -> Vec<HeldBy> {
-    let now = options.pool.clock().now;
+    let clock = options.pool.clock();
+    let now = clock.now;
     let held = |candidate: usize| {
-        let wait = match options.gate(candidate, now)? {
+        let wait = match options.gate(candidate, &clock)? {
             Gate::Cooling { until } => until.saturating_duration_since(now),
             Gate::OnTrial | Gate::TrialDue => Duration::ZERO,
             Gate::Open | Gate::Resting { .. } => return None,
         };
         let endpoint = Arc::clone(&options.endpoint(candidate)?.config.id);
         let is_public = options.pool.server.endpoint_headers;
-        Some(HeldBy { endpoint, is_public, models: None, reason: LimitReason::CoolingDown, wait })
+        Some(HeldBy { endpoint, is_public, models: None, key: None, reason: LimitReason::CoolingDown, wait })
     };
     (0..options.candidates.list().len()).filter_map(held).collect()
 }

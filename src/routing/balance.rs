@@ -1,6 +1,7 @@
 //! Candidates → one: by tier, then by what each endpoint's health allows, then by the strategy. Whether it has a permit is
 //! asked afterwards ([`admission`](crate::routing::admission)); what seems to be at a limit goes last.
 
+use std::borrow::Cow;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ use crate::limit::{Clock, Stamp};
 use crate::request::shape::CallShape;
 use crate::routing::health::Gate;
 use crate::routing::health_record::Trial;
+use crate::routing::lane_choice::{Among, Found, LANES_TRIED_MAX};
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::{Candidate, Candidates, ModelName, Tried};
 
@@ -28,6 +30,41 @@ pub struct Options<'a> {
     pub tried: &'a [Tried],
     /// Candidate that goes before others of its tier, if it can take the request.
     pub preferred: Option<usize>,
+    /// What it wants of an endpoint's keys.
+    pub keys: KeyWish<'a>,
+}
+
+/// What a request wants of the keys of an endpoint that has several.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KeyWish<'a> {
+    /// Number of its session, whose requests have the same key while that can take them.
+    pub session: Option<u64>,
+    /// The organisations one of whose keys it needs, since what it names was made there; none if it needs no particular one.
+    pub organizations: &'a [Arc<str>],
+}
+
+/// How a candidate can be reached.
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    /// The key, by its place among the endpoint's.
+    pub lane: usize,
+    /// Whether health lets the request through.
+    pub gate: Gate,
+    /// True if that is the key's health, not the endpoint's.
+    is_keys: bool,
+}
+
+impl Way {
+    /// The endpoint's gate where it is closed, the key's elsewhere.
+    fn new(gate: Gate, key: Found) -> Self {
+        let is_keys = gate == Gate::Open;
+        Self { lane: key.lane, gate: if is_keys { key.gate } else { gate }, is_keys }
+    }
+
+    /// The only key, whose health is the endpoint's.
+    fn of_one(gate: Gate) -> Self {
+        Self { lane: 0, gate, is_keys: false }
+    }
 }
 
 impl Candidates {
@@ -49,24 +86,82 @@ impl<'a> Options<'a> {
         Some(self.candidates.model_of(self.candidates.list().get(index)?, self.model))
     }
 
-    /// Whether health lets the request through to a candidate.
-    pub fn gate(&self, index: usize, now: Instant) -> Option<Gate> {
-        Some(self.endpoint(index)?.live.gate(self.model_of(index)?, now))
+    /// Whether health lets the request through to a candidate, with any key that it may still have there.
+    pub fn gate(&self, index: usize, clock: &Clock) -> Option<Gate> {
+        let candidate = self.candidates.list().get(index)?;
+        Some(self.closest_way(candidate, self.endpoint(index)?, self.model_of(index)?, clock)?.gate)
+    }
+
+    /// Whether health lets the request through to a candidate with one of its keys.
+    pub fn gate_at(&self, index: usize, lane: usize, clock: &Clock) -> Option<Gate> {
+        let (endpoint, model) = (self.endpoint(index)?, self.model_of(index)?);
+        match endpoint.live.gate(model, clock.now) {
+            Gate::Open => Some(endpoint.lanes.get(lane)?.gate(|| endpoint.live.key(model), clock.now)),
+            closed => Some(closed),
+        }
     }
 
     /// Begins to try out a candidate that is cooling down; none if another request does.
-    pub fn begin_trial(&self, index: usize) -> Option<Trial> {
-        self.endpoint(index)?.live.begin_trial(self.model_of(index)?)
+    pub fn begin_trial(&self, index: usize, way: Way) -> Option<Trial> {
+        let (endpoint, model) = (self.endpoint(index)?, self.model_of(index)?);
+        if !way.is_keys {
+            return endpoint.live.begin_trial(model);
+        }
+        endpoint.lanes.get(way.lane)?.live()?.health.begin_trial(endpoint.live.key(model))
+    }
+
+    fn among(
+        &'a self,
+        candidate: &'a Candidate,
+        endpoint: &'a Endpoint,
+        model: ModelName<'a>,
+        clock: &'a Clock,
+    ) -> Among<'a> {
+        let KeyWish { session, organizations } = self.keys;
+        let (tried, strategy) = (self.tried, self.pool.server.strategy);
+        let are_there = organizations.iter().any(|one| endpoint.lanes.have_organization(one));
+        let organizations = if are_there { organizations } else { &[] };
+        Among { endpoint, candidate, model, tried, session, organizations, strategy, clock }
+    }
+
+    /// A way to a candidate that could take the request now, as far as its keys go.
+    fn way(&self, candidate: &Candidate, endpoint: &Endpoint, model: ModelName<'_>, clock: &Clock) -> Option<Way> {
+        let gate = endpoint.live.gate(model, clock.now);
+        if !endpoint.lanes.is_pool() {
+            return Some(Way::of_one(gate));
+        }
+        Some(Way::new(gate, self.among(candidate, endpoint, model, clock).choose()?))
+    }
+
+    /// The way to a candidate that is open, or opens first; none if the request may have none of its keys any more.
+    fn closest_way(
+        &self,
+        candidate: &Candidate,
+        endpoint: &Endpoint,
+        model: ModelName<'_>,
+        clock: &Clock,
+    ) -> Option<Way> {
+        let gate = endpoint.live.gate(model, clock.now);
+        if !endpoint.lanes.is_pool() {
+            return Some(Way::of_one(gate));
+        }
+        Some(Way::new(gate, self.among(candidate, endpoint, model, clock).closest()?))
     }
 
     /// A candidate that the request has not been to, and that is not known to lack its call.
     fn untried(&self, candidate: &'a Candidate, now: Instant) -> Option<(&'a Endpoint, ModelName<'a>)> {
-        if self.tried.iter().any(|tried| tried.is(candidate)) {
+        if !self.tried.is_empty() && !self.may_be_tried(candidate) {
             return None;
         }
         let endpoint = self.pool.endpoints.get(candidate.endpoint)?;
         let model = self.candidates.model_of(candidate, self.model);
         (!endpoint.live.paths.lacks(self.shape, model.name, now)).then_some((endpoint, model))
+    }
+
+    /// True if the request has not been there, or may go there once more with another key.
+    fn may_be_tried(&self, candidate: &Candidate) -> bool {
+        let there = || self.tried.iter().filter(|tried| tried.is(candidate));
+        there().all(|tried| !tried.is_over) && there().count() < LANES_TRIED_MAX
     }
 
     /// True if every candidate is known to lack the call.
@@ -79,9 +174,9 @@ impl<'a> Options<'a> {
         self.candidates.list().iter().all(lacks)
     }
 
-    /// The accounts that the request counts in at a candidate.
-    pub fn accounts(&self, index: usize) -> Option<&'a Arc<AccountSet>> {
-        Some(self.endpoint(index)?.accounts_of(self.model_of(index)?))
+    /// The accounts that the request counts in at a candidate, with one of its keys.
+    pub fn accounts(&self, index: usize, lane: usize) -> Option<Cow<'a, Arc<AccountSet>>> {
+        Some(self.endpoint(index)?.accounts_at(self.model_of(index)?, lane))
     }
 
     /// True if a candidate seems to be at a limit: a hint for where to look first.
@@ -96,7 +191,9 @@ impl<'a> Options<'a> {
 pub struct Pick {
     /// Place among the candidates.
     pub candidate: usize,
-    /// Held by the request that tries an endpoint out after its errors.
+    /// The key, by its place among the endpoint's.
+    pub lane: usize,
+    /// Held by the request that tries an endpoint or a key out after its errors.
     pub trial: Option<Trial>,
 }
 
@@ -104,13 +201,15 @@ pub struct Pick {
 #[derive(Clone, Copy, Debug)]
 struct Eligible {
     index: usize,
-    trial: bool,
+    way: Way,
 }
 
 /// Picks one of the candidates that were not tried yet and do not seem to be at a limit.
 pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
-    if let Some(candidate) = at_once(options, clock) {
-        return Some(Pick { candidate, trial: None });
+    if let Some((candidate, way)) = at_once(options, clock)
+        && let Some(pick) = begin(options, candidate, way)
+    {
+        return Some(pick);
     }
     let mut eligible = Vec::with_capacity(options.candidates.list().len());
     let mut tier = 0;
@@ -125,10 +224,9 @@ pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
         if options.seems_full(endpoint, model, clock) {
             continue;
         }
-        match endpoint.live.gate(model, clock.now) {
-            Gate::Open => eligible.push(Eligible { index, trial: false }),
-            Gate::TrialDue => eligible.push(Eligible { index, trial: true }),
-            Gate::Cooling { .. } | Gate::OnTrial | Gate::Resting { .. } => {}
+        let way = options.way(candidate, endpoint, model, clock);
+        if let Some(way) = way.filter(|way| matches!(way.gate, Gate::Open | Gate::TrialDue)) {
+            eligible.push(Eligible { index, way });
         }
     }
     choose(options, &mut eligible, clock)
@@ -136,12 +234,17 @@ pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
 
 /// The choice of a strategy that draws, if all that it draws could take the request: then it is the same as if every candidate had
 /// been looked at, and costs as much for a thousand of them as for one.
-fn at_once(options: &Options<'_>, clock: &Clock) -> Option<usize> {
+fn at_once(options: &Options<'_>, clock: &Clock) -> Option<(usize, Way)> {
     let Options { pool, candidates, .. } = *options;
     let if_open = |drawn: usize| {
-        let (endpoint, model) = options.untried(candidates.list().get(drawn)?, clock.now)?;
-        let is_open = !options.seems_full(endpoint, model, clock) && endpoint.live.gate(model, clock.now) == Gate::Open;
-        is_open.then_some(drawn)
+        let candidate = candidates.list().get(drawn)?;
+        let (endpoint, model) = options.untried(candidate, clock.now)?;
+        if options.seems_full(endpoint, model, clock) {
+            return None;
+        }
+        let way = options.way(candidate, endpoint, model, clock)?;
+        // A key that was refused is one of many, and tried again when it is drawn.
+        (way.gate == Gate::Open || way.is_keys && way.gate == Gate::TrialDue).then_some((drawn, way))
     };
     if let Some(preferred) = options.preferred {
         // Those of its tier are for when it cannot take the request, and are not drawn from before that is known.
@@ -151,10 +254,10 @@ fn at_once(options: &Options<'_>, clock: &Clock) -> Option<usize> {
     let better = |score: &dyn Fn(usize) -> f64| {
         let (first, second) = (draw()?, draw()?);
         // Two draws of the same candidate are no comparison, unless there is no other.
-        if first == second && candidates.list().len() > 1 {
+        if first.0 == second.0 && candidates.list().len() > 1 {
             return None;
         }
-        Some(if score(second) < score(first) { second } else { first })
+        Some(if score(second.0) < score(first.0) { second } else { first })
     };
     match pool.server.strategy {
         Strategy::Random => draw(),
@@ -167,7 +270,7 @@ fn at_once(options: &Options<'_>, clock: &Clock) -> Option<usize> {
 
 /// Every candidate that was not tried yet and could take the request if its limits allow it, each with the moment from which
 /// it may be asked: the first tier first, each tier from a random place on, so that what spills over is spread.
-pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Stamp)> {
+pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<OpenWay> {
     let mut open = Vec::with_capacity(options.candidates.list().len());
     let mut tier_begins = 0;
     let mut tier = 0;
@@ -177,31 +280,49 @@ pub fn open(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Stamp)> {
             (tier, tier_begins) = (candidate.tier, open.len());
         }
         let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
-        match endpoint.live.gate(model, clock.now) {
-            Gate::Open => open.push((index, Stamp::default())),
-            Gate::Resting { until, .. } => open.push((index, clock.boot + until.saturating_duration_since(clock.now))),
-            Gate::TrialDue | Gate::OnTrial | Gate::Cooling { .. } => {}
+        let from = match endpoint.live.gate(model, clock.now) {
+            Gate::Open => Stamp::default(),
+            Gate::Resting { until, .. } => clock.boot + until.saturating_duration_since(clock.now),
+            Gate::TrialDue | Gate::OnTrial | Gate::Cooling { .. } => continue,
+        };
+        if endpoint.lanes.is_pool() {
+            let is_full = options.seems_full(endpoint, model, clock);
+            let keys = options.among(candidate, endpoint, model, clock).drawn_from(is_full);
+            open.extend(keys.into_iter().map(|(lane, at)| OpenWay { index, lane, from: from.max(at) }));
+        } else {
+            open.push(OpenWay { index, lane: 0, from });
         }
     }
     order(options, &mut open, tier_begins, clock);
     open
 }
 
+/// A way to a candidate that is open, or rests until a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenWay {
+    /// Place among the candidates.
+    pub index: usize,
+    /// The key, by its place among the endpoint's.
+    pub lane: usize,
+    /// When it may be asked.
+    pub from: Stamp,
+}
+
 /// Puts the candidates of a tier, the last of the list, into the order in which they are drawn from: as the strategy has one, or else
 /// from a random one on, and the preferred one first.
-fn order(options: &Options<'_>, open: &mut [(usize, Stamp)], tier_begins: usize, clock: &Clock) {
+fn order(options: &Options<'_>, open: &mut [OpenWay], tier_begins: usize, clock: &Clock) {
     let Some(tier) = open.get_mut(tier_begins..).filter(|tier| tier.len() > 1) else { return };
     match options.pool.server.strategy {
         Strategy::FillFirst => {}
         Strategy::MostLeft => {
-            let used = |(index, _): &(usize, Stamp)| 1.0 - share_left(options, *index, clock);
+            let used = |way: &OpenWay| 1.0 - share_left(options, way.index, way.lane, clock);
             tier.sort_by(|one, other| used(one).total_cmp(&used(other)));
         }
         Strategy::Random | Strategy::RoundRobin | Strategy::LeastBusy | Strategy::Fastest => {
             tier.rotate_left(fastrand::usize(..tier.len()));
         }
     }
-    let preferred = tier.iter().position(|(index, _)| Some(*index) == options.preferred);
+    let preferred = tier.iter().position(|way| Some(way.index) == options.preferred);
     if let Some(at) = preferred {
         tier.swap(0, at);
     }
@@ -209,46 +330,48 @@ fn order(options: &Options<'_>, open: &mut [(usize, Stamp)], tier_begins: usize,
 
 /// Candidates that may be tried when nothing is open, one request at a time: those that cool down, and those whose rest is our own
 /// guess. The one first whose time ends first.
-pub fn last_resorts(options: &Options<'_>, clock: &Clock) -> Vec<usize> {
+pub fn last_resorts(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Way)> {
     let mut resorts = Vec::new();
     for (index, candidate) in options.candidates.list().iter().enumerate() {
         let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
-        match endpoint.live.gate(model, clock.now) {
-            Gate::TrialDue => resorts.push((clock.now, index)),
-            Gate::Cooling { until } | Gate::Resting { until, may_try: true } => resorts.push((until, index)),
+        let Some(way) = options.closest_way(candidate, endpoint, model, clock) else { continue };
+        match way.gate {
+            Gate::TrialDue => resorts.push((clock.now, index, way)),
+            Gate::Cooling { until } | Gate::Resting { until, may_try: true } => resorts.push((until, index, way)),
             Gate::Open | Gate::OnTrial | Gate::Resting { may_try: false, .. } => {}
         }
     }
-    resorts.sort_unstable();
-    resorts.into_iter().map(|(_, index)| index).collect()
+    resorts.sort_unstable_by_key(|(until, index, _)| (*until, *index));
+    resorts.into_iter().map(|(_, index, way)| (index, way)).collect()
 }
 
 /// The floor: candidates that are asked although they cool down and somebody tries them out, since nobody else is left. The one
 /// that failed longest ago goes first, unless it has more to do for this gateway than the next. Empty if any candidate is open.
-pub fn floor(options: &Options<'_>, clock: &Clock) -> Vec<usize> {
+pub fn floor(options: &Options<'_>, clock: &Clock) -> Vec<(usize, Way)> {
     let mut floor = Vec::new();
     for (index, candidate) in options.candidates.list().iter().enumerate() {
         let Some((endpoint, model)) = options.untried(candidate, clock.now) else { continue };
-        match endpoint.live.gate(model, clock.now) {
+        let Some(way) = options.closest_way(candidate, endpoint, model, clock) else { continue };
+        match way.gate {
             Gate::Open => return Vec::new(),
             Gate::TrialDue | Gate::Cooling { .. } | Gate::OnTrial => {
-                floor.push((endpoint.live.in_flight(), endpoint.live.failed_at(model), index));
+                floor.push((endpoint.live.in_flight(), endpoint.live.failed_at(model), index, way));
             }
             Gate::Resting { .. } => {}
         }
     }
-    floor.sort_unstable();
-    floor.into_iter().map(|(.., index)| index).collect()
+    floor.sort_unstable_by_key(|(in_flight, failed_at, index, _)| (*in_flight, *failed_at, *index));
+    floor.into_iter().map(|(.., index, way)| (index, way)).collect()
 }
 
 /// True if an untried candidate could take the request, as far as is known.
 pub fn any_left(options: &Options<'_>, clock: &Clock) -> bool {
-    options.candidates.list().iter().filter_map(|candidate| options.untried(candidate, clock.now)).any(
-        |(endpoint, model)| {
-            let gate = || endpoint.live.gate(model, clock.now);
-            !options.seems_full(endpoint, model, clock) && !matches!(gate(), Gate::Resting { may_try: false, .. })
-        },
-    )
+    options.candidates.list().iter().any(|candidate| {
+        let Some((endpoint, model)) = options.untried(candidate, clock.now) else { return false };
+        let way = || options.closest_way(candidate, endpoint, model, clock);
+        !options.seems_full(endpoint, model, clock)
+            && way().is_some_and(|way| !matches!(way.gate, Gate::Resting { may_try: false, .. }))
+    })
 }
 
 /// Chooses one of the eligible candidates of a tier, which are used up. If another request took its trial meanwhile,
@@ -261,14 +384,22 @@ fn choose(options: &Options<'_>, eligible: &mut Vec<Eligible>, clock: &Clock) ->
             None if eligible.len() == 1 => 0,
             None => by_strategy(options, eligible, clock),
         };
-        let Eligible { index: candidate, trial } = eligible.swap_remove(at);
-        let begun = if trial { options.begin_trial(candidate) } else { None };
-        if begun.is_some() == trial {
+        let Eligible { index: candidate, way } = eligible.swap_remove(at);
+        if let Some(pick) = begin(options, candidate, way) {
             eligible.clear();
-            return Some(Pick { candidate, trial: begun });
+            return Some(pick);
         }
     }
     None
+}
+
+/// Goes this way; none if it is to be tried out, and another request does that.
+fn begin(options: &Options<'_>, candidate: usize, way: Way) -> Option<Pick> {
+    let lane = way.lane;
+    match way.gate {
+        Gate::TrialDue => options.begin_trial(candidate, way).map(|trial| Pick { candidate, lane, trial: Some(trial) }),
+        _ => Some(Pick { candidate, lane, trial: None }),
+    }
 }
 
 /// The place, among the eligible ones, of the one that the strategy takes.
@@ -337,15 +468,15 @@ fn better_of_two(candidates: &Candidates, eligible: &[Eligible], score: impl Fn(
 
 /// The one with the largest share of its limits left; of several, one by weight.
 fn most_left(options: &Options<'_>, eligible: &[Eligible], clock: &Clock) -> usize {
-    let shares: Vec<f64> = eligible.iter().map(|one| share_left(options, one.index, clock)).collect();
+    let shares: Vec<f64> = eligible.iter().map(|one| share_left(options, one.index, one.way.lane, clock)).collect();
     let most = shares.iter().copied().fold(0.0, f64::max);
     let best: Vec<usize> = shares.iter().enumerate().filter(|(_, share)| **share >= most).map(|(at, _)| at).collect();
     let among: Vec<Eligible> = best.iter().filter_map(|at| eligible.get(*at).copied()).collect();
     best.get(by_weight(options.candidates, &among)).copied().unwrap_or_default()
 }
 
-fn share_left(options: &Options<'_>, index: usize, clock: &Clock) -> f64 {
-    options.accounts(index).map_or(0.0, |accounts| accounts.share_left(clock.boot))
+fn share_left(options: &Options<'_>, index: usize, lane: usize, clock: &Clock) -> f64 {
+    options.accounts(index, lane).map_or(0.0, |accounts| accounts.share_left(clock.boot))
 }
 
 fn busyness(options: &Options<'_>, index: usize) -> f64 {
@@ -380,7 +511,7 @@ mod tests {
 
     /// A candidate that a request has been to, by its endpoint's place.
     fn at(endpoint: usize) -> Tried {
-        Tried { endpoint, fallback: None }
+        Tried { endpoint, lane: 0, is_over: true, fallback: None }
     }
 
     fn options<'a>(pool: &'a Pool, tried: &'a [Tried]) -> Options<'a> {
@@ -391,7 +522,12 @@ mod tests {
             shape: None,
             tried,
             preferred: None,
+            keys: KeyWish::default(),
         }
+    }
+
+    fn places(ways: &[(usize, Way)]) -> Vec<usize> {
+        ways.iter().map(|(index, _)| *index).collect()
     }
 
     fn picks(pool: &Pool, times: usize) -> Vec<usize> {
@@ -459,7 +595,7 @@ mod tests {
         assert_eq!(picks(&pool, 20), [20, 0]);
         learn(&pool, 0, rest(false), 1);
         assert_eq!(picks(&pool, 20), [0, 20]);
-        assert_eq!(open(&options(&pool, &[]), &pool.clock())[0].0, 0, "it is waited for first");
+        assert_eq!(open(&options(&pool, &[]), &pool.clock())[0].index, 0, "it is waited for first");
     }
 
     #[test]
@@ -480,14 +616,15 @@ mod tests {
         assert!(any_left(&options, &pool.clock()));
         assert!(pick(&options, &pool.clock()).is_none());
         assert!(open(&options, &pool.clock()).is_empty());
-        assert_eq!(last_resorts(&options, &pool.clock()), [1, 0]);
-        let _trials: Vec<_> = (0..2).map(|index| options.begin_trial(index).unwrap()).collect();
+        assert_eq!(places(&last_resorts(&options, &pool.clock())), [1, 0]);
+        let _trials: Vec<_> =
+            (0..2).map(|index| options.begin_trial(index, Way::of_one(Gate::Open)).unwrap()).collect();
         assert!(last_resorts(&options, &pool.clock()).is_empty());
         // The last ones are never refused: the one first that failed longest ago, or that has less to do.
         assert!(any_left(&options, &pool.clock()));
-        assert_eq!(floor(&options, &pool.clock()), [1, 0]);
+        assert_eq!(places(&floor(&options, &pool.clock())), [1, 0]);
         let _busy = pool.endpoints[1].live.enter();
-        assert_eq!(floor(&options, &pool.clock()), [0, 1]);
+        assert_eq!(places(&floor(&options, &pool.clock())), [0, 1]);
     }
 
     #[test]
@@ -495,9 +632,13 @@ mod tests {
         let pool = pool(Strategy::Random, TWO);
         learn(&pool, 0, FAILURE, 3);
         assert!(floor(&options(&pool, &[]), &pool.clock()).is_empty());
-        assert_eq!(floor(&options(&pool, &[at(1)]), &pool.clock()), [0]);
+        assert_eq!(places(&floor(&options(&pool, &[at(1)]), &pool.clock())), [0]);
         learn(&pool, 1, rest(false), 1);
-        assert_eq!(floor(&options(&pool, &[]), &pool.clock()), [0], "one that rests by its own word is left alone");
+        assert_eq!(
+            places(&floor(&options(&pool, &[]), &pool.clock())),
+            [0],
+            "one that rests by its own word is left alone"
+        );
     }
 
     #[test]
@@ -506,8 +647,8 @@ mod tests {
         learn(&pool, 0, rest(true), 1);
         learn(&pool, 1, rest(false), 1);
         let options = options(&pool, &[]);
-        assert_eq!(last_resorts(&options, &pool.clock()), [0]);
-        let _trial = options.begin_trial(0).unwrap();
+        assert_eq!(places(&last_resorts(&options, &pool.clock())), [0]);
+        let _trial = options.begin_trial(0, Way::of_one(Gate::Open)).unwrap();
         assert!(last_resorts(&options, &pool.clock()).is_empty());
         assert!(!any_left(&options, &pool.clock()));
         assert_eq!(open(&options, &pool.clock()).len(), 2, "both may be waited for");
@@ -519,8 +660,10 @@ mod tests {
         learn(&pool, 0, rest(false), 1);
         let clock = pool.clock();
         let mut open = open(&options(&pool, &[]), &clock);
-        open.sort_unstable();
-        let [(0, rests), (1, is_open)] = open[..] else { panic!("{open:?}") };
+        open.sort_unstable_by_key(|way| way.index);
+        let [OpenWay { index: 0, from: rests, .. }, OpenWay { index: 1, from: is_open, .. }] = open[..] else {
+            panic!("{open:?}")
+        };
         assert!((59_000..=60_001).contains(&(rests - clock.boot).as_millis()), "{rests:?}");
         assert_eq!(is_open, Stamp::default());
     }
@@ -533,8 +676,8 @@ mod tests {
         for _ in 0..100 {
             let open = open(&options(&pool, &[]), &pool.clock());
             assert_eq!(open.len(), 3);
-            assert_eq!(open[2].0, 2, "the second tier comes last");
-            firsts[open[0].0] += 1;
+            assert_eq!(open[2].index, 2, "the second tier comes last");
+            firsts[open[0].index] += 1;
         }
         assert!(firsts[0] > 20 && firsts[1] > 20, "{firsts:?}");
     }
@@ -547,9 +690,9 @@ mod tests {
             let prefers = |preferred| Options { preferred: Some(preferred), ..options(&pool, &[]) };
             for _ in 0..20 {
                 assert_eq!(pick(&prefers(1), &pool.clock()).unwrap().candidate, 1);
-                assert_eq!(open(&prefers(1), &pool.clock())[0].0, 1);
+                assert_eq!(open(&prefers(1), &pool.clock())[0].index, 1);
                 assert_ne!(pick(&prefers(2), &pool.clock()).unwrap().candidate, 2, "a better tier is open");
-                assert_eq!(open(&prefers(2), &pool.clock())[2].0, 2);
+                assert_eq!(open(&prefers(2), &pool.clock())[2].index, 2);
             }
             learn(&pool, 1, rest(false), 1);
             assert_eq!(pick(&prefers(1), &pool.clock()).unwrap().candidate, 0, "it cannot take it");

@@ -14,7 +14,8 @@
 //!
 //! A rest is something else: the endpoint asked for a pause until a moment, which does not count as an error. Where it did not say
 //! how long, the length is a guess, and one request at a time may try in spite of it when nobody else is left. A longer rest is not
-//! shortened by a later one, and an answer that began before a rest or a cool-down ends neither.
+//! shortened by a later one, and an answer that began before a rest or a cool-down ends neither. A long rest is tried by one request
+//! before its end.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -28,6 +29,8 @@ pub(crate) const MISSING_REST: Duration = Duration::from_mins(10);
 /// Time for which an endpoint is left alone whose key was refused, doubled each time up to a limit.
 const KEY_REST: Duration = Duration::from_mins(10);
 const KEY_REST_MAX: Duration = Duration::from_hours(6);
+/// Time after which a rest that lasts longer is tried by one request, doubled each time.
+const PROBE_AFTER: Duration = Duration::from_mins(10);
 /// Models of one endpoint whose health is kept apart; all others share one.
 pub(crate) const MODELS_MAX: usize = 256;
 /// Name that they share which find no room.
@@ -44,6 +47,8 @@ pub struct Health {
     trial_under_way: bool,
     /// Refusals of the key in a row.
     refusals: u32,
+    /// Requests in a row that tried a long rest before its end, and were told to wait on.
+    probes: u32,
     failed_at: Option<Instant>,
     /// Outcomes since there was any trouble at the endpoint.
     uses: u32,
@@ -60,6 +65,8 @@ struct Closed {
 struct Rest {
     closed: Closed,
     guessed: bool,
+    /// When one request tries it before its end.
+    probe: Instant,
 }
 
 /// Whether health lets a request through now.
@@ -113,7 +120,10 @@ pub enum Effect {
         guessed: bool,
     },
     /// It refused the key, or its account has no credit.
-    KeyRefused,
+    KeyRefused {
+        /// Time after which its quota may turn.
+        at_most: Duration,
+    },
     /// No effect: the request was at fault, or the client disconnected.
     Neutral,
 }
@@ -132,7 +142,10 @@ pub struct Seen {
 impl Health {
     /// Returns whether it lets a request through.
     pub fn gate(&self, now: Instant) -> Gate {
-        if let Some(Rest { closed, guessed }) = self.resting.filter(|rest| rest.closed.until > now) {
+        if let Some(Rest { closed, guessed, probe }) = self.resting.filter(|rest| rest.closed.until > now) {
+            if probe <= now && !self.trial_under_way {
+                return Gate::TrialDue;
+            }
             return Gate::Resting { until: closed.until, may_try: guessed && !self.trial_under_way };
         }
         match self.cooling {
@@ -165,6 +178,9 @@ impl Health {
             self.errors_in_row = 0;
             self.refusals = 0;
         }
+        if self.resting.is_none() {
+            self.probes = 0;
+        }
     }
 
     /// Returns true if it begins to cool down.
@@ -185,7 +201,7 @@ impl Health {
         self.cooling = now.checked_add(how_long).map(|until| Closed { since, until });
     }
 
-    fn key_refused(&mut self, began: Instant, now: Instant) -> bool {
+    fn key_refused(&mut self, began: Instant, at_most: Duration, now: Instant) -> bool {
         // One that went there before the end for want of another says nothing new.
         let begins = self.refusals == 0 || self.cooling.is_none_or(|closed| closed.until <= began);
         self.failed_at = Some(now);
@@ -193,17 +209,26 @@ impl Health {
             let doublings = self.refusals.min(16);
             self.refusals = self.refusals.saturating_add(1);
             self.errors_in_row = self.errors_in_row.saturating_add(1);
-            self.close(began, now, KEY_REST.saturating_mul(1 << doublings).min(KEY_REST_MAX));
+            self.close(began, now, KEY_REST.saturating_mul(1 << doublings).min(KEY_REST_MAX).min(at_most));
         }
         begins
     }
 
-    /// The longer rest stands.
-    fn rests(&mut self, wait: Duration, guessed: bool, now: Instant) {
+    /// The longer rest stands. A long one is tried before its end, after times that double: who asked for it may have paid, or been
+    /// given more, meanwhile.
+    fn rests(&mut self, wait: Duration, guessed: bool, is_trial: bool, now: Instant) {
         let Some(until) = now.checked_add(wait).filter(|_| wait > Duration::ZERO) else { return };
-        let stands = self.resting.is_some_and(|rest| rest.closed.until >= until);
-        if !stands {
-            self.resting = Some(Rest { closed: Closed { since: now, until }, guessed });
+        if is_trial {
+            self.probes = self.probes.saturating_add(1);
+        }
+        let probe = now.checked_add(PROBE_AFTER.saturating_mul(1 << self.probes.min(16))).unwrap_or(until);
+        match &mut self.resting {
+            Some(rest) if rest.closed.until >= until => {
+                if is_trial {
+                    rest.probe = probe;
+                }
+            }
+            _ => self.resting = Some(Rest { closed: Closed { since: now, until }, guessed, probe }),
         }
     }
 
@@ -239,7 +264,7 @@ impl Health {
 }
 
 /// Health of an endpoint and of its models.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct EndpointHealth {
     whole: Health,
     /// By the name that the endpoint is asked for, of those that were used since there was any trouble. Beyond [`MODELS_MAX`]
@@ -335,10 +360,10 @@ impl EndpointHealth {
             }
             Effect::Rest { scope, wait, guessed } => {
                 let rests = if scope == Scope::Model { of_model } else { whole };
-                rests.rests(wait, guessed, now);
+                rests.rests(wait, guessed, is_trial(scope), now);
             }
-            Effect::KeyRefused => {
-                return whole.key_refused(seen.began, now).then_some(Scope::Endpoint);
+            Effect::KeyRefused { at_most } => {
+                return whole.key_refused(seen.began, at_most, now).then_some(Scope::Endpoint);
             }
             Effect::Neutral => {}
         }
@@ -411,6 +436,7 @@ mod tests {
     use super::*;
 
     const BREAKER: Breaker = Breaker { failures: 3, cool_down: Duration::from_mins(10) };
+    const KEY_REFUSED: Effect = Effect::KeyRefused { at_most: Duration::MAX };
     const FAILURE: Effect = Effect::Failure(Scope::Model);
 
     /// An endpoint's health, and the moment at which things happen.
@@ -506,7 +532,7 @@ mod tests {
     fn trouble_of_the_key_or_the_connection_is_the_endpoints_at_once() {
         for effect in [
             Effect::Failure(Scope::Endpoint),
-            Effect::KeyRefused,
+            KEY_REFUSED,
             Effect::Rest { scope: Scope::Endpoint, wait: REST_GUESS, guessed: false },
         ] {
             let mut scene = Scene::new();
@@ -559,7 +585,7 @@ mod tests {
     #[test]
     fn an_answer_that_began_before_ends_neither_rest_nor_cool_down() {
         let rest = Effect::Rest { scope: Scope::Model, wait: Duration::from_mins(5), guessed: false };
-        for (times, effect) in [(3, FAILURE), (1, rest), (1, Effect::KeyRefused)] {
+        for (times, effect) in [(3, FAILURE), (1, rest), (1, KEY_REFUSED)] {
             let mut scene = Scene::new();
             let long = Seen { effect: Effect::Success, began: scene.now, trial: None };
             scene.times(times, "m", effect);
@@ -604,14 +630,14 @@ mod tests {
         let mut waits = Vec::new();
         for round in 0..8 {
             let trial = (round > 0).then(|| scene.health.begin_trial("m").unwrap());
-            scene.seen("m", Effect::KeyRefused, trial);
+            scene.seen("m", KEY_REFUSED, trial);
             if let Some(scope) = trial {
                 scene.health.end_trial(scope, "m");
             }
             let Gate::Cooling { until } = scene.gate("any") else { panic!("{:?}", scene.gate("any")) };
             waits.push((until - scene.now).as_secs() / 60);
             // Others that were on their way change nothing.
-            scene.times(2, "m", Effect::KeyRefused);
+            scene.times(2, "m", KEY_REFUSED);
             scene.now = until;
             assert_eq!(scene.gate("m"), Gate::TrialDue);
         }
@@ -624,11 +650,11 @@ mod tests {
     #[test]
     fn requests_for_want_of_another_endpoint_make_no_rest_longer() {
         let mut scene = Scene::new();
-        scene.times(1, "m", Effect::KeyRefused);
+        scene.times(1, "m", KEY_REFUSED);
         let Gate::Cooling { until } = scene.gate("m") else { panic!("{:?}", scene.gate("m")) };
         for _ in 0..5 {
             let trial = scene.health.begin_trial("m");
-            scene.seen("m", Effect::KeyRefused, trial);
+            scene.seen("m", KEY_REFUSED, trial);
             scene.health.end_trial(trial.unwrap(), "m");
         }
         assert_eq!(scene.gate("m"), Gate::Cooling { until });
@@ -643,5 +669,37 @@ mod tests {
         assert_eq!(scene.health.models.len(), MODELS_MAX + 1);
         // What finds no room is in trouble together, and the endpoint as a whole is not.
         assert!(scene.cools("another") && scene.health.whole().is_spotless());
+    }
+
+    #[test]
+    fn a_long_rest_is_tried_before_its_end_at_doubling_intervals() {
+        let mut scene = Scene::new();
+        let rest = Effect::Rest { scope: Scope::Model, wait: Duration::from_hours(5), guessed: false };
+        scene.times(1, "m", rest);
+        let begun = scene.now;
+        let mut tried = Vec::new();
+        for _ in 0..300 {
+            scene.later(Duration::from_mins(1));
+            if scene.gate("m") == Gate::TrialDue {
+                tried.push((scene.now - begun).as_secs() / 60);
+                let trial = scene.health.begin_trial("m");
+                assert!(matches!(scene.gate("m"), Gate::Resting { may_try: false, .. }), "one at a time");
+                scene.seen(
+                    "m",
+                    Effect::Rest { scope: Scope::Model, wait: Duration::from_hours(1), guessed: false },
+                    trial,
+                );
+                scene.health.end_trial(trial.unwrap(), "m");
+            }
+        }
+        assert_eq!(tried, [10, 30, 70, 150]);
+        scene.times(1, "n", rest).later(Duration::from_mins(11));
+        let trial = scene.health.begin_trial("n");
+        scene.seen("n", Effect::Success, trial);
+        scene.health.end_trial(trial.unwrap(), "n");
+        assert_eq!(scene.gate("n"), Gate::Open);
+        scene.times(1, "n", Effect::Rest { scope: Scope::Model, wait: Duration::from_mins(9), guessed: false });
+        scene.later(Duration::from_mins(8));
+        assert!(matches!(scene.gate("n"), Gate::Resting { .. }), "a short one is not");
     }
 }

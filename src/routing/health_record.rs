@@ -77,6 +77,13 @@ impl HealthRecord {
         self.troubled.store(false, Ordering::Release);
     }
 
+    /// Puts back what was held against it before.
+    pub fn put_back(&self, before: EndpointHealth) {
+        let mut health = self.read();
+        *health = before;
+        self.troubled.store(!health.is_spotless(), Ordering::Release);
+    }
+
     /// Reads it.
     pub fn read(&self) -> MutexGuard<'_, EndpointHealth> {
         // Plain values that are never left half written.

@@ -11,6 +11,7 @@ use crate::routing::discovered::Discovered;
 use crate::routing::health::{Effect, EndpointHealth, Gate, MODELS_MAX, Scope, Seen};
 use crate::routing::health_record::{HealthRecord, Trial};
 use crate::routing::path_memory::PathMemory;
+use crate::routing::refusals::Refusals;
 use crate::routing::router::ModelName;
 use crate::routing::usage_injection::InjectionMemory;
 
@@ -25,6 +26,8 @@ const UNKNOWN_MODELS: &str = "*";
 pub struct Live {
     /// Health of the endpoint and its models; with several keys, as far as it is not that of one of them.
     pub health: Arc<HealthRecord>,
+    /// Refusals of its keys, if it has several.
+    pub refusals: Refusals,
     /// Models that matched a pattern and have succeeded, at most [`MODELS_MAX`].
     served: RwLock<HashSet<Box<str>>>,
     /// Account in the ledger.
@@ -54,6 +57,7 @@ impl Live {
     pub fn new(account: Arc<Account>) -> Self {
         Self {
             health: Arc::default(),
+            refusals: Refusals::default(),
             served: RwLock::default(),
             account,
             in_flight: AtomicU32::default(),

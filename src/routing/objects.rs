@@ -109,6 +109,8 @@ pub struct Resolved {
     pub named: Named,
     /// The endpoints, by their places in the pool, that can read the request's sealed reasoning; any other one is asked without it.
     pub readers: Option<BTreeSet<usize>>,
+    /// The organisations whose objects or sealed reasoning it names: of an endpoint's several keys it needs one of theirs.
+    pub organizations: Vec<Arc<str>>,
 }
 
 impl Objects {
@@ -123,7 +125,7 @@ impl Objects {
         let guesses = references.objects.iter().filter(|object| !object.is_certain);
         let guesses: Vec<Arc<str>> = guesses.map(|object| Arc::clone(&object.id)).collect();
         let mut at: Option<Shared> = None;
-        let mut sealed: Option<BTreeSet<usize>> = None;
+        let mut sealed: Option<(BTreeSet<usize>, Vec<Arc<str>>)> = None;
         let renewed_before = remembered_until(pool, &pool.clock()).saturating_sub_unsigned(RENEWED_AFTER.as_secs());
         let found = look_up(pool, references).await;
         named.is_unread = found.is_err();
@@ -135,7 +137,7 @@ impl Objects {
             if thing.kind == ThingKind::Sealed {
                 // Its organisation can read it for every caller. The last one is the one that goes on.
                 if !places.is_empty() {
-                    sealed = Some(usable(pool, &places));
+                    sealed = Some((usable(pool, &places), organizations(&places)));
                 }
                 continue;
             }
@@ -148,31 +150,35 @@ impl Objects {
                 continue;
             };
             let here = endpoints(pool, &thing, &own)?;
+            let theirs = organizations(&own);
             at = Some(match at {
-                None => Shared { id: Arc::clone(&thing.name), places: here },
-                Some(shared) => shared.with(&thing, &here)?,
+                None => Shared { id: Arc::clone(&thing.name), places: here, organizations: theirs },
+                Some(shared) => shared.with(pool, &thing, (&here, &theirs))?,
             });
             if own.iter().any(|place| place.until < renewed_before) {
                 named.renewed.push(thing);
             }
         }
-        let candidates = match at {
+        let (candidates, theirs) = match at {
             None => {
                 named.is_searched = !named.unknown.is_empty();
                 self.refuse_absent(&named, pool.clock().now)?;
-                None
+                (None, Vec::new())
             }
-            Some(Shared { id, places }) => {
+            Some(Shared { id, places, organizations }) => {
                 let narrowed = all.narrowed(|candidate| places.contains(&candidate.endpoint));
                 if narrowed.list().is_empty() {
                     return Err(apart_from_model(pool, &id, &places));
                 }
-                Some(Arc::new(narrowed))
+                (Some(Arc::new(narrowed)), organizations)
             }
         };
-        let Some(readers) = sealed else { return Ok(Resolved { candidates, named, readers: None }) };
+        let Some((readers, of_sealed)) = sealed else {
+            return Ok(Resolved { candidates, named, readers: None, organizations: theirs });
+        };
         let (candidates, readers) = read_by(candidates.as_ref().unwrap_or(all), readers, &pool.server.affinity)?;
-        Ok(Resolved { candidates: Some(candidates), named, readers })
+        let organizations = if theirs.is_empty() { of_sealed } else { theirs };
+        Ok(Resolved { candidates: Some(candidates), named, readers, organizations })
     }
 
     /// Notes that no endpoint that was asked knows the objects of a request.
@@ -208,17 +214,28 @@ impl Objects {
 struct Shared {
     id: Arc<str>,
     places: BTreeSet<usize>,
+    /// Organisations that have all of them.
+    organizations: Vec<Arc<str>>,
 }
 
 impl Shared {
     /// Those of them that have another one as well.
-    fn with(self, thing: &Thing, here: &BTreeSet<usize>) -> Result<Self, Fault> {
-        let both: BTreeSet<usize> = self.places.intersection(here).copied().collect();
+    fn with(self, pool: &Pool, thing: &Thing, (here, theirs): (&BTreeSet<usize>, &[Arc<str>])) -> Result<Self, Fault> {
+        let mut both: BTreeSet<usize> = self.places.intersection(here).copied().collect();
+        let organizations: Vec<_> = self.organizations.into_iter().filter(|one| theirs.contains(one)).collect();
+        if organizations.is_empty() {
+            // No key of several reaches both.
+            both.retain(|index| pool.endpoints.get(*index).is_some_and(|endpoint| !endpoint.lanes.is_pool()));
+        }
         if both.is_empty() {
             return Err(Fault::ObjectsApart { ids: [&self.id, &thing.name].map(|id| excerpt(id)) });
         }
-        Ok(Self { places: both, ..self })
+        Ok(Self { places: both, organizations, ..self })
     }
+}
+
+fn organizations(places: &[Place]) -> Vec<Arc<str>> {
+    places.iter().map(|place| Arc::clone(&place.organization)).collect()
 }
 
 /// The places of each thing that a request names. An error has the things alone: the ledger cannot be read.
@@ -249,11 +266,11 @@ fn own(places: Vec<Place>, owner: &Owner) -> Result<Option<Vec<Place>>, ()> {
 
 impl Named {
     /// Notes that an endpoint has answered a request for these objects, so that it has them. `deleted`: the one it is about is gone.
-    pub fn note_answered(&self, endpoint: &Endpoint, deleted: bool, until: i64, ledger: &Client) {
+    pub fn note_answered(&self, at: (&Endpoint, usize), deleted: bool, until: i64, ledger: &Client) {
         let unknown =
             self.unknown.iter().take(LEARNED_MAX).map(|id| Thing { kind: ThingKind::Object, name: Arc::clone(id) });
         for thing in unknown.chain(self.renewed.iter().cloned()) {
-            ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, &self.owner, until)));
+            ledger.change_place(PlaceChange::Note(thing, place_at(at, &self.owner, until)));
         }
         if deleted {
             self.forget_subject(ledger);
@@ -270,13 +287,13 @@ impl Named {
 }
 
 /// Notes what an answer showed to be at its endpoint.
-pub fn note_found(found: Vec<Found>, (endpoint, owner): (&Endpoint, &Owner), until: i64, ledger: &Client) {
+pub fn note_found(found: Vec<Found>, at: (&Endpoint, usize), owner: &Owner, until: i64, ledger: &Client) {
     for one in found {
         let thing = match one {
             Found::Object(name) => Thing { kind: ThingKind::Object, name },
             Found::Sealed(name) => Thing { kind: ThingKind::Sealed, name },
         };
-        ledger.change_place(PlaceChange::Note(thing, place_at(endpoint, owner, until)));
+        ledger.change_place(PlaceChange::Note(thing, place_at(at, owner, until)));
     }
 }
 
@@ -285,11 +302,13 @@ pub fn remembered_until(pool: &Pool, clock: &Clock) -> i64 {
     clock.seconds_after(pool.server.affinity.id_time)
 }
 
-fn place_at(endpoint: &Endpoint, owner: &Owner, until: i64) -> Place {
+/// The place of what was made with one of an endpoint's keys.
+fn place_at((endpoint, lane): (&Endpoint, usize), owner: &Owner, until: i64) -> Place {
+    let organization = endpoint.lanes.get(lane).map_or(&endpoint.config.organization, |lane| &lane.config.organization);
     Place {
         owner: Arc::clone(&owner.name),
         endpoint: Arc::clone(&endpoint.config.id),
-        organization: Arc::clone(&endpoint.config.organization),
+        organization: Arc::clone(organization),
         until,
     }
 }
@@ -297,8 +316,10 @@ fn place_at(endpoint: &Endpoint, owner: &Owner, until: i64) -> Place {
 /// The endpoints that have a thing: where it was seen, and the others of that organisation.
 fn having<'a>(pool: &'a Pool, places: &'a [Place]) -> impl Iterator<Item = (usize, &'a Endpoint)> {
     let has = |endpoint: &Endpoint| {
-        let is_it =
-            |place: &Place| place.endpoint == endpoint.config.id || place.organization == endpoint.config.organization;
+        // A key that is gone may have been changed for another one of the same account.
+        let is_it = |place: &Place| {
+            place.endpoint == endpoint.config.id || endpoint.lanes.have_organization(&place.organization)
+        };
         places.iter().any(is_it)
     };
     pool.endpoints.iter().map(AsRef::as_ref).enumerate().filter(move |(_, endpoint)| has(endpoint))

@@ -1,5 +1,6 @@
 //! The endpoints: an immutable snapshot that a request holds, and the live state behind it that outlives every reload.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -8,17 +9,17 @@ use http::HeaderValue;
 
 use crate::config::{self, CallKind, CallSet, Config, Door, Server};
 use crate::ledger::budgets::Spends;
-use crate::ledger::{AccountId, AccountSet, Client, Drawn, Otherwise, Wanted};
-use crate::limit::{Clock, Stamp};
-use crate::response::redact::Secrets;
+use crate::ledger::{AccountId, AccountSet, Client, Drawn, LimitedAccount, Otherwise, Wanted};
+use crate::limit::{Clock, Limits, Stamp};
 use crate::routing::accounts::EndpointAccounts;
 use crate::routing::callers::Caller;
 use crate::routing::health::Gate;
+use crate::routing::lanes::{self, Lanes};
 use crate::routing::live::Live;
 use crate::routing::objects::Objects;
 use crate::routing::router::{Candidate, Candidates, ModelName, Router};
 use crate::routing::sessions::Sessions;
-use crate::upstream::Upstream;
+use crate::upstream::{Credential, Upstream};
 use crate::usage::prices::PriceList;
 
 /// One config, ready to serve.
@@ -59,8 +60,8 @@ pub struct Endpoint {
     pub upstream: Upstream,
     /// Other addresses, for some calls.
     doors: Vec<(CallKind, Upstream)>,
-    /// Secrets that its answers must not show.
-    pub secrets: Secrets,
+    /// Its keys.
+    pub lanes: Lanes,
     /// What its models cost.
     pub prices: PriceList,
     /// Accounts of its requests, with the limits of this config.
@@ -100,21 +101,33 @@ impl Pool {
                 let doors = config.formats.iter().map(door).collect::<std::io::Result<_>>()?;
                 let new = || Arc::new(Live::new(ledger.account(&AccountId::Endpoint(Arc::clone(&config.id)))));
                 let live = before.map_or_else(new, |before| Arc::clone(&before.live));
-                if before.is_some_and(|before| is_reached_otherwise(&before.config, &config)) {
+                if before.is_some_and(|before| begins_anew(&before.config, &config)) {
                     live.start_anew();
                 }
-                let secrets = secrets_of(&config);
+                let limits = |by_kind| Limits::in_days_of(&config, by_kind, &server.timezone);
+                let lanes = Lanes::new(&lanes::Source {
+                    endpoint: &config,
+                    before: before.map(|before| &before.lanes),
+                    begins_anew: before.is_some_and(|before| is_reached_otherwise(&before.config, &config)),
+                    limits: &limits,
+                    ledger: &ledger,
+                })?;
                 let accounts = EndpointAccounts::new(&config, &live.account, &server.timezone, (number, &ledger));
                 let id_header = id_header(&config.id);
                 let prices = prices(&config, &server);
-                Ok(Arc::new(Endpoint { config, id_header, upstream, doors, secrets, prices, accounts, live }))
+                Ok(Arc::new(Endpoint { config, id_header, upstream, doors, lanes, prices, accounts, live }))
             })
             .collect::<std::io::Result<_>>()?;
-        ledger.list_accounts(number, endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned());
+        let of_keys = |endpoint: &Arc<Endpoint>| -> Vec<LimitedAccount> {
+            endpoint.lanes.list().iter().filter_map(|lane| lane.limited().cloned()).collect()
+        };
+        let of_endpoints = endpoints.iter().flat_map(|endpoint| endpoint.accounts.all()).cloned();
+        ledger.list_accounts(number, of_endpoints.chain(endpoints.iter().flat_map(of_keys)));
         let has_model_limits = endpoints.iter().any(|endpoint| endpoint.accounts.has_model_limits());
         let has_call_lists = endpoints.iter().any(|endpoint| endpoint.config.calls != CallSet::ALL);
         // Those that are switched off as well: what was made there is not elsewhere.
-        let organizations: HashSet<&str> = endpoints.iter().map(|one| &*one.config.organization).collect();
+        let lanes = endpoints.iter().flat_map(|endpoint| endpoint.lanes.list());
+        let organizations: HashSet<&str> = lanes.map(|lane| &*lane.config.organization).collect();
         let has_several_organizations = organizations.len() > 1;
         let sessions = before.map(|before| Arc::clone(&before.sessions)).unwrap_or_default();
         Ok(Self {
@@ -176,13 +189,6 @@ fn id_header(id: &str) -> HeaderValue {
     plain.or_else(|_| escaped()).unwrap_or_else(|_| HeaderValue::from_static("-"))
 }
 
-fn secrets_of(config: &config::Endpoint) -> Secrets {
-    let key = config.api_key.expose().as_bytes();
-    let headers = config.headers.iter().map(|(_, value)| value.as_bytes());
-    let query = config.query.iter().map(|(_, value)| value.expose().as_bytes());
-    std::iter::once(key).chain(headers).chain(query).collect()
-}
-
 fn prices(config: &config::Endpoint, server: &Server) -> PriceList {
     PriceList::new(&config.prices, &server.prices, config.price_provider.as_deref(), config.base_url.to_string())
 }
@@ -209,13 +215,37 @@ impl Endpoint {
         self.accounts.of_model(model.name, || self.live.is_known(model))
     }
 
-    /// Returns the draw of a permit for a model, if it may be asked from that moment on.
-    pub fn wanted(&self, model: ModelName<'_>, not_before: Stamp) -> Wanted {
-        Wanted { accounts: Arc::clone(self.accounts_of(model)), not_before, spends: Spends::default() }
+    /// Returns the accounts that a request for a model with one of its keys counts in.
+    pub fn accounts_at(&self, model: ModelName<'_>, lane: usize) -> Cow<'_, Arc<AccountSet>> {
+        let base = self.accounts_of(model);
+        self.lanes.get(lane).map_or(Cow::Borrowed(base), |lane| lane.accounts_with(base))
     }
 
-    /// Whether its health lets requests through at all, whatever their model.
+    /// Returns the draw of a permit for a model with one of its keys, if it may be asked from that moment on.
+    pub fn wanted(&self, model: ModelName<'_>, lane: usize, not_before: Stamp) -> Wanted {
+        Wanted { accounts: self.accounts_at(model, lane).into_owned(), not_before, spends: Spends::default() }
+    }
+
+    /// The key for a call of the gateway's own: the first whose health lets a request through, or else the first.
+    pub fn lane_for_own_call(&self, now: Instant) -> usize {
+        self.lanes.list().iter().position(|lane| lane.gate(|| "", now) == Gate::Open).unwrap_or_default()
+    }
+
+    /// One of its keys, as requests for calls of a kind carry it.
+    pub fn credential(&self, kind: CallKind, lane: usize) -> Option<&Credential> {
+        let door = self.doors.iter().position(|(calls, _)| *calls == kind);
+        self.lanes.get(lane)?.credential(door.map_or(0, |door| door + 1))
+    }
+
+    /// Whether its health lets requests through at all, whatever their model, with one key or another.
     pub fn gate(&self, now: Instant) -> Gate {
+        match self.gate_of_whole(now) {
+            Gate::Open => self.lanes.gate(now),
+            closed => closed,
+        }
+    }
+
+    fn gate_of_whole(&self, now: Instant) -> Gate {
         if !self.live.health.is_troubled() {
             return Gate::Open;
         }
@@ -228,10 +258,15 @@ impl Endpoint {
     }
 }
 
-/// True if another key, address or way leads to the endpoint now, so that its record says nothing any more.
+/// True if what is held against the endpoint says nothing any more. Each key of several has a record of its own.
+fn begins_anew(before: &config::Endpoint, now: &config::Endpoint) -> bool {
+    let is_pool = before.keys.is_pool && now.keys.is_pool;
+    !is_pool && before.keys != now.keys || is_reached_otherwise(before, now)
+}
+
+/// True if another address or way leads to the endpoint now, so that no record says anything any more.
 fn is_reached_otherwise(before: &config::Endpoint, now: &config::Endpoint) -> bool {
-    before.api_key != now.api_key
-        || before.base_url != now.base_url
+    before.base_url != now.base_url
         || before.auth_header != now.auth_header
         || before.formats != now.formats
         || before.version_path != now.version_path
@@ -281,11 +316,12 @@ mod tests {
             let before = Pool::new(config(r#"[{"id":"a"}]"#), client(), None).unwrap();
             let live = Arc::clone(&before.endpoints[0].live);
             let record = live.health.number();
-            learn(&live, Effect::KeyRefused, None);
+            learn(&live, Effect::KeyRefused { at_most: Duration::MAX }, None);
             Pool::new(config(&format!(r#"[{{"id":"a",{repaired}}}]"#)), client(), Some(&before)).unwrap();
             assert_eq!(live.gate(MODEL, Instant::now()), Gate::Open, "{repaired}");
             // What an attempt with the old key shows is of the past.
-            let late = Seen { effect: Effect::KeyRefused, began: Instant::now(), trial: None };
+            let late =
+                Seen { effect: Effect::KeyRefused { at_most: Duration::MAX }, began: Instant::now(), trial: None };
             assert_eq!(live.learn(MODEL, &late, record, Instant::now, &BREAKER), None);
             assert_eq!(live.gate(MODEL, Instant::now()), Gate::Open);
         }

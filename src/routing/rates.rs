@@ -8,13 +8,15 @@ use crate::ledger::AccountSet;
 use crate::limit::{Clock, Gauge};
 use crate::routing::balance::Options;
 use crate::routing::health::Gate;
+use crate::routing::lanes::Lanes;
 use crate::routing::rate_headers::{Rate, Rates};
+
+/// Number of endpoints, and of keys of one, that are added up for every request; more are added up only now and then.
+const ADDED_UP_MAX: usize = 16;
+const NOW_AND_THEN: Duration = Duration::from_millis(100);
 
 /// Rates of a model, as its endpoints were seen last, at most about a second ago.
 pub(crate) fn of_model(options: &Options<'_>, clock: &Clock) -> Rates {
-    /// Number of endpoints that are added up for every request; more are added up only now and then.
-    const ADDED_UP_MAX: usize = 16;
-    const NOW_AND_THEN: Duration = Duration::from_millis(100);
     let candidates = options.candidates;
     // Names that match one pattern have the same candidates, but may have limits of their own.
     let may_differ = options.pool.has_model_limits && !candidates.is_exact();
@@ -36,11 +38,13 @@ fn add_up(options: &Options<'_>, clock: &Clock) -> Rates {
     let nothing = Rate { limit: 0, remaining: 0, reset: Duration::ZERO };
     let mut rates = Rates { requests: Some(nothing), tokens: Some(nothing) };
     for index in 0..options.candidates.list().len() {
-        let Some(accounts) = options.accounts(index) else { continue };
-        if !accounts.in_ledger() {
+        let (Some(endpoint), Some(model)) = (options.endpoint(index), options.model_of(index)) else { continue };
+        let accounts = endpoint.accounts_of(model);
+        let of_keys = if endpoint.lanes.is_pool() { of_lanes(&endpoint.lanes, clock) } else { Gauges::default() };
+        if !accounts.in_ledger() && of_keys == Gauges::default() {
             return Rates::default();
         }
-        let is_open = options.gate(index, clock.now) == Some(Gate::Open);
+        let is_open = endpoint.live.gate(model, clock.now) == Gate::Open;
         let add = |rate: Option<Rate>, gauge: Option<Gauge>| {
             let (rate, gauge) = (rate?, gauge?);
             let reset = gauge.resets.map_or(Duration::ZERO, |resets| clock.boot.until(resets));
@@ -52,10 +56,63 @@ fn add_up(options: &Options<'_>, clock: &Clock) -> Rates {
             })
         };
         let (requests, tokens) = tightest(accounts);
-        rates.requests = add(rates.requests, requests);
-        rates.tokens = add(rates.tokens, tokens);
+        rates.requests = add(rates.requests, tighter(requests, of_keys.requests));
+        rates.tokens = add(rates.tokens, tighter(tokens, of_keys.tokens));
     }
     rates
+}
+
+/// What the keys of an endpoint have together: nothing of a kind, unless each of them has a limit of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Gauges {
+    requests: Option<Gauge>,
+    tokens: Option<Gauge>,
+}
+
+/// What the keys of an endpoint have together, as they were seen last; of many now and then.
+fn of_lanes(lanes: &Lanes, clock: &Clock) -> Gauges {
+    if lanes.list().len() <= ADDED_UP_MAX {
+        return add_lanes(lanes, clock);
+    }
+    let mut told = lanes.gauges.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((at, gauges)) = *told
+        && clock.boot - at < NOW_AND_THEN
+    {
+        return gauges;
+    }
+    let gauges = add_lanes(lanes, clock);
+    *told = Some((clock.boot, gauges));
+    gauges
+}
+
+fn add_lanes(lanes: &Lanes, clock: &Clock) -> Gauges {
+    let nothing = Some(Gauge { limit: 0, used: 0, resets: None });
+    let mut sum = Gauges { requests: nothing, tokens: nothing };
+    for lane in lanes.list() {
+        let Some(of) = lane.limited() else { return Gauges::default() };
+        let is_open = lane.gate(|| "", clock.now) == Gate::Open;
+        let add = |sum: Option<Gauge>, gauge: Option<Gauge>| {
+            let (sum, gauge) = (sum?, gauge?);
+            let used = if is_open { gauge.used } else { gauge.limit };
+            Some(Gauge {
+                limit: sum.limit.saturating_add(gauge.limit),
+                used: sum.used.saturating_add(used),
+                resets: sum.resets.max(gauge.resets),
+            })
+        };
+        let limits = of.limits.by_kind.zip(of.account.view().gauges);
+        sum.requests = add(sum.requests, tightest_of([limits.rpm, limits.rpd], None));
+        sum.tokens = add(sum.tokens, tightest_of([limits.tpm, limits.tpd], None));
+    }
+    sum
+}
+
+fn tighter(one: Option<Gauge>, other: Option<Gauge>) -> Option<Gauge> {
+    one.into_iter().chain(other).min_by_key(Gauge::left)
+}
+
+fn tightest_of(of: [(Limit, Option<Gauge>); 2], gauge: Option<Gauge>) -> Option<Gauge> {
+    of.into_iter().filter_map(known).chain(gauge).min_by_key(Gauge::left)
 }
 
 /// Rates of some accounts.
@@ -71,14 +128,11 @@ pub(crate) fn of_accounts(accounts: &AccountSet, clock: &Clock) -> Rates {
 
 /// The limits of requests and of tokens that a client reaches first.
 fn tightest(accounts: &AccountSet) -> (Option<Gauge>, Option<Gauge>) {
-    let tighter = |gauge: Option<Gauge>, of: [(Limit, Option<Gauge>); 2]| {
-        of.into_iter().filter_map(known).chain(gauge).min_by_key(Gauge::left)
-    };
     let mut tightest = (None, None);
     for of in accounts.accounts() {
         let limits = of.limits.by_kind.zip(of.account.view().gauges);
-        tightest.0 = tighter(tightest.0, [limits.rpm, limits.rpd]);
-        tightest.1 = tighter(tightest.1, [limits.tpm, limits.tpd]);
+        tightest.0 = tightest_of([limits.rpm, limits.rpd], tightest.0);
+        tightest.1 = tightest_of([limits.tpm, limits.tpd], tightest.1);
     }
     tightest
 }

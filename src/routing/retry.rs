@@ -150,7 +150,7 @@ impl Outcome {
     }
 
     /// Returns the effect on the endpoint's health. `day_left` is the rest of its day.
-    pub fn effect(&self, day_left: impl FnOnce() -> Duration) -> Effect {
+    pub fn effect(&self, day_left: impl Fn() -> Duration) -> Effect {
         match self {
             Self::Answered { .. } => Effect::Success,
             Self::Error { meaning, .. } => effect_of(meaning, day_left),
@@ -160,6 +160,13 @@ impl Outcome {
             Self::ConnectFailed | Self::ProxyRefused => Effect::Failure(Scope::Endpoint),
             Self::Empty | Self::Unrecognised | Self::Broken | Self::TooSlow => Effect::Failure(Scope::Model),
         }
+    }
+
+    /// True if it is the trouble of the key that was sent: another key of the endpoint may do better.
+    pub fn is_of_key(&self) -> bool {
+        self.meaning().is_some_and(|meaning| {
+            matches!(meaning.trouble, Trouble::Key | Trouble::ModelLimit | Trouble::AccountLimit)
+        })
     }
 
     /// True if another endpoint may do better, as long as nothing has reached the client.
@@ -202,11 +209,16 @@ impl Outcome {
     }
 }
 
-fn effect_of(meaning: &Meaning, day_left: impl FnOnce() -> Duration) -> Effect {
+/// Longest rest for a daily quota.
+const DAY_LEFT_MAX: Duration = Duration::from_hours(1);
+
+fn effect_of(meaning: &Meaning, day_left: impl Fn() -> Duration) -> Effect {
+    let at_most = if meaning.wait == Wait::Quota { day_left() } else { Duration::MAX };
     let rest = |scope, guess: Duration| match meaning.wait {
         Wait::Stated(wait) => Effect::Rest { scope, wait, guessed: false },
-        Wait::Day => Effect::Rest { scope, wait: day_left(), guessed: false },
-        Wait::Unsaid => Effect::Rest { scope, wait: guess, guessed: true },
+        // Its day may turn at another time than is known here.
+        Wait::Day => Effect::Rest { scope, wait: day_left().min(DAY_LEFT_MAX), guessed: false },
+        Wait::Unsaid | Wait::Quota => Effect::Rest { scope, wait: guess, guessed: true },
         Wait::Not => Effect::Neutral,
     };
     match meaning.trouble {
@@ -216,7 +228,7 @@ fn effect_of(meaning: &Meaning, day_left: impl FnOnce() -> Duration) -> Effect {
         Trouble::ModelMissing => Effect::Rest { scope: Scope::Model, wait: MISSING_REST, guessed: true },
         Trouble::ModelFailure if meaning.wait != Wait::Unsaid => rest(Scope::Model, REST_GUESS),
         Trouble::ModelFailure => Effect::Failure(Scope::Model),
-        Trouble::Key if meaning.is_known() => Effect::KeyRefused,
+        Trouble::Key if meaning.is_known() => Effect::KeyRefused { at_most },
         Trouble::Endpoint if meaning.wait != Wait::Unsaid => rest(Scope::Endpoint, REST_GUESS),
         Trouble::Key | Trouble::Endpoint => Effect::Failure(Scope::Endpoint),
     }
@@ -305,7 +317,7 @@ mod tests {
                     429,
                     r#"{"error":{"details":[{"violations":[{"quotaId":"RequestsPerDayPerProject"}]},{"retryDelay":"25s"}]}}"#,
                 ),
-                rest(Scope::Model, 3 * 3600, false),
+                rest(Scope::Model, 3600, false),
             ),
         ] {
             assert!(outcome.is_retryable(&retry()), "{outcome}");
@@ -333,7 +345,9 @@ mod tests {
         ] {
             let outcome = of_body(status, body);
             assert!(outcome.is_retryable(&retry()));
-            assert_eq!(effect(outcome), Effect::KeyRefused, "{outcome}");
+            // Money may come when the quota turns.
+            let at_most = if status == 429 { Duration::from_hours(3) } else { Duration::MAX };
+            assert_eq!(effect(outcome), Effect::KeyRefused { at_most }, "{outcome}");
         }
         let flagged =
             of_body(403, r#"{"error":{"code":403,"message":"x","metadata":{"reasons":["a"],"flagged_input":"b"}}}"#);

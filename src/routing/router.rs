@@ -29,8 +29,8 @@ pub struct Candidate {
 
 impl Candidate {
     /// What distinguishes it from the other candidates: an endpoint may serve a model and what takes its place.
-    pub fn tried(&self) -> Tried {
-        Tried { endpoint: self.endpoint, fallback: self.fallback.clone() }
+    pub fn tried(&self, lane: usize, is_over: bool) -> Tried {
+        Tried { endpoint: self.endpoint, lane, is_over, fallback: self.fallback.clone() }
     }
 }
 
@@ -39,6 +39,10 @@ impl Candidate {
 pub struct Tried {
     /// The endpoint's place in the pool.
     pub endpoint: usize,
+    /// The key that was sent, by its place among the endpoint's.
+    pub lane: usize,
+    /// False if it may be gone to once more, with another key.
+    pub is_over: bool,
     /// The model that it served in place of the one that was asked for.
     pub fallback: Option<Arc<str>>,
 }

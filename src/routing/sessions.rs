@@ -185,6 +185,11 @@ impl Session {
         self.at.as_deref()
     }
 
+    /// A number that is always the same for it, and seldom another's.
+    pub fn number(&self) -> u64 {
+        self.name.hash
+    }
+
     /// Notes that its endpoint turned out to be no place for it.
     pub fn drop_place(&mut self) {
         self.is_dropped = true;

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 
+use crate::config::CallKind;
 use crate::exchange::own_call::{OwnCall, OwnCalls};
 use crate::ledger::{Drawn, Permit};
 use crate::routing::pool::{Endpoint, Pool};
@@ -75,15 +76,16 @@ async fn discover(pool: &Pool, endpoint: &Endpoint, interval: Duration) {
 async fn list(pool: &Pool, endpoint: &Endpoint) -> Result<bytes::Bytes, String> {
     let addresses = endpoint.upstream.addresses().await.map_err(|error| error.to_string())?;
     let address = *addresses.first().ok_or("it has no address")?;
-    let mut permit = permit(pool, endpoint).await?;
+    let lane = endpoint.lane_for_own_call(pool.clock().now);
+    let mut permit = permit(pool, endpoint, lane).await?;
     permit.spend();
-    let calls = OwnCalls::new(endpoint, &endpoint.upstream, address);
+    let calls = OwnCalls::new(endpoint, (CallKind::Other, lane), address);
     let answer = calls.ask(OwnCall::get("/v1/models")).await.map_err(|(what, _)| what)?;
     if answer.status == 200 { Ok(answer.body) } else { Err(format!("it answered {}", answer.status)) }
 }
 
-async fn permit(pool: &Pool, endpoint: &Endpoint) -> Result<Permit, String> {
-    match pool.draw_for_own_call(endpoint.accounts_of(ModelName { name: "", in_config: true })).await {
+async fn permit(pool: &Pool, endpoint: &Endpoint, lane: usize) -> Result<Permit, String> {
+    match pool.draw_for_own_call(&endpoint.accounts_at(ModelName { name: "", in_config: true }, lane)).await {
         Drawn::Granted(_, permit) => Ok(permit),
         Drawn::Refused(_) => Err("it is at a limit".to_owned()),
         Drawn::Unavailable => Err("the ledger cannot be used".to_owned()),

@@ -1,5 +1,6 @@
 //! `api-together test`: asks an endpoint step by step, on the way that requests take, until one step fails.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use crate::config::{Config, Trouble};
+use crate::config::{CallKind, Config, Trouble};
 use crate::exchange::own_call::{OwnAnswer, OwnCall, OwnCalls, Why};
 use crate::fault::excerpt;
 use crate::ledger::{AccountSet, Drawn, Keeper, Permit, Spent};
@@ -23,6 +24,8 @@ use crate::usage::{Cost, Reported, Speed, Tokens};
 
 /// Endpoints that are tested at once.
 const AT_ONCE: usize = 8;
+/// Keys of one endpoint that are tried.
+const KEYS_MAX: usize = 20;
 /// Names of models that are missing at an endpoint, and shown.
 const SHOWN_MAX: usize = 5;
 
@@ -133,7 +136,7 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
     if endpoint.upstream.has_name() {
         tested.note("name", StepResult::Ok, format!("{} is {}", endpoint.upstream.name(), address.ip()), "");
     }
-    let calls = OwnCalls::new(endpoint, &endpoint.upstream, address);
+    let mut calls = OwnCalls::new(endpoint, (CallKind::Other, 0), address);
     if let Err(error) = calls.connect().await {
         let step = if error.stage == ConnectStage::Tls { "TLS" } else { "connect" };
         if error.stage == ConnectStage::Tls {
@@ -143,11 +146,7 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
     }
     let with_tls = if endpoint.config.base_url.tls { " with TLS" } else { "" };
     tested.note("connect", StepResult::Ok, format!("{address}{with_tls}, {} ms", begun.elapsed().as_millis()), "");
-    let listed = match calls.ask(OwnCall::get("/v1/models")).await {
-        Ok(answer) => answer,
-        Err(why) => return tested.failed("models", why),
-    };
-    let Some(names) = models(&mut tested, endpoint, &listed) else { return tested };
+    let Some(names) = keys(&mut tested, &mut calls).await else { return tested };
     let Some(model) = model_to_ask(endpoint, &names) else {
         let what = "not asked: the config names no model, only patterns, and the endpoint lists none that fits";
         tested.note("answer", StepResult::Unknown, what, "");
@@ -158,6 +157,35 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
         Err(why) => return tested.failed("answer", why),
     }
     tested
+}
+
+/// Asks for the list of models with each key, and stays with the first that is accepted. None if the endpoint cannot be used.
+async fn keys(tested: &mut Tested, calls: &mut OwnCalls<'_>) -> Option<BTreeSet<String>> {
+    let endpoint = calls.endpoint;
+    let all = endpoint.lanes.list().len();
+    let mut accepted: Option<(usize, OwnAnswer)> = None;
+    for (lane, config) in endpoint.lanes.list().iter().map(|lane| &lane.config).enumerate().take(KEYS_MAX) {
+        calls.lane = lane;
+        match calls.ask(OwnCall::get("/v1/models")).await {
+            Err(why) => {
+                tested.note("models", StepResult::Failed, why.0, why.1);
+                return None;
+            }
+            Ok(listed) if all > 1 && meaning_of(&listed, endpoint).0 == Trouble::Key && listed.status != 200 => {
+                let (meaning, words) = meaning_of(&listed, endpoint);
+                let what = format!("{} is refused with {}{words}", config.label, listed.status);
+                tested.note("key", StepResult::Failed, what, way_out(meaning));
+            }
+            Ok(listed) => drop(accepted.get_or_insert((lane, listed))),
+        }
+    }
+    let (lane, listed) = accepted?;
+    if all > KEYS_MAX {
+        let what = format!("{KEYS_MAX} of {all} were tried");
+        tested.note("keys", StepResult::Unknown, what, "`api-together status` says how the others do");
+    }
+    calls.lane = lane;
+    models(tested, endpoint, &listed)
 }
 
 fn no_address(why: &str) -> Why {
@@ -217,8 +245,8 @@ fn model_to_ask(endpoint: &Endpoint, listed: &BTreeSet<String>) -> Option<String
         .or_else(|| listed.iter().filter(fits).max_by_key(|name| name.contains("chat")).cloned())
 }
 
-async fn draw(pool: &Pool, endpoint: &Endpoint, model: &str) -> Result<Permit, Why> {
-    match pool.draw_for_own_call(accounts(endpoint, model)).await {
+async fn draw(pool: &Pool, (endpoint, lane): (&Endpoint, usize), model: &str) -> Result<Permit, Why> {
+    match pool.draw_for_own_call(&accounts(endpoint, lane, model)).await {
         Drawn::Granted(_, permit) => Ok(permit),
         Drawn::Refused(refusal) => {
             let limit = refusal.held.first().map(|held| held.held.by.to_string()).unwrap_or_default();
@@ -232,8 +260,8 @@ async fn draw(pool: &Pool, endpoint: &Endpoint, model: &str) -> Result<Permit, W
     }
 }
 
-fn accounts<'a>(endpoint: &'a Endpoint, model: &str) -> &'a Arc<AccountSet> {
-    endpoint.accounts_of(ModelName { name: model, in_config: true })
+fn accounts<'a>(endpoint: &'a Endpoint, lane: usize, model: &str) -> Cow<'a, Arc<AccountSet>> {
+    endpoint.accounts_at(ModelName { name: model, in_config: true }, lane)
 }
 
 /// Has the model answer with one token. Returns what was seen.
@@ -279,7 +307,7 @@ async fn counted_ask(
     (path, body): (&str, &Value),
     counted: bool,
 ) -> Result<OwnAnswer, Why> {
-    let mut permit = if counted { Some(draw(pool, calls.endpoint, model).await?) } else { None };
+    let mut permit = if counted { Some(draw(pool, (calls.endpoint, calls.lane), model).await?) } else { None };
     if let Some(permit) = &mut permit {
         permit.spend();
     }
@@ -291,7 +319,7 @@ async fn counted_ask(
         let price = calls.endpoint.prices.cost(model, &priced, None, clock.wall);
         let cost = Cost::exact(tokens, Speed::default()).priced(price);
         let spent = Spent::now(&calls.endpoint.config.id, model, cost, zone, clock.wall);
-        pool.ledger.spend_tokens(accounts(calls.endpoint, model), None, spent, clock.boot);
+        pool.ledger.spend_tokens(&accounts(calls.endpoint, calls.lane, model), None, spent, clock.boot);
     }
     Ok(answer)
 }

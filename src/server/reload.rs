@@ -112,6 +112,7 @@ impl Reloader {
             files.extend([tls.cert_file.clone(), tls.key_file.clone()]);
         }
         files.extend(pool.endpoints.iter().filter_map(|endpoint| endpoint.config.tls.ca_file.clone()));
+        files.extend(pool.endpoints.iter().flat_map(|endpoint| endpoint.config.keys.files.iter().cloned()));
         files
     }
 

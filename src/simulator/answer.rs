@@ -108,7 +108,7 @@ fn reply(handle: &Handle, arrived: &Arrived, early: Option<Chosen>, number: u64)
         Some(chosen) => Ok(chosen),
         None => match ask.as_ref().ok().and_then(|ask| ask.sim.clone()) {
             Some(behaviour) => Ok(Chosen { behaviour: Arc::new(behaviour), scripted: true }),
-            None => lock(&handle.0.scripts).take(model),
+            None => lock(&handle.0.scripts).take(model, key_of(arrived)),
         },
     };
     match chosen {
@@ -145,8 +145,11 @@ fn has_key(handle: &Handle, arrived: &Arrived) -> bool {
     let Some(key) = &handle.0.options.require_key else {
         return true;
     };
-    let sent = arrived.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    sent.and_then(|value| value.strip_prefix("Bearer ")) == Some(key)
+    key_of(arrived) == Some(key)
+}
+
+fn key_of(arrived: &Arrived) -> Option<&str> {
+    arrived.headers.get(AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
 }
 
 /// True if the failure rate hits this request: failures are spread evenly by a counter.

@@ -16,7 +16,7 @@
 //! # Which behaviour answers
 //!
 //! The first that exists: the member `sim` of the request's body, a [`Behaviour`] in JSON, so that one prompt fails and others
-//! of the model do not; the script of the request's model; the model's name itself when it begins with `sim:`; the script of
+//! of the model do not; the script of its key (`key:` and the key); that of its model; the model's name itself when it begins with `sim:`; that of
 //! `*`; [`Options::default`]. A script hands out one behaviour per request, and its last one for ever. Requests without a model
 //! belong to `*`, those with an unreadable body too. A request refused for its key takes nothing from a script.
 //!

@@ -7,6 +7,8 @@ use super::behaviour::Behaviour;
 
 /// The name that stands for all models without a script of their own.
 const ANY_MODEL: &str = "*";
+/// Begins names of scripts that are for requests with a key, whatever their model.
+const KEY_PREFIX: &str = "key:";
 
 /// Behaviours in one script; more than any test has requests, so only a mistake reaches it.
 const MAX_BEHAVIOURS: usize = 100_000;
@@ -56,7 +58,10 @@ impl Scripts {
     }
 
     /// Takes the behaviour for a request; an error when the model's name is not readable.
-    pub(super) fn take(&mut self, model: Option<&str>) -> Result<Chosen, String> {
+    pub(super) fn take(&mut self, model: Option<&str>, key: Option<&str>) -> Result<Chosen, String> {
+        if let Some(behaviour) = key.and_then(|key| self.next(&format!("{KEY_PREFIX}{key}"))) {
+            return Ok(Chosen { behaviour, scripted: true });
+        }
         if let Some(model) = model {
             if let Some(behaviour) = self.next(model) {
                 return Ok(Chosen { behaviour, scripted: true });

@@ -59,8 +59,6 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive {
 pub struct Upstream {
     /// `Host` header.
     pub authority: HeaderValue,
-    /// The endpoint's key, as its requests carry it.
-    credential: Credential,
     /// Path of the base URL, which stands in place of the client's `/v1`.
     base_path: String,
     /// Name for messages.
@@ -74,16 +72,18 @@ pub struct Upstream {
     resolved: ArcSwapOption<Vec<SocketAddr>>,
 }
 
-/// An endpoint's key, in its place.
+/// A key of an endpoint, in its place.
 #[derive(Debug)]
-enum Credential {
+pub enum Credential {
+    /// A header of this name.
     Header(HeaderName, HeaderValue),
     /// A parameter of the query, percent-encoded.
     Query([(String, Secret); 1]),
 }
 
 impl Credential {
-    fn new(key: &Secret, place: &AuthHeader) -> Option<Self> {
+    /// A key where the endpoint wants it; none if no header can carry it.
+    pub fn new(key: &Secret, place: &AuthHeader) -> Option<Self> {
         let (name, value) = match place {
             AuthHeader::Query(name) => return Some(Self::Query([(name.clone(), rewrite::query_value(key))])),
             AuthHeader::Authorization => (header::AUTHORIZATION, rewrite::bearer(key.expose())?),
@@ -98,15 +98,15 @@ impl Credential {
 impl Upstream {
     /// The upstream of an endpoint. Fails if its CA file cannot be used.
     pub fn new(endpoint: &config::Endpoint) -> io::Result<Self> {
-        Self::at(endpoint, &endpoint.base_url, &endpoint.auth_header)
+        Self::at(endpoint, &endpoint.base_url)
     }
 
     /// The upstream of the calls of an endpoint that have an address of their own.
     pub fn of_door(endpoint: &config::Endpoint, door: &Door) -> io::Result<Self> {
-        Self::at(endpoint, &door.base_url, &door.auth_header)
+        Self::at(endpoint, &door.base_url)
     }
 
-    fn at(endpoint: &config::Endpoint, base: &BaseUrl, auth_header: &AuthHeader) -> io::Result<Self> {
+    fn at(endpoint: &config::Endpoint, base: &BaseUrl) -> io::Result<Self> {
         // A proxy resolves the endpoint's name itself.
         let (host, port) = match &endpoint.proxy {
             Some(proxy) => (&proxy.host, proxy.port),
@@ -114,12 +114,9 @@ impl Upstream {
         };
         let resolved = host.parse::<IpAddr>().ok().map(|ip| Arc::new(vec![SocketAddr::new(ip, port)]));
         let authority = HeaderValue::from_str(&base.authority()).map_err(io::Error::other)?;
-        let credential = Credential::new(&endpoint.api_key, auth_header)
-            .ok_or_else(|| io::Error::other("its apiKey has characters that no HTTP header can carry"))?;
         let template = template(endpoint, base)?;
         Ok(Self {
             authority,
-            credential,
             base_path: base.path.clone(),
             name: match &endpoint.proxy {
                 Some(proxy) => format!("{} through the proxy {proxy}", base.host),
@@ -179,7 +176,7 @@ impl Upstream {
     pub fn dress(
         &self,
         mut request: Parts,
-        endpoint: &config::Endpoint,
+        (endpoint, credential): (&config::Endpoint, &Credential),
         target: &str,
         switches_protocol: bool,
     ) -> pingora::Result<RequestHeader> {
@@ -191,14 +188,14 @@ impl Upstream {
         if !endpoint.query.is_empty() {
             path = rewrite::with_query(&path, &endpoint.query).into();
         }
-        if let Credential::Query(parameter) = &self.credential {
+        if let Credential::Query(parameter) = credential {
             path = rewrite::with_query(&path, parameter).into();
         }
         if request.uri != *path {
             request.uri = path.parse().map_err(|_| Error::new_in(ErrorType::InvalidHTTPHeader))?;
         }
         request.headers.insert(header::HOST, self.authority.clone());
-        if let Credential::Header(name, value) = &self.credential {
+        if let Credential::Header(name, value) = credential {
             request.headers.insert(name.clone(), value.clone());
         }
         for (name, value) in &endpoint.headers {

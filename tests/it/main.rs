@@ -34,6 +34,7 @@ mod forms;
 mod headers;
 mod health;
 mod isolation;
+mod key_pools;
 mod keys;
 mod last_error;
 mod ledger;

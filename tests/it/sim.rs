@@ -33,9 +33,9 @@ use api_together::ledger::{
 use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, Limits, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
-use api_together::routing::balance::Options;
+use api_together::routing::balance::{KeyWish, Options};
 use api_together::routing::health;
-use api_together::routing::health_record::Trial;
+use api_together::routing::health_record::HealthRecord;
 use api_together::routing::pool::Pool;
 use api_together::routing::retry::{self, Outcome};
 use api_together::routing::router::Tried;
@@ -92,7 +92,7 @@ fn no_limit_is_passed_and_no_permit_withheld() {
     // What never happens is not tested.
     let Seen { sent, refused, failed, swapped, crashes, reboots, turned, waited, unavailable, in_two_accounts, .. } =
         seen;
-    let Seen { with_a_key, refused_by_a_key, .. } = seen;
+    let Seen { with_a_key, refused_by_a_key, with_another_key, .. } = seen;
     for (what, often, least) in [
         ("sent", sent, 100_000),
         ("refused", refused, 10_000),
@@ -104,6 +104,7 @@ fn no_limit_is_passed_and_no_permit_withheld() {
         ("waited", waited, 1000),
         ("without the ledger", unavailable, 100),
         ("in two accounts", in_two_accounts, 10_000),
+        ("with another key of an endpoint", with_another_key, 1000),
         ("sent with a key of their own", with_a_key, 10_000),
         ("refused by a key's own limits", refused_by_a_key, 10_000),
     ] {
@@ -135,6 +136,7 @@ struct Seen {
     waited: u64,
     unavailable: u64,
     in_two_accounts: u64,
+    with_another_key: u64,
     with_a_key: u64,
     refused_by_a_key: u64,
 }
@@ -151,17 +153,20 @@ impl Seen {
         self.waited += other.waited;
         self.unavailable += other.unavailable;
         self.in_two_accounts += other.in_two_accounts;
+        self.with_another_key += other.with_another_key;
         self.with_a_key += other.with_a_key;
         self.refused_by_a_key += other.refused_by_a_key;
     }
 }
 
-/// A config of one endpoint. Made once, as reading one takes longer than running a schedule.
+/// A config of an endpoint with one key, and one with five. Made once, as reading one takes longer than running a schedule.
 fn template() -> Config {
     static TEMPLATE: OnceLock<Config> = OnceLock::new();
     let read = || {
         let api = json!({ "id": "e", "baseUrl": "http://127.0.0.1:9", "apiKey": "sk-x", "models": MODELS });
-        let text = json!({ "server": { "apiKey": "sk-y", "timezone": "UTC" }, "apis": [api] }).to_string();
+        let keys: Vec<_> = (0..5).map(|key| json!({ "key": format!("sk-{key}"), "name": format!("k{key}") })).collect();
+        let pool = json!({ "id": "p", "baseUrl": "http://127.0.0.1:9", "apiKeys": keys });
+        let text = json!({ "server": { "apiKey": "sk-y", "timezone": "UTC" }, "apis": [api, pool] }).to_string();
         let environment = Environment::fixed::<&str, &str>([]);
         config::check_str(&text, Format::Json, &environment, Path::new("")).unwrap_or_else(|e| panic!("{e}")).config
     };
@@ -418,6 +423,7 @@ impl World {
     fn config(&mut self) -> Config {
         let mut config = template();
         let template = config.endpoints.remove(0);
+        let keys = config.endpoints.remove(0).keys;
         let mut shared = self.shared.borrow_mut();
         for number in 0..self.endpoints {
             // Now and then one is left out, and comes back later.
@@ -449,6 +455,20 @@ impl World {
                         }
                     }
                     endpoint.model_limits.insert(pattern.to_owned(), ModelLimits { limits, each });
+                }
+            }
+            if self.rng.u8(..) < 100 {
+                endpoint.keys = keys.clone();
+                // One of them or another is left out, and they come in any order.
+                let kept = self.rng.usize(1..=endpoint.keys.lanes.len());
+                self.rng.shuffle(&mut endpoint.keys.lanes);
+                endpoint.keys.lanes.truncate(kept);
+                for lane in &mut endpoint.keys.lanes {
+                    let of = AccountId::Lane { endpoint: Arc::clone(id.owner()), lane: Arc::clone(&lane.id) };
+                    lane.limits = account(&mut shared.models, &of, &zone, &mut self.rng);
+                    lane.weight = self.rng.u32(1..4);
+                    // So that a refusal names it as its account is named.
+                    lane.label = Arc::clone(&lane.id);
                 }
             }
             endpoint.timezone = Some(TimeZone::get(&zone).unwrap());
@@ -802,6 +822,7 @@ async fn request(
     let mut own_permit: Option<OwnPermit> = None;
     let caller = CallerId(shared.borrow_mut().rng.u64(..3));
     let began = clocks.true_ms.load(Ordering::Relaxed);
+    let number_of_session = Some(shared.borrow_mut().rng.u64(..)).filter(|number| number % 3 == 0);
     loop {
         let queue = queue.filter(|_| tried.is_empty());
         let admission = admission::Request {
@@ -813,6 +834,7 @@ async fn request(
                 shape: None,
                 tried: &tried,
                 preferred: None,
+                keys: KeyWish { session: number_of_session, organizations: &[] },
             },
             queue,
             queued_by,
@@ -828,9 +850,11 @@ async fn request(
                 shared.seen.waited += u64::from(queue.is_some() && waited > 0);
                 assert!(wait > Duration::ZERO, "refused, and told to come at once");
                 let limits = held.into_iter().filter(|held| held.reason != LimitReason::CoolingDown);
-                let account = |held: &HeldBy| match (Arc::clone(&held.endpoint), held.models.clone()) {
-                    (endpoint, None) => AccountId::Endpoint(endpoint),
-                    (endpoint, Some(models)) => AccountId::Models { endpoint, models },
+                let account = |held: &HeldBy| match (Arc::clone(&held.endpoint), held.models.clone(), held.key.clone())
+                {
+                    (endpoint, None, None) => AccountId::Endpoint(endpoint),
+                    (endpoint, Some(models), _) => AccountId::Models { endpoint, models },
+                    (endpoint, None, Some(lane)) => AccountId::Lane { endpoint, lane },
                 };
                 shared.refusals.extend(limits.map(|held| (account(&held), held.reason)));
                 return;
@@ -873,11 +897,20 @@ async fn attempt(
     shared: &Rc<RefCell<Shared>>,
 ) -> Outcome {
     let candidate = &candidates.list()[choice.candidate];
-    tried.push(candidate.tried());
     let endpoint = &pool.endpoints[candidate.endpoint];
-    let accounts = accounts_of(&endpoint.config, model);
-    let trial = choice.trial.as_ref().map(Trial::scope);
-    let record = endpoint.live.health.number();
+    let is_first_key = !tried.iter().any(|tried| tried.is(candidate));
+    assert!(endpoint.lanes.is_pool() || is_first_key, "asked twice with one key");
+    let is_same = tried.iter().any(|tried| tried.is(candidate) && tried.lane == choice.lane);
+    assert!(!is_same, "asked twice with the same key");
+    tried.push(candidate.tried(choice.lane, !endpoint.lanes.is_pool()));
+    let lane = &endpoint.lanes.list()[choice.lane];
+    let mut accounts = accounts_of(&endpoint.config, model);
+    accounts.extend(lane.limited().map(|of| of.account.id().clone()));
+    let trial_in = |record: &Arc<HealthRecord>| choice.trial.as_ref().and_then(|trial| trial.scope_in(record));
+    let trial = trial_in(&endpoint.live.health);
+    let lane_trial = lane.live().and_then(|live| trial_in(&live.health));
+    let (record, lane_record) = (endpoint.live.health.number(), lane.live().map_or(0, |live| live.health.number()));
+    let is_of_pool = endpoint.lanes.is_pool();
     for id in &accounts {
         shared.borrow_mut().models.get_mut(id).unwrap().held += 1;
     }
@@ -925,8 +958,20 @@ async fn attempt(
         }
     };
     shared.borrow_mut().seen.failed += u64::from(outcome.is_retryable(&pool.server.retry));
-    let seen = health::Seen { effect: outcome.effect(|| Duration::from_hours(1)), began, trial };
-    endpoint.live.learn(asked.name(), &seen, record, || clocks.read().now, &pool.server.breaker);
+    let effect = outcome.effect(|| Duration::from_hours(1));
+    let (now, breaker) = (|| clocks.read().now, &pool.server.breaker);
+    let is_keys = is_of_pool && outcome.is_of_key();
+    if let Some(live) = lane.live() {
+        let well = matches!(effect, health::Effect::Success);
+        let effect = if is_keys || well { effect } else { health::Effect::Neutral };
+        live.learn((model, None), &health::Seen { effect, began, trial: lane_trial }, lane_record, now, breaker);
+        shared.borrow_mut().seen.with_another_key += u64::from(!is_first_key);
+    }
+    let effect = if is_keys { health::Effect::Answers } else { effect };
+    endpoint.live.learn(asked.name(), &health::Seen { effect, began, trial }, record, now, breaker);
+    if let Some(tried) = tried.last_mut() {
+        tried.is_over |= !outcome.is_of_key() && outcome != Outcome::LimitReached;
+    }
     outcome
 }
 

@@ -6,7 +6,7 @@
 mod call;
 mod cursors;
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,6 +36,8 @@ use crate::routing::router::ModelName;
 /// Pages of each endpoint that are asked for to answer one page: to find a cursor that is not remembered, or where the endpoint's own
 /// pages are shorter. Each takes a permit.
 const PAGES_MAX: usize = 20;
+/// Keys of one endpoint, each of another organisation, that are asked for one list; what the others have is missing in it.
+const KEYS_MAX: usize = 16;
 /// Objects of one page whose places are noted. Those of an endpoint's own answers are known already.
 const NOTED_MAX: usize = 500;
 /// Longest time for an endpoint's page, before the list goes on without it.
@@ -84,6 +86,8 @@ impl Item {
 /// The part of a list that one endpoint has.
 struct Source<'a> {
     endpoint: &'a Arc<Endpoint>,
+    /// The key, by its place among the endpoint's.
+    lane: usize,
     /// Objects that have come and have not been taken, in the endpoint's order.
     items: VecDeque<Item>,
     /// The last one that was asked for.
@@ -97,6 +101,12 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
+    /// The organisation whose list it is.
+    fn organization(&self) -> &Arc<str> {
+        let lane = self.endpoint.lanes.get(self.lane);
+        lane.map_or(&self.endpoint.config.organization, |lane| &lane.config.organization)
+    }
+
     /// True if its next object has to be asked for.
     fn is_due(&self) -> bool {
         self.items.is_empty() && self.has_more
@@ -190,7 +200,7 @@ async fn merged(reader: &Reader<'_>, cursors: &Cursors) -> Result<Answer, Fault>
         let Some(item) = source.items.pop_front() else { break };
         source.taken = Some(item.id.as_str().into());
         if page.len() < NOTED_MAX {
-            note(pool, &item, source.endpoint, &asker.owner);
+            note(pool, &item, (source.endpoint, source.lane), &asker.owner);
         }
         page.push(item);
         // An endpoint gives fewer than it was asked for, if it wants to.
@@ -216,38 +226,49 @@ fn sources<'a>(
     let kind = CallKind::of_path(list.path);
     let shape = CallShape::new(&Method::GET, list.path);
     let now = pool.clock().now;
-    let mut organizations = Vec::new();
+    let mut organizations: HashSet<&Arc<str>> = HashSet::new();
     let mut sources = Vec::new();
     let usable = pool.endpoints.iter().filter(|one| one.config.usable() && one.config.calls.contains(kind));
     let is_allowed = |id: &str| asker.named.is_none_or(|named| named.caller.key.allows_endpoint(id));
     let mut endpoints: Vec<_> = usable.filter(|one| is_allowed(&one.config.id)).collect();
     // Of one organisation any endpoint that can be asked now.
     endpoints.sort_by_key(|endpoint| !matches!(endpoint.gate(now), Gate::Open));
-    for endpoint in endpoints {
-        let organization = &endpoint.config.organization;
-        if organizations.contains(organization) || endpoint.live.paths.lacks(shape, "", now) {
-            continue;
+    for endpoint in endpoints.into_iter().filter(|one| !one.live.paths.lacks(shape, "", now)) {
+        // Of several keys those first that can be used now.
+        let (open, closed): (Vec<_>, Vec<_>) =
+            endpoint.lanes.list().iter().enumerate().partition(|(_, lane)| lane.gate(|| "", now) == Gate::Open);
+        let mut of_endpoint = 0;
+        for (index, lane) in open.into_iter().chain(closed) {
+            let organization = &lane.config.organization;
+            if !organizations.insert(organization) {
+                continue;
+            }
+            of_endpoint += 1;
+            let cursor = known.iter().copied().flatten().find(|cursor| cursor.organization == *organization);
+            let after = cursor.and_then(|cursor| cursor.after.clone());
+            let is_left_out = of_endpoint > KEYS_MAX;
+            sources.push(Source {
+                endpoint,
+                lane: index,
+                items: VecDeque::new(),
+                fetched: after.clone(),
+                taken: after,
+                has_more: !is_left_out,
+                pages: 0,
+                failure: is_left_out.then_some(Failure::Missing(Fault::NoneAvailable)),
+            });
+            if is_left_out {
+                break;
+            }
         }
-        organizations.push(Arc::clone(organization));
-        let cursor = known.iter().copied().flatten().find(|cursor| cursor.organization == *organization);
-        let after = cursor.and_then(|cursor| cursor.after.clone());
-        sources.push(Source {
-            endpoint,
-            items: VecDeque::new(),
-            fetched: after.clone(),
-            taken: after,
-            has_more: true,
-            pages: 0,
-            failure: None,
-        });
     }
     sources
 }
 
 /// Notes where an object of a list is.
-fn note(pool: &Pool, item: &Item, endpoint: &Endpoint, owner: &Owner) {
+fn note(pool: &Pool, item: &Item, at: (&Endpoint, usize), owner: &Owner) {
     let until = objects::remembered_until(pool, &pool.clock());
-    objects::note_found(vec![Found::Object(item.id.as_str().into())], (endpoint, owner), until, &pool.ledger);
+    objects::note_found(vec![Found::Object(item.id.as_str().into())], at, owner, until, &pool.ledger);
 }
 
 /// Reads the lists from their beginning until an object has been passed. False if it is not there.
@@ -297,7 +318,8 @@ async fn refill_once(reader: &Reader<'_>, sources: &mut [Source<'_>], size: usiz
         }
         source.pages += 1;
         let (endpoint, headers) = (Arc::clone(source.endpoint), headers.clone());
-        let (target, permit) = (list.target(source.fetched.as_deref(), size), draw(pool, source.endpoint).await);
+        let (target, lane) = (list.target(source.fetched.as_deref(), size), source.lane);
+        let permit = draw(pool, source.endpoint, lane).await;
         match permit {
             Err(fault) => {
                 source.has_more = false;
@@ -306,7 +328,7 @@ async fn refill_once(reader: &Reader<'_>, sources: &mut [Source<'_>], size: usiz
             Ok(mut permit) => {
                 pages.spawn(async move {
                     permit.spend();
-                    (index, page(&endpoint, kind, &target, &headers).await)
+                    (index, page(&endpoint, (kind, lane), &target, &headers).await)
                 });
             }
         }
@@ -355,12 +377,12 @@ async fn keep_own(reader: &Reader<'_>, source: &mut Source<'_>) {
 }
 
 /// A permit for a page.
-async fn draw(pool: &Pool, endpoint: &Arc<Endpoint>) -> Result<Permit, Fault> {
+async fn draw(pool: &Pool, endpoint: &Arc<Endpoint>, lane: usize) -> Result<Permit, Fault> {
     let now = pool.clock();
     if !matches!(endpoint.gate(now.now), Gate::Open | Gate::TrialDue) {
         return Err(Fault::NoneAvailable);
     }
-    match pool.draw_for_own_call(endpoint.accounts_of(ModelName { name: "", in_config: true })).await {
+    match pool.draw_for_own_call(&endpoint.accounts_at(ModelName { name: "", in_config: true }, lane)).await {
         Drawn::Granted(_, permit) => Ok(permit),
         Drawn::Refused(refusal) => {
             let (id, is_public) = (&endpoint.config.id, pool.server.endpoint_headers);
@@ -374,7 +396,7 @@ async fn draw(pool: &Pool, endpoint: &Arc<Endpoint>) -> Result<Permit, Fault> {
 /// One page of an endpoint, and whether it has more.
 async fn page(
     endpoint: &Endpoint,
-    kind: CallKind,
+    (kind, lane): (CallKind, usize),
     target: &str,
     headers: &HeaderMap,
 ) -> Result<(Vec<Item>, bool), Failure> {
@@ -384,7 +406,7 @@ async fn page(
     let Some(address) = addresses.ok().and_then(|addresses| addresses.first().copied()) else {
         return Err(Failure::Missing(Fault::EndpointUnreachable));
     };
-    let calls = OwnCalls::new(endpoint, upstream, address);
+    let calls = OwnCalls::new(endpoint, (kind, lane), address);
     let call = OwnCall { headers: Some(headers), ..OwnCall::get(target) };
     let answered = tokio::time::timeout(PAGE_TIME_MAX, calls.ask(call)).await;
     let OwnAnswer { status, body } = match answered {
@@ -438,10 +460,9 @@ fn refuse(sources: &[Source<'_>]) -> Result<(), Fault> {
 }
 
 fn remember(cursors: &Cursors, key: String, sources: &[Source<'_>]) {
-    let read = sources.iter().map(|source| Cursor {
-        organization: Arc::clone(&source.endpoint.config.organization),
-        after: source.taken.clone(),
-    });
+    let read = sources
+        .iter()
+        .map(|source| Cursor { organization: Arc::clone(source.organization()), after: source.taken.clone() });
     cursors.put(key, PageEnd::At(read.collect()));
 }
 

@@ -36,6 +36,8 @@ const RENEW: Duration = Duration::from_secs(1);
 const SCAN: Duration = Duration::from_millis(250);
 /// Time between two removals of slots that no longer count.
 const CLEAN: Duration = Duration::from_secs(10);
+/// Accounts that are read for the first time in one update, since permits wait meanwhile; those of a config with more are read in several.
+const FIRST_READS_MAX: usize = 1000;
 /// Time between two removals of statistics that are too old.
 const CLEAN_STATS: Duration = Duration::from_hours(1);
 
@@ -74,6 +76,8 @@ pub struct Allocator {
     clean_stats_at: Stamp,
     /// True while there are more places than may be kept.
     has_surplus: bool,
+    /// True while accounts have yet to be read for the first time.
+    has_unread: bool,
 }
 
 /// Result of [`Allocator::serve`]: it shows whether the ledger works.
@@ -111,6 +115,7 @@ impl Allocator {
             clean_at: Stamp::default(),
             clean_stats_at: Stamp::default(),
             has_surplus: false,
+            has_unread: false,
         }
     }
 
@@ -431,7 +436,7 @@ impl Allocator {
         }
         if due.renews {
             let is_moving = self.accounts.values().any(|listed| listed.of.account.mirror().quota.is_moving());
-            let goes_on = is_moving || self.has_surplus || self.spending.is_busy();
+            let goes_on = is_moving || self.has_surplus || self.has_unread || self.spending.is_busy();
             self.renew_at = if goes_on { clock.boot + RENEW } else { Stamp::NEVER };
         }
     }
@@ -441,9 +446,14 @@ impl Allocator {
         let clock = batch.clock;
         batch.spending.look_after_others(batch.ledger, &clock)?;
         let cleans = clock.boot >= self.clean_at;
+        let mut first_reads = 0;
         for Listed { of, .. } in self.accounts.values() {
             let is_known = of.account.mirror().read_at.is_some();
             if is_known && !of.account.mirror().quota.is_moving() {
+                continue;
+            }
+            first_reads += usize::from(!is_known);
+            if !is_known && first_reads > FIRST_READS_MAX {
                 continue;
             }
             batch.refresh(of)?;
@@ -452,6 +462,7 @@ impl Allocator {
                 batch.ledger.forget(of.account.id(), Slot::oldest_that_counts(clock.boot))?;
             }
         }
+        self.has_unread = first_reads > FIRST_READS_MAX;
         if cleans {
             let looks = self.has_surplus || clock.boot >= self.clean_stats_at;
             self.has_surplus = false;

@@ -41,6 +41,8 @@ const MIGRATIONS: [&str; 6] = [
 ];
 /// `kind` of [`AccountId::Models`] in the tables `account_minute` and `account_day`.
 const MODELS: &str = "models";
+/// The same of [`AccountId::Lane`].
+const LANE: &str = "lane";
 /// The same of [`AccountId::Caller`].
 const CALLER: &str = "key";
 /// The same of [`AccountId::CallerModels`].
@@ -59,6 +61,7 @@ impl<'a> Rows<'a> {
         match account {
             AccountId::Endpoint(id) => Self::Endpoint(id),
             AccountId::Models { endpoint, models } => Self::Other(MODELS, endpoint, models),
+            AccountId::Lane { endpoint, lane } => Self::Other(LANE, endpoint, lane),
             AccountId::Caller(caller) => Self::Other(CALLER, caller, ""),
             AccountId::CallerModels { caller, models } => Self::Other(CALLER_MODELS, caller, models),
         }

@@ -147,7 +147,7 @@ pub(super) async fn from_client(
 /// True if the endpoint counts each response.
 fn counts_responses(context: &Context) -> bool {
     let state = context.exchange.state();
-    state.attempt.as_ref().is_some_and(|one| one.endpoint.config.web_socket_permits == WebSocketPermits::Response)
+    state.attempt.as_ref().is_some_and(|one| one.asked.endpoint.config.web_socket_permits == WebSocketPermits::Response)
 }
 
 /// The next message of the client that is whole. One that cannot be read ends a WebSocket whose messages have to be; any other passes as
@@ -267,7 +267,7 @@ async fn take_permit(context: &mut Context) -> Result<(), Fault> {
         if counts && taken.is_ok() && own.is_ok() {
             attempt.spend_another_permit();
         }
-        let endpoint = Arc::clone(&attempt.endpoint);
+        let endpoint = Arc::clone(&attempt.asked.endpoint);
         context.exchange.state().attempt = Some(attempt);
         if let Err(drawn) = taken {
             return Err(attempts::limit_reached(context, &endpoint, drawn));
@@ -298,13 +298,13 @@ async fn reserve_again(ask: &Ask, attempt: &mut Attempt) -> Result<(), Fault> {
     let Some(budget) = ask.budget.as_ref().filter(|_| attempt.budget.is_none()) else { return Ok(()) };
     let (model, ledger) = (attempt.model.name().name, &ask.pool.ledger);
     let wall = ledger.clock().wall;
-    let spends = budget.spends(&attempt.endpoint, model, wall).unwrap_or_default();
+    let spends = budget.spends(&attempt.asked.endpoint, model, wall).unwrap_or_default();
     let accounts = Arc::new(AccountSet::new(Vec::new()));
     let wanted = vec![Wanted { accounts, not_before: Stamp::default(), spends }];
     let own = OwnDraw { caller: None, budgets: Some(Arc::clone(&budget.set)) };
     match ledger.draw_for(ledger.ticket(), wanted, own, Otherwise::LookElsewhere).await {
         Drawn::Granted(_, mut permit) => {
-            let step = budget.step(&attempt.endpoint, model, wall);
+            let step = budget.step(&attempt.asked.endpoint, model, wall);
             let taken = permit.take_budgets();
             attempt.budget = taken.map(|hold| {
                 let mut reserved = Box::new(AttemptBudget::new(hold, spends.known, step, budget.on_overrun));
@@ -340,7 +340,7 @@ pub(super) fn from_endpoint(body: &mut Option<Bytes>, context: &mut Context) {
     let WebSocket { frames, tokens, responses, .. } = &mut **socket;
     let mut state = exchange.state();
     let Some(attempt) = &mut state.attempt else { return };
-    let counts = attempt.endpoint.config.web_socket_permits == WebSocketPermits::Response;
+    let counts = attempt.asked.endpoint.config.web_socket_permits == WebSocketPermits::Response;
     let own = ask.own.as_ref().map(|own| &own.accounts);
     frames.feed(piece, |message| {
         if (counts || own.is_some() || ask.budget.is_some()) && is_of_type(message, b"response.created") {
