@@ -255,6 +255,7 @@ fn judge() -> Box<dyn FnMut()> {
             streams: false,
             expects_body: true,
             more: true,
+            more_keys: false,
             more_if_empty: true,
             searches: false,
             usage: UsageTerms::default(),

@@ -118,13 +118,13 @@ impl Ask {
         self.objects.as_ref().is_some_and(|objects| objects.named.is_searched)
     }
 
-    /// What is left out of the body at this endpoint, by its place in the pool.
-    pub fn left_out(&self, endpoint: Option<usize>) -> &[Range<usize>] {
+    /// What is left out of the body of this attempt.
+    pub fn left_out(&self, tried: Option<&Tried>) -> &[Range<usize>] {
         let sealed = self.objects.as_ref().and_then(|objects| objects.sealed.as_ref());
-        match (sealed, endpoint) {
-            (Some(sealed), Some(endpoint)) if !sealed.readers.contains(&endpoint) => &sealed.ranges,
-            _ => &[],
-        }
+        let (Some(sealed), Some(Tried { endpoint, lane, .. })) = (sealed, tried) else { return &[] };
+        let asked = self.pool.endpoints.get(*endpoint);
+        let reads = asked.is_some_and(|asked| sealed.readers.include((*endpoint, asked), *lane));
+        if reads { &[] } else { &sealed.ranges }
     }
 
     /// How its session is served by a candidate; none if it has no session.

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use super::charge::{Asked, Charge};
 use super::objects::is_object_missing;
 use super::{Ask, AttemptBudget, AttemptObjects};
-use crate::config::{AlertEvent, Breaker, Server, StreamUsage, Trouble};
+use crate::config::{Breaker, Server, StreamUsage, Trouble};
 use crate::exchange::judge::Terms;
 use crate::ledger::{AccountSet, Client, Drawn, Permit};
 use crate::limit::Clock;
@@ -28,7 +28,6 @@ use crate::routing::retry::Outcome;
 use crate::routing::router::ModelName;
 use crate::routing::sessions::{Affinity, Session};
 use crate::routing::usage_injection::UsageInjection;
-use crate::telemetry::alerts;
 use crate::telemetry::metrics::{Counters, metrics};
 use crate::usage::Meter;
 
@@ -421,7 +420,7 @@ impl Attempt {
         }
         self.remember_call(outcome);
         if let Some(objects) = self.objects.as_ref().filter(|_| is_object_missing(outcome)) {
-            objects.missing(!self.terms.more, &self.chosen_at);
+            objects.missing(!self.terms.more && !self.terms.more_keys, &self.chosen_at);
         }
         let effect = outcome.effect(|| self.day_left());
         self.log_effect(outcome, effect);
@@ -460,27 +459,13 @@ impl Attempt {
         !self.terms.call.is_text() || self.meter.has_token() || is_counted()
     }
 
+    /// A refused key is told of where it is held against somebody.
     fn log_effect(&self, outcome: &Outcome, effect: Effect) {
-        let whom = self.asked.words();
-        match effect {
-            Effect::Rest { scope, wait, guessed } => {
-                let name = self.model.name().name;
-                let model =
-                    if scope == Scope::Model && !name.is_empty() { format!(", model {name:?}") } else { String::new() };
-                let why = if guessed { "a guess, since it does not say for how long" } else { "as it asked" };
-                log::info!("{whom}{model}: rests for {:.1} s, {why}; it {outcome}", wait.as_secs_f64());
-            }
-            Effect::KeyRefused { .. } | Effect::Failure(Scope::Endpoint) => {
-                if outcome.meaning().is_some_and(|meaning| meaning.trouble == Trouble::Key) {
-                    let message = format!(
-                        "{whom}: its key is refused; it {outcome}; check the key in the config, and its account"
-                    );
-                    log::warn!("{message}");
-                    alerts::raise(AlertEvent::KeyRefused, whom.trim_start_matches("endpoint "), message);
-                }
-            }
-            Effect::Answers | Effect::Success | Effect::Neutral | Effect::Failure(Scope::Model) => {}
-        }
+        let Effect::Rest { scope, wait, guessed } = effect else { return };
+        let (whom, name) = (self.asked.words(), self.model.name().name);
+        let model = if scope == Scope::Model && !name.is_empty() { format!(", model {name:?}") } else { String::new() };
+        let why = if guessed { "a guess, since it does not say for how long" } else { "as it asked" };
+        log::info!("{whom}{model}: rests for {:.1} s, {why}; it {outcome}", wait.as_secs_f64());
     }
 
     /// The rest of the endpoint's day.

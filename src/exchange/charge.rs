@@ -71,8 +71,8 @@ impl Asked {
             // What a name showed before it was known to be a model's stands where it was noted.
             let also = Some(live.key(name)).filter(|known| *known != noted);
             lane.learn((noted, also), &seen(&lane.health), self.lane_record, Instant::now, breaker);
-            if effect == Effect::Success {
-                live.refusals.succeeded();
+            if matches!(effect, Effect::Answers | Effect::Success) {
+                live.refusals.answered(Instant::now(), breaker);
             }
         }
     }
@@ -138,6 +138,9 @@ impl Charge {
         if matches!(self.effect, Effect::Failure(_) | Effect::KeyRefused { .. }) {
             live.note_error(self.outcome.to_string());
         }
+        if self.outcome.meaning().is_some_and(|meaning| meaning.trouble == Trouble::Key) {
+            self.tell_refused();
+        }
         let seen = self.seen(self.effect, &live.health);
         let cools = live.learn(self.model.name(), &seen, self.asked.record, Instant::now, &self.breaker);
         if let Some(scope) = cools {
@@ -150,17 +153,20 @@ impl Charge {
     fn apply_to_key(&self, lane: &LaneLive) {
         let Asked { endpoint, record, lane_record, .. } = &self.asked;
         let live = &endpoint.live;
-        // An account without money is no address that is refused.
+        // An account without money is no address that is refused, and words that nobody knows may be about the request.
         let is_refusal = |meaning: &&Meaning| meaning.trouble == Trouble::Key && meaning.wait != Wait::Quota;
-        let meaning = self.outcome.meaning().filter(is_refusal);
+        let meaning = self.outcome.meaning().filter(is_refusal).filter(|_| self.outcome.may_try_another_key());
         let now = Instant::now();
         if let Some(meaning) = meaning
-            && live.refusals.are_of_address(&lane.health, meaning.words, now)
+            && live.refusals.are_of_address(&lane.health, (self.effect, meaning.words), now)
         {
             return self.apply_to_address(now);
         }
         if matches!(self.effect, Effect::Failure(_) | Effect::KeyRefused { .. }) {
             lane.note_error(self.outcome.to_string());
+        }
+        if self.outcome.meaning().is_some_and(|meaning| meaning.trouble == Trouble::Key) {
+            self.tell_refused();
         }
         let key = live.key(self.model.name());
         let seen = self.seen(self.effect, &lane.health);
@@ -170,8 +176,19 @@ impl Charge {
         live.learn(self.model.name(), &seen, *record, || now, &self.breaker);
         if let Some(scope) = cools {
             self.log_cooling(&self.asked.words(), scope, lane.health.gate(|| key, now), now);
+        }
+        if cools.is_some() || matches!(self.effect, Effect::Rest { scope: Scope::Endpoint, .. }) {
             self.tell_if_empty(now);
         }
+    }
+
+    /// Tells that a key is refused.
+    fn tell_refused(&self) {
+        let whom = self.asked.words();
+        let outcome = &self.outcome;
+        let message = format!("{whom}: its key is refused; it {outcome}; check the key in the config, and its account");
+        log::warn!("{message}");
+        alerts::raise(AlertEvent::KeyRefused, whom.trim_start_matches("endpoint "), message);
     }
 
     /// The keys are not to blame, and the endpoint rests as a whole.

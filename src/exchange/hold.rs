@@ -81,6 +81,7 @@ impl HeldResponse {
             streams: false,
             expects_body: true,
             more: false,
+            more_keys: false,
             more_if_empty: false,
             searches: false,
             usage: UsageTerms::default(),

@@ -57,6 +57,8 @@ pub struct Terms {
     pub expects_body: bool,
     /// True if another endpoint could take over.
     pub more: bool,
+    /// True if, beside or instead of that, another key of the same endpoint can take over from trouble of this key.
+    pub more_keys: bool,
     /// True if another endpoint may take over from an answer that is merely empty.
     pub more_if_empty: bool,
     /// True if the request names an object that nobody knows, so that another endpoint may have it.
@@ -176,7 +178,7 @@ impl Judge {
 
     /// Notes that no other endpoint can take over any more.
     pub fn no_more(&mut self) {
-        self.terms.more = false;
+        (self.terms.more, self.terms.more_keys) = (false, false);
     }
 
     /// Takes the outcome of an error that is let through.
@@ -201,12 +203,13 @@ impl Judge {
             // One that no other endpoint will take over is held too, so that it can be classified, and a key quoted in it is found
             // however it is cut.
             let is_wanted = rules.retry.statuses.contains(head.status) || self.terms.searches && head.status == 404;
-            let likely = self.terms.more && is_wanted;
+            let likely = (self.terms.more || self.terms.more_keys) && is_wanted;
             AnswerKind::Error { status: head.status, wait: head.wait, likely }
         } else if head.status != 200 || !self.terms.expects_body {
             AnswerKind::Open
         } else if labelled {
-            if self.terms.more {
+            // Its first event may be an error.
+            if self.terms.more || self.terms.more_keys {
                 AnswerKind::Unseen { labelled }
             } else {
                 self.form = Some(Form::Stream);
@@ -371,7 +374,8 @@ impl Judge {
         }
         let outcome = Outcome::Error { meaning, place: Place::Status };
         let searches_on = self.terms.searches && is_object_missing(&outcome);
-        if self.terms.more && (outcome.is_retryable(rules.retry) || searches_on) || outcome.is_hidden(rules.retry) {
+        let more = self.terms.more || self.terms.more_keys && (outcome.may_try_another_key() || searches_on);
+        if more && (outcome.is_retryable(rules.retry) || searches_on) || outcome.is_hidden(rules.retry) {
             return Verdict::Drop(outcome);
         }
         self.outcome = Some(outcome);

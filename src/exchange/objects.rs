@@ -1,6 +1,5 @@
 //! The objects of an attempt: those that its request names, and those that its answer makes.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,7 +11,7 @@ use crate::ledger::Client;
 use crate::limit::Clock;
 use crate::request::shape;
 use crate::response::objects::{Found, ObjectReader, Wanted};
-use crate::routing::objects::{self, Named, Objects, Owner};
+use crate::routing::objects::{self, Named, Objects, Owner, Readers};
 use crate::routing::pool::Pool;
 use crate::routing::retry::Outcome;
 
@@ -40,8 +39,8 @@ pub struct AskedObjects {
 /// Reasoning that was sealed for an organisation.
 #[derive(Clone, Debug)]
 pub struct Sealed {
-    /// Endpoints, by their places in the pool, that can read it.
-    pub readers: BTreeSet<usize>,
+    /// Who can read it.
+    pub readers: Readers,
     /// Where it stands in the body.
     pub ranges: Vec<Range<usize>>,
 }

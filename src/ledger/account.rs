@@ -168,9 +168,16 @@ impl Account {
         self.full_until.load(Ordering::Relaxed) > now.0
     }
 
+    /// True if the allocator found no free permit when it last looked, and has not found one since. Unlike [`Account::seems_full`] it
+    /// holds until the moment that was found then, however long ago: for choosing among many.
+    pub fn is_held(&self, now: Stamp) -> bool {
+        self.view().held.is_some_and(|held| held.until > now)
+    }
+
     /// Clears the hint that it is full, because its limits or counts may have changed.
     pub fn look_again(&self) {
         self.full_until.store(0, Ordering::Relaxed);
+        lock(&self.view).held = None;
     }
 
     /// Returns the limits and what is left of them, as the allocator last found them: about a second old at most while

@@ -83,16 +83,23 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
     let counters = ask.candidates.counters(choice.candidate).cloned();
     let chosen_at = choice.at;
-    tries.tried.push(candidate.tried(choice.lane, !endpoint.lanes.is_pool()));
+    tries.tried.push(candidate.tried(choice.lane, true));
     tries.addresses_failed = 0;
     tries.reconnected = 0;
     let search_goes_on = !ask.is_search() || tries.absences + 1 < SEARCHED_MAX;
-    let more = search_goes_on && failure::has_more(ask, &tries.tried, context.arrival.at, &chosen_at);
+    let has_more = |tried: &[Tried]| search_goes_on && failure::has_more(ask, tried, context.arrival.at, &chosen_at);
+    let more = has_more(&tries.tried);
+    let mut more_keys = false;
+    if let Some(last) = tries.tried.last_mut().filter(|_| endpoint.lanes.is_pool()) {
+        last.is_over = false;
+        more_keys = more || has_more(&tries.tried);
+    }
     let terms = Terms {
         call: ask.call,
         streams: ask.stream,
         expects_body: *method != Method::HEAD,
         more,
+        more_keys,
         more_if_empty: tries.empties < failure::EMPTIES_MAX,
         searches: ask.is_search(),
         usage: UsageTerms::default(),

@@ -140,7 +140,7 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
     let is_accepted = context.web_socket.as_ref().is_some_and(|socket| socket.is_accepted());
     if let Some(ask) = context.ask.as_ref().filter(|ask| ask.switches_protocol)
         && is_final(header)
-        && (attempt.terms.more || is_accepted)
+        && (attempt.terms.more || attempt.terms.more_keys || is_accepted)
     {
         // Its session is not held, so a refusal that another endpoint need not make ends the attempt here, as does any whose client
         // has been told that the protocol is switched.
@@ -149,7 +149,8 @@ pub(super) fn upstream_response_filter(header: &mut ResponseHeader, context: &Co
             outcome => outcome,
         };
         let is_refused = is_accepted && header.status != StatusCode::SWITCHING_PROTOCOLS;
-        if is_refused || outcome.is_retryable(&ask.pool.server.retry) || refuses_switch(&outcome) {
+        let may_follow = attempt.terms.more || outcome.may_try_another_key();
+        if is_refused || may_follow && (outcome.is_retryable(&ask.pool.server.retry) || refuses_switch(&outcome)) {
             attempt.header_came(outcome);
             state.ended = Some(outcome);
             return Error::err_up(ErrorType::Custom("the protocol was not switched"));
@@ -275,7 +276,7 @@ fn rewrite_body(context: &Context) -> Vec<Bytes> {
     let model = place.and_then(|place| Some(rewrite::model_edit(place, other_model(ask, attempt)?)));
     let usage = ask.usage_edit.as_ref().filter(|_| asks);
     let usage = usage.map(|usage| Edit { range: usage.range.clone(), with: usage.with.into() });
-    let left_out = ask.left_out(context.tries.tried.last().map(|tried| tried.endpoint));
+    let left_out = ask.left_out(context.tries.tried.last());
     if !left_out.is_empty() {
         let cuts = left_out.iter().map(|range| Edit { range: range.clone(), with: "".into() });
         let mut edits: Vec<Edit<'_>> = cuts.chain(model).chain(usage).collect();

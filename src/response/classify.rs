@@ -56,7 +56,7 @@ impl Meaning {
     /// Meaning of a status alone.
     pub fn of_status(status: u16, wait: Option<Duration>) -> Self {
         let wait = wait.map_or(Wait::Unsaid, Wait::Stated);
-        Self { status, trouble: by_status(status), rule: BY_STATUS, wait, words: 0 }
+        Self { status, trouble: by_status(status), rule: BY_STATUS, wait, words: status.into() }
     }
 
     /// True if a code, a type, or a vendor's own words decided, not the status alone.

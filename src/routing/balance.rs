@@ -52,18 +52,20 @@ pub struct Way {
     pub gate: Gate,
     /// True if that is the key's health, not the endpoint's.
     is_keys: bool,
+    /// True if the key's own limits seem to be reached.
+    is_full: bool,
 }
 
 impl Way {
     /// The endpoint's gate where it is closed, the key's elsewhere.
     fn new(gate: Gate, key: Found) -> Self {
         let is_keys = gate == Gate::Open;
-        Self { lane: key.lane, gate: if is_keys { key.gate } else { gate }, is_keys }
+        Self { lane: key.lane, gate: if is_keys { key.gate } else { gate }, is_keys, is_full: key.is_full }
     }
 
     /// The only key, whose health is the endpoint's.
     fn of_one(gate: Gate) -> Self {
-        Self { lane: 0, gate, is_keys: false }
+        Self { lane: 0, gate, is_keys: false, is_full: false }
     }
 }
 
@@ -370,7 +372,7 @@ pub fn any_left(options: &Options<'_>, clock: &Clock) -> bool {
         let Some((endpoint, model)) = options.untried(candidate, clock.now) else { return false };
         let way = || options.closest_way(candidate, endpoint, model, clock);
         !options.seems_full(endpoint, model, clock)
-            && way().is_some_and(|way| !matches!(way.gate, Gate::Resting { may_try: false, .. }))
+            && way().is_some_and(|way| !way.is_full && !matches!(way.gate, Gate::Resting { may_try: false, .. }))
     })
 }
 

@@ -143,7 +143,7 @@ impl Health {
     /// Returns whether it lets a request through.
     pub fn gate(&self, now: Instant) -> Gate {
         if let Some(Rest { closed, guessed, probe }) = self.resting.filter(|rest| rest.closed.until > now) {
-            if probe <= now && !self.trial_under_way {
+            if probe <= now && !self.trial_under_way && self.cooling.is_none_or(|closed| closed.until <= now) {
                 return Gate::TrialDue;
             }
             return Gate::Resting { until: closed.until, may_try: guessed && !self.trial_under_way };
@@ -216,20 +216,28 @@ impl Health {
 
     /// The longer rest stands. A long one is tried before its end, after times that double: who asked for it may have paid, or been
     /// given more, meanwhile.
-    fn rests(&mut self, wait: Duration, guessed: bool, is_trial: bool, now: Instant) {
+    fn rests(&mut self, wait: Duration, guessed: bool, now: Instant) {
         let Some(until) = now.checked_add(wait).filter(|_| wait > Duration::ZERO) else { return };
-        if is_trial {
-            self.probes = self.probes.saturating_add(1);
+        let stands = self.resting.is_some_and(|rest| rest.closed.until >= until);
+        if !stands {
+            let probe = self.next_probe(now);
+            self.resting = Some(Rest { closed: Closed { since: now, until }, guessed, probe });
         }
-        let probe = now.checked_add(PROBE_AFTER.saturating_mul(1 << self.probes.min(16))).unwrap_or(until);
-        match &mut self.resting {
-            Some(rest) if rest.closed.until >= until => {
-                if is_trial {
-                    rest.probe = probe;
-                }
-            }
-            _ => self.resting = Some(Rest { closed: Closed { since: now, until }, guessed, probe }),
+    }
+
+    fn next_probe(&self, now: Instant) -> Instant {
+        // A rest that ends before it is tried by nobody.
+        now.checked_add(PROBE_AFTER.saturating_mul(1 << self.probes.min(16))).unwrap_or(now)
+    }
+
+    /// A request that tried it came to nothing good: the next one tries it later.
+    fn probed_in_vain(&mut self, now: Instant) {
+        if self.resting.is_none_or(|rest| rest.probe > now) {
+            return;
         }
+        self.probes = self.probes.saturating_add(1);
+        let probe = self.next_probe(now);
+        self.resting = self.resting.map(|rest| Rest { probe, ..rest });
     }
 
     /// Errors since the last success.
@@ -264,7 +272,7 @@ impl Health {
 }
 
 /// Health of an endpoint and of its models.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct EndpointHealth {
     whole: Health,
     /// By the name that the endpoint is asked for, of those that were used since there was any trouble. Beyond [`MODELS_MAX`]
@@ -337,6 +345,13 @@ impl EndpointHealth {
         let of_model = models.entry(key.into()).or_default();
         of_model.uses = of_model.uses.saturating_add(1);
         let is_trial = |scope| seen.trial == Some(scope);
+        if matches!(seen.effect, Effect::Failure(_) | Effect::Rest { .. } | Effect::KeyRefused { .. }) {
+            match seen.trial {
+                Some(Scope::Model) => of_model.probed_in_vain(now),
+                Some(Scope::Endpoint) => whole.probed_in_vain(now),
+                None => {}
+            }
+        }
         match seen.effect {
             Effect::Answers => {
                 of_model.answers(seen.began);
@@ -360,7 +375,7 @@ impl EndpointHealth {
             }
             Effect::Rest { scope, wait, guessed } => {
                 let rests = if scope == Scope::Model { of_model } else { whole };
-                rests.rests(wait, guessed, is_trial(scope), now);
+                rests.rests(wait, guessed, now);
             }
             Effect::KeyRefused { at_most } => {
                 return whole.key_refused(seen.began, at_most, now).then_some(Scope::Endpoint);
@@ -386,6 +401,11 @@ impl EndpointHealth {
     /// Forgets which models were used, once all is well.
     pub fn forget_uses(&mut self) {
         self.models.clear();
+    }
+
+    /// Takes back what was held against it as a whole since this moment of before, but for a trial that is under way.
+    pub fn put_back_whole(&mut self, before: Health) {
+        self.whole = Health { trial_under_way: self.whole.trial_under_way, ..before };
     }
 
     /// Health of the endpoint as a whole.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::config::Breaker;
-use crate::routing::health::{Effect, EndpointHealth, Gate, Scope, Seen};
+use crate::routing::health::{Effect, EndpointHealth, Gate, Health, Scope, Seen};
 
 /// The record.
 #[derive(Debug, Default)]
@@ -77,10 +77,10 @@ impl HealthRecord {
         self.troubled.store(false, Ordering::Release);
     }
 
-    /// Puts back what was held against it before.
-    pub fn put_back(&self, before: EndpointHealth) {
+    /// Puts back what was held against it as a whole before.
+    pub fn put_back_whole(&self, before: Health) {
         let mut health = self.read();
-        *health = before;
+        health.put_back_whole(before);
         self.troubled.store(!health.is_spotless(), Ordering::Release);
     }
 

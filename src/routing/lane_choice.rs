@@ -2,6 +2,7 @@
 //! at, however many there are; all of them only if those are closed or at their limits.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::config::Strategy;
 use crate::limit::{Clock, Stamp};
@@ -39,7 +40,12 @@ pub(super) struct Among<'a> {
 pub(super) struct Found {
     pub lane: usize,
     pub gate: Gate,
+    /// True if its limits seem to be reached.
+    pub is_full: bool,
 }
+
+/// How close a key comes to taking a request.
+type Rank = (u8, Instant);
 
 impl<'a> Among<'a> {
     /// True if the request may have a key at all.
@@ -61,13 +67,16 @@ impl<'a> Among<'a> {
             return None;
         }
         let gate = self.gate(lane);
-        matches!(gate, Gate::Open | Gate::TrialDue).then_some(Found { lane: index, gate })
+        matches!(gate, Gate::Open | Gate::TrialDue).then_some(Found { lane: index, gate, is_full: false })
     }
 
     /// Chooses a key that could take the request now; none if there is none.
     pub(super) fn choose(&self) -> Option<Found> {
         let lanes = &self.endpoint.lanes;
         let all = lanes.list().len();
+        if !self.organizations.is_empty() {
+            return self.places().find_map(|lane| self.open(lane));
+        }
         if let Some(found) = self.session.and_then(|session| self.open(lanes.at_share(session))) {
             return Some(found);
         }
@@ -77,23 +86,36 @@ impl<'a> Among<'a> {
             Strategy::LeastBusy | Strategy::Fastest => self.least_of(2, |lane| self.busyness(lane)),
             Strategy::MostLeft => self.least_of(COMPARED, |lane| self.used(lane)),
             Strategy::FillFirst => {
-                let found = (lanes.first_with_room()..all).find_map(|lane| self.open(lane));
-                if let Some(found) = found {
+                let first = lanes.first_with_room(self.clock.boot);
+                let found = from(first, all).find_map(|lane| self.open(lane));
+                if let Some(found) = found.filter(|_| self.tried.is_empty()) {
                     lanes.note_first_with_room(found.lane);
                 }
-                found
+                return found;
             }
         };
-        drawn.or_else(|| from(self.first_looked_at(), all).find_map(|lane| self.open(lane)))
+        drawn.or_else(|| self.places().find_map(|lane| self.open(lane)))
     }
 
-    /// The first that is looked at if all are.
-    fn first_looked_at(&self) -> usize {
-        if self.strategy == Strategy::FillFirst {
-            0
-        } else {
-            fastrand::usize(..self.endpoint.lanes.list().len().max(1))
+    /// All places of keys that it may have, from a random one on.
+    fn places(&self) -> Box<dyn Iterator<Item = usize>> {
+        let lanes = &self.endpoint.lanes;
+        let begin = |all: usize| fastrand::usize(..all.max(1));
+        if self.organizations.is_empty() {
+            let all = lanes.list().len();
+            return Box::new(from(begin(all), all));
         }
+        let mut theirs = lanes.of_organizations(self.organizations);
+        let first = begin(theirs.len()).min(theirs.len());
+        theirs.rotate_left(first);
+        Box::new(theirs.into_iter())
+    }
+
+    /// The same, in the order in which they are drawn from.
+    fn places_to_draw_from(&self) -> Box<dyn Iterator<Item = usize>> {
+        let all = self.endpoint.lanes.list().len();
+        let is_in_order = self.strategy == Strategy::FillFirst && self.organizations.is_empty();
+        if is_in_order { Box::new(0..all) } else { self.places() }
     }
 
     /// The one with the lowest score of some, or of all where they are no more.
@@ -103,7 +125,7 @@ impl<'a> Among<'a> {
         let scored = |index: usize| Some((score(lanes.get(index)?), self.open(index)?));
         let least = |one: (f64, Found), other: (f64, Found)| if other.0 < one.0 { other } else { one };
         let best = if all <= some {
-            from(self.first_looked_at(), all).filter_map(scored).reduce(least)
+            self.places().filter_map(scored).reduce(least)
         } else {
             (0..some).filter_map(|_| scored(lanes.draw())).reduce(least)
         };
@@ -118,30 +140,37 @@ impl<'a> Among<'a> {
         lane.limited().map_or(0.0, |of| 1.0 - of.account.view().share_left(self.clock.boot))
     }
 
-    /// The key that comes closest to taking the request, whether it has room or not; none if the request may have none any more.
+    /// The key that comes closest to taking the request: one with room before one without, and the one before others that may be tried out
+    /// first. None if the request may have none any more.
     pub(super) fn closest(&self) -> Option<Found> {
         let lanes = &self.endpoint.lanes;
-        let all = lanes.list().len();
-        let mut closest: Option<Found> = None;
-        for (index, lane) in from(self.first_looked_at(), all).filter_map(|index| Some((index, lanes.get(index)?))) {
+        let mut closest: Option<(Rank, Found)> = None;
+        for (index, lane) in self.places().filter_map(|index| Some((index, lanes.get(index)?))) {
             if !self.may_have(index, lane) {
                 continue;
             }
-            let found = Found { lane: index, gate: self.gate(lane) };
-            if found.gate == Gate::Open {
+            let (gate, is_full) = (self.gate(lane), lane.seems_full(self.clock.boot));
+            let found = Found { lane: index, gate, is_full };
+            let rank = self.rank(gate, is_full);
+            if gate == Gate::Open && !is_full {
                 return Some(found);
             }
-            if closest.is_none_or(|known| self.opens_at(found.gate) < self.opens_at(known.gate)) {
-                closest = Some(found);
+            if closest.is_none_or(|(known, _)| rank < known) {
+                closest = Some((rank, found));
             }
         }
-        closest
+        closest.map(|(_, found)| found)
     }
 
-    fn opens_at(&self, gate: Gate) -> std::time::Instant {
+    /// The lower, the closer.
+    fn rank(&self, gate: Gate, is_full: bool) -> Rank {
+        let now = self.clock.now;
         match gate {
-            Gate::Cooling { until } | Gate::Resting { until, .. } => until,
-            Gate::Open | Gate::TrialDue | Gate::OnTrial => self.clock.now,
+            Gate::Open => (u8::from(is_full), now),
+            Gate::TrialDue => (2, now),
+            Gate::Cooling { until } | Gate::Resting { until, may_try: true } => (3, until),
+            Gate::OnTrial => (4, now),
+            Gate::Resting { until, may_try: false } => (5, until),
         }
     }
 
@@ -151,9 +180,7 @@ impl<'a> Among<'a> {
         let at_most = if is_full { DRAWS } else { DRAWN_MAX };
         let lanes = &self.endpoint.lanes;
         let (mut drawn, mut with_room) = (Vec::new(), 0);
-        for (index, lane) in
-            from(self.first_looked_at(), lanes.list().len()).filter_map(|at| Some((at, lanes.get(at)?)))
-        {
+        for (index, lane) in self.places_to_draw_from().filter_map(|at| Some((at, lanes.get(at)?))) {
             if !self.may_have(index, lane) {
                 continue;
             }
@@ -191,7 +218,7 @@ fn from(first: usize, all: usize) -> impl Iterator<Item = usize> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use serde_json::{Value, json};
 
@@ -256,12 +283,12 @@ mod tests {
             let clock = pool.clock();
             let among = among(&pool, strategy, &[], &clock);
             for _ in 0..20 {
-                assert_eq!(among.choose(), Some(Found { lane: 23, gate: Gate::Open }), "{strategy:?}");
+                assert_eq!(among.choose(), Some(Found { lane: 23, gate: Gate::Open, is_full: false }), "{strategy:?}");
             }
             assert_eq!(among.closest().unwrap().lane, 23);
             learn(&pool, 23, REFUSED);
             assert_eq!(among.choose(), None, "{strategy:?}");
-            assert!(matches!(among.closest().unwrap().gate, Gate::Resting { .. }), "a rest ends before a refusal");
+            assert!(matches!(among.closest().unwrap().gate, Gate::Cooling { .. }), "one that rests is not tried out");
             assert_eq!(among.drawn_from(false).len(), 19, "those that rest may be waited for");
         }
     }

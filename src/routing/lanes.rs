@@ -2,13 +2,14 @@
 //! endpoint's requests. What belongs to the endpoint whatever the key stays with the endpoint.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use crate::config::{self, Breaker, Limit, PerLimit};
 use crate::ledger::{AccountId, AccountSet, Client, LimitedAccount};
-use crate::limit::{Limits, Stamp};
+use crate::limit::{Clock, Limits, Stamp};
 use crate::response::redact::Secrets;
 use crate::routing::health::{Gate, Scope, Seen};
 use crate::routing::health_record::HealthRecord;
@@ -29,8 +30,14 @@ pub struct Lanes {
     /// in a row.
     stride: u64,
     turns: AtomicU64,
-    /// Where the first key was that had room, with [`Strategy::FillFirst`](config::Strategy::FillFirst).
+    /// Where the first key was that had room, with [`Strategy::FillFirst`](config::Strategy::FillFirst), and when that was last looked for
+    /// from the beginning.
     first: AtomicUsize,
+    first_looked_at: AtomicU64,
+    /// True if some keys are not for all models.
+    have_models: bool,
+    /// The keys of each organisation.
+    by_organization: HashMap<Arc<str>, Vec<usize>>,
     /// What they have together, and when that was added up.
     pub(super) gauges: Mutex<Option<(Stamp, Gauges)>>,
 }
@@ -154,8 +161,7 @@ impl Lanes {
     /// The keys of an endpoint. Those that were known before keep their live state.
     pub fn new(source: &Source<'_>) -> std::io::Result<Self> {
         let keys = &source.endpoint.keys;
-        let known: std::collections::HashMap<&str, &Arc<LaneLive>> =
-            source.before.iter().flat_map(|before| before.live()).collect();
+        let known: HashMap<&str, &Arc<LaneLive>> = source.before.iter().flat_map(|before| before.live()).collect();
         let mut limits: Option<Arc<Limits>> = None;
         let list = keys.lanes.iter().map(|config| {
             let own = if keys.is_pool {
@@ -191,6 +197,11 @@ impl Lanes {
             .collect();
         let is_even = list.iter().all(|lane| list.first().is_some_and(|one| one.config.weight == lane.config.weight));
         let total = sums.last().copied().unwrap_or(1);
+        let have_models = list.iter().any(|lane| !lane.config.models.is_empty());
+        let mut by_organization: HashMap<Arc<str>, Vec<usize>> = HashMap::new();
+        for (index, lane) in list.iter().enumerate() {
+            by_organization.entry(Arc::clone(&lane.config.organization)).or_default().push(index);
+        }
         Ok(Self {
             list,
             is_pool: keys.is_pool,
@@ -199,6 +210,9 @@ impl Lanes {
             sums,
             turns: AtomicU64::default(),
             first: AtomicUsize::default(),
+            first_looked_at: AtomicU64::default(),
+            have_models,
+            by_organization,
             gauges: Mutex::default(),
         })
     }
@@ -215,14 +229,17 @@ impl Lanes {
 
     /// True if one of the keys belongs to this organisation.
     pub fn have_organization(&self, organization: &str) -> bool {
-        self.list.iter().any(|lane| *lane.config.organization == *organization)
+        self.by_organization.contains_key(organization)
+    }
+
+    /// The keys that belong to one of these organisations.
+    pub fn of_organizations(&self, organizations: &[Arc<str>]) -> Vec<usize> {
+        organizations.iter().filter_map(|one| self.by_organization.get(one)).flatten().copied().collect()
     }
 
     /// True if what was made with one key is not there for each other one.
     pub fn have_several_organizations(&self) -> bool {
-        self.list
-            .iter()
-            .any(|lane| self.list.first().is_some_and(|first| first.config.organization != lane.config.organization))
+        self.by_organization.len() > 1
     }
 
     /// A key by its place.
@@ -252,9 +269,13 @@ impl Lanes {
         first.map_or(Gate::Open, |(_, gate)| gate)
     }
 
-    /// True if one of them at least seems to have room for a request.
-    pub fn have_room(&self, now: Stamp) -> bool {
-        self.list.iter().any(|lane| !lane.seems_full(now))
+    /// True if one of them at least could take a request now: its health lets one through, and its limits seem to have room. `is_denied`:
+    /// what is limited takes nothing, since the ledger cannot be used.
+    pub fn can_serve(&self, clock: &Clock, is_denied: bool) -> bool {
+        self.list.iter().any(|lane| {
+            let is_open = || matches!(lane.gate(|| "", clock.now), Gate::Open | Gate::TrialDue);
+            !lane.seems_full(clock.boot) && !(is_denied && lane.limited().is_some()) && is_open()
+        })
     }
 
     /// Draws one by weight, however many there are in a few comparisons.
@@ -279,15 +300,20 @@ impl Lanes {
         self.at_share(turn.wrapping_mul(self.stride))
     }
 
-    /// Where to look first for one that has room, if the first of them is to be used up before the next.
-    pub fn first_with_room(&self) -> usize {
-        /// Requests after which those before are looked at again: their limits may have room by then.
-        const LOOKED_AFTER: u64 = 1024;
-        let turn = self.turns.fetch_add(1, Ordering::Relaxed);
-        if turn.is_multiple_of(LOOKED_AFTER) { 0 } else { self.first.load(Ordering::Relaxed) }
+    /// Where to look first for one that has room, if the first of them is to be used up before the next. Where keys are not for all models
+    /// there is no such place.
+    pub fn first_with_room(&self, now: Stamp) -> usize {
+        /// Milliseconds after which those before are looked at again: their limits may have room by then.
+        const LOOKED_AFTER: u64 = 1000;
+        let looked_at = self.first_looked_at.load(Ordering::Relaxed);
+        if self.have_models || now.0.saturating_sub(looked_at) >= LOOKED_AFTER {
+            self.first_looked_at.store(now.0, Ordering::Relaxed);
+            return 0;
+        }
+        self.first.load(Ordering::Relaxed)
     }
 
-    /// Notes where it was found.
+    /// Notes where it was found, by a request that may have any key.
     pub fn note_first_with_room(&self, lane: usize) {
         self.first.store(lane, Ordering::Relaxed);
     }
@@ -314,9 +340,9 @@ impl Lane {
         self.own.as_ref().map_or(Gate::Open, |own| own.live.health.gate(model, now))
     }
 
-    /// True if its own limits seem to be reached.
+    /// True if its own limits seem to be reached, by what was found when they were last looked at.
     pub fn seems_full(&self, now: Stamp) -> bool {
-        self.limited().is_some_and(|of| of.account.seems_full(now))
+        self.limited().is_some_and(|of| of.account.is_held(now))
     }
 
     /// The accounts of a request with it that counts in these of its endpoint.

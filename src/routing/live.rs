@@ -123,6 +123,7 @@ impl Live {
     /// Forgets what is held against the endpoint.
     pub fn start_anew(&self) {
         self.health.begin_anew();
+        self.refusals.forget();
         *lock(&self.last_error) = None;
         self.paths.forget();
         self.usage_injection.forget();

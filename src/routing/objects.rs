@@ -15,6 +15,7 @@ use crate::limit::Clock;
 use crate::request::references::References;
 use crate::response::objects::Found;
 use crate::routing::callers::Caller;
+use crate::routing::lanes::Lane;
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::router::Candidates;
 
@@ -107,10 +108,28 @@ pub struct Resolved {
     pub candidates: Option<Arc<Candidates>>,
     /// The objects.
     pub named: Named,
-    /// The endpoints, by their places in the pool, that can read the request's sealed reasoning; any other one is asked without it.
-    pub readers: Option<BTreeSet<usize>>,
+    /// Who can read the request's sealed reasoning; anybody else is asked without it.
+    pub readers: Option<Readers>,
     /// The organisations whose objects or sealed reasoning it names: of an endpoint's several keys it needs one of theirs.
     pub organizations: Vec<Arc<str>>,
+}
+
+/// Who can read what is sealed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Readers {
+    /// The endpoints, by their places in the pool.
+    pub endpoints: BTreeSet<usize>,
+    /// The organisations: of an endpoint's several keys those of theirs.
+    pub organizations: Vec<Arc<str>>,
+}
+
+impl Readers {
+    /// True if an endpoint, by its place in the pool, can read it with one of its keys.
+    pub fn include(&self, (index, endpoint): (usize, &Endpoint), lane: usize) -> bool {
+        let is_theirs = |lane: &Lane| self.organizations.contains(&lane.config.organization);
+        self.endpoints.contains(&index)
+            && (!endpoint.lanes.is_pool() || endpoint.lanes.get(lane).is_some_and(is_theirs))
+    }
 }
 
 impl Objects {
@@ -137,7 +156,10 @@ impl Objects {
             if thing.kind == ThingKind::Sealed {
                 // Its organisation can read it for every caller. The last one is the one that goes on.
                 if !places.is_empty() {
-                    sealed = Some((usable(pool, &places), organizations(&places)));
+                    let theirs = organizations(&places);
+                    let mut readers = usable(pool, &places);
+                    readers.retain(|index| !is_of_another_key(pool, *index, &theirs));
+                    sealed = Some((readers, theirs));
                 }
                 continue;
             }
@@ -151,6 +173,11 @@ impl Objects {
             };
             let here = endpoints(pool, &thing, &own)?;
             let theirs = organizations(&own);
+            if here.iter().all(|index| is_of_another_key(pool, *index, &theirs)) {
+                // Its key is not there any more, or was the endpoint's only one: some keys are asked one after the other.
+                named.unknown.push(Arc::clone(&thing.name));
+                named.is_searched = true;
+            }
             at = Some(match at {
                 None => Shared { id: Arc::clone(&thing.name), places: here, organizations: theirs },
                 Some(shared) => shared.with(pool, &thing, (&here, &theirs))?,
@@ -166,6 +193,9 @@ impl Objects {
                 (None, Vec::new())
             }
             Some(Shared { id, places, organizations }) => {
+                if named.is_searched {
+                    self.refuse_absent(&named, pool.clock().now)?;
+                }
                 let narrowed = all.narrowed(|candidate| places.contains(&candidate.endpoint));
                 if narrowed.list().is_empty() {
                     return Err(apart_from_model(pool, &id, &places));
@@ -177,7 +207,13 @@ impl Objects {
             return Ok(Resolved { candidates, named, readers: None, organizations: theirs });
         };
         let (candidates, readers) = read_by(candidates.as_ref().unwrap_or(all), readers, &pool.server.affinity)?;
-        let organizations = if theirs.is_empty() { of_sealed } else { theirs };
+        let organizations = match readers {
+            // Any key will do where the reasoning may be left out.
+            Some(_) => theirs,
+            None if theirs.is_empty() => of_sealed.clone(),
+            None => theirs.into_iter().filter(|one| of_sealed.contains(one)).collect(),
+        };
+        let readers = readers.map(|endpoints| Readers { endpoints, organizations: of_sealed });
         Ok(Resolved { candidates: Some(candidates), named, readers, organizations })
     }
 
@@ -232,6 +268,14 @@ impl Shared {
         }
         Ok(Self { places: both, organizations, ..self })
     }
+}
+
+/// True if an endpoint has several keys, none of which is of these organisations.
+fn is_of_another_key(pool: &Pool, index: usize, theirs: &[Arc<str>]) -> bool {
+    let has_none = |endpoint: &Arc<Endpoint>| {
+        endpoint.lanes.is_pool() && !theirs.iter().any(|one| endpoint.lanes.have_organization(one))
+    };
+    pool.endpoints.get(index).is_some_and(has_none)
 }
 
 fn organizations(places: &[Place]) -> Vec<Arc<str>> {

@@ -14,7 +14,7 @@ use crate::limit::{Clock, Limits, Stamp};
 use crate::routing::accounts::EndpointAccounts;
 use crate::routing::callers::Caller;
 use crate::routing::health::Gate;
-use crate::routing::lanes::{self, Lanes};
+use crate::routing::lanes::{self, Lane, Lanes};
 use crate::routing::live::Live;
 use crate::routing::objects::Objects;
 use crate::routing::router::{Candidate, Candidates, ModelName, Router};
@@ -226,9 +226,10 @@ impl Endpoint {
         Wanted { accounts: self.accounts_at(model, lane).into_owned(), not_before, spends: Spends::default() }
     }
 
-    /// The key for a call of the gateway's own: the first whose health lets a request through, or else the first.
-    pub fn lane_for_own_call(&self, now: Instant) -> usize {
-        self.lanes.list().iter().position(|lane| lane.gate(|| "", now) == Gate::Open).unwrap_or_default()
+    /// The key for a call of the gateway's own: the first that could take a request, or else the first.
+    pub fn lane_for_own_call(&self, clock: &Clock) -> usize {
+        let is_open = |lane: &Lane| lane.gate(|| "", clock.now) == Gate::Open && !lane.seems_full(clock.boot);
+        self.lanes.list().iter().position(is_open).unwrap_or_default()
     }
 
     /// One of its keys, as requests for calls of a kind carry it.

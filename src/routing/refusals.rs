@@ -1,11 +1,15 @@
 //! Refusals of an endpoint's keys that come together and alike. A vendor that bans an address, or a wall in front of it, refuses every key
 //! with the same words: then the keys are not to blame, and the endpoint rests as a whole.
+//!
+//! It is a suspicion until a key is answered. Then the address is in order after all, and whoever was refused meanwhile was refused for
+//! itself.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::routing::health::EndpointHealth;
+use crate::config::Breaker;
+use crate::routing::health::{Effect, Health, Seen};
 use crate::routing::health_record::HealthRecord;
 
 /// The rest of an endpoint that refuses every key. One request at a time may try it when nobody else is left.
@@ -14,28 +18,33 @@ pub const ADDRESS_REST: Duration = Duration::from_mins(1);
 const KEYS: usize = 3;
 /// Time within which they are.
 const WITHIN: Duration = Duration::from_secs(2);
+/// Keys that are remembered to have been refused while the address was suspected; others are found to be refused again.
+const FORGIVEN_MAX: usize = 64;
 
 /// Refusals since a key was last answered.
 #[derive(Debug, Default)]
 pub struct Refusals {
     /// Set while there are any, so that a success takes no lock.
     are_any: AtomicBool,
-    seen: Mutex<Seen>,
+    seen: Mutex<Suspicion>,
 }
 
 #[derive(Debug, Default)]
-struct Seen {
+struct Suspicion {
     /// The latest, one of each key; fewer than [`KEYS`].
     recent: Vec<Refusal>,
     /// The words with which the address is refused.
     of_address: Option<u64>,
+    /// Keys that are not blamed for that, and what would have been held against them.
+    forgiven: Vec<(Arc<HealthRecord>, Effect)>,
 }
 
 #[derive(Debug)]
 struct Refusal {
     record: Arc<HealthRecord>,
+    effect: Effect,
     /// What was held against the key before.
-    before: EndpointHealth,
+    before: Health,
     words: u64,
     at: Instant,
 }
@@ -43,10 +52,11 @@ struct Refusal {
 impl Refusals {
     /// Notes that the key with this record was refused, which nothing is held against yet. True if it is the address that is refused: then
     /// what the refusals before did to their keys is undone.
-    pub fn are_of_address(&self, record: &Arc<HealthRecord>, words: u64, now: Instant) -> bool {
+    pub fn are_of_address(&self, record: &Arc<HealthRecord>, (effect, words): (Effect, u64), now: Instant) -> bool {
         let mut seen = self.lock();
         self.are_any.store(true, Ordering::Relaxed);
         if seen.of_address == Some(words) {
+            seen.forgive(record, effect);
             return true;
         }
         seen.recent.retain(|refusal| now.saturating_duration_since(refusal.at) < WITHIN && refusal.words == words);
@@ -54,39 +64,60 @@ impl Refusals {
             return false;
         }
         if seen.recent.len() + 1 < KEYS {
-            let before = record.read().clone();
-            seen.recent.push(Refusal { record: Arc::clone(record), before, words, at: now });
+            let before = record.read().whole().clone();
+            seen.recent.push(Refusal { record: Arc::clone(record), effect, before, words, at: now });
             return false;
         }
-        for Refusal { record, before, .. } in seen.recent.drain(..) {
-            record.put_back(before);
+        for Refusal { record, effect, before, .. } in std::mem::take(&mut seen.recent) {
+            record.put_back_whole(before);
+            seen.forgive(&record, effect);
         }
+        seen.forgive(record, effect);
         seen.of_address = Some(words);
         true
     }
 
-    /// Notes that a key was answered: the address is not refused.
-    pub fn succeeded(&self) {
-        if self.are_any.load(Ordering::Relaxed) {
-            *self.lock() = Seen::default();
-            self.are_any.store(false, Ordering::Relaxed);
+    /// Notes that a key was answered: the address is not refused, and those that were are so for themselves.
+    pub fn answered(&self, now: Instant, breaker: &Breaker) {
+        if !self.are_any.load(Ordering::Relaxed) {
+            return;
         }
+        let mut seen = self.lock();
+        for (record, effect) in std::mem::take(&mut *seen).forgiven {
+            record.learn("", None, &Seen { effect, began: now, trial: None }, now, breaker);
+        }
+        self.are_any.store(false, Ordering::Relaxed);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Seen> {
+    /// Forgets them: the endpoint is reached in another way now.
+    pub fn forget(&self) {
+        *self.lock() = Suspicion::default();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Suspicion> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Suspicion {
+    fn forgive(&mut self, record: &Arc<HealthRecord>, effect: Effect) {
+        let is_known = self.forgiven.iter().any(|(known, _)| Arc::ptr_eq(known, record));
+        if !is_known && self.forgiven.len() < FORGIVEN_MAX {
+            self.forgiven.push((Arc::clone(record), effect));
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Breaker;
-    use crate::routing::health::{Effect, Seen};
+    use crate::routing::health::{Gate, Scope};
 
-    fn refused(record: &HealthRecord, now: Instant) {
-        let seen = Seen { effect: Effect::KeyRefused { at_most: Duration::MAX }, began: now, trial: None };
-        record.learn("m", None, &seen, now, &Breaker { failures: 3, cool_down: Duration::from_mins(1) });
+    const REFUSED: Effect = Effect::KeyRefused { at_most: Duration::MAX };
+    const BREAKER: Breaker = Breaker { failures: 3, cool_down: Duration::from_mins(1) };
+
+    fn learn(record: &HealthRecord, trial: Option<Scope>, now: Instant) {
+        record.learn("m", None, &Seen { effect: REFUSED, began: now, trial }, now, &BREAKER);
     }
 
     fn keys() -> [Arc<HealthRecord>; 4] {
@@ -96,31 +127,53 @@ mod tests {
     #[test]
     fn three_keys_that_are_refused_alike_at_once_are_not_to_blame() {
         let (refusals, [a, b, c, d], now) = (Refusals::default(), keys(), Instant::now());
+        let refused = |key: &Arc<HealthRecord>, at| refusals.are_of_address(key, (REFUSED, 7), at);
         for key in [&a, &a, &b] {
-            assert!(!refusals.are_of_address(key, 7, now));
-            refused(key, now);
+            assert!(!refused(key, now));
+            learn(key, None, now);
         }
         assert!(a.is_troubled() && b.is_troubled());
-        assert!(refusals.are_of_address(&c, 7, now));
+        assert!(refused(&c, now));
         assert!(!a.is_troubled() && !b.is_troubled() && !c.is_troubled());
-        assert!(refusals.are_of_address(&d, 7, now + Duration::from_hours(1)), "as long as none is answered");
-        refusals.succeeded();
-        assert!(!refusals.are_of_address(&d, 7, now + Duration::from_hours(1)));
+        let later = now + Duration::from_hours(1);
+        assert!(refused(&d, later), "as long as none is answered");
+        refusals.answered(later, &BREAKER);
+        for key in [&a, &b, &c, &d] {
+            assert!(key.is_troubled(), "the address is in order, so it is the key's own trouble");
+        }
+        assert!(!refused(&d, later));
     }
 
     #[test]
     fn others_are_refused_for_themselves() {
         for (later, words, answered) in [(3, 7, false), (0, 8, false), (0, 7, true)] {
             let (refusals, [a, b, c, _], now) = (Refusals::default(), keys(), Instant::now());
-            assert!(!refusals.are_of_address(&a, 7, now));
-            assert!(!refusals.are_of_address(&b, 7, now));
+            assert!(!refusals.are_of_address(&a, (REFUSED, 7), now));
+            assert!(!refusals.are_of_address(&b, (REFUSED, 7), now));
             if answered {
-                refusals.succeeded();
+                refusals.answered(now, &BREAKER);
             }
-            assert!(
-                !refusals.are_of_address(&c, words, now + Duration::from_secs(later)),
-                "{later} {words} {answered}"
-            );
+            let at = now + Duration::from_secs(later);
+            assert!(!refusals.are_of_address(&c, (REFUSED, words), at), "{later} {words} {answered}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_was_on_trial_can_be_tried_again() {
+        let (refusals, keys, now) = (Refusals::default(), keys(), Instant::now());
+        for key in &keys[..3] {
+            learn(key, None, now);
+        }
+        let later = now + Duration::from_mins(11);
+        for key in &keys[..3] {
+            let trial = key.begin_trial("m").unwrap();
+            if !refusals.are_of_address(key, (REFUSED, 7), later) {
+                learn(key, Some(trial.scope()), later);
+            }
+        }
+        for key in &keys[..3] {
+            assert_eq!(key.gate(|| "m", later), Gate::TrialDue);
+            assert!(key.begin_trial("m").is_some());
         }
     }
 }

@@ -162,11 +162,18 @@ impl Outcome {
         }
     }
 
-    /// True if it is the trouble of the key that was sent: another key of the endpoint may do better.
+    /// True if it is the trouble of the key that was sent, or of its account.
     pub fn is_of_key(&self) -> bool {
         self.meaning().is_some_and(|meaning| {
             matches!(meaning.trouble, Trouble::Key | Trouble::ModelLimit | Trouble::AccountLimit)
         })
+    }
+
+    /// True if another key of the endpoint may do better. A request that is larger than a limit is so with each key, and a refusal in
+    /// words that nobody knows may be of the request.
+    pub fn may_try_another_key(&self) -> bool {
+        let is_shared = |meaning: &Meaning| meaning.wait == Wait::Not || meaning.status == 403 && !meaning.is_known();
+        self.is_of_key() && !self.meaning().is_some_and(is_shared)
     }
 
     /// True if another endpoint may do better, as long as nothing has reached the client.

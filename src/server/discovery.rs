@@ -74,9 +74,9 @@ async fn discover(pool: &Pool, endpoint: &Endpoint, interval: Duration) {
 }
 
 async fn list(pool: &Pool, endpoint: &Endpoint) -> Result<bytes::Bytes, String> {
-    let addresses = endpoint.upstream.addresses().await.map_err(|error| error.to_string())?;
+    let addresses = endpoint.upstream_of(CallKind::Other).addresses().await.map_err(|error| error.to_string())?;
     let address = *addresses.first().ok_or("it has no address")?;
-    let lane = endpoint.lane_for_own_call(pool.clock().now);
+    let lane = endpoint.lane_for_own_call(&pool.clock());
     let mut permit = permit(pool, endpoint, lane).await?;
     permit.spend();
     let calls = OwnCalls::new(endpoint, (CallKind::Other, lane), address);

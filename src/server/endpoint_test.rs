@@ -128,13 +128,14 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
     let base_url = endpoint.config.base_url.to_string();
     let mut tested = Tested { endpoint: endpoint.config.id.to_string(), base_url, steps: Vec::new() };
     let begun = Instant::now();
-    let address = match endpoint.upstream.resolve().await.map(|found| found.first().copied()) {
+    let upstream = endpoint.upstream_of(CallKind::Other);
+    let address = match upstream.resolve().await.map(|found| found.first().copied()) {
         Ok(Some(address)) => address,
         Ok(None) => return tested.failed("name", no_address("it has no address")),
         Err(error) => return tested.failed("name", no_address(&error.to_string())),
     };
-    if endpoint.upstream.has_name() {
-        tested.note("name", StepResult::Ok, format!("{} is {}", endpoint.upstream.name(), address.ip()), "");
+    if upstream.has_name() {
+        tested.note("name", StepResult::Ok, format!("{} is {}", upstream.name(), address.ip()), "");
     }
     let mut calls = OwnCalls::new(endpoint, (CallKind::Other, 0), address);
     if let Err(error) = calls.connect().await {
@@ -146,12 +147,18 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
     }
     let with_tls = if endpoint.config.base_url.tls { " with TLS" } else { "" };
     tested.note("connect", StepResult::Ok, format!("{address}{with_tls}, {} ms", begun.elapsed().as_millis()), "");
-    let Some(names) = keys(&mut tested, &mut calls).await else { return tested };
+    let Some((names, accepted)) = keys(&mut tested, &mut calls).await else { return tested };
     let Some(model) = model_to_ask(endpoint, &names) else {
         let what = "not asked: the config names no model, only patterns, and the endpoint lists none that fits";
         tested.note("answer", StepResult::Unknown, what, "");
         return tested;
     };
+    // One of those that are accepted, and for this model.
+    if let Some(lane) =
+        accepted.into_iter().find(|lane| endpoint.lanes.get(*lane).is_some_and(|lane| lane.config.has_model(&model)))
+    {
+        calls.lane = lane;
+    }
     match answer(&calls, pool, &model, counted).await {
         Ok(what) => tested.note("answer", StepResult::Ok, what, ""),
         Err(why) => return tested.failed("answer", why),
@@ -159,11 +166,12 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
     tested
 }
 
-/// Asks for the list of models with each key, and stays with the first that is accepted. None if the endpoint cannot be used.
-async fn keys(tested: &mut Tested, calls: &mut OwnCalls<'_>) -> Option<BTreeSet<String>> {
+/// Asks for the list of models with each key. Returns the names in the first list, and the keys that are accepted; none if the endpoint
+/// cannot be used.
+async fn keys(tested: &mut Tested, calls: &mut OwnCalls<'_>) -> Option<(BTreeSet<String>, Vec<usize>)> {
     let endpoint = calls.endpoint;
     let all = endpoint.lanes.list().len();
-    let mut accepted: Option<(usize, OwnAnswer)> = None;
+    let (mut first, mut accepted) = (None, Vec::new());
     for (lane, config) in endpoint.lanes.list().iter().map(|lane| &lane.config).enumerate().take(KEYS_MAX) {
         calls.lane = lane;
         match calls.ask(OwnCall::get("/v1/models")).await {
@@ -176,16 +184,19 @@ async fn keys(tested: &mut Tested, calls: &mut OwnCalls<'_>) -> Option<BTreeSet<
                 let what = format!("{} is refused with {}{words}", config.label, listed.status);
                 tested.note("key", StepResult::Failed, what, way_out(meaning));
             }
-            Ok(listed) => drop(accepted.get_or_insert((lane, listed))),
+            Ok(listed) => {
+                accepted.push(lane);
+                first.get_or_insert(listed);
+            }
         }
     }
-    let (lane, listed) = accepted?;
+    let listed = first?;
     if all > KEYS_MAX {
         let what = format!("{KEYS_MAX} of {all} were tried");
         tested.note("keys", StepResult::Unknown, what, "`api-together status` says how the others do");
     }
-    calls.lane = lane;
-    models(tested, endpoint, &listed)
+    calls.lane = accepted.first().copied().unwrap_or_default();
+    Some((models(tested, endpoint, &listed)?, accepted))
 }
 
 fn no_address(why: &str) -> Why {

@@ -8,7 +8,7 @@ use http::Method;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    KEY, Proxy, Reply, chat, client, config_text, endpoint_with, merged, simulator, simulator_with, within,
+    KEY, Proxy, Reply, chat, chat_stream, client, config_text, endpoint_with, merged, simulator, simulator_with, within,
 };
 use crate::program::{Running, folder_with, program};
 
@@ -348,6 +348,127 @@ async fn files_of_keys_are_watched_and_counts_stay_with_their_keys() {
         for key in KEYS {
             assert!(!log.contains(key), "{log}");
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_keys_in_front_do_not_hide_the_good_ones_behind_them() {
+    within(async {
+        for strategy in ["fill_first", "round_robin", "random"] {
+            let endpoint = simulator().await;
+            for key in &KEYS[..3] {
+                endpoint.script(&format!("key:{key}"), vec![refusal()]);
+            }
+            let api = pool_with("a", &endpoint.base_url(), json!(KEYS), json!({}));
+            let proxy = Proxy::start(json!({ "strategy": strategy }), &[api]).await;
+            let mut failed = 0;
+            for _ in 0..60 {
+                failed += usize::from(proxy.chat("m").await.status != 200);
+            }
+            // The first request may meet the three of them, which looks like a refused address until a key is answered.
+            assert!(failed <= 8, "{strategy}: {failed}");
+            for _ in 0..10 {
+                assert_eq!(proxy.chat("m").await.status, 200, "{strategy}");
+            }
+            let keys = keys_of(&proxy, "a").await;
+            assert_eq!(states(&keys)[3..], ["open", "open"], "{strategy}: {keys}");
+            let sent = sent(&endpoint);
+            assert!(KEYS[..3].iter().all(|key| sent.get(*key).is_none_or(|times| *times <= 8)), "{strategy}: {sent:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_no_other_endpoint_can_better_is_let_through_whatever_keys_are_left() {
+    within(async {
+        let endpoint = simulator().await;
+        let api = pool_with("a", &endpoint.base_url(), json!(KEYS), json!({}));
+        let proxy = Proxy::start(json!({ "retry": { "minTokensPerSecond": 1000 } }), &[api]).await;
+        let empty = r#"{"id":"x","object":"chat.completion","choices":[]}"#;
+        endpoint.script("m", vec![Behaviour { body: Some(empty.into()), ..Behaviour::default() }]);
+        let reply = proxy.chat("m").await;
+        assert_eq!((reply.status, reply.text()), (200, empty));
+        let odd = "data: {\"odd\":1}\n\ndata: [DONE]\n\n";
+        let stream = Some("text/event-stream".into());
+        endpoint.script("m", vec![Behaviour { body: Some(odd.into()), content_type: stream, ..Behaviour::default() }]);
+        assert_eq!(proxy.post("/v1/chat/completions", &chat_stream("m")).await.text(), odd);
+        endpoint.script("m", vec![Behaviour { chunk_delay_ms: 300, events: 12, ..Behaviour::default() }]);
+        let slow = proxy.post("/v1/chat/completions", &chat_stream("m")).await;
+        assert!(slow.status == 200 && slow.text().ends_with("data: [DONE]\n\n"), "{slow:?}");
+        assert_eq!(endpoint.requests().len(), 3, "no other key was asked");
+        // An error of a key in the first event is that key's all the same.
+        let event = "data: {\"error\":{\"message\":\"Incorrect API key provided\",\"code\":\"invalid_api_key\"}}\n\n";
+        let stream = Some("text/event-stream".into());
+        endpoint.script("m", vec![Behaviour::default()]);
+        for key in &KEYS[..2] {
+            let refused = Behaviour { body: Some(event.into()), content_type: stream.clone(), ..Behaviour::default() };
+            endpoint.script(&format!("key:{key}"), vec![refused]);
+        }
+        for _ in 0..6 {
+            let reply = proxy.post("/v1/chat/completions", &chat_stream("m")).await;
+            assert!(reply.status == 200 && !reply.text().contains("invalid_api_key"), "{reply:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_door_gets_the_key_in_its_own_place() {
+    within(async {
+        let (chats, messages) = (simulator().await, simulator().await);
+        let doors = json!({ "messages": { "baseUrl": messages.base_url(), "authHeader": "x-api-key" } });
+        let api = pool_with("a", &chats.base_url(), json!(KEYS[..2]), json!({ "formats": doors }));
+        let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api]).await;
+        for _ in 0..2 {
+            assert_eq!(proxy.chat("m").await.status, 200);
+            proxy.post("/v1/messages", &json!({ "model": "m", "max_tokens": 9, "messages": [] })).await;
+        }
+        assert_eq!(sent(&chats).len(), 1, "every second turn is the other door's");
+        let at_door: Vec<String> = messages
+            .requests()
+            .iter()
+            .map(|request| {
+                assert!(request.headers.get("authorization").is_none());
+                request.headers["x-api-key"].to_str().unwrap().to_owned()
+            })
+            .collect();
+        assert_eq!(at_door, [KEYS[1]], "what it does not have is not asked for twice");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_made_with_the_only_key_is_found_once_there_are_several() {
+    within(async {
+        let endpoint = simulator_with(Options { objects: true, ..Options::default() }).await;
+        let other = simulator().await;
+        let apis = |first: Value| config_text(json!({}), &[first, endpoint_with("b", &other.base_url(), json!({}))]);
+        let text = apis(endpoint_with("a", &endpoint.base_url(), json!({ "apiKey": KEYS[0], "priority": 0 })));
+        let folder = folder_with("apis.json", &text.replace("\"priority\":0", "\"models\":[\"m\"]"));
+        let path = folder.path().join("apis.json");
+        let mut command = program(folder.path());
+        command.args(["--config", "apis.json"]);
+        let running = Running::of(command, folder);
+        running.ready().await;
+        let client = client(|builder| builder);
+        let call = |method: Method, path: &str| client.request(method, running.url(path)).bearer_auth(KEY);
+        let body = json!({ "model": "m", "input": "one", "store": true });
+        let mut id = None;
+        for _ in 0..40 {
+            let made = Reply::of(call(Method::POST, "/v1/responses").json(&body)).await;
+            if made.endpoint() == Some("a") {
+                id = made.json()["id"].as_str().map(str::to_owned);
+                break;
+            }
+        }
+        let id = id.unwrap();
+        let several = apis(pool_with("a", &endpoint.base_url(), json!([KEYS[1], KEYS[0]]), json!({ "models": ["m"] })));
+        std::fs::write(&path, several).unwrap();
+        running.logs("apiKeys in place of apiKey").await;
+        let got = Reply::of(call(Method::GET, &format!("/v1/responses/{id}"))).await;
+        assert_eq!((got.status, got.endpoint()), (200, Some("a")), "{got:?}");
     })
     .await;
 }

@@ -920,6 +920,7 @@ async fn attempt(
         streams: false,
         expects_body: true,
         more: true,
+        more_keys: false,
         more_if_empty: true,
         searches: false,
         usage: UsageTerms::default(),
@@ -970,7 +971,7 @@ async fn attempt(
     let effect = if is_keys { health::Effect::Answers } else { effect };
     endpoint.live.learn(asked.name(), &health::Seen { effect, began, trial }, record, now, breaker);
     if let Some(tried) = tried.last_mut() {
-        tried.is_over |= !outcome.is_of_key() && outcome != Outcome::LimitReached;
+        tried.is_over |= !outcome.may_try_another_key() && outcome != Outcome::LimitReached;
     }
     outcome
 }

@@ -235,8 +235,12 @@ fn sources<'a>(
     endpoints.sort_by_key(|endpoint| !matches!(endpoint.gate(now), Gate::Open));
     for endpoint in endpoints.into_iter().filter(|one| !one.live.paths.lacks(shape, "", now)) {
         // Of several keys those first that can be used now.
-        let (open, closed): (Vec<_>, Vec<_>) =
-            endpoint.lanes.list().iter().enumerate().partition(|(_, lane)| lane.gate(|| "", now) == Gate::Open);
+        let (open, closed): (Vec<_>, Vec<_>) = endpoint
+            .lanes
+            .list()
+            .iter()
+            .enumerate()
+            .partition(|(_, lane)| lane.gate(|| "", now) == Gate::Open && !lane.seems_full(pool.clock().boot));
         let mut of_endpoint = 0;
         for (index, lane) in open.into_iter().chain(closed) {
             let organization = &lane.config.organization;
@@ -379,7 +383,9 @@ async fn keep_own(reader: &Reader<'_>, source: &mut Source<'_>) {
 /// A permit for a page.
 async fn draw(pool: &Pool, endpoint: &Arc<Endpoint>, lane: usize) -> Result<Permit, Fault> {
     let now = pool.clock();
-    if !matches!(endpoint.gate(now.now), Gate::Open | Gate::TrialDue) {
+    let is_open = |gate| matches!(gate, Gate::Open | Gate::TrialDue);
+    let of_key = endpoint.lanes.get(lane).map_or(Gate::Open, |lane| lane.gate(|| "", now.now));
+    if !is_open(endpoint.gate(now.now)) || !is_open(of_key) {
         return Err(Fault::NoneAvailable);
     }
     match pool.draw_for_own_call(&endpoint.accounts_at(ModelName { name: "", in_config: true }, lane)).await {

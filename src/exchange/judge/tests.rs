@@ -53,6 +53,7 @@ fn terms(more: bool) -> Terms {
         streams: false,
         expects_body: true,
         more,
+        more_keys: false,
         more_if_empty: true,
         searches: false,
         usage: UsageTerms::default(),
