@@ -330,6 +330,7 @@ fn objects(
     let wanted = Wanted {
         objects: references::shows_objects(call, target.path(), fields.store),
         sealed: matches!(call, Call::Responses | Call::Messages),
+        audio: call == Call::Completion && (fields.store == Some(true) || references.has_audio),
     };
     if references.is_empty() && wanted == Wanted::default() {
         return Ok(None);

@@ -7,7 +7,6 @@ use std::ops::Range;
 use std::sync::{Arc, LazyLock};
 
 use aho_corasick::AhoCorasick;
-use memchr::memmem::Finder;
 use percent_encoding::percent_decode;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -117,8 +116,13 @@ static ANY: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| {
     let patterns = KEYS.into_iter().chain([ITEM_REFERENCE]).chain(SEALED);
     AhoCorasick::new(patterns).inspect_err(|error| log::error!("ids cannot be searched for: {error}")).ok()
 });
-/// A chat may name files only.
-static FILE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"file_id\""));
+/// A chat may name files, and the audio of an earlier turn, only.
+static OF_CHAT: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| {
+    AhoCorasick::new(["\"file_id\"", AUDIO])
+        .inspect_err(|error| log::error!("ids cannot be searched for: {error}"))
+        .ok()
+});
+const AUDIO: &str = "\"audio\"";
 
 /// An object that a request names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,6 +144,8 @@ pub struct References {
     pub sealed: Vec<Arc<str>>,
     /// True if it names more than are looked for.
     pub is_cut: bool,
+    /// True if it is a chat that is spoken, or asks for that, so that a later turn may name its audio.
+    pub has_audio: bool,
     /// JSON objects that have been read for their `id`.
     looks: usize,
 }
@@ -183,8 +189,8 @@ impl References {
         match call {
             Call::Embeddings => {}
             Call::Completion => {
-                for at in FILE.find_iter(json) {
-                    self.member(json, at..at + FILE.needle().len());
+                for found in OF_CHAT.iter().flat_map(|of_chat| of_chat.find_iter(json)) {
+                    self.member(json, found.range());
                 }
             }
             Call::Responses | Call::Messages | Call::Other | Call::Unmetered => {
@@ -205,10 +211,13 @@ impl References {
         let Some(value) = value_of(json, key.clone()) else { return };
         match (value.first(), part(json, key)) {
             (Some(b'"'), name) if name == CONVERSATION.as_bytes() && !value.starts_with(b"\"conv_") => {}
-            (Some(b'"'), name) if name == VIDEO.as_bytes() || name == VOICE.as_bytes() => {}
+            (Some(b'"'), name) if [VIDEO, VOICE, AUDIO].iter().any(|one| name == one.as_bytes()) => {}
             (Some(b'"'), name) => drop(self.text(value, name == PREVIOUS_RESPONSE.as_bytes())),
             (Some(b'['), _) => self.list(part(value, 1..)),
-            (Some(b'{'), _) => self.object(value),
+            (Some(b'{'), name) => {
+                self.has_audio |= name == AUDIO.as_bytes();
+                self.object(value);
+            }
             _ => {}
         }
     }

@@ -27,6 +27,8 @@ pub struct Wanted {
     pub objects: bool,
     /// Texts that only the organisation can read that wrote them.
     pub sealed: bool,
+    /// The audio of a chat, which a later turn may name.
+    pub audio: bool,
 }
 
 /// Something that is at the endpoint that answered.
@@ -76,6 +78,12 @@ impl ObjectReader {
             Body::Stream { splitter, events } => splitter.feed(piece, |data| {
                 let Some(data) = data else { return };
                 *events += 1;
+                if wanted.audio
+                    && let Some(id) = audio_id(data)
+                {
+                    note(found, Found::Object(id));
+                    wanted.audio = false;
+                }
                 let names_ids = || EVENTS_WITH_IDS.iter().any(|name| memmem::find(data, name).is_some());
                 if (*events <= FIRST_EVENTS || names_ids())
                     && let Ok(value) = serde_json::from_slice(data)
@@ -90,6 +98,9 @@ impl ObjectReader {
     pub fn end(&mut self) {
         let Body::Json { pieces, kept } = &mut self.body else { return };
         let body = std::mem::take(pieces).concat();
+        if let Some(id) = audio_id(&body).filter(|_| self.wanted.audio) {
+            note(&mut self.found, Found::Object(id));
+        }
         if *kept > JSON_BYTES_MAX {
             let head = body.get(..HEAD_BYTES_MAX.min(body.len())).unwrap_or_default();
             if let Some(id) = first_id(head).filter(|_| self.wanted.objects) {
@@ -152,6 +163,21 @@ fn first_id(head: &[u8]) -> Option<Arc<str>> {
     Some(std::str::from_utf8(id).ok()?.into())
 }
 
+/// The id of the audio in a chat's answer. It stands before the sound itself, which is long.
+fn audio_id(body: &[u8]) -> Option<Arc<str>> {
+    // As the value of a key, so not in a text, whose quotation marks are escaped.
+    let is_value = |at: &usize| {
+        let key = body.get(..*at).unwrap_or_default().trim_ascii_end().strip_suffix(b":");
+        key.is_some_and(|key| key.trim_ascii_end().ends_with(b"\"id\""))
+    };
+    let at = memmem::find_iter(body, b"\"audio_").find(is_value)?;
+    let id = body.get(at + 1..)?;
+    let id = id.get(..memchr::memchr(b'"', id.get(..ID_BYTES_MAX + 1).unwrap_or(id))?)?;
+    // No escapes are in it, nor anything that is not a word's.
+    let is_word = id.iter().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
+    Some(std::str::from_utf8(id).ok().filter(|_| is_word)?.into())
+}
+
 fn note(found: &mut Vec<Found>, one: Found) {
     if found.len() < OBJECTS_MAX && !found.contains(&one) {
         found.push(one);
@@ -163,7 +189,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    const ALL: Wanted = Wanted { objects: true, sealed: true };
+    const ALL: Wanted = Wanted { objects: true, sealed: true, audio: false };
 
     fn names(found: Vec<Found>) -> Vec<String> {
         let name = |found| match found {
@@ -205,8 +231,25 @@ mod tests {
             assert_eq!(in_json(&answer, ALL), expected, "{answer}");
         }
         let answer = json!({ "id": "msg_1", "content": [{ "signature": seal }] });
-        assert_eq!(in_json(&answer, Wanted { objects: false, sealed: true }), ["sealed xxxxx"]);
-        assert_eq!(in_json(&answer, Wanted { objects: true, sealed: false }), ["msg_1"]);
+        assert_eq!(in_json(&answer, Wanted { objects: false, sealed: true, audio: false }), ["sealed xxxxx"]);
+        assert_eq!(in_json(&answer, Wanted { objects: true, sealed: false, audio: false }), ["msg_1"]);
+    }
+
+    #[test]
+    fn a_chat_names_its_audio_however_long_that_is() {
+        let wanted = Wanted { audio: true, ..Wanted::default() };
+        let audio = |data: &str| json!({ "id": "audio_68-a", "data": data });
+        for data in ["c291bmQ=", &"y".repeat(JSON_BYTES_MAX)] {
+            let answer = json!({ "id": "chatcmpl-1", "choices": [{ "message": { "audio": audio(data) } }] });
+            assert_eq!(in_json(&answer, wanted), ["audio_68-a"]);
+        }
+        let text = json!({ "choices": [{ "message": { "content": "say \"audio_x" } }] });
+        assert!(in_json(&text, wanted).is_empty(), "{text}");
+        let mut reader = ObjectReader::new(wanted, true);
+        for delta in [json!({}), audio("c291"), audio("bmQ=")] {
+            reader.piece(&format!("data: {}\n\n", json!({ "choices": [{ "delta": { "audio": delta } }] })).into());
+        }
+        assert_eq!(names(reader.take_found()), ["audio_68-a"]);
     }
 
     #[test]
