@@ -148,7 +148,8 @@ struct Keys {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Key {
-    key: String,
+    #[serde(rename = "key")]
+    shown: String,
     state: String,
     in_flight: u64,
     error_count: u64,
@@ -288,7 +289,7 @@ fn status_text(running: &Running, status: &Status, now: &ZonedDateTime) -> Strin
     }
     for (api, keys) in apis.iter().filter_map(|api| Some((api, api.keys.as_ref()?))) {
         for (key, error) in keys.list.iter().filter_map(|key| Some((key, key.last_error.as_ref()?))) {
-            let cells = [format!("{}, {}", api.id, key.key), moment(error.at, now), error.what.clone()];
+            let cells = [format!("{}, {}", api.id, key.shown), moment(error.at, now), error.what.clone()];
             errors.row(cells.map(|cell| (cell, PLAIN)).into());
         }
     }
@@ -322,7 +323,7 @@ fn endpoints(apis: &[Api], now: &ZonedDateTime) -> Table {
         row.extend(limits(&api.quota));
         table.row(row);
         for key in api.keys.iter().flat_map(|keys| &keys.list) {
-            let mut row = vec![(format!("  {}", key.key), PLAIN), key.state(now), (key.in_flight.to_string(), PLAIN)];
+            let mut row = vec![(format!("  {}", key.shown), PLAIN), key.state(now), (key.in_flight.to_string(), PLAIN)];
             row.push((key.error_count.to_string(), PLAIN));
             row.extend(key.quota.as_ref().map_or_else(Vec::new, limits));
             table.row(row);

@@ -259,7 +259,7 @@ pub(super) fn after(context: &mut Context, outcome: &Outcome) -> Follow {
         let endpoint = ask.pool.endpoints.get(last.endpoint);
         let is_sought_by_key = || endpoint.is_some_and(|one| one.lanes.have_several_organizations());
         let is_keys = outcome.may_try_another_key() || *outcome == Outcome::LimitReached;
-        last.is_over |= !is_keys && !(is_sought_elsewhere && is_sought_by_key());
+        last.is_over |= !(is_keys || is_sought_elsewhere && is_sought_by_key());
     }
     context.tries.absences += usize::from(is_sought_elsewhere);
     // An error of another endpoint says more than that this one could not be asked.

@@ -404,8 +404,9 @@ impl EndpointHealth {
     }
 
     /// Takes back what was held against it as a whole since this moment of before, but for a trial that is under way.
-    pub fn put_back_whole(&mut self, before: Health) {
-        self.whole = Health { trial_under_way: self.whole.trial_under_way, ..before };
+    pub fn put_back_whole(&mut self, mut before: Health) {
+        before.trial_under_way = self.whole.trial_under_way;
+        self.whole = before;
     }
 
     /// Health of the endpoint as a whole.

@@ -47,7 +47,7 @@ pub(super) struct Found {
 /// How close a key comes to taking a request.
 type Rank = (u8, Instant);
 
-impl<'a> Among<'a> {
+impl Among<'_> {
     /// True if the request may have a key at all.
     fn may_have(&self, index: usize, lane: &Lane) -> bool {
         let is_tried = |tried: &Tried| tried.lane == index && tried.is(self.candidate);
@@ -83,7 +83,7 @@ impl<'a> Among<'a> {
         let drawn = match self.strategy {
             Strategy::Random => (0..DRAWS).find_map(|_| self.open(lanes.draw())),
             Strategy::RoundRobin => (0..DRAWS).find_map(|_| self.open(lanes.next_in_turn())),
-            Strategy::LeastBusy | Strategy::Fastest => self.least_of(2, |lane| self.busyness(lane)),
+            Strategy::LeastBusy | Strategy::Fastest => self.least_of(2, busyness),
             Strategy::MostLeft => self.least_of(COMPARED, |lane| self.used(lane)),
             Strategy::FillFirst => {
                 let first = lanes.first_with_room(self.clock.boot);
@@ -130,10 +130,6 @@ impl<'a> Among<'a> {
             (0..some).filter_map(|_| scored(lanes.draw())).reduce(least)
         };
         best.map(|(_, found)| found)
-    }
-
-    fn busyness(&self, lane: &Lane) -> f64 {
-        lane.live().map_or(0.0, |live| f64::from(live.in_flight()) / f64::from(lane.config.weight.max(1)))
     }
 
     fn used(&self, lane: &Lane) -> f64 {
@@ -209,6 +205,10 @@ impl<'a> Among<'a> {
         }
         drawn.into_iter().map(|(lane, from, _)| (lane, from)).collect()
     }
+}
+
+fn busyness(lane: &Lane) -> f64 {
+    lane.live().map_or(0.0, |live| f64::from(live.in_flight()) / f64::from(lane.config.weight.max(1)))
 }
 
 /// All places below `all` from one on, around.

@@ -274,7 +274,7 @@ impl Lanes {
     pub fn can_serve(&self, clock: &Clock, is_denied: bool) -> bool {
         self.list.iter().any(|lane| {
             let is_open = || matches!(lane.gate(|| "", clock.now), Gate::Open | Gate::TrialDue);
-            !lane.seems_full(clock.boot) && !(is_denied && lane.limited().is_some()) && is_open()
+            !(lane.seems_full(clock.boot) || is_denied && lane.limited().is_some()) && is_open()
         })
     }
 

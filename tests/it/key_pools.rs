@@ -21,7 +21,7 @@ const KEYS: [&str; 5] = [
 ];
 
 /// An endpoint with these keys in place of one.
-fn pool_with(id: &str, base_url: &str, keys: Value, more: Value) -> Value {
+fn pool_with(id: &str, base_url: &str, keys: &Value, more: Value) -> Value {
     let mut endpoint = endpoint_with(id, base_url, merged(json!({ "apiKeys": keys }), more));
     endpoint.as_object_mut().unwrap().remove("apiKey");
     endpoint
@@ -68,7 +68,7 @@ async fn each_key_has_permits_of_its_own_and_all_of_them_are_used() {
             { "key": KEYS[1], "rpm": 2 },
             { "key": KEYS[2], "rpd": 4, "weight": 9 },
         ]);
-        let proxy = Proxy::start(json!({}), &[pool_with("a", &endpoint.base_url(), keys, json!({}))]).await;
+        let proxy = Proxy::start(json!({}), &[pool_with("a", &endpoint.base_url(), &keys, json!({}))]).await;
         for _ in 0..9 {
             proxy.chat("m").await.assert_from("a", 1);
         }
@@ -106,7 +106,7 @@ async fn a_refused_key_rests_and_the_others_serve() {
         endpoint.script(&format!("key:{}", KEYS[0]), vec![without_money()]);
         endpoint.script(&format!("key:{}", KEYS[1]), vec![refusal()]);
         endpoint.script(&format!("key:{}", KEYS[3]), vec![Behaviour::status(429).header("retry-after", "300")]);
-        let api = pool_with("a", &endpoint.base_url(), json!(KEYS), json!({}));
+        let api = pool_with("a", &endpoint.base_url(), &json!(KEYS), json!({}));
         let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api]).await;
         for _ in 0..40 {
             let reply = proxy.chat("m").await;
@@ -137,7 +137,7 @@ async fn a_request_tries_three_keys_of_an_endpoint_and_then_another_one() {
             pool.script(&format!("key:{key}"), vec![Behaviour { body: Some(message), ..Behaviour::status(401) }]);
         }
         let apis = [
-            pool_with("a", &pool.base_url(), json!(KEYS), json!({})),
+            pool_with("a", &pool.base_url(), &json!(KEYS), json!({})),
             endpoint_with("b", &other.base_url(), json!({ "priority": 1 })),
         ];
         let proxy = Proxy::start(json!({}), &apis).await;
@@ -161,7 +161,7 @@ async fn an_endpoint_that_refuses_every_key_alike_refuses_the_address() {
             endpoint.script(&format!("key:{key}"), vec![refusal()]);
         }
         let apis = [
-            pool_with("a", &endpoint.base_url(), json!(KEYS), json!({})),
+            pool_with("a", &endpoint.base_url(), &json!(KEYS), json!({})),
             endpoint_with("b", &other.base_url(), json!({ "priority": 1 })),
         ];
         let proxy = Proxy::start(json!({}), &apis).await;
@@ -180,7 +180,7 @@ async fn an_endpoints_own_trouble_is_not_its_keys() {
         let (failing, other) = (simulator().await, simulator().await);
         failing.script("m", vec![Behaviour::status(500)]);
         let apis = [
-            pool_with("a", &failing.base_url(), json!(KEYS), json!({})),
+            pool_with("a", &failing.base_url(), &json!(KEYS), json!({})),
             endpoint_with("b", &other.base_url(), json!({ "priority": 1 })),
         ];
         let proxy = Proxy::start(json!({ "breaker": { "failures": 2 } }), &apis).await;
@@ -206,7 +206,7 @@ async fn what_an_endpoint_says_of_its_limits_rests_a_key_before_it_refuses() {
             let endpoint = simulator().await;
             endpoint.script(&format!("key:{}", KEYS[0]), vec![told("0", "5m0s")]);
             endpoint.script(&format!("key:{}", KEYS[1]), vec![told("1", "5m0s")]);
-            let api = pool_with("a", &endpoint.base_url(), json!(KEYS[..2]), json!({ "learnLimits": learns }));
+            let api = pool_with("a", &endpoint.base_url(), &json!(KEYS[..2]), json!({ "learnLimits": learns }));
             let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api]).await;
             for _ in 0..6 {
                 assert_eq!(proxy.chat("m").await.status, 200);
@@ -222,7 +222,7 @@ async fn the_strategy_chooses_among_the_keys_and_a_session_keeps_its_own() {
     within(async {
         for (strategy, expected) in [("round_robin", vec![6, 6]), ("fill_first", vec![12])] {
             let endpoint = simulator().await;
-            let api = pool_with("a", &endpoint.base_url(), json!(KEYS[..2]), json!({}));
+            let api = pool_with("a", &endpoint.base_url(), &json!(KEYS[..2]), json!({}));
             let proxy = Proxy::start(json!({ "strategy": strategy }), &[api]).await;
             for _ in 0..12 {
                 assert_eq!(proxy.chat("m").await.status, 200);
@@ -231,7 +231,7 @@ async fn the_strategy_chooses_among_the_keys_and_a_session_keeps_its_own() {
         }
         let endpoint = simulator().await;
         let weighted = json!([{ "key": KEYS[0], "weight": 3 }, { "key": KEYS[1], "weight": 1 }]);
-        let api = pool_with("a", &endpoint.base_url(), weighted, json!({}));
+        let api = pool_with("a", &endpoint.base_url(), &weighted, json!({}));
         let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api]).await;
         for _ in 0..12 {
             assert_eq!(proxy.chat("m").await.status, 200);
@@ -258,7 +258,7 @@ async fn keys_are_for_their_models() {
     within(async {
         let endpoint = simulator().await;
         let keys = json!([{ "key": KEYS[0], "models": ["big*"] }, { "key": KEYS[1], "models": ["small"] }]);
-        let api = pool_with("a", &endpoint.base_url(), keys, json!({ "modelMapping": { "asked": "big-1" } }));
+        let api = pool_with("a", &endpoint.base_url(), &keys, json!({ "modelMapping": { "asked": "big-1" } }));
         let proxy = Proxy::start(json!({}), &[api]).await;
         for (model, key) in [("big-2", 0), ("asked", 0), ("small", 1)] {
             let before = sent(&endpoint).get(KEYS[key]).copied().unwrap_or(0);
@@ -276,7 +276,7 @@ async fn keys_are_for_their_models() {
 async fn what_was_made_with_a_key_is_asked_for_with_it() {
     within(async {
         let endpoint = simulator_with(Options { objects: true, ..Options::default() }).await;
-        let api = pool_with("a", &endpoint.base_url(), json!(KEYS), json!({}));
+        let api = pool_with("a", &endpoint.base_url(), &json!(KEYS), json!({}));
         let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api]).await;
         for _ in 0..5 {
             let made = proxy.post("/v1/responses", &json!({ "model": "m", "input": "one", "store": true })).await;
@@ -291,7 +291,7 @@ async fn what_was_made_with_a_key_is_asked_for_with_it() {
         }
         // Keys of one organisation reach each other's.
         let endpoint = simulator_with(Options { objects: true, ..Options::default() }).await;
-        let api = pool_with("a", &endpoint.base_url(), json!(KEYS), json!({ "organization": "acme" }));
+        let api = pool_with("a", &endpoint.base_url(), &json!(KEYS), json!({ "organization": "acme" }));
         let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api]).await;
         let made = proxy.post("/v1/responses", &json!({ "model": "m", "input": "one", "store": true })).await;
         let id = made.json()["id"].as_str().unwrap().to_owned();
@@ -308,7 +308,7 @@ async fn files_of_keys_are_watched_and_counts_stay_with_their_keys() {
     within(async {
         let endpoint = simulator().await;
         let keys = json!([{ "file": "keys.txt", "rpd": 2 }, { "env": "MORE_KEYS", "rpd": 1 }]);
-        let text = config_text(json!({}), &[pool_with("a", &endpoint.base_url(), keys, json!({}))]);
+        let text = config_text(json!({}), &[pool_with("a", &endpoint.base_url(), &keys, json!({}))]);
         let folder = folder_with("apis.json", &text);
         let file = folder.path().join("keys.txt");
         std::fs::write(&file, format!("# ours\n{}\n\n  {} # the second\n", KEYS[0], KEYS[1])).unwrap();
@@ -360,7 +360,7 @@ async fn dead_keys_in_front_do_not_hide_the_good_ones_behind_them() {
             for key in &KEYS[..3] {
                 endpoint.script(&format!("key:{key}"), vec![refusal()]);
             }
-            let api = pool_with("a", &endpoint.base_url(), json!(KEYS), json!({}));
+            let api = pool_with("a", &endpoint.base_url(), &json!(KEYS), json!({}));
             let proxy = Proxy::start(json!({ "strategy": strategy }), &[api]).await;
             let mut failed = 0;
             for _ in 0..60 {
@@ -384,7 +384,7 @@ async fn dead_keys_in_front_do_not_hide_the_good_ones_behind_them() {
 async fn an_answer_that_no_other_endpoint_can_better_is_let_through_whatever_keys_are_left() {
     within(async {
         let endpoint = simulator().await;
-        let api = pool_with("a", &endpoint.base_url(), json!(KEYS), json!({}));
+        let api = pool_with("a", &endpoint.base_url(), &json!(KEYS), json!({}));
         let proxy = Proxy::start(json!({ "retry": { "minTokensPerSecond": 1000 } }), &[api]).await;
         let empty = r#"{"id":"x","object":"chat.completion","choices":[]}"#;
         endpoint.script("m", vec![Behaviour { body: Some(empty.into()), ..Behaviour::default() }]);
@@ -419,7 +419,7 @@ async fn each_door_gets_the_key_in_its_own_place() {
     within(async {
         let (chats, messages) = (simulator().await, simulator().await);
         let doors = json!({ "messages": { "baseUrl": messages.base_url(), "authHeader": "x-api-key" } });
-        let api = pool_with("a", &chats.base_url(), json!(KEYS[..2]), json!({ "formats": doors }));
+        let api = pool_with("a", &chats.base_url(), &json!(KEYS[..2]), json!({ "formats": doors }));
         let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api]).await;
         for _ in 0..2 {
             assert_eq!(proxy.chat("m").await.status, 200);
@@ -464,7 +464,8 @@ async fn what_was_made_with_the_only_key_is_found_once_there_are_several() {
             }
         }
         let id = id.unwrap();
-        let several = apis(pool_with("a", &endpoint.base_url(), json!([KEYS[1], KEYS[0]]), json!({ "models": ["m"] })));
+        let several =
+            apis(pool_with("a", &endpoint.base_url(), &json!([KEYS[1], KEYS[0]]), json!({ "models": ["m"] })));
         std::fs::write(&path, several).unwrap();
         running.logs("apiKeys in place of apiKey").await;
         let got = Reply::of(call(Method::GET, &format!("/v1/responses/{id}"))).await;
