@@ -35,6 +35,7 @@ use api_together::response::relay::Relay;
 use api_together::routing::balance::{self, KeyWish, Options};
 use api_together::routing::callers::Keyring;
 use api_together::routing::pool::Pool;
+use api_together::routing::router::Candidates;
 use api_together::usage::Meter;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, header};
@@ -178,39 +179,35 @@ fn route(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
     })
 }
 
-/// An endpoint with this many keys, each with a limit of its own.
-fn pick_key(keys: usize) -> Box<dyn FnMut()> {
-    let keys: Vec<_> = (0..keys)
-        .map(|index| serde_json::json!({ "key": format!("sk-{index}-4be2a90c7d115f38"), "rpm": 60 }))
-        .collect();
-    let apis =
-        serde_json::json!([{ "id": "a", "baseUrl": "http://127.0.0.1:9", "models": ["shared"], "apiKeys": keys }]);
-    let text = serde_json::json!({ "server": { "apiKey": "sk-client-key" }, "apis": apis }).to_string();
-    let config =
-        check_str(&text, Format::Json, &Environment::default(), Path::new("")).expect("the config is good").config;
-    pick_of(Pool::new(config, Client::new(Clock::read), None).expect("the pool is good"), "shared")
-}
-
 fn pick(endpoints: usize, model: &'static str) -> Box<dyn FnMut()> {
-    pick_of(pool(endpoints), model)
+    let pool = pool(endpoints);
+    let (clock, candidates) = (pool.clock(), Arc::clone(pool.router.find(model).expect("it is served")));
+    Box::new(move || drop(black_box(balance::pick(&options(&pool, black_box(&candidates), model), &clock))))
 }
 
-/// Picks an endpoint and a key, and finds the accounts that the request counts in.
-fn pick_of(pool: Pool, model: &'static str) -> Box<dyn FnMut()> {
+/// Picks one of many keys, each with a limit of its own, and finds the accounts that its requests count in.
+fn pick_key(keys: usize) -> Box<dyn FnMut()> {
+    let model = "shared";
+    let key = |index| serde_json::json!({ "key": format!("sk-{index}-4be2a90c7d115f38"), "rpm": 60 });
+    let keys: Vec<_> = (0..keys).map(key).collect();
+    let api = serde_json::json!({ "id": "a", "baseUrl": "http://127.0.0.1:9", "models": [model], "apiKeys": keys });
+    let text = serde_json::json!({ "server": { "apiKey": "sk-client-key" }, "apis": [api] }).to_string();
+    let loaded = check_str(&text, Format::Json, &Environment::default(), Path::new("")).expect("the config is good");
+    let pool = Pool::new(loaded.config, Client::new(Clock::read), None).expect("the pool is good");
     let (clock, candidates) = (pool.clock(), Arc::clone(pool.router.find(model).expect("it is served")));
+    // A key's accounts are made when it is first used.
+    for lane in 0..keys.len() {
+        black_box(options(&pool, &candidates, model).accounts(0, lane));
+    }
     Box::new(move || {
-        let options = Options {
-            pool: &pool,
-            candidates: black_box(&candidates),
-            model: Some(model),
-            shape: None,
-            tried: &[],
-            preferred: None,
-            keys: KeyWish::default(),
-        };
-        let pick = black_box(balance::pick(&options, &clock)).expect("one is open");
+        let options = options(&pool, black_box(&candidates), model);
+        let pick = balance::pick(&options, &clock).expect("one is open");
         black_box(options.accounts(pick.candidate, pick.lane));
     })
+}
+
+fn options<'a>(pool: &'a Pool, candidates: &'a Candidates, model: &'a str) -> Options<'a> {
+    Options { pool, candidates, model: Some(model), shape: None, tried: &[], preferred: None, keys: KeyWish::default() }
 }
 
 /// Headers as OpenAI's Python SDK sends them.

@@ -208,10 +208,14 @@ struct Eligible {
 
 /// Picks one of the candidates that were not tried yet and do not seem to be at a limit.
 pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
-    if let Some((candidate, way)) = at_once(options, clock)
-        && let Some(pick) = begin(options, candidate, way)
-    {
-        return Some(pick);
+    if let Some(AtOnce { candidate, lane, is_trial }) = at_once(options, clock) {
+        if !is_trial {
+            return Some(Pick { candidate, lane, trial: None });
+        }
+        let way = Way { lane, gate: Gate::TrialDue, is_keys: true, is_full: false };
+        if let Some(pick) = begin(options, candidate, way) {
+            return Some(pick);
+        }
     }
     let mut eligible = Vec::with_capacity(options.candidates.list().len());
     let mut tier = 0;
@@ -234,19 +238,30 @@ pub fn pick(options: &Options<'_>, clock: &Clock) -> Option<Pick> {
     choose(options, &mut eligible, clock)
 }
 
+/// A candidate that was drawn, and a key of it that is open or to be tried out.
+#[derive(Clone, Copy, Debug)]
+struct AtOnce {
+    candidate: usize,
+    lane: usize,
+    is_trial: bool,
+}
+
 /// The choice of a strategy that draws, if all that it draws could take the request: then it is the same as if every candidate had
 /// been looked at, and costs as much for a thousand of them as for one.
-fn at_once(options: &Options<'_>, clock: &Clock) -> Option<(usize, Way)> {
+fn at_once(options: &Options<'_>, clock: &Clock) -> Option<AtOnce> {
     let Options { pool, candidates, .. } = *options;
     let if_open = |drawn: usize| {
         let candidate = candidates.list().get(drawn)?;
         let (endpoint, model) = options.untried(candidate, clock.now)?;
-        if options.seems_full(endpoint, model, clock) {
+        if options.seems_full(endpoint, model, clock) || endpoint.live.gate(model, clock.now) != Gate::Open {
             return None;
         }
-        let way = options.way(candidate, endpoint, model, clock)?;
+        if !endpoint.lanes.is_pool() {
+            return Some(AtOnce { candidate: drawn, lane: 0, is_trial: false });
+        }
         // A key that was refused is one of many, and tried again when it is drawn.
-        (way.gate == Gate::Open || way.is_keys && way.gate == Gate::TrialDue).then_some((drawn, way))
+        let Found { lane, gate, .. } = options.among(candidate, endpoint, model, clock).choose()?;
+        Some(AtOnce { candidate: drawn, lane, is_trial: gate == Gate::TrialDue })
     };
     if let Some(preferred) = options.preferred {
         // Those of its tier are for when it cannot take the request, and are not drawn from before that is known.
@@ -256,10 +271,10 @@ fn at_once(options: &Options<'_>, clock: &Clock) -> Option<(usize, Way)> {
     let better = |score: &dyn Fn(usize) -> f64| {
         let (first, second) = (draw()?, draw()?);
         // Two draws of the same candidate are no comparison, unless there is no other.
-        if first.0 == second.0 && candidates.list().len() > 1 {
+        if first.candidate == second.candidate && candidates.list().len() > 1 {
             return None;
         }
-        Some(if score(second.0) < score(first.0) { second } else { first })
+        Some(if score(second.candidate) < score(first.candidate) { second } else { first })
     };
     match pool.server.strategy {
         Strategy::Random => draw(),
