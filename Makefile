@@ -204,6 +204,7 @@ soak: build-tools client-tools ## Run the long forms of tests that are short in 
 	$(MAKE) release
 	ISOLATION_SECONDS=3600 cargo test --locked --test it -- --nocapture isolation
 	SIM_SCHEDULES=10000 cargo test --locked --test it -- --nocapture sim
+	SIM_SCHEDULES=10000 cargo test --locked --lib -- --nocapture whatever_comes_no_budget
 	SESSIONS=1000 cargo test --locked --test it -- --nocapture realtime
 	tests/clients/run $(BINARY)
 	tests/clients/.venv/bin/python tests/clients/realtime_soak.py --binary $(BINARY)

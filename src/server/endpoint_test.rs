@@ -196,7 +196,11 @@ async fn keys(tested: &mut Tested, calls: &mut OwnCalls<'_>) -> Option<(BTreeSet
         tested.note("keys", StepResult::Unknown, what, "`api-together status` says how the others do");
     }
     calls.lane = accepted.first().copied().unwrap_or_default();
-    Some((models(tested, endpoint, &listed)?, accepted))
+    let what = match all {
+        1 => "accepted".to_owned(),
+        all => format!("{} of {} accepted", accepted.len(), all.min(KEYS_MAX)),
+    };
+    Some((models(tested, endpoint, &listed, &what)?, accepted))
 }
 
 fn no_address(why: &str) -> Why {
@@ -204,13 +208,13 @@ fn no_address(why: &str) -> Why {
 }
 
 /// Takes in the list of models, which needs the key as well. None if it shows that the endpoint cannot be used.
-fn models(tested: &mut Tested, endpoint: &Endpoint, listed: &OwnAnswer) -> Option<BTreeSet<String>> {
+fn models(tested: &mut Tested, endpoint: &Endpoint, listed: &OwnAnswer, accepted: &str) -> Option<BTreeSet<String>> {
     let list = || Some(serde_json::from_slice::<Value>(&listed.body).ok()?.get("data")?.as_array()?.clone());
     match (listed.status, list()) {
         (200, Some(list)) => {
             let id = |model: &Value| model.get("id").and_then(Value::as_str).map(str::to_owned);
             let names: BTreeSet<String> = list.iter().filter_map(id).collect();
-            tested.note("key", StepResult::Ok, "accepted", "");
+            tested.note("key", StepResult::Ok, accepted, "");
             let exact = endpoint.config.sent_models().filter(|name| !name.ends_with('*'));
             let missing: BTreeSet<&str> = exact.filter(|name| !names.contains(*name)).collect();
             let count = names.len();

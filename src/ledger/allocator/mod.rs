@@ -36,8 +36,10 @@ const RENEW: Duration = Duration::from_secs(1);
 const SCAN: Duration = Duration::from_millis(250);
 /// Time between two removals of slots that no longer count.
 const CLEAN: Duration = Duration::from_secs(10);
-/// Accounts that are read for the first time in one update, since permits wait meanwhile; those of a config with more are read in several.
-const FIRST_READS_MAX: usize = 1000;
+/// Accounts that are updated at once, since permits wait meanwhile. More are updated one part after the other, all of them in [`RENEW`].
+const RENEWED_MAX: usize = 1000;
+/// Parts in which accounts are updated; of more than so many parts a round takes longer.
+const PARTS_MAX: usize = 50;
 /// Time between two removals of statistics that are too old.
 const CLEAN_STATS: Duration = Duration::from_hours(1);
 
@@ -76,8 +78,10 @@ pub struct Allocator {
     clean_stats_at: Stamp,
     /// True while there are more places than may be kept.
     has_surplus: bool,
-    /// True while accounts have yet to be read for the first time.
-    has_unread: bool,
+    /// Accounts that this round of updates has come to; 0 at its end.
+    renewed: usize,
+    /// True if this round removes what is too old.
+    round_cleans: bool,
 }
 
 /// Result of [`Allocator::serve`]: it shows whether the ledger works.
@@ -115,7 +119,8 @@ impl Allocator {
             clean_at: Stamp::default(),
             clean_stats_at: Stamp::default(),
             has_surplus: false,
-            has_unread: false,
+            renewed: 0,
+            round_cleans: false,
         }
     }
 
@@ -436,8 +441,10 @@ impl Allocator {
         }
         if due.renews {
             let is_moving = self.accounts.values().any(|listed| listed.of.account.mirror().quota.is_moving());
-            let goes_on = is_moving || self.has_surplus || self.has_unread || self.spending.is_busy();
-            self.renew_at = if goes_on { clock.boot + RENEW } else { Stamp::NEVER };
+            let goes_on = is_moving || self.has_surplus || self.renewed > 0 || self.spending.is_busy();
+            let parts = self.accounts.len().div_ceil(RENEWED_MAX).clamp(1, PARTS_MAX);
+            let pause = RENEW / u32::try_from(parts).unwrap_or(1);
+            self.renew_at = if goes_on { clock.boot + pause } else { Stamp::NEVER };
         }
     }
 
@@ -445,24 +452,23 @@ impl Allocator {
     fn renew(&mut self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
         let clock = batch.clock;
         batch.spending.look_after_others(batch.ledger, &clock)?;
-        let cleans = clock.boot >= self.clean_at;
-        let mut first_reads = 0;
-        for Listed { of, .. } in self.accounts.values() {
+        let begins = self.renewed == 0;
+        let cleans = begins && clock.boot >= self.clean_at;
+        if begins {
+            self.round_cleans = cleans;
+        }
+        for Listed { of, .. } in self.accounts.values().skip(self.renewed).take(RENEWED_MAX) {
             let is_known = of.account.mirror().read_at.is_some();
             if is_known && !of.account.mirror().quota.is_moving() {
                 continue;
             }
-            first_reads += usize::from(!is_known);
-            if !is_known && first_reads > FIRST_READS_MAX {
-                continue;
-            }
             batch.refresh(of)?;
             of.publish(&clock);
-            if cleans {
+            if self.round_cleans {
                 batch.ledger.forget(of.account.id(), Slot::oldest_that_counts(clock.boot))?;
             }
         }
-        self.has_unread = first_reads > FIRST_READS_MAX;
+        self.renewed = Some(self.renewed + RENEWED_MAX).filter(|next| *next < self.accounts.len()).unwrap_or_default();
         if cleans {
             let looks = self.has_surplus || clock.boot >= self.clean_stats_at;
             self.has_surplus = false;
