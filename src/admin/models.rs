@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::fault::{Fault, excerpt};
 use crate::routing::callers::Caller;
 use crate::routing::pool::{Endpoint, Pool};
+use crate::routing::router::{Candidate, Candidates};
 
 /// Creation time of a model whose endpoint does not say one; the field must be a number.
 const CREATED: u64 = 0;
@@ -28,15 +29,23 @@ pub(super) fn list(pool: &Pool, caller: Option<&Caller>) -> String {
     json!({ "object": "list", "data": models }).to_string()
 }
 
-/// True if a caller may ask for a model, at an endpoint that it may use.
+/// True if a caller may ask for a model, at an endpoint that it may use, and where it has a price if that has to fit into a budget.
 fn is_open(pool: &Pool, caller: Option<&Caller>, name: &str) -> bool {
     let Some(caller) = caller else { return true };
-    let is_allowed = |index: usize| {
-        pool.endpoints.get(index).is_some_and(|endpoint| caller.key.allows_endpoint(&endpoint.config.id))
+    let counts_money = caller.budgets.as_ref().is_some_and(|budgets| budgets.counts_money());
+    let wall = pool.clock().wall;
+    let may_take = |candidates: &Candidates, candidate: &Candidate| {
+        let has_price = |endpoint: &Endpoint| {
+            let model = candidates.model_of(candidate, Some(name));
+            endpoint.prices.of(model.name, wall).is_some()
+        };
+        pool.endpoints.get(candidate.endpoint).is_some_and(|endpoint| {
+            caller.key.allows_endpoint(&endpoint.config.id) && (!counts_money || has_price(endpoint))
+        })
     };
-    let candidates =
-        || pool.router.find(name).is_some_and(|found| found.list().iter().any(|one| is_allowed(one.endpoint)));
-    caller.key.allows_model(name) && (caller.key.endpoints.is_none() || candidates())
+    let can_be_served =
+        || pool.router.find(name).is_some_and(|found| found.list().iter().any(|candidate| may_take(found, candidate)));
+    caller.key.allows_model(name) && (caller.key.endpoints.is_none() && !counts_money || can_be_served())
 }
 
 pub(super) fn one(pool: &Pool, name: &str, caller: Option<&Caller>) -> Result<String, Fault> {

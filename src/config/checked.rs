@@ -40,7 +40,7 @@ impl Config {
         let server = server::check(typed.server, check);
         let endpoints = endpoints(typed.apis, check);
         let (server, endpoints) = (server?, endpoints?);
-        warn_of_unknown_endpoints(&server.keys, &endpoints, "server.keys", check);
+        warn_of_what_keys_do_not_meet(&server.keys, &endpoints, "server.keys", check);
         warn_of_unserved_fallbacks(&server, &endpoints, check);
         Some(Self { server, endpoints })
     }
@@ -65,13 +65,31 @@ fn warn_of_unserved_fallbacks(server: &Server, endpoints: &[Endpoint], check: &m
     }
 }
 
-/// A key whose endpoints are none of the config's opens less than was meant.
-pub(super) fn warn_of_unknown_endpoints(keys: &[ClientKey], endpoints: &[Endpoint], path: &str, check: &mut Check<'_>) {
+/// A key for endpoints or models that the config does not have opens less than was meant.
+fn warn_of_what_keys_do_not_meet(keys: &[ClientKey], endpoints: &[Endpoint], path: &str, check: &mut Check<'_>) {
+    let served = |pattern: &str| {
+        let mut names = endpoints.iter().flat_map(|one| one.models.iter().chain(one.model_mapping.keys()));
+        names.any(|name| patterns_meet(name, pattern))
+    };
     for (index, key) in keys.iter().enumerate() {
         for id in key.endpoints.iter().flatten().filter(|id| !endpoints.iter().any(|one| *one.id == ***id)) {
             let hint = "correct the id, or leave it out";
             check.report.warning(&format!("{path}[{index}].endpoints"), format!("no endpoint has the id {id:?}"), hint);
         }
+        for model in key.models.iter().flatten().filter(|model| !served(model)) {
+            let hint = "correct the name, or add it to the `models` of an endpoint";
+            check.report.warning(&format!("{path}[{index}].models"), format!("no endpoint serves {model:?}"), hint);
+        }
+    }
+}
+
+/// True if a name can fit both, each an exact name or a beginning that ends in `*`.
+pub(super) fn patterns_meet(one: &str, other: &str) -> bool {
+    match (one.strip_suffix('*'), other.strip_suffix('*')) {
+        (None, None) => one == other,
+        (Some(beginning), None) => other.starts_with(beginning),
+        (None, Some(beginning)) => one.starts_with(beginning),
+        (Some(one), Some(other)) => one.starts_with(other) || other.starts_with(one),
     }
 }
 
@@ -173,5 +191,30 @@ impl Check<'_> {
                 None
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::config::{Format, check_str};
+
+    #[test]
+    fn a_key_for_what_nobody_serves_is_told() {
+        let keys = json!([
+            { "name": "ada", "key": "sk-ada-0f6c1d93be5a7724", "models": ["gpt-4o*", "o9", "mini"], "endpoints": ["a", "b"] },
+            { "name": "bob", "key": "sk-bob-77a1c0d5e2f98b34" },
+        ]);
+        let api = json!({ "id": "a", "baseUrl": "https://api.example.com", "apiKey": "sk-x", "models": ["gpt-*"],
+            "modelMapping": { "mini": "gpt-4o-mini" } });
+        let text = json!({ "server": { "apiKey": "sk-c1a7e4f09b2d8356", "keys": keys }, "apis": [api] }).to_string();
+        let environment = Environment::fixed::<&str, &str>([]);
+        let loaded = check_str(&text, Format::Json, &environment, Path::new("")).unwrap();
+        let told: Vec<String> = loaded.warnings.iter().map(ToString::to_string).collect();
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(told[0].contains("server.keys[0].endpoints: no endpoint has the id \"b\""), "{told:?}");
+        assert!(told[1].contains("server.keys[0].models: no endpoint serves \"o9\""), "{told:?}");
     }
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::auth_header::AuthHeader;
 use super::base_url::BaseUrl;
 use super::calls::{CallKind, CallSet};
-use super::checked::Check;
+use super::checked::{Check, patterns_meet};
 use super::errors::{ErrorRule, MessagePattern};
 use super::file::{self, EndpointFile, EndpointTlsFile, ErrorRuleFile, FormatFile, ModelLimitsFile, TimeoutsFile};
 use super::lanes::{self, EndpointKeys};
@@ -333,12 +333,7 @@ fn model_limits(
 
 /// Limits of a model that the endpoint is never sent hold nothing: most likely the name is the one that clients ask for.
 fn warn_of_no_match(pattern: &str, (models, mapping): Served<'_>, path: &str, check: &mut Check<'_>) {
-    let meet = |one: &str, other: &str| match (one.strip_suffix('*'), other.strip_suffix('*')) {
-        (None, None) => one == other,
-        (Some(prefix), None) => other.starts_with(prefix),
-        (None, Some(prefix)) => one.starts_with(prefix),
-        (Some(one), Some(other)) => one.starts_with(other) || other.starts_with(one),
-    };
+    let meet = patterns_meet;
     // An exact name that is mapped to another is never sent, whatever patterns the endpoint serves.
     let is_mapped_away = mapping.contains_key(pattern) && !mapping.values().any(|sent| sent == pattern);
     if !is_mapped_away && sent_models(models, mapping).any(|sent| meet(pattern, sent)) {

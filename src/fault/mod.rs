@@ -545,7 +545,7 @@ impl Fault {
             }
             Self::PathNotAllowed => "This path is for whoever runs the gateway, with its own key (server.apiKey).",
             Self::KeyWrong => {
-                "Incorrect API key provided. This gateway expects its own key (server.apiKey in its config file), \
+                "Incorrect API key provided. This gateway expects a key of its own, which its operator gives you, \
                  not an endpoint's."
             }
             Self::KeysFailedTooOften => {

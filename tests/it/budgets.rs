@@ -78,6 +78,10 @@ async fn a_budget_in_dollars_is_settled_at_what_an_answer_cost_and_then_refuses(
         let refused = ask(&proxy, "/v1/chat/completions", chat("odd")).await;
         let message = refused.assert_error(403, "invalid_request_error", "model_has_no_price");
         assert!(message.contains("odd") && message.contains("prices"), "{message}");
+        let listed = Reply::of(proxy.request_without_key(Method::GET, "/v1/models").bearer_auth(ADA)).await.json();
+        let names: Vec<&str> =
+            listed["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+        assert_eq!(names, ["m", "n"], "what it cannot ask for is not listed");
         // The key that all have is bounded by nothing.
         assert_eq!(proxy.chat("m").await.status, 200);
     })
