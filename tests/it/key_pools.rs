@@ -7,10 +7,12 @@ use api_together::simulator::{Behaviour, Options, Simulator};
 use http::Method;
 use serde_json::{Value, json};
 
+use crate::connections::websocket;
 use crate::harness::{
     KEY, Proxy, Reply, chat, chat_stream, client, config_text, endpoint_with, merged, simulator, simulator_with, within,
 };
 use crate::program::{Running, folder_with, program};
+use crate::wire::ByHand;
 
 const KEYS: [&str; 5] = [
     "sk-pool-0-4be2a90c7d115f38",
@@ -470,6 +472,32 @@ async fn what_was_made_with_the_only_key_is_found_once_there_are_several() {
         running.logs("apiKeys in place of apiKey").await;
         let got = Reply::of(call(Method::GET, &format!("/v1/responses/{id}"))).await;
         assert_eq!((got.status, got.endpoint()), (200, Some("a")), "{got:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_is_refused_for_its_key_is_opened_with_another() {
+    within(async {
+        let by_hand = ByHand::bind().await;
+        let api = pool_with("a", &by_hand.base_url(), &json!(KEYS[..2]), json!({}));
+        let proxy = Proxy::start(json!({ "strategy": "round_robin" }), &[api]).await;
+        let mut socket = proxy.wire().await;
+        socket.send(websocket("/v1/realtime?model=m")).await;
+        let body = r#"{"error":{"message":"Incorrect API key provided","code":"invalid_api_key"}}"#;
+        let (mut first, head, _) = by_hand.call().await;
+        assert_eq!(head.header("authorization"), Some(format!("Bearer {}", KEYS[0])));
+        let length = body.len();
+        first
+            .send(format!(
+                "HTTP/1.1 401 Unauthorized\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+            ))
+            .await;
+        let (mut second, head, _) = by_hand.call().await;
+        assert_eq!(head.header("authorization"), Some(format!("Bearer {}", KEYS[1])));
+        second.send("HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\nhi").await;
+        assert_eq!(socket.head().await.unwrap().status(), 101);
+        assert_eq!(socket.exactly(2).await.unwrap(), "hi");
     })
     .await;
 }
