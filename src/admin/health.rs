@@ -48,7 +48,7 @@ fn no_endpoint(from: Sources<'_>) -> Option<&'static str> {
         let is_full = |accounts: &Arc<AccountSet>| accounts.seems_full(clock.boot) || denies && accounts.in_ledger();
         matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
             && !endpoint.accounts.in_use().all(is_full)
-            && endpoint.lanes.can_serve(&clock, denies)
+            && endpoint.has_key_to_serve(&clock, denies)
     };
     if usable().any(|endpoint| is_open(endpoint)) {
         None

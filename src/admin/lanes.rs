@@ -8,7 +8,7 @@ use crate::config::{Limit, PerLimit};
 use crate::ledger::LimitedAccount;
 use crate::limit::Clock;
 use crate::routing::health::{Gate, Health};
-use crate::routing::lanes::{Lane, LaneLive, Lanes};
+use crate::routing::lanes::{Lane, LaneLive};
 use crate::routing::pool::Endpoint;
 
 /// Keys of one endpoint that are shown one by one, those in trouble first.
@@ -26,8 +26,8 @@ pub(super) enum LaneState {
 impl LaneState {
     pub(super) const ALL: [Self; 4] = [Self::Open, Self::Full, Self::Resting, Self::CoolingDown];
 
-    fn of(lane: &Lane, clock: &Clock) -> Self {
-        match lane.gate(|| "", clock.now) {
+    fn of(endpoint: &Endpoint, lane: &Lane, clock: &Clock) -> Self {
+        match endpoint.gate_of_lane(lane, clock.now) {
             Gate::Cooling { .. } | Gate::OnTrial | Gate::TrialDue => Self::CoolingDown,
             Gate::Resting { .. } => Self::Resting,
             Gate::Open if lane.seems_full(clock.boot) => Self::Full,
@@ -46,10 +46,10 @@ impl LaneState {
 }
 
 /// How many keys are in each state.
-pub(super) fn counts(lanes: &Lanes, clock: &Clock) -> [(LaneState, u64); 4] {
+pub(super) fn counts(endpoint: &Endpoint, clock: &Clock) -> [(LaneState, u64); 4] {
     let mut counts = LaneState::ALL.map(|state| (state, 0));
-    for lane in lanes.list() {
-        let state = LaneState::of(lane, clock);
+    for lane in endpoint.lanes.list() {
+        let state = LaneState::of(endpoint, lane, clock);
         for (_, count) in counts.iter_mut().filter(|(one, _)| *one == state) {
             *count += 1;
         }
@@ -58,9 +58,9 @@ pub(super) fn counts(lanes: &Lanes, clock: &Clock) -> [(LaneState, u64); 4] {
 }
 
 /// The keys that are shown one by one.
-fn shown(lanes: &Lanes, clock: &Clock) -> Vec<(LaneState, usize)> {
-    let mut all: Vec<_> =
-        lanes.list().iter().enumerate().map(|(index, lane)| (LaneState::of(lane, clock), index)).collect();
+fn shown(endpoint: &Endpoint, clock: &Clock) -> Vec<(LaneState, usize)> {
+    let lanes = endpoint.lanes.list().iter().enumerate();
+    let mut all: Vec<_> = lanes.map(|(index, lane)| (LaneState::of(endpoint, lane, clock), index)).collect();
     if all.len() > SHOWN_MAX {
         all.sort_unstable();
         all.truncate(SHOWN_MAX);
@@ -75,7 +75,7 @@ pub(super) fn limited<'a>(endpoint: &'a Endpoint, clock: &Clock) -> Vec<&'a Limi
     if !lanes.is_pool() {
         return Vec::new();
     }
-    shown(lanes, clock).into_iter().filter_map(|(_, index)| lanes.get(index)?.limited()).collect()
+    shown(endpoint, clock).into_iter().filter_map(|(_, index)| lanes.get(index)?.limited()).collect()
 }
 
 /// The keys of an endpoint; nothing if it has one only.
@@ -85,19 +85,24 @@ pub(super) fn status(endpoint: &Endpoint, views: &Views, clock: &Clock) -> Optio
         return None;
     }
     let counts: serde_json::Map<String, Value> =
-        counts(lanes, clock).into_iter().map(|(state, count)| (state.word().to_owned(), count.into())).collect();
-    let list: Vec<Value> = shown(lanes, clock)
+        counts(endpoint, clock).into_iter().map(|(state, count)| (state.word().to_owned(), count.into())).collect();
+    let list: Vec<Value> = shown(endpoint, clock)
         .into_iter()
         .filter_map(|(state, index)| {
             let lane = lanes.get(index)?;
-            Some(one(lane, lane.live()?, state, (views, clock)))
+            Some(one((endpoint, lane), lane.live()?, state, (views, clock)))
         })
         .collect();
     Some(json!({ "count": lanes.list().len(), "byState": counts, "list": list }))
 }
 
-fn one(lane: &Lane, live: &LaneLive, state: LaneState, (views, clock): (&Views, &Clock)) -> Value {
-    let gate = lane.gate(|| "", clock.now);
+fn one(
+    (endpoint, lane): (&Endpoint, &Lane),
+    live: &LaneLive,
+    state: LaneState,
+    (views, clock): (&Views, &Clock),
+) -> Value {
+    let gate = endpoint.gate_of_lane(lane, clock.now);
     let health = live.health.read();
     let models: serde_json::Map<String, Value> = health
         .models()

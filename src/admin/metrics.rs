@@ -224,7 +224,7 @@ fn add_model_limits(scrape: &Scrape, endpoints: &[&Endpoint], views: &Views) {
 fn add_lanes(scrape: &Scrape, endpoints: &[&Endpoint], clock: &Clock) {
     let pools = || endpoints.iter().filter(|endpoint| endpoint.lanes.is_pool());
     let by_state = pools().flat_map(|endpoint| {
-        let counts = lanes::counts(&endpoint.lanes, clock);
+        let counts = lanes::counts(endpoint, clock);
         counts.map(|(state, count)| ([endpoint.config.id.as_ref(), state.word()], count))
     });
     scrape.gauges(

@@ -96,7 +96,7 @@ pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, views: &Views, cloc
     endpoint.config.usable()
         && endpoint.accounts.in_use().any(has_room)
         && matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
-        && endpoint.lanes.can_serve(clock, pool.ledger.is_down())
+        && endpoint.has_key_to_serve(clock, pool.ledger.is_down())
 }
 
 fn api(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value {

@@ -229,6 +229,9 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
     let organization = organization(typed.organization, &at("organization"), check);
     let of = lanes::Of { id: id.as_deref().unwrap_or_default(), organization: organization.as_deref(), path };
     let keys = lanes::check((typed.api_key, typed.api_keys), of, check);
+    if let Some(keys) = keys.as_ref().filter(|keys| keys.is_pool) {
+        warn_of_models_without_key(keys, (&models, &model_mapping), &at("apiKeys"), check);
+    }
     let auth_header = auth_header(typed.auth_header.as_deref(), &at("authHeader"), check);
     // A word that is none of them has been reported with the shape.
     let calls =
@@ -329,6 +332,15 @@ fn model_limits(
         all.insert(pattern, ModelLimits { limits, each });
     }
     all
+}
+
+/// A model that no key is for is never asked for there.
+fn warn_of_models_without_key(keys: &EndpointKeys, (models, mapping): Served<'_>, path: &str, check: &mut Check<'_>) {
+    let has_key = |model: &str| keys.lanes.iter().any(|lane| lane.has_model(model));
+    for model in sent_models(models, mapping).filter(|model| !model.ends_with('*') && !has_key(model)) {
+        let hint = "add it to the `models` of a key, or take it out of the endpoint's";
+        check.report.warning(path, format!("no key is for the model {model:?}"), hint);
+    }
 }
 
 /// Limits of a model that the endpoint is never sent hold nothing: most likely the name is the one that clients ask for.

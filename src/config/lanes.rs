@@ -207,6 +207,8 @@ impl Pool<'_> {
                 Some("has a space in it")
             } else if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
                 Some("has a character that a header cannot carry")
+            } else if key.contains([',', '"', '\'', '`']) || is_assignment(key) {
+                Some("is more than a key: leave out names, quotation marks and commas")
             } else {
                 None
             };
@@ -299,6 +301,12 @@ struct Terms {
     organization: Option<Arc<str>>,
 }
 
+/// True for `NAME=value`, as a file of variables has it.
+fn is_assignment(text: &str) -> bool {
+    let is_name = |name: &str| name.len() >= 3 && name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_');
+    text.split_once('=').is_some_and(|(name, value)| is_name(name) && !value.is_empty())
+}
+
 /// What tells keys apart without showing any.
 pub(crate) fn lane_digest(key: &Secret) -> String {
     /// Of 64 digits, half tell any number of keys apart.
@@ -353,6 +361,7 @@ mod tests {
 
     fn refused(keys: &Value, more: &Value) -> String {
         let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("env.txt"), "OPENAI_API_KEY=sk-3-70a8cd9be4f2615d\n").unwrap();
         std::fs::write(folder.path().join("empty.txt"), "# none\n\n").unwrap();
         std::fs::write(folder.path().join("torn.txt"), "sk-3-70a8cd9be4f2615d\nsk-4 2f5d81c9\n").unwrap();
         loaded(folder.path(), keys, more).unwrap_err().to_string()
@@ -409,6 +418,7 @@ mod tests {
             (json!([{ "env": "NONE" }]), json!({}), "apis[0].apiKeys[0].env: the variable NONE is not set"),
             (json!([{ "file": "gone.txt" }]), json!({}), "apis[0].apiKeys[0].file: cannot read \"gone.txt\""),
             (json!([{ "file": "empty.txt" }]), json!({}), "apis[0].apiKeys[0].file: empty.txt has no key in it"),
+            (json!([{ "file": "env.txt" }]), json!({}), "line 1 of env.txt is more than a key"),
             (json!([{ "file": "torn.txt" }]), json!({}), "line 2 of torn.txt has a space in it"),
             (json!([{ "env": "KEYS", "name": "n" }]), json!({}), "apis[0].apiKeys[0].name: names one key"),
             (json!([{ "key": "x", "name": "n" }, { "key": "y", "name": "n" }]), json!({}), "is the name of"),
@@ -429,6 +439,14 @@ mod tests {
         let (_, warnings) = loaded(Path::new(""), &keys, &json!({})).unwrap();
         let told = |warning: &String| warning.contains("apis[0].apiKeys[1].weigth") && warning.contains("`weight`");
         assert!(warnings.iter().any(told), "{warnings:?}");
+    }
+
+    #[test]
+    fn a_model_that_no_key_is_for_is_told() {
+        let keys = json!([{ "key": "x", "models": ["gpt-*"] }]);
+        let (_, warnings) = loaded(Path::new(""), &keys, &json!({ "models": ["gpt-4o", "o1", "*"] })).unwrap();
+        let told: Vec<_> = warnings.iter().filter(|warning| warning.contains("no key is for")).collect();
+        assert!(told.len() == 1 && told[0].contains("apis[0].apiKeys: no key is for the model \"o1\""), "{warnings:?}");
     }
 
     #[test]

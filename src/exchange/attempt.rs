@@ -339,7 +339,7 @@ impl Attempt {
             self.asked.rest_unasked(&self.model, wait, &self.breaker);
         }
         if trial {
-            log::info!("endpoint {}: answers again", self.asked.endpoint.config.id);
+            log::info!("{}: answers again", self.asked.words());
         }
         self.report_first_byte(now);
     }

@@ -71,8 +71,12 @@ impl Asked {
             // What a name showed before it was known to be a model's stands where it was noted.
             let also = Some(live.key(name)).filter(|known| *known != noted);
             lane.learn((noted, also), &seen(&lane.health), self.lane_record, Instant::now, breaker);
-            if matches!(effect, Effect::Answers | Effect::Success) {
-                live.refusals.answered(Instant::now(), breaker);
+            let is_answer = matches!(effect, Effect::Answers | Effect::Success);
+            if is_answer && live.refusals.answered(&lane.health, Instant::now()) {
+                let id = &self.endpoint.config.id;
+                log::info!(
+                    "endpoint {id}: a key is answered, so this machine's address is not refused, or not any more"
+                );
             }
         }
     }
@@ -158,7 +162,7 @@ impl Charge {
         let meaning = self.outcome.meaning().filter(is_refusal).filter(|_| self.outcome.may_try_another_key());
         let now = Instant::now();
         if let Some(meaning) = meaning
-            && live.refusals.are_of_address(&lane.health, (self.effect, meaning.words), now)
+            && live.refusals.are_of_address(&lane.health, meaning.words, now)
         {
             return self.apply_to_address(now);
         }
@@ -177,7 +181,7 @@ impl Charge {
         if let Some(scope) = cools {
             self.log_cooling(&self.asked.words(), scope, lane.health.gate(|| key, now), now);
         }
-        if cools.is_some() || matches!(self.effect, Effect::Rest { scope: Scope::Endpoint, .. }) {
+        if cools.is_some() || matches!(self.effect, Effect::Rest { .. }) {
             self.tell_if_empty(now);
         }
     }
@@ -186,7 +190,9 @@ impl Charge {
     fn tell_refused(&self) {
         let whom = self.asked.words();
         let outcome = &self.outcome;
-        let message = format!("{whom}: its key is refused; it {outcome}; check the key in the config, and its account");
+        let is_poor = outcome.meaning().is_some_and(|meaning| meaning.wait == Wait::Quota);
+        let what = if is_poor { "its account has no credit" } else { "its key is refused" };
+        let message = format!("{whom}: {what}; it {outcome}; check the key in the config, and its account");
         log::warn!("{message}");
         alerts::raise(AlertEvent::KeyRefused, whom.trim_start_matches("endpoint "), message);
     }
@@ -200,8 +206,8 @@ impl Charge {
         let seen = self.seen(effect, &endpoint.live.health);
         endpoint.live.learn(self.model.name(), &seen, *record, || now, &self.breaker);
         let message = format!(
-            "endpoint {id}: several keys were refused at once with the same words, so it is this machine's address or the account \
-             that is refused, and not the keys; it rests for {} s; it {}",
+            "endpoint {id}: several keys were refused at once with the same words, so it is probably this machine's address that is \
+             refused and not the keys, and nothing is held against them; it rests for {} s; it {}",
             ADDRESS_REST.as_secs(),
             self.outcome
         );
@@ -225,7 +231,7 @@ impl Charge {
     fn tell_if_empty(&self, now: Instant) {
         let endpoint = &self.asked.endpoint;
         let lanes = endpoint.lanes.list();
-        if lanes.iter().any(|lane| lane.gate(|| "", now) == Gate::Open) {
+        if lanes.iter().any(|lane| endpoint.gate_of_lane(lane, now) == Gate::Open) {
             return;
         }
         let id = &endpoint.config.id;

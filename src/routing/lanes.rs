@@ -9,7 +9,7 @@ use std::time::{Instant, SystemTime};
 
 use crate::config::{self, Breaker, Limit, PerLimit};
 use crate::ledger::{AccountId, AccountSet, Client, LimitedAccount};
-use crate::limit::{Clock, Limits, Stamp};
+use crate::limit::{Limits, Stamp};
 use crate::response::redact::Secrets;
 use crate::routing::health::{Gate, Scope, Seen};
 use crate::routing::health_record::HealthRecord;
@@ -253,10 +253,9 @@ impl Lanes {
     }
 
     /// The gate of the first of them that is open, or else of the one that opens first.
-    pub fn gate(&self, now: Instant) -> Gate {
+    pub fn gate(&self, now: Instant, gate_of: impl Fn(&Lane) -> Gate) -> Gate {
         let mut first: Option<(Instant, Gate)> = None;
-        for lane in &self.list {
-            let gate = lane.gate(|| "", now);
+        for gate in self.list.iter().map(gate_of) {
             let opens = match gate {
                 Gate::Open => return Gate::Open,
                 Gate::TrialDue | Gate::OnTrial => now,
@@ -267,15 +266,6 @@ impl Lanes {
             }
         }
         first.map_or(Gate::Open, |(_, gate)| gate)
-    }
-
-    /// True if one of them at least could take a request now: its health lets one through, and its limits seem to have room. `is_denied`:
-    /// what is limited takes nothing, since the ledger cannot be used.
-    pub fn can_serve(&self, clock: &Clock, is_denied: bool) -> bool {
-        self.list.iter().any(|lane| {
-            let is_open = || matches!(lane.gate(|| "", clock.now), Gate::Open | Gate::TrialDue);
-            !(lane.seems_full(clock.boot) || is_denied && lane.limited().is_some()) && is_open()
-        })
     }
 
     /// Draws one by weight, however many there are in a few comparisons.

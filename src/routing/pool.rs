@@ -14,6 +14,7 @@ use crate::limit::{Clock, Limits, Stamp};
 use crate::routing::accounts::EndpointAccounts;
 use crate::routing::callers::Caller;
 use crate::routing::health::Gate;
+use crate::routing::health_record::HealthRecord;
 use crate::routing::lanes::{self, Lane, Lanes};
 use crate::routing::live::Live;
 use crate::routing::objects::Objects;
@@ -241,13 +242,33 @@ impl Endpoint {
     /// Whether its health lets requests through at all, whatever their model, with one key or another.
     pub fn gate(&self, now: Instant) -> Gate {
         match self.gate_of_whole(now) {
-            Gate::Open => self.lanes.gate(now),
+            Gate::Open if !self.lanes.is_pool() => Gate::Open,
+            Gate::Open => self.lanes.gate(now, |lane| self.gate_of_lane(lane, now)),
             closed => closed,
         }
     }
 
+    /// Whether the health of one of its keys lets requests through at all, whatever their model.
+    pub fn gate_of_lane(&self, lane: &Lane, now: Instant) -> Gate {
+        lane.live().map_or(Gate::Open, |live| self.gate_in(&live.health, now))
+    }
+
+    /// True if one of its keys at least could take a request now. `is_denied`: what is limited takes nothing, since the ledger cannot be
+    /// used.
+    pub fn has_key_to_serve(&self, clock: &Clock, is_denied: bool) -> bool {
+        self.lanes.list().iter().any(|lane| {
+            let is_open = || matches!(self.gate_of_lane(lane, clock.now), Gate::Open | Gate::TrialDue);
+            !(lane.seems_full(clock.boot) || is_denied && lane.limited().is_some()) && is_open()
+        })
+    }
+
     fn gate_of_whole(&self, now: Instant) -> Gate {
-        if !self.live.health.is_troubled() {
+        self.gate_in(&self.live.health, now)
+    }
+
+    /// The gate of all models in a record of health.
+    fn gate_in(&self, record: &HealthRecord, now: Instant) -> Gate {
+        if !record.is_troubled() {
             return Gate::Open;
         }
         let config = &self.config;
@@ -255,7 +276,7 @@ impl Endpoint {
         let has_patterns = names.any(|name| name.ends_with('*'));
         let models: Vec<&str> = config.sent_models().collect();
         let models = (!has_patterns && !models.is_empty()).then(|| models.iter().copied());
-        self.live.health().gate_of_all(models, now)
+        record.read().gate_of_all(models, now)
     }
 }
 

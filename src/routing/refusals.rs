@@ -1,15 +1,14 @@
 //! Refusals of an endpoint's keys that come together and alike. A vendor that bans an address, or a wall in front of it, refuses every key
 //! with the same words: then the keys are not to blame, and the endpoint rests as a whole.
 //!
-//! It is a suspicion until a key is answered. Then the address is in order after all, and whoever was refused meanwhile was refused for
-//! itself.
+//! It is a suspicion until a key is answered: then the address is in order, or in order again. Whoever was refused meanwhile is not blamed
+//! for that, but is next time, alone.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::config::Breaker;
-use crate::routing::health::{Effect, Health, Seen};
+use crate::routing::health::Health;
 use crate::routing::health_record::HealthRecord;
 
 /// The rest of an endpoint that refuses every key. One request at a time may try it when nobody else is left.
@@ -18,8 +17,9 @@ pub const ADDRESS_REST: Duration = Duration::from_mins(1);
 const KEYS: usize = 3;
 /// Time within which they are.
 const WITHIN: Duration = Duration::from_secs(2);
-/// Keys that are remembered to have been refused while the address was suspected; others are found to be refused again.
-const FORGIVEN_MAX: usize = 64;
+/// Keys that are remembered to have been refused while the address was suspected, and for how long from its end on.
+const SUSPECTS_MAX: usize = 64;
+const SUSPECTED: Duration = Duration::from_mins(10);
 
 /// Refusals since a key was last answered.
 #[derive(Debug, Default)]
@@ -35,14 +35,13 @@ struct Suspicion {
     recent: Vec<Refusal>,
     /// The words with which the address is refused.
     of_address: Option<u64>,
-    /// Keys that are not blamed for that, and what would have been held against them.
-    forgiven: Vec<(Arc<HealthRecord>, Effect)>,
+    /// Keys that were refused while it was, and when that was last known.
+    suspects: Vec<(Arc<HealthRecord>, Instant)>,
 }
 
 #[derive(Debug)]
 struct Refusal {
     record: Arc<HealthRecord>,
-    effect: Effect,
     /// What was held against the key before.
     before: Health,
     words: u64,
@@ -52,41 +51,50 @@ struct Refusal {
 impl Refusals {
     /// Notes that the key with this record was refused, which nothing is held against yet. True if it is the address that is refused: then
     /// what the refusals before did to their keys is undone.
-    pub fn are_of_address(&self, record: &Arc<HealthRecord>, (effect, words): (Effect, u64), now: Instant) -> bool {
+    pub fn are_of_address(&self, record: &Arc<HealthRecord>, words: u64, now: Instant) -> bool {
         let mut seen = self.lock();
         self.are_any.store(true, Ordering::Relaxed);
         if seen.of_address == Some(words) {
-            seen.forgive(record, effect);
+            seen.suspect(record, now);
             return true;
         }
-        seen.recent.retain(|refusal| now.saturating_duration_since(refusal.at) < WITHIN && refusal.words == words);
+        let is_fresh = |at: Instant, time| now.saturating_duration_since(at) < time;
+        if seen.suspects.iter().any(|(known, at)| Arc::ptr_eq(known, record) && is_fresh(*at, SUSPECTED)) {
+            return false;
+        }
+        seen.recent.retain(|refusal| is_fresh(refusal.at, WITHIN) && refusal.words == words);
         if seen.recent.iter().any(|refusal| Arc::ptr_eq(&refusal.record, record)) {
             return false;
         }
         if seen.recent.len() + 1 < KEYS {
             let before = record.read().whole().clone();
-            seen.recent.push(Refusal { record: Arc::clone(record), effect, before, words, at: now });
+            seen.recent.push(Refusal { record: Arc::clone(record), before, words, at: now });
             return false;
         }
-        for Refusal { record, effect, before, .. } in std::mem::take(&mut seen.recent) {
+        for Refusal { record, before, .. } in std::mem::take(&mut seen.recent) {
             record.put_back_whole(before);
-            seen.forgive(&record, effect);
+            seen.suspect(&record, now);
         }
-        seen.forgive(record, effect);
+        seen.suspect(record, now);
         seen.of_address = Some(words);
         true
     }
 
-    /// Notes that a key was answered: the address is not refused, and those that were are so for themselves.
-    pub fn answered(&self, now: Instant, breaker: &Breaker) {
+    /// Notes that the key with this record was answered. True if the address was taken to be refused until now.
+    pub fn answered(&self, record: &Arc<HealthRecord>, now: Instant) -> bool {
         if !self.are_any.load(Ordering::Relaxed) {
-            return;
+            return false;
         }
         let mut seen = self.lock();
-        for (record, effect) in std::mem::take(&mut *seen).forgiven {
-            record.learn("", None, &Seen { effect, began: now, trial: None }, now, breaker);
+        seen.recent.clear();
+        let was_refused = seen.of_address.take().is_some();
+        if was_refused {
+            seen.suspects.iter_mut().for_each(|(_, at)| *at = now);
         }
-        self.are_any.store(false, Ordering::Relaxed);
+        let is_fresh = |at: Instant| now.saturating_duration_since(at) < SUSPECTED;
+        seen.suspects.retain(|(known, at)| is_fresh(*at) && !Arc::ptr_eq(known, record));
+        self.are_any.store(!seen.suspects.is_empty(), Ordering::Relaxed);
+        was_refused
     }
 
     /// Forgets them: the endpoint is reached in another way now.
@@ -100,10 +108,10 @@ impl Refusals {
 }
 
 impl Suspicion {
-    fn forgive(&mut self, record: &Arc<HealthRecord>, effect: Effect) {
-        let is_known = self.forgiven.iter().any(|(known, _)| Arc::ptr_eq(known, record));
-        if !is_known && self.forgiven.len() < FORGIVEN_MAX {
-            self.forgiven.push((Arc::clone(record), effect));
+    fn suspect(&mut self, record: &Arc<HealthRecord>, now: Instant) {
+        let is_known = self.suspects.iter().any(|(known, _)| Arc::ptr_eq(known, record));
+        if !is_known && self.suspects.len() < SUSPECTS_MAX {
+            self.suspects.push((Arc::clone(record), now));
         }
     }
 }
@@ -111,7 +119,8 @@ impl Suspicion {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::health::{Gate, Scope};
+    use crate::config::Breaker;
+    use crate::routing::health::{Effect, Gate, Scope, Seen};
 
     const REFUSED: Effect = Effect::KeyRefused { at_most: Duration::MAX };
     const BREAKER: Breaker = Breaker { failures: 3, cool_down: Duration::from_mins(1) };
@@ -127,7 +136,7 @@ mod tests {
     #[test]
     fn three_keys_that_are_refused_alike_at_once_are_not_to_blame() {
         let (refusals, [a, b, c, d], now) = (Refusals::default(), keys(), Instant::now());
-        let refused = |key: &Arc<HealthRecord>, at| refusals.are_of_address(key, (REFUSED, 7), at);
+        let refused = |key: &Arc<HealthRecord>, at| refusals.are_of_address(key, 7, at);
         for key in [&a, &a, &b] {
             assert!(!refused(key, now));
             learn(key, None, now);
@@ -137,24 +146,28 @@ mod tests {
         assert!(!a.is_troubled() && !b.is_troubled() && !c.is_troubled());
         let later = now + Duration::from_hours(1);
         assert!(refused(&d, later), "as long as none is answered");
-        refusals.answered(later, &BREAKER);
+        assert!(refusals.answered(&a, later) && !refusals.answered(&a, later));
         for key in [&a, &b, &c, &d] {
-            assert!(key.is_troubled(), "the address is in order, so it is the key's own trouble");
+            assert!(!key.is_troubled(), "nobody is blamed for an address that is in order again");
         }
-        assert!(!refused(&d, later));
+        // Three that are refused all the same are so for themselves, and are not taken for the address once more.
+        for key in [&b, &c, &d, &b] {
+            assert!(!refused(key, later));
+        }
+        assert!(!refused(&a, later), "one that was answered counts anew");
     }
 
     #[test]
     fn others_are_refused_for_themselves() {
         for (later, words, answered) in [(3, 7, false), (0, 8, false), (0, 7, true)] {
             let (refusals, [a, b, c, _], now) = (Refusals::default(), keys(), Instant::now());
-            assert!(!refusals.are_of_address(&a, (REFUSED, 7), now));
-            assert!(!refusals.are_of_address(&b, (REFUSED, 7), now));
+            assert!(!refusals.are_of_address(&a, 7, now));
+            assert!(!refusals.are_of_address(&b, 7, now));
             if answered {
-                refusals.answered(now, &BREAKER);
+                refusals.answered(&a, now);
             }
             let at = now + Duration::from_secs(later);
-            assert!(!refusals.are_of_address(&c, (REFUSED, words), at), "{later} {words} {answered}");
+            assert!(!refusals.are_of_address(&c, words, at), "{later} {words} {answered}");
         }
     }
 
@@ -167,7 +180,7 @@ mod tests {
         let later = now + Duration::from_mins(11);
         for key in &keys[..3] {
             let trial = key.begin_trial("m").unwrap();
-            if !refusals.are_of_address(key, (REFUSED, 7), later) {
+            if !refusals.are_of_address(key, 7, later) {
                 learn(key, Some(trial.scope()), later);
             }
         }

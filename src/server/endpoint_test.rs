@@ -71,6 +71,11 @@ impl Tested {
         self.steps.iter().all(|step| step.result != StepResult::Failed)
     }
 
+    /// True if its last step went well: it answers, whichever of its keys do not.
+    pub fn has_answered(&self) -> bool {
+        self.steps.last().is_some_and(|step| step.result != StepResult::Failed)
+    }
+
     fn note(&mut self, name: &str, result: StepResult, what: impl Into<String>, way_out: impl Into<String>) {
         self.steps.push(Step { name: name.to_owned(), result, what: what.into(), way_out: way_out.into() });
     }
@@ -154,9 +159,12 @@ async fn one(pool: &Pool, endpoint: &Endpoint, counted: bool) -> Tested {
         return tested;
     };
     // One of those that are accepted, and for this model.
-    if let Some(lane) =
-        accepted.into_iter().find(|lane| endpoint.lanes.get(*lane).is_some_and(|lane| lane.config.has_model(&model)))
-    {
+    let clock = pool.clock();
+    let fits = |lane: &usize| {
+        let lane = endpoint.lanes.get(*lane);
+        lane.is_some_and(|lane| lane.config.has_model(&model) && !lane.seems_full(clock.boot))
+    };
+    if let Some(lane) = accepted.into_iter().find(fits) {
         calls.lane = lane;
     }
     match answer(&calls, pool, &model, counted).await {
