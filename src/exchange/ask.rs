@@ -14,6 +14,7 @@ use crate::ledger::{AccountSet, CallerDraw, CallerId, Permit, QueuedBy};
 use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, ServiceTier, UsageEdit};
 use crate::request::shape::CallShape;
+use crate::routing::admission::FallbackDraw;
 use crate::routing::balance::{KeyWish, Options};
 use crate::routing::budgets::BudgetAsk;
 use crate::routing::callers::Named;
@@ -53,8 +54,12 @@ pub struct Ask {
     pub caller: CallerId,
     /// The same, if it has a key of its own.
     pub named: Option<Arc<Named>>,
+    /// The model that the attempt under way serves in place of the one that was asked for.
+    pub fallback: Option<Arc<str>>,
     /// What it draws of that key's limits, if any are set.
     pub own: Option<CallerDraw>,
+    /// The same where another model serves, if the key has limits by model.
+    pub own_fallbacks: Vec<FallbackDraw>,
     /// What it may take of that key's budgets, which each attempt reserves.
     pub budget: Option<BudgetAsk>,
     /// What it has drawn of them, for as long as it lasts.
@@ -157,9 +162,12 @@ impl Ask {
         })
     }
 
-    /// Accounts of its caller's own key, if that has limits.
+    /// Accounts of its caller's own key, if that has limits: those that were drawn from.
     pub fn own_accounts(&self) -> Option<&Arc<AccountSet>> {
-        self.named.as_ref()?.caller.accounts.of_model(self.model.as_deref())
+        if let Some(own) = &self.own_permit {
+            return Some(own.accounts());
+        }
+        self.named.as_ref()?.caller.accounts.of_model(self.fallback.as_ref().or(self.model.as_ref()).map(AsRef::as_ref))
     }
 
     /// True if its tokens are estimated when the endpoint reports none.

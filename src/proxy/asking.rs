@@ -143,6 +143,8 @@ pub(super) async fn ask(
         payment: OnceCell::new(),
     };
     let own = caller.and_then(|caller| drawing::own_draw((pool, caller), &asked));
+    let own_fallbacks =
+        caller.map_or_else(Vec::new, |caller| drawing::fallback_draws((pool, caller), &asked, &candidates));
     let (budget, candidates) = match caller.and_then(|caller| Some((caller, caller.budgets.as_ref()?))) {
         Some((caller, set)) => drawing::budget_of((pool, caller, set), &asked, candidates)?,
         None => (None, candidates),
@@ -170,7 +172,9 @@ pub(super) async fn ask(
         preferred,
         switches_protocol,
         named: origin.named,
+        fallback: None,
         own,
+        own_fallbacks,
         budget,
         own_permit: None,
         pool: origin.pool,

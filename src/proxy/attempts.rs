@@ -81,6 +81,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
     let hold = choice.permit.take_budgets();
     let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
+    ask.fallback.clone_from(&candidate.fallback);
     let counters = ask.candidates.counters(choice.candidate).cloned();
     let chosen_at = choice.at;
     tries.tried.push(candidate.tried(choice.lane, true));
@@ -133,8 +134,9 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
 fn admission_of<'a>(ask: &'a Ask, tried: &'a [Tried]) -> admission::Request<'a> {
     // Its caller's own limits count requests, and this one has been counted.
     let own = ask.own.as_ref().filter(|_| ask.own_permit.is_none());
-    let (options, queued_by) = (ask.options(tried), ask.queued_by());
-    admission::Request { options, queue: None, queued_by, caller: ask.caller, own, budget: ask.budget.as_ref() }
+    let fallbacks = if ask.own_permit.is_none() { &ask.own_fallbacks[..] } else { &[] };
+    let (options, queued_by, budget) = (ask.options(tried), ask.queued_by(), ask.budget.as_ref());
+    admission::Request { options, queue: None, queued_by, caller: ask.caller, own, fallbacks, budget }
 }
 
 /// Repeats the attempt under way. If its endpoint's limit does not allow that, another endpoint is tried.

@@ -11,18 +11,38 @@ use crate::ledger::budgets::BudgetSet;
 use crate::request::call::Call;
 use crate::request::fields::ServiceTier;
 use crate::request::token_bound::{TokenBound, token_bound};
+use crate::routing::admission::FallbackDraw;
 use crate::routing::budgets::BudgetAsk;
 use crate::routing::callers::Caller;
 use crate::routing::pool::Pool;
 use crate::routing::router::{Candidate, Candidates};
 
-/// What a request draws of the limits of its caller's key.
-pub(super) fn own_draw((pool, caller): (&Pool, &Caller), asked: &Asked<'_>) -> Option<CallerDraw> {
-    let accounts = caller.accounts.of_model(asked.model).filter(|accounts| accounts.is_limited())?;
+/// What a request draws of the limits of its caller's key, where this model serves it.
+fn own_draw_for((pool, caller): (&Pool, &Caller), asked: &Asked<'_>, model: Option<&str>) -> Option<CallerDraw> {
+    let accounts = caller.accounts.of_model(model).filter(|accounts| accounts.is_limited())?;
     // Each response of a WebSocket has its own permit, and settles what it took.
     let counts = accounts.counts_tokens() && !asked.opens_socket;
     let tokens = if counts { asked.bound(pool.server.budget_reserve_tokens.into()).total() } else { 0 };
     Some(CallerDraw { accounts: Arc::clone(accounts), tokens })
+}
+
+/// What a request draws of the limits of its caller's key.
+pub(super) fn own_draw(of: (&Pool, &Caller), asked: &Asked<'_>) -> Option<CallerDraw> {
+    own_draw_for(of, asked, asked.model)
+}
+
+/// The same for each model that may serve in place of the one that is asked for, where the key has limits by model.
+pub(super) fn fallback_draws(of: (&Pool, &Caller), asked: &Asked<'_>, candidates: &Candidates) -> Vec<FallbackDraw> {
+    if of.1.key.model_limits.is_empty() || !candidates.have_fallbacks() {
+        return Vec::new();
+    }
+    let mut draws: Vec<FallbackDraw> = Vec::new();
+    for model in candidates.list().iter().filter_map(|candidate| candidate.fallback.as_ref()) {
+        if !draws.iter().any(|known| known.model == *model) {
+            draws.push(FallbackDraw { model: Arc::clone(model), own: own_draw_for(of, asked, Some(model)) });
+        }
+    }
+    draws
 }
 
 /// By what a call is paid.

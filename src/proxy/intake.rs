@@ -331,6 +331,7 @@ async fn first_choice(session: &mut Session, ask: &Ask, keyring: &Keyring) -> Re
         queued_by: ask.queued_by(),
         caller: ask.caller,
         own: ask.own.as_ref(),
+        fallbacks: &ask.own_fallbacks,
         budget: ask.budget.as_ref(),
     };
     match admission::at_once(&request) {

@@ -60,14 +60,39 @@ pub struct Request<'a> {
     /// What is drawn of the caller's own accounts together with the endpoint's permit; none if that is limited by nothing, or was drawn
     /// for an earlier attempt.
     pub own: Option<&'a CallerDraw>,
+    /// The same where another model serves; empty if that makes no difference.
+    pub fallbacks: &'a [FallbackDraw],
     /// What it may take of its caller's budgets, which each attempt reserves; none if the caller has none, or it takes nothing.
     pub budget: Option<&'a BudgetAsk>,
 }
 
-impl Request<'_> {
-    /// What is drawn of the caller's own.
-    fn own_draw(&self) -> OwnDraw {
-        OwnDraw { caller: self.own.cloned(), budgets: self.budget.map(|budget| Arc::clone(&budget.set)) }
+/// What is drawn of a caller's own accounts where this model serves in place of the one that is asked for.
+#[derive(Clone, Debug)]
+pub struct FallbackDraw {
+    /// The model.
+    pub model: Arc<str>,
+    /// What is drawn; none if nothing of it is limited.
+    pub own: Option<CallerDraw>,
+}
+
+impl<'a> Request<'a> {
+    /// What is drawn of the caller's own at a candidate.
+    fn own_at(&self, index: usize) -> Option<&'a CallerDraw> {
+        match self.fallback_at(index) {
+            None => self.own,
+            Some(draw) => draw.own.as_ref(),
+        }
+    }
+
+    fn fallback_at(&self, index: usize) -> Option<&'a FallbackDraw> {
+        let model =
+            self.options.candidates.list().get(index)?.fallback.as_ref().filter(|_| !self.fallbacks.is_empty())?;
+        self.fallbacks.iter().find(|draw| draw.model == *model)
+    }
+
+    /// The same with what is reserved of its budgets.
+    fn own_draw(&self, index: usize) -> OwnDraw {
+        OwnDraw { caller: self.own_at(index).cloned(), budgets: self.budget.map(|budget| Arc::clone(&budget.set)) }
     }
 }
 
@@ -93,7 +118,7 @@ pub fn at_once(request: &Request<'_>) -> Result<Choice, Undecided> {
     let Some(accounts) = pick.as_ref().and_then(|pick| options.accounts(pick.candidate, pick.lane)) else {
         return Err(Undecided(None));
     };
-    let permit = match request.own {
+    let permit = match pick.as_ref().and_then(|pick| request.own_at(pick.candidate)) {
         // What is reserved is written before anything is sent.
         _ if request.budget.is_some() => None,
         Some(own) => pool.ledger.draw_both_at_once(&accounts, own, &clock),
@@ -114,9 +139,12 @@ pub async fn decide(request: Request<'_>, undecided: Undecided) -> Result<Choice
     let Some((Pick { candidate, lane, trial }, clock)) = undecided.0 else { return spill(request).await };
     let way = OpenWay { index: candidate, lane, from: Stamp::default() };
     let Some(wanted) = wanted(&request, way) else { return spill(request).await };
-    match pool.ledger.draw_for(pool.ledger.ticket(), vec![wanted], request.own_draw(), Otherwise::LookElsewhere).await {
+    let own = request.own_draw(candidate);
+    match pool.ledger.draw_for(pool.ledger.ticket(), vec![wanted], own, Otherwise::LookElsewhere).await {
         Drawn::Granted(_, permit) => Ok(Choice { candidate, lane, trial, permit, at: clock }),
-        Drawn::Refused(Refusal { caller: Some(held), wait, .. }) => Err(key_limits_reached(&held, wait)),
+        Drawn::Refused(Refusal { caller: Some(held), wait, .. }) if request.fallback_at(candidate).is_none() => {
+            Err(key_limits_reached(&held, wait))
+        }
         Drawn::Refused(_) | Drawn::Unavailable => {
             drop(trial);
             spill(request).await
@@ -220,11 +248,42 @@ fn end_of_wait(request: Request<'_>, turn: &Turn, clock: &Clock) -> Stamp {
 
 /// Draws from candidates. It is a fault if there are none.
 async fn draw(request: Request<'_>, open: &[OpenWay], ticket: u64, otherwise: Otherwise) -> Result<Drawn, Fault> {
-    let wanted: Vec<_> = open.iter().filter_map(|way| wanted(&request, *way)).collect();
-    if wanted.is_empty() {
-        return Err(Fault::NoneAvailable);
+    // Where other models serve, what is drawn of the key's own differs: each model is drawn for by itself.
+    let asked = open.iter().take_while(|way| request.fallback_at(way.index).is_none()).count();
+    let (asked, others) = open.split_at(asked);
+    if others.is_empty() {
+        return draw_alike(request, asked, ticket, otherwise).await;
     }
-    Ok(request.options.pool.ledger.draw_for(ticket, wanted, request.own_draw(), otherwise).await)
+    if let Ok(granted @ (Drawn::Granted(..) | Drawn::Refused(Refusal { caller: Some(_), .. }))) =
+        draw_alike(request, asked, ticket, Otherwise::LookElsewhere).await
+    {
+        return Ok(granted);
+    }
+    let model = |way: &OpenWay| request.fallback_at(way.index).map(|draw| &draw.model);
+    let groups: Vec<&[OpenWay]> = others.chunk_by(|one, other| model(one) == model(other)).collect();
+    let mut begins = asked.len();
+    for (number, alike) in groups.iter().enumerate() {
+        // Who is left to wait for: those of the model that was asked for, or else the last.
+        let is_waited_for = asked.is_empty() && number + 1 == groups.len();
+        let then = if is_waited_for { otherwise } else { Otherwise::LookElsewhere };
+        match draw_alike(request, alike, ticket, then).await {
+            Ok(Drawn::Granted(at, permit)) => return Ok(Drawn::Granted(begins + at, permit)),
+            Ok(Drawn::Refused(mut refusal)) if is_waited_for => {
+                refusal.held.iter_mut().for_each(|held| held.at += begins);
+                return Ok(Drawn::Refused(refusal));
+            }
+            other if is_waited_for => return other,
+            _ => begins += alike.len(),
+        }
+    }
+    draw_alike(request, asked, ticket, otherwise).await
+}
+
+/// Draws from candidates that serve one model.
+async fn draw_alike(request: Request<'_>, open: &[OpenWay], ticket: u64, otherwise: Otherwise) -> Result<Drawn, Fault> {
+    let wanted: Vec<_> = open.iter().filter_map(|way| wanted(&request, *way)).collect();
+    let (Some(first), false) = (open.first(), wanted.is_empty()) else { return Err(Fault::NoneAvailable) };
+    Ok(request.options.pool.ledger.draw_for(ticket, wanted, request.own_draw(first.index), otherwise).await)
 }
 
 /// The draw of a permit of a way, which may be asked from its moment on. The candidates of a request whose caller has a budget in
@@ -255,7 +314,7 @@ async fn try_out(
     let lane = way.lane;
     let accounts = request.options.accounts(candidate, lane)?;
     let trial = if as_trial { Some(request.options.begin_trial(candidate, way)?) } else { None };
-    if !accounts.is_limited() && request.own.is_none() && request.budget.is_none() {
+    if !accounts.is_limited() && request.own_at(candidate).is_none() && request.budget.is_none() {
         let permit = request.options.pool.ledger.unlimited(&accounts);
         return Some(Ok(Choice { candidate, lane, trial, permit, at: clock }));
     }

@@ -86,6 +86,39 @@ async fn another_model_serves_where_one_fails_or_is_gone_even_at_the_same_endpoi
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_keys_limits_are_those_of_the_model_that_serves() {
+    within(async {
+        let (first, second) = (simulator().await, simulator().await);
+        let apis = [
+            endpoint_with(
+                "a",
+                &first.base_url(),
+                json!({ "models": ["big", "small"], "modelLimits": { "big": { "rpm": 1 } } }),
+            ),
+            endpoint_with("b", &second.base_url(), json!({ "models": ["tiny"] })),
+        ];
+        let key = json!({ "name": "ada", "key": ADA, "modelLimits": { "small": { "rpm": 2 }, "big": { "rpm": 9 } } });
+        let proxy = Proxy::start(json!({ "fallbacks": fallbacks(), "keys": [key] }), &apis).await;
+        let ask = |model: &'static str| {
+            let request = proxy.request_without_key(Method::POST, "/v1/chat/completions").bearer_auth(ADA);
+            Reply::of(request.json(&chat(model)))
+        };
+        let mut models = Vec::new();
+        for _ in 0..5 {
+            models.push(served(&ask("big").await).0);
+        }
+        assert_eq!(models, ["big", "small", "small", "tiny", "tiny"].map(|model| json!(model)));
+        let refused = ask("small").await.assert_error(429, "requests", "key_rate_limited");
+        assert!(refused.contains("small"), "{refused}");
+        let state = Reply::of(proxy.request_without_key(Method::GET, "/v1/key").bearer_auth(ADA)).await.json();
+        assert_eq!(state["modelLimits"]["small"]["limits"]["rpm"]["used"], 2, "{state}");
+        let big = &state["modelLimits"]["big"]["limits"];
+        assert_eq!((&big["rpm"]["used"], &big["tpm"]["used"]), (&json!(1), &json!(8)), "{state}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_key_gets_no_model_that_it_may_not_ask_for() {
     within(async {
         let simulator = simulator().await;

@@ -840,6 +840,7 @@ async fn request(
             queued_by,
             caller,
             own: own.as_ref().filter(|_| own_permit.is_none()),
+            fallbacks: &[],
         };
         let mut choice = match admission::admit(admission).await {
             Ok(choice) => choice,
