@@ -303,7 +303,7 @@ mod tests {
         file.change(KeysChange::Add { entry }).unwrap();
         let raise = |unit: Option<&str>, per: Option<&str>, by: f64| {
             let (unit, per) = (unit.map(str::to_owned), per.map(str::to_owned));
-            file.change(KeysChange::Raise { name: "ada".into(), by, unit, per, until: "2027-01-01T00:00:00Z".into() })
+            file.change(KeysChange::Raise { name: "ada".into(), by, unit, per, until: "9000-01-01T00:00:00Z".into() })
         };
         raise(None, Some("month"), 2.5).unwrap();
         raise(Some("tokens"), None, 7.0).unwrap();
