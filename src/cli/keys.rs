@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::files::ConfigFile;
 use super::status::Output;
 use super::table::Table;
-use crate::config::{self, BudgetPeriod, Environment, Flags, KeyDigest, KeysChange, PerLimit};
+use crate::config::{self, BudgetPeriod, Config, Environment, Flags, KeyDigest, KeysChange, PerLimit};
 use crate::routing::callers::GENERATED_PREFIX;
 use crate::server::control::{self, Request};
 use crate::server::keys::{ListedBudget, ListedKey};
@@ -267,23 +267,26 @@ fn entry(add: AddKey, key: &str) -> Map<String, Value> {
 /// Changes the file of keys: by the running process, so that it is in use when this ends, or else by this one.
 fn change(file: &ConfigFile, change: KeysChange) -> Result<String, String> {
     let folders = file.runtime_folders();
-    match Found::look(&folders)? {
-        Some(found) => control::ask_found(&found, &Request::ChangeKeys(change)),
-        None => config::change_keys(&load(file)?, change),
+    if let Some(found) = Found::look(&folders)? {
+        return control::ask_found(&found, &Request::ChangeKeys(change));
     }
+    let Config { server, endpoints } = load(file)?;
+    let endpoints: Vec<_> = endpoints.into_iter().map(|endpoint| endpoint.id).collect();
+    config::change_keys(&server, &endpoints, change)
 }
 
-/// The server's part of the config, where no process runs.
-fn load(file: &ConfigFile) -> Result<config::Server, String> {
+/// The config, with the place that its file of keys has for a service, where no process runs.
+fn load(file: &ConfigFile) -> Result<Config, String> {
     let environment = Environment::from_process(&file.path, &Flags::default());
     let loaded = config::load(&file.path, &environment).map_err(|problems| problems.to_string())?;
-    let mut server = loaded.config.server;
+    let mut config = loaded.config;
+    let server = &mut config.server;
     if let (Some(state), false) = (file.state_folder(), server.keys_file.is_named)
         && let Some(name) = server.keys_file.path.file_name()
     {
         server.keys_file.path = state.join(name);
     }
-    Ok(server)
+    Ok(config)
 }
 
 fn list(file: &ConfigFile, output: Output) -> Result<(), String> {
@@ -292,7 +295,7 @@ fn list(file: &ConfigFile, output: Output) -> Result<(), String> {
         let told = control::ask_found(&found, &Request::Keys)?;
         serde_json::from_str(&told).map_err(|error| error.to_string())?
     } else {
-        let server = load(file)?;
+        let server = load(file)?.server;
         let of_file = config::load_keys(&server).map_err(|problems| problems.to_string())?;
         let now = Timestamp::now();
         let of_config = server.keys.iter().map(|key| ListedKey::new(key, true, now));

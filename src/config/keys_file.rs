@@ -95,6 +95,13 @@ impl KeysChange {
             Self::Rotate { name, .. } | Self::Raise { name, .. } | Self::Revoke { name, .. } => name,
         }
     }
+
+    /// The endpoints that a new key is for, if it is not for all.
+    pub(super) fn endpoints(&self) -> impl Iterator<Item = &str> {
+        let entry = if let Self::Add { entry } = self { Some(entry) } else { None };
+        let ids = entry.and_then(|entry| entry.get("endpoints")).and_then(Value::as_array);
+        ids.into_iter().flatten().filter_map(Value::as_str)
+    }
 }
 
 impl KeysFile {
@@ -191,6 +198,11 @@ fn apply(change: KeysChange, file: &mut Value) -> Result<String, String> {
                 // Another holder of the name would find its counts, its spend and its objects.
                 return Err(format!(
                     "{name} {what}; name another one, or `keys rotate {name}` gives its holder a new key"
+                ));
+            }
+            if let Some(expires) = entry.get("expires").and_then(Value::as_str).filter(|expires| is_past(expires)) {
+                return Err(format!(
+                    "{expires} is past, so that {name} would open nothing; name a day or a moment to come"
                 ));
             }
             keys.push(entry.into());
@@ -351,6 +363,9 @@ mod tests {
         assert!(file.change(entry("ada", "three")).unwrap_err().contains("ada is there already"));
         assert!(file.change(entry("eve", "two")).unwrap_err().contains("has the key of"), "one key opens one thing");
         assert!(file.change(entry("a b", "four")).is_err());
+        let KeysChange::Add { entry: mut late } = entry("eve", "five") else { unreachable!() };
+        late.insert("expires".into(), "2024-02-29".into());
+        assert!(file.change(KeysChange::Add { entry: late }).unwrap_err().contains("2024-02-29 is past"));
         assert_eq!(std::fs::metadata(&file.path).unwrap().permissions().mode() & 0o777, 0o600);
         let text = std::fs::read_to_string(&file.path).unwrap();
         assert!(!text.contains("one") && text.contains("sha256:"), "{text}");

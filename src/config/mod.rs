@@ -52,6 +52,7 @@ mod tests;
 
 use std::io::{self, Read};
 use std::path::Path;
+use std::sync::Arc;
 
 pub use affinity::AffinityRules;
 pub use auth_header::AuthHeader;
@@ -139,7 +140,7 @@ pub fn load_keys(server: &Server) -> Result<Vec<ClientKey>, Problems> {
 }
 
 /// Changes the keys of a server that stand in its file for them. Returns what was done, in words.
-pub fn change_keys(server: &Server, change: KeysChange) -> Result<String, String> {
+pub fn change_keys(server: &Server, endpoints: &[Arc<str>], change: KeysChange) -> Result<String, String> {
     let name = change.name();
     if server.keys.iter().any(|key| *key.name == *name) {
         let way_out = match change {
@@ -147,6 +148,12 @@ pub fn change_keys(server: &Server, change: KeysChange) -> Result<String, String
             _ => "it wins over one of the file, so change it in the config, and reload",
         };
         return Err(format!("server.keys has a key {name}; {way_out}"));
+    }
+    if let Some(id) = change.endpoints().find(|id| !endpoints.iter().any(|known| **known == **id)) {
+        let known = endpoints.join(", ");
+        return Err(format!(
+            "no endpoint of the config has the id {id:?}, so the key could not use it; there are {known}"
+        ));
     }
     server.keys_file.change(change)
 }

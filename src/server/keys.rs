@@ -200,7 +200,8 @@ impl KeysReader {
     /// Changes the file, and reads it again.
     pub(super) fn change(&self, change: KeysChange) -> Result<String, String> {
         let pool = self.pool.load_full();
-        let done = config::change_keys(&pool.server, change)?;
+        let endpoints: Vec<_> = pool.endpoints.iter().map(|endpoint| Arc::clone(&endpoint.config.id)).collect();
+        let done = config::change_keys(&pool.server, &endpoints, change)?;
         let told = self.read()?;
         log::info!("{told}: {done}");
         Ok(done)

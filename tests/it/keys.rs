@@ -76,6 +76,8 @@ async fn a_key_is_made_rotated_and_revoked_while_the_process_serves() {
         assert!(again.0 == 1 && again.1.is_empty() && again.2.contains("ada is there already"), "{again:?}");
         let wrong = keyed.try_keys(&["add", "bob", "--expires", "soon"]).await;
         assert!(wrong.0 == 1 && wrong.2.contains("no moment"), "{wrong:?}");
+        let wrong = keyed.try_keys(&["add", "bob", "--endpoints", "a,nope"]).await;
+        assert!(wrong.0 == 1 && wrong.2.contains("no endpoint of the config has the id \"nope\""), "{wrong:?}");
 
         let newer = keyed.keys(&["rotate", "ada", "--overlap", "1h"]).await;
         assert_eq!((keyed.chat(&ada).await, keyed.chat(&newer).await), (200, 200), "both, for an hour");
@@ -190,11 +192,14 @@ async fn a_key_of_the_config_is_changed_there_and_nowhere_else() {
                 &["rotate", "ada"],
                 &["raise", "ada", "--by", "1usd", "--until", "2099-01-01"],
                 &["add", "ada"],
+                &["add", "ada", "--endpoints", "a"],
             ] {
                 let (code, output, errors) = keyed.try_keys(change).await;
                 assert!(code == 1 && output.is_empty(), "{change:?}: {output}");
                 assert!(errors.contains("server.keys has a key ada; "), "{change:?}: {errors}");
             }
+            let (_, _, errors) = keyed.try_keys(&["add", "bob", "--endpoints", "nope"]).await;
+            assert!(errors.contains("has the id \"nope\", so the key could not use it; there are a"), "{errors}");
         }
         assert_eq!(std::fs::read_to_string(keyed.folder().join("keys.json")).unwrap(), file);
     })
