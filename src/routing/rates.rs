@@ -1,11 +1,11 @@
 //! Rates of a model: the remaining parts of its endpoints' limits, added up.
 
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::config::Limit;
 use crate::ledger::AccountSet;
-use crate::limit::{Clock, Gauge};
+use crate::limit::{Clock, Gauge, Stamp};
 use crate::routing::balance::Options;
 use crate::routing::health::Gate;
 use crate::routing::lanes::Lanes;
@@ -23,15 +23,20 @@ pub(crate) fn of_model(options: &Options<'_>, clock: &Clock) -> Rates {
     if candidates.list().len() <= ADDED_UP_MAX || may_differ {
         return add_up(options, clock);
     }
-    let mut told = candidates.rates.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((at, rates)) = *told
+    seen_lately(&candidates.rates, clock, || add_up(options, clock))
+}
+
+/// A sum as it was seen last, or anew if that was too long ago.
+fn seen_lately<T: Copy>(last: &Mutex<Option<(Stamp, T)>>, clock: &Clock, add_up: impl FnOnce() -> T) -> T {
+    let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((at, sum)) = *last
         && clock.boot - at < NOW_AND_THEN
     {
-        return rates;
+        return sum;
     }
-    let rates = add_up(options, clock);
-    *told = Some((clock.boot, rates));
-    rates
+    let sum = add_up();
+    *last = Some((clock.boot, sum));
+    sum
 }
 
 fn add_up(options: &Options<'_>, clock: &Clock) -> Rates {
@@ -74,15 +79,7 @@ fn of_lanes(lanes: &Lanes, clock: &Clock) -> Gauges {
     if lanes.list().len() <= ADDED_UP_MAX {
         return add_lanes(lanes, clock);
     }
-    let mut told = lanes.gauges.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((at, gauges)) = *told
-        && clock.boot - at < NOW_AND_THEN
-    {
-        return gauges;
-    }
-    let gauges = add_lanes(lanes, clock);
-    *told = Some((clock.boot, gauges));
-    gauges
+    seen_lately(&lanes.gauges, clock, || add_lanes(lanes, clock))
 }
 
 fn add_lanes(lanes: &Lanes, clock: &Clock) -> Gauges {
