@@ -230,21 +230,28 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
+pub(super) mod test_support {
+    use super::*;
+
+    pub(crate) const BREAKER: Breaker = Breaker { failures: 1, cool_down: Duration::from_mins(1) };
+    pub(crate) const MODEL: ModelName<'_> = ModelName { name: "m", in_config: true };
+
+    /// An endpoint learns how an attempt ended.
+    pub(crate) fn learn(live: &Live, effect: Effect, trial: Option<&Trial>) -> Option<Scope> {
+        let seen = Seen { effect, began: Instant::now(), trial: trial.map(Trial::scope) };
+        live.learn(MODEL, &seen, live.health.number(), Instant::now, &BREAKER)
+    }
+}
+
+#[cfg(test)]
 mod tests {
+    use super::test_support::{BREAKER, MODEL, learn};
     use super::*;
     use crate::ledger::{AccountId, Client};
     use crate::limit::Clock;
 
     fn client() -> Client {
         Client::new(Clock::read)
-    }
-
-    const BREAKER: Breaker = Breaker { failures: 1, cool_down: Duration::from_mins(1) };
-    const MODEL: ModelName<'_> = ModelName { name: "m", in_config: true };
-
-    fn learn(live: &Live, effect: Effect, trial: Option<&Trial>) -> Option<Scope> {
-        let seen = Seen { effect, began: Instant::now(), trial: trial.map(Trial::scope) };
-        live.learn(MODEL, &seen, live.health.number(), Instant::now, &BREAKER)
     }
 
     #[test]

@@ -301,22 +301,13 @@ fn is_reached_otherwise(before: &config::Endpoint, now: &config::Endpoint) -> bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Breaker;
     use crate::config::test_support::config;
     use crate::routing::health::{Effect, Scope, Seen};
-    use crate::routing::health_record::Trial;
+    use crate::routing::live::test_support::{BREAKER, MODEL, learn};
     use std::time::Duration;
 
     fn client() -> Client {
         Client::new(Clock::read)
-    }
-
-    const BREAKER: Breaker = Breaker { failures: 1, cool_down: Duration::from_mins(1) };
-    const MODEL: ModelName<'_> = ModelName { name: "m", in_config: true };
-
-    fn learn(live: &Live, effect: Effect, trial: Option<&Trial>) -> Option<Scope> {
-        let seen = Seen { effect, began: Instant::now(), trial: trial.map(Trial::scope) };
-        live.learn(MODEL, &seen, live.health.number(), Instant::now, &BREAKER)
     }
 
     #[test]
