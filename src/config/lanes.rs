@@ -20,7 +20,7 @@ pub(super) const LANES_MAX: usize = 20_000;
 const SHOWN_CHARS_MIN: usize = 20;
 /// Characters of a longer one that are shown, its last.
 const SHOWN_CHARS: usize = 4;
-/// Problems of one file or variable that are told; more are alike.
+/// Problems of one file or variable that are reported; more are alike.
 const PROBLEMS_MAX: usize = 10;
 
 /// A key of an endpoint, and what belongs to it alone.

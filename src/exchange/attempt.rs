@@ -459,7 +459,7 @@ impl Attempt {
         !self.terms.call.is_text() || self.meter.has_token() || is_counted()
     }
 
-    /// A refused key is told of where it is held against somebody.
+    /// Logs a rest. A refused key is logged where it is charged.
     fn log_effect(&self, outcome: &Outcome, effect: Effect) {
         let Effect::Rest { scope, wait, guessed } = effect else { return };
         let (whom, name) = (self.asked.words(), self.model.name().name);

@@ -72,7 +72,7 @@ pub struct BudgetShortage {
 }
 
 impl BudgetShortage {
-    /// What the client is told. `has_room_soon`: once requests under way have ended.
+    /// The message for the client. `has_room_soon`: once requests under way have ended.
     fn message(&self, has_room_soon: bool) -> String {
         let Self { name, budget, spent, reserved, wanted, is_too_large, ends } = self;
         let way_out = match ends {

@@ -56,8 +56,8 @@ pub(super) enum Payment {
     Elsewhere,
 }
 
-/// Calls that nothing but such costs: billed later, by the hour, the gigabyte or the search. Whoever names them in the `calls` of a key
-/// with a budget knows that nothing holds them; to name chats or messages says nothing of that.
+/// Calls that nothing but such costs: billed later, by the hour, the gigabyte or the search. An operator who names them in the
+/// `calls` of a key with a budget accepts that no budget limits them; to name chats or messages says nothing of that.
 const NAMED: [CallKind; 6] = [
     CallKind::Batches,
     CallKind::FineTuning,
@@ -109,7 +109,7 @@ impl Asked<'_> {
             CallKind::Other if has_part("batch") => Payment::Elsewhere,
             // What opens a realtime session outside of the gateway says nothing of what it takes there.
             CallKind::Realtime => Payment::Elsewhere,
-            // A run goes on, and what it took is told to who asks for it later.
+            // A run goes on, and a later request reads what it took.
             CallKind::Threads if !has_part("runs") => Payment::Free,
             _ if NAMED.contains(&self.kind) => Payment::Elsewhere,
             CallKind::Assistants

@@ -1,8 +1,8 @@
 //! Refusals of an endpoint's keys that come together and alike. A vendor that bans an address, or a wall in front of it, refuses every key
 //! with the same words: then the keys are not to blame, and the endpoint rests as a whole.
 //!
-//! It is a suspicion until a key is answered: then the address is in order, or in order again. Whoever was refused meanwhile is not blamed
-//! for that, but is next time, alone.
+//! It is a suspicion until a key is answered: then the address is in order, or in order again. A key that was refused meanwhile is not
+//! blamed for that, but is the next time that it alone is refused.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

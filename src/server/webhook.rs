@@ -20,9 +20,9 @@ use crate::config::{AlertEvent, Secret, Webhook, WebhookFormat, is_link_local};
 use crate::routing::pool::Pool;
 use crate::telemetry::alerts::{self, Alert};
 
-/// Time over which further alerts of one kind about one thing are told together.
+/// Time over which further alerts of one kind about one thing are sent as one.
 const FOLDED: Duration = Duration::from_mins(5);
-/// Things whose alerts are folded; alerts of more are told one by one.
+/// Things whose alerts are folded; alerts of more are sent one by one.
 const SUBJECTS_MAX: usize = 1000;
 /// Interval in which is looked for alerts whose time to be told together has come.
 const TICK: Duration = Duration::from_secs(1);
@@ -73,7 +73,7 @@ impl BackgroundService for Webhooks {
     }
 }
 
-/// Returns an alert that is to be told now; one that follows another of its kind is told later, with those that follow it.
+/// Returns an alert that is to be sent now; one that follows another of its kind is sent later, with those that follow it.
 fn fold(folding: &mut HashMap<(AlertEvent, String), Folding>, alert: Alert) -> Option<Alert> {
     let key = (alert.event, alert.subject.clone());
     if let Some(of) = folding.get_mut(&key) {

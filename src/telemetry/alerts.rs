@@ -1,5 +1,4 @@
-//! Alerts: what wants the hands of those who run the gateway. Whoever notices it says so here and goes on; a webhook tells it further,
-//! if there is one.
+//! Alerts: what needs an operator. The module that notices it raises it here and goes on; a webhook sends it, if there is one.
 
 use std::sync::OnceLock;
 use std::time::SystemTime;
