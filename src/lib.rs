@@ -23,12 +23,14 @@
 //! | `limit` | rate limits and quotas, pure |
 //! | `json` | readers of JSON that build no tree, pure |
 //! | `config` | from the file's text to checked values |
+//! | `database` | SQLite files of our own: making, migrating, moving aside |
 //! | `simulator` | endpoints that behave as a test or a demo wants |
 
 mod admin;
 pub mod billing;
 pub mod cli;
 pub mod config;
+mod database;
 pub mod exchange;
 pub mod fault;
 mod json;

@@ -13,6 +13,7 @@ use super::messages::Messages;
 use super::sqlite::{self, Opening, SqliteLedger};
 use super::{Client, FaultKind, Ledger, LedgerError};
 use crate::config::{self, AlertEvent, LedgerOnError, LedgerSync};
+use crate::database;
 use crate::limit::{Clock, Stamp};
 use crate::telemetry::alerts;
 
@@ -301,7 +302,7 @@ impl Keeping {
     }
 
     fn open(&mut self, minute_unknown: bool) {
-        let seen = sqlite::identity(&self.options.path).ok();
+        let seen = database::identity(&self.options.path).ok();
         let now = self.client.clock().boot;
         match open(&self.options, now, minute_unknown) {
             Ok(mut ledger) => {
@@ -337,7 +338,7 @@ impl Keeping {
     /// Moves a corrupt ledger aside and begins a new one. `seen` identifies the file that was found to be corrupt.
     fn replace(&mut self, seen: Option<(u64, u64)>) {
         let path = &self.options.path;
-        match sqlite::move_aside(path, seen) {
+        match database::move_aside(path, seen) {
             Ok(Some(aside)) => tell(
                 path,
                 &format!(

@@ -8,8 +8,9 @@ use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::file::{beside, explain, unusable};
-use super::{MIGRATIONS, check_pages, check_version};
+use super::file::{explain, explain_unusable, unusable};
+use super::{SCHEMA, check_pages};
+use crate::database::beside;
 use crate::ledger::LedgerError;
 
 const WAY_OUT: &str = "; let this program write to the file and its folder, or name another in server.ledger";
@@ -41,7 +42,7 @@ fn examine_file(path: &Path, file: &Path, fail: impl Fn(io::Error) -> LedgerErro
     may_create_in(file.parent().unwrap_or(Path::new(""))).map_err(&fail)?;
     let connection = open_as_it_is(file).map_err(|error| explain(path, &error))?;
     check_pages(&connection, path)?;
-    check_version(&connection, path, MIGRATIONS.len()).map(|_| ())
+    SCHEMA.version(&connection).map(|_| ()).map_err(|why| explain_unusable(path, &why))
 }
 
 /// Tries whether a file could be made in a folder: by one that has no name and is gone when it is closed, or else by one that is

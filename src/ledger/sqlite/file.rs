@@ -1,17 +1,14 @@
-//! The file of the ledger: creating it, connecting to it, identifying it, writing its log back, moving it aside.
+//! The file of the ledger: connecting to it, writing its log back, explaining its errors.
 
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use crate::config::LedgerSync;
+use crate::database::Unusable;
 use crate::ledger::{FaultKind, LedgerError};
 
 /// Page size. Pages are small, because a commit writes every page that it changes, and it changes two or three.
@@ -32,27 +29,6 @@ pub fn open_to_read(path: &Path) -> Result<Connection, LedgerError> {
     let connection = Connection::open_with_flags(path, flags).map_err(|error| explain(path, &error))?;
     connection.busy_timeout(LOCK_WAIT_MAX).map_err(|error| explain(path, &error))?;
     Ok(connection)
-}
-
-/// Moves a file that cannot be trusted aside, together with its write-ahead log and shared memory, unless another
-/// process has done so already. Returns the new path.
-pub fn move_aside(path: &Path, seen: Option<(u64, u64)>) -> io::Result<Option<PathBuf>> {
-    // The lock is held until it is dropped, so that only one process moves the file.
-    let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(beside(path, ".lock"))?;
-    lock.lock()?;
-    let now = identity(path)?;
-    if seen.is_some_and(|seen| seen != now) {
-        return Ok(None);
-    }
-    let aside = beside(path, &format!(".corrupt-{}", Timestamp::now().strftime("%Y%m%dT%H%M%SZ")));
-    for ending in ["-wal", "-shm"] {
-        match fs::rename(beside(path, ending), beside(&aside, ending)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
-    fs::rename(path, &aside)?;
-    Ok(Some(aside))
 }
 
 /// Writes the write-ahead log back into the file. Uses a connection of its own, so that no batch waits for the disk.
@@ -116,33 +92,6 @@ pub(super) fn connect(path: &Path, sync: LedgerSync, lock_wait: &Arc<AtomicU64>)
     Ok(connection)
 }
 
-/// Creates the file, accessible to its owner only, and its folder. Returns true if the file did not exist.
-pub(super) fn make_file(path: &Path) -> io::Result<bool> {
-    if let Some(folder) = path.parent()
-        && !folder.as_os_str().is_empty()
-    {
-        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    }
-    match OpenOptions::new().create_new(true).write(true).mode(0o600).open(path) {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Returns device and inode of the file, which stay the same if it is renamed. Reads them without opening the file:
-/// closing it again would release SQLite's locks on it.
-pub fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
-}
-
-pub(super) fn beside(path: &Path, ending: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(ending);
-    name.into()
-}
-
 pub(super) fn unusable(path: &Path, why: &str) -> LedgerError {
     LedgerError { kind: FaultKind::Unusable, message: format!("ledger {}: {why}", path.display()) }
 }
@@ -161,4 +110,12 @@ pub(in crate::ledger) fn explain(path: &Path, error: &rusqlite::Error) -> Ledger
         _ => (FaultKind::Unusable, ""),
     };
     LedgerError { kind, message: format!("ledger {}: {error}{way_out}", path.display()) }
+}
+
+/// Explains why the file is not one that this program can use.
+pub(super) fn explain_unusable(path: &Path, why: &Unusable) -> LedgerError {
+    match why {
+        Unusable::Sqlite(error) => explain(path, error),
+        Unusable::Foreign(why) => unusable(path, why),
+    }
 }

@@ -19,26 +19,27 @@ use super::places::{DELETED_AT_ONCE, PLACES_MAX, Place, PlaceChange, Thing, Thin
 use super::stats::Spent;
 use super::{AccountId, Change, FaultKind, Ledger, LedgerError, ModelList};
 use crate::config::LedgerSync;
+use crate::database::{Schema, identity, make_file};
 use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
 use crate::usage::Cost;
 pub use examine::examine;
 pub(super) use file::explain;
-pub use file::{LOCK_WAIT_MAX, checkpoint, identity, move_aside, open_to_read};
-use file::{connect, make_file, unusable};
+pub use file::{LOCK_WAIT_MAX, checkpoint, open_to_read};
+use file::{connect, explain_unusable, unusable};
 
-/// Identifies the file as this program's: "aptg" in ASCII.
-const APPLICATION_ID: i64 = 0x6170_7467;
-/// Steps from one schema version to the next. A step may add to the schema but must not change what is there: during an
-/// upgrade, the previous version still writes to the same file (it can do so as long as it does not have to open it
-/// again).
-const MIGRATIONS: [&str; 6] = [
-    include_str!("schema/1.sql"),
-    include_str!("schema/2.sql"),
-    include_str!("schema/3.sql"),
-    include_str!("schema/4.sql"),
-    include_str!("schema/5.sql"),
-    include_str!("schema/6.sql"),
-];
+/// The file's schema. Its id is "aptg" in ASCII.
+const SCHEMA: Schema<'static> = Schema {
+    application_id: 0x6170_7467,
+    steps: &[
+        include_str!("schema/1.sql"),
+        include_str!("schema/2.sql"),
+        include_str!("schema/3.sql"),
+        include_str!("schema/4.sql"),
+        include_str!("schema/5.sql"),
+        include_str!("schema/6.sql"),
+    ],
+    named_by: "server.ledger",
+};
 /// `kind` of [`AccountId::Models`] in the tables `account_minute` and `account_day`.
 const MODELS: &str = "models";
 /// The same of [`AccountId::Lane`].
@@ -110,27 +111,6 @@ fn check_pages(connection: &Connection, path: &Path) -> Result<(), LedgerError> 
     Err(LedgerError { kind: FaultKind::Corrupt, message: format!("ledger {}: {found}", path.display()) })
 }
 
-/// Returns the version of the schema, and whether the file is empty. Fails if it is another program's, or too new.
-fn check_version(connection: &Connection, path: &Path, newest: usize) -> Result<(usize, bool), LedgerError> {
-    let number = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
-    let version = number("user_version").map_err(|error| explain(path, &error))?;
-    let application = number("application_id").map_err(|error| explain(path, &error))?;
-    let tables = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, u32>(0));
-    let is_empty = tables.map_err(|error| explain(path, &error))? == 0;
-    if application != APPLICATION_ID && !is_empty {
-        return Err(unusable(path, "is another program's database; name another file in server.ledger"));
-    }
-    let version = usize::try_from(version).unwrap_or(usize::MAX);
-    if version > newest {
-        let why = format!(
-            "has schema version {version}, and this program knows {newest} at most; run the newer program that wrote it, or \
-             name another file in server.ledger"
-        );
-        return Err(unusable(path, &why));
-    }
-    Ok((version, is_empty))
-}
-
 impl SqliteLedger {
     /// Opens the ledger. Creates it if it does not exist.
     pub fn open(path: &Path, sync: LedgerSync, opening: &Opening<'_>) -> Result<Self, LedgerError> {
@@ -147,7 +127,7 @@ impl SqliteLedger {
             lock_wait,
         };
         check_pages(&ledger.connection, path)?;
-        ledger.migrate(&MIGRATIONS)?;
+        ledger.migrate(&SCHEMA)?;
         ledger.begin_boot(opening)?;
         if is_new {
             log::info!("ledger {}: created", path.display());
@@ -172,30 +152,11 @@ impl SqliteLedger {
     }
 
     /// Migrates the schema to the newest version.
-    fn migrate(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
-        self.exec("BEGIN IMMEDIATE")?;
-        let migrated = self.migrate_inside(steps);
-        match migrated {
-            Ok(()) => self.exec("COMMIT"),
-            Err(error) => {
-                self.roll_back();
-                Err(error)
-            }
-        }
-    }
-
-    fn migrate_inside(&mut self, steps: &[&str]) -> Result<(), LedgerError> {
-        let (version, is_empty) = check_version(&self.connection, &self.path, steps.len())?;
-        let todo = steps.get(version..).unwrap_or_default();
-        if todo.is_empty() {
-            return Ok(());
-        }
-        for step in todo {
-            self.exec(step)?;
-        }
-        self.exec(&format!("PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {}", steps.len()))?;
-        if !is_empty {
-            log::info!("ledger {}: schema upgraded from version {version} to {}", self.path.display(), steps.len());
+    fn migrate(&mut self, schema: &Schema<'_>) -> Result<(), LedgerError> {
+        let before = schema.migrate(&mut self.connection).map_err(|why| explain_unusable(&self.path, &why))?;
+        let newest = schema.steps.len();
+        if before.number < newest && !before.is_empty {
+            log::info!("ledger {}: schema upgraded from version {} to {newest}", self.path.display(), before.number);
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 use std::os::unix::fs::PermissionsExt;
 
-use super::file::beside;
 use super::*;
+use crate::database::{beside, move_aside};
 use crate::ledger::stats;
 use crate::usage::prices::NanoUsd;
 use crate::usage::{Speed, Tokens};
@@ -253,19 +253,21 @@ fn the_schema_is_brought_forward_and_nothing_is_lost() {
     let path = folder.path().join("ledger.db");
     let mut ledger = open(&path, &BOOT);
     add(&mut ledger, 4000, 3);
-    let newer = [&MIGRATIONS[..], &["ALTER TABLE day ADD COLUMN note TEXT"]].concat();
+    let newer = [SCHEMA.steps, &["ALTER TABLE day ADD COLUMN note TEXT"]].concat();
+    let newer = Schema { steps: &newer, ..SCHEMA };
     ledger.migrate(&newer).unwrap();
     ledger.migrate(&newer).unwrap();
     assert_eq!(minute(&mut ledger), [(4000, 3)]);
     let version: i64 = ledger.connection.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
-    assert_eq!(usize::try_from(version), Ok(newer.len()));
+    assert_eq!(usize::try_from(version), Ok(newer.steps.len()));
     ledger.connection.prepare("SELECT note FROM day").unwrap();
     drop(ledger);
     // An older version refuses the file, since it cannot know what a newer schema means.
     let error = SqliteLedger::open(&path, LedgerSync::Normal, &BOOT).unwrap_err();
     assert_eq!(error.kind, FaultKind::Unusable);
     assert!(
-        error.message.contains(&format!("schema version {}", newer.len())) && error.message.contains("server.ledger"),
+        error.message.contains(&format!("schema version {}", newer.steps.len()))
+            && error.message.contains("server.ledger"),
         "{error}"
     );
 }
@@ -276,7 +278,8 @@ fn a_step_that_fails_leaves_the_schema_as_it_was() {
     let path = folder.path().join("ledger.db");
     let mut ledger = open(&path, &BOOT);
     add(&mut ledger, 4000, 3);
-    let failing = [&MIGRATIONS[..], &["ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"]].concat();
+    let failing = [SCHEMA.steps, &["ALTER TABLE day ADD COLUMN x TEXT; SELECT nonsense"]].concat();
+    let failing = Schema { steps: &failing, ..SCHEMA };
     ledger.migrate(&failing).unwrap_err();
     drop(ledger);
     assert_eq!(minute(&mut open(&path, &BOOT)), [(4000, 3)]);
