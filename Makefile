@@ -247,6 +247,10 @@ bench-strangers: bench-programs ## Callers' latencies beside five thousand stran
 	$(call install,slowhttptest,slowhttptest)
 	python3 benches/strangers.py
 
+.PHONY: bench-request-log
+bench-request-log: build-tools ## Measure the request log: its writer at 2,000 requests a second, searches in a million (ROWS=10000000 for ten)
+	cargo bench --locked --bench request_log
+
 .PHONY: bench-scale
 bench-scale: bench-programs ## Ten thousand streams, two hundred endpoints, five hundred large bodies; into BENCHMARKS.md too
 	python3 benches/scale.py --write

@@ -2,11 +2,12 @@
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use rusqlite::Connection;
+use rusqlite::{Connection, OpenFlags};
 
 /// Schema of a kind of files.
 #[derive(Clone, Copy, Debug)]
@@ -125,6 +126,19 @@ pub(crate) fn move_aside(path: &Path, seen: Option<(u64, u64)>) -> io::Result<Op
     }
     fs::rename(path, &aside)?;
     Ok(Some(aside))
+}
+
+/// Opens the file to read it. Without a write-ahead log no other process uses it; it is then opened as a file that nothing
+/// changes, since SQLite would make the log and a shared memory otherwise.
+pub(crate) fn open_as_it_is(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    if beside(path, "-wal").exists() {
+        return Connection::open_with_flags(path, flags);
+    }
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(byte);
+    let escaped = |byte: &u8| if plain(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") };
+    let name: String = path.as_os_str().as_bytes().iter().map(escaped).collect();
+    Connection::open_with_flags(format!("file:{name}?immutable=1"), flags | OpenFlags::SQLITE_OPEN_URI)
 }
 
 /// The path with an ending behind it.

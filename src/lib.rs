@@ -14,6 +14,7 @@
 //! | `exchange` | one request at one endpoint: hold, commit or drop its answer |
 //! | `routing` | who takes a request: candidates, strategies, health, retries |
 //! | `ledger` | every count on disk: permits and tokens |
+//! | `request_log` | a row for every request and every attempt, in a file of its own |
 //! | `telemetry` | metrics and the log |
 //! | `response` | readers of answers, pure |
 //! | `usage` | tokens of an answer, pure |
@@ -39,6 +40,7 @@ pub mod limit;
 mod process;
 pub mod proxy;
 pub mod request;
+pub mod request_log;
 pub mod response;
 pub mod routing;
 pub mod server;

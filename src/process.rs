@@ -10,6 +10,7 @@ use crate::billing::estimate::Estimator;
 use crate::ledger;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
+use crate::request_log::RequestLog;
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 
@@ -26,6 +27,8 @@ pub struct Process {
     pub draining: Draining,
     /// State of the ledger.
     pub ledger: ledger::LedgerState,
+    /// Log of requests.
+    pub(crate) request_log: RequestLog,
     /// Estimates the tokens that no endpoint reports.
     pub estimator: Estimator,
     /// State of the config file.

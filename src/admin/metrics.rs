@@ -33,6 +33,7 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     add_counters(&scrape, from);
     process_metrics::add(&scrape, from.process.started_at);
     add_closed_connections(&scrape, from);
+    add_request_log(&scrape, from);
     add_endpoints(&scrape, from, &endpoints, &views);
     add_limits(&scrape, &endpoints, &views);
     add_model_limits(&scrape, &endpoints, &views);
@@ -123,6 +124,20 @@ fn add_counters(scrape: &Scrape, from: Sources<'_>) {
     ] {
         scrape.counter(name, help, value);
     }
+}
+
+fn add_request_log(scrape: &Scrape, from: Sources<'_>) {
+    let Some(log) = from.process.request_log.state() else { return };
+    let up = "1 if the request log can be written.";
+    scrape.gauge("api_together_request_log_up", up, log.error.is_none().into());
+    scrape.gauge("api_together_request_log_bytes", "Size of the request log's file in bytes.", log.bytes);
+    scrape.counter("api_together_request_log_written_total", "Requests written to the request log.", log.written);
+    scrape.counters(
+        "api_together_request_log_dropped_total",
+        "Requests that are not in the request log, by reason.",
+        ["reason"],
+        log.dropped.by_reason().map(|(reason, count)| ([reason.name()], count)),
+    );
 }
 
 fn add_closed_connections(scrape: &Scrape, from: Sources<'_>) {

@@ -6,13 +6,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use jiff::Timestamp;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{Sources, lanes};
 use crate::config::{Limit, PerLimit, StreamUsage};
 use crate::ledger::{self, AccountId, AccountSet, LimitedAccount};
 use crate::limit::{Clock, Gauge, Limits, Stamp, View};
 use crate::process::{ConfigState, FileState, Process};
+use crate::request_log::LogState;
 use crate::routing::health::{EndpointHealth, Gate, Health};
 use crate::routing::pool::{Endpoint, Pool};
 use crate::routing::usage_injection::UsageInjection;
@@ -21,7 +22,7 @@ pub(super) const SERVICE: &str = "api-together";
 
 /// The status, as JSON.
 pub(crate) async fn status(from: Sources<'_>) -> String {
-    let Sources { pool, process: Process { open, ledger, estimator, config, started_at, .. }, .. } = from;
+    let Sources { pool, process: Process { open, ledger, request_log, estimator, config, started_at, .. }, .. } = from;
     let views = Views::look(pool).await;
     let clock = pool.clock();
     let apis: Vec<Value> = pool.endpoints.iter().map(|endpoint| api(pool, endpoint, &views, &clock)).collect();
@@ -34,6 +35,7 @@ pub(crate) async fn status(from: Sources<'_>) -> String {
         "strategy": pool.server.strategy,
         "config": config_state(config, pool),
         "ledger": ledger_state(ledger, pool),
+        "requestLog": request_log.state().as_ref().map(request_log_state),
         "estimates": { "waiting": estimator.waiting(), "dropped": estimator.dropped() },
         "apis": apis,
     })
@@ -48,6 +50,20 @@ fn config_state(config: &ConfigState, pool: &Pool) -> Value {
         "error": error,
         "needsUpgrade": needs_upgrade,
         "keysError": keys_error,
+    })
+}
+
+fn request_log_state(log: &LogState) -> Value {
+    let dropped: Map<String, Value> =
+        log.dropped.by_reason().map(|(reason, count)| (reason.name().to_owned(), count.into())).collect();
+    json!({
+        "state": if log.error.is_some() { "failing" } else { "ok" },
+        "path": log.path.display().to_string(),
+        "error": log.error,
+        "written": log.written,
+        "waiting": log.waiting,
+        "dropped": dropped,
+        "bytes": log.bytes,
     })
 }
 

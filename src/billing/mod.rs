@@ -14,7 +14,7 @@ use crate::request::call::Call;
 use crate::routing::retry::Outcome;
 use crate::telemetry::metrics::metrics;
 use crate::usage::prices::{NanoUsd, PricedTokens};
-use crate::usage::{Cost, Speed, Tokens, Usage};
+use crate::usage::{Cost, Speed, Tokens, Usage, tokens_per_second};
 
 /// Measurements of a request's answer.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,9 +29,6 @@ pub struct Measured {
     pub price: Option<NanoUsd>,
 }
 
-/// Shorter than that is not how long a stream took to be generated: all of it lay ready.
-const GENERATION_MIN: Duration = Duration::from_millis(10);
-
 impl Measured {
     fn speed(&self, tokens: Tokens) -> Speed {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
@@ -45,9 +42,7 @@ impl Measured {
 
     /// Tokens a second, from the first one to the end.
     pub fn tokens_per_second(&self) -> Option<f64> {
-        let (tokens, time) = (self.tokens?.completion, self.generation.filter(|time| *time >= GENERATION_MIN)?);
-        #[expect(clippy::cast_precision_loss, reason = "nobody counts that many")]
-        (tokens > 0).then(|| tokens as f64 / time.as_secs_f64())
+        tokens_per_second(self.tokens?.completion, self.generation?)
     }
 }
 

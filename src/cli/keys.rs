@@ -7,13 +7,14 @@ use anstyle::{AnsiColor, Style};
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use clap::{Args, Subcommand};
-use jiff::{SignedDuration, Span, Timestamp};
+use jiff::{SignedDuration, Timestamp};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use serde_json::{Map, Value, json};
 
 use super::files::ConfigFile;
 use super::status::Output;
 use super::table::Table;
+use super::times::parse_time;
 use crate::config::{self, BudgetPeriod, Config, Environment, Flags, KeyDigest, KeysChange, PerLimit};
 use crate::routing::callers::GENERATED_PREFIX;
 use crate::server::control::{self, Request};
@@ -345,16 +346,6 @@ fn table(keys: &[ListedKey]) -> Table {
         table.row(row);
     }
     table
-}
-
-/// A time such as 24h, 7d, 90m or 0s.
-fn parse_time(text: &str) -> Result<Duration, String> {
-    let span: Span = text.parse().map_err(|_| format!("{text:?} is no time such as 24h, 7d or 0s"))?;
-    let seconds = span.total((jiff::Unit::Second, jiff::SpanRelativeTo::days_are_24_hours()));
-    seconds
-        .ok()
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .ok_or_else(|| format!("{text:?} is no time such as 24h, 7d or 0s"))
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use clap_mangen::roff::{Inline, Roff, bold, italic, roman};
 /// A term and what it means.
 type Entry = (&'static str, &'static str);
 
-const FILES: [Entry; 9] = [
+const FILES: [Entry; 10] = [
     (
         "conf/apis.json, conf/apis.yaml, conf/apis.yml",
         "The config file, from the folder that the program is started in.",
@@ -26,6 +26,10 @@ const FILES: [Entry; 9] = [
         "data/ledger.db",
         "Every count, beside the config file; of a systemd service ledger.db in $STATE_DIRECTORY (/var/lib/api-together). \
          server.ledger names another file.",
+    ),
+    (
+        "data/requests.db",
+        "The request log, beside the ledger. server.requestLog.path names another file; `api-together log` reads it.",
     ),
     (
         "run/",

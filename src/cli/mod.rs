@@ -5,12 +5,14 @@ mod check;
 mod demo;
 mod files;
 mod keys;
+mod log;
 mod manual;
 mod serve;
 mod status;
 mod stop;
 mod table;
 mod test;
+mod times;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -104,6 +106,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show requests of the request log, those that ended last, or one of them with all that is known of it.
+    Log(Box<log::ShowLog>),
     /// Make, list, rotate and revoke keys of clients. The running process uses what is changed at once.
     Keys {
         #[command(subcommand)]
@@ -194,6 +198,7 @@ impl Cli {
                 done(status::show(&file(config).runtime_folders(), Output::new(json), watch))
             }
             Command::Models { json } => done(status::show_models(&file(config).runtime_folders(), Output::new(json))),
+            Command::Log(asked) => done(log::show(&file(config), &asked)),
             Command::Keys { command } => done(keys::run(&file(config), command)),
             Command::Stop { now } => done(stop::stop(&file(config).runtime_folders(), now)),
             Command::StartSuccessor { result, socket, command } => done(Starter { result, socket, command }.run()),

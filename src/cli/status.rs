@@ -11,6 +11,7 @@ use jiff::{Timestamp, ZonedDateTime};
 use serde::Deserialize;
 
 use super::table::Table;
+use super::times::moment;
 use crate::config::PerLimit;
 use crate::server::callable;
 use crate::server::control::{self, Request};
@@ -93,7 +94,14 @@ struct Status {
     open_requests: u64,
     config: Config,
     ledger: Ledger,
+    request_log: Option<RequestLog>,
     apis: Vec<Api>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RequestLog {
+    error: Option<String>,
+    dropped: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -253,7 +261,7 @@ fn full(by: &str, frees: Option<Timestamp>, now: &ZonedDateTime) -> String {
 }
 
 fn status_text(running: &Running, status: &Status, now: &ZonedDateTime) -> String {
-    let Status { started_at, open_requests, config, ledger, apis } = status;
+    let Status { started_at, open_requests, config, ledger, request_log, apis } = status;
     let scheme = if running.tls { "https" } else { "http" };
     let since = started_at.map_or_else(String::new, |at| format!(", up {}", age(at, now)));
     let mut lines = vec![format!(
@@ -280,6 +288,15 @@ fn status_text(running: &Running, status: &Status, now: &ZonedDateTime) -> Strin
             format!("ledger    {BAD}{}{BAD:#}, {}: {error}", ledger.state, ledger.path)
         }
     });
+    if let Some(RequestLog { error, dropped }) = request_log {
+        if let Some(error) = error {
+            lines.push(format!("log       {BAD}requests are not logged{BAD:#}: {error}"));
+        }
+        let dropped: u64 = dropped.values().sum();
+        if dropped > 0 {
+            lines.push(format!("log       {BUSY}{dropped} requests are not in the request log{BUSY:#}"));
+        }
+    }
     lines.push(format!("requests  {open_requests} open, {} queued\n", ledger.queued));
     lines.push(endpoints(apis, now).text());
     let mut errors = Table::new(&["ENDPOINT", "AT", "LAST ERROR"]);
@@ -370,13 +387,6 @@ fn models_text(status: &Status, now: &ZonedDateTime) -> String {
         table.row(vec![(name.to_owned(), PLAIN), (api.id.clone(), PLAIN), (sent.to_owned(), PLAIN), state]);
     }
     table.text()
-}
-
-/// A moment as people say it: with its date only if that is another.
-fn moment(at: Timestamp, now: &ZonedDateTime) -> String {
-    let at = at.to_zoned_datetime(now.time_zone().clone());
-    let form = if at.date() == now.date() { "%H:%M:%S" } else { "%Y-%m-%d %H:%M:%S" };
-    at.strftime(form).to_string()
 }
 
 fn age(since: Timestamp, now: &ZonedDateTime) -> String {

@@ -12,6 +12,8 @@ const GAP: usize = 2;
 #[derive(Debug)]
 pub(super) struct Table {
     rows: Vec<Vec<Cell>>,
+    /// Least widths of the columns.
+    least: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -24,7 +26,7 @@ impl Table {
     /// A table without rows.
     pub(super) fn new(head: &[&str]) -> Self {
         let head = head.iter().map(|text| Cell { text: (*text).to_owned(), style: HEAD }).collect();
-        Self { rows: vec![head] }
+        Self { rows: vec![head], least: Vec::new() }
     }
 
     /// Adds a row.
@@ -37,11 +39,21 @@ impl Table {
         self.rows.len() <= 1
     }
 
+    /// Makes columns as wide as those of another table, at least.
+    pub(super) fn widen(&mut self, widths: &[usize]) {
+        self.least = widths.to_vec();
+    }
+
+    /// The widths of its columns.
+    pub(super) fn widths(&self) -> Vec<usize> {
+        let columns = self.rows.first().map_or(0, Vec::len);
+        let cells = |column: usize| self.rows.iter().filter_map(move |row| row.get(column)).map(Cell::width);
+        (0..columns).map(|column| cells(column).chain(self.least.get(column).copied()).max().unwrap_or(0)).collect()
+    }
+
     /// The text, in which each column is as wide as its widest cell.
     pub(super) fn text(&self) -> String {
-        let columns = self.rows.first().map_or(0, Vec::len);
-        let width = |column| self.rows.iter().filter_map(|row| row.get(column)).map(Cell::width).max().unwrap_or(0);
-        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let widths = self.widths();
         let mut text = String::new();
         for row in &self.rows {
             for (index, (cell, width)) in row.iter().zip(&widths).enumerate() {

@@ -93,6 +93,7 @@ pub struct KeyHash {
 
 /// A client's key.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "switches of the config, each of its own")]
 pub struct ClientKey {
     /// Name.
     pub name: Arc<str>,
@@ -120,6 +121,8 @@ pub struct ClientKey {
     pub weight: u32,
     /// Labels.
     pub tags: Vec<String>,
+    /// True if the request log keeps its bodies.
+    pub log_bodies: bool,
     /// False while it is switched off.
     pub enabled: bool,
     /// True once it has been revoked.
@@ -251,6 +254,7 @@ fn client_key(typed: ClientKeyFile, path: &str, around: &Around<'_>, check: &mut
         allow_from,
         weight: weight(typed.weight, &at("weight"), check),
         tags: typed.tags.unwrap_or_default(),
+        log_bodies: typed.log_bodies.unwrap_or(file::LOG_BODIES_DEFAULT),
         enabled: typed.enabled.unwrap_or(file::ENABLED_DEFAULT),
         revoked: typed.revoked.unwrap_or_default(),
         cut: typed.cut.unwrap_or_default(),

@@ -11,6 +11,7 @@ use super::connections::ConnectionLimits;
 use super::endpoint::{Door, Endpoint, EndpointTls, ModelLimits, Timeouts};
 use super::lanes::{EndpointKeys, Lane};
 use super::proxy::Proxy;
+use super::request_log::RequestLog;
 use super::server::{Breaker, Queue, Retry, Server, ServerTls};
 use super::spelling::{self, millis, optional, path, plain, seconds, word};
 
@@ -73,6 +74,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         timezone: _,
         queue: _,
         affinity: _,
+        request_log,
         log_format: _,
         estimate_tokens: _,
     } = running;
@@ -87,6 +89,9 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     lines.compare(&at("metricsListen"), |at| optional(at.as_ref(), plain), metrics_listen, &wanted.metrics_listen);
     lines.compare(&at("connections.h2IdleSeconds"), seconds, &connections.h2_idle, &wanted.connections.h2_idle);
     lines.compare(&at("ledger"), path, ledger, &wanted.ledger);
+    let log_path = |log: &Option<RequestLog>| log.as_ref().map(|log| log.path.clone());
+    let log_paths = (log_path(request_log), log_path(&wanted.request_log));
+    lines.compare(&at("requestLog.path"), |log| optional(log.as_ref(), path), &log_paths.0, &log_paths.1);
     lines.compare(&at("ledgerSync"), word, ledger_sync, &wanted.ledger_sync);
     lines.compare(&at("ledgerOnError"), word, ledger_on_error, &wanted.ledger_on_error);
     match (tls, &wanted.tls) {
@@ -125,6 +130,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         timezone,
         queue,
         affinity,
+        request_log,
         log_format,
         estimate_tokens,
         host: _,
@@ -184,6 +190,11 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     };
     lines.compare(&at("queue"), queued, queue, &after.queue);
     affinities(lines, affinity, &after.affinity);
+    if let (Some(before), Some(after)) = (request_log, &after.request_log) {
+        let days = |age: &Duration| (age.as_secs() / (24 * 60 * 60)).to_string();
+        lines.compare(&at("requestLog.days"), days, &before.age, &after.age);
+        lines.compare(&at("requestLog.bytesMax"), plain, &before.bytes_max, &after.bytes_max);
+    }
     lines.compare(&at("logFormat"), word, log_format, &after.log_format);
     lines.compare(&at("estimateTokens"), plain, estimate_tokens, &after.estimate_tokens);
     if *timezone != after.timezone {

@@ -69,6 +69,7 @@ pub(super) const LEARN_LIMITS_DEFAULT: bool = false;
 /// US dollars for a million tokens.
 pub(super) const PRICE_MAX: u32 = 1_000_000;
 pub(super) const RESERVE_TOKENS_DEFAULT: u32 = 4096;
+pub(super) const LOG_BODIES_DEFAULT: bool = false;
 pub(super) const SHARE_IDS_DEFAULT: bool = false;
 pub(super) const COST_HEADER_DEFAULT: bool = false;
 pub(super) const ESTIMATE_TOKENS_DEFAULT: bool = true;
@@ -77,6 +78,12 @@ pub(super) const PREFIX_DEFAULT: bool = false;
 pub(super) const DROP_SEALED_DEFAULT: bool = false;
 pub(super) const ID_DAYS_DEFAULT: u32 = 30;
 pub(super) const ID_DAYS_MAX: u32 = 3660;
+pub(super) const REQUEST_LOG_DEFAULT: &str = "requests.db";
+pub(super) const REQUEST_LOG_DAYS_DEFAULT: u32 = 30;
+pub(super) const REQUEST_LOG_DAYS_MAX: u32 = 3660;
+pub(super) const REQUEST_LOG_BYTES_DEFAULT: u64 = 2 * 1024 * 1024 * 1024;
+pub(super) const REQUEST_LOG_BYTES_MIN: u64 = 16 * 1024 * 1024;
+pub(super) const REQUEST_LOG_BYTES_MAX: u64 = 1024 * 1024 * 1024 * 1024;
 pub(super) const DISCOVER_DEFAULT: bool = false;
 pub(super) const DISCOVERY_MINUTES_DEFAULT: u32 = 360;
 pub(super) const DISCOVERY_MINUTES_MAX: u32 = 44_640;
@@ -213,6 +220,8 @@ pub(super) struct ServerFile {
     pub queue: Option<QueueFile>,
     /// Affinity: which requests go where earlier ones went.
     pub affinity: Option<AffinityFile>,
+    /// Log of requests in a file of its own, which `api-together log` reads: a row for every request and every attempt.
+    pub request_log: Option<RequestLogFile>,
     /// Format of log lines: text, or one JSON object a line.
     #[schemars(extend("default" = LogFormat::Text))]
     pub log_format: Option<LogFormat>,
@@ -250,6 +259,23 @@ pub(super) struct ConnectionsFile {
     /// Longest time that an HTTP/2 connection stays open without a request, in seconds.
     #[schemars(range(min = 1, max = CONNECTION_SECONDS_MOST), extend("default" = KEEP_ALIVE_SECONDS_DEFAULT))]
     pub h2_idle_seconds: Option<u32>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct RequestLogFile {
+    /// `false`: requests are not logged there.
+    #[schemars(extend("default" = ENABLED_DEFAULT))]
+    pub enabled: Option<bool>,
+    /// The file. It is created with its folder if it does not exist, for its owner alone. A relative path starts from the config's folder.
+    /// Default: `requests.db` beside the ledger.
+    pub path: Option<String>,
+    /// Days for which requests are kept.
+    #[schemars(range(min = 1, max = REQUEST_LOG_DAYS_MAX), extend("default" = REQUEST_LOG_DAYS_DEFAULT))]
+    pub days: Option<u32>,
+    /// Largest size of the file in bytes; of more the oldest requests are deleted. Default: 2 GiB.
+    #[schemars(range(min = REQUEST_LOG_BYTES_MIN, max = REQUEST_LOG_BYTES_MAX), extend("default" = REQUEST_LOG_BYTES_DEFAULT))]
+    pub bytes_max: Option<u64>,
 }
 
 #[derive(Deserialize, JsonSchema, Default)]
@@ -341,6 +367,9 @@ pub(super) struct ClientKeyFile {
     pub weight: Option<u16>,
     /// Labels of its requests in the log.
     pub tags: Option<Vec<String>>,
+    /// `true`: the request log keeps the bodies of its requests and of their answers, up to 64 KiB of each, with keys in them redacted.
+    #[schemars(extend("default" = LOG_BODIES_DEFAULT))]
+    pub log_bodies: Option<bool>,
     /// `false`: it opens nothing.
     #[schemars(extend("default" = ENABLED_DEFAULT))]
     pub enabled: Option<bool>,

@@ -36,7 +36,7 @@ impl Secret {
 }
 
 /// Covers what looks like a key in a text that is shown: it may have been put into the wrong place.
-pub(super) fn without_keys(text: &str) -> String {
+pub(crate) fn without_keys(text: &str) -> String {
     /// How keys of well-known vendors begin.
     const BEGINNINGS: [&str; 9] = ["sk-", "sk_", "gsk_", "xai-", "AIza", "nvapi-", "hf_", "pplx-", "ghp_"];
     let is_of_key = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');

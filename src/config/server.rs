@@ -22,6 +22,7 @@ use super::keys_file::KeysFile;
 use super::memory::memory_bytes;
 use super::prices::{PriceEntry, prices};
 use super::problem::join;
+use super::request_log::{RequestLog, request_log};
 use super::status_set::StatusSet;
 use super::webhook::{Webhook, webhook};
 use crate::config::secret::Secret;
@@ -96,6 +97,8 @@ pub struct Server {
     pub queue: Option<Queue>,
     /// Which requests go where earlier ones went.
     pub affinity: AffinityRules,
+    /// Log of requests in a file of its own, if there is one.
+    pub request_log: Option<RequestLog>,
     /// Format of log lines.
     pub log_format: LogFormat,
     /// Address that serves `/metrics` without a key.
@@ -285,6 +288,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
             .filter(|seconds| *seconds > 0)
             .map(|seconds| Duration::from_secs(seconds.into())),
         forward_headers,
+        request_log: request_log(typed.request_log.unwrap_or_default(), ledger.as_deref()?, check),
         ledger: ledger?,
         ledger_on_error: typed.ledger_on_error.unwrap_or_default(),
         ledger_sync: typed.ledger_sync.unwrap_or_default(),

@@ -14,6 +14,7 @@ use crate::ledger::{AccountSet, CallerDraw, CallerId, Permit, QueuedBy};
 use crate::request::call::Call;
 use crate::request::fields::{ModelPlace, ServiceTier, UsageEdit};
 use crate::request::shape::CallShape;
+use crate::request_log::KeptBody;
 use crate::routing::admission::FallbackDraw;
 use crate::routing::balance::{KeyWish, Options};
 use crate::routing::budgets::BudgetAsk;
@@ -78,7 +79,11 @@ pub struct Ask {
     pub usage_edit: Option<UsageEdit>,
     /// The body as it came, until the answer is committed.
     pub body: Bytes,
-    /// The same from then on, if the tokens may have to be estimated.
+    /// Its length.
+    pub body_bytes: usize,
+    /// The beginning of it, if the request log keeps it.
+    pub(crate) logged: Option<Box<KeptBody>>,
+    /// The body from then on, if the tokens may have to be estimated.
     pub prompt: Bytes,
     /// When the body had been read.
     pub read_at: Instant,

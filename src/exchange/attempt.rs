@@ -10,11 +10,13 @@ use super::objects::is_object_missing;
 use super::{Ask, AttemptBudget, AttemptObjects};
 use crate::config::{Breaker, Server, StreamUsage, Trouble};
 use crate::exchange::judge::Terms;
+use crate::fault::HeldBy;
 use crate::ledger::{AccountSet, Client, Drawn, Permit};
 use crate::limit::Clock;
 use crate::request::call::Call;
 use crate::request::fields::ServiceTier;
 use crate::request::shape::CallShape;
+use crate::request_log::{Attempted, Name};
 use crate::response::classify::Meaning;
 use crate::response::decode::Encoding;
 use crate::response::redact::Secrets;
@@ -42,6 +44,8 @@ enum Stage {
     Committed(Outcome),
     /// The attempt's outcome has been counted, once and for all.
     Concluded {
+        /// How it ended.
+        outcome: Outcome,
         /// True if an answer with a status of success was let through before.
         succeeded: bool,
     },
@@ -65,6 +69,9 @@ impl AskedModel {
         ModelName { name, in_config: self.in_config }
     }
 }
+
+/// Label in the request log of an attempt that its request ended without.
+const UNFINISHED: &str = "unfinished";
 
 /// Interim answers (1xx) of one attempt, which are not sent on.
 const INTERIM_MAX: u8 = 100;
@@ -120,8 +127,8 @@ pub struct Attempt {
     trial: Option<Trial>,
     /// Its failure, as long as it may be the request's.
     charge: Option<Charge>,
-    /// What its error meant, if it ended with one.
-    meaning: Option<Meaning>,
+    /// Candidates that could not be asked in its place, if requests are logged.
+    pub passed_over: Vec<HeldBy>,
     breaker: Breaker,
     first_byte: Option<Duration>,
     first_token: Option<Instant>,
@@ -167,7 +174,7 @@ impl Attempt {
             sent_at: now,
             trial: choice.trial,
             charge: None,
-            meaning: None,
+            passed_over: Vec::new(),
             breaker: server.breaker.clone(),
             first_byte: None,
             first_token: None,
@@ -296,7 +303,38 @@ impl Attempt {
 
     /// What the error meant that it ended with.
     pub fn meaning(&self) -> Option<Meaning> {
-        self.meaning
+        self.concluded()?.meaning().copied()
+    }
+
+    /// How it ended, once it has.
+    fn concluded(&self) -> Option<&Outcome> {
+        match &self.stage {
+            Stage::Concluded { outcome, .. } => Some(outcome),
+            _ => None,
+        }
+    }
+
+    /// The attempt as the request log has it, at its end. `came`: when the request came.
+    pub(crate) fn entry(&self, came: Instant, now: Instant) -> Attempted {
+        let outcome = self.concluded();
+        let meaning = outcome.and_then(Outcome::meaning);
+        let status = match outcome {
+            Some(Outcome::Answered { status }) => Some(*status),
+            _ => meaning.map(|meaning| meaning.status),
+        };
+        let name = self.model.mapped.as_ref().or(self.model.named.as_ref());
+        Attempted {
+            began: self.started.saturating_duration_since(came),
+            took: now.saturating_duration_since(self.started),
+            first_byte: self.first_byte,
+            endpoint: Arc::clone(&self.asked.endpoint.config.id),
+            lane: self.asked.lane().filter(|lane| lane.live().is_some()).map(|lane| Arc::clone(&lane.config.label)),
+            model: name.cloned().map(if self.model.in_config { Name::Known } else { Name::Any }),
+            outcome: outcome.map_or(UNFINISHED, Outcome::label),
+            status,
+            trouble: meaning.map(|meaning| (meaning.trouble.name(), meaning.rule)),
+            passed_over: self.passed_over.clone(),
+        }
     }
 
     /// Takes the failure that may be the request's.
@@ -313,7 +351,7 @@ impl Attempt {
     pub fn has_succeeded(&self) -> bool {
         match &self.stage {
             Stage::Committed(outcome) => outcome.is_success(),
-            Stage::Concluded { succeeded } => *succeeded,
+            Stage::Concluded { succeeded, .. } => *succeeded,
             Stage::Waiting | Stage::Held(_) => false,
         }
     }
@@ -410,8 +448,7 @@ impl Attempt {
         if matches!(self.stage, Stage::Concluded { .. }) {
             return;
         }
-        self.stage = Stage::Concluded { succeeded: self.has_succeeded() };
-        self.meaning = outcome.meaning().copied();
+        self.stage = Stage::Concluded { outcome: *outcome, succeeded: self.has_succeeded() };
         if let Some(metrics) = metrics() {
             metrics.attempt(&self.asked.endpoint.config.id, outcome.label(), self.counters.as_deref());
             if let Some(meaning) = outcome.meaning() {
@@ -450,7 +487,7 @@ impl Attempt {
     /// True if its answer, which is one, goes to the client.
     pub fn answers_well(&self) -> bool {
         matches!(&self.stage, Stage::Committed(outcome) if outcome.is_success())
-            || matches!(self.stage, Stage::Concluded { succeeded: true })
+            || matches!(self.stage, Stage::Concluded { succeeded: true, .. })
     }
 
     /// True if a stream of its has had content. Those of calls whose events are not known are taken to have some.

@@ -22,6 +22,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
+use crate::request_log::KeptBody;
 use crate::routing::retry::Outcome;
 use crate::upstream::cork::Cork;
 #[cfg(test)]
@@ -62,6 +63,8 @@ pub struct ExchangeState {
     pub cut: Option<CutBy>,
     /// The last error answer that was kept from the client.
     pub kept: Option<Kept>,
+    /// The answer's body as the client gets it, if the request log keeps it.
+    pub(crate) answer: Option<Box<KeptBody>>,
     /// Failures that may be the request's; at most one for each attempt.
     pub charges: Vec<Charge>,
     /// Rest of the request's body that the attempt under way has yet to send.

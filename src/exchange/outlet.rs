@@ -33,6 +33,8 @@ pub(super) struct Outlet {
     framing: Framing,
     /// True once the client has a header, so that the endpoint's own is left off.
     pub(super) opened: bool,
+    /// True if the request log keeps the body.
+    is_kept: bool,
 }
 
 impl Outlet {
@@ -44,6 +46,7 @@ impl Outlet {
             complete: false,
             framing,
             opened: false,
+            is_kept: exchange.state().answer.is_some(),
         }
     }
 
@@ -118,6 +121,11 @@ impl Outlet {
     fn push_pieces(&mut self, out: &mut Vec<HttpTask>, end: bool) {
         // An empty piece that ends nothing would count as the last chunk.
         self.pieces.retain(|piece| !piece.is_empty());
+        if self.is_kept
+            && let Some(kept) = &mut self.exchange.state().answer
+        {
+            self.pieces.iter().for_each(|piece| kept.add(piece));
+        }
         let bytes = self.pieces.iter().map(Bytes::len).sum();
         if self.pieces.len() > 1 && bytes <= JOINED_BYTES_MAX {
             let mut joined = BytesMut::with_capacity(bytes);

@@ -41,6 +41,8 @@ pub enum LimitReason {
     Rest,
     /// It failed repeatedly, and is left alone.
     CoolingDown,
+    /// It has answered of late that it does not have the call.
+    CallMissing,
 }
 
 impl std::fmt::Display for LimitReason {
@@ -50,6 +52,7 @@ impl std::fmt::Display for LimitReason {
             Self::MinuteUnknown => f.write_str("the last minute's requests are not known"),
             Self::Rest => f.write_str("it asked for a pause"),
             Self::CoolingDown => f.write_str("it failed and is cooling down"),
+            Self::CallMissing => f.write_str("it does not have the call"),
         }
     }
 }

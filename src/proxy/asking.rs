@@ -27,6 +27,7 @@ use crate::request::references::{self, References};
 use crate::request::session_name::{SessionFields, SessionName};
 use crate::request::shape::CallShape;
 use crate::request::{content_type, fields, form, path, plain_spelling, sealed};
+use crate::request_log::KeptBody;
 use crate::response::objects::Wanted;
 use crate::routing::callers::{Caller, Named};
 use crate::routing::objects::{Named as NamedObjects, Owner};
@@ -165,6 +166,12 @@ pub(super) async fn ask(
         read_at,
         model,
         body_model,
+        body_bytes: body.len(),
+        logged: caller.filter(|caller| caller.key.log_bodies && !switches_protocol).map(|_| {
+            let mut kept = Box::<KeptBody>::default();
+            kept.add(&body);
+            kept
+        }),
         // What a WebSocket has said goes on as it came.
         body: if switches_protocol { Bytes::new() } else { body },
         objects,

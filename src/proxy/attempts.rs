@@ -23,6 +23,7 @@ use crate::routing::objects::SEARCHED_MAX;
 use crate::routing::pool::Endpoint;
 use crate::routing::retry::Outcome;
 use crate::routing::router::Tried;
+use crate::routing::survey;
 
 /// Chooses the next peer, by what was decided to follow.
 pub(super) async fn upstream_peer(session: &mut Session, context: &mut Context) -> PingoraResult<Box<HttpPeer>> {
@@ -79,10 +80,11 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
         ask.own_permit = Some(own);
     }
     let hold = choice.permit.take_budgets();
-    let candidate = ask.candidates.list().get(choice.candidate).ok_or(Fault::Internal)?;
+    let candidate_index = choice.candidate;
+    let candidate = ask.candidates.list().get(candidate_index).ok_or(Fault::Internal)?;
     let endpoint = ask.pool.endpoints.get(candidate.endpoint).ok_or(Fault::Internal)?;
     ask.fallback.clone_from(&candidate.fallback);
-    let counters = ask.candidates.counters(choice.candidate).cloned();
+    let counters = ask.candidates.counters(candidate_index).cloned();
     let chosen_at = choice.at;
     tries.tried.push(candidate.tried(choice.lane, true));
     tries.addresses_failed = 0;
@@ -115,6 +117,10 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
         attempt.meter.count_text();
     }
     attempt.counters = counters;
+    if context.arrival.is_logged {
+        let before = tries.tried.split_last().map_or(&[][..], |(_, before)| before);
+        attempt.passed_over = survey::passed_over(&ask.options(before), candidate_index, &chosen_at);
+    }
     attempt.tier = ask.tier;
     attempt.shape = ask.shape;
     attempt.affinity = ask.affinity(candidate);

@@ -11,6 +11,7 @@ use crate::exchange::{Ask, Asked, Exchange, OwnHeaders};
 use crate::fault::{ErrorShape, Fault};
 use crate::process::{OpenRequest, OpenRequests};
 use crate::request::connections::OnConnection;
+use crate::request_log::Attempted;
 use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
 use crate::routing::admission::Choice;
@@ -59,6 +60,8 @@ pub struct Arrival {
     pub error_shape: ErrorShape,
     /// True for what process managers, load balancers and Prometheus ask for again and again.
     pub is_probe: bool,
+    /// True if requests are logged in a file of their own.
+    pub is_logged: bool,
     _open: OpenRequest,
 }
 
@@ -97,6 +100,10 @@ pub struct Tries {
     pub last: Option<Asked>,
     /// Why the request failed, in words for the log.
     pub cause: Option<String>,
+    /// Time for which it waited for a permit before its first attempt.
+    pub queued: Duration,
+    /// Those of the attempts that are over, if requests are logged.
+    pub(crate) over: Vec<Attempted>,
 }
 
 impl Context {
@@ -112,6 +119,7 @@ impl Context {
                 endpoint_headers: true,
                 error_shape: ErrorShape::default(),
                 is_probe: false,
+                is_logged: false,
                 _open: open.enter(),
             },
             ask: None,

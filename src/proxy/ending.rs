@@ -9,6 +9,7 @@ use pingora_proxy::Session;
 use super::access_log::Record;
 use super::context::Context;
 use super::is_final;
+use super::logged;
 use crate::billing::estimate::Estimator;
 use crate::billing::{self, Measured};
 use crate::exchange::scheduling::step_aside;
@@ -16,6 +17,7 @@ use crate::exchange::{Asked, Attempt};
 use crate::fault::Fault;
 use crate::fault::reference::CLIENT_GONE;
 use crate::process::Process;
+use crate::request_log::Entry;
 use crate::routing::admission;
 use crate::routing::retry::{Outcome, Place};
 use crate::telemetry::logger::{self, REQUEST_TARGET};
@@ -37,7 +39,10 @@ pub(super) async fn logging(session: &mut Session, error: Option<&Error>, contex
     let client_gone = context.fault.is_none()
         && complete.is_none()
         && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
-    record(session, context, measured, client_gone, process);
+    if let Some(mut entry) = record(session, context, measured, client_gone, process) {
+        logged::complete(&mut entry, context);
+        process.request_log.add(entry);
+    }
 }
 
 /// Concludes the last attempt, and bills what was measured of it.
@@ -55,7 +60,14 @@ fn conclude(context: &mut Context, went_well: bool, complete: Option<Instant>, e
     billing::bill(attempt, ask, context.arrival.id_text(), (context.arrival.at, ended), estimator)
 }
 
-fn record(session: &Session, context: &Context, measured: Measured, client_gone: bool, process: &Process) {
+/// Counts a request and writes its line. Returns what the request log is to keep of it, if it takes it.
+fn record(
+    session: &Session,
+    context: &Context,
+    measured: Measured,
+    client_gone: bool,
+    process: &Process,
+) -> Option<Entry> {
     let fault = context.fault.as_ref();
     let status = session.response_written().filter(|header| is_final(header)).map(|header| header.status.as_u16());
     let is_failed = !client_gone && (status.is_some_and(|status| status >= 500) || fault == Some(&Fault::StreamBroken));
@@ -120,6 +132,8 @@ fn record(session: &Session, context: &Context, measured: Measured, client_gone:
         }
     }
     write(&record, level);
+    let is_taken = logged::is_taken(context, &record, &process.request_log);
+    is_taken.then(|| logged::entry(context, &header.method, &record, attempt))
 }
 
 fn is_of_ledger(fault: &Fault) -> bool {

@@ -15,6 +15,7 @@ use crate::exchange::{Ask, Attempt, CutBy, Kept, is_object_missing};
 use crate::fault::Fault;
 use crate::limit::Clock;
 use crate::request::connections::OnConnection;
+use crate::request_log::ATTEMPTS_MAX;
 use crate::routing::balance;
 use crate::routing::objects::SEARCHED_MAX;
 use crate::routing::retry::{self, Outcome};
@@ -233,6 +234,9 @@ fn conclude_failed(context: &mut Context, outcome: &Outcome) {
     if let Some(mut attempt) = state.attempt.take() {
         billing::bill_dropped(&mut attempt, ask, outcome);
         attempt.conclude(outcome);
+        if context.arrival.is_logged && context.tries.over.len() < ATTEMPTS_MAX {
+            context.tries.over.push(attempt.entry(context.arrival.at, Instant::now()));
+        }
         state.charges.extend(attempt.take_charge());
         context.tries.last = Some(attempt.asked.clone());
         context.tries.meaning = attempt.meaning();
@@ -375,6 +379,9 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
     let sent = match kept {
         Some(Kept { header, body: Some(body) }) => {
             let status = header.status.as_u16();
+            if let Some(kept) = &mut context.exchange.state().answer {
+                kept.add(&body);
+            }
             outgoing::send_kept(session, context, header, body).await.map(|()| status)
         }
         _ => outgoing::send(session, context, Answer::of_fault(&fault, context.arrival.error_shape))

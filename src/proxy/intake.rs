@@ -1,6 +1,7 @@
 //! Intake of a request: its client, its key, and our own answers; any other request goes on to `asking`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
@@ -23,7 +24,7 @@ use crate::fault::{ErrorShape, Fault, excerpt};
 use crate::ledger::budgets::Spends;
 use crate::ledger::{Drawn, Otherwise, Permit, Wanted};
 use crate::limit::Clock;
-use crate::proxy::context::{Arrival, Context};
+use crate::proxy::context::{Arrival, Context, Tries};
 use crate::request::auth::{self, Admitted};
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
 use crate::request::{forward, id, path, plain_spelling, rewrite};
@@ -151,6 +152,9 @@ fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Ch
             own_headers: context.arrival.own.clone(),
             header: outgoing::forwarded(session.req_header(), &ask, context.arrival.own.id.as_ref()),
         };
+        if ask.logged.is_some() && context.arrival.is_logged {
+            context.exchange.state().answer = Some(Box::default());
+        }
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
     } else if let ServerSession::H1(session) = &mut *session.downstream_session {
         if let (Some(named), Some(socket), Some(connection)) =
@@ -168,6 +172,7 @@ fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Ch
 async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context) -> Result<Next, Stop> {
     let pool = gateway.process.pool.load_full();
     arrive(session, context, &pool);
+    context.arrival.is_logged = gateway.process.request_log.is_on();
     let header = session.req_header();
     let (uri, method) = (header.uri.clone(), header.method.clone());
     if is_preflight(header) {
@@ -225,7 +230,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let origin = Origin { pool, address: context.arrival.address, named, is_one_of_several };
     let ask = asking::ask(session.req_header(), origin, target, whole).await?;
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
-    let choice = first_choice(session, &ask, &gateway.process.keyring).await;
+    let choice = first_choice(session, (&ask, &mut context.tries), &gateway.process.keyring).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
     let rates = rates::of_model(&ask.options(&[]), &clock);
     context.arrival.own.rates = match &ask.own {
@@ -323,7 +328,11 @@ fn target(pool: &Pool, uri: &Uri, path: &str, named: Option<&Named>) -> Result<P
 }
 
 /// The first endpoint.
-async fn first_choice(session: &mut Session, ask: &Ask, keyring: &Keyring) -> Result<Choice, Stop> {
+async fn first_choice(
+    session: &mut Session,
+    (ask, tries): (&Ask, &mut Tries),
+    keyring: &Keyring,
+) -> Result<Choice, Stop> {
     let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
     let request = admission::Request {
         options: ask.options(&[]),
@@ -337,7 +346,12 @@ async fn first_choice(session: &mut Session, ask: &Ask, keyring: &Keyring) -> Re
     match admission::at_once(&request) {
         Ok(choice) => Ok(choice),
         // Boxed, since it is rare and would make every request's future larger.
-        Err(undecided) => Box::pin(wait_for_choice(session, ask, keyring, (request, undecided))).await,
+        Err(undecided) => {
+            let began = Instant::now();
+            let choice = Box::pin(wait_for_choice(session, ask, keyring, (request, undecided))).await;
+            tries.queued = began.elapsed();
+            choice
+        }
     }
 }
 

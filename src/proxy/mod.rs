@@ -23,6 +23,7 @@ mod drawing;
 mod ending;
 mod failure;
 mod intake;
+mod logged;
 mod outgoing;
 mod receive;
 mod web_socket;

@@ -22,4 +22,5 @@ pub mod refusals;
 pub mod retry;
 pub mod router;
 pub mod sessions;
+pub(crate) mod survey;
 pub(crate) mod usage_injection;

@@ -73,6 +73,8 @@ pub struct Candidates {
     is_exact: bool,
     /// Metrics of each candidate, once there was a request.
     counters: Vec<OnceLock<Arc<Counters>>>,
+    /// The endpoints that are none of them, and why, once it was asked for.
+    pub(super) outside: OnceLock<Option<Arc<str>>>,
     /// Running sum of the weights of the first tier.
     first_tier: Vec<u64>,
     /// True if all weights are the same, so that no search is needed.
@@ -122,6 +124,7 @@ impl Candidates {
             label: label.into(),
             is_exact,
             counters,
+            outside: OnceLock::new(),
             first_tier,
             is_even,
             turns,

@@ -14,6 +14,7 @@ use super::systemd;
 use crate::billing::estimate::Estimator;
 use crate::ledger::Keeper;
 use crate::process::{Draining, OpenRequests};
+use crate::request_log::RequestLog;
 
 /// Time between two checks of a stopping process for open requests.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
@@ -43,6 +44,7 @@ pub(super) struct Drain {
 pub(super) struct FinalWrites {
     pub(super) estimator: Estimator,
     pub(super) ledger: Arc<Keeper>,
+    pub(super) request_log: RequestLog,
     pub(super) pid_file: PidFile,
 }
 
@@ -50,6 +52,7 @@ impl FinalWrites {
     pub(super) fn close(&self) {
         self.estimator.close();
         self.ledger.close();
+        self.request_log.close();
         self.pid_file.remove();
     }
 }

@@ -45,6 +45,7 @@ use crate::proxy::Gateway;
 use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
+use crate::request_log::RequestLog;
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
@@ -153,6 +154,7 @@ impl Prepared {
             open: OpenRequests::default(),
             draining: Draining::default(),
             ledger: ledger.state().clone(),
+            request_log: RequestLog::new(&started),
             estimator: Estimator::default(),
             config: ConfigState::default(),
             memory: Memory::new(started.memory_bytes_max),
@@ -174,7 +176,12 @@ impl Prepared {
             auth: Auth::default(),
             takes_over: options.upgrade && !options.test,
             runtime_folder: options.arguments.is_some().then(|| options.runtime_folder.clone()),
-            writes: FinalWrites { estimator: process.estimator.clone(), ledger, pid_file },
+            writes: FinalWrites {
+                estimator: process.estimator.clone(),
+                ledger,
+                request_log: process.request_log.clone(),
+                pid_file,
+            },
             grace,
             _reserved: listening.reserved.clone(),
         };
@@ -207,7 +214,7 @@ impl Prepared {
         service.add_listener(listening.config());
         server.add_service(background_service("connections", Sweep(process.connections.clone())));
         server.add_service(background_service("log", ReopenLog::new()));
-        server.add_service(background_service("threads", StartThreads(Arc::clone(&self.writes.ledger))));
+        server.add_service(background_service("threads", StartThreads(self.writes.clone())));
         let drain = Drain {
             phases: server.watch_execution_phase(),
             open: process.open.clone(),
@@ -242,6 +249,7 @@ impl Prepared {
                 flags,
                 pool,
                 keyring: process.keyring.clone(),
+                request_log: process.request_log.clone(),
                 started,
                 certificate,
                 state,
@@ -277,8 +285,9 @@ impl Prepared {
     pub fn announce(&mut self, text: String) {
         let (address, tls) = (self.address, self.tls);
         let (ledger, runtime_folder) = (self.ledger.clone(), self.runtime_folder.clone());
+        let request_log = self.writes.request_log.state().map(|state| state.path.into_path_buf());
         let pid_file = self.writes.pid_file.clone();
-        let announce = Announce { address, tls, ledger, runtime_folder, pid_file, text };
+        let announce = Announce { address, tls, ledger, request_log, runtime_folder, pid_file, text };
         self.server.add_service(background_service("announce", announce));
     }
 

@@ -15,6 +15,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{self, AlertEvent, Config, Environment, Flags, Loaded, Server, Watch, changes, needs_upgrade};
 use crate::process::{Applied, ConfigState};
+use crate::request_log::RequestLog;
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
@@ -34,6 +35,8 @@ pub(super) struct Reloader {
     pub pool: Arc<ArcSwap<Pool>>,
     /// Callers, whose keys stand in it.
     pub keyring: Keyring,
+    /// Log of requests, of which less may be kept from now on.
+    pub(crate) request_log: RequestLog,
     /// The server's part as the process was started with, some of which stays.
     pub started: Server,
     /// The certificate that clients are shown.
@@ -149,6 +152,7 @@ impl Reloader {
         }
         let pool = self.pool.load();
         let overlooked = self.keyring.set_config(&pool.server);
+        self.request_log.set(&pool.server);
         logger::set_format(pool.server.log_format);
         let overlooked = overlooked.iter().map(|name| keys::overlooked(&pool.server, name));
         let mut told = Vec::new();

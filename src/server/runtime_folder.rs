@@ -32,15 +32,19 @@ pub struct Running {
     /// File that it counts in. Older versions do not say.
     #[serde(default)]
     pub ledger: Option<PathBuf>,
+    /// File that it logs requests in, if it does.
+    #[serde(default)]
+    pub request_log: Option<PathBuf>,
 }
 
 impl Running {
     /// This process.
-    pub(super) fn this(address: SocketAddr, tls: bool, ledger: &Path) -> Self {
+    pub(super) fn this(address: SocketAddr, tls: bool, ledger: &Path, request_log: Option<&Path>) -> Self {
         let pid = std::process::id();
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let ledger = Some(std::path::absolute(ledger).unwrap_or_else(|_| ledger.to_owned()));
-        Self { pid, began: began(pid).unwrap_or_default(), address, version, tls, ledger }
+        let request_log = request_log.map(ToOwned::to_owned);
+        Self { pid, began: began(pid).unwrap_or_default(), address, version, tls, ledger, request_log }
     }
 
     /// Writes it into the runtime folder, for commands that look for the process.

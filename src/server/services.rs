@@ -14,10 +14,10 @@ use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 
 use super::callable;
+use super::drain::FinalWrites;
 use super::pid_file::PidFile;
 use super::systemd;
 use crate::admin::{self, Sources};
-use crate::ledger::Keeper;
 use crate::process::Process;
 use crate::request::connections::{Connections, SWEEP_INTERVAL};
 use crate::routing::pool::Pool;
@@ -31,17 +31,18 @@ use crate::usage::prices;
 const LISTEN_POLL: Duration = Duration::from_millis(5);
 const LISTEN_POLLS_MAX: u32 = 2000;
 
-/// Starts the threads of the ledger and the log, which would be lost if they were started before the process goes into the
+/// Starts the threads of the ledger and the logs, which would be lost if they were started before the process goes into the
 /// background.
-pub(super) struct StartThreads(pub(super) Arc<Keeper>);
+pub(super) struct StartThreads(pub(super) FinalWrites);
 
 #[async_trait]
 impl BackgroundService for StartThreads {
     async fn start(&self, _shutdown: ShutdownWatch) {
         log_writer::start();
+        self.0.request_log.start();
         prices::read_table_ahead();
         // Requests that wait already are refused, too, if it cannot be started.
-        if let Err(error) = self.0.start() {
+        if let Err(error) = self.0.ledger.start() {
             log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");
         }
     }
@@ -75,6 +76,8 @@ pub(super) struct Announce {
     pub(super) tls: bool,
     /// File that the process counts in.
     pub(super) ledger: PathBuf,
+    /// File that it logs requests in, if it does.
+    pub(super) request_log: Option<PathBuf>,
     /// Runtime folder, if the process may be replaced.
     pub(super) runtime_folder: Option<PathBuf>,
     pub(super) pid_file: PidFile,
@@ -92,7 +95,7 @@ impl BackgroundService for Announce {
             tokio::time::sleep(LISTEN_POLL).await;
         }
         // Only now: a process that goes into the background becomes another one on its way.
-        let running = Running::this(self.address, self.tls, &self.ledger);
+        let running = Running::this(self.address, self.tls, &self.ledger, self.request_log.as_deref());
         if let Some(folder) = &self.runtime_folder
             && let Err(error) = running.write(folder)
         {

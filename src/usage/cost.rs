@@ -1,6 +1,17 @@
 //! Tokens and costs of answers, as plain sums.
 
+use std::time::Duration;
+
 use super::prices::NanoUsd;
+
+/// Shorter than that is not how long a stream took to be generated: all of it lay ready.
+const GENERATION_MIN: Duration = Duration::from_millis(10);
+
+/// Tokens a second of a stream that took this long from its first token to its end; none if that says nothing.
+pub fn tokens_per_second(tokens: u64, time: Duration) -> Option<f64> {
+    #[expect(clippy::cast_precision_loss, reason = "nobody counts that many")]
+    (tokens > 0 && time >= GENERATION_MIN).then(|| tokens as f64 / time.as_secs_f64())
+}
 
 /// Tokens of one answer or of many.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

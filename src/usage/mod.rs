@@ -19,7 +19,7 @@ mod plain;
 pub mod prices;
 mod reported;
 
-pub use cost::{Cost, Money, Speed, Sum, Tokens};
+pub use cost::{Cost, Money, Speed, Sum, Tokens, tokens_per_second};
 pub use finder::Finder;
 pub use meter::{AnswerText, BODY_BYTES_MAX, Meter, SAMPLE_BYTES_MAX, answer_texts, event_texts, mentions_usage};
 pub use reported::Reported;

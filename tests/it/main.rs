@@ -51,6 +51,7 @@ mod own_answers;
 mod readmes;
 mod realtime;
 mod reload;
+mod request_log;
 mod retry;
 mod rooms;
 mod routing;

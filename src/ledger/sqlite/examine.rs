@@ -2,15 +2,12 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use rusqlite::{Connection, OpenFlags};
-
 use super::file::{explain, explain_unusable, unusable};
 use super::{SCHEMA, check_pages};
-use crate::database::beside;
+use crate::database::open_as_it_is;
 use crate::ledger::LedgerError;
 
 const WAY_OUT: &str = "; let this program write to the file and its folder, or name another in server.ledger";
@@ -64,21 +61,10 @@ fn may_create_in(folder: &Path) -> io::Result<()> {
     fs::remove_file(&file)
 }
 
-/// Opens the file to read it. Without a write-ahead log no other process uses it; it is then opened as a file that nothing
-/// changes, since SQLite would make the log and a shared memory otherwise.
-fn open_as_it_is(path: &Path) -> rusqlite::Result<Connection> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    if beside(path, "-wal").exists() {
-        return Connection::open_with_flags(path, flags);
-    }
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(byte);
-    let escaped = |byte: &u8| if plain(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") };
-    let name: String = path.as_os_str().as_bytes().iter().map(escaped).collect();
-    Connection::open_with_flags(format!("file:{name}?immutable=1"), flags | OpenFlags::SQLITE_OPEN_URI)
-}
-
 #[cfg(test)]
 mod tests {
+    use rusqlite::Connection;
+
     use super::*;
     use crate::config::LedgerSync;
     use crate::ledger::sqlite::{Opening, SqliteLedger};

@@ -1,0 +1,105 @@
+//! A finished request as the request log keeps it.
+
+use std::mem;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use http::Method;
+
+use super::access_log::Record;
+use super::context::{Arrival, Context};
+use crate::exchange::{Ask, Attempt};
+use crate::fault::Fault;
+use crate::request_log::{ATTEMPTS_MAX, Bodies, Entry, Name, RequestLog};
+use crate::routing::sessions::{Affinity, Session};
+use crate::telemetry::metrics;
+
+/// True if the log takes a request. Probes are not logged, unless something is wrong with them.
+pub(super) fn is_taken(context: &Context, record: &Record<'_>, log: &RequestLog) -> bool {
+    let is_stranger = context.fault.as_ref().is_some_and(Fault::is_of_stranger);
+    context.arrival.is_logged && (!context.arrival.is_probe || record.fault.is_some()) && log.takes(is_stranger)
+}
+
+/// The entry of a request, but for what is only taken out of its context.
+pub(super) fn entry(context: &Context, method: &Method, record: &Record<'_>, attempt: Option<&Attempt>) -> Entry {
+    let Arrival { own, named, at, .. } = &context.arrival;
+    let ask = context.ask.as_deref();
+    let asked = attempt.map(|attempt| &attempt.asked).or(context.tries.last.as_ref());
+    let lane = asked.and_then(|asked| asked.lane()).filter(|lane| lane.live().is_some());
+    let meaning = record.meaning.as_ref();
+    let caller = named.as_ref().map(|named| &*named.caller);
+    let outside = ask.and_then(|ask| {
+        let asked_for = (ask.model.as_deref(), ask.kind);
+        ask.candidates.outside(&ask.pool, asked_for, caller)
+    });
+    Entry {
+        ended: SystemTime::now(),
+        id: own.id.clone(),
+        trace: None,
+        key: caller.map(|caller| Arc::clone(caller.name())),
+        tags: if record.tags.is_empty() { None } else { serde_json::to_string(record.tags).ok().map(Arc::from) },
+        address: record.caller,
+        session: ask.and_then(|ask| ask.session.as_ref()).map(Session::number),
+        method: method.clone(),
+        path: path(record.path, ask),
+        model: model(record.model, ask),
+        fallback: context.tries.tried.last().and_then(|tried| tried.fallback.clone()),
+        endpoint_model: attempt.and_then(|attempt| attempt.model.mapped.clone()),
+        endpoint: asked.map(|asked| Arc::clone(&asked.endpoint.config.id)),
+        lane: lane.map(|lane| Arc::clone(&lane.config.label)),
+        affinity: attempt.and_then(|attempt| attempt.affinity).map(Affinity::name),
+        stream: ask.is_some_and(|ask| ask.stream),
+        status: record.status,
+        fault: record.fault,
+        trouble: meaning.map(|meaning| (meaning.trouble.name(), meaning.rule)),
+        queued: context.tries.queued,
+        first_byte: record.first_byte,
+        first_token: record.measured.first_token,
+        generation: record.measured.generation,
+        total: record.total,
+        tokens: record.measured.tokens,
+        cost: record.measured.price,
+        request_bytes: ask.map_or(0, |ask| ask.body_bytes as u64),
+        bytes: record.bytes as u64,
+        held: record.held.clone(),
+        outside,
+        cause: record.cause.map(ToOwned::to_owned),
+        config: ask.map_or(0, |ask| ask.pool.version),
+        attempts: attempt.map(|attempt| attempt.entry(*at, Instant::now())).into_iter().collect(),
+        bodies: None,
+    }
+}
+
+/// Adds what is taken out of the context: earlier attempts, and bodies.
+pub(super) fn complete(entry: &mut Entry, context: &mut Context) {
+    let last = mem::replace(&mut entry.attempts, mem::take(&mut context.tries.over));
+    entry.attempts.extend(last);
+    entry.attempts.truncate(ATTEMPTS_MAX);
+    let mut state = context.exchange.state();
+    let Some(request) = context.ask.as_mut().and_then(|ask| ask.logged.take()) else { return };
+    let mut bodies = Bodies { request: *request, ..Bodies::default() };
+    if let Some(answer) = state.answer.take() {
+        bodies.answer = *answer;
+    }
+    if let Some(attempt) = &state.attempt {
+        bodies.secrets = attempt.secrets();
+        if attempt.encoding.is_some() {
+            // Keys in it could not be found.
+            bodies.answer.bytes.clear();
+        }
+    }
+    entry.bodies = Some(Box::new(bodies));
+}
+
+/// Clients can make up ids in paths, and paths of nothing.
+fn path(path: &str, ask: Option<&Ask>) -> Name {
+    let is_known = ask.is_some_and(|ask| ask.shape.is_some());
+    if is_known { Name::Known(path.into()) } else { Name::Any(path.into()) }
+}
+
+/// Clients can make up models.
+fn model(asked_for: Option<&str>, ask: Option<&Ask>) -> Option<Name> {
+    let Some(ask) = ask else { return asked_for.map(|model| Name::Any(model.into())) };
+    let is_known = ask.candidates.label() != metrics::OTHER;
+    ask.model.clone().map(if is_known { Name::Known } else { Name::Any })
+}
