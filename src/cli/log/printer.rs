@@ -7,10 +7,10 @@ use anstream::stdout;
 use anstyle::{AnsiColor, Style};
 use jiff::ZonedDateTime;
 
-use super::super::table::Table;
-use super::super::times::{millis, moment};
 use super::words::why;
 use super::{LogError, ShowLog};
+use crate::cli::table::Table;
+use crate::cli::times::{millis, moment};
 use crate::request_log::reader::Logged;
 
 const PLAIN: Style = Style::new();

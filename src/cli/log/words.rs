@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use jiff::ZonedDateTime;
 
-use super::super::times::{millis, moment};
+use crate::cli::times::{millis, moment};
 use crate::request_log::reader::{Logged, LoggedAttempt, Millis};
 
 /// Why a request failed, in few words.
