@@ -1,18 +1,22 @@
 //! The running process as other modules may ask for it: endpoints, open requests, state of config and ledger.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
+use async_trait::async_trait;
 
 use crate::billing::estimate::Estimator;
+use crate::config::{KeysChange, SwitchedOff};
+use crate::exchange::running::RunningRequests;
 use crate::ledger;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
 use crate::request_log::RequestLog;
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
+use crate::telemetry::audit::Audit;
 
 /// The running process. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -23,6 +27,8 @@ pub struct Process {
     pub keyring: Keyring,
     /// The requests that are open.
     pub open: OpenRequests,
+    /// Those of them that are for endpoints, where somebody may ask for them.
+    pub(crate) running: RunningRequests,
     /// Set once the process is on its way out.
     pub draining: Draining,
     /// State of the ledger.
@@ -33,12 +39,52 @@ pub struct Process {
     pub estimator: Estimator,
     /// State of the config file.
     pub config: ConfigState,
+    /// What those who run the gateway can have done.
+    pub(crate) actions: ActionsSlot,
+    /// Log of what they did.
+    pub(crate) audit: Audit,
     /// Room for the bodies of requests.
     pub memory: Memory,
     /// The connections of clients.
     pub connections: Connections,
     /// When it was started.
     pub started_at: SystemTime,
+}
+
+/// What those who run the gateway can have done. Each returns what came of it, in words or as JSON, or why it did not.
+#[async_trait]
+pub(crate) trait Actions: Send + Sync {
+    /// Reads the config again.
+    async fn reload(&self) -> Result<String, String>;
+    /// Asks an endpoint step by step; JSON.
+    async fn test(&self, endpoint: &str) -> Result<String, String>;
+    /// Lists the keys of clients; JSON.
+    async fn keys(&self) -> Result<String, String>;
+    /// Changes the file of these.
+    async fn change_keys(&self, change: KeysChange) -> Result<String, String>;
+    /// Switches an endpoint off, or on.
+    async fn switch(&self, endpoint: &str, off: Option<SwitchedOff>) -> Result<String, String>;
+}
+
+/// Place of these, which are there once the process is set up. Cheap to clone.
+#[derive(Clone, Default)]
+pub(crate) struct ActionsSlot(Arc<OnceLock<Arc<dyn Actions>>>);
+
+impl std::fmt::Debug for ActionsSlot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ActionsSlot")
+    }
+}
+
+impl ActionsSlot {
+    pub(crate) fn set(&self, actions: Arc<dyn Actions>) {
+        // It is set once.
+        self.0.set(actions).unwrap_or_default();
+    }
+
+    pub(crate) fn get(&self) -> Option<&Arc<dyn Actions>> {
+        self.0.get()
+    }
 }
 
 /// All the requests that are open, for the drain and the status page.

@@ -106,7 +106,10 @@ impl<'a> Resource<'a> {
 
     /// True for paths that are ours to answer and no endpoint's, however they were typed.
     pub(crate) fn is_reserved(meant: &str) -> bool {
-        meant == "/v1/status" || meant == "/v1/key" || meant.starts_with("/v1/token/")
+        meant == "/v1/status"
+            || meant == "/v1/key"
+            || meant.starts_with("/v1/token/")
+            || meant.strip_prefix("/v1/admin").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 
     /// True for what only the server's one key opens: it shows the whole gateway.

@@ -130,6 +130,7 @@ fn api(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value 
         "id": config.id.as_ref(),
         "name": config.name.as_ref(),
         "enabled": config.enabled,
+        "switchedOff": config.switched_off,
         "available": available,
         "temporarilyDisabled": matches!(gate, Gate::Cooling { .. } | Gate::OnTrial),
         "errorCount": health.errors_in_row(),

@@ -4,27 +4,19 @@ use std::time::Duration;
 
 use anstream::{eprintln, println};
 use anstyle::{AnsiColor, Style};
-use base64::Engine as _;
-use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use clap::{Args, Subcommand};
 use jiff::{SignedDuration, Timestamp};
-use ring::rand::{SecureRandom as _, SystemRandom};
 use serde_json::{Map, Value, json};
 
 use super::files::ConfigFile;
 use super::status::Output;
 use super::table::Table;
 use super::times::parse_time;
-use crate::config::{self, BudgetPeriod, Config, Environment, Flags, KeyDigest, KeysChange, PerLimit};
-use crate::routing::callers::GENERATED_PREFIX;
+use crate::config::{self, BudgetPeriod, Config, Environment, Flags, KeysChange, PerLimit};
+use crate::routing::generated_key::GeneratedKey;
 use crate::server::control::{self, Request};
 use crate::server::keys::{ListedBudget, ListedKey};
 use crate::server::runtime_folder::Found;
-
-/// Random bytes of a key: 256 bits.
-const KEY_BYTES: usize = 32;
-/// Characters of a key that lists show.
-const SHOWN_CHARS: usize = 4;
 
 /// What is done with keys.
 #[derive(Debug, Subcommand)]
@@ -125,20 +117,18 @@ pub(super) struct AddKey {
 pub(super) fn run(file: &ConfigFile, command: KeysCommand) -> Result<(), String> {
     match command {
         KeysCommand::Add(add) => {
-            let key = new_key()?;
-            let done = change(file, KeysChange::Add { entry: entry(*add, &key) })?;
-            show_key(&key, &done);
+            let key = GeneratedKey::new()?;
+            let done = change(file, key.add(entry(*add)))?;
+            show_key(key.expose(), &done);
             Ok(())
         }
         KeysCommand::List { json } => list(file, Output::new(json)),
         KeysCommand::Rotate { name, overlap } => {
-            let key = new_key()?;
+            let key = GeneratedKey::new()?;
             let overlap = SignedDuration::try_from(overlap).map_err(|error| error.to_string())?;
             let until = Timestamp::now().checked_add(overlap).map_err(|error| error.to_string())?;
-            let until = seconds_of(until);
-            let hash = KeyDigest::of(key.as_bytes()).text();
-            let done = change(file, KeysChange::Rotate { name, hash, last_four: last_four(&key), until })?;
-            show_key(&key, &done);
+            let done = change(file, key.rotate(name, until))?;
+            show_key(key.expose(), &done);
             Ok(())
         }
         KeysCommand::Raise { name, by: AmountGiven { number: by, unit }, per, until } => {
@@ -215,29 +205,11 @@ fn show_key(key: &str, done: &str) {
     println!("{key}");
 }
 
-fn new_key() -> Result<String, String> {
-    let mut bytes = [0; KEY_BYTES];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| "the system gives no random bytes".to_owned())?;
-    Ok(format!("{GENERATED_PREFIX}{}", BASE64_URL_SAFE_NO_PAD.encode(bytes)))
-}
-
-fn last_four(key: &str) -> String {
-    key.chars().skip(key.chars().count().saturating_sub(SHOWN_CHARS)).collect()
-}
-
-/// A moment in whole seconds, not later.
-fn seconds_of(moment: Timestamp) -> String {
-    Timestamp::from_second(moment.as_second()).unwrap_or(moment).to_string()
-}
-
-fn entry(add: AddKey, key: &str) -> Map<String, Value> {
+fn entry(add: AddKey) -> Map<String, Value> {
     let AddKey { name, models, calls, endpoints, expires, allow_from, weight, tags, .. } = add;
     let AddKey { rpm, rpd, tpm, tpd, max_concurrent, budget, warn_at, cut_overrun, .. } = add;
     let mut entry = Map::new();
     entry.insert("name".into(), name.into());
-    entry.insert("keyHash".into(), KeyDigest::of(key.as_bytes()).text().into());
-    entry.insert("lastFour".into(), last_four(key).into());
-    entry.insert("created".into(), seconds_of(Timestamp::now()).into());
     for (name, list) in
         [("models", models), ("calls", calls), ("endpoints", endpoints), ("allowFrom", allow_from), ("tags", tags)]
     {

@@ -71,6 +71,9 @@ impl Run {
             if let Some(address) = prepared.pool.load().server.metrics_listen {
                 println!("{}{address}", handover::METRICS_ON);
             }
+            if let Some(address) = prepared.pool.load().server.admin_listen {
+                println!("{}{address}", handover::ADMIN_ON);
+            }
         } else {
             if let Some((log, pid_file)) = prepared.background() {
                 println!("running in the background; log {log}, pid file {pid_file}");

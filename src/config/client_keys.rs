@@ -160,13 +160,15 @@ pub(super) struct Around<'a> {
     pub timezone: &'a TimeZone,
     /// The key that all have.
     pub shared: Option<&'a Secret>,
+    /// The key of those who run the gateway.
+    pub admin: Option<&'a Secret>,
 }
 
 impl Around<'_> {
     /// Nothing around it.
     pub(super) fn alone() -> Self {
         static UTC: TimeZone = TimeZone::UTC;
-        Self { timezone: &UTC, shared: None }
+        Self { timezone: &UTC, shared: None, admin: None }
     }
 }
 
@@ -181,6 +183,9 @@ pub(super) fn client_keys(
     let mut digests: HashMap<KeyDigest, String> = HashMap::new();
     if let Some(shared) = around.shared {
         digests.insert(KeyDigest::of(shared.expose().as_bytes()), "server.apiKey".into());
+    }
+    if let Some(admin) = around.admin {
+        digests.insert(KeyDigest::of(admin.expose().as_bytes()), "server.adminKey".into());
     }
     if typed.len() > KEYS_MAX {
         let message = format!("has {} entries", typed.len());

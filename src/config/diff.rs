@@ -51,7 +51,9 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         ledger_on_error,
         ledger_sync,
         metrics_listen,
+        admin_listen,
         connections,
+        admin_key: _,
         api_key: _,
         keys: _,
         keys_file: _,
@@ -87,6 +89,7 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     lines.compare(&at("threads"), plain, threads, &wanted.threads);
     lines.compare(&at("memoryBytesMax"), plain, memory_bytes_max, &wanted.memory_bytes_max);
     lines.compare(&at("metricsListen"), |at| optional(at.as_ref(), plain), metrics_listen, &wanted.metrics_listen);
+    lines.compare(&at("adminListen"), |at| optional(at.as_ref(), plain), admin_listen, &wanted.admin_listen);
     lines.compare(&at("connections.h2IdleSeconds"), seconds, &connections.h2_idle, &wanted.connections.h2_idle);
     lines.compare(&at("ledger"), path, ledger, &wanted.ledger);
     let log_path = |log: &Option<RequestLog>| log.as_ref().map(|log| log.path.clone());
@@ -107,6 +110,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     // Every key stands here or in `needs_upgrade`, by the compiler's word.
     let Server {
         api_key,
+        admin_key,
         keys,
         keys_file,
         budget_reserve_tokens,
@@ -141,10 +145,14 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         ledger_on_error: _,
         ledger_sync: _,
         metrics_listen: _,
+        admin_listen: _,
     } = before;
     let at = |key: &str| format!("server.{key}");
     if *api_key != after.api_key {
         lines.add("server.apiKey changed".into());
+    }
+    if *admin_key != after.admin_key {
+        lines.add("server.adminKey changed".into());
     }
     compare_keys(lines, keys, &after.keys);
     lines.compare(&at("keysFile"), path, &keys_file.path, &after.keys_file.path);
@@ -300,6 +308,7 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
         timezone,
         organization,
         enabled,
+        switched_off,
         models,
         model_mapping,
         weight,
@@ -319,6 +328,8 @@ fn endpoint(lines: &mut ChangeLines, before: &Endpoint, after: &Endpoint) {
     let at = |key: &str| format!("endpoint {id}: {key}");
     if *enabled != after.enabled {
         lines.add(format!("endpoint {id} {}", if after.enabled { "enabled" } else { "disabled" }));
+    } else if *switched_off != after.switched_off && !after.enabled {
+        lines.add(format!("endpoint {id} disabled for another time"));
     }
     compare_lanes(lines, id, keys, &after.keys);
     lines.compare(&at("learnLimits"), plain, learns_limits, &after.learns_limits);

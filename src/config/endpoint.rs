@@ -22,6 +22,7 @@ use super::limits::{Limit, PerLimit};
 use super::prices::{PriceEntry, prices, provider as price_provider};
 use super::problem::join;
 use super::proxy::Proxy;
+use super::switches::SwitchedOff;
 use crate::config::secret::Secret;
 
 /// Ids are headers' and metrics' labels, so they are short.
@@ -67,6 +68,8 @@ pub struct Endpoint {
     pub organization: Arc<str>,
     /// `false`: it takes nothing.
     pub enabled: bool,
+    /// Set if that is so since it was switched off beside the config.
+    pub switched_off: Option<SwitchedOff>,
     /// Exact names, and beginnings that end in `*`, as typed.
     pub models: Vec<String>,
     /// From the name that clients ask for to the name that is sent.
@@ -266,6 +269,7 @@ pub(super) fn check(typed: EndpointFile, path: &str, check: &mut Check<'_>) -> O
         price_provider,
         timezone: timezone?,
         enabled,
+        switched_off: None,
         models,
         model_mapping,
         weight: typed.weight.unwrap_or(file::WEIGHT_DEFAULT).into(),

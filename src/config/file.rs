@@ -78,6 +78,7 @@ pub(super) const PREFIX_DEFAULT: bool = false;
 pub(super) const DROP_SEALED_DEFAULT: bool = false;
 pub(super) const ID_DAYS_DEFAULT: u32 = 30;
 pub(super) const ID_DAYS_MAX: u32 = 3660;
+pub(super) const SWITCHES_FILE: &str = "switches.json";
 pub(super) const REQUEST_LOG_DEFAULT: &str = "requests.db";
 pub(super) const REQUEST_LOG_DAYS_DEFAULT: u32 = 30;
 pub(super) const REQUEST_LOG_DAYS_MAX: u32 = 3660;
@@ -135,6 +136,11 @@ pub(super) struct ServerFile {
     /// The key that clients must send as `Authorization: Bearer <key>`, or bare. It opens every call. It may be left out where there
     /// are `keys`.
     pub api_key: Option<Secret>,
+    /// The key of those who run the gateway: it opens the page at `/dashboard` and the admin API under `/v1/admin/`, and nothing else
+    /// does. Without it both are off.
+    pub admin_key: Option<Secret>,
+    /// Address and port of their own for the page and the admin API, such as `127.0.0.1:3002`. Default: the main port.
+    pub admin_listen: Option<String>,
     /// Keys of single callers, each with what it opens.
     pub keys: Option<Vec<ClientKeyFile>>,
     /// A file of more such keys, which `api-together keys` changes while the process serves: digests only, for its owner alone. Default:

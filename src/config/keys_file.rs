@@ -96,6 +96,16 @@ impl KeysChange {
         }
     }
 
+    /// What is done, for the audit log.
+    pub fn action(&self) -> &'static str {
+        match self {
+            Self::Add { .. } => "keys.add",
+            Self::Rotate { .. } => "keys.rotate",
+            Self::Raise { .. } => "keys.raise",
+            Self::Revoke { .. } => "keys.revoke",
+        }
+    }
+
     /// The endpoints that a new key is for, if it is not for all.
     pub(super) fn endpoints(&self) -> impl Iterator<Item = &str> {
         let entry = if let Self::Add { entry } = self { Some(entry) } else { None };

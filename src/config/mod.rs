@@ -42,6 +42,7 @@ mod secret;
 mod server;
 mod spelling;
 mod status_set;
+mod switches;
 mod syntax;
 mod watch;
 mod webhook;
@@ -84,6 +85,7 @@ pub(crate) use schema_check::likeliest;
 pub(crate) use secret::{Secret, without_keys};
 pub use server::{Breaker, Cors, LedgerOnError, LedgerSync, LogFormat, Queue, Retry, Server, ServerTls, Strategy};
 pub use status_set::StatusSet;
+pub use switches::{SwitchedOff, Switches, switches_file};
 pub use watch::Watch;
 pub use webhook::{AlertEvent, Webhook, WebhookFormat, is_link_local};
 
@@ -137,7 +139,11 @@ pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> 
 
 /// The keys of a config's file of keys. Problems carry the file's path.
 pub fn load_keys(server: &Server) -> Result<Vec<ClientKey>, Problems> {
-    let around = client_keys::Around { timezone: &server.timezone, shared: server.api_key.as_ref() };
+    let around = client_keys::Around {
+        timezone: &server.timezone,
+        shared: server.api_key.as_ref(),
+        admin: server.admin_key.as_ref(),
+    };
     server.keys_file.load(&around)
 }
 

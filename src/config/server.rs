@@ -41,6 +41,10 @@ pub struct Server {
     pub port: u16,
     /// The key that opens every call; none where each caller has one.
     pub api_key: Option<Secret>,
+    /// The key of those who run the gateway, if the page and the admin API are on.
+    pub admin_key: Option<Secret>,
+    /// Address of their own for these, if they have one.
+    pub admin_listen: Option<SocketAddr>,
     /// Keys of single callers.
     pub keys: Vec<ClientKey>,
     /// File of more of them.
@@ -239,6 +243,8 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
             .map(Some),
     };
     warn_of_a_weak_key(api_key.as_ref().and_then(Option::as_ref), "server.apiKey", check);
+    let admin_key = admin_key(typed.admin_key, api_key.as_ref().and_then(Option::as_ref), check);
+    let admin_listen = listen(typed.admin_listen.as_deref(), "server.adminListen", "127.0.0.1:3002", check);
     let host = host(typed.host.as_deref(), check);
     let port = port(typed.port, check);
     let tls = typed.tls.map(|tls| server_tls(&tls, check));
@@ -248,18 +254,21 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let ledger = ledger(typed.ledger.as_deref(), check);
     let timezone = timezone(typed.timezone.as_deref(), "server.timezone", check);
     let zone = timezone.clone().flatten().unwrap_or_else(TimeZone::system);
-    let around = Around { timezone: &zone, shared: api_key.as_ref().and_then(Option::as_ref) };
+    let shared = api_key.as_ref().and_then(Option::as_ref);
+    let around = Around { timezone: &zone, shared, admin: admin_key.as_ref() };
     let keys = client_keys(typed.keys.unwrap_or_default(), "server.keys", &around, check);
     let webhook = webhook(typed.webhook, check);
     let fallbacks = fallbacks(typed.fallbacks.unwrap_or_default(), check);
     let prices = prices(typed.prices, "server.prices", check);
-    let metrics_listen = metrics_listen(typed.metrics_listen.as_deref(), check);
+    let metrics_listen = listen(typed.metrics_listen.as_deref(), "server.metricsListen", "127.0.0.1:9464", check);
     let queue = typed.queue.and_then(|queue| queue_of(&queue, check));
     let body_bytes_max = typed.body_bytes_max.unwrap_or(file::BODY_BYTES_DEFAULT);
     let memory_bytes_max = memory_bytes_max(typed.memory_bytes_max, body_bytes_max, check);
     Some(Server {
         host: host?,
         port: port?,
+        admin_key,
+        admin_listen: admin_listen?,
         keys,
         keys_file,
         cost_header: typed.cost_header.unwrap_or(file::COST_HEADER_DEFAULT),
@@ -299,6 +308,18 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         metrics_listen: metrics_listen?,
         estimate_tokens: typed.estimate_tokens.unwrap_or(file::ESTIMATE_TOKENS_DEFAULT),
     })
+}
+
+/// The key of those who run the gateway, which nobody else may have.
+fn admin_key(typed: Option<Secret>, shared: Option<&Secret>, check: &mut Check<'_>) -> Option<Secret> {
+    const PATH: &str = "server.adminKey";
+    const HINT: &str = "make one up that nobody else has, such as with `openssl rand -hex 24`";
+    let key = check.key(Some(typed?), PATH, HINT)?;
+    warn_of_a_weak_key(Some(&key), PATH, check);
+    if shared == Some(&key) {
+        check.report.error(PATH, "is server.apiKey, which every client has", HINT);
+    }
+    Some(key)
 }
 
 /// The memory must have room for the longest body.
@@ -497,12 +518,12 @@ pub(super) fn timezone(typed: Option<&str>, path: &str, check: &mut Check<'_>) -
 
 /// The outer `None` is an error that was reported.
 #[expect(clippy::option_option, reason = "absent, and wrong, are two things")]
-fn metrics_listen(typed: Option<&str>, check: &mut Check<'_>) -> Option<Option<SocketAddr>> {
+fn listen(typed: Option<&str>, path: &str, example: &str, check: &mut Check<'_>) -> Option<Option<SocketAddr>> {
     let Some(typed) = typed else { return Some(None) };
     let address = typed.trim().parse();
     if address.is_err() {
         let message = format!("is no address and port: {typed:?}");
-        check.report.error("server.metricsListen", &message, "such as 127.0.0.1:9464");
+        check.report.error(path, &message, &format!("such as {example}"));
     }
     address.ok().map(Some)
 }

@@ -120,10 +120,15 @@ impl HeldResponse {
         }
     }
 
-    /// Notes that the answer is cut off, since its caller's key was revoked.
-    pub(super) fn note_key_ended(&self) {
+    /// The exchange that it holds an answer of.
+    pub(super) fn exchange(&self) -> Arc<Exchange> {
+        Arc::clone(&self.exchange)
+    }
+
+    /// Notes that the answer is cut off, since its caller's key was revoked, or somebody ended it.
+    pub(super) fn note_cut(&self, by: CutBy) {
         let mut state = self.exchange.state();
-        state.cut = Some(CutBy::Key);
+        state.cut = Some(by);
         state.ended = Some(Outcome::ClientGone);
     }
 

@@ -12,6 +12,7 @@ mod outlet;
 pub(crate) mod own_call;
 mod own_headers;
 mod reading;
+pub(crate) mod running;
 pub(crate) mod scheduling;
 pub(crate) mod session;
 mod timers;
@@ -34,6 +35,7 @@ pub use charge::{Asked, Charge};
 pub use kept::Kept;
 pub use objects::{AskedObjects, AttemptObjects, Sealed, is_object_missing};
 pub use own_headers::OwnHeaders;
+pub use running::Cancel;
 
 /// Why the gateway cuts an answer off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,11 +44,17 @@ pub enum CutBy {
     Budget,
     /// Its caller's key was revoked, and what runs with it is to end.
     Key,
+    /// Somebody who runs the gateway ended it.
+    Operator,
 }
 
 /// State that the hooks share with the session that holds the response back.
 #[derive(Debug, Default)]
-pub struct Exchange(Mutex<ExchangeState>);
+pub struct Exchange {
+    state: Mutex<ExchangeState>,
+    /// An end that those who run the gateway can put to it.
+    pub cancel: Cancel,
+}
 
 /// The state behind [`Exchange`].
 #[derive(Debug, Default)]
@@ -121,8 +129,9 @@ impl ExchangeState {
 }
 
 impl Exchange {
-    /// The state. The lock is never contended: one task runs the hooks and the session in turn.
+    /// The state. The lock is hardly ever contended: one task runs the hooks and the session in turn, and a list of what is under way
+    /// looks into it now and then.
     pub fn state(&self) -> MutexGuard<'_, ExchangeState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -27,11 +27,11 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::Session;
 use tokio::time::{Sleep, sleep_until};
 
-use super::Exchange;
 use super::hold::{DueAction, HeldResponse};
 use super::judge::Verdict;
 use super::own_headers::OwnHeaders;
 use super::scheduling::step_aside;
+use super::{CutBy, Exchange};
 use crate::routing::callers::Ending;
 use crate::routing::pool::Pool;
 
@@ -328,21 +328,26 @@ impl CustomSession for Replay {
         if self.hold.outlet.has_gathered() {
             self.write_gathered().await?;
         }
-        if let Some(ending) = self.hold.plan.ending.clone() {
+        let exchange = self.hold.exchange();
+        let ending = self.hold.plan.ending.clone();
+        let read = exchange.cancel.or(async {
+            let Some(ending) = ending else { return Ok(self.wait().await) };
             // Boxed, since it would make every other caller's future larger.
-            let read = Box::pin(async {
+            Box::pin(async {
                 tokio::select! {
-                    read = self.wait() => Some(read),
-                    () = ending.cut() => None,
+                    read = self.wait() => Ok(read),
+                    () = ending.cut() => Err(CutBy::Key),
                 }
-            });
-            let Some(read) = read.await else {
-                self.hold.note_key_ended();
-                return Err(Error::explain(ErrorType::ConnectionClosed, "the key was revoked").into_down());
-            };
-            return read;
+            })
+            .await
+        });
+        match read.await.unwrap_or(Err(CutBy::Operator)) {
+            Ok(read) => read,
+            Err(by) => {
+                self.hold.note_cut(by);
+                Err(Error::explain(ErrorType::ConnectionClosed, "it was cut off").into_down())
+            }
         }
-        self.wait().await
     }
 
     // Everything else is passed on to the real session.

@@ -162,6 +162,29 @@ pub enum Fault {
     },
     /// Too many wrong keys came from one address.
     KeysFailedTooOften,
+    /// The path is for those who run the gateway, and the config has no key for them.
+    AdminOff,
+    /// The path is for those who run the gateway, and the request carries no key.
+    AdminKeyMissing,
+    /// The path is for those who run the gateway, and the request's key is not theirs.
+    AdminKeyWrong,
+    /// A browser sends the request for a page of somebody else, or without the token that our page has.
+    AdminUntrusted {
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A call of those who run the gateway names something that is not there.
+    AdminNotFound {
+        /// What it names.
+        what: String,
+    },
+    /// A call of those who run the gateway asks for a change that cannot be made.
+    AdminConflict {
+        /// Code of the error.
+        code: &'static str,
+        /// What is in the way, and the way out.
+        problem: String,
+    },
     /// The path is not one that is served here.
     PathUnknown {
         /// The path as it came, cut to a sane length.
@@ -282,6 +305,8 @@ pub enum Fault {
     },
     /// A committed stream broke; the client has seen a part of it.
     StreamBroken,
+    /// Somebody who runs the gateway ended the request.
+    Cancelled,
     /// A fault of ours.
     Internal,
 }
@@ -356,6 +381,12 @@ impl Fault {
             Self::CallWithoutPrice { .. }  => (403, INVALID, Some("call_not_allowed"), "call_without_price"),
             Self::ModelNotAllowed { .. }   => (404, INVALID, Some("model_not_found"), "model_not_allowed"),
             Self::KeysFailedTooOften       => (429, "requests", Some("rate_limit_exceeded"), "keys_failed_too_often"),
+            Self::AdminOff                 => (404, INVALID, Some("admin_off"), "admin_off"),
+            Self::AdminKeyMissing          => (401, INVALID, Some("invalid_admin_key"), "admin_key_missing"),
+            Self::AdminKeyWrong            => (401, INVALID, Some("invalid_admin_key"), "admin_key_wrong"),
+            Self::AdminUntrusted { .. }    => (403, INVALID, Some("request_not_trusted"), "admin_untrusted"),
+            Self::AdminNotFound { .. }     => (404, INVALID, Some("not_found"), "admin_not_found"),
+            Self::AdminConflict { code, .. } => (409, INVALID, Some(*code), "admin_conflict"),
             Self::PathUnknown { .. }       => (404, INVALID, Some("unknown_url"), "path_unknown"),
             Self::CallUnknown              => (404, INVALID, Some("call_not_found"), "call_unknown"),
             Self::MethodNotAllowed { .. }  => (405, INVALID, Some("method_not_supported"), "method_not_allowed"),
@@ -388,6 +419,7 @@ impl Fault {
             Self::EndpointKeyRefused       => (502, SERVER, Some("endpoint_key_refused"), "endpoint_key_refused"),
             Self::EndpointError { status } => (*status, SERVER, Some("endpoint_error"), "endpoint_error"),
             Self::StreamBroken             => (502, SERVER, Some("stream_broken"), "stream_broken"),
+            Self::Cancelled                => (403, INVALID, Some("request_cancelled"), "cancelled"),
             Self::Internal                 => (500, SERVER, Some("internal_error"), "internal"),
         };
         Row { status, kind, code, label }
@@ -430,7 +462,15 @@ impl Fault {
 
     /// True if the client has not shown a right key.
     pub fn is_of_stranger(&self) -> bool {
-        matches!(self, Self::KeyMissing | Self::KeyWrong | Self::KeysFailedTooOften)
+        matches!(
+            self,
+            Self::KeyMissing
+                | Self::KeyWrong
+                | Self::KeysFailedTooOften
+                | Self::AdminOff
+                | Self::AdminKeyMissing
+                | Self::AdminKeyWrong
+        )
     }
 
     /// Reasons why endpoints could not be asked, where that is what is wrong.
@@ -456,7 +496,9 @@ impl Fault {
                 format!("Unknown path {path}. API calls start with /v1: set your client's base URL to end in /v1.")
             }
             Self::MethodNotAllowed { allowed } => format!("This path takes {allowed} only."),
-            Self::RequestInvalid { problem } => problem.clone(),
+            Self::RequestInvalid { problem } | Self::AdminConflict { problem, .. } => problem.clone(),
+            Self::AdminUntrusted { problem } => (*problem).to_owned(),
+            Self::AdminNotFound { what } => format!("There is no {what}."),
             Self::BodyTooLarge { bytes_max } => format!(
                 "The request body is longer than the {bytes_max} bytes this gateway accepts (server.bodyBytesMax)."
             ),
@@ -557,6 +599,17 @@ impl Fault {
                 "Too many wrong API keys came from your address, so no key is looked at for up to a minute. Correct the key, and \
                  try again after that."
             }
+            Self::AdminOff => {
+                "The admin API and the page are off: the gateway's config has no server.adminKey. Add one (`openssl rand -hex 24` \
+                 makes one up); it is in use as soon as the file is saved."
+            }
+            Self::AdminKeyMissing => {
+                "This path is for those who run the gateway. Send server.adminKey as 'Authorization: Bearer KEY', or sign in at \
+                 /dashboard."
+            }
+            Self::AdminKeyWrong => {
+                "Incorrect admin key. This path takes server.adminKey and no other: keys of clients and of endpoints do not open it."
+            }
             Self::CallUnknown => {
                 "No endpoint that serves this model has this call: each said so (by a 404, or a 501) within the last minutes."
             }
@@ -604,9 +657,13 @@ impl Fault {
                  key is right; the gateway's log has the endpoint's words."
             }
             Self::StreamBroken => "The endpoint broke off before the end of its answer.",
+            Self::Cancelled => "Somebody who runs this gateway ended this request. Ask them before you send it again.",
             Self::Internal => "The gateway failed on this request; its log says why.",
             // They have messages with details.
             Self::PathUnknown { .. }
+            | Self::AdminUntrusted { .. }
+            | Self::AdminNotFound { .. }
+            | Self::AdminConflict { .. }
             | Self::MethodNotAllowed { .. }
             | Self::RequestInvalid { .. }
             | Self::HeaderTooLong { .. }

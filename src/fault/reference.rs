@@ -34,6 +34,12 @@ impl Fault {
             Self::ModelNotAllowed { .. } => ("the request's key may not ask for the model", "`GET /v1/models` with that key lists those that it may ask for; or add it to its `models`"),
             Self::KeyWrong => ("the request's key is not `server.apiKey`", "correct the client's key; an endpoint's key does not open the gateway"),
             Self::KeysFailedTooOften => ("more than `server.failedKeysPerMinute` different wrong keys came from the client's address; right ones are refused too", "correct the client that guesses, and wait a minute; behind a reverse proxy set `server.trustedProxies`"),
+            Self::AdminOff => ("the admin API or the page was asked for, and the config has no `server.adminKey`", "add one"),
+            Self::AdminKeyMissing => ("a path for those who run the gateway was asked for without a key", "send `server.adminKey`, or sign in at `/dashboard`"),
+            Self::AdminKeyWrong => ("the key is not `server.adminKey`", "send that one; no client's key opens the admin API"),
+            Self::AdminUntrusted { .. } => ("a browser sent the request for a page of somebody else, or without the page's token", "use the page at `/dashboard`, under the name or address at which it was signed in"),
+            Self::AdminNotFound { .. } => ("a call of the admin API names something that is not there", "the list of its kind has what is there"),
+            Self::AdminConflict { .. } => ("a call of the admin API asks for a change that cannot be made as things are", "the message says what is in the way"),
             Self::PathUnknown { .. } => ("the path is not the API's", "let the client's base URL end in `/v1`"),
             Self::CallUnknown => ("every endpoint of the model has said within the last minutes that it does not have the call", "ask another model, or add an endpoint that has the call"),
             Self::MethodNotAllowed { .. } => ("one of the gateway's own paths was asked by another method", "use the method that the `Allow` header names"),
@@ -66,6 +72,7 @@ impl Fault {
             Self::EndpointKeyRefused => ("the last endpoint refused the gateway's key or account there", "correct its `apiKey`, or pay the account up; the log has the vendor's words"),
             Self::EndpointError { .. } => ("the last endpoint answered an error that did not come whole", "see `cause` in the log"),
             Self::StreamBroken => ("a stream broke after its client had seen a part of it", "ask again; `cause` in the log says how it broke"),
+            Self::Cancelled => ("somebody ended the request at the gateway's page, or by its admin API", "the audit log says who"),
             Self::Internal => ("a fault of the gateway", "report it with the ERROR line of the log"),
         };
         Entry { meaning, way_out }
@@ -95,6 +102,12 @@ impl Fault {
             Self::CallWithoutPrice { name: name(), call: "batches" },
             Self::ModelNotAllowed { name: name(), model: "MODEL".to_owned() },
             Self::KeysFailedTooOften,
+            Self::AdminOff,
+            Self::AdminKeyMissing,
+            Self::AdminKeyWrong,
+            Self::AdminUntrusted { problem: "What is wrong with it." },
+            Self::AdminNotFound { what: "endpoint NAME".to_owned() },
+            Self::AdminConflict { code: "config_read_only", problem: "What is in the way.".to_owned() },
             Self::PathUnknown { path: "/PATH".to_owned() },
             Self::CallUnknown,
             Self::MethodNotAllowed { allowed: "POST" },
@@ -127,6 +140,7 @@ impl Fault {
             Self::EndpointKeyRefused,
             Self::EndpointError { status: 500 },
             Self::StreamBroken,
+            Self::Cancelled,
             Self::Internal,
         ]
     }

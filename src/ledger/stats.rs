@@ -152,6 +152,62 @@ pub fn read_key(path: &Path, key: &str, now: SystemTime) -> Result<Stats, Ledger
     Ok(keys.remove(key).unwrap_or_default())
 }
 
+/// Length of the parts of a series.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Per {
+    /// An hour.
+    Hour,
+    /// A day.
+    Day,
+}
+
+impl Per {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hour => "hour",
+            Self::Day => "day",
+        }
+    }
+}
+
+/// What the answers of one endpoint, model and caller's key took in an hour or a day.
+#[derive(Clone, Debug)]
+pub struct UsageRow {
+    /// Its beginning, in seconds of Unix time.
+    pub begins: i64,
+    /// Id of the endpoint.
+    pub endpoint: String,
+    /// Model, as the endpoint was asked for it.
+    pub model: String,
+    /// Name of the caller's own key, where it is counted by these.
+    pub key: Option<String>,
+    /// What they took.
+    pub cost: Cost,
+}
+
+/// Reads what was taken in each hour or day that is kept, likewise. `by_key`: by the callers' own keys, which have days only.
+pub fn usage(path: &Path, (per, by_key): (Per, bool), now: SystemTime) -> Result<Vec<UsageRow>, LedgerError> {
+    let connection = sqlite::open_to_read(path)?;
+    let second = Timestamp::try_from(now).unwrap_or_default().as_second();
+    let (table, kept) = match (per, by_key) {
+        (_, true) => ("key_day", DAYS_KEPT),
+        (Per::Hour, false) => ("token_hour", HOURS_KEPT),
+        (Per::Day, false) => ("token_day", DAYS_KEPT),
+    };
+    let (column, key) = (per.name(), if by_key { "key" } else { "NULL" });
+    let columns = Cost::COLUMNS.join(", ");
+    let sql = format!("SELECT {column}, endpoint, model, {key}, {columns} FROM {table} WHERE {column} > ?1");
+    let read = || -> rusqlite::Result<Vec<UsageRow>> {
+        let row = |row: &rusqlite::Row<'_>| {
+            let (begins, endpoint, model, key) = (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?);
+            Ok(UsageRow { begins, endpoint, model, key, cost: read_cost(row, 4)? })
+        };
+        connection.prepare(&sql)?.query_map([oldest(second, kept)], row)?.collect()
+    };
+    read().map_err(|error| sqlite::explain(path, &error))
+}
+
 fn read_stats(connection: &Connection, now: i64) -> rusqlite::Result<Stats> {
     let mut stats = Stats::new();
     let columns = Cost::COLUMNS.join(", ");
@@ -202,12 +258,17 @@ fn read_keys(connection: &Connection, now: i64, only: Option<&str>) -> rusqlite:
 /// Reads the moment that stands in a column, and the numbers behind it.
 fn read_total(entry: &mut ModelStats, row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<()> {
     entry.last_used_ms = row.get(column)?;
+    entry.cost = read_cost(row, column + 1)?;
+    Ok(())
+}
+
+/// Reads the numbers that stand from a column on.
+fn read_cost(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Cost> {
     let mut columns = [0; Cost::COLUMNS.len()];
-    for (number, index) in columns.iter_mut().zip(column + 1..) {
+    for (number, index) in columns.iter_mut().zip(column..) {
         *number = row.get(index)?;
     }
-    entry.cost = Cost::from_columns(columns);
-    Ok(())
+    Ok(Cost::from_columns(columns))
 }
 
 /// Returns the second of Unix time at or before which an hour or a day must begin to be too old to be kept.

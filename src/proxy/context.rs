@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::failure::Follow;
 use super::web_socket::WebSocket;
+use crate::exchange::running::RunningGuard;
 use crate::exchange::session::Wrapped;
 use crate::exchange::{Ask, Asked, Exchange, OwnHeaders};
 use crate::fault::{ErrorShape, Fault};
@@ -39,6 +40,8 @@ pub struct Context {
     pub web_socket: Option<Box<WebSocket>>,
     /// Redacts the body of a refusal to switch protocols.
     pub refusal: Option<Redactor>,
+    /// Its place among the requests that are under way, if they are listed.
+    pub(crate) running: Option<RunningGuard>,
 }
 
 /// Arrival of a request.
@@ -60,8 +63,10 @@ pub struct Arrival {
     pub error_shape: ErrorShape,
     /// True for what process managers, load balancers and Prometheus ask for again and again.
     pub is_probe: bool,
-    /// True if requests are logged in a file of their own.
+    /// True if it is to be in the request log.
     pub is_logged: bool,
+    /// True for our own resources: the request log has them only if something is wrong with the request.
+    pub is_own: bool,
     _open: OpenRequest,
 }
 
@@ -120,6 +125,7 @@ impl Context {
                 error_shape: ErrorShape::default(),
                 is_probe: false,
                 is_logged: false,
+                is_own: false,
                 _open: open.enter(),
             },
             ask: None,
@@ -130,6 +136,7 @@ impl Context {
             switched: false,
             web_socket: None,
             refusal: None,
+            running: None,
         }
     }
 }

@@ -92,6 +92,7 @@ fn cut_fault(cut: CutBy, arrival: &Arrival) -> Fault {
     match cut {
         CutBy::Budget => Fault::BudgetOverrun { name },
         CutBy::Key => Fault::KeyEnded { name, why: "was revoked" },
+        CutBy::Operator => Fault::Cancelled,
     }
 }
 

@@ -14,17 +14,19 @@ use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
 use super::asking::{self, Origin};
-use super::{Gateway, outgoing, receive};
+use super::{Door, Gateway, admin_calls, outgoing, receive};
 use crate::admin::lists::{self, Asker, ListCall};
 use crate::admin::{Answer, Resource, Sources};
 use crate::config::{CallKind, Cors};
-use crate::exchange::Ask;
+use crate::console;
+use crate::exchange::running::RunningRequest;
 use crate::exchange::session::{Framing, Plan, Wrapped};
+use crate::exchange::{Ask, Exchange};
 use crate::fault::{ErrorShape, Fault, excerpt};
 use crate::ledger::budgets::Spends;
 use crate::ledger::{Drawn, Otherwise, Permit, Wanted};
 use crate::limit::Clock;
-use crate::proxy::context::{Arrival, Context, Tries};
+use crate::proxy::context::{Arrival, Context};
 use crate::request::auth::{self, Admitted};
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
 use crate::request::{forward, id, path, plain_spelling, rewrite};
@@ -175,6 +177,13 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     context.arrival.is_logged = gateway.process.request_log.is_on();
     let header = session.req_header();
     let (uri, method) = (header.uri.clone(), header.method.clone());
+    if console::is_ours(uri.path()) != (gateway.door == Door::Admins) && gateway.door != Door::All {
+        return Err(Fault::PathUnknown { path: excerpt(uri.path()) }.into());
+    }
+    if console::is_ours(uri.path()) {
+        // Boxed, since it is rare and would make every request's future larger.
+        return Box::pin(admin_calls::answer(gateway, session, context, &pool)).await.map(Next::Answer);
+    }
     if is_preflight(header) {
         let requested = header.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS);
         return Ok(Next::Answer(Answer::preflight(requested)));
@@ -182,6 +191,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let path = path::as_meant(uri.path());
     context.arrival.error_shape = ErrorShape::of_path(&path);
     let resource = Resource::from_path(uri.path(), &path, &method);
+    context.arrival.is_own = resource.is_some();
     context.arrival.is_probe = resource.as_ref().is_some_and(|resource| resource.is_probe(&method));
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
         context.arrival.named = authenticate(gateway, context, header, &pool).await?;
@@ -229,8 +239,12 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let whole = asking::receive(gateway, session, context, (&pool, &target)).await?;
     let origin = Origin { pool, address: context.arrival.address, named, is_one_of_several };
     let ask = asking::ask(session.req_header(), origin, target, whole).await?;
+    if ask.pool.server.admin_key.is_some() {
+        let request = running(&context.arrival, &ask, &method, &context.exchange);
+        context.running = Some(gateway.process.running.enter(request));
+    }
     // The first endpoint is chosen before anything is set in motion, so that a refusal is an ordinary answer.
-    let choice = first_choice(session, (&ask, &mut context.tries), &gateway.process.keyring).await;
+    let choice = first_choice(session, context, &ask, &gateway.process.keyring).await;
     let clock = choice.as_ref().map_or_else(|_| ask.pool.clock(), |choice| choice.at);
     let rates = rates::of_model(&ask.options(&[]), &clock);
     context.arrival.own.rates = match &ask.own {
@@ -244,6 +258,21 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
             context.ask = Some(ask);
             Err(stop)
         }
+    }
+}
+
+/// A request as those who run the gateway see it while it is under way.
+fn running(arrival: &Arrival, ask: &Ask, method: &Method, exchange: &Arc<Exchange>) -> RunningRequest {
+    RunningRequest {
+        id: arrival.own.id.clone(),
+        came: arrival.at,
+        key: ask.named.as_ref().map(|named| Arc::clone(named.caller.name())),
+        address: arrival.address,
+        method: method.clone(),
+        path: ask.target.path().into(),
+        model: ask.model.clone(),
+        stream: ask.stream,
+        exchange: Arc::clone(exchange),
     }
 }
 
@@ -330,7 +359,8 @@ fn target(pool: &Pool, uri: &Uri, path: &str, named: Option<&Named>) -> Result<P
 /// The first endpoint.
 async fn first_choice(
     session: &mut Session,
-    (ask, tries): (&Ask, &mut Tries),
+    context: &mut Context,
+    ask: &Ask,
     keyring: &Keyring,
 ) -> Result<Choice, Stop> {
     let queue = ask.pool.server.queue.filter(|_| !ask.switches_protocol);
@@ -348,9 +378,10 @@ async fn first_choice(
         // Boxed, since it is rare and would make every request's future larger.
         Err(undecided) => {
             let began = Instant::now();
-            let choice = Box::pin(wait_for_choice(session, ask, keyring, (request, undecided))).await;
-            tries.queued = began.elapsed();
-            choice
+            let choice = Box::pin(wait_for_choice(session, ask, keyring, (request, undecided)));
+            let choice = context.exchange.cancel.or(choice).await;
+            context.tries.queued = began.elapsed();
+            choice.unwrap_or(Err(Stop::Fault(Fault::Cancelled)))
         }
     }
 }

@@ -14,10 +14,10 @@ use crate::request_log::{ATTEMPTS_MAX, Bodies, Entry, Name, RequestLog};
 use crate::routing::sessions::{Affinity, Session};
 use crate::telemetry::metrics;
 
-/// True if the log takes a request. Probes are not logged, unless something is wrong with them.
+/// True if the log takes a request. What is answered here is not in it, unless something is wrong with the request.
 pub(super) fn is_taken(context: &Context, record: &Record<'_>, log: &RequestLog) -> bool {
     let is_stranger = context.fault.as_ref().is_some_and(Fault::is_of_stranger);
-    context.arrival.is_logged && (!context.arrival.is_probe || record.fault.is_some()) && log.takes(is_stranger)
+    context.arrival.is_logged && (!context.arrival.is_own || record.fault.is_some()) && log.takes(is_stranger)
 }
 
 /// The entry of a request, but for what is only taken out of its context.

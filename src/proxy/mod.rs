@@ -16,6 +16,7 @@
 //! ```
 
 pub mod access_log;
+mod admin_calls;
 mod asking;
 mod attempts;
 mod context;
@@ -29,6 +30,7 @@ mod receive;
 mod web_socket;
 
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -42,20 +44,36 @@ use pingora::{Error, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::admin::lists::Cursors;
+use crate::console::Console;
 use crate::exchange::scheduling::keep_heartbeat;
 use crate::process::Process;
 use crate::request::auth::Auth;
 use context::Context;
 
-/// The proxy.
-#[derive(Debug)]
+/// What a listener serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// Everything.
+    All,
+    /// All but the admin API, which has a listener of its own.
+    Clients,
+    /// The admin API only.
+    Admins,
+}
+
+/// The proxy. Cheap to clone.
+#[derive(Clone, Debug)]
 pub struct Gateway {
     /// Authentication of clients.
     pub auth: Auth,
     /// State of the process.
     pub process: Process,
     /// Where pages of lists end.
-    pub(crate) cursors: Cursors,
+    pub(crate) cursors: Arc<Cursors>,
+    /// The admin API.
+    pub(crate) console: Arc<Console>,
+    /// What is served here.
+    pub door: Door,
 }
 
 #[async_trait]

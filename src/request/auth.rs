@@ -48,6 +48,8 @@ pub enum Admitted<C> {
 #[derive(Clone, Default)]
 pub struct Auth {
     pub(crate) guesses: Arc<Guesses>,
+    /// Those of the key of those who run the gateway, apart: an address that has been right with a client's key may not guess on.
+    pub(crate) admin_guesses: Arc<Guesses>,
 }
 
 impl std::fmt::Debug for Auth {
@@ -97,6 +99,46 @@ impl Auth {
             (true, false) => Fault::KeyWrong,
             (true, true) => Fault::KeysFailedTooOften,
         })
+    }
+
+    /// Lets a request with the key of those who run the gateway pass. Behind the limit a right one is refused as well, unless the address
+    /// has lately been right.
+    pub(crate) fn check_admin(
+        &self,
+        (key, limit): (&Secret, u32),
+        headers: &HeaderMap,
+        address: Option<IpAddr>,
+    ) -> Result<(), Fault> {
+        let mut refused = Fault::AdminKeyMissing;
+        for given in keys_given(headers, None).take(KEYS_MAX) {
+            match self.check_admin_key((key, limit), &given, address) {
+                Ok(()) => return Ok(()),
+                Err(fault) => refused = fault,
+            }
+        }
+        Err(refused)
+    }
+
+    /// The same for one key.
+    pub(crate) fn check_admin_key(
+        &self,
+        (key, limit): (&Secret, u32),
+        given: &[u8],
+        address: Option<IpAddr>,
+    ) -> Result<(), Fault> {
+        let guesses = &self.admin_guesses;
+        let is_behind = |address: IpAddr| guesses.is_behind(address, limit) && !guesses.was_right(address);
+        if address.is_some_and(is_behind) {
+            return Err(Fault::KeysFailedTooOften);
+        }
+        if key.matches(given) {
+            address.into_iter().for_each(|address| guesses.right(address));
+            return Ok(());
+        }
+        if address.is_some_and(|address| guesses.wrong(address, given, limit)) {
+            return Err(Fault::KeysFailedTooOften);
+        }
+        Err(Fault::AdminKeyWrong)
     }
 
     fn let_in(&self, server: &config::Server, address: Option<IpAddr>, vouched: bool) -> Result<(), Fault> {

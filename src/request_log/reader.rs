@@ -57,6 +57,19 @@ pub enum StatusWanted {
     Class(u16),
 }
 
+impl std::str::FromStr for StatusWanted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is no status such as 429, and no class such as 5xx");
+        if let Some(class) = text.strip_suffix("xx") {
+            let class = class.parse().ok().filter(|class| (1..=5).contains(class));
+            return class.map(Self::Class).ok_or_else(wrong);
+        }
+        text.parse().ok().filter(|status| (100..600).contains(status)).map(Self::One).ok_or_else(wrong)
+    }
+}
+
 /// Where a page begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum From {

@@ -65,6 +65,11 @@ impl Writer {
     /// Writes until the log is closed.
     pub(super) fn run(&mut self) {
         let ends = EndsWithThread(Arc::clone(&self.queue));
+        // There from the start, so that it can be read before anything is written.
+        self.look(Instant::now());
+        if self.retry_at.is_none() {
+            self.open();
+        }
         loop {
             let longest = if self.has_surplus { Duration::ZERO } else { IDLE_LOOK_INTERVAL };
             self.queue.wait(longest);

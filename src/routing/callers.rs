@@ -17,10 +17,8 @@ use crate::ledger::Client;
 use crate::ledger::budgets::BudgetSet;
 use crate::request::auth::Known;
 use crate::routing::caller_accounts::CallerAccounts;
+use crate::routing::generated_key::GENERATED_PREFIX;
 use crate::telemetry::key_metrics::KeyCounters;
-
-/// How the keys begin that the gateway makes. They are 256 random bits, so nobody guesses one.
-pub const GENERATED_PREFIX: &str = "sk-at-";
 
 /// All callers of one moment. Immutable, and swapped as a whole.
 #[derive(Debug, Default)]

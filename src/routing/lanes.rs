@@ -121,6 +121,12 @@ impl LaneLive {
         self.health.learn(model, also, seen, now(), breaker)
     }
 
+    /// Forgets what is held against the key.
+    pub(crate) fn start_anew(&self) {
+        self.health.begin_anew();
+        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Remembers a failure of the key.
     pub fn note_error(&self, what: String) {
         let error = LastError { at: SystemTime::now(), what };

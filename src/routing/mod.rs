@@ -7,6 +7,7 @@ pub mod budgets;
 pub mod caller_accounts;
 pub mod callers;
 pub mod discovered;
+pub mod generated_key;
 pub mod health;
 pub mod health_record;
 mod kept_sessions;

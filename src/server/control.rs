@@ -11,24 +11,20 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
-use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::endpoint_test;
-use super::keys::KeysReader;
+use super::commands::Commands;
 use super::runtime_folder::Found;
-use crate::admin::{self, Sources};
 use crate::config::KeysChange;
-use crate::process::Process;
 
 /// The socket in the runtime folder.
 const SOCKET: &str = "control.sock";
 /// Commands that are served at once; more wait in the socket's backlog.
-const CONNECTIONS_MAX: usize = 8;
+pub(super) const CONNECTIONS_MAX: usize = 8;
 /// Longest request, in bytes.
 const REQUEST_BYTES_MAX: u64 = 64 * 1024;
 /// Longest reply, in bytes: the status of many endpoints with many models.
@@ -39,10 +35,6 @@ const TRANSFER_MAX: Duration = Duration::from_secs(10);
 const REPLY_MAX: Duration = Duration::from_mins(1);
 /// The same for a test of many endpoints, some of which do not answer.
 const TESTS_MAX: Duration = Duration::from_mins(30);
-/// Pause between two signals to end; the process must have taken note of the first.
-const SECOND_SIGNAL_AFTER: Duration = Duration::from_millis(300);
-/// Most signals to a process that is to end at once.
-const SIGNALS_MAX: usize = 20;
 /// Pause after the socket failed, as it does while no descriptor is free.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -54,7 +46,7 @@ pub enum Request {
     Reload,
     /// Say what `GET /v1/status` says.
     Status,
-    /// Test an endpoint, or all that are switched on; the answer is a list of [`Tested`](endpoint_test::Tested).
+    /// Test an endpoint, or all that are switched on; the answer is a list of [`Tested`](super::endpoint_test::Tested).
     Test {
         /// Its id.
         endpoint: Option<String>,
@@ -93,44 +85,11 @@ impl From<Result<String, String>> for Reply {
     }
 }
 
-/// Where somebody waits to hear what came of a reload.
-pub(super) type Asked = oneshot::Sender<Result<String, String>>;
-
-/// Reloads that were asked for, and are not done yet.
-#[derive(Debug)]
-pub(super) struct Reloads(Mutex<mpsc::Receiver<Asked>>);
-
-/// A way to ask for reloads, and what hears of them. As many can wait as there are commands at once.
-pub(super) fn reloads() -> (mpsc::Sender<Asked>, Reloads) {
-    let (reload, asked) = mpsc::channel(CONNECTIONS_MAX);
-    (reload, Reloads(Mutex::new(asked)))
-}
-
-impl Reloads {
-    /// Waits until one is asked for.
-    pub(super) async fn next(&self) -> Asked {
-        match self.0.lock().await.recv().await {
-            Some(asked) => asked,
-            None => std::future::pending().await,
-        }
-    }
-}
-
 /// Serves the control socket.
 #[derive(Debug)]
 pub(super) struct Control {
     pub(super) runtime_folder: PathBuf,
     pub(super) commands: Commands,
-}
-
-/// What commands reach in the process. Cheap to clone.
-#[derive(Clone, Debug)]
-pub(super) struct Commands {
-    reload: mpsc::Sender<Asked>,
-    keys: KeysReader,
-    process: Process,
-    /// Place of the one test that may run.
-    tests: Arc<Semaphore>,
 }
 
 #[async_trait]
@@ -195,72 +154,6 @@ async fn serve(mut stream: UnixStream, commands: &Commands) -> std::io::Result<(
     let mut reply = serde_json::to_vec(&Reply::from(done))?;
     reply.push(b'\n');
     timeout(TRANSFER_MAX, writing.write_all(&reply)).await?
-}
-
-impl Commands {
-    pub(super) fn new(reload: mpsc::Sender<Asked>, keys: KeysReader, process: Process) -> Self {
-        Self { reload, keys, process, tests: Arc::new(Semaphore::new(1)) }
-    }
-
-    async fn answer(&self, request: Request) -> Result<String, String> {
-        match request {
-            Request::Reload => self.reload().await,
-            Request::Status => Ok(self.status().await),
-            Request::Test { endpoint } => self.test(endpoint.as_deref()).await,
-            Request::Keys => serde_json::to_string(&self.keys.list().await).map_err(|error| error.to_string()),
-            Request::ChangeKeys(change) => {
-                let keys = self.keys.clone();
-                let changed = tokio::task::spawn_blocking(move || keys.change(change)).await;
-                changed.map_err(|error| error.to_string())?
-            }
-            Request::Stop { now } => Ok(self.stop(now)),
-        }
-    }
-
-    async fn reload(&self) -> Result<String, String> {
-        let (tell, told) = oneshot::channel();
-        let gone = || "the process is on its way out".to_owned();
-        self.reload.send(tell).await.map_err(|_| gone())?;
-        told.await.unwrap_or_else(|_| Err(gone()))
-    }
-
-    async fn status(&self) -> String {
-        let pool = self.process.pool.load_full();
-        admin::status::status(Sources::new(&pool, &self.process)).await
-    }
-
-    async fn test(&self, endpoint: Option<&str>) -> Result<String, String> {
-        // They may last, and others wait for their places.
-        let Ok(_place) = self.tests.try_acquire() else {
-            return Err("another test is running; wait for its end".to_owned());
-        };
-        let tested = endpoint_test::of_pool(&self.process.pool.load_full(), endpoint, true).await?;
-        serde_json::to_string(&tested).map_err(|error| error.to_string())
-    }
-
-    /// Does what a signal to end does: Pingora hears of nothing else.
-    fn stop(&self, now: bool) -> String {
-        let open = self.process.open.count();
-        let ends_already = self.process.draining.is_on();
-        tokio::spawn(async move {
-            // So that the reply is out first.
-            tokio::time::sleep(PAUSE).await;
-            // A second signal means at once, as soon as the process waits for its requests. It does not outlive the last.
-            let signals = if now { SIGNALS_MAX } else { usize::from(!ends_already) };
-            for _ in 0..signals {
-                if let Err(error) = kill_process(getpid(), Signal::TERM) {
-                    log::error!("this process cannot signal itself: {error}");
-                }
-                tokio::time::sleep(SECOND_SIGNAL_AFTER).await;
-            }
-        });
-        match (open, now) {
-            (0, _) => "stopping".to_owned(),
-            (1, false) => "stopping; waiting for the end of one open request".to_owned(),
-            (open, false) => format!("stopping; waiting for the end of {open} open requests"),
-            (open, true) => format!("stopping at once; open requests, of which there are {open}, are cut off"),
-        }
-    }
 }
 
 /// Asks the process that runs from the first of these folders from which one does, and returns what it says.

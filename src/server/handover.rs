@@ -33,7 +33,10 @@ use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::runtime_folder::{Found, Running, began, read, write};
+use crate::console::Console;
+use crate::console::sessions::KeptSessions;
 use crate::request::auth::Auth;
+use crate::request::guesses::RightAddresses;
 
 /// File with the result of the last upgrade.
 const OUTCOME_FILE: &str = "outcome.json";
@@ -88,8 +91,12 @@ pub struct Successor {
     pub address: SocketAddr,
     /// Listening address for metrics.
     pub metrics_listen: Option<SocketAddr>,
+    /// Listening address for the page and the admin API.
+    pub admin_listen: Option<SocketAddr>,
     /// What it knows of addresses.
     pub auth: Auth,
+    /// The admin API, whose sessions its successor takes over.
+    pub(super) console: Arc<Console>,
 }
 
 #[async_trait]
@@ -118,7 +125,7 @@ impl BackgroundService for Successor {
                 HandoverResult { pid, .. } => {
                     log::info!("upgrade: process {} takes over", pid.unwrap_or_default());
                     let callers = self.runtime_folder.join(CALLERS_FILE);
-                    if let Err(error) = write(&callers, &self.auth.guesses.right_addresses()) {
+                    if let Err(error) = write(&callers, &KnownCallers::of(&self.auth, &self.console)) {
                         log::warn!("{}: {error}", callers.display());
                     }
                     // From here on Pingora hands the sockets over.
@@ -193,11 +200,17 @@ impl Successor {
         }
         let listens: Option<SocketAddr> =
             told.lines().find_map(|line| line.strip_prefix(LISTENS)).and_then(|text| text.trim().parse().ok());
-        let metrics: Option<SocketAddr> =
-            told.lines().find_map(|line| line.strip_prefix(METRICS_ON)).and_then(|text| text.trim().parse().ok());
-        if let Some(address) = metrics.filter(|_| metrics != self.metrics_listen) {
-            TcpListener::bind(address)
-                .map_err(|error| format!("server.metricsListen: {address} cannot be listened on: {error}"))?;
+        let others = [
+            ("server.metricsListen", METRICS_ON, self.metrics_listen),
+            ("server.adminListen", ADMIN_ON, self.admin_listen),
+        ];
+        for (setting, prefix, now) in others {
+            let then =
+                told.lines().find_map(|line| line.strip_prefix(prefix)).and_then(|text| text.trim().parse().ok());
+            if let Some(address) = then.filter(|_| then != now) {
+                TcpListener::bind(address)
+                    .map_err(|error| format!("{setting}: {address} cannot be listened on: {error}"))?;
+            }
         }
         match listens {
             Some(address) if address == self.address => Ok(()),
@@ -215,6 +228,8 @@ impl Successor {
 pub const LISTENS: &str = "would listen on ";
 /// Text before the address of the metrics.
 pub const METRICS_ON: &str = "would tell metrics on ";
+/// Text before the address of the page and the admin API.
+pub const ADMIN_ON: &str = "would serve the admin API on ";
 
 /// A process between this one and its successor, which ends as soon as the successor is ready for the sockets.
 #[derive(Debug)]
@@ -256,11 +271,37 @@ impl Starter {
     }
 }
 
-/// A successor takes over what its predecessor knew of addresses.
-pub(super) fn take_callers_over(runtime_folder: &Path, auth: &Auth) {
+/// What a process knows of those who call it.
+#[derive(Serialize, Deserialize)]
+struct KnownCallers {
+    /// Addresses that have been right with a client's key.
+    #[serde(flatten)]
+    clients: RightAddresses,
+    /// Those that have been right with the admin key. Older versions do not say.
+    #[serde(default)]
+    admins: Option<RightAddresses>,
+    /// Sessions of the page.
+    #[serde(default)]
+    sessions: KeptSessions,
+}
+
+impl KnownCallers {
+    fn of(auth: &Auth, console: &Console) -> Self {
+        Self {
+            clients: auth.guesses.right_addresses(),
+            admins: Some(auth.admin_guesses.right_addresses()),
+            sessions: console.sessions.kept(),
+        }
+    }
+}
+
+/// A successor takes over what its predecessor knew of those who call it.
+pub(super) fn take_callers_over(runtime_folder: &Path, auth: &Auth, console: &Console) {
     let file = runtime_folder.join(CALLERS_FILE);
-    if let Some(known) = read(&file) {
-        auth.guesses.take_over(&known);
+    if let Some(KnownCallers { clients, admins, sessions }) = read(&file) {
+        auth.guesses.take_over(&clients);
+        admins.iter().for_each(|admins| auth.admin_guesses.take_over(admins));
+        console.sessions.take_over(sessions);
         std::fs::remove_file(&file).unwrap_or_default();
     }
 }

@@ -29,10 +29,12 @@ impl Listening {
     pub(super) fn new(server: &Server, options: &RunOptions) -> Result<Self, StartError> {
         let certificate = server.tls.as_ref().map(Certificate::new).transpose().map_err(StartError)?;
         let takes_over = options.upgrade || options.test;
-        if let Some(address) = server.metrics_listen.filter(|_| !takes_over) {
-            TcpListener::bind(address).map_err(|error| {
-                StartError(format!("server.metricsListen: {}", explain_bind(address, &error, options)))
-            })?;
+        let others = [("server.metricsListen", server.metrics_listen), ("server.adminListen", server.admin_listen)];
+        for (setting, address) in others {
+            if let Some(address) = address.filter(|_| !takes_over) {
+                TcpListener::bind(address)
+                    .map_err(|error| StartError(format!("{setting}: {}", explain_bind(address, &error, options))))?;
+            }
         }
         let wanted = SocketAddr::new(server.host, server.port);
         let (address, reserved) = if takes_over { (wanted, None) } else { free_address(wanted, options)? };
@@ -42,13 +44,22 @@ impl Listening {
     /// Returns the listener for Pingora. It takes connections only; TLS is the guard's, so that a handshake that does not come takes
     /// no memory.
     pub(super) fn config(&self) -> ListenerConfig {
+        self.config_of(self.address, self.reserved.is_some())
+    }
+
+    /// The same for another address.
+    pub(super) fn config_for(&self, address: SocketAddr) -> ListenerConfig {
+        self.config_of(address, false)
+    }
+
+    fn config_of(&self, address: SocketAddr, is_reserved: bool) -> ListenerConfig {
         let mut socket = TcpSocketOptions::default();
-        socket.so_reuseport = self.reserved.as_ref().map(|_| true);
+        socket.so_reuseport = is_reserved.then_some(true);
         // Pingora reads headers and bodies into buffers of their own, so one of the connection's would only be copied from, and its
         // 64 KiB would stay for as long as the connection.
         let buffers =
             L4BufferSettings::default().read(if self.certificate.is_some() { TLS_READ_BUFFER_BYTES } else { 0 });
-        ListenerConfig::tcp(self.address.to_string()).tcp_socket_options(socket).l4_buffer(buffers)
+        ListenerConfig::tcp(address.to_string()).tcp_socket_options(socket).l4_buffer(buffers)
     }
 
     /// Returns what makes TLS of a connection, if it is asked for.

@@ -1,6 +1,7 @@
 //! The process: from a checked config to Pingora's server, its listeners, and the services beside the proxy.
 
 mod certificate;
+mod commands;
 pub mod control;
 mod discovery;
 mod drain;
@@ -27,21 +28,23 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
+use jiff::Timestamp;
 use pingora::apps::HttpServerOptions;
 use pingora::apps::http_app::HttpServer;
 use pingora::protocols::http::v2::server::{H2Options, default_h2_options};
-use pingora::server::configuration::Opt;
+use pingora::server::configuration::{Opt, ServerConf};
 use pingora::server::{RunArgs, Server};
 use pingora::services::background::background_service;
 use pingora::services::listening::Service;
-use pingora_proxy::http_proxy;
+use pingora_proxy::{HttpProxy, http_proxy};
 
-use crate::admin::lists::Cursors;
 use crate::billing::estimate::Estimator;
-use crate::config::{self, Config, Flags};
+use crate::config::{self, Config, Flags, Switches, switches_file};
+use crate::console::Console;
+use crate::exchange::running::RunningRequests;
 use crate::ledger::Keeper;
-use crate::process::{ConfigState, Draining, OpenRequests, Process};
-use crate::proxy::Gateway;
+use crate::process::{ActionsSlot, ConfigState, Draining, OpenRequests, Process};
+use crate::proxy::{Door, Gateway};
 use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
@@ -49,11 +52,13 @@ use crate::request_log::RequestLog;
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
-use crate::server::control::{Commands, Control};
+use crate::server::commands::Commands;
+use crate::server::control::Control;
 use crate::server::handover::{Successor, do_without_a_predecessor, take_callers_over};
 use crate::server::keys::KeysReader;
 use crate::server::reload::{Reloader, hear_hangups};
 use crate::server::runtime_folder::Running;
+use crate::telemetry::audit::Audit;
 use discovery::Discovery;
 use drain::{Drain, FinalWrites};
 use guard::Guard;
@@ -118,6 +123,8 @@ pub struct Prepared {
     ledger: PathBuf,
     /// Authentication of clients.
     auth: Auth,
+    /// The admin API.
+    console: Arc<Console>,
     /// True if it takes its sockets from a running process.
     takes_over: bool,
     /// Runtime folder, if the process may be replaced.
@@ -146,12 +153,17 @@ impl Prepared {
             ledger.examine().map_err(|error| StartError(error.to_string()))?;
         }
         let started = config.server.clone();
+        let mut config = config;
+        Switches::read(&switches_file(&started.ledger)).map_err(StartError)?.apply(&mut config, Timestamp::now());
         let pool = Pool::new(config, ledger.client().clone(), None)
             .map_err(|error| StartError(format!("an endpoint cannot be set up: {error}")))?;
         let process = Process {
             pool: Arc::new(ArcSwap::from_pointee(pool)),
             keyring: Keyring::new(ledger.client().clone()),
             open: OpenRequests::default(),
+            running: RunningRequests::default(),
+            actions: ActionsSlot::default(),
+            audit: Audit::new(&started.ledger),
             draining: Draining::default(),
             ledger: ledger.state().clone(),
             request_log: RequestLog::new(&started),
@@ -174,6 +186,7 @@ impl Prepared {
             tls: listening.certificate.is_some(),
             ledger: started.ledger.clone(),
             auth: Auth::default(),
+            console: Arc::default(),
             takes_over: options.upgrade && !options.test,
             runtime_folder: options.arguments.is_some().then(|| options.runtime_folder.clone()),
             writes: FinalWrites {
@@ -196,22 +209,28 @@ impl Prepared {
         process: Process,
     ) -> Result<Self, StartError> {
         let server = &mut self.server;
-        let gateway = Gateway { auth: self.auth.clone(), process: process.clone(), cursors: Cursors::default() };
-        let mut http = HttpServerOptions::default();
-        // On the plain port HTTP/2 is recognised by its preface; HTTP/1.1 works beside it.
-        http.h2c = listening.certificate.is_none();
-        http.h2_idle_timeout = Some(started.connections.h2_idle);
-        let mut proxy = http_proxy(&server.configuration, gateway);
-        proxy.server_options = Some(http);
-        proxy.h2_options = Some(http2_options(&started));
-        let guard = Guard {
-            app: Arc::new(proxy),
-            connections: process.connections.clone(),
-            pool: Arc::clone(&process.pool),
-            tls: listening.tls()?,
+        let door = if started.admin_listen.is_some() { Door::Clients } else { Door::All };
+        let gateway = Gateway {
+            auth: self.auth.clone(),
+            process: process.clone(),
+            cursors: Arc::default(),
+            console: Arc::clone(&self.console),
+            door,
         };
-        let mut service = Service::new("api-together".to_owned(), guard);
+        let clients = guarded((gateway.clone(), &server.configuration), listening, &started)?;
+        let mut service = Service::new("api-together".to_owned(), clients);
         service.add_listener(listening.config());
+        let admins = match started.admin_listen {
+            None => None,
+            Some(address) => {
+                let gateway = Gateway { door: Door::Admins, ..gateway };
+                let app = guarded((gateway, &server.configuration), listening, &started)?;
+                let mut admins = Service::new("admin".to_owned(), app);
+                admins.add_listener(listening.config_for(address));
+                admins.threads = Some(1);
+                Some(admins)
+            }
+        };
         server.add_service(background_service("connections", Sweep(process.connections.clone())));
         server.add_service(background_service("log", ReopenLog::new()));
         server.add_service(background_service("threads", StartThreads(self.writes.clone())));
@@ -235,7 +254,9 @@ impl Prepared {
                 address: listening.address,
                 start_folder: options.start_folder.clone(),
                 metrics_listen: started.metrics_listen,
+                admin_listen: started.admin_listen,
                 auth: self.auth.clone(),
+                console: Arc::clone(&self.console),
             };
             server.add_service(background_service("upgrade", successor));
         }
@@ -243,7 +264,7 @@ impl Prepared {
         if let Some(path) = options.config_file.clone() {
             let (pool, state) = (Arc::clone(&process.pool), process.config.clone());
             let (flags, certificate) = (options.flags.clone(), listening.certificate.clone());
-            let (reload, reloads) = control::reloads();
+            let (reload, reloads) = commands::reloads();
             let reloader = Reloader {
                 path,
                 flags,
@@ -259,13 +280,20 @@ impl Prepared {
             server.add_service(background_service("reload", reloader));
             let keys = KeysReader::new(&process);
             server.add_service(background_service("keys", keys.clone()));
+            let commands = Commands::new(Some(reload), keys, process.clone());
+            process.actions.set(Arc::new(commands.clone()));
             if options.arguments.is_some() {
-                let commands = Commands::new(reload, keys.clone(), process.clone());
                 let control = Control { runtime_folder: options.runtime_folder.clone(), commands };
                 server.add_service(background_service("control", control));
             }
+        } else {
+            let commands = Commands::new(None, KeysReader::new(&process), process.clone());
+            process.actions.set(Arc::new(commands));
         }
         server.add_service(service);
+        if let Some(admins) = admins {
+            server.add_service(admins);
+        }
         if let Some(address) = metrics_listen {
             let mut scrapes = Service::new("metrics".to_owned(), HttpServer::new_app(MetricsService(process)));
             scrapes.add_tcp(&address.to_string());
@@ -299,7 +327,7 @@ impl Prepared {
         if let Some(has_sockets) = has_sockets {
             has_sockets.store(true, Ordering::Relaxed);
             if let Some(folder) = &self.runtime_folder {
-                take_callers_over(folder, &self.auth);
+                take_callers_over(folder, &self.auth, &self.console);
             }
         }
     }
@@ -316,6 +344,24 @@ impl Prepared {
         writes.close();
         log::logger().flush();
     }
+}
+
+/// The proxy, behind the guard of its connections.
+fn guarded(
+    (gateway, conf): (Gateway, &Arc<ServerConf>),
+    listening: &Listening,
+    started: &config::Server,
+) -> Result<Guard<HttpProxy<Gateway>>, StartError> {
+    let process = gateway.process.clone();
+    let mut http = HttpServerOptions::default();
+    // On the plain port HTTP/2 is recognised by its preface; HTTP/1.1 works beside it.
+    http.h2c = listening.certificate.is_none();
+    http.h2_idle_timeout = Some(started.connections.h2_idle);
+    let mut proxy = http_proxy(conf, gateway);
+    proxy.server_options = Some(http);
+    proxy.h2_options = Some(http2_options(started));
+    let (connections, pool) = (process.connections, process.pool);
+    Ok(Guard { app: Arc::new(proxy), connections, pool, tls: listening.tls()? })
 }
 
 /// Reads the listener's certificate and key, if it has them, and finds out whether they go together.

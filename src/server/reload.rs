@@ -9,17 +9,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
+use jiff::Timestamp;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::config::{self, AlertEvent, Config, Environment, Flags, Loaded, Server, Watch, changes, needs_upgrade};
+use crate::config::{
+    self, AlertEvent, Config, Environment, Flags, Loaded, Server, Switches, Watch, changes, needs_upgrade,
+    switches_file,
+};
 use crate::process::{Applied, ConfigState};
 use crate::request_log::RequestLog;
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
-use crate::server::control::Reloads;
+use crate::server::commands::Reloads;
 use crate::server::keys;
 use crate::telemetry::alerts;
 use crate::telemetry::logger;
@@ -78,6 +82,7 @@ impl BackgroundService for Reloader {
                 () = watch.changed() => (false, None),
                 () = hangup(hangups.as_mut()) => (true, None),
                 reply_to = self.asked.next() => (true, Some(reply_to)),
+                () = self.switch_due() => (true, None),
                 _ = shutdown.changed() => return,
             };
             // Before they are read, so that what is written meanwhile is found the next time.
@@ -107,6 +112,15 @@ async fn hangup(hangups: Option<&mut Signal>) {
 }
 
 impl Reloader {
+    /// Waits until an endpoint that is switched off for a while is to be switched on again.
+    async fn switch_due(&self) {
+        let pool = self.pool.load_full();
+        let ends = pool.endpoints.iter().filter_map(|endpoint| endpoint.config.switched_off?.until).min();
+        let Some(end) = ends else { return std::future::pending().await };
+        let wait = end.duration_since(Timestamp::now());
+        tokio::time::sleep(wait.try_into().unwrap_or_default()).await;
+    }
+
     fn files(&self) -> Vec<PathBuf> {
         let pool = self.pool.load();
         let mut files = vec![self.path.clone()];
@@ -131,7 +145,11 @@ impl Reloader {
             Ok(loaded) => loaded,
             Err(problems) => return Err(self.refuse(&problems.to_string())),
         };
-        let Loaded { config, warnings } = loaded;
+        let Loaded { mut config, warnings } = loaded;
+        match Switches::read(&switches_file(&self.started.ledger)) {
+            Ok(switches) => switches.apply(&mut config, Timestamp::now()),
+            Err(why) => return Err(self.refuse(&why)),
+        }
         let needs_upgrade = needs_upgrade(&self.started, &config.server);
         let before = self.pool.load_full();
         let lines = differences(&before, &config);

@@ -14,6 +14,7 @@ mod program;
 mod webhook;
 mod wire;
 
+mod admin;
 mod affinity;
 mod agents_day;
 mod auth;

@@ -39,7 +39,7 @@ pub(super) struct ShowLog {
     #[arg(long)]
     model: Option<String>,
     /// Status that the client got, such as 429, or 5xx for all of a class.
-    #[arg(long, value_parser = parse_status)]
+    #[arg(long)]
     status: Option<StatusWanted>,
     /// Session, as the log shows it: 16 hexadecimal digits.
     #[arg(long, value_parser = parse_session)]
@@ -95,15 +95,6 @@ impl ShowLog {
             None => LIMIT_DEFAULT,
         }
     }
-}
-
-fn parse_status(text: &str) -> Result<StatusWanted, String> {
-    let wrong = || format!("{text:?} is no status such as 429, and no class such as 5xx");
-    if let Some(class) = text.strip_suffix("xx") {
-        let class = class.parse().ok().filter(|class| (1..=5).contains(class));
-        return class.map(StatusWanted::Class).ok_or_else(wrong);
-    }
-    text.parse().ok().filter(|status| (100..600).contains(status)).map(StatusWanted::One).ok_or_else(wrong)
 }
 
 fn parse_session(text: &str) -> Result<u64, String> {

@@ -1,0 +1,157 @@
+//! Who may: the admin key itself, as programs send it, or a session of the page, which has a cookie in its place.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use subtle::ConstantTimeEq as _;
+
+use super::sessions::{IDLE_MAX, csrf_token};
+use super::{Call, Console, Request};
+use crate::admin::Answer;
+use crate::config::Secret;
+use crate::fault::Fault;
+use crate::request::auth::Auth;
+
+/// The cookie of a session.
+const COOKIE: &str = "api-together-session";
+/// The header in which the page sends its token with each change.
+const CSRF: HeaderName = HeaderName::from_static("x-csrf-token");
+
+/// Who makes a call.
+#[derive(Debug)]
+pub(super) struct Author {
+    by: By,
+    address: Option<IpAddr>,
+}
+
+#[derive(Debug)]
+enum By {
+    Nobody,
+    Key,
+    Session,
+}
+
+impl Author {
+    /// Somebody who is about to show the key.
+    pub(super) fn nobody(call: &Call<'_>) -> Self {
+        Self { by: By::Nobody, address: call.address }
+    }
+}
+
+impl fmt::Display for Author {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.by {
+            By::Nobody => "somebody",
+            By::Key => "the admin key",
+            By::Session => "the page",
+        })?;
+        match self.address {
+            Some(address) => write!(f, ", from {address}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What signs in.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SignIn {
+    key: Secret,
+}
+
+impl Console {
+    /// Finds out who makes a call.
+    pub(super) fn author(&self, auth: &Auth, key: (&Secret, u32), call: &Call<'_>) -> Result<Author, Fault> {
+        check_browser(call)?;
+        let by_key = auth.check_admin(key, call.headers, call.address);
+        if !matches!(by_key, Err(Fault::AdminKeyMissing)) {
+            return by_key.map(|()| Author { by: By::Key, address: call.address });
+        }
+        let token = cookie(call.headers).ok_or(Fault::AdminKeyMissing)?;
+        if !self.sessions.uses(token, key.0, call.authority) {
+            return Err(Fault::AdminKeyMissing);
+        }
+        let reads = matches!(*call.method, Method::GET | Method::HEAD);
+        let given = call.headers.get(CSRF).map_or(&b""[..], HeaderValue::as_bytes);
+        if !reads && !bool::from(csrf_token(token).as_bytes().ct_eq(given)) {
+            let problem = "The request has no x-csrf-token, or not that of its session. GET /v1/admin/session has it.";
+            return Err(Fault::AdminUntrusted { problem });
+        }
+        Ok(Author { by: By::Session, address: call.address })
+    }
+
+    /// Opens a session for somebody who has the key.
+    pub(super) async fn sign_in(&self, auth: &Auth, request: &Request<'_>, call: &Call<'_>) -> Result<Answer, Fault> {
+        check_browser(call)?;
+        let server = &request.from.pool.server;
+        let key = server.admin_key.as_ref().ok_or(Fault::AdminOff)?;
+        let given: SignIn = request.body()?;
+        let checked =
+            auth.check_admin_key((key, server.failed_keys_per_minute), given.key.expose().as_bytes(), call.address);
+        if matches!(checked, Err(Fault::KeysFailedTooOften)) {
+            auth.admin_guesses.keep_waiting().await;
+        }
+        let told = checked.as_ref().map(|()| "signed in".to_owned()).map_err(|_| "refused".to_owned());
+        request.from.process.audit.add(&request.author.to_string(), "session.open", "", &told).await;
+        checked?;
+        let token = self.sessions.open(key, call.authority).ok_or(Fault::Internal)?;
+        let mut answer = Answer::json(200, session_json(&token).to_string());
+        answer.headers.extend(cookie_header(&token, call.is_secure, IDLE_MAX.as_secs()));
+        Ok(answer)
+    }
+
+    /// Ends the session of a call.
+    pub(super) fn sign_out(&self, call: &Call<'_>) -> Answer {
+        if let Some(token) = cookie(call.headers) {
+            self.sessions.close(token);
+        }
+        let mut answer = Answer::json(200, json!({ "message": "signed out" }).to_string());
+        answer.headers.extend(cookie_header("", call.is_secure, 0));
+        answer
+    }
+
+    /// What the page needs to know of its session.
+    #[expect(clippy::unused_self, reason = "it stands beside its kind")]
+    pub(super) fn session(&self, call: &Call<'_>) -> Result<Value, Fault> {
+        cookie(call.headers).map(session_json).ok_or(Fault::AdminKeyMissing)
+    }
+}
+
+fn session_json(token: &str) -> Value {
+    json!({ "csrfToken": csrf_token(token), "idleSeconds": IDLE_MAX.as_secs() })
+}
+
+fn cookie_header(token: &str, is_secure: bool, seconds: u64) -> Option<(HeaderName, HeaderValue)> {
+    let secure = if is_secure { "; Secure" } else { "" };
+    let text = format!("{COOKIE}={token}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}");
+    Some((header::SET_COOKIE, HeaderValue::from_str(&text).ok()?))
+}
+
+/// Refuses what a browser sends for a page that is not ours.
+fn check_browser(call: &Call<'_>) -> Result<(), Fault> {
+    let text = |name: &HeaderName| call.headers.get(name).and_then(|value| value.to_str().ok());
+    let site = text(&HeaderName::from_static("sec-fetch-site"));
+    if site.is_some_and(|site| !matches!(site, "same-origin" | "none")) {
+        let problem =
+            "A page of somebody else sent this request (Sec-Fetch-Site). The admin API is for its own page only.";
+        return Err(Fault::AdminUntrusted { problem });
+    }
+    let Some(origin) = text(&header::ORIGIN) else { return Ok(()) };
+    let of_origin = origin.split_once("://").map_or(origin, |(_, host)| host);
+    if !of_origin.eq_ignore_ascii_case(call.authority) {
+        let problem = "The request's Origin is not its Host. The admin API is for its own page only; a reverse proxy has to \
+                       pass the Host on.";
+        return Err(Fault::AdminUntrusted { problem });
+    }
+    Ok(())
+}
+
+/// The value of a session's cookie.
+fn cookie(headers: &HeaderMap) -> Option<&str> {
+    let all = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
+    let pairs = all.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs.into_iter().find(|(name, value)| *name == COOKIE && !value.is_empty()).map(|(_, value)| value)
+}

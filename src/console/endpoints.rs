@@ -1,0 +1,100 @@
+//! Endpoints: what `GET /v1/status` shows of them, and switching, clearing and testing one.
+
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{Request, invalid};
+use crate::admin::status;
+use crate::config::SwitchedOff;
+use crate::fault::{Fault, excerpt};
+use crate::routing::pool::Endpoint;
+
+/// How an endpoint is switched off.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Disable {
+    /// When it is switched on again; only by hand without it.
+    until: Option<Timestamp>,
+}
+
+/// What is forgotten of an endpoint.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Clear {
+    /// The one of its keys that is meant, as the status shows it; the endpoint and all its keys without it.
+    key: Option<String>,
+}
+
+impl Request<'_> {
+    fn endpoint(&self) -> Result<&Endpoint, Fault> {
+        let is_it = |endpoint: &&std::sync::Arc<Endpoint>| *endpoint.config.id == *self.name;
+        let found = self.from.pool.endpoints.iter().find(is_it);
+        found
+            .map(AsRef::as_ref)
+            .ok_or_else(|| Fault::AdminNotFound { what: format!("endpoint {}", excerpt(self.name)) })
+    }
+}
+
+pub(super) async fn list(request: &Request<'_>) -> Result<Value, Fault> {
+    serde_json::from_str(&status::status(request.from).await).map_err(|_| Fault::Internal)
+}
+
+pub(super) async fn switch_off(request: &Request<'_>) -> Result<Value, Fault> {
+    let Disable { until } = request.body()?;
+    let endpoint = request.endpoint()?;
+    if until.is_some_and(|until| until <= Timestamp::now()) {
+        return Err(invalid("`until` is past. Name a moment to come, such as 2027-03-31T18:00:00Z, or leave it out."));
+    }
+    check_config(endpoint, "It is off in the config already.")?;
+    let done = request.actions()?.switch(request.name, Some(SwitchedOff { until })).await;
+    let told = match until {
+        Some(until) => format!("disabled until {until}"),
+        None => "disabled until it is enabled".to_owned(),
+    };
+    request.done("endpoints.disable", request.name, done.map(|_| told)).await
+}
+
+pub(super) async fn switch_on(request: &Request<'_>) -> Result<Value, Fault> {
+    check_config(request.endpoint()?, "It is off in the config: set its `enabled` to true there.")?;
+    let done = request.actions()?.switch(request.name, None).await;
+    request.done("endpoints.enable", request.name, done.map(|_| "enabled".to_owned())).await
+}
+
+fn check_config(endpoint: &Endpoint, problem: &str) -> Result<(), Fault> {
+    if endpoint.config.enabled || endpoint.config.switched_off.is_some() {
+        return Ok(());
+    }
+    Err(Fault::AdminConflict { code: "endpoint_off_in_config", problem: problem.to_owned() })
+}
+
+/// Forgets what is held against an endpoint: cool-downs, rests, what it lacks. It is asked again at once.
+pub(super) async fn clear(request: &Request<'_>) -> Result<Value, Fault> {
+    let Clear { key } = request.body()?;
+    let endpoint = request.endpoint()?;
+    let lanes = endpoint.lanes.list().iter().filter_map(|lane| Some((&lane.config.label, lane.live()?)));
+    let meant = |label: &str| key.as_deref().is_none_or(|key| key == label);
+    let mut cleared: usize = 0;
+    for (_, live) in lanes.filter(|(label, _)| meant(label)) {
+        live.start_anew();
+        cleared += 1;
+    }
+    let told = match &key {
+        None => {
+            endpoint.live.start_anew();
+            "what was held against it is forgotten".to_owned()
+        }
+        Some(key) if cleared == 0 => return Err(Fault::AdminNotFound { what: format!("key {}", excerpt(key)) }),
+        Some(key) => format!("what was held against its key {key} is forgotten"),
+    };
+    request.done("endpoints.clear", request.name, Ok(told)).await
+}
+
+pub(super) async fn test(request: &Request<'_>) -> Result<Value, Fault> {
+    request.endpoint()?;
+    let tested = request.actions()?.test(request.name).await;
+    let told = tested.as_ref().map(|_| "tested".to_owned()).map_err(Clone::clone);
+    request.done("endpoints.test", request.name, told).await?;
+    let tested: Value = tested.ok().and_then(|json| serde_json::from_str(&json).ok()).unwrap_or_default();
+    Ok(tested.get(0).cloned().unwrap_or_default())
+}
