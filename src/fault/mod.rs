@@ -497,7 +497,7 @@ impl Fault {
             }
             Self::MethodNotAllowed { allowed } => format!("This path takes {allowed} only."),
             Self::RequestInvalid { problem } | Self::AdminConflict { problem, .. } => problem.clone(),
-            Self::AdminUntrusted { problem } => (*problem).to_owned(),
+            Self::AdminUntrusted { problem } => String::from(*problem),
             Self::AdminNotFound { what } => format!("There is no {what}."),
             Self::BodyTooLarge { bytes_max } => format!(
                 "The request body is longer than the {bytes_max} bytes this gateway accepts (server.bodyBytesMax)."
@@ -580,7 +580,26 @@ impl Fault {
             Self::EndpointError { status } => format!(
                 "The last endpoint tried answered {status}, but its error was incomplete, or too large to keep."
             ),
+            Self::AdminOff | Self::AdminKeyMissing | Self::AdminKeyWrong => self.admin_message().into(),
             plain => plain.plain_message().into(),
+        }
+    }
+
+    /// Messages of those that only those who run the gateway see.
+    fn admin_message(&self) -> &'static str {
+        match self {
+            Self::AdminOff => {
+                "The admin API and the page are off: the gateway's config has no server.adminKey. Add one (`openssl rand -hex 24` \
+                 makes one up); it is in use as soon as the file is saved."
+            }
+            Self::AdminKeyMissing => {
+                "This path is for those who run the gateway. Send server.adminKey as 'Authorization: Bearer KEY', or sign in at \
+                 /dashboard."
+            }
+            Self::AdminKeyWrong => {
+                "Incorrect admin key. This path takes server.adminKey and no other: keys of clients and of endpoints do not open it."
+            }
+            _ => "",
         }
     }
 
@@ -598,17 +617,6 @@ impl Fault {
             Self::KeysFailedTooOften => {
                 "Too many wrong API keys came from your address, so no key is looked at for up to a minute. Correct the key, and \
                  try again after that."
-            }
-            Self::AdminOff => {
-                "The admin API and the page are off: the gateway's config has no server.adminKey. Add one (`openssl rand -hex 24` \
-                 makes one up); it is in use as soon as the file is saved."
-            }
-            Self::AdminKeyMissing => {
-                "This path is for those who run the gateway. Send server.adminKey as 'Authorization: Bearer KEY', or sign in at \
-                 /dashboard."
-            }
-            Self::AdminKeyWrong => {
-                "Incorrect admin key. This path takes server.adminKey and no other: keys of clients and of endpoints do not open it."
             }
             Self::CallUnknown => {
                 "No endpoint that serves this model has this call: each said so (by a 404, or a 501) within the last minutes."
@@ -661,6 +669,9 @@ impl Fault {
             Self::Internal => "The gateway failed on this request; its log says why.",
             // They have messages with details.
             Self::PathUnknown { .. }
+            | Self::AdminOff
+            | Self::AdminKeyMissing
+            | Self::AdminKeyWrong
             | Self::AdminUntrusted { .. }
             | Self::AdminNotFound { .. }
             | Self::AdminConflict { .. }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use http::header;
 use pingora_proxy::Session;
 
-use super::context::Context;
+use super::context::{Context, Logged};
 use super::intake::Stop;
 use super::{Gateway, receive};
 use crate::admin::{Answer, Sources};
@@ -21,7 +21,7 @@ pub(super) async fn answer(
 ) -> Result<Answer, Stop> {
     context.arrival.own.origin = None;
     // The audit log has what it changes.
-    context.arrival.is_logged = false;
+    context.arrival.logged = Logged::No;
     let header = session.req_header().clone();
     let host = header.headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let authority = header.uri.authority().map(http::uri::Authority::as_str).or(host);

@@ -10,7 +10,7 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
-use super::context::Context;
+use super::context::{Context, Logged};
 use super::failure::{self, Follow};
 use super::outgoing;
 use crate::exchange::judge::{Terms, UsageTerms};
@@ -117,7 +117,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
         attempt.meter.count_text();
     }
     attempt.counters = counters;
-    if context.arrival.is_logged {
+    if context.arrival.logged == Logged::Yes {
         let before = tries.tried.split_last().map_or(&[][..], |(_, before)| before);
         attempt.passed_over = survey::passed_over(&ask.options(before), candidate_index, &chosen_at);
     }

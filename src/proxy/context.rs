@@ -44,6 +44,17 @@ pub struct Context {
     pub(crate) running: Option<RunningGuard>,
 }
 
+/// Whether a request is to be in the request log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logged {
+    /// No: there is no log, or it has another.
+    No,
+    /// Only if something is wrong with it: it is answered here.
+    IfWrong,
+    /// Yes.
+    Yes,
+}
+
 /// Arrival of a request.
 #[derive(Debug)]
 pub struct Arrival {
@@ -63,10 +74,8 @@ pub struct Arrival {
     pub error_shape: ErrorShape,
     /// True for what process managers, load balancers and Prometheus ask for again and again.
     pub is_probe: bool,
-    /// True if it is to be in the request log.
-    pub is_logged: bool,
-    /// True for our own resources: the request log has them only if something is wrong with the request.
-    pub is_own: bool,
+    /// Whether it is to be in the request log.
+    pub logged: Logged,
     _open: OpenRequest,
 }
 
@@ -124,8 +133,7 @@ impl Context {
                 endpoint_headers: true,
                 error_shape: ErrorShape::default(),
                 is_probe: false,
-                is_logged: false,
-                is_own: false,
+                logged: Logged::No,
                 _open: open.enter(),
             },
             ask: None,

@@ -6,7 +6,7 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, RetryType};
 use pingora_proxy::{FailToProxy, Session};
 
-use super::context::{Arrival, Context};
+use super::context::{Arrival, Context, Logged};
 use super::{is_final, outgoing};
 use crate::admin::Answer;
 use crate::billing;
@@ -235,7 +235,7 @@ fn conclude_failed(context: &mut Context, outcome: &Outcome) {
     if let Some(mut attempt) = state.attempt.take() {
         billing::bill_dropped(&mut attempt, ask, outcome);
         attempt.conclude(outcome);
-        if context.arrival.is_logged && context.tries.over.len() < ATTEMPTS_MAX {
+        if context.arrival.logged == Logged::Yes && context.tries.over.len() < ATTEMPTS_MAX {
             context.tries.over.push(attempt.entry(context.arrival.at, Instant::now()));
         }
         state.charges.extend(attempt.take_charge());

@@ -26,7 +26,7 @@ use crate::fault::{ErrorShape, Fault, excerpt};
 use crate::ledger::budgets::Spends;
 use crate::ledger::{Drawn, Otherwise, Permit, Wanted};
 use crate::limit::Clock;
-use crate::proxy::context::{Arrival, Context};
+use crate::proxy::context::{Arrival, Context, Logged};
 use crate::request::auth::{self, Admitted};
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
 use crate::request::{forward, id, path, plain_spelling, rewrite};
@@ -154,7 +154,7 @@ fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Ch
             own_headers: context.arrival.own.clone(),
             header: outgoing::forwarded(session.req_header(), &ask, context.arrival.own.id.as_ref()),
         };
-        if ask.logged.is_some() && context.arrival.is_logged {
+        if ask.logged.is_some() && context.arrival.logged == Logged::Yes {
             context.exchange.state().answer = Some(Box::default());
         }
         context.wrapped = Wrapped::wrap(session, plan, &context.exchange);
@@ -174,7 +174,9 @@ fn begin(session: &mut Session, context: &mut Context, ask: Box<Ask>, choice: Ch
 async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context) -> Result<Next, Stop> {
     let pool = gateway.process.pool.load_full();
     arrive(session, context, &pool);
-    context.arrival.is_logged = gateway.process.request_log.is_on();
+    if gateway.process.request_log.is_on() {
+        context.arrival.logged = Logged::Yes;
+    }
     let header = session.req_header();
     let (uri, method) = (header.uri.clone(), header.method.clone());
     if console::is_ours(uri.path()) != (gateway.door == Door::Admins) && gateway.door != Door::All {
@@ -191,7 +193,9 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     let path = path::as_meant(uri.path());
     context.arrival.error_shape = ErrorShape::of_path(&path);
     let resource = Resource::from_path(uri.path(), &path, &method);
-    context.arrival.is_own = resource.is_some();
+    if resource.is_some() && context.arrival.logged == Logged::Yes {
+        context.arrival.logged = Logged::IfWrong;
+    }
     context.arrival.is_probe = resource.as_ref().is_some_and(|resource| resource.is_probe(&method));
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
         context.arrival.named = authenticate(gateway, context, header, &pool).await?;

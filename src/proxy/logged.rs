@@ -7,7 +7,7 @@ use std::time::{Instant, SystemTime};
 use http::Method;
 
 use super::access_log::Record;
-use super::context::{Arrival, Context};
+use super::context::{Arrival, Context, Logged};
 use crate::exchange::{Ask, Attempt};
 use crate::fault::Fault;
 use crate::request_log::{ATTEMPTS_MAX, Bodies, Entry, Name, RequestLog};
@@ -17,7 +17,12 @@ use crate::telemetry::metrics;
 /// True if the log takes a request. What is answered here is not in it, unless something is wrong with the request.
 pub(super) fn is_taken(context: &Context, record: &Record<'_>, log: &RequestLog) -> bool {
     let is_stranger = context.fault.as_ref().is_some_and(Fault::is_of_stranger);
-    context.arrival.is_logged && (!context.arrival.is_own || record.fault.is_some()) && log.takes(is_stranger)
+    let is_wanted = match context.arrival.logged {
+        Logged::No => false,
+        Logged::IfWrong => record.fault.is_some(),
+        Logged::Yes => true,
+    };
+    is_wanted && log.takes(is_stranger)
 }
 
 /// The entry of a request, but for what is only taken out of its context.

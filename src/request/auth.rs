@@ -132,7 +132,9 @@ impl Auth {
             return Err(Fault::KeysFailedTooOften);
         }
         if key.matches(given) {
-            address.into_iter().for_each(|address| guesses.right(address));
+            if let Some(address) = address {
+                guesses.right(address);
+            }
             return Ok(());
         }
         if address.is_some_and(|address| guesses.wrong(address, given, limit)) {

@@ -60,3 +60,19 @@ impl GeneratedKey {
 fn seconds_of(moment: Timestamp) -> String {
     Timestamp::from_second(moment.as_second()).unwrap_or(moment).to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_random_and_kept_as_its_digest() {
+        let (one, other) = (GeneratedKey::new().unwrap(), GeneratedKey::new().unwrap());
+        assert_ne!(one.expose(), other.expose());
+        assert!(one.expose().starts_with(GENERATED_PREFIX) && one.expose().len() == GENERATED_PREFIX.len() + 43);
+        let KeysChange::Add { entry } = one.add(Map::new()) else { panic!("another change") };
+        assert_eq!(entry["keyHash"], KeyDigest::of(one.expose().as_bytes()).text());
+        assert!(one.expose().ends_with(entry["lastFour"].as_str().unwrap()));
+        assert!(!format!("{entry:?}{one:?}").contains(one.expose()));
+    }
+}

@@ -300,7 +300,9 @@ pub(super) fn take_callers_over(runtime_folder: &Path, auth: &Auth, console: &Co
     let file = runtime_folder.join(CALLERS_FILE);
     if let Some(KnownCallers { clients, admins, sessions }) = read(&file) {
         auth.guesses.take_over(&clients);
-        admins.iter().for_each(|admins| auth.admin_guesses.take_over(admins));
+        if let Some(admins) = &admins {
+            auth.admin_guesses.take_over(admins);
+        }
         console.sessions.take_over(sessions);
         std::fs::remove_file(&file).unwrap_or_default();
     }
