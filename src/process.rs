@@ -1,5 +1,6 @@
 //! The running process as other modules may ask for it: endpoints, open requests, state of config and ledger.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
@@ -8,7 +9,7 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 
 use crate::billing::estimate::Estimator;
-use crate::config::{KeysChange, SwitchedOff};
+use crate::config::{Flags, KeysChange, SwitchedOff};
 use crate::exchange::running::RunningRequests;
 use crate::ledger;
 use crate::request::body_memory::Memory;
@@ -62,8 +63,19 @@ pub(crate) trait Actions: Send + Sync {
     async fn keys(&self) -> Result<String, String>;
     /// Changes the file of these.
     async fn change_keys(&self, change: KeysChange) -> Result<String, String>;
+    /// The config file, if one is read.
+    fn config_source(&self) -> Option<ConfigSource>;
     /// Switches an endpoint off, or on.
     async fn switch(&self, endpoint: &str, off: Option<SwitchedOff>) -> Result<String, String>;
+}
+
+/// Where a config comes from.
+#[derive(Clone, Debug)]
+pub(crate) struct ConfigSource {
+    /// The file.
+    pub(crate) path: PathBuf,
+    /// Flags that win over it.
+    pub(crate) flags: Flags,
 }
 
 /// Place of these, which are there once the process is set up. Cheap to clone.

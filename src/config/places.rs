@@ -1,8 +1,9 @@
 //! Lines of a text at which the places of its configuration begin. YAML's parser reads JSON as well.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
-use saphyr_parser::{Event, Parser};
+use saphyr_parser::{Event, Parser, ScalarStyle};
 
 use super::problem::join;
 
@@ -31,37 +32,61 @@ impl Inside {
     }
 }
 
+/// What a walk through a text comes to.
+pub(super) enum Stop<'a> {
+    /// The key or the beginning of the value of a place.
+    Place { path: &'a str, line: usize },
+    /// A value that is no mapping or sequence, and the characters of the text that it takes.
+    Scalar { path: &'a str, value: &'a str, chars: Range<usize>, is_block: bool },
+}
+
+/// Walks through a text, as far as it can be read.
+pub(super) fn walk(text: &str, mut visit: impl FnMut(Stop<'_>)) {
+    let mut inside: Vec<Inside> = Vec::new();
+    for (event, span) in Parser::new_from_str(text).map_while(Result::ok) {
+        let (line, chars) = (span.start.line(), span.start.index()..span.end.index());
+        match event {
+            Event::Scalar(word, style, ..) => match inside.last_mut() {
+                Some(Inside::Mapping(path, key @ None)) => {
+                    visit(Stop::Place { path: &join(path, &word), line });
+                    *key = Some(word.into_owned());
+                }
+                Some(value) => {
+                    let is_item = matches!(value, Inside::Sequence(..));
+                    let path = value.next().unwrap_or_default();
+                    if is_item {
+                        visit(Stop::Place { path: &path, line });
+                    }
+                    let is_block = matches!(style, ScalarStyle::Literal | ScalarStyle::Folded);
+                    visit(Stop::Scalar { path: &path, value: &word, chars, is_block });
+                }
+                None => {}
+            },
+            Event::MappingStart(..) | Event::SequenceStart(..) => {
+                let path = inside.last_mut().and_then(Inside::next).unwrap_or_default();
+                visit(Stop::Place { path: &path, line });
+                inside.push(match event {
+                    Event::MappingStart(..) => Inside::Mapping(path, None),
+                    _ => Inside::Sequence(path, 0),
+                });
+            }
+            Event::MappingEnd | Event::SequenceEnd => drop(inside.pop()),
+            Event::Alias(_) => drop(inside.last_mut().and_then(Inside::next)),
+            _ => {}
+        }
+    }
+}
+
 impl Places {
     /// Finds the places of a text, as far as it can be read.
     pub(super) fn of(text: &str) -> Self {
         let mut lines = HashMap::new();
-        let mut inside: Vec<Inside> = Vec::new();
-        for (event, span) in Parser::new_from_str(text).map_while(Result::ok) {
-            let line = span.start.line();
-            match event {
-                Event::Scalar(word, ..) => match inside.last_mut() {
-                    Some(Inside::Mapping(path, key @ None)) => {
-                        lines.insert(join(path, &word), line);
-                        *key = Some(word.into_owned());
-                    }
-                    Some(Inside::Mapping(_, key)) => *key = None,
-                    Some(sequence) => drop(sequence.next().map(|path| lines.insert(path, line))),
-                    None => {}
-                },
-                Event::MappingStart(..) | Event::SequenceStart(..) => {
-                    let path = inside.last_mut().and_then(Inside::next).unwrap_or_default();
-                    // A value's place begins at its key.
-                    lines.entry(path.clone()).or_insert(line);
-                    inside.push(match event {
-                        Event::MappingStart(..) => Inside::Mapping(path, None),
-                        _ => Inside::Sequence(path, 0),
-                    });
-                }
-                Event::MappingEnd | Event::SequenceEnd => drop(inside.pop()),
-                Event::Alias(_) => drop(inside.last_mut().and_then(Inside::next)),
-                _ => {}
+        walk(text, |stop| {
+            if let Stop::Place { path, line } = stop {
+                // A value's place begins at its key.
+                lines.entry(path.to_owned()).or_insert(line);
             }
-        }
+        });
         Self(lines)
     }
 

@@ -5,9 +5,11 @@
 //! | `access` | who may: the admin key, or a session of the page |
 //! | `sessions` | sessions of the page |
 //! | `operations` | the table of operations: paths, methods, what each is for |
+//! | `config_file` | the config: shown masked, checked, applied, put back |
 //! | `endpoints`, `keys`, `requests`, `usage` | what is shown and done, by subject |
 
 mod access;
+mod config_file;
 mod endpoints;
 mod keys;
 mod operations;
@@ -129,6 +131,12 @@ impl Console {
             Operation::Running => Ok(requests::running(&request)),
             Operation::Cancel => requests::cancel(&request).await,
             Operation::Usage => usage::series(&request).await,
+            Operation::Config => config_file::show(&request).await,
+            Operation::CheckConfig => config_file::check(&request).await,
+            Operation::ApplyConfig => config_file::apply(&request).await,
+            Operation::Versions => config_file::versions(&request).await,
+            Operation::Version => config_file::version(&request).await,
+            Operation::RestoreVersion => config_file::restore(&request).await,
             Operation::Reload => reload(&request).await,
             Operation::Audit => audit(&request).await,
         };

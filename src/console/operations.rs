@@ -26,6 +26,12 @@ pub(super) enum Operation {
     Running,
     Cancel,
     Usage,
+    Config,
+    CheckConfig,
+    ApplyConfig,
+    Versions,
+    Version,
+    RestoreVersion,
     Reload,
     Audit,
 }
@@ -43,7 +49,7 @@ const fn row(operation: Operation, method: Method, path: &'static str) -> Row {
 }
 
 #[rustfmt::skip]
-static OPERATIONS: [Row; 20] = [
+static OPERATIONS: [Row; 26] = [
     row(Operation::Session,         Method::GET,    "/session"),
     row(Operation::SignIn,          Method::POST,   "/session"),
     row(Operation::SignOut,         Method::DELETE, "/session"),
@@ -62,6 +68,12 @@ static OPERATIONS: [Row; 20] = [
     row(Operation::Running,         Method::GET,    "/running"),
     row(Operation::Cancel,          Method::DELETE, "/running/{}"),
     row(Operation::Usage,           Method::GET,    "/usage"),
+    row(Operation::Config,          Method::GET,    "/config"),
+    row(Operation::ApplyConfig,     Method::PUT,    "/config"),
+    row(Operation::CheckConfig,     Method::POST,   "/config/check"),
+    row(Operation::Versions,        Method::GET,    "/config/versions"),
+    row(Operation::Version,         Method::GET,    "/config/versions/{}"),
+    row(Operation::RestoreVersion,  Method::POST,   "/config/versions/{}/restore"),
     row(Operation::Reload,          Method::POST,   "/reload"),
     row(Operation::Audit,           Method::GET,    "/audit"),
 ];
@@ -100,6 +112,7 @@ fn allowed(below: &str) -> &'static str {
     match of_path[..] {
         ["GET", "POST", "DELETE"] => "GET, HEAD, POST, DELETE",
         ["GET", "POST"] => "GET, HEAD, POST",
+        ["GET", "PUT"] => "GET, HEAD, PUT",
         ["GET"] => "GET, HEAD",
         ["DELETE"] => "DELETE",
         _ => "POST",

@@ -14,7 +14,7 @@ use super::endpoint_test;
 use super::keys::KeysReader;
 use crate::admin::{self, Sources};
 use crate::config::{KeysChange, SwitchedOff, Switches, switches_file};
-use crate::process::{Actions, Process};
+use crate::process::{Actions, ConfigSource, Process};
 
 /// Author of what is asked for at the control socket, which only the process's own user and root can open.
 const COMMAND: &str = "the command line";
@@ -57,13 +57,17 @@ pub(super) struct Commands {
     process: Process,
     /// Place of the one test that may run.
     tests: Arc<Semaphore>,
+    /// The config file, if one is read.
+    source: Option<ConfigSource>,
     /// Held while the file of switches is changed.
     switching: Arc<Mutex<()>>,
 }
 
 impl Commands {
-    pub(super) fn new(reload: Option<mpsc::Sender<Asked>>, keys: KeysReader, process: Process) -> Self {
-        Self { reload, keys, process, tests: Arc::new(Semaphore::new(1)), switching: Arc::default() }
+    /// `config`: the file that is read, and a way to have that done.
+    pub(super) fn new(config: Option<(ConfigSource, mpsc::Sender<Asked>)>, keys: KeysReader, process: Process) -> Self {
+        let (source, reload) = config.unzip();
+        Self { reload, keys, process, tests: Arc::new(Semaphore::new(1)), source, switching: Arc::default() }
     }
 
     pub(super) async fn answer(&self, request: Request) -> Result<String, String> {
@@ -151,6 +155,10 @@ impl Actions for Commands {
         let keys = self.keys.clone();
         let changed = tokio::task::spawn_blocking(move || keys.change(change)).await;
         changed.map_err(|error| error.to_string())?
+    }
+
+    fn config_source(&self) -> Option<ConfigSource> {
+        self.source.clone()
     }
 
     async fn switch(&self, endpoint: &str, off: Option<SwitchedOff>) -> Result<String, String> {

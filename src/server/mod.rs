@@ -43,7 +43,7 @@ use crate::config::{self, Config, Flags, Switches, switches_file};
 use crate::console::Console;
 use crate::exchange::running::RunningRequests;
 use crate::ledger::Keeper;
-use crate::process::{ActionsSlot, ConfigState, Draining, OpenRequests, Process};
+use crate::process::{ActionsSlot, ConfigSource, ConfigState, Draining, OpenRequests, Process};
 use crate::proxy::{Door, Gateway};
 use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
@@ -264,6 +264,7 @@ impl Prepared {
         if let Some(path) = options.config_file.clone() {
             let (pool, state) = (Arc::clone(&process.pool), process.config.clone());
             let (flags, certificate) = (options.flags.clone(), listening.certificate.clone());
+            let source = ConfigSource { path: path.clone(), flags: flags.clone() };
             let (reload, reloads) = commands::reloads();
             let reloader = Reloader {
                 path,
@@ -280,7 +281,7 @@ impl Prepared {
             server.add_service(background_service("reload", reloader));
             let keys = KeysReader::new(&process);
             server.add_service(background_service("keys", keys.clone()));
-            let commands = Commands::new(Some(reload), keys, process.clone());
+            let commands = Commands::new(Some((source, reload)), keys, process.clone());
             process.actions.set(Arc::new(commands.clone()));
             if options.arguments.is_some() {
                 let control = Control { runtime_folder: options.runtime_folder.clone(), commands };

@@ -15,8 +15,8 @@ use pingora::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{
-    self, AlertEvent, Config, Environment, Flags, Loaded, Server, Switches, Watch, changes, needs_upgrade,
-    switches_file,
+    self, AlertEvent, Config, Environment, Flags, Format, Loaded, Server, Switches, Versions, Watch, changes,
+    needs_upgrade, switches_file,
 };
 use crate::process::{Applied, ConfigState};
 use crate::request_log::RequestLog;
@@ -77,6 +77,9 @@ impl BackgroundService for Reloader {
         }
         // Notices changes since the process read the file, too.
         let mut seen = Contents::new();
+        if self.started.admin_key.is_some() {
+            self.keep_version();
+        }
         loop {
             let (asked, reply_to) = tokio::select! {
                 () = watch.changed() => (false, None),
@@ -187,6 +190,9 @@ impl Reloader {
         if !lines.is_empty() || asked || had_error {
             log::info!("{result}");
         }
+        if pool.server.admin_key.is_some() {
+            self.keep_version();
+        }
         told.push(result);
         if !needs_upgrade.is_empty() {
             let waits = format!("config {shown}: not in use yet: {}", needs_upgrade.join("; "));
@@ -202,6 +208,17 @@ impl Reloader {
             told.push("server.tls: a new certificate is in use".to_owned());
         }
         Ok(told.join("\n"))
+    }
+
+    /// Keeps the text that is in use, so that there is a way back to it.
+    fn keep_version(&self) {
+        let keep = || -> std::io::Result<()> {
+            let text = String::from_utf8(config::read_bounded(&self.path)?).map_err(std::io::Error::other)?;
+            Versions::new(&self.started.ledger).keep(&text, Format::from_path(&self.path))
+        };
+        if let Err(error) = keep() {
+            log::warn!("config {}: this version cannot be kept: {error}", self.path.display());
+        }
     }
 
     fn refuse(&self, why: &str) -> String {

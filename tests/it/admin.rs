@@ -434,3 +434,90 @@ async fn it_can_have_a_listener_of_its_own() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_config_is_shown_without_secrets_checked_applied_and_put_back() {
+    within(async {
+        use std::os::unix::fs::PermissionsExt as _;
+        let (a, b) = (simulator().await, simulator().await);
+        let admin = Admin::start(json!({}), &[endpoint("a", &a.base_url())]).await;
+        let file = admin.running.folder.path().join("apis.json");
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let before = std::fs::read_to_string(&file).unwrap();
+        let shown = admin.get("/config").await;
+        let text = shown["text"].as_str().unwrap().to_owned();
+        for secret in [KEY, ADMIN, "sk-endpoint-a"] {
+            assert!(!shown.to_string().contains(secret), "{shown}");
+        }
+        assert_eq!((&shown["notEditable"], &shown["format"]), (&Value::Null, &json!("json")), "{shown}");
+        let body = |text: &str, tag: &Value| json!({ "text": text, "tag": tag });
+        // What is wrong is said with its place, and what would change.
+        let wrong = text.replace("\"models\":[\"*\"]", "\"models\":[\"*\"],\"rpmm\":5,\"rpd\":\"x\"");
+        let checked = admin.post("/config/check", json!({ "text": wrong })).await;
+        let problems = checked["problems"].as_array().unwrap();
+        assert!(checked["ok"] == false && problems.iter().any(|one| one["path"] == "apis[0].rpd"), "{checked}");
+        let better = text.replace("\"models\":[\"*\"]", "\"models\":[\"*\"],\"rpm\":7");
+        let checked = admin.post("/config/check", json!({ "text": better })).await;
+        assert_eq!(
+            (&checked["ok"], &checked["changes"]),
+            (&json!(true), &json!(["endpoint a: rpm -1 → 7"])),
+            "{checked}"
+        );
+        let refused = admin.call(Method::PUT, "/config", body(&wrong, &shown["tag"])).await;
+        let message = refused.assert_error(409, "invalid_request_error", "config_invalid");
+        assert!(message.contains("apis[0].rpd") && std::fs::read_to_string(&file).unwrap() == before, "{message}");
+        // A key never goes to another host.
+        let stolen = text.replace(&a.base_url(), &b.base_url());
+        let refused = admin.call(Method::PUT, "/config", body(&stolen, &Value::Null)).await;
+        refused.assert_error(409, "invalid_request_error", "secret_needed");
+        assert_eq!(admin.post("/config/check", json!({ "text": stolen })).await["ok"], false);
+        let applied = admin.call(Method::PUT, "/config", body(&better, &shown["tag"])).await;
+        assert_eq!(applied.status, 200, "{applied:?}");
+        assert_eq!(admin.endpoint("a").await["limits"]["rpm"], 7);
+        assert_eq!(admin.chat(KEY).await.status, 200, "its secrets stayed");
+        let now = std::fs::read_to_string(&file).unwrap();
+        assert!(now.contains(KEY) && now.contains("\"rpm\":7") && !now.contains("****"), "{now}");
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o640);
+        // Somebody else was faster.
+        let late = admin.call(Method::PUT, "/config", body(&better, &shown["tag"])).await;
+        late.assert_error(409, "invalid_request_error", "config_changed");
+        let versions = admin.rows("/config/versions", 2).await;
+        let oldest = versions[1]["name"].as_str().unwrap();
+        let version = admin.get(&format!("/config/versions/{oldest}")).await;
+        assert!(!version.to_string().contains(KEY) && !version.to_string().contains("\\\"rpm\\\":7"), "{version}");
+        admin.post(&format!("/config/versions/{oldest}/restore"), Value::Null).await;
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), before);
+        assert_eq!(admin.endpoint("a").await["limits"]["rpm"], -1);
+        for name in ["nope", "..%2Fledger.db", "1.json"] {
+            let none = admin.call(Method::POST, &format!("/config/versions/{name}/restore"), Value::Null).await;
+            assert_eq!(none.status, 404, "{name}: {none:?}");
+        }
+        let lines = admin.get("/audit").await;
+        assert!(!lines.to_string().contains(KEY) && lines["data"][0]["action"] == "config.restore", "{lines}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_config_that_is_not_ours_to_write_is_left_alone() {
+    within(async {
+        let a = simulator().await;
+        let text = config_text(json!({ "adminKey": ADMIN }), &[endpoint("a", &a.base_url())]);
+        // As a ConfigMap is mounted.
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("..data")).unwrap();
+        std::fs::write(folder.path().join("..data/apis.json"), &text).unwrap();
+        std::os::unix::fs::symlink("..data/apis.json", folder.path().join("apis.json")).unwrap();
+        let mut command = program(folder.path());
+        command.args(["--config", "apis.json"]);
+        let admin = Admin { running: Running::of(command, folder) };
+        admin.running.ready().await;
+        controlled(admin.running.folder.path()).await;
+        let shown = admin.get("/config").await;
+        assert!(shown["notEditable"].as_str().unwrap().contains("ConfigMap"), "{shown}");
+        let refused = admin.call(Method::PUT, "/config", json!({ "text": shown["text"] })).await;
+        refused.assert_error(409, "invalid_request_error", "config_read_only");
+        assert!(admin.running.folder.path().join("apis.json").is_symlink());
+    })
+    .await;
+}
