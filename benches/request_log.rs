@@ -154,6 +154,7 @@ fn entry(number: u64) -> Entry {
         endpoint,
         lane: None,
         model: Some(Name::Known("gpt-4o-mini".into())),
+        span: number,
         outcome: if is_failed { "status_5xx" } else { "ok" },
         status: Some(if is_failed { 503 } else { 200 }),
         trouble: is_failed.then_some(("model_failure", "status")),
@@ -164,7 +165,7 @@ fn entry(number: u64) -> Entry {
     Entry {
         ended: SystemTime::now(),
         id: HeaderValue::from_str(&id(number)).ok(),
-        trace: None,
+        trace: Some(u128::from(number)),
         key: Some(key),
         tags: None,
         address: Some(IpAddr::V4(Ipv4Addr::new(10, 0, 1, u8::try_from(number & 0xff).unwrap_or_default()))),

@@ -16,6 +16,7 @@ use crate::limit::Clock;
 use crate::request::call::Call;
 use crate::request::fields::ServiceTier;
 use crate::request::shape::CallShape;
+use crate::request::trace;
 use crate::request_log::{Attempted, Name};
 use crate::response::classify::Meaning;
 use crate::response::decode::Encoding;
@@ -127,6 +128,8 @@ pub struct Attempt {
     trial: Option<Trial>,
     /// Its failure, as long as it may be the request's.
     charge: Option<Charge>,
+    /// Its span of the request's trace.
+    pub span: u64,
     /// Candidates that could not be asked in its place, if requests are logged.
     pub passed_over: Vec<HeldBy>,
     breaker: Breaker,
@@ -174,6 +177,7 @@ impl Attempt {
             sent_at: now,
             trial: choice.trial,
             charge: None,
+            span: trace::span(),
             passed_over: Vec::new(),
             breaker: server.breaker.clone(),
             first_byte: None,
@@ -330,6 +334,7 @@ impl Attempt {
             endpoint: Arc::clone(&self.asked.endpoint.config.id),
             lane: self.asked.lane().filter(|lane| lane.live().is_some()).map(|lane| Arc::clone(&lane.config.label)),
             model: name.cloned().map(if self.model.in_config { Name::Known } else { Name::Any }),
+            span: self.span,
             outcome: outcome.map_or(UNFINISHED, Outcome::label),
             status,
             trouble: meaning.map(|meaning| (meaning.trouble.name(), meaning.rule)),

@@ -12,6 +12,7 @@ use crate::exchange::{Ask, Asked, Exchange, OwnHeaders};
 use crate::fault::{ErrorShape, Fault};
 use crate::process::{OpenRequest, OpenRequests};
 use crate::request::connections::OnConnection;
+use crate::request::trace::Trace;
 use crate::request_log::Attempted;
 use crate::response::classify::Meaning;
 use crate::response::redact::Redactor;
@@ -64,6 +65,8 @@ pub struct Arrival {
     pub own: OwnHeaders,
     /// The client's address, behind trusted proxies.
     pub address: Option<IpAddr>,
+    /// The trace that it belongs to, if it is for an endpoint.
+    pub trace: Option<Trace>,
     /// The caller, if it has a key of its own.
     pub named: Option<Arc<Named>>,
     /// The connection that it came on.
@@ -128,6 +131,7 @@ impl Context {
                 at: Instant::now(),
                 own: OwnHeaders::default(),
                 address: None,
+                trace: None,
                 named: None,
                 connection: None,
                 endpoint_headers: true,

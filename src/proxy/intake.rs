@@ -29,6 +29,7 @@ use crate::limit::Clock;
 use crate::proxy::context::{Arrival, Context, Logged};
 use crate::request::auth::{self, Admitted};
 use crate::request::connections::{Connection, OnConnection, WRITE_MAX};
+use crate::request::trace::Trace;
 use crate::request::{forward, id, path, plain_spelling, rewrite};
 use crate::routing::admission::{self, Choice, Undecided};
 use crate::routing::callers::{Keyring, Named};
@@ -240,6 +241,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
             return Ok(Next::Answer(answer));
         }
     }
+    context.arrival.trace = Some(Trace::of(&session.req_header().headers));
     let whole = asking::receive(gateway, session, context, (&pool, &target)).await?;
     let origin = Origin { pool, address: context.arrival.address, named, is_one_of_several };
     let ask = asking::ask(session.req_header(), origin, target, whole).await?;

@@ -40,7 +40,7 @@ pub(super) fn entry(context: &Context, method: &Method, record: &Record<'_>, att
     Entry {
         ended: SystemTime::now(),
         id: own.id.clone(),
-        trace: None,
+        trace: context.arrival.trace.map(|trace| trace.id),
         key: caller.map(|caller| Arc::clone(caller.name())),
         tags: if record.tags.is_empty() { None } else { serde_json::to_string(record.tags).ok().map(Arc::from) },
         address: record.caller,

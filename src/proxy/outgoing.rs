@@ -23,6 +23,7 @@ use crate::fault::ErrorShape;
 use crate::request::fields::ModelPlace;
 use crate::request::id::REQUEST_ID;
 use crate::request::rewrite::{self, Edit};
+use crate::request::trace::{TRACEPARENT, TRACESTATE};
 use crate::request::{content_type, forward};
 use crate::response::decode::Encoding;
 use crate::response::redact::Redactor;
@@ -255,6 +256,13 @@ fn rewrite_header(request: &mut RequestHeader, context: &Context) -> Result<()> 
         .map_or(Cow::Borrowed(ask.target.as_str()), |other| rewrite::with_model(ask.target.as_str(), other).into());
     let credential = endpoint.credential(ask.kind, attempt.asked.lane);
     let credential = credential.ok_or_else(|| Error::new_in(ErrorType::InternalError))?;
+    let mut parts = parts;
+    if let Some(trace) = &context.arrival.trace {
+        parts.headers.insert(TRACEPARENT, trace.header(attempt.span));
+        if trace.parent.is_none() {
+            parts.headers.remove(TRACESTATE);
+        }
+    }
     let upstream = endpoint.upstream_of(ask.kind);
     *request = upstream.dress(parts, (&endpoint.config, credential), &target, ask.switches_protocol)?;
     Ok(())

@@ -19,4 +19,5 @@ pub mod sealed;
 pub mod session_name;
 pub mod shape;
 pub(crate) mod token_bound;
+pub(crate) mod trace;
 pub(crate) mod websocket;

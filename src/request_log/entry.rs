@@ -40,7 +40,7 @@ pub struct Entry {
     /// Its id.
     pub id: Option<HeaderValue>,
     /// Id of the trace that it belongs to.
-    pub trace: Option<Arc<str>>,
+    pub trace: Option<u128>,
     /// Name of the client's key, if it is a caller's own.
     pub key: Option<Arc<str>>,
     /// JSON of that key's labels, if it has any.
@@ -120,6 +120,8 @@ pub struct Attempted {
     pub lane: Option<Arc<str>>,
     /// The model that it was asked for.
     pub model: Option<Name>,
+    /// Its span of the trace.
+    pub span: u64,
     /// How it ended, by its label in metrics.
     pub outcome: &'static str,
     /// The status that it answered, in its header or in its body.

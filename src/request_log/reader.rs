@@ -204,6 +204,8 @@ pub struct LoggedAttempt {
     pub endpoint_key: Option<Arc<str>>,
     /// The model that it was asked for.
     pub model: Option<Arc<str>>,
+    /// Its span of the trace.
+    pub span: String,
     /// How it ended.
     pub outcome: Arc<str>,
     /// The status that it answered.
@@ -488,6 +490,7 @@ fn attempts(connection: &Connection, names: &mut Names<'_>, id: i64) -> rusqlite
             endpoint: names.text(row, "endpoint")?.unwrap_or_else(unknown),
             endpoint_key: names.text(row, "lane")?,
             model: names.text(row, "model")?,
+            span: format!("{:016x}", row.get::<_, i64>("span")?.cast_unsigned()),
             outcome: names.text(row, "outcome")?.unwrap_or_else(unknown),
             status: row.get("status")?,
             trouble: names.text(row, "trouble")?,
@@ -507,7 +510,7 @@ fn logged(row: &Row<'_>, names: &mut Names<'_>, attempts: Vec<LoggedAttempt>) ->
     Ok(Logged {
         row: row.get("id")?,
         id: row.get("request_id")?,
-        trace: row.get("trace_id")?,
+        trace: row.get::<_, Option<[u8; 16]>>("trace")?.map(|id| format!("{:032x}", u128::from_be_bytes(id))),
         time: came,
         key: names.text(row, "key")?,
         tags: list(names.text(row, "tags")?.as_deref()),

@@ -207,7 +207,7 @@ impl Store {
         self.connection.prepare_cached(SQL)?.execute(params![
             id,
             id_text(entry),
-            entry.trace,
+            entry.trace.map(u128::to_be_bytes),
             address,
             tags,
             method,
@@ -242,7 +242,7 @@ impl Store {
     }
 
     fn write_attempt(&mut self, id: i64, attempt: &Attempted, came: SystemTime) -> rusqlite::Result<()> {
-        const SQL: &str = "INSERT INTO attempt VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)";
+        const SQL: &str = "INSERT INTO attempt VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)";
         let (trouble, rule) = attempt.trouble.unzip();
         let passed_over = passed_over(&attempt.passed_over, came + attempt.began);
         let (endpoint, lane) = (self.known(Some(&attempt.endpoint))?, self.known(attempt.lane.as_ref())?);
@@ -256,6 +256,7 @@ impl Store {
             endpoint,
             lane,
             model,
+            attempt.span.cast_signed(),
             outcome,
             attempt.status,
             trouble,

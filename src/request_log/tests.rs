@@ -34,6 +34,7 @@ fn entry(number: u64) -> Entry {
         endpoint: "main".into(),
         lane: None,
         model: Some(Name::Known("m".into())),
+        span: u64::MAX,
         outcome: "ok",
         status: Some(200),
         trouble: None,
@@ -125,7 +126,7 @@ fn what_is_written_is_read_again() {
         ..attempt()
     };
     let whole = Entry {
-        trace: known("4bf92f3577b34da6a3ce929d0e0e4736"),
+        trace: Some(0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736),
         tags: known(r#"["nightly","team, a"]"#),
         fallback: known("other"),
         endpoint_model: known("vendor/m"),
@@ -148,6 +149,7 @@ fn what_is_written_is_read_again() {
     for (name, value) in [
         ("row", serde_json::json!(1)),
         ("key", "ada".into()),
+        ("trace", "4bf92f3577b34da6a3ce929d0e0e4736".into()),
         ("address", "127.0.0.1".into()),
         ("tags", serde_json::json!(["nightly", "team, a"])),
         ("session", "fffffffffffffffe".into()),
@@ -174,6 +176,7 @@ fn what_is_written_is_read_again() {
     }
     assert_eq!(request.cause.as_ref().unwrap().len(), 200);
     let [first, second] = &request.attempts[..] else { panic!("{request:?}") };
+    assert_eq!(first.span, "ffffffffffffffff");
     assert_eq!((first.status, first.endpoint_key.as_deref(), second.status), (Some(429), Some("…wxyz"), Some(200)));
     assert_eq!(first.rule.as_deref(), Some("openai/rate_limit"));
     let [full, missing] = &first.passed_over[..] else { panic!("{first:?}") };

@@ -20,7 +20,8 @@ async fn the_endpoint_gets_its_own_key_and_none_of_the_clients_secrets() {
             let call = call.header("proxy-authorization", "Basic secret").header("x-forwarded-for", "192.0.2.1");
             let call = call.header("x-forwarded-host", "inside.example").header("forwarded", "for=192.0.2.1");
             let call = call.header("x-real-ip", "192.0.2.1").header("via", "1.1 inside");
-            let call = call.header("traceparent", "00-1-2-01").header("openai-beta", "assistants=v2");
+            let call = call.header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+            let call = call.header("tracestate", "vendor=x").header("openai-beta", "assistants=v2");
             let call = call.header("user-agent", "client/1.0").header("accept-encoding", "gzip, br");
             Reply::of(call).await.assert_from("a", 1);
             let arrived = &simulator.requests()[0];
@@ -44,7 +45,7 @@ async fn the_endpoint_gets_its_own_key_and_none_of_the_clients_secrets() {
             let key = format!("{:?}", KEY.as_bytes());
             assert!(!all.contains(key.trim_matches(['[', ']'])), "the client's key goes nowhere");
             for (name, value) in [
-                ("traceparent", "00-1-2-01"),
+                ("tracestate", "vendor=x"),
                 ("openai-beta", "assistants=v2"),
                 ("user-agent", "client/1.0"),
                 ("content-type", "application/json"),
@@ -407,6 +408,35 @@ async fn paths_that_are_typed_wrongly_are_served_as_they_are_meant() {
                 assert_eq!(wire.message().await.0.status(), 200, "{typed}");
             }
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trace_goes_on_at_each_endpoint_with_a_span_of_its_own() {
+    within(async {
+        let (a, b) = (behaving(Behaviour { status: 503, ..Behaviour::default() }).await, simulator().await);
+        let proxy = Proxy::before([&a, &b]).await;
+        let given = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let call = proxy.request(Method::POST, "/v1/chat/completions").json(&chat("m")).header("traceparent", given);
+        Reply::of(call.header("tracestate", "vendor=x")).await.assert_from("b", 2);
+        let call =
+            proxy.request(Method::POST, "/v1/chat/completions").json(&chat("m")).header("traceparent", "00-1-2-01");
+        Reply::of(call.header("tracestate", "vendor=x")).await.assert_from("b", 2);
+        let arrived: Vec<_> = [&a, &b].iter().flat_map(|simulator| simulator.requests()).collect();
+        let parent = |place: usize| arrived[place].header("traceparent").unwrap().to_owned();
+        let [first_a, second_a, first_b, second_b] = [parent(0), parent(1), parent(2), parent(3)];
+        for one in [&first_a, &first_b] {
+            assert!(
+                one.starts_with("00-4bf92f3577b34da6a3ce929d0e0e4736-") && one.ends_with("-01") && one != given,
+                "{one}"
+            );
+        }
+        assert_ne!(first_a, first_b, "each attempt is a span");
+        assert_eq!(arrived[0].header("tracestate"), Some("vendor=x"));
+        // What is no trace begins one, which both attempts are in.
+        assert_eq!((second_a.len(), &second_a[..36]), (55, &second_b[..36]));
+        assert!(second_a.ends_with("-00") && arrived[1].header("tracestate").is_none(), "{second_a}");
     })
     .await;
 }

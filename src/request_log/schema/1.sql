@@ -22,7 +22,7 @@ CREATE TABLE request (
 CREATE TABLE detail (
   id INTEGER PRIMARY KEY,
   request_id TEXT NOT NULL,
-  trace_id TEXT,
+  trace BLOB,                      -- id of the trace, 16 bytes
   address TEXT,
   tags,                            -- JSON: the labels of the client's key
   method,
@@ -63,6 +63,7 @@ CREATE TABLE attempt (
   endpoint,
   lane,
   model,
+  span INTEGER NOT NULL,           -- id of the attempt's span of the trace
   outcome,
   status INTEGER,
   trouble,
