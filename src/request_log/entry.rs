@@ -146,7 +146,7 @@ pub struct Bodies {
 /// The beginning of a body.
 #[derive(Debug, Default)]
 pub struct KeptBody {
-    /// Bytes that are kept, at most [`BODY_BYTES_MAX`].
+    /// Bytes that are kept, 64 KiB at most.
     pub bytes: Vec<u8>,
     /// Length of the whole body.
     pub length: u64,
