@@ -19,7 +19,7 @@ use api_together::request_log::reader::{Filter, From, Reader, StatusWanted};
 use api_together::request_log::{Attempted, Entry, Name, RequestLog, Store};
 use api_together::usage::Tokens;
 use api_together::usage::prices::NanoUsd;
-use http::{HeaderValue, Method};
+use http::HeaderValue;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -170,7 +170,7 @@ fn entry(number: u64) -> Entry {
         tags: None,
         address: Some(IpAddr::V4(Ipv4Addr::new(10, 0, 1, u8::try_from(number & 0xff).unwrap_or_default()))),
         session: Some(number / 8 * 0x9e37_79b9),
-        method: Method::POST,
+        method: Name::Known("POST".into()),
         path: Name::Known("/v1/chat/completions".into()),
         model: Some(Name::Known("gpt-4o-mini".into())),
         fallback: None,

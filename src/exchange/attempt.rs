@@ -333,7 +333,7 @@ impl Attempt {
             first_byte: self.first_byte,
             endpoint: Arc::clone(&self.asked.endpoint.config.id),
             lane: self.asked.lane().filter(|lane| lane.live().is_some()).map(|lane| Arc::clone(&lane.config.label)),
-            model: name.cloned().map(if self.model.in_config { Name::Known } else { Name::Any }),
+            model: name.map(|name| if self.model.in_config { Name::Known(Arc::clone(name)) } else { Name::any(name) }),
             span: self.span,
             outcome: outcome.map_or(UNFINISHED, Outcome::label),
             status,

@@ -205,6 +205,11 @@ impl Outlet {
             self.reading.end(&mut attempt.meter, &mut rest);
             attempt.note_measured();
         }
+        if let Some(kept) = self.exchange.state().answer.as_mut().filter(|_| self.is_kept) {
+            for piece in &rest {
+                kept.add(piece);
+            }
+        }
         vec![HttpTask::Body(Some(rest.concat().into()), true)]
     }
 }

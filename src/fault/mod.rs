@@ -460,19 +460,6 @@ impl Fault {
         }
     }
 
-    /// True if the client has not shown a right key.
-    pub fn is_of_stranger(&self) -> bool {
-        matches!(
-            self,
-            Self::KeyMissing
-                | Self::KeyWrong
-                | Self::KeysFailedTooOften
-                | Self::AdminOff
-                | Self::AdminKeyMissing
-                | Self::AdminKeyWrong
-        )
-    }
-
     /// Reasons why endpoints could not be asked, where that is what is wrong.
     pub fn held(&self) -> &[HeldBy] {
         match self {

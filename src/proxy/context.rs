@@ -77,6 +77,8 @@ pub struct Arrival {
     pub error_shape: ErrorShape,
     /// True for what process managers, load balancers and Prometheus ask for again and again.
     pub is_probe: bool,
+    /// True once it has shown a right key.
+    pub has_key: bool,
     /// Whether it is to be in the request log.
     pub logged: Logged,
     _open: OpenRequest,
@@ -137,6 +139,7 @@ impl Context {
                 endpoint_headers: true,
                 error_shape: ErrorShape::default(),
                 is_probe: false,
+                has_key: false,
                 logged: Logged::No,
                 _open: open.enter(),
             },

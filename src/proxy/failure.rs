@@ -349,7 +349,9 @@ pub(super) async fn fail_to_proxy(session: &mut Session, context: &mut Context, 
     context.wrapped.unwrap_session(session);
     let (committed, opened, kept) = {
         let mut state = context.exchange.state();
-        (state.committed, state.opened, state.kept.take())
+        // One that we cut off has our own reason.
+        let is_cut = state.cut.is_some();
+        (state.committed, state.opened, state.kept.take().filter(|_| !is_cut))
     };
     let closed = |error_code| FailToProxy { error_code, can_reuse_downstream: false };
     let is_client_gone = *error.esource() == ErrorSource::Downstream && context.fault.is_none();

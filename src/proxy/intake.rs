@@ -188,6 +188,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
         return Box::pin(admin_calls::answer(gateway, session, context, &pool)).await.map(Next::Answer);
     }
     if is_preflight(header) {
+        context.arrival.logged = Logged::No;
         let requested = header.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS);
         return Ok(Next::Answer(Answer::preflight(requested)));
     }
@@ -200,6 +201,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     context.arrival.is_probe = resource.as_ref().is_some_and(|resource| resource.is_probe(&method));
     if !resource.as_ref().is_some_and(Resource::is_open_to_all) {
         context.arrival.named = authenticate(gateway, context, header, &pool).await?;
+        context.arrival.has_key = true;
     }
     let named = context.arrival.named.clone();
     if let Some(resource) = resource {

@@ -9,20 +9,22 @@ use http::Method;
 use super::access_log::Record;
 use super::context::{Arrival, Context, Logged};
 use crate::exchange::{Ask, Attempt};
-use crate::fault::Fault;
+use crate::request::call::Call;
 use crate::request_log::{ATTEMPTS_MAX, Bodies, Entry, Name, RequestLog};
 use crate::routing::sessions::{Affinity, Session};
 use crate::telemetry::metrics;
 
+/// Longest path that is a usual call's.
+const PATH_BYTES_MAX: usize = 64;
+
 /// True if the log takes a request. What is answered here is not in it, unless something is wrong with the request.
 pub(super) fn is_taken(context: &Context, record: &Record<'_>, log: &RequestLog) -> bool {
-    let is_stranger = context.fault.as_ref().is_some_and(Fault::is_of_stranger);
     let is_wanted = match context.arrival.logged {
         Logged::No => false,
         Logged::IfWrong => record.fault.is_some(),
         Logged::Yes => true,
     };
-    is_wanted && log.takes(is_stranger)
+    is_wanted && log.takes(!context.arrival.has_key)
 }
 
 /// The entry of a request, but for what is only taken out of its context.
@@ -45,7 +47,7 @@ pub(super) fn entry(context: &Context, method: &Method, record: &Record<'_>, att
         tags: if record.tags.is_empty() { None } else { serde_json::to_string(record.tags).ok().map(Arc::from) },
         address: record.caller,
         session: ask.and_then(|ask| ask.session.as_ref()).map(Session::number),
-        method: method.clone(),
+        method: method_name(method),
         path: path(record.path, ask),
         model: model(record.model, ask),
         fallback: context.tries.tried.last().and_then(|tried| tried.fallback.clone()),
@@ -96,15 +98,24 @@ pub(super) fn complete(entry: &mut Entry, context: &mut Context) {
     entry.bodies = Some(Box::new(bodies));
 }
 
+/// Clients can make up methods.
+fn method_name(method: &Method) -> Name {
+    const USUAL: [Method; 7] =
+        [Method::POST, Method::GET, Method::DELETE, Method::PUT, Method::PATCH, Method::HEAD, Method::OPTIONS];
+    if USUAL.contains(method) { Name::Known(method.as_str().into()) } else { Name::any(method.as_str()) }
+}
+
 /// Clients can make up ids in paths, and paths of nothing.
 fn path(path: &str, ask: Option<&Ask>) -> Name {
-    let is_known = ask.is_some_and(|ask| ask.shape.is_some());
-    if is_known { Name::Known(path.into()) } else { Name::Any(path.into()) }
+    let is_usual = ask.is_some_and(|ask| ask.call.is_text() || ask.call == Call::Embeddings);
+    if is_usual && path.len() <= PATH_BYTES_MAX { Name::Known(path.into()) } else { Name::any(path) }
 }
 
 /// Clients can make up models.
 fn model(asked_for: Option<&str>, ask: Option<&Ask>) -> Option<Name> {
-    let Some(ask) = ask else { return asked_for.map(|model| Name::Any(model.into())) };
-    let is_known = ask.candidates.label() != metrics::OTHER;
-    ask.model.clone().map(if is_known { Name::Known } else { Name::Any })
+    match ask {
+        Some(ask) if ask.candidates.label() != metrics::OTHER => ask.model.clone().map(Name::Known),
+        Some(ask) => ask.model.as_deref().map(Name::any),
+        None => asked_for.map(Name::any),
+    }
 }

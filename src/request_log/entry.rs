@@ -4,15 +4,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
-use http::{HeaderValue, Method};
+use http::HeaderValue;
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::without_keys;
 use crate::fault::HeldBy;
 use crate::limit::LimitReason;
-use crate::response::redact::Secrets;
+use crate::response::redact::{Redactor, Secrets};
 use crate::usage::Tokens;
 use crate::usage::prices::NanoUsd;
 
@@ -20,6 +20,8 @@ use crate::usage::prices::NanoUsd;
 pub const ATTEMPTS_MAX: usize = 100;
 /// Bytes of a body that are kept.
 pub(super) const BODY_BYTES_MAX: usize = 64 * 1024;
+/// Bytes behind them that are looked at as well, so that no secret is cut in two before it is found.
+const LOOKED_AT_BEHIND: usize = 4 * 1024;
 /// Endpoints that are named as passed over, by one attempt.
 pub(super) const PASSED_OVER_MAX: usize = 16;
 
@@ -30,6 +32,24 @@ pub enum Name {
     Known(Arc<str>),
     /// Any other.
     Any(Arc<str>),
+}
+
+impl Name {
+    /// A name that clients may have made up, cut to a sane length.
+    pub fn any(text: &str) -> Self {
+        Self::Any(cut(text).into())
+    }
+}
+
+/// Characters of a value from outside that are kept.
+const TEXT_CHARS_MAX: usize = 200;
+
+/// A text from outside, cut to a sane length.
+pub(super) fn cut(text: &str) -> &str {
+    if text.len() <= TEXT_CHARS_MAX {
+        return text;
+    }
+    text.char_indices().nth(TEXT_CHARS_MAX).and_then(|(end, _)| text.get(..end)).unwrap_or(text)
 }
 
 /// A finished request.
@@ -50,7 +70,7 @@ pub struct Entry {
     /// Hash of its session's name.
     pub session: Option<u64>,
     /// The method.
-    pub method: Method,
+    pub method: Name,
     /// The path, without its query, which may hold secrets.
     pub path: Name,
     /// The model that the client named.
@@ -155,7 +175,7 @@ pub struct KeptBody {
 impl KeptBody {
     /// Takes in a piece of the body.
     pub fn add(&mut self, piece: &[u8]) {
-        let room = BODY_BYTES_MAX.saturating_sub(self.bytes.len());
+        let room = (BODY_BYTES_MAX + LOOKED_AT_BEHIND).saturating_sub(self.bytes.len());
         self.bytes.extend_from_slice(piece.get(..room).unwrap_or(piece));
         self.length = self.length.saturating_add(piece.len() as u64);
     }
@@ -171,13 +191,19 @@ impl KeptBody {
             }
             Err(_) => return String::new(),
         };
-        let own = secrets.blot_whole(&Bytes::copy_from_slice(text.as_bytes()));
-        without_keys(&String::from_utf8_lossy(&own))
+        let own = Redactor::new(secrets.clone()).piece(text.as_bytes(), true);
+        let mut redacted = without_keys(&String::from_utf8_lossy(&own));
+        if let Some((end, _)) = redacted.char_indices().take_while(|(at, _)| *at <= BODY_BYTES_MAX).last()
+            && redacted.len() > BODY_BYTES_MAX
+        {
+            redacted.truncate(end);
+        }
+        redacted
     }
 }
 
 /// An endpoint that was passed over, as the log has it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PassedOver {
     /// Its id.
     pub endpoint: String,
@@ -193,6 +219,7 @@ pub struct PassedOver {
     pub words: String,
     /// When it is over; none if that is not known.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub until: Option<Timestamp>,
 }
 

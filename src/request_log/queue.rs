@@ -185,6 +185,10 @@ impl Queue {
         Taken { entries, closing: waiting.closing }
     }
 
+    pub(super) fn is_closing(&self) -> bool {
+        lock(&self.waiting).closing
+    }
+
     pub(super) fn close(&self) {
         lock(&self.waiting).closing = true;
         self.came.notify_all();

@@ -8,7 +8,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use rusqlite::types::{ToSql, Value, ValueRef};
 use rusqlite::{Connection, OptionalExtension as _, Row};
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::entry::{BODY_BYTES_MAX, PassedOver};
 use super::store::{ATTEMPT_IDS, SCHEMA, explain, number_of};
@@ -95,7 +96,7 @@ pub struct Page {
 }
 
 /// A request of the log.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Logged {
     /// Its row, which grows in the order in which requests ended.
@@ -105,6 +106,7 @@ pub struct Logged {
     /// Id of the trace that it belongs to.
     pub trace: Option<String>,
     /// When it came.
+    #[schemars(with = "String")]
     pub time: Timestamp,
     /// Name of the client's key.
     pub key: Option<Arc<str>>,
@@ -189,7 +191,7 @@ impl Logged {
 }
 
 /// An attempt of a request.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LoggedAttempt {
     /// When it began, after the request came.
@@ -219,7 +221,7 @@ pub struct LoggedAttempt {
 }
 
 /// An endpoint that was no candidate.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Outside {
     /// Its id.
     pub endpoint: String,
@@ -250,7 +252,8 @@ impl LoggedBody {
 }
 
 /// A time of so many microseconds, in milliseconds with one decimal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, JsonSchema)]
+#[schemars(with = "f64")]
 pub struct Millis(pub i64);
 
 impl Millis {

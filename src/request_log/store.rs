@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use rusqlite::types::{ToSqlOutput, Value, ValueRef};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, ToSql, params};
 
-use super::entry::{Attempted, Entry, KeptBody, Name, PASSED_OVER_MAX, PassedOver, millis};
+use super::entry::{Attempted, BODY_BYTES_MAX, Entry, KeptBody, Name, PASSED_OVER_MAX, PassedOver, cut, millis};
 use crate::database::{Schema, Unusable, identity, make_file};
 use crate::fault::HeldBy;
 use crate::response::redact::Secrets;
@@ -20,10 +20,8 @@ pub(super) const SCHEMA: Schema<'static> =
 pub(super) const ATTEMPT_IDS: i64 = 128;
 /// Names that are kept once; more stand where they are used. A name has 200 characters at most, so this is 3 MB.
 const NAMES_MAX: usize = 16_384;
-/// Characters of a value from outside that are kept.
-const TEXT_CHARS_MAX: usize = 200;
 /// Longest wait for another process's lock, which holds it for one batch.
-const LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Size beyond which the write-ahead log is cut back after a checkpoint, in bytes.
 const WAL_BYTES_MAX: i64 = 16 * 1024 * 1024;
 /// Requests that are deleted in one transaction.
@@ -32,6 +30,8 @@ const DELETED_AT_ONCE: i64 = 1000;
 const VACUUMED_AT_ONCE: u32 = 256;
 /// Share of the file's size that is left for what comes next.
 const SPARE_SHARE: i64 = 16;
+/// A day in milliseconds.
+const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 /// Compression of bodies; higher levels cost the writer more than they save.
 const ZSTD_LEVEL: i32 = 1;
 
@@ -193,11 +193,11 @@ impl Store {
              ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32)";
         let (trouble, rule) = entry.trouble.unzip();
         let tokens = entry.tokens.as_ref();
-        let cost = entry.cost.map(|cost| cost.0);
+        let cost = entry.cost.map(|cost| whole(cost.0));
         let held = passed_over(&entry.held, entry.ended);
         let cause = entry.cause.as_deref().map(cut);
         let address = entry.address.map(|address| address.to_string());
-        let (path, method) = (self.stored(Some(&entry.path))?, self.name(entry.method.as_str())?);
+        let (path, method) = (self.stored(Some(&entry.path))?, self.stored(Some(&entry.method))?);
         let (fallback, endpoint_model) =
             (self.known(entry.fallback.as_ref())?, self.known(entry.endpoint_model.as_ref())?);
         let (lane, affinity) = (self.known(entry.lane.as_ref())?, self.own(entry.affinity)?);
@@ -224,19 +224,19 @@ impl Store {
             entry.first_token.map(micros),
             entry.generation.map(micros),
             micros(entry.total),
-            tokens.map(|tokens| tokens.prompt),
-            tokens.map(|tokens| tokens.completion),
-            tokens.map(|tokens| tokens.total),
-            tokens.map(|tokens| tokens.cached),
-            tokens.map(|tokens| tokens.reasoning),
-            tokens.map(|tokens| tokens.audio),
+            tokens.map(|tokens| whole(tokens.prompt)),
+            tokens.map(|tokens| whole(tokens.completion)),
+            tokens.map(|tokens| whole(tokens.total)),
+            tokens.map(|tokens| whole(tokens.cached)),
+            tokens.map(|tokens| whole(tokens.reasoning)),
+            tokens.map(|tokens| whole(tokens.audio)),
             cost,
-            entry.request_bytes,
-            entry.bytes,
+            whole(entry.request_bytes),
+            whole(entry.bytes),
             held,
             outside,
             cause,
-            entry.config,
+            whole(entry.config),
         ])?;
         Ok(())
     }
@@ -276,7 +276,7 @@ impl Store {
             rusqlite::Error::ToSqlConversionFailure(error.into())
         })?;
         let mut statement = self.connection.prepare_cached("INSERT INTO body VALUES (?1, ?2, ?3, ?4)")?;
-        statement.execute(params![id, body.length, body.bytes.len(), pressed])?;
+        statement.execute(params![id, whole(body.length), body.bytes.len().min(BODY_BYTES_MAX), pressed])?;
         Ok(())
     }
 
@@ -322,7 +322,7 @@ impl Store {
         let too_old = millis(now).saturating_sub(i64::try_from(retention.age.as_millis()).unwrap_or(i64::MAX));
         let Size { used, free } = self.size()?;
         let is_full = used > bytes_max - bytes_max / SPARE_SHARE;
-        let end = self.end_of_surplus(too_old, is_full)?;
+        let end = self.end_of_surplus((too_old, millis(now)), is_full)?;
         if let Some(end) = end {
             self.delete_before(end)?;
         }
@@ -338,7 +338,7 @@ impl Store {
     }
 
     /// Returns the id before which requests are to be deleted now. The newest one always stays, so that no id is used twice.
-    fn end_of_surplus(&self, too_old: i64, is_full: bool) -> rusqlite::Result<Option<i64>> {
+    fn end_of_surplus(&self, (too_old, now): (i64, i64), is_full: bool) -> rusqlite::Result<Option<i64>> {
         let number = |sql: &str, parameters: &[&dyn ToSql]| {
             self.connection.prepare_cached(sql)?.query_row(parameters, |row| row.get::<_, i64>(0)).optional()
         };
@@ -349,8 +349,9 @@ impl Store {
         let end = if is_full {
             at_once
         } else {
-            const SQL: &str = "SELECT id FROM request WHERE id < ?1 AND ended >= ?2 ORDER BY id LIMIT 1";
-            number(SQL, &[&at_once, &too_old])?.unwrap_or(at_once)
+            // A row of a time to come is of a clock that was wrong, and keeps no other.
+            const SQL: &str = "SELECT id FROM request WHERE id < ?1 AND ended BETWEEN ?2 AND ?3 ORDER BY id LIMIT 1";
+            number(SQL, &[&at_once, &too_old, &now.saturating_add(DAY_MS)])?.unwrap_or(at_once)
         };
         Ok((end > oldest).then_some(end))
     }
@@ -404,6 +405,8 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
         return Err(rusqlite::Error::ToSqlConversionFailure(why.into()));
     }
     connection.pragma_update(None, "synchronous", "NORMAL")?;
+    // What is deleted is not to be found in free pages.
+    connection.pragma_update(None, "secure_delete", "ON")?;
     connection.pragma_update_and_check(None, "journal_size_limit", WAL_BYTES_MAX, |_| Ok(()))?;
     Ok(connection)
 }
@@ -427,16 +430,13 @@ pub(super) fn number_of(request_id: &str) -> u32 {
     request_id.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
-fn micros(time: Duration) -> i64 {
-    i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
+/// A number as SQLite has it.
+fn whole(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-/// A text from outside, cut to a sane length.
-fn cut(text: &str) -> &str {
-    if text.len() <= TEXT_CHARS_MAX {
-        return text;
-    }
-    text.char_indices().nth(TEXT_CHARS_MAX).and_then(|(end, _)| text.get(..end)).unwrap_or(text)
+fn micros(time: Duration) -> i64 {
+    i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
 }
 
 fn unusable(path: &Path, why: &str) -> StoreError {

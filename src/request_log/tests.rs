@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use http::{HeaderValue, Method};
+use http::HeaderValue;
 use rusqlite::Connection;
 
 use super::queue::Queue;
@@ -48,7 +48,7 @@ fn entry(number: u64) -> Entry {
         tags: None,
         address: Some("127.0.0.1".parse().unwrap()),
         session: Some(u64::MAX - number),
-        method: Method::POST,
+        method: Name::Known("POST".into()),
         path: Name::Known("/v1/chat/completions".into()),
         model: Some(Name::Any("m".into())),
         fallback: None,

@@ -15,6 +15,8 @@ use crate::database::{self, beside};
 const WRITE_BEHIND: Duration = Duration::from_millis(200);
 /// Longest share of one processor core that the writer takes, as one in so many: beyond it entries are dropped.
 const CORE_SHARE: u32 = 4;
+/// Longest rest between two rounds. The work of a round is bounded, so a long one has waited for its disk.
+const REST_MAX: Duration = Duration::from_secs(1);
 /// Entries for which one step of deletion is made, each of which deletes more.
 const DELETED_FOR: usize = 500;
 /// Shortest time between two looks at the file, its disk, and what is too old.
@@ -77,18 +79,18 @@ impl Writer {
             let began = Instant::now();
             self.look(began);
             let Taken { entries, closing } = self.queue.take();
+            let is_empty = entries.is_empty();
             self.write(&entries, began);
             // At least as many as came, or the file would grow.
-            for _ in 0..=entries.len() / DELETED_FOR {
-                self.delete_surplus();
-            }
+            let steps = if closing { 0 } else { 1 + entries.len() / DELETED_FOR };
+            (0..steps).for_each(|_| self.delete_surplus());
             drop(entries);
             self.tell_dropped(began);
-            if closing {
+            if closing && is_empty {
                 break;
             }
             // Others need the processor as well.
-            self.queue.pause(began.elapsed() * (CORE_SHARE - 1));
+            self.queue.pause((began.elapsed() * (CORE_SHARE - 1)).min(REST_MAX));
         }
         self.store = None;
         drop(ends);
@@ -222,7 +224,8 @@ impl Writer {
 
     /// Says how many entries were dropped, now and then.
     fn tell_dropped(&mut self, now: Instant) {
-        let dropped = self.queue.dropped().total();
+        let full = self.queue.dropped().by_reason().find(|(reason, _)| *reason == Reason::Full);
+        let dropped = full.map_or(0, |(_, count)| count);
         let is_due = self.told_at.is_none_or(|told| now.saturating_duration_since(told) >= TELL_AGAIN);
         if dropped > self.dropped_told && is_due && self.retry_at.is_none() {
             self.told_at = Some(now);
@@ -242,8 +245,13 @@ struct EndsWithThread(Arc<Queue>);
 
 impl Drop for EndsWithThread {
     fn drop(&mut self) {
+        if !self.0.is_closing() {
+            self.0.set_error(Some("its thread has ended, which is a fault of this program".to_owned()));
+        }
         self.0.close();
         self.0.end();
+        // What came behind the last look.
+        self.0.drop_some(Reason::Failing, self.0.take().entries.len());
     }
 }
 

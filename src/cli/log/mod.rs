@@ -181,12 +181,19 @@ fn show_all(path: &std::path::Path, asked: &ShowLog) -> Result<(), LogError> {
     loop {
         std::thread::sleep(FOLLOW_INTERVAL);
         // Opened anew each time: the file may have been begun anew, and nothing is to keep its process from tidying it.
-        let mut reader = Reader::open(path)?;
-        let page = reader.page(&filter, From::After(last), READ_AT_ONCE)?;
+        let page = Reader::open(path).and_then(|mut reader| reader.page(&filter, From::After(last), READ_AT_ONCE));
+        let page = match page {
+            Ok(page) => page,
+            Err(error) => {
+                eprintln!("{error}; it is tried again");
+                continue;
+            }
+        };
         printer.print(&page.requests)?;
         last = match page.requests.last() {
             Some(request) if page.requests.len() == READ_AT_ONCE => request.row,
-            _ => page.searched_to.max(last),
+            // Less than before: a new file, which is shown from its beginning.
+            _ => page.searched_to,
         };
     }
 }

@@ -7,7 +7,7 @@ use anstream::stdout;
 use anstyle::{AnsiColor, Style};
 use jiff::ZonedDateTime;
 
-use super::words::why;
+use super::words::{on_one_line, why};
 use super::{LogError, ShowLog};
 use crate::cli::table::Table;
 use crate::cli::times::{millis, moment};
@@ -90,7 +90,8 @@ impl Printer {
             "WHY",
         ]);
         for request in requests {
-            table.row(cells(request, &now));
+            let cells = cells(request, &now).into_iter().map(|(text, style)| (on_one_line(&text), style));
+            table.row(cells.collect());
         }
         table.widen(&self.widths);
         self.widths = table.widths();
@@ -119,8 +120,14 @@ fn cells(request: &Logged, now: &ZonedDateTime) -> Vec<(String, Style)> {
     ]
 }
 
+/// JSON on one line, without the signs that it may have as they are and that steer some terminals.
 fn json(value: &impl serde::Serialize) -> Result<String, String> {
-    serde_json::to_string(value).map_err(|error| error.to_string())
+    let text = serde_json::to_string(value).map_err(|error| error.to_string())?;
+    if !text.chars().any(char::is_control) {
+        return Ok(text);
+    }
+    let escaped = |c: char| if c.is_control() { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    Ok(text.chars().map(escaped).collect())
 }
 
 /// Columns of CSV, by their names in JSON.
@@ -181,6 +188,23 @@ fn csv_line(text: &mut String, request: &Logged) -> Result<(), String> {
 /// A field by RFC 4180. One that a spreadsheet would take for a formula is kept from that: clients name models.
 fn csv_field(field: &str) -> String {
     let is_formula = field.starts_with(['=', '+', '-', '@', '\t', '\r']);
-    let field = if is_formula { format!("'{field}") } else { field.to_owned() };
-    if field.contains([',', '"', '\n', '\r']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field }
+    let field = on_one_line(field);
+    let field = if is_formula { format!("'{field}") } else { field };
+    if field.contains([',', '"']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_send_steers_neither_terminals_nor_spreadsheets() {
+        let evil = "a\u{1b}[2J\nb\u{9b}c\u{202e}d";
+        assert_eq!(on_one_line(evil), "a\u{fffd}[2J\u{fffd}b\u{fffd}c\u{fffd}d");
+        assert_eq!(csv_field(evil), on_one_line(evil));
+        assert_eq!(csv_field("=1,\"2\""), "\"'=1,\"\"2\"\"\"");
+        let text = json(&serde_json::json!({ "model": evil })).unwrap();
+        assert!(!text.chars().any(char::is_control), "{text:?}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["model"], evil);
+    }
 }

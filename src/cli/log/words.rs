@@ -20,12 +20,18 @@ pub(super) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
 }
 
+/// The same on one line. What turns the direction of text goes as well.
+pub(super) fn on_one_line(text: &str) -> String {
+    let steers = |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars().map(|c| if steers(c) { '\u{fffd}' } else { c }).collect()
+}
+
 /// A request in words.
 pub(super) fn described(request: &Logged, now: &ZonedDateTime) -> String {
     let mut lines = vec![format!("request {}, {}", request.id, moment(request.time, now))];
     let mut line = |name: &str, text: String| {
         if !text.is_empty() {
-            lines.push(format!("  {name:<10} {text}"));
+            lines.push(format!("  {name:<10} {}", on_one_line(&text)));
         }
     };
     let or = |text: &Option<Arc<str>>| text.as_deref().unwrap_or_default().to_owned();
@@ -56,7 +62,7 @@ pub(super) fn described(request: &Logged, now: &ZonedDateTime) -> String {
     line("tokens", tokens.into_iter().flatten().collect::<Vec<_>>().join(", "));
     line("cost", request.cost_usd.map(|usd| format!("{usd} USD")).unwrap_or_default());
     for (place, attempt) in request.attempts.iter().enumerate() {
-        lines.push(described_attempt(place + 1, attempt));
+        lines.push(on_one_line(&described_attempt(place + 1, attempt)));
         lines.extend(
             attempt.passed_over.iter().map(|passed| format!("     passed over {}", passed.shown(|at| moment(at, now)))),
         );
