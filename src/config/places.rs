@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use saphyr_parser::{Event, Parser, ScalarStyle};
+use saphyr_parser::{Event, Parser};
 
 use super::problem::join;
 
@@ -37,16 +37,25 @@ pub(super) enum Stop<'a> {
     /// The key or the beginning of the value of a place.
     Place { path: &'a str, line: usize },
     /// A value that is no mapping or sequence, and the characters of the text that it takes.
-    Scalar { path: &'a str, value: &'a str, chars: Range<usize>, is_block: bool },
+    Scalar { path: &'a str, chars: Range<usize> },
 }
 
-/// Walks through a text, as far as it can be read.
-pub(super) fn walk(text: &str, mut visit: impl FnMut(Stop<'_>)) {
+/// Walks through a text, as far as it can be read. True if that is to its end, and nothing in it stands for something at another place.
+pub(super) fn walk(text: &str, mut visit: impl FnMut(Stop<'_>)) -> bool {
     let mut inside: Vec<Inside> = Vec::new();
+    let (mut has_ended, mut has_anchors) = (false, false);
     for (event, span) in Parser::new_from_str(text).map_while(Result::ok) {
+        has_ended = matches!(event, Event::StreamEnd);
+        has_anchors |= match &event {
+            Event::Alias(_) => true,
+            Event::Scalar(_, _, anchor, _) | Event::SequenceStart(anchor, _) | Event::MappingStart(anchor, _) => {
+                *anchor > 0
+            }
+            _ => false,
+        };
         let (line, chars) = (span.start.line(), span.start.index()..span.end.index());
         match event {
-            Event::Scalar(word, style, ..) => match inside.last_mut() {
+            Event::Scalar(word, ..) => match inside.last_mut() {
                 Some(Inside::Mapping(path, key @ None)) => {
                     visit(Stop::Place { path: &join(path, &word), line });
                     *key = Some(word.into_owned());
@@ -57,8 +66,7 @@ pub(super) fn walk(text: &str, mut visit: impl FnMut(Stop<'_>)) {
                     if is_item {
                         visit(Stop::Place { path: &path, line });
                     }
-                    let is_block = matches!(style, ScalarStyle::Literal | ScalarStyle::Folded);
-                    visit(Stop::Scalar { path: &path, value: &word, chars, is_block });
+                    visit(Stop::Scalar { path: &path, chars });
                 }
                 None => {}
             },
@@ -75,13 +83,14 @@ pub(super) fn walk(text: &str, mut visit: impl FnMut(Stop<'_>)) {
             _ => {}
         }
     }
+    has_ended && !has_anchors
 }
 
 impl Places {
     /// Finds the places of a text, as far as it can be read.
     pub(super) fn of(text: &str) -> Self {
         let mut lines = HashMap::new();
-        walk(text, |stop| {
+        let _whole = walk(text, |stop| {
             if let Stop::Place { path, line } = stop {
                 // A value's place begins at its key.
                 lines.entry(path.to_owned()).or_insert(line);

@@ -40,7 +40,10 @@ impl Switches {
     pub fn read(path: &Path) -> Result<Self, String> {
         let text = match read_bounded(path) {
             Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
+            // No folder either: a ledger whose place cannot exist says so itself.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(Self::default());
+            }
             Err(error) => return Err(format!("switches {}: {error}", path.display())),
         };
         serde_json::from_slice(&text)

@@ -6,6 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -114,14 +115,18 @@ async fn hangup(hangups: Option<&mut Signal>) {
     std::future::pending::<()>().await;
 }
 
+/// Time after which a switch that is over is tried again, while the config cannot be read.
+const SWITCH_AGAIN: Duration = Duration::from_mins(1);
+
 impl Reloader {
     /// Waits until an endpoint that is switched off for a while is to be switched on again.
     async fn switch_due(&self) {
         let pool = self.pool.load_full();
         let ends = pool.endpoints.iter().filter_map(|endpoint| endpoint.config.switched_off?.until).min();
         let Some(end) = ends else { return std::future::pending().await };
-        let wait = end.duration_since(Timestamp::now());
-        tokio::time::sleep(wait.try_into().unwrap_or_default()).await;
+        let wait = Duration::try_from(end.duration_since(Timestamp::now())).ok().filter(|wait| !wait.is_zero());
+        // It is over already if the config could not be read then.
+        tokio::time::sleep(wait.unwrap_or(SWITCH_AGAIN)).await;
     }
 
     fn files(&self) -> Vec<PathBuf> {
