@@ -4,19 +4,20 @@ use std::fmt;
 use std::net::IpAddr;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
-use serde::Deserialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq as _;
 
 use super::sessions::{IDLE_MAX, csrf_token};
-use super::{Call, Console, Request};
+use super::{Call, Console, Request, shown};
 use crate::admin::Answer;
 use crate::config::Secret;
 use crate::fault::Fault;
 use crate::request::auth::Auth;
 
 /// The cookie of a session.
-const COOKIE: &str = "api-together-session";
+pub(super) const COOKIE: &str = "api-together-session";
 /// The header in which the page sends its token with each change.
 const CSRF: HeaderName = HeaderName::from_static("x-csrf-token");
 
@@ -56,10 +57,27 @@ impl fmt::Display for Author {
 }
 
 /// What signs in.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct SignIn {
+pub(super) struct SignIn {
+    /// `server.adminKey`.
     key: Secret,
+}
+
+/// What the page needs to know of its session.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct SessionShown {
+    /// The token that stands in `x-csrf-token` of each change.
+    csrf_token: String,
+    /// Seconds after its last use for which it lasts.
+    idle_seconds: u64,
+}
+
+impl SessionShown {
+    fn of(token: &str) -> Self {
+        Self { csrf_token: csrf_token(token), idle_seconds: IDLE_MAX.as_secs() }
+    }
 }
 
 impl Console {
@@ -91,14 +109,18 @@ impl Console {
         let given: SignIn = request.body()?;
         let checked =
             auth.check_admin_key((key, server.failed_keys_per_minute), given.key.expose().as_bytes(), call.address);
-        if matches!(checked, Err(Fault::KeysFailedTooOften)) {
-            auth.admin_guesses.keep_waiting().await;
+        let (audit, author) = (&request.from.process.audit, request.author.to_string());
+        if let Err(fault) = checked {
+            if matches!(fault, Fault::KeysFailedTooOften) {
+                auth.admin_guesses.keep_waiting().await;
+            }
+            // Not in the file, where a stranger's attempts would push out what matters.
+            log::warn!("audit: {author}: session.open: refused");
+            return Err(fault);
         }
-        let told = checked.as_ref().map(|()| "signed in".to_owned()).map_err(|_| "refused".to_owned());
-        request.from.process.audit.add(&request.author.to_string(), "session.open", "", &told).await;
-        checked?;
+        audit.add(&author, "session.open", "", &Ok("signed in".to_owned())).await;
         let token = self.sessions.open(key, call.authority).ok_or(Fault::Internal)?;
-        let mut answer = Answer::json(200, session_json(&token).to_string());
+        let mut answer = Answer::json(200, shown(&SessionShown::of(&token))?.to_string());
         answer.headers.extend(cookie_header(&token, call.is_secure, IDLE_MAX.as_secs()));
         Ok(answer)
     }
@@ -116,12 +138,8 @@ impl Console {
     /// What the page needs to know of its session.
     #[expect(clippy::unused_self, reason = "it stands beside its kind")]
     pub(super) fn session(&self, call: &Call<'_>) -> Result<Value, Fault> {
-        cookie(call.headers).map(session_json).ok_or(Fault::AdminKeyMissing)
+        shown(&SessionShown::of(cookie(call.headers).ok_or(Fault::AdminKeyMissing)?))
     }
-}
-
-fn session_json(token: &str) -> Value {
-    json!({ "csrfToken": csrf_token(token), "idleSeconds": IDLE_MAX.as_secs() })
 }
 
 fn cookie_header(token: &str, is_secure: bool, seconds: u64) -> Option<(HeaderName, HeaderValue)> {

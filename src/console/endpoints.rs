@@ -1,6 +1,7 @@
 //! Endpoints: what `GET /v1/status` shows of them, and switching, clearing and testing one.
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -11,17 +12,18 @@ use crate::fault::{Fault, excerpt};
 use crate::routing::pool::Endpoint;
 
 /// How an endpoint is switched off.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Disable {
+pub(super) struct Disable {
     /// When it is switched on again; only by hand without it.
+    #[schemars(with = "Option<String>")]
     until: Option<Timestamp>,
 }
 
 /// What is forgotten of an endpoint.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Clear {
+pub(super) struct Clear {
     /// The one of its keys that is meant, as the status shows it; the endpoint and all its keys without it.
     key: Option<String>,
 }

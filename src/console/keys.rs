@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use jiff::{SignedDuration, Timestamp};
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
-use super::{Request, invalid};
+use super::{Request, invalid, shown};
 use crate::config::KeysChange;
 use crate::fault::Fault;
 use crate::ledger::stats;
@@ -17,32 +18,67 @@ use crate::routing::generated_key::GeneratedKey;
 const OVERLAP_HOURS_DEFAULT: u32 = 24;
 
 /// How a key is put in place of another one.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Rotate {
+pub(super) struct Rotate {
+    /// Hours for which the key before still opens; 24 unless said otherwise.
     overlap_hours: Option<u32>,
 }
 
 /// More of a budget, for a while.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Raise {
+pub(super) struct Raise {
+    /// How much more.
     by: f64,
+    /// `usd` or `tokens`; may be left out where there is one budget.
     unit: Option<String>,
+    /// Period of the budget; may be left out where there is one budget.
     per: Option<String>,
+    /// Until when: a day, or a moment.
     until: String,
+}
+
+/// Keys of callers.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct KeyList {
+    data: Vec<KeyRow>,
+}
+
+/// A key.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct KeyRow {
+    /// Its name.
+    name: String,
+    /// `open`, `off`, `expired` or `revoked`.
+    state: String,
+    /// When it was used last.
+    #[serde(default)]
+    last_used: Option<String>,
+    /// Its limits, budgets, and what it opens, as `api-together keys list --json` shows them.
+    #[serde(flatten)]
+    more: Map<String, Value>,
+}
+
+/// A key that was made.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct MadeKey {
+    /// What was done.
+    message: Value,
+    /// The key, which is shown this once.
+    key: String,
 }
 
 pub(super) async fn list(request: &Request<'_>) -> Result<Value, Fault> {
     let keys = request.actions()?.keys().await.map_err(|_| Fault::Internal)?;
-    let mut keys: Vec<Map<String, Value>> = serde_json::from_str(&keys).map_err(|_| Fault::Internal)?;
+    let mut data: Vec<KeyRow> = serde_json::from_str(&keys).map_err(|_| Fault::Internal)?;
     let used = last_used(request).await;
-    for key in &mut keys {
-        let name = key.get("name").and_then(Value::as_str).unwrap_or_default();
-        let used = used.get(name).and_then(|used| Timestamp::from_millisecond(*used).ok());
-        key.insert("lastUsed".to_owned(), used.map_or(Value::Null, |used| used.to_string().into()));
+    for key in &mut data {
+        let used = used.get(&key.name).and_then(|used| Timestamp::from_millisecond(*used).ok());
+        key.last_used = used.map(|used| used.to_string());
     }
-    Ok(json!({ "data": keys }))
+    shown(&KeyList { data })
 }
 
 /// When each key was used last, in milliseconds of Unix time; empty if the ledger cannot be read.
@@ -96,6 +132,6 @@ fn new_key() -> Result<GeneratedKey, Fault> {
 
 /// The key goes to the one who asked for it, this once.
 fn with_key(mut answer: Value, key: &GeneratedKey) -> Result<Value, Fault> {
-    answer.as_object_mut().ok_or(Fault::Internal)?.insert("key".to_owned(), key.expose().into());
-    Ok(answer)
+    let message = answer.get_mut("message").map(Value::take).unwrap_or_default();
+    shown(&MadeKey { message, key: key.expose().to_owned() })
 }

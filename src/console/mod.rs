@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `access` | who may: the admin key, or a session of the page |
 //! | `sessions` | sessions of the page |
+//! | `openapi` | their description |
 //! | `operations` | the table of operations: paths, methods, what each is for |
 //! | `config_file` | the config: shown masked, checked, applied, put back |
 //! | `endpoints`, `keys`, `requests`, `usage` | what is shown and done, by subject |
@@ -12,6 +13,7 @@ mod access;
 mod config_file;
 mod endpoints;
 mod keys;
+mod openapi;
 mod operations;
 mod requests;
 pub(crate) mod sessions;
@@ -21,6 +23,8 @@ use std::net::IpAddr;
 
 use bytes::Bytes;
 use http::{HeaderMap, Method};
+use schemars::JsonSchema;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -29,12 +33,15 @@ use crate::config::without_keys;
 use crate::fault::{Fault, excerpt};
 use crate::process::Actions;
 use crate::request::auth::Auth;
+use crate::telemetry::audit::AuditLine;
 use access::Author;
 use operations::{Operation, Wanted};
 use sessions::Sessions;
 
 /// Longest body of a call: a config may be long.
-pub(crate) const BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
+const BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// The same of one that signs in, and that anybody may send.
+const SIGN_IN_BYTES_MAX: usize = 4 * 1024;
 
 /// The admin API, and the sessions of its page.
 #[derive(Debug, Default)]
@@ -82,6 +89,13 @@ pub(crate) struct Admitted {
     wanted: Wanted,
 }
 
+impl Admitted {
+    /// Longest body that is read for it.
+    pub(crate) fn body_bytes_max(&self) -> usize {
+        if self.wanted.operation == Operation::SignIn { SIGN_IN_BYTES_MAX } else { BODY_BYTES_MAX }
+    }
+}
+
 impl Console {
     /// Finds out what a call asks for, and whether it may. Behind too many wrong keys the answer is late.
     pub(crate) async fn admit(&self, auth: &Auth, from: Sources<'_>, call: &Call<'_>) -> Result<Admitted, Fault> {
@@ -90,7 +104,9 @@ impl Console {
         let wanted = operations::find(call.method, call.path);
         let author = match &wanted {
             // It brings the key with it.
-            Ok(wanted) if wanted.operation == Operation::SignIn => Ok(Author::nobody(call)),
+            Ok(wanted) if wanted.operation == Operation::SignIn => {
+                auth.check_admin_address(server.failed_keys_per_minute, call.address).map(|()| Author::nobody(call))
+            }
             _ => self.author(auth, (key, server.failed_keys_per_minute), call),
         };
         if matches!(author, Err(Fault::KeysFailedTooOften)) {
@@ -128,7 +144,7 @@ impl Console {
             Operation::RevokeKey => keys::revoke(&request).await,
             Operation::Requests => requests::search(&request).await,
             Operation::Request => requests::one(&request).await,
-            Operation::Running => Ok(requests::running(&request)),
+            Operation::Running => requests::running(&request),
             Operation::Cancel => requests::cancel(&request).await,
             Operation::Usage => usage::series(&request).await,
             Operation::Config => config_file::show(&request).await,
@@ -139,6 +155,7 @@ impl Console {
             Operation::RestoreVersion => config_file::restore(&request).await,
             Operation::Reload => reload(&request).await,
             Operation::Audit => audit(&request).await,
+            Operation::OpenApi => Ok(openapi::document()),
         };
         value.map(|value| Answer::json(200, value.to_string()))
     }
@@ -183,7 +200,7 @@ impl Request<'_> {
     async fn done(&self, action: &str, subject: &str, result: Result<String, String>) -> Result<Value, Fault> {
         self.from.process.audit.add(&self.author.to_string(), action, subject, &result).await;
         match result {
-            Ok(told) => Ok(serde_json::json!({ "message": told })),
+            Ok(message) => shown(&Message { message }),
             Err(problem) => Err(Fault::AdminConflict { code: "not_done", problem }),
         }
     }
@@ -206,5 +223,22 @@ async fn audit(request: &Request<'_>) -> Result<Value, Fault> {
         code: "audit_log_unreadable",
         problem: format!("The audit log cannot be read: {error}."),
     })?;
-    Ok(serde_json::json!({ "data": lines }))
+    shown(&AuditList { data: lines })
+}
+
+/// What came of a change, in words.
+#[derive(Serialize, JsonSchema)]
+struct Message {
+    message: String,
+}
+
+/// Changes that were made.
+#[derive(Serialize, JsonSchema)]
+struct AuditList {
+    data: Vec<AuditLine>,
+}
+
+/// An answer as JSON.
+fn shown(answer: &impl Serialize) -> Result<Value, Fault> {
+    serde_json::to_value(answer).map_err(|_| Fault::Internal)
 }

@@ -34,14 +34,15 @@ pub(super) enum Operation {
     RestoreVersion,
     Reload,
     Audit,
+    OpenApi,
 }
 
 /// A row of the table.
-struct Row {
-    operation: Operation,
-    method: Method,
+pub(super) struct Row {
+    pub(super) operation: Operation,
+    pub(super) method: Method,
     /// Path below `/v1/admin`; `{}` stands for an id or a name.
-    path: &'static str,
+    pub(super) path: &'static str,
 }
 
 const fn row(operation: Operation, method: Method, path: &'static str) -> Row {
@@ -49,7 +50,7 @@ const fn row(operation: Operation, method: Method, path: &'static str) -> Row {
 }
 
 #[rustfmt::skip]
-static OPERATIONS: [Row; 26] = [
+pub(super) static OPERATIONS: [Row; 27] = [
     row(Operation::Session,         Method::GET,    "/session"),
     row(Operation::SignIn,          Method::POST,   "/session"),
     row(Operation::SignOut,         Method::DELETE, "/session"),
@@ -76,6 +77,7 @@ static OPERATIONS: [Row; 26] = [
     row(Operation::RestoreVersion,  Method::POST,   "/config/versions/{}/restore"),
     row(Operation::Reload,          Method::POST,   "/reload"),
     row(Operation::Audit,           Method::GET,    "/audit"),
+    row(Operation::OpenApi,         Method::GET,    "/openapi.json"),
 ];
 
 /// What a call asks for.

@@ -1,12 +1,16 @@
 //! Requests: those of the request log, and those that are under way.
 
-use jiff::{SignedDuration, Timestamp};
-use serde_json::{Value, json};
+use std::sync::Arc;
 
-use super::{Request, invalid};
+use jiff::{SignedDuration, Timestamp};
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{Request, invalid, shown};
 use crate::exchange::running::{Progress, RunningRequest};
 use crate::fault::{Fault, excerpt};
-use crate::request_log::reader::{Filter, From, LoggedBody, PAGE_MAX, Reader, StatusWanted};
+use crate::request_log::reader::{Filter, From, Logged, LoggedBody, PAGE_MAX, Reader, StatusWanted};
 
 /// Requests of a page, unless said otherwise.
 const PAGE_DEFAULT: usize = 50;
@@ -31,7 +35,7 @@ pub(super) async fn search(request: &Request<'_>) -> Result<Value, Fault> {
     let from = before.map_or(From::Newest, From::Before);
     let count = request.parsed::<usize>("limit", "a number")?.unwrap_or(PAGE_DEFAULT).clamp(1, PAGE_MAX);
     let page = read(request, move |log| log.page(&filter, from, count)).await?;
-    Ok(json!({ "data": page.requests, "next": page.next }))
+    shown(&RequestsPage { data: page.requests, next: page.next })
 }
 
 pub(super) async fn one(request: &Request<'_>) -> Result<Value, Fault> {
@@ -44,13 +48,8 @@ pub(super) async fn one(request: &Request<'_>) -> Result<Value, Fault> {
     let Some((found, [body, answer])) = found.await? else {
         return Err(Fault::AdminNotFound { what: format!("request {} in the log", excerpt(request.name)) });
     };
-    let mut value = serde_json::to_value(found).map_err(|_| Fault::Internal)?;
-    if let Some(members) = value.as_object_mut() {
-        for (name, body) in [("requestBody", body), ("answerBody", answer)] {
-            members.insert(name.to_owned(), body.as_ref().map(LoggedBody::shown).into());
-        }
-    }
-    Ok(value)
+    let shown_of = |body: Option<LoggedBody>| body.as_ref().map(LoggedBody::shown);
+    shown(&RequestWhole { request: found, request_body: shown_of(body), answer_body: shown_of(answer) })
 }
 
 /// Reads the log beside those who serve requests.
@@ -65,34 +64,91 @@ async fn read<T: Send + 'static>(
     read.map_err(|_| Fault::Internal)?.map_err(|why| problem(format!("{why}.")))
 }
 
-pub(super) fn running(request: &Request<'_>) -> Value {
-    let all = request.from.process.running.list();
-    json!({ "data": all.iter().map(|running| shown(running)).collect::<Vec<_>>() })
+pub(super) fn running(request: &Request<'_>) -> Result<Value, Fault> {
+    let data = request.from.process.running.list().iter().map(|running| RunningRow::of(running)).collect();
+    shown(&RunningList { data })
 }
 
-fn shown(running: &RunningRequest) -> Value {
-    let RunningRequest { id, came, key, address, method, path, model, stream, exchange: _ } = running;
-    let (progress, endpoint, lane) = running.progress();
-    let age = came.elapsed();
-    let began = Timestamp::now().checked_sub(SignedDuration::try_from(age).unwrap_or_default()).unwrap_or_default();
-    json!({
-        "id": id.as_ref().and_then(|id| id.to_str().ok()),
-        "began": Timestamp::from_millisecond(began.as_millisecond()).unwrap_or_default(),
-        "ageMs": u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
-        "key": key,
-        "address": address,
-        "method": method.as_str(),
-        "path": path,
-        "model": model,
-        "stream": stream,
-        "state": match progress {
-            Progress::Queued => "queued",
-            Progress::Asked => "asked",
-            Progress::Answered => "answered",
-        },
-        "endpoint": endpoint,
-        "endpointKey": lane,
-    })
+impl RunningRow {
+    fn of(running: &RunningRequest) -> Self {
+        let RunningRequest { id, came, key, address, method, path, model, stream, exchange: _ } = running;
+        let (progress, endpoint, endpoint_key) = running.progress();
+        let age = came.elapsed();
+        let began = Timestamp::now().checked_sub(SignedDuration::try_from(age).unwrap_or_default()).unwrap_or_default();
+        Self {
+            id: id.as_ref().and_then(|id| id.to_str().ok()).map(ToOwned::to_owned),
+            began: Timestamp::from_millisecond(began.as_millisecond()).unwrap_or_default(),
+            age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+            key: key.clone(),
+            address: address.map(|address| address.to_string()),
+            method: method.as_str().to_owned(),
+            path: path.to_string(),
+            model: model.clone(),
+            stream: *stream,
+            state: match progress {
+                Progress::Queued => "queued",
+                Progress::Asked => "asked",
+                Progress::Answered => "answered",
+            },
+            endpoint,
+            endpoint_key,
+        }
+    }
+}
+
+/// A page of the request log.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct RequestsPage {
+    data: Vec<Logged>,
+    /// What `before` has to be for the next page; null if there is none.
+    next: Option<i64>,
+}
+
+/// A request with all that is known of it.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RequestWhole {
+    #[serde(flatten)]
+    request: Logged,
+    /// Its body, if it is kept, with keys masked.
+    request_body: Option<String>,
+    /// The answer's, likewise.
+    answer_body: Option<String>,
+}
+
+/// Requests that are under way.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct RunningList {
+    data: Vec<RunningRow>,
+}
+
+/// A request that is under way.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+struct RunningRow {
+    /// Its id.
+    id: Option<String>,
+    /// When it came.
+    #[schemars(with = "String")]
+    began: Timestamp,
+    /// For how long it has been here, in milliseconds.
+    age_ms: u64,
+    /// Name of the client's key.
+    key: Option<Arc<str>>,
+    /// The client's address.
+    address: Option<String>,
+    method: String,
+    path: String,
+    /// The model that it asks for.
+    model: Option<Arc<str>>,
+    /// True if it asks for a stream.
+    stream: bool,
+    /// `queued`: it waits for a permit; `asked`: an endpoint is asked; `answered`: the answer is on its way.
+    state: &'static str,
+    /// The endpoint that is asked.
+    endpoint: Option<Arc<str>>,
+    /// What is shown of the key that it is sent, if it has several.
+    endpoint_key: Option<Arc<str>>,
 }
 
 /// Ends a request that is under way.

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use jiff::Timestamp;
-use serde_json::{Value, json};
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde_json::Value;
 
-use super::{Request, invalid};
+use super::{Request, invalid, shown};
 use crate::fault::Fault;
 use crate::ledger::stats::{self, Per, UsageRow};
 use crate::usage::Cost;
@@ -56,8 +58,8 @@ pub(super) async fn series(request: &Request<'_>) -> Result<Value, Fault> {
         };
         sums.entry((begins, name)).or_default().merge(&cost);
     }
-    let data: Vec<Value> = sums.iter().map(|((begins, name), cost)| shown(*begins, name, cost)).collect();
-    Ok(json!({ "per": per.name(), "data": data }))
+    let data = sums.iter().map(|((begins, name), cost)| UsagePart::new(*begins, name, cost)).collect();
+    shown(&UsageSeries { per: per.name(), data })
 }
 
 async fn rows(request: &Request<'_>, (per, by_key): (Per, bool)) -> Result<Vec<UsageRow>, Fault> {
@@ -71,20 +73,56 @@ async fn rows(request: &Request<'_>, (per, by_key): (Per, bool)) -> Result<Vec<U
     })
 }
 
-fn shown(begins: i64, name: &str, cost: &Cost) -> Value {
-    let Cost { exact, estimated, money, .. } = cost;
-    json!({
-        "begins": Timestamp::from_second(begins).unwrap_or_default(),
-        "name": name,
-        "requests": exact.requests,
-        "promptTokens": exact.tokens.prompt,
-        "completionTokens": exact.tokens.completion,
-        "totalTokens": exact.tokens.total,
-        "cachedTokens": exact.tokens.cached,
-        "reasoningTokens": exact.tokens.reasoning,
-        "audioTokens": exact.tokens.audio,
-        "usd": money.spent.dollars(),
-        "unpricedRequests": money.unpriced,
-        "estimatedTokens": estimated.tokens.total,
-    })
+/// What was taken, by hour or day.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct UsageSeries {
+    /// `hour` or `day`.
+    per: &'static str,
+    data: Vec<UsagePart>,
+}
+
+/// What was taken in an hour or a day.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+struct UsagePart {
+    /// Its beginning.
+    #[schemars(with = "String")]
+    begins: Timestamp,
+    /// The endpoint, model or key.
+    name: String,
+    /// Answers whose tokens were reported.
+    requests: u64,
+    prompt_tokens: u64,
+    completion_tokens: u64,
+    total_tokens: u64,
+    /// Tokens of prompts that came from a cache.
+    cached_tokens: u64,
+    reasoning_tokens: u64,
+    audio_tokens: u64,
+    /// What they cost, estimates included.
+    usd: f64,
+    /// Answers whose model has no price.
+    unpriced_requests: u64,
+    /// Tokens that were estimated where endpoints reported none.
+    estimated_tokens: u64,
+}
+
+impl UsagePart {
+    fn new(begins: i64, name: &str, cost: &Cost) -> Self {
+        let Cost { exact, estimated, money, .. } = cost;
+        Self {
+            begins: Timestamp::from_second(begins).unwrap_or_default(),
+            name: name.to_owned(),
+            requests: exact.requests,
+            prompt_tokens: exact.tokens.prompt,
+            completion_tokens: exact.tokens.completion,
+            total_tokens: exact.tokens.total,
+            cached_tokens: exact.tokens.cached,
+            reasoning_tokens: exact.tokens.reasoning,
+            audio_tokens: exact.tokens.audio,
+            usd: money.spent.dollars(),
+            unpriced_requests: money.unpriced,
+            estimated_tokens: estimated.tokens.total,
+        }
+    }
 }

@@ -8,7 +8,7 @@ use super::context::{Context, Logged};
 use super::intake::Stop;
 use super::{Gateway, receive};
 use crate::admin::{Answer, Sources};
-use crate::console::{self, Call};
+use crate::console::Call;
 use crate::request::auth;
 use crate::routing::pool::Pool;
 
@@ -37,8 +37,11 @@ pub(super) async fn answer(
     let sources = Sources { authority, ..Sources::new(pool, &gateway.process) };
     let console = &gateway.console;
     let admitted = console.admit(&gateway.auth, sources, &call).await?;
-    let body =
-        if call.takes_body() { receive::body(gateway, session, console::BODY_BYTES_MAX).await? } else { Bytes::new() };
+    let body = if call.takes_body() {
+        receive::body(gateway, session, admitted.body_bytes_max()).await?
+    } else {
+        Bytes::new()
+    };
     Ok(console.answer(&gateway.auth, sources, (&call, &body), admitted).await?)
 }
 

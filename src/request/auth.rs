@@ -126,11 +126,8 @@ impl Auth {
         given: &[u8],
         address: Option<IpAddr>,
     ) -> Result<(), Fault> {
-        let guesses = &self.admin_guesses;
-        let is_behind = |address: IpAddr| guesses.is_behind(address, limit) && !guesses.was_right(address);
-        if address.is_some_and(is_behind) {
-            return Err(Fault::KeysFailedTooOften);
-        }
+        self.check_admin_address(limit, address)?;
+        let (guesses, limit) = (&self.admin_guesses, admin_limit(limit));
         if key.matches(given) {
             if let Some(address) = address {
                 guesses.right(address);
@@ -141,6 +138,13 @@ impl Auth {
             return Err(Fault::KeysFailedTooOften);
         }
         Err(Fault::AdminKeyWrong)
+    }
+
+    /// Refuses an address that has shown too many wrong admin keys.
+    pub(crate) fn check_admin_address(&self, limit: u32, address: Option<IpAddr>) -> Result<(), Fault> {
+        let guesses = &self.admin_guesses;
+        let is_behind = |address: IpAddr| guesses.is_behind(address, admin_limit(limit)) && !guesses.was_right(address);
+        if address.is_some_and(is_behind) { Err(Fault::KeysFailedTooOften) } else { Ok(()) }
     }
 
     fn let_in(&self, server: &config::Server, address: Option<IpAddr>, vouched: bool) -> Result<(), Fault> {
@@ -195,6 +199,12 @@ pub fn client_address(server: &config::Server, headers: &HeaderMap, peer: Option
         }
     }
     last
+}
+
+/// Wrong admin keys that an address may show in a minute. They have a limit even where clients' keys have none.
+fn admin_limit(of_clients: u32) -> u32 {
+    const WITHOUT: u32 = 10;
+    if of_clients == 0 { WITHOUT } else { of_clients }
 }
 
 /// True for a reverse proxy that says whose requests it passes on.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Size at which the file is set aside for a new one; one before it is kept.
@@ -17,9 +18,10 @@ pub(crate) const LINES_MAX: usize = 1000;
 const TEXT_CHARS_MAX: usize = 500;
 
 /// A change, or an attempt at one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct AuditLine {
     /// When.
+    #[schemars(with = "String")]
     pub(crate) at: Timestamp,
     /// Who: by the admin key, by a session of the page, or by a command.
     pub(crate) author: String,

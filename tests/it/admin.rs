@@ -139,6 +139,26 @@ async fn it_takes_the_admin_key_and_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn strangers_neither_guess_at_the_sign_in_nor_fill_the_audit_log() {
+    within(async {
+        let a = simulator().await;
+        let admin = Admin::start(json!({ "failedKeysPerMinute": 0 }), &[endpoint("a", &a.base_url())]).await;
+        let sign_in = |body: Value| Reply::of(admin.request(Method::POST, "/session").json(&body));
+        let long = sign_in(json!({ "key": "x".repeat(8 * 1024) })).await;
+        assert_eq!(long.status, 413, "{long:?}");
+        // It has a limit of its own where clients' keys have none.
+        let mut statuses = Vec::new();
+        for number in 0..12 {
+            statuses.push(sign_in(json!({ "key": format!("sk-guess-{number}") })).await.status);
+        }
+        assert_eq!((statuses[0], statuses.last()), (401, Some(&429)), "{statuses:?}");
+        let file = admin.running.folder.path().join("audit.jsonl");
+        assert!(!file.exists(), "{}", std::fs::read_to_string(&file).unwrap());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn endpoints_are_switched_cleared_and_tested() {
     within(async {
         let a = simulator().await;
@@ -278,6 +298,7 @@ async fn requests_are_found_watched_and_cancelled() {
         let one = admin.get(&format!("/requests/{}", rows[0]["id"].as_str().unwrap())).await;
         assert_eq!((&one["endpoint"], &one["attempts"][0]["outcome"]), (&json!("a"), &json!("ok")), "{one}");
         assert_eq!(one["requestBody"], Value::Null);
+        admin.rows("/requests", 2).await;
         let first = admin.get("/requests?limit=1").await;
         let second = admin.get(&format!("/requests?limit=1&before={}", first["next"])).await;
         assert_eq!(second["data"][0]["key"], "ada", "{second}");
@@ -474,8 +495,10 @@ async fn the_config_is_shown_without_secrets_checked_applied_and_put_back() {
         assert!(message.contains("apis[0].rpd") && std::fs::read_to_string(&file).unwrap() == before, "{message}");
         // A key never goes to another host.
         let stolen = text.replace(&a.base_url(), &b.base_url());
-        let refused = admin.call(Method::PUT, "/config", body(&stolen, &Value::Null)).await;
+        let refused = admin.call(Method::PUT, "/config", body(&stolen, &shown["tag"])).await;
         refused.assert_error(409, "invalid_request_error", "secret_needed");
+        let without_tag = admin.call(Method::PUT, "/config", body(&better, &Value::Null)).await;
+        without_tag.assert_error(409, "invalid_request_error", "config_changed");
         assert_eq!(admin.post("/config/check", json!({ "text": stolen })).await["ok"], false);
         let applied = admin.call(Method::PUT, "/config", body(&better, &shown["tag"])).await;
         assert_eq!(applied.status, 200, "{applied:?}");
@@ -521,7 +544,8 @@ async fn a_config_that_is_not_ours_to_write_is_left_alone() {
         controlled(admin.running.folder.path()).await;
         let shown = admin.get("/config").await;
         assert!(shown["notEditable"].as_str().unwrap().contains("ConfigMap"), "{shown}");
-        let refused = admin.call(Method::PUT, "/config", json!({ "text": shown["text"] })).await;
+        let unchanged = json!({ "text": shown["text"], "tag": shown["tag"] });
+        let refused = admin.call(Method::PUT, "/config", unchanged).await;
         refused.assert_error(409, "invalid_request_error", "config_read_only");
         assert!(admin.running.folder.path().join("apis.json").is_symlink());
     })
