@@ -13,7 +13,7 @@ use super::control::{CONNECTIONS_MAX, Request};
 use super::endpoint_test;
 use super::keys::KeysReader;
 use crate::admin::{self, Sources};
-use crate::config::{KeysChange, SwitchedOff, Switches, switches_file};
+use crate::config::{self, KeysChange, SwitchedOff, Switches, switches_file};
 use crate::process::{Actions, ConfigSource, Process};
 
 /// Author of what is asked for at the control socket, which only the process's own user and root can open.
@@ -171,6 +171,13 @@ impl Actions for Commands {
             None => drop(switches.switch_on(endpoint)),
         }
         switches.write(&path)?;
-        self.read_config().await
+        let reloaded = self.read_config().await;
+        let pool = self.process.pool.load();
+        let is_switched = |config: &config::Endpoint| *config.id == *endpoint && config.switched_off == off;
+        // It holds even while the config file is refused.
+        if pool.endpoints.iter().any(|endpoint| is_switched(&endpoint.config)) {
+            return Ok(reloaded.unwrap_or_else(|why| why));
+        }
+        reloaded
     }
 }

@@ -143,6 +143,36 @@ impl Reloader {
 
     /// Reads everything again, and says what came of it. `asked`: it is logged even if nothing has changed.
     fn take_in(&self, asked: bool) -> Result<String, String> {
+        let result = self.read(asked);
+        if result.is_err()
+            && let Err(why) = self.switch_only()
+        {
+            log::error!("{why}");
+        }
+        result
+    }
+
+    /// Applies the switches to the config in use, since they hold whatever somebody has written into its file.
+    fn switch_only(&self) -> Result<(), String> {
+        let before = self.pool.load_full();
+        let endpoints = before.endpoints.iter().map(|endpoint| endpoint.config.clone()).collect();
+        let mut config = Config { server: before.server.clone(), endpoints };
+        for endpoint in &mut config.endpoints {
+            endpoint.enabled |= endpoint.switched_off.take().is_some();
+        }
+        Switches::read(&switches_file(&self.started.ledger))?.apply(&mut config, Timestamp::now());
+        let lines = differences(&before, &config);
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let pool = Pool::new(config, before.ledger.clone(), Some(&before))
+            .map_err(|error| format!("an endpoint cannot be switched: {error}"))?;
+        log::info!("switched, while the config file is refused: {}", lines.join("; "));
+        self.pool.store(Arc::new(Pool { version: before.version + 1, ..pool }));
+        Ok(())
+    }
+
+    fn read(&self, asked: bool) -> Result<String, String> {
         let shown = self.path.display();
         // At the start it may have been a pipe, which cannot be read again.
         match config::check_ordinary(&self.path) {

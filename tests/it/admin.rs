@@ -187,6 +187,15 @@ async fn endpoints_are_switched_cleared_and_tested() {
         assert_eq!(admin.endpoint("a").await["switchedOff"]["until"], soon);
         admin.post("/endpoints/a/enable", Value::Null).await;
         assert_eq!(admin.chat(KEY).await.status, 200);
+        // Also while somebody has broken the config file.
+        let file = admin.running.folder.path().join("apis.json");
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, "{").unwrap();
+        admin.post("/endpoints/a/disable", Value::Null).await;
+        assert_eq!(admin.chat(KEY).await.status, 404);
+        admin.post("/endpoints/a/enable", Value::Null).await;
+        assert_eq!(admin.chat(KEY).await.status, 200);
+        std::fs::write(&file, text).unwrap();
         // For a moment.
         let moment = jiff::Timestamp::now() + jiff::SignedDuration::from_millis(1500);
         admin.post("/endpoints/a/disable", json!({ "until": moment.to_string() })).await;
