@@ -3,7 +3,7 @@
 //! Nothing is trusted that was not seen: a text is shown, or put back, only if it reads as it should with every secret masked, or with
 //! every mask replaced, and with nothing else changed. What cannot be told for sure is refused.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -13,7 +13,8 @@ use serde_json::Value;
 use super::Format;
 use super::places::{Stop, walk};
 use super::problem::join;
-use super::schema_check::parse_any;
+use super::schema::{is_secret, map_values, properties, schema};
+use super::schema_check::{parse_any, parse_strict};
 use super::secret::without_keys;
 
 /// How a mask begins. No vendor's key does.
@@ -42,12 +43,15 @@ pub enum UnmaskError {
 
 /// Masks the secrets of a text. An error says why it cannot be shown.
 pub fn mask(text: &str, format: Format) -> Result<String, String> {
-    let value =
-        parse_any(text, format).map_err(|_| "It has an error of syntax; mend it in the file itself.".to_owned())?;
+    let syntax = |_| "It has an error of syntax, or a key that is given twice; mend it in the file itself.".to_owned();
+    let value = parse_strict(text, format).map_err(syntax)?;
     let spans = spans(text)?;
-    let secrets = secrets(&value);
-    let masked_value = mapped(&value, "", &|path, text| is_secret(path, text).then(|| mask_of(text)));
-    let edits = secrets.iter().map(|(path, secret)| Some((spans.get(path)?.clone(), json_text(&mask_of(secret)))));
+    let places = secret_places(&value)?;
+    let secrets: Vec<_> = leaves(&value).into_iter().filter(|(path, _)| places.contains(path)).collect();
+    let mask_at = |path: &str, secret: &str| mask_of(&entry_name(&value, path), path, secret);
+    let masked_value = mapped(&value, "", &|path, text| places.contains(path).then(|| mask_at(path, text)));
+    let edits =
+        secrets.iter().map(|(path, secret)| Some((spans.get(path)?.clone(), json_text(&mask_at(path, secret)))));
     let unsure = || "It is written in a way in which its secrets cannot be told for sure.".to_owned();
     let masked = edited(text, edits.collect::<Option<Vec<_>>>().ok_or_else(unsure)?);
     if parse_any(&masked, format).ok().as_ref() != Some(&masked_value) {
@@ -55,7 +59,8 @@ pub fn mask(text: &str, format: Format) -> Result<String, String> {
     }
     let is_left =
         secrets.iter().any(|(_, secret)| secret.len() >= SOUGHT_BYTES_MIN && masked.contains(secret.as_str()));
-    if is_left || without_keys(&masked) != masked {
+    let in_comment = format == Format::Yaml && masked.lines().any(|line| comment(line).is_some_and(may_hold_key));
+    if is_left || in_comment || without_keys(&masked) != masked {
         return Err(
             "A key, or what looks like one, stands in a comment or at a place where keys do not belong.".to_owned()
         );
@@ -67,8 +72,12 @@ pub fn mask(text: &str, format: Format) -> Result<String, String> {
 pub fn unmask(text: &str, before: &str, format: Format) -> Result<String, UnmaskError> {
     let refused = |why: &str| UnmaskError::Refused(why.to_owned());
     let new = parse_any(text, format).map_err(|_| UnmaskError::Syntax)?;
-    let old = parse_any(before, format).map_err(|_| refused("The file has an error of syntax; mend it there"))?;
-    let pair = Pair { new: &new, old: &old };
+    parse_strict(text, format).map_err(|_| refused("A key is given twice"))?;
+    let old = parse_strict(before, format)
+        .map_err(|_| refused("The file has an error of syntax, or a key that is given twice; mend it there"))?;
+    let (of_new, of_old) = (secret_places(&new), secret_places(&old));
+    let (of_new, of_old) = (of_new.map_err(UnmaskError::Refused)?, of_old.map_err(UnmaskError::Refused)?);
+    let pair = Pair { new: &new, old: &old, secrets_of_new: &of_new, secrets_of_old: &of_old };
     let spans = spans(text).map_err(UnmaskError::Refused)?;
     let mut known = HashMap::new();
     for (path, leaf) in leaves(&new) {
@@ -84,7 +93,7 @@ pub fn unmask(text: &str, before: &str, format: Format) -> Result<String, Unmask
         }
     }
     let unmasked = mapped(&new, "", &|path, _| known.get(path).cloned());
-    Pair { new: &unmasked, old: &old }.check_destinations(&new).map_err(UnmaskError::Refused)?;
+    Pair { new: &unmasked, ..pair }.check_destinations(&new).map_err(UnmaskError::Refused)?;
     let edits = known.iter().map(|(path, secret)| Some((spans.get(path)?.clone(), json_text(secret))));
     let mut edits =
         edits.collect::<Option<Vec<_>>>().ok_or_else(|| refused("It is written in a way that cannot be followed"))?;
@@ -101,6 +110,8 @@ pub fn unmask(text: &str, before: &str, format: Format) -> Result<String, Unmask
 struct Pair<'a> {
     new: &'a Value,
     old: &'a Value,
+    secrets_of_new: &'a HashSet<String>,
+    secrets_of_old: &'a HashSet<String>,
 }
 
 impl Pair<'_> {
@@ -126,29 +137,30 @@ impl Pair<'_> {
         Some((String::new(), path))
     }
 
-    /// Texts of the config before at the places that match one of the new config, whatever its number in a list of keys.
-    fn texts_before(&self, path: &str) -> Vec<String> {
+    /// Texts of the config before, with their places, at those that match one of the new config, whatever its number in a list of keys.
+    fn texts_before(&self, path: &str) -> Vec<(String, String)> {
         let Some((entry, rest)) = self.entry_before(path) else { return Vec::new() };
         let rest = without_numbers(rest);
         let is_there = |place: &str| place.strip_prefix(&entry).is_some_and(|place| without_numbers(place) == rest);
-        leaves(self.old).into_iter().filter(|(place, _)| is_there(place)).map(|(_, text)| text).collect()
+        leaves(self.old).into_iter().filter(|(place, _)| is_there(place)).collect()
     }
 
     /// The secret that a mask stands for.
     fn secret(&self, path: &str, mask: &str) -> Option<String> {
-        let mut found =
-            self.texts_before(path).into_iter().filter(|secret| is_secret(path, secret) && mask_of(secret) == mask);
-        found.next()
+        let is_it = |(place, secret): &(String, String)| {
+            self.secrets_of_old.contains(place) && mask_of(&entry_name(self.old, place), place, secret) == mask
+        };
+        self.texts_before(path).into_iter().find(is_it).map(|(_, secret)| secret)
     }
 
     /// Refuses a text that would reach for a secret in another way.
     fn check_leaf(&self, path: &str, text: &str) -> Result<(), String> {
         let place = without_numbers(path);
-        if text.contains(MASK) && !(text.starts_with(MASK) && is_secret(path, text)) {
+        if text.contains(MASK) && !(text.starts_with(MASK) && self.secrets_of_new.contains(path)) {
             return Err(format!("{path}: a mask does not belong there"));
         }
         let reads = text.contains("${") || SOURCES.contains(&place.as_str());
-        if reads && !self.texts_before(path).iter().any(|before| before == text) {
+        if reads && !self.texts_before(path).iter().any(|(_, before)| before == text) {
             return Err(format!("{path}: variables and files of keys are written into the file itself"));
         }
         Ok(())
@@ -156,10 +168,14 @@ impl Pair<'_> {
 
     /// Refuses what would send a kept secret elsewhere. `masked`: the new config, with its masks.
     fn check_destinations(&self, masked: &Value) -> Result<(), String> {
-        for path in BY_HAND {
-            if at(self.new, path) != at(self.old, path) {
-                return Err(format!("{path}: is changed in the file itself"));
-            }
+        if let Some(path) = changed_by_hand(self.new, self.old) {
+            return Err(format!("{path}: is changed in the file itself"));
+        }
+        let keeps_secret = at(masked, "server.webhook.secret")
+            .and_then(Value::as_str)
+            .is_some_and(|secret| secret.starts_with(MASK) || secret.contains("${"));
+        if keeps_secret && at(self.new, "server.webhook.url") != at(self.old, "server.webhook.url") {
+            return Err("server.webhook.url: is another one, so its secret has to be written anew".to_owned());
         }
         let count = at(self.new, "apis").and_then(Value::as_array).map_or(0, Vec::len);
         for number in 0..count {
@@ -179,12 +195,8 @@ impl Pair<'_> {
             let (now, then) = (at(self.new, &path), at(self.old, &before));
             let of = |entry: Option<&Value>, key: &str| entry.and_then(|entry| entry.get(key)).cloned();
             for key in WHERE {
-                let is_same = match key {
-                    // Another path is no other host.
-                    "baseUrl" => host(of(now, key).as_ref()) == host(of(then, key).as_ref()),
-                    _ => of(now, key) == of(then, key),
-                };
-                if !is_same {
+                // Another path may be another tenant's at the same host.
+                if of(now, key) != of(then, key) {
                     return Err(format!(
                         "{path}.{key}: is another one, so the endpoint's secrets have to be written anew"
                     ));
@@ -192,6 +204,20 @@ impl Pair<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// A setting that is changed in the file itself, and that differs.
+fn changed_by_hand(new: &Value, old: &Value) -> Option<&'static str> {
+    BY_HAND.into_iter().find(|path| at(new, path) != at(old, path))
+}
+
+/// The same of two texts, of which the first is to take the place of the second.
+pub fn differs_by_hand((new, format): (&str, Format), (old, format_of_old): (&str, Format)) -> Option<&'static str> {
+    match (parse_any(new, format), parse_any(old, format_of_old)) {
+        (Ok(new), Ok(old)) => changed_by_hand(&new, &old),
+        // What cannot be read has no settings to keep.
+        _ => None,
     }
 }
 
@@ -220,8 +246,98 @@ fn leaves(config: &Value) -> Vec<(String, String)> {
     all
 }
 
-fn secrets(config: &Value) -> Vec<(String, String)> {
-    leaves(config).into_iter().filter(|(path, text)| is_secret(path, text)).collect()
+/// Places of a config whose texts are secrets: those of which the schema says so, and all at which it knows no text.
+fn secret_places(config: &Value) -> Result<HashSet<String>, String> {
+    let mut places = HashSet::new();
+    note_secrets(config, Some(&schema()), "", &mut places)?;
+    Ok(places)
+}
+
+fn note_secrets(value: &Value, schema: Option<&Value>, path: &str, places: &mut HashSet<String>) -> Result<(), String> {
+    match value {
+        Value::String(text)
+            if !is_variable_or_empty(text)
+                && (schema.is_none_or(|schema| !is_plain_text(schema)) || sends(path, text)) =>
+        {
+            places.insert(path.to_owned());
+        }
+        Value::Number(_) if schema.is_none_or(is_secret) && value.to_string().len() >= SOUGHT_BYTES_MIN => {
+            return Err(format!("{path} is a number, and may be a secret; write it as a text, or remove it."));
+        }
+        Value::Array(items) => {
+            let of_items = schema.and_then(items_of);
+            for (number, item) in items.iter().enumerate() {
+                note_secrets(item, of_items, &format!("{path}[{number}]"), places)?;
+            }
+        }
+        Value::Object(members) => {
+            for (key, value) in members {
+                let known = |schema| properties(schema).and_then(|known| known.get(key)).or_else(|| map_values(schema));
+                note_secrets(value, schema.and_then(known), &join(path, key), places)?;
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The schema of a list's items, or of those of the choice that is one.
+fn items_of(schema: &Value) -> Option<&Value> {
+    let of_choice = || schema.get("anyOf").and_then(Value::as_array)?.iter().find_map(items_of);
+    schema.get("items").or_else(of_choice)
+}
+
+/// True if a place takes a text that is no secret.
+fn is_plain_text(schema: &Value) -> bool {
+    if is_secret(schema) {
+        return false;
+    }
+    match schema.get("anyOf").and_then(Value::as_array) {
+        Some(choices) => choices.iter().any(is_plain_text),
+        None => {
+            schema.get("enum").is_some() || schema.get("type").and_then(Value::as_str).is_none_or(|of| of == "string")
+        }
+    }
+}
+
+/// Secrets of which the schema does not say so, since their places hold other things as well.
+fn sends(path: &str, text: &str) -> bool {
+    let path = without_numbers(path);
+    path.starts_with("apis[].headers")
+        || path.starts_with("apis[].query")
+        || path.starts_with("server.webhook.url")
+        || path == "apis[].proxy" && (text.contains('@') || text.starts_with(MASK))
+}
+
+fn is_variable_or_empty(text: &str) -> bool {
+    text.is_empty() || text.starts_with("${") && text.ends_with('}') && text.matches("${").count() == 1
+}
+
+/// The comment of a line, or what may be one.
+fn comment(line: &str) -> Option<&str> {
+    let at = line
+        .find('#')
+        .filter(|at| line.get(..*at).is_some_and(|before| before.is_empty() || before.ends_with([' ', '\t'])));
+    at.and_then(|at| line.get(at..))
+}
+
+/// True if a text may have a key in it: letters and digits in a row, or what looks like a UUID or another number in hexadecimal.
+fn may_hold_key(text: &str) -> bool {
+    let mixes =
+        |word: &str| word.contains(|c: char| c.is_ascii_digit()) && word.contains(|c: char| c.is_ascii_alphabetic());
+    let words = |is_in: fn(char) -> bool, least: usize| {
+        text.split(move |c| !is_in(c)).any(|word| word.len() >= least && mixes(word))
+    };
+    words(|c| c.is_ascii_alphanumeric(), 16) || words(|c| c.is_ascii_hexdigit() || c == '-', 20)
+}
+
+/// What a place's entry is called, so that secrets of two entries have different masks.
+fn entry_name(config: &Value, path: &str) -> String {
+    let of = |list: &str, id: &str| {
+        let (number, _) = path.strip_prefix(list)?.strip_prefix('[')?.split_once(']')?;
+        at(config, &format!("{list}[{number}]"))?.get(id)?.as_str().map(ToOwned::to_owned)
+    };
+    of("apis", "id").or_else(|| of("server.keys", "name")).unwrap_or_default()
 }
 
 /// A config with other texts at some places.
@@ -279,27 +395,6 @@ fn length(scalar: &str) -> usize {
     }
 }
 
-fn is_secret(path: &str, value: &str) -> bool {
-    let is_variable = value.starts_with("${") && value.ends_with('}') && value.matches("${").count() == 1;
-    if value.is_empty() || is_variable {
-        return false;
-    }
-    let path = without_numbers(path);
-    matches!(
-        path.as_str(),
-        "server.apiKey"
-            | "server.adminKey"
-            | "server.keys[].key"
-            | "server.webhook.url"
-            | "server.webhook.secret"
-            | "apis[].apiKey"
-            | "apis[].apiKeys[]"
-            | "apis[].apiKeys[].key"
-    ) || path.starts_with("apis[].headers")
-        || path.starts_with("apis[].query")
-        || path == "apis[].proxy" && (value.contains('@') || value.starts_with(MASK))
-}
-
 /// A path with its numbers left out: `apis[2].apiKey` is `apis[].apiKey`.
 fn without_numbers(path: &str) -> String {
     let mut text = String::with_capacity(path.len());
@@ -316,18 +411,10 @@ fn without_numbers(path: &str) -> String {
     text
 }
 
-/// Scheme, host and port of an address.
-fn host(address: Option<&Value>) -> Option<String> {
-    let text = address?.as_str()?;
-    let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
-    let host = rest.split(['/', '?', '#', '\\']).next().unwrap_or_default();
-    Some(format!("{scheme}://{host}").to_ascii_lowercase())
-}
-
-/// The mask of a secret: another one for each, and in each process.
-fn mask_of(secret: &str) -> String {
+/// The mask of a secret: another one for each, at each kind of place of each entry, and in each process.
+fn mask_of(entry: &str, path: &str, secret: &str) -> String {
     static SEED: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-    let digest = SEED.hash_one(secret) >> 32;
+    let digest = SEED.hash_one((entry, without_numbers(path), secret)) >> 32;
     let count = secret.chars().count();
     let shown = if count < SHOWN_CHARS_MIN { count } else { count - SHOWN_CHARS };
     format!("{MASK}{digest:08x}{}", secret.chars().skip(shown).collect::<String>())
@@ -387,6 +474,27 @@ mod tests {
     }
 
     #[test]
+    fn what_no_setting_is_known_for_is_masked_and_comes_back() {
+        for text in [
+            r#"{"_apiKey":"0123456789abcdef","apis":[{"id":"a","oldKey":["0123456789abcdef"],"models":["m"]}]}"#,
+            r#"{"apis":[{"id":"a","apiKeys":"0123456789abcdef"},{"id":"b","apiKey":["0123456789abcdef"]}]}"#,
+            r#"{"apis":[{"id":"a","apiKeys":[["0123456789abcdef"],{"kee":"0123456789abcdef"}],"rpm":"0123456789abcdef"}]}"#,
+        ] {
+            let masked = mask(text, Format::Json).unwrap();
+            assert!(!masked.contains("0123456789") && masked.contains("\"id\":\"a\""), "{masked}");
+            assert_eq!(unmask(&masked, text, Format::Json).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_guess_in_another_entry_has_another_mask() {
+        let text = r#"{"server":{"keys":[{"name":"ada","key":"weak-key"}]},"apis":[{"id":"a","apiKey":"weak-key"},{"id":"b","apiKey":"weak-key"}]}"#;
+        let masked = masked(text);
+        let keys = [&masked["server"]["keys"][0]["key"], &masked["apis"][0]["apiKey"], &masked["apis"][1]["apiKey"]];
+        assert!(keys[0] != keys[1] && keys[1] != keys[2] && keys[0] != keys[2], "{keys:?}");
+    }
+
+    #[test]
     fn yaml_keeps_its_comments_and_order() {
         let yaml = "# mine\nserver:\n  apiKey: 'it''s-a-secret-0123456789' # not this\napis:\n  - id: a\n    baseUrl: https://a.example\n    \
                     apiKeys:\n      - sk-two-0123456789abcdef\n    headers: {x-key: \"h\\t\"}\n    rpm: 5\n";
@@ -418,7 +526,7 @@ mod tests {
             "the one that was left, not the one that was there"
         );
         assert!(changed(|value| value["apis"][0]["apiKey"] = "sk-new-0123456789abcdef".into()).is_ok());
-        assert!(changed(|value| value["apis"][0]["baseUrl"] = "https://a.example/v2".into()).is_ok());
+        assert!(changed(|value| value["apis"][0]["rpm"] = 9.into()).is_ok());
     }
 
     #[test]
@@ -439,6 +547,8 @@ mod tests {
         };
         let changes: Vec<Change> = vec![
             set(0, "baseUrl", "https://evil.example/v1".into()),
+            set(0, "baseUrl", "https://a.example/other-tenant/v1".into()),
+            Box::new(|value| value["server"]["webhook"]["url"] = "https://evil.example".into()),
             set(0, "baseUrl", "http://a.example/v1".into()),
             set(0, "baseUrl", "https://a.example:8443/v1".into()),
             set(0, "proxy", "http://evil.example".into()),
@@ -485,6 +595,11 @@ mod tests {
             ("server:\n  apiKey: two\n    lines-of-a-key\n", Format::Yaml),
             (r#"{"name":"\ud83d\ude80","apis":[{"id":"a","apiKey":"0123456789abcdef0123"}]}"#, Format::Json),
             (r#"{"server":{"apiKey":"0123456789abcdef0123"},"apis":[{"id":"0123456789abcdef0123"}]}"#, Format::Json),
+            (r#"{"apis":[{"id":"a","apiKey":"0123456789abcdef","apiKey":"fedcba9876543210"}]}"#, Format::Json),
+            ("server:\n  apiKey: 0123456789abcdef\n  apiKey: fedcba9876543210\n", Format::Yaml),
+            ("# apiKey: 0123456789abcdef0123456789abcdef\napis: []\n", Format::Yaml),
+            ("apis: [] # 3f2504e0-4f89-41d3-9a0c-0305e82c3301\n", Format::Yaml),
+            (r#"{"apis":[{"id":"a","apiKey":123456789012}]}"#, Format::Json),
             ("{", Format::Json),
             ("server: [", Format::Yaml),
         ] {

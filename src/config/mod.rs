@@ -77,7 +77,7 @@ pub use keys_file::{KeysChange, KeysFile};
 pub(crate) use lanes::lane_digest;
 pub use lanes::{EndpointKeys, Lane};
 pub use limits::{Limit, LimitKind, PerLimit};
-pub use masks::{UnmaskError, mask, unmask};
+pub use masks::{UnmaskError, differs_by_hand, mask, unmask};
 pub use prices::{PriceEntry, Rates};
 pub use problem::{Problem, ProblemKind, Problems};
 pub use proxy::{Proxy, ProxyScheme};

@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use super::Request;
 use crate::config::{
     self, Config, Environment, Format, KeptVersion, Loaded, Problem, ProblemKind, Problems, UnmaskError, Versions,
-    changes, check_str, mask, needs_upgrade, read_bounded, unmask, without_keys,
+    changes, check_str, differs_by_hand, mask, needs_upgrade, read_bounded, unmask, without_keys,
 };
 use crate::fault::{Fault, excerpt};
 use crate::process::ConfigSource;
@@ -291,6 +291,12 @@ pub(super) async fn restore(request: &Request<'_>) -> Result<Value, Fault> {
     let text = kept(request).await?;
     let _only_one = CHANGING.lock().await;
     let current = Current::read(request).await?;
+    let (kept, now, format) = (text.clone(), Arc::clone(&current), Format::from_path(Path::new(request.name)));
+    let by_hand = move || differs_by_hand((&kept, format), (&now.text, now.format()));
+    if let Some(setting) = aside(by_hand).await? {
+        let problem = format!("{setting}: differs there, and is changed in the file itself");
+        return refused(request, "config.restore", request.name, ("secret_needed", problem)).await;
+    }
     put(request, &current, text, "config.restore", request.name).await
 }
 

@@ -204,7 +204,7 @@ impl Writer {
     }
 
     fn delete_surplus(&mut self) {
-        if !self.has_surplus || self.retry_at.is_some() {
+        if !self.has_surplus || self.retry_at.is_some_and(|at| Instant::now() < at) {
             self.has_surplus = false;
             return;
         }

@@ -164,7 +164,11 @@ impl Actions for Commands {
     async fn switch(&self, endpoint: &str, off: Option<SwitchedOff>) -> Result<String, String> {
         let _switching = self.switching.lock().await;
         let path: PathBuf = switches_file(self.process.ledger.path());
-        let mut switches = Switches::read(&path)?;
+        if self.reload.is_none() {
+            return Err("this process reads no config file".to_owned());
+        }
+        let former = Switches::read(&path)?;
+        let mut switches = former.clone();
         switches.forget(Timestamp::now());
         match off {
             Some(off) => switches.switch_off(endpoint, off),
@@ -178,6 +182,8 @@ impl Actions for Commands {
         if pool.endpoints.iter().any(|endpoint| is_switched(&endpoint.config)) {
             return Ok(reloaded.unwrap_or_else(|why| why));
         }
+        // What was not done is not to come true at another time.
+        former.write(&path)?;
         reloaded
     }
 }

@@ -143,13 +143,10 @@ impl Reloader {
 
     /// Reads everything again, and says what came of it. `asked`: it is logged even if nothing has changed.
     fn take_in(&self, asked: bool) -> Result<String, String> {
-        let result = self.read(asked);
-        if result.is_err()
-            && let Err(why) = self.switch_only()
-        {
-            log::error!("{why}");
-        }
-        result
+        self.read(asked).map_err(|refused| match self.switch_only() {
+            Ok(()) => refused,
+            Err(why) => format!("{refused}; {why}"),
+        })
     }
 
     /// Applies the switches to the config in use, since they hold whatever somebody has written into its file.

@@ -17,7 +17,7 @@ use super::times::parse_since;
 use crate::config::{self, Environment, Flags};
 use crate::request_log::reader::{Filter, From, LoggedBody, Reader, StatusWanted};
 use crate::server::runtime_folder::Found;
-use printer::Printer;
+use printer::{Printer, escaped};
 use words::{described, printable};
 
 /// Time between two looks of `--follow`.
@@ -192,7 +192,8 @@ fn show_all(path: &std::path::Path, asked: &ShowLog) -> Result<(), LogError> {
         printer.print(&page.requests)?;
         last = match page.requests.last() {
             Some(request) if page.requests.len() == READ_AT_ONCE => request.row,
-            // Less than before: a new file, which is shown from its beginning.
+            // A new file, which is shown from its beginning.
+            _ if page.searched_to < last => 0,
             _ => page.searched_to,
         };
     }
@@ -208,7 +209,7 @@ fn show_one(reader: &mut Reader, id: &str, as_json: bool) -> Result<(), LogError
                 members.insert(name.to_owned(), body.as_ref().map(LoggedBody::shown).into());
             }
         }
-        writeln!(stdout(), "{value:#}")?;
+        writeln!(stdout(), "{}", escaped(&format!("{value:#}")))?;
         return Ok(());
     }
     let mut text = described(&request, &ZonedDateTime::now());

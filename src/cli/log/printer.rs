@@ -123,11 +123,14 @@ fn cells(request: &Logged, now: &ZonedDateTime) -> Vec<(String, Style)> {
 /// JSON on one line, without the signs that it may have as they are and that steer some terminals.
 fn json(value: &impl serde::Serialize) -> Result<String, String> {
     let text = serde_json::to_string(value).map_err(|error| error.to_string())?;
-    if !text.chars().any(char::is_control) {
-        return Ok(text);
-    }
-    let escaped = |c: char| if c.is_control() { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
-    Ok(text.chars().map(escaped).collect())
+    Ok(escaped(&text))
+}
+
+/// JSON without the signs that it may have as they are, and that steer some terminals. Its lines stay.
+pub(super) fn escaped(text: &str) -> String {
+    let steers = |c: char| c.is_control() && c != '\n';
+    let escaped = |c: char| if steers(c) { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    if text.chars().any(steers) { text.chars().map(escaped).collect() } else { text.to_owned() }
 }
 
 /// Columns of CSV, by their names in JSON.
