@@ -43,8 +43,8 @@ pub enum UnmaskError {
 
 /// Masks the secrets of a text. An error says why it cannot be shown.
 pub fn mask(text: &str, format: Format) -> Result<String, String> {
-    let syntax = |_| "It has an error of syntax, or a key that is given twice; mend it in the file itself.".to_owned();
-    let value = parse_strict(text, format).map_err(syntax)?;
+    let syntax = || "It has an error of syntax, or a key that is given twice; mend it in the file itself.".to_owned();
+    let value = parse_strict(text, format).ok_or_else(syntax)?;
     let spans = spans(text)?;
     let places = secret_places(&value)?;
     let secrets: Vec<_> = leaves(&value).into_iter().filter(|(path, _)| places.contains(path)).collect();
@@ -72,9 +72,9 @@ pub fn mask(text: &str, format: Format) -> Result<String, String> {
 pub fn unmask(text: &str, before: &str, format: Format) -> Result<String, UnmaskError> {
     let refused = |why: &str| UnmaskError::Refused(why.to_owned());
     let new = parse_any(text, format).map_err(|_| UnmaskError::Syntax)?;
-    parse_strict(text, format).map_err(|_| refused("A key is given twice"))?;
+    parse_strict(text, format).ok_or_else(|| refused("A key is given twice"))?;
     let old = parse_strict(before, format)
-        .map_err(|_| refused("The file has an error of syntax, or a key that is given twice; mend it there"))?;
+        .ok_or_else(|| refused("The file has an error of syntax, or a key that is given twice; mend it there"))?;
     let (of_new, of_old) = (secret_places(&new), secret_places(&old));
     let (of_new, of_old) = (of_new.map_err(UnmaskError::Refused)?, of_old.map_err(UnmaskError::Refused)?);
     let pair = Pair { new: &new, old: &old, secrets_of_new: &of_new, secrets_of_old: &of_old };

@@ -202,17 +202,12 @@ impl Report {
         self.add(Problem::warning(path, message).hint(hint));
     }
 
-    /// The first error.
     /// True if there is neither an error nor a warning.
     pub(super) fn is_empty(&self) -> bool {
         self.problems.is_empty()
     }
 
-    /// The first problem, of whatever kind.
-    pub(super) fn into_first(self) -> Option<Problem> {
-        self.problems.into_iter().next()
-    }
-
+    /// The first error.
     pub(super) fn first(self) -> Option<Problem> {
         self.problems.into_iter().find(|problem| problem.kind == ProblemKind::Error)
     }

@@ -62,13 +62,10 @@ pub(super) fn parse_any(text: &str, format: Format) -> Result<Value, Problems> {
         .ok_or_else(|| report.first().unwrap_or_else(|| Problem::error("", "cannot be read")).into())
 }
 
-/// The same for a text in which no key may be given twice.
-pub(super) fn parse_strict(text: &str, format: Format) -> Result<Value, Problems> {
+/// The same; none also if a key is given twice.
+pub(super) fn parse_strict(text: &str, format: Format) -> Option<Value> {
     let mut report = Report::default();
-    match parse(text, format, &mut report) {
-        Some(value) if report.is_empty() => Ok(value),
-        _ => Err(report.into_first().unwrap_or_else(|| Problem::error("", "cannot be read")).into()),
-    }
+    parse(text, format, &mut report).filter(|_| report.is_empty())
 }
 
 fn parse(text: &str, format: Format, report: &mut Report) -> Option<Value> {

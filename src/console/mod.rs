@@ -112,7 +112,7 @@ impl Console {
         if matches!(author, Err(Fault::KeysFailedTooOften)) {
             auth.admin_guesses.keep_waiting().await;
         }
-        // Who may not is not told what there is.
+        // One who may not hears nothing of what there is.
         let author = author?;
         Ok(Admitted { author, wanted: wanted? })
     }
