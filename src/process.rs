@@ -18,6 +18,7 @@ use crate::request_log::RequestLog;
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::telemetry::audit::Audit;
+use crate::telemetry::trends::Trends;
 
 /// The running process. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -44,6 +45,8 @@ pub struct Process {
     pub(crate) actions: ActionsSlot,
     /// Log of what they did.
     pub(crate) audit: Audit,
+    /// The last hour of the endpoints.
+    pub(crate) trends: Trends,
     /// Room for the bodies of requests.
     pub memory: Memory,
     /// The connections of clients.

@@ -12,7 +12,7 @@ use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
 
 /// Says to a browser, or a person with curl, that this is the right address and what to put into a client.
-pub(super) fn welcome(from: Sources<'_>) -> String {
+pub(crate) fn welcome(from: Sources<'_>) -> String {
     let is_name =
         |text: &&str| !text.is_empty() && text.bytes().all(|c| c.is_ascii_alphanumeric() || b".-_:[]".contains(&c));
     let scheme = if from.pool.server.tls.is_some() { "https" } else { "http" };

@@ -78,15 +78,16 @@ pub(super) fn limited<'a>(endpoint: &'a Endpoint, clock: &Clock) -> Vec<&'a Limi
     shown(endpoint, clock).into_iter().filter_map(|(_, index)| lanes.get(index)?.limited()).collect()
 }
 
-/// The keys of an endpoint; nothing if it has one only.
-pub(super) fn status(endpoint: &Endpoint, views: &Views, clock: &Clock) -> Option<Value> {
+/// The keys of an endpoint, one by one or only their number; nothing if it has one only.
+pub(super) fn status((endpoint, is_listed): (&Endpoint, bool), views: &Views, clock: &Clock) -> Option<Value> {
     let lanes = &endpoint.lanes;
     if !lanes.is_pool() {
         return None;
     }
     let counts: serde_json::Map<String, Value> =
         counts(endpoint, clock).into_iter().map(|(state, count)| (state.word().to_owned(), count.into())).collect();
-    let list: Vec<Value> = shown(endpoint, clock)
+    let listed = if is_listed { shown(endpoint, clock) } else { Vec::new() };
+    let list: Vec<Value> = listed
         .into_iter()
         .filter_map(|(state, index)| {
             let lane = lanes.get(index)?;

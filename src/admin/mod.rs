@@ -1,11 +1,11 @@
 //! Our own answers: health, status, models, and every fault. Each is built here as a value; the proxy sends it.
 
-mod health;
+pub(crate) mod health;
 mod key;
 mod lanes;
 pub(crate) mod lists;
 pub(crate) mod metrics;
-mod models;
+pub(crate) mod models;
 mod process_metrics;
 pub(crate) mod status;
 mod tokens;

@@ -17,7 +17,7 @@ const CREATED: u64 = 0;
 const OWNER: &str = "api-together";
 
 /// The models that a caller may ask for; of one without a key of its own, all.
-pub(super) fn list(pool: &Pool, caller: Option<&Caller>) -> String {
+pub(crate) fn list(pool: &Pool, caller: Option<&Caller>) -> String {
     let mut names: BTreeSet<&str> = pool.router.names().collect();
     let lists: Vec<_> = pool.endpoints.iter().map(|endpoint| (endpoint, endpoint.live.discovered.list())).collect();
     for (endpoint, list) in &lists {

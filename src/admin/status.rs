@@ -22,10 +22,16 @@ pub(super) const SERVICE: &str = "api-together";
 
 /// The status, as JSON.
 pub(crate) async fn status(from: Sources<'_>) -> String {
-    let Sources { pool, process: Process { open, ledger, request_log, estimator, config, started_at, .. }, .. } = from;
-    let views = Views::look(pool).await;
+    let views = Views::look(from.pool).await;
+    value(from.pool, from.process, &views, |_| true).to_string()
+}
+
+/// The same as a value. Of other endpoints than these the keys are counted, and not listed.
+pub(crate) fn value(pool: &Pool, process: &Process, views: &Views, lists_keys: impl Fn(&Endpoint) -> bool) -> Value {
+    let Process { open, ledger, request_log, estimator, config, started_at, .. } = process;
     let clock = pool.clock();
-    let apis: Vec<Value> = pool.endpoints.iter().map(|endpoint| api(pool, endpoint, &views, &clock)).collect();
+    let one = |endpoint: &Arc<Endpoint>| api((pool, endpoint, lists_keys(endpoint)), views, &clock);
+    let apis: Vec<Value> = pool.endpoints.iter().map(one).collect();
     json!({
         "service": SERVICE,
         "timestamp": iso(SystemTime::now()),
@@ -39,7 +45,6 @@ pub(crate) async fn status(from: Sources<'_>) -> String {
         "estimates": { "waiting": estimator.waiting(), "dropped": estimator.dropped() },
         "apis": apis,
     })
-    .to_string()
 }
 
 fn config_state(config: &ConfigState, pool: &Pool) -> Value {
@@ -84,13 +89,20 @@ fn ledger_state(ledger: &ledger::LedgerState, pool: &Pool) -> Value {
 }
 
 /// What is left of every limit, asked of the ledger, since other processes may count as well.
-pub(super) struct Views(HashMap<AccountId, View>);
+#[derive(Debug)]
+pub(crate) struct Views(HashMap<AccountId, View>);
 
 impl Views {
     pub(super) async fn look(pool: &Pool) -> Self {
+        Self::look_at(pool, |_| true).await
+    }
+
+    /// The same without the keys of other endpoints than these.
+    pub(crate) async fn look_at(pool: &Pool, lists_keys: impl Fn(&Endpoint) -> bool) -> Self {
         let clock = pool.clock();
         let of_endpoints = pool.endpoints.iter().flat_map(|endpoint| endpoint.accounts.all());
-        let of_keys = pool.endpoints.iter().flat_map(|endpoint| lanes::limited(endpoint, &clock));
+        let listed = pool.endpoints.iter().filter(|endpoint| lists_keys(endpoint));
+        let of_keys = listed.flat_map(|endpoint| lanes::limited(endpoint, &clock));
         let accounts: Vec<LimitedAccount> = of_endpoints.chain(of_keys).cloned().collect();
         let ids: Vec<AccountId> = accounts.iter().map(|of| of.account.id().clone()).collect();
         let views = pool.ledger.look(accounts).await.unwrap_or_default();
@@ -115,7 +127,7 @@ pub(super) fn is_available(pool: &Pool, endpoint: &Endpoint, views: &Views, cloc
         && endpoint.has_key_to_serve(clock, pool.ledger.is_down())
 }
 
-fn api(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value {
+fn api((pool, endpoint, lists_keys): (&Pool, &Endpoint, bool), views: &Views, clock: &Clock) -> Value {
     let now = clock.now;
     let config = &endpoint.config;
     let live = &endpoint.live;
@@ -140,7 +152,7 @@ fn api(pool: &Pool, endpoint: &Endpoint, views: &Views, clock: &Clock) -> Value 
         "heldBy": view.held.map(|held| held.by.to_string()),
         "limitFrees": view.held.map(|held| time_of(held.until, clock)),
         "modelLimits": model_limits(endpoint, views, clock),
-        "keys": lanes::status(endpoint, views, clock),
+        "keys": lanes::status((endpoint, lists_keys), views, clock),
         "timezone": limits.calendar.zone_name(),
         "baseUrl": config.base_url.to_string(),
         "serves": config.models.iter().chain(config.model_mapping.keys()).collect::<BTreeSet<_>>(),

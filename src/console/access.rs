@@ -23,7 +23,7 @@ const CSRF: HeaderName = HeaderName::from_static("x-csrf-token");
 
 /// Who makes a call.
 #[derive(Debug)]
-pub(super) struct Author {
+pub(crate) struct Author {
     by: By,
     address: Option<IpAddr>,
 }
@@ -39,6 +39,15 @@ impl Author {
     /// Somebody who is about to show the key.
     pub(super) fn nobody(call: &Call<'_>) -> Self {
         Self { by: By::Nobody, address: call.address }
+    }
+
+    /// A session of the page.
+    pub(super) fn session(call: &Call<'_>) -> Self {
+        Self { by: By::Session, address: call.address }
+    }
+
+    pub(super) fn is_session(&self) -> bool {
+        matches!(self.by, By::Session)
     }
 }
 
@@ -98,7 +107,7 @@ impl Console {
             let problem = "The request has no x-csrf-token, or not that of its session. GET /v1/admin/session has it.";
             return Err(Fault::AdminUntrusted { problem });
         }
-        Ok(Author { by: By::Session, address: call.address })
+        Ok(Author::session(call))
     }
 
     /// Opens a session for somebody who has the key.
@@ -169,7 +178,5 @@ fn check_browser(call: &Call<'_>) -> Result<(), Fault> {
 
 /// The value of a session's cookie.
 fn cookie(headers: &HeaderMap) -> Option<&str> {
-    let all = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
-    let pairs = all.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
-    pairs.into_iter().find(|(name, value)| *name == COOKIE && !value.is_empty()).map(|(_, value)| value)
+    super::page::cookie(headers, COOKIE)
 }

@@ -3,13 +3,14 @@
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Request, invalid};
-use crate::admin::status;
+use crate::admin::status::{self, Views};
 use crate::config::SwitchedOff;
 use crate::fault::{Fault, excerpt};
 use crate::routing::pool::Endpoint;
+use crate::telemetry::trends::Trend;
 
 /// How an endpoint is switched off.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -38,8 +39,37 @@ impl Request<'_> {
     }
 }
 
+/// The status, with the last hour of each endpoint.
 pub(super) async fn list(request: &Request<'_>) -> Result<Value, Fault> {
-    serde_json::from_str(&status::status(request.from).await).map_err(|_| Fault::Internal)
+    shown(request, |_| true).await
+}
+
+/// The same. Of other endpoints than these the keys are counted, and not listed.
+pub(super) async fn shown(
+    request: &Request<'_>,
+    lists_keys: impl Fn(&str) -> bool + Send + 'static,
+) -> Result<Value, Fault> {
+    let process = request.from.process.clone();
+    let pool = process.pool.load_full();
+    let views = Views::look_at(&pool, |endpoint| lists_keys(&endpoint.config.id)).await;
+    // Aside from the threads that serve: there may be a thousand endpoints.
+    let made = tokio::task::spawn_blocking(move || {
+        let mut status = status::value(&pool, &process, &views, |endpoint| lists_keys(&endpoint.config.id));
+        let trends = process.trends.of_all();
+        for api in status.get_mut("apis").and_then(Value::as_array_mut).into_iter().flatten() {
+            let trend =
+                api.get("id").and_then(Value::as_str).and_then(|id| trends.get(id)).cloned().unwrap_or_default();
+            if let Some(api) = api.as_object_mut() {
+                api.insert("lastHour".to_owned(), last_hour(&trend));
+            }
+        }
+        status
+    });
+    made.await.map_err(|_| Fault::Internal)
+}
+
+fn last_hour(trend: &Trend) -> Value {
+    json!({ "attempts": trend.attempts, "failed": trend.failed, "firstByteMs": trend.first_byte_ms })
 }
 
 pub(super) async fn switch_off(request: &Request<'_>) -> Result<Value, Fault> {

@@ -1,4 +1,4 @@
-//! What those who run the gateway see and do: the admin API under `/v1/admin/`, for `server.adminKey` only.
+//! What those who run the gateway see and do: the admin API under `/v1/admin/` and the page at `/dashboard`, for `server.adminKey` only.
 //!
 //! | module | owns |
 //! |---|---|
@@ -8,6 +8,7 @@
 //! | `operations` | the table of operations: paths, methods, what each is for |
 //! | `config_file` | the config: shown masked, checked, applied, put back |
 //! | `endpoints`, `keys`, `requests`, `usage` | what is shown and done, by subject |
+//! | `page` | the page at `/dashboard` |
 
 mod access;
 mod config_file;
@@ -15,14 +16,17 @@ mod endpoints;
 mod keys;
 mod openapi;
 mod operations;
+mod page;
 mod requests;
 pub(crate) mod sessions;
 mod usage;
 
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use bytes::Bytes;
-use http::{HeaderMap, Method};
+use http::{HeaderMap, Method, header};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -33,9 +37,11 @@ use crate::config::without_keys;
 use crate::fault::{Fault, excerpt};
 use crate::process::Actions;
 use crate::request::auth::Auth;
+use crate::routing::pool::Pool;
 use crate::telemetry::audit::AuditLine;
-use access::Author;
+pub(crate) use access::Author;
 use operations::{Operation, Wanted};
+pub(crate) use page::live::{Live, Next};
 use sessions::Sessions;
 
 /// Longest body of a call: a config may be long.
@@ -47,6 +53,8 @@ const SIGN_IN_BYTES_MAX: usize = 4 * 1024;
 #[derive(Debug, Default)]
 pub(crate) struct Console {
     pub(crate) sessions: Sessions,
+    /// Pages that are kept up to date now.
+    viewers: Arc<AtomicUsize>,
 }
 
 /// A call of the admin API.
@@ -79,7 +87,19 @@ impl Call<'_> {
 pub(crate) fn is_ours(path: &str) -> bool {
     let is_below =
         |folder: &str| path.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    is_below("/v1/admin")
+    is_below("/v1/admin") || page::is_ours(path)
+}
+
+/// The document at `/`, if a browser asks for it and the page is here; it also says what others are answered there.
+pub(crate) fn root(pool: &Pool, call: &Call<'_>, said: &str) -> Option<Answer> {
+    let accepted = call.headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let is_browser = accepted.contains("text/html") && matches!(*call.method, Method::GET | Method::HEAD);
+    (is_browser && pool.server.admin_key.is_some()).then(|| page::root(call, said))
+}
+
+/// True for those of them that are the page's.
+pub(crate) fn is_page(path: &str) -> bool {
+    page::is_ours(path)
 }
 
 /// A call that may be made, and by whom.
@@ -90,6 +110,11 @@ pub(crate) struct Admitted {
 }
 
 impl Admitted {
+    /// The one who watches a view, if that is what it asks for.
+    pub(crate) fn watcher(self) -> Result<Author, Self> {
+        if self.wanted.operation == Operation::Live { Ok(self.author) } else { Err(self) }
+    }
+
     /// Longest body that is read for it.
     pub(crate) fn body_bytes_max(&self) -> usize {
         if self.wanted.operation == Operation::SignIn { SIGN_IN_BYTES_MAX } else { BODY_BYTES_MAX }
@@ -130,6 +155,7 @@ impl Console {
             Request { from, author: &author, query: call.query, name: name.as_deref().unwrap_or_default(), body };
         let value = match operation {
             Operation::SignIn => return self.sign_in(auth, &request, call).await,
+            Operation::Usage if usage::is_csv(&request) => return usage::csv(&request).await,
             Operation::SignOut => return Ok(self.sign_out(call)),
             Operation::Session => self.session(call),
             Operation::Endpoints => endpoints::list(&request).await,
@@ -155,6 +181,8 @@ impl Console {
             Operation::RestoreVersion => config_file::restore(&request).await,
             Operation::Reload => reload(&request).await,
             Operation::Audit => audit(&request).await,
+            // It is a stream, which begins elsewhere.
+            Operation::Live => Err(Fault::Internal),
             Operation::OpenApi => Ok(openapi::document()),
         };
         value.map(|value| Answer::json(200, value.to_string()))

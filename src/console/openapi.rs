@@ -67,6 +67,12 @@ const SERIES: &[Parameter] = &[
     ("by", "endpoint (the default), model or key"),
     ("per", "day (the default, 400 of them) or hour (48 of them, not by key)"),
     ("since", "Only parts that begin at this moment or later"),
+    ("format", "json (the default) or csv"),
+];
+const WATCHED: &[Parameter] = &[
+    ("view", "now, endpoint, requests or keys"),
+    ("name", "Id of the endpoint"),
+    ("open", "Ids of endpoints whose keys are listed, in view now"),
 ];
 
 #[rustfmt::skip]
@@ -98,6 +104,7 @@ fn described(operation: Operation) -> Described {
         Operation::RestoreVersion => Described::new("Goes back to one of them", of::<Message>),
         Operation::Reload => Described::new("Reads the config again", of::<Message>),
         Operation::Audit => Described::new("Lists changes that were made, the newest first", of::<AuditList>).with_parameters(&[("limit", "Lines: 100 unless said otherwise, 1,000 at most")]),
+        Operation::Live => Described::new("Streams the changes of a view of the page, as server-sent events", of::<Anything>).with_parameters(WATCHED),
         Operation::OpenApi => Described::new("Shows this description", of::<Anything>),
     }
 }

@@ -34,6 +34,7 @@ pub(super) enum Operation {
     RestoreVersion,
     Reload,
     Audit,
+    Live,
     OpenApi,
 }
 
@@ -50,7 +51,7 @@ const fn row(operation: Operation, method: Method, path: &'static str) -> Row {
 }
 
 #[rustfmt::skip]
-pub(super) static OPERATIONS: [Row; 27] = [
+pub(super) static OPERATIONS: [Row; 28] = [
     row(Operation::Session,         Method::GET,    "/session"),
     row(Operation::SignIn,          Method::POST,   "/session"),
     row(Operation::SignOut,         Method::DELETE, "/session"),
@@ -77,6 +78,7 @@ pub(super) static OPERATIONS: [Row; 27] = [
     row(Operation::RestoreVersion,  Method::POST,   "/config/versions/{}/restore"),
     row(Operation::Reload,          Method::POST,   "/reload"),
     row(Operation::Audit,           Method::GET,    "/audit"),
+    row(Operation::Live,            Method::GET,    "/live"),
     row(Operation::OpenApi,         Method::GET,    "/openapi.json"),
 ];
 

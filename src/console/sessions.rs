@@ -72,6 +72,18 @@ impl Sessions {
         true
     }
 
+    /// True as long as a session lasts. Nothing is used by that.
+    pub(super) fn is_open(&self, token: &str, key: &Secret, host: &str) -> bool {
+        let (token, key, now) = (hash(token), hash(key.expose()), seconds());
+        let is_it = |session: &Session| {
+            bool::from(session.token.ct_eq(&token))
+                && bool::from(session.key.ct_eq(&key))
+                && session.host == host
+                && now.saturating_sub(session.used) < IDLE_MAX.as_secs()
+        };
+        self.lock().iter().any(is_it)
+    }
+
     /// Ends the session of a cookie's value.
     pub(super) fn close(&self, token: &str) {
         let token = hash(token);
@@ -121,6 +133,8 @@ mod tests {
         let (key, other) = (Secret::new("sk-admin-1"), Secret::new("sk-admin-2"));
         let token = sessions.open(&key, "gateway:3001").unwrap();
         assert!(sessions.uses(&token, &key, "gateway:3001"));
+        assert!(sessions.is_open(&token, &key, "gateway:3001") && !sessions.is_open(&token, &key, "evil.example"));
+        assert!(!sessions.is_open(&token, &other, "gateway:3001") && !sessions.is_open("", &key, "gateway:3001"));
         assert!(!sessions.uses(&token, &key, "evil.example"));
         assert!(!sessions.uses("", &key, "gateway:3001") && !sessions.uses("x", &key, "gateway:3001"));
         let successor = Sessions::default();
@@ -146,6 +160,7 @@ mod tests {
         assert!(!sessions.uses(&first, &key, "h"), "the one that was used longest ago");
         let last = sessions.open(&key, "h").unwrap();
         sessions.lock().iter_mut().for_each(|session| session.used -= IDLE_MAX.as_secs());
+        assert!(!sessions.is_open(&last, &key, "h"));
         assert!(!sessions.uses(&last, &key, "h"));
         assert!(sessions.lock().is_empty());
         assert_ne!(csrf_token(&first), csrf_token(&last));

@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
+use http::{HeaderValue, header};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::{Request, invalid, shown};
+use crate::admin::Answer;
 use crate::fault::Fault;
 use crate::ledger::stats::{self, Per, UsageRow};
+use crate::telemetry::plain_text::csv_field;
 use crate::usage::Cost;
 
 /// What a series is divided by.
@@ -61,6 +64,49 @@ pub(super) async fn series(request: &Request<'_>) -> Result<Value, Fault> {
     let data = sums.iter().map(|((begins, name), cost)| UsagePart::new(*begins, name, cost)).collect();
     shown(&UsageSeries { per: per.name(), data })
 }
+
+/// True if the series is asked for as comma-separated values.
+pub(super) fn is_csv(request: &Request<'_>) -> bool {
+    request.parameter("format").is_some_and(|format| format == "csv")
+}
+
+/// The series as comma-separated values.
+pub(super) async fn csv(request: &Request<'_>) -> Result<Answer, Fault> {
+    let series = series(request).await?;
+    let mut text = COLUMNS.join(",");
+    text.push('\n');
+    for part in series.get("data").and_then(Value::as_array).into_iter().flatten() {
+        let field = |column: &&str| match part.get(column) {
+            Some(Value::String(field)) => csv_field(field),
+            Some(other) => other.to_string(),
+            None => String::new(),
+        };
+        text.push_str(&COLUMNS.iter().map(field).collect::<Vec<_>>().join(","));
+        text.push('\n');
+    }
+    let mut answer = Answer::text(text);
+    answer.headers = vec![
+        (header::CONTENT_TYPE, HeaderValue::from_static("text/csv; charset=utf-8")),
+        (header::CONTENT_DISPOSITION, HeaderValue::from_static("attachment; filename=\"usage.csv\"")),
+    ];
+    Ok(answer)
+}
+
+/// Columns of these, by their names in JSON.
+const COLUMNS: [&str; 12] = [
+    "begins",
+    "name",
+    "requests",
+    "promptTokens",
+    "completionTokens",
+    "totalTokens",
+    "cachedTokens",
+    "reasoningTokens",
+    "audioTokens",
+    "usd",
+    "unpricedRequests",
+    "estimatedTokens",
+];
 
 async fn rows(request: &Request<'_>, (per, by_key): (Per, bool)) -> Result<Vec<UsageRow>, Fault> {
     // Writes the counts of this process first; if that fails, the written ones are shown.

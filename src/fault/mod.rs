@@ -476,8 +476,8 @@ impl Fault {
         }
     }
 
-    /// Message of a fault with details; the others' are [`Fault::plain_message`].
-    fn message(&self) -> String {
+    /// What clients read of it.
+    pub fn message(&self) -> String {
         match self {
             Self::PathUnknown { path } => {
                 format!("Unknown path {path}. API calls start with /v1: set your client's base URL to end in /v1.")

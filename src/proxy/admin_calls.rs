@@ -1,48 +1,127 @@
-//! Calls of the admin API, which are answered here. No page of another origin may read them.
+//! Calls of the admin API and of its page, which are answered here. No page of another origin may read them.
+
+use std::time::Instant;
 
 use bytes::Bytes;
-use http::header;
+use http::{HeaderValue, Method, Response, Version, header};
+use pingora::http::RequestHeader;
 use pingora_proxy::Session;
 
 use super::context::{Context, Logged};
 use super::intake::Stop;
-use super::{Gateway, receive};
-use crate::admin::{Answer, Sources};
-use crate::console::Call;
+use super::{Door, Gateway, outgoing, receive};
+use crate::admin::{Answer, Sources, health};
+use crate::console::{self, Author, Call, Live, Next};
 use crate::request::auth;
+use crate::request::connections::WRITE_MAX;
 use crate::routing::pool::Pool;
 
-/// Answers a call.
+/// Answers a call. None if it was answered with a stream.
 pub(super) async fn answer(
     gateway: &Gateway,
     session: &mut Session,
     context: &mut Context,
     pool: &Pool,
-) -> Result<Answer, Stop> {
+) -> Result<Option<Answer>, Stop> {
     context.arrival.own.origin = None;
     // The audit log has what it changes.
     context.arrival.logged = Logged::No;
     let header = session.req_header().clone();
-    let host = header.headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    let authority = header.uri.authority().map(http::uri::Authority::as_str).or(host);
-    let call = Call {
-        method: &header.method,
-        path: header.uri.path(),
-        query: header.uri.query(),
-        headers: &header.headers,
-        authority: authority.unwrap_or_default(),
-        address: context.arrival.address,
-        is_secure: is_secure(session, pool),
-    };
+    let authority = authority(&header);
+    let call = call(session, &header, context, pool);
     let sources = Sources { authority, ..Sources::new(pool, &gateway.process) };
     let console = &gateway.console;
-    let admitted = console.admit(&gateway.auth, sources, &call).await?;
+    if console::is_page(call.path) {
+        // Where the page has a listener of its own, clients have another address.
+        let scheme = if call.is_secure { "https" } else { "http" };
+        let base = (gateway.door == Door::All).then(|| format!("{scheme}://{}", call.authority));
+        return Ok(Some(console.page(sources, &call, base.as_deref()).await?));
+    }
+    let admitted = match console.admit(&gateway.auth, sources, &call).await?.watcher() {
+        Ok(_) if header.method == Method::HEAD => {
+            return Ok(Some(Answer { status: 200, ..Answer::text(String::new()) }));
+        }
+        Ok(watcher) => return stream(gateway, session, context, (sources, &call, watcher)).await.map(|()| None),
+        Err(admitted) => admitted,
+    };
     let body = if call.takes_body() {
         receive::body(gateway, session, admitted.body_bytes_max()).await?
     } else {
         Bytes::new()
     };
-    Ok(console.answer(&gateway.auth, sources, (&call, &body), admitted).await?)
+    Ok(Some(console.answer(&gateway.auth, sources, (&call, &body), admitted).await?))
+}
+
+/// The document at `/`, if a browser asks for it and the page is here.
+pub(super) fn root(gateway: &Gateway, session: &Session, context: &mut Context, pool: &Pool) -> Option<Answer> {
+    if gateway.door == Door::Clients {
+        return None;
+    }
+    let header = session.req_header();
+    let sources = Sources { authority: authority(header), ..Sources::new(pool, &gateway.process) };
+    let answer = console::root(pool, &call(session, header, context, pool), &health::welcome(sources))?;
+    context.arrival.own.origin = None;
+    context.arrival.logged = Logged::No;
+    Some(answer)
+}
+
+/// Host and port that the client called, if it said so.
+fn authority(header: &RequestHeader) -> Option<&str> {
+    let host = header.headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    header.uri.authority().map(http::uri::Authority::as_str).or(host)
+}
+
+/// A request as the console has it.
+fn call<'a>(session: &Session, header: &'a RequestHeader, context: &Context, pool: &Pool) -> Call<'a> {
+    Call {
+        method: &header.method,
+        path: header.uri.path(),
+        query: header.uri.query(),
+        headers: &header.headers,
+        authority: authority(header).unwrap_or_default(),
+        address: context.arrival.address,
+        is_secure: is_secure(session, pool),
+    }
+}
+
+/// Sends the changes of a view, until its client leaves, may not see them any more, or the process goes.
+async fn stream(
+    gateway: &Gateway,
+    session: &mut Session,
+    context: &Context,
+    (sources, call, watcher): (Sources<'_>, &Call<'_>, Author),
+) -> Result<(), Stop> {
+    let mut live = gateway.console.live(sources, call, watcher)?;
+    outgoing::takes_within(session, context, WRITE_MAX);
+    let mut parts = Response::new(()).into_parts().0;
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-store"),
+        // nginx would keep events back.
+        (header::HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    parts.headers.extend(headers.map(|(name, value)| (name, HeaderValue::from_static(value))));
+    if session.req_header().version == Version::HTTP_11 {
+        parts.headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+    context.arrival.own.add_to(&mut parts.headers);
+    let gone = |error| Stop::Gone(error);
+    session.write_response_header(Box::new(parts.into()), false).await.map_err(gone)?;
+    loop {
+        let began = Instant::now();
+        match next(gateway, &mut live).await {
+            Next::Piece(piece) if piece.is_empty() => {}
+            Next::Piece(piece) => session.write_response_body(Some(piece), false).await.map_err(gone)?,
+            Next::Last(piece) => return session.write_response_body(Some(piece), true).await.map_err(gone),
+        }
+        tokio::time::sleep(Live::pause(began.elapsed())).await;
+    }
+}
+
+/// The next piece, of the config that is in use now.
+async fn next(gateway: &Gateway, live: &mut Live) -> Next {
+    let pool = gateway.process.pool.load_full();
+    live.next(&gateway.console, Sources::new(&pool, &gateway.process)).await
 }
 
 /// True if the client speaks TLS: with us, or with a reverse proxy that is trusted and says so.

@@ -47,6 +47,8 @@ const TARGET_BYTES_MAX: usize = 16 * 1024;
 enum Next {
     /// It is answered here.
     Answer(Answer),
+    /// It has been answered already, with a stream.
+    Answered,
     /// It goes to an endpoint, this one first.
     Proxy(Box<Ask>, Choice),
 }
@@ -81,6 +83,7 @@ pub(super) async fn request_filter(
             begin(session, context, ask, choice);
             return Ok(false);
         }
+        Ok(Next::Answered) => return Ok(true),
         Ok(Next::Answer(answer)) => Ok(answer),
         Err(stop) => Err(stop),
     };
@@ -180,12 +183,18 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
     }
     let header = session.req_header();
     let (uri, method) = (header.uri.clone(), header.method.clone());
+    if uri.path() == "/"
+        && let Some(answer) = admin_calls::root(gateway, session, context, &pool)
+    {
+        return Ok(Next::Answer(answer));
+    }
     if console::is_ours(uri.path()) != (gateway.door == Door::Admins) && gateway.door != Door::All {
         return Err(Fault::PathUnknown { path: excerpt(uri.path()) }.into());
     }
     if console::is_ours(uri.path()) {
         // Boxed, since it is rare and would make every request's future larger.
-        return Box::pin(admin_calls::answer(gateway, session, context, &pool)).await.map(Next::Answer);
+        let answer = Box::pin(admin_calls::answer(gateway, session, context, &pool)).await?;
+        return Ok(answer.map_or(Next::Answered, Next::Answer));
     }
     if is_preflight(header) {
         context.arrival.logged = Logged::No;

@@ -59,6 +59,7 @@ use crate::server::keys::KeysReader;
 use crate::server::reload::{Reloader, hear_hangups};
 use crate::server::runtime_folder::Running;
 use crate::telemetry::audit::Audit;
+use crate::telemetry::trends::Trends;
 use discovery::Discovery;
 use drain::{Drain, FinalWrites};
 use guard::Guard;
@@ -66,7 +67,7 @@ use listen::Listening;
 pub use listen::callable;
 use log_file::ReopenLog;
 use pid_file::PidFile;
-use services::{Announce, MetricsService, Resolve, StartThreads, Sweep};
+use services::{Announce, MetricsService, Minutes, Resolve, StartThreads, Sweep};
 use webhook::Webhooks;
 
 /// Flow-control window of an HTTP/2 stream. Over a distance, each of these takes a round trip: HTTP's own 64 KiB made
@@ -164,6 +165,7 @@ impl Prepared {
             running: RunningRequests::default(),
             actions: ActionsSlot::default(),
             audit: Audit::new(&started.ledger),
+            trends: Trends::default(),
             draining: Draining::default(),
             ledger: ledger.state().clone(),
             request_log: RequestLog::new(&started),
@@ -243,6 +245,7 @@ impl Prepared {
         };
         server.add_service(background_service("drain", drain));
         server.add_service(background_service("webhook", Webhooks { pool: Arc::clone(&process.pool) }));
+        server.add_service(background_service("trends", Minutes(process.clone())));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&process.pool))));
         server.add_service(background_service("discovery", Discovery(Arc::clone(&process.pool))));
         if let Some(arguments) = options.arguments.clone() {

@@ -109,6 +109,26 @@ impl BackgroundService for Announce {
     }
 }
 
+/// Ends the minutes of the endpoints' last hour, which those who run the gateway see.
+pub(super) struct Minutes(pub(super) Process);
+
+#[async_trait]
+impl BackgroundService for Minutes {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let mut ticks = tokio::time::interval(Duration::from_mins(1));
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                _ = shutdown.changed() => return,
+            }
+            if self.0.pool.load().server.admin_key.is_some() {
+                self.0.trends.end_minute();
+            }
+        }
+    }
+}
+
 /// Closes connections whose time is up, and those of strangers that are too many.
 pub(super) struct Sweep(pub(super) Connections);
 

@@ -4,10 +4,12 @@
 //! Cardinality is bounded by construction: endpoints are those of the config, a model is an exact name of the config or `other`,
 //! everything else is one of a fixed set.
 
+use std::collections::HashMap;
 use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use prometheus::core::Collector;
+use prometheus::proto::{LabelPair, Metric};
 use prometheus::{
     Counter, CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
     IntGauge, Opts, Registry, TextEncoder,
@@ -60,6 +62,26 @@ pub(crate) struct Metrics {
 
 /// Outcome of a request or an attempt that went well.
 pub(crate) const OK: &str = "ok";
+/// Outcomes of attempts that say nothing about the endpoint.
+const NEUTRAL: [&str; 4] = ["client_gone", "limit_reached", "ours", "usage_refused"];
+
+/// Sums of an endpoint since the process started.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Totals {
+    /// Attempts that have ended, but for those that say nothing about it.
+    pub(crate) attempts: u64,
+    /// Those of them that failed.
+    pub(crate) failed: u64,
+    /// Answers whose first byte was timed.
+    pub(crate) answers: u64,
+    /// The sum of these times.
+    pub(crate) first_byte_seconds: f64,
+}
+
+/// The value of a metric's label.
+fn label<'a>(metric: &'a Metric, name: &str) -> &'a str {
+    metric.get_label().iter().find(|label| label.name() == name).map(LabelPair::value).unwrap_or_default()
+}
 
 /// Metrics of requests to one endpoint for one model, looked up by their labels once. A metric that was never counted
 /// is not shown.
@@ -262,6 +284,34 @@ impl Metrics {
     /// Counts a draw of a permit, with the time until it was answered.
     pub(crate) fn permit(&self, took: Duration) {
         self.permit.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
+    }
+
+    /// What was counted of each endpoint since the process started.
+    pub(crate) fn totals(&self) -> HashMap<String, Totals> {
+        let mut totals: HashMap<String, Totals> = HashMap::new();
+        for family in self.attempts.collect() {
+            for metric in family.get_metric() {
+                let [endpoint, outcome] = ["endpoint", "outcome"].map(|name| label(metric, name));
+                if NEUTRAL.contains(&outcome) {
+                    continue;
+                }
+                let count = metric.get_counter().get_value();
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it counts attempts")]
+                let count = count as u64;
+                let total = totals.entry(endpoint.to_owned()).or_default();
+                total.attempts += count;
+                total.failed += if outcome == OK { 0 } else { count };
+            }
+        }
+        for family in self.first_byte.collect() {
+            for metric in family.get_metric() {
+                if let Some(total) = totals.get_mut(label(metric, "endpoint")) {
+                    total.answers = metric.get_histogram().get_sample_count();
+                    total.first_byte_seconds = metric.get_histogram().get_sample_sum();
+                }
+            }
+        }
+        totals
     }
 
     /// All metrics in Prometheus's text format (0.0.4), together with the values read at this scrape.

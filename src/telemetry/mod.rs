@@ -6,3 +6,5 @@ pub(crate) mod key_metrics;
 pub(crate) mod log_writer;
 pub(crate) mod logger;
 pub(crate) mod metrics;
+pub(crate) mod plain_text;
+pub(crate) mod trends;

@@ -7,11 +7,12 @@ use anstream::stdout;
 use anstyle::{AnsiColor, Style};
 use jiff::ZonedDateTime;
 
-use super::words::{on_one_line, why};
+use super::words::why;
 use super::{LogError, ShowLog};
 use crate::cli::table::Table;
 use crate::cli::times::{millis, moment};
 use crate::request_log::reader::Logged;
+use crate::telemetry::plain_text::{csv_field, on_one_line};
 
 const PLAIN: Style = Style::new();
 const BAD: Style = AnsiColor::Red.on_default();
@@ -188,24 +189,13 @@ fn csv_line(text: &mut String, request: &Logged) -> Result<(), String> {
     Ok(())
 }
 
-/// A field by RFC 4180. One that a spreadsheet would take for a formula is kept from that: clients name models.
-fn csv_field(field: &str) -> String {
-    let is_formula = field.starts_with(['=', '+', '-', '@', '\t', '\r']);
-    let field = on_one_line(field);
-    let field = if is_formula { format!("'{field}") } else { field };
-    if field.contains([',', '"']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn what_clients_send_steers_neither_terminals_nor_spreadsheets() {
+    fn what_clients_send_steers_no_terminal_in_json_either() {
         let evil = "a\u{1b}[2J\nb\u{9b}c\u{202e}d";
-        assert_eq!(on_one_line(evil), "a\u{fffd}[2J\u{fffd}b\u{fffd}c\u{fffd}d");
-        assert_eq!(csv_field(evil), on_one_line(evil));
-        assert_eq!(csv_field("=1,\"2\""), "\"'=1,\"\"2\"\"\"");
         let text = json(&serde_json::json!({ "model": evil })).unwrap();
         assert!(!text.chars().any(char::is_control), "{text:?}");
         assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["model"], evil);

@@ -6,6 +6,7 @@ use jiff::ZonedDateTime;
 
 use crate::cli::times::{millis, moment};
 use crate::request_log::reader::{Logged, LoggedAttempt, Millis};
+use crate::telemetry::plain_text::on_one_line;
 
 /// Why a request failed, in few words.
 pub(super) fn why(request: &Logged) -> String {
@@ -18,12 +19,6 @@ pub(super) fn why(request: &Logged) -> String {
 /// A text without what would steer the terminal.
 pub(super) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
-}
-
-/// The same on one line. What turns the direction of text goes as well.
-pub(super) fn on_one_line(text: &str) -> String {
-    let steers = |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    text.chars().map(|c| if steers(c) { '\u{fffd}' } else { c }).collect()
 }
 
 /// A request in words.

@@ -1,0 +1,648 @@
+// The page's script. Documents come from the server; this swaps what changes, says moments in the reader's time zone, sends forms to
+// the admin API, checks the config while it is typed, and streams an answer in the box of Connect. Nothing from outside becomes markup
+// here: what is shown is set as text, or is the server's own, in which it is escaped.
+"use strict";
+
+const words = JSON.parse(document.body.dataset.words);
+const say = (text, value) => words[text].replace("{}", value);
+const csrf = document.querySelector("meta[name=csrf]")?.content;
+const byId = (id) => document.getElementById(id);
+
+// --- one change after another, a few milliseconds at a time, so that a thousand rows never block the page ---
+
+const SLICE_MS = 8;
+const queue = new Map();
+let isRunning = false;
+
+/** Has work done soon. Work of the same name that still waits is replaced. */
+function later(name, work) {
+  queue.delete(name);
+  queue.set(name, work);
+  if (!isRunning) {
+    isRunning = true;
+    setTimeout(runSlice);
+  }
+}
+
+function runSlice() {
+  const ends = performance.now() + SLICE_MS;
+  for (const [name, work] of queue) {
+    queue.delete(name);
+    work();
+    if (performance.now() >= ends) break;
+  }
+  isRunning = queue.size > 0;
+  if (isRunning) setTimeout(runSlice);
+}
+
+// --- moments ---
+
+const today = new Intl.DateTimeFormat(document.documentElement.lang, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const otherDay = new Intl.DateTimeFormat(document.documentElement.lang, {
+  year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit",
+});
+
+function span(seconds) {
+  if (seconds < 60) return `${seconds} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
+  return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
+}
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/** Says a moment as it is now: a time, how long ago it began, or how long until it comes. */
+function sayMoment(node) {
+  const moment = new Date(node.dateTime);
+  if (Number.isNaN(moment.getTime())) return;
+  const now = Date.now();
+  if (node.dataset.since) {
+    setText(node, span(Math.max(0, Math.round((now - moment) / 1000))));
+    return;
+  }
+  const isToday = moment.toDateString() === new Date(now).toDateString();
+  const said = (isToday ? today : otherDay).format(moment);
+  const left = Math.ceil((moment - now) / 1000);
+  setText(node, left > 0 && left < 86400 ? `${said} (${say("in", span(left))})` : said);
+  node.title = moment.toISOString();
+}
+
+const isOnScreen = new WeakMap();
+const onScreen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    isOnScreen.set(target, isIntersecting);
+    if (isIntersecting) sayMoment(target);
+  }
+});
+
+function sayMoments(root) {
+  const all = root.matches?.("time") ? [root] : root.querySelectorAll("time");
+  for (const node of all) {
+    sayMoment(node);
+    if (!isOnScreen.has(node)) {
+      isOnScreen.set(node, false);
+      onScreen.observe(node);
+    }
+  }
+}
+
+setInterval(() => {
+  if (document.hidden) return;
+  for (const node of document.querySelectorAll("time")) {
+    if (isOnScreen.get(node)) sayMoment(node);
+  }
+}, 1000);
+
+// --- swapping ---
+
+/** Makes an element like another one, and keeps what need not change: focus, selection, what somebody typed or opened. */
+function morph(old, fresh) {
+  if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName) {
+    old.replaceWith(fresh);
+    return;
+  }
+  if (old.nodeType === Node.TEXT_NODE) {
+    if (old.data !== fresh.data) old.data = fresh.data;
+    return;
+  }
+  const isOpened = old.nodeName === "DETAILS" || old.nodeName === "DIALOG";
+  for (const { name, value } of fresh.attributes) {
+    if (old.getAttribute(name) !== value && !(isOpened && name === "open")) old.setAttribute(name, value);
+  }
+  for (const { name } of [...old.attributes]) {
+    if (!fresh.hasAttribute(name) && !(isOpened && name === "open") && !(old.nodeName === "TIME" && name === "title")) {
+      old.removeAttribute(name);
+    }
+  }
+  // Its text is said anew below, in the reader's time zone.
+  if (old.nodeName === "TIME") {
+    sayMoment(old);
+    return;
+  }
+  if (old.nodeName !== "TEXTAREA") morphChildren(old, fresh);
+}
+
+function morphChildren(old, fresh) {
+  let at = old.firstChild;
+  for (const child of [...fresh.childNodes]) {
+    let match = at;
+    if (child.id) {
+      const same = old.querySelector(`:scope > #${CSS.escape(child.id)}`);
+      if (same && same !== at) {
+        old.insertBefore(same, at);
+        match = same;
+      } else if (!same) {
+        old.insertBefore(child, at);
+        continue;
+      }
+    } else if (at?.id) {
+      match = null;
+    }
+    if (!match) {
+      old.insertBefore(child, at);
+      continue;
+    }
+    const next = match === at ? at.nextSibling : at;
+    morph(match, child);
+    at = next;
+  }
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
+  }
+}
+
+function parse(html) {
+  const template = document.createElement("template");
+  template.innerHTML = html;
+  return template.content.firstElementChild;
+}
+
+/** True while somebody marks text in an element, which a change would undo. */
+function isMarked(node) {
+  const selection = getSelection();
+  return selection && !selection.isCollapsed && node.contains(selection.anchorNode);
+}
+
+function swap(id, html) {
+  later(id, () => {
+    const old = byId(id);
+    if (!old || isMarked(old)) return;
+    const fresh = parse(html);
+    if (!fresh) return;
+    // A long list row by row, as its rows change.
+    if (old.children.length > 100 && fresh.children.length > 100) {
+      swapLong(old, fresh);
+      return;
+    }
+    morph(old, fresh);
+    const now = byId(id);
+    if (now) sayMoments(now);
+  });
+}
+
+function swapLong(old, fresh) {
+  const wanted = new Set([...fresh.children].map((row) => row.id));
+  for (const row of [...old.children]) {
+    if (!wanted.has(row.id)) row.remove();
+  }
+  let before = null;
+  for (const row of [...fresh.children]) {
+    const place = before;
+    before = row.id;
+    later(row.id, () => {
+      const after = place ? byId(place) : null;
+      const known = byId(row.id);
+      const next = after ? after.nextSibling : old.firstChild;
+      if (!known) {
+        old.insertBefore(row, next);
+        sayMoments(row);
+        return;
+      }
+      if (known !== next) old.insertBefore(known, next);
+      morph(known, row);
+      sayMoments(known);
+    });
+  }
+}
+
+// --- the stream of changes, while somebody looks ---
+
+let stream = null;
+let retries = 0;
+let retryTimer = 0;
+
+function connect() {
+  clearTimeout(retryTimer);
+  const view = document.body.dataset.live;
+  const isBefore = new URLSearchParams(location.search).has("before");
+  if (!view || stream || document.hidden || isBefore) return;
+  stream = new EventSource(`/v1/admin/live?view=${view}${location.search.replace("?", "&")}`);
+  stream.addEventListener("hello", (event) => {
+    retries = 0;
+    setText(byId("link"), "");
+    const { build } = JSON.parse(event.data);
+    // After an upgrade the page is another one.
+    if (build !== document.querySelector("meta[name=build]").content) location.reload();
+  });
+  stream.addEventListener("change", (event) => {
+    for (const [id, html] of JSON.parse(event.data)) swap(id, html);
+  });
+  stream.addEventListener("problem", (event) => setText(byId("link"), JSON.parse(event.data)));
+  stream.addEventListener("over", (event) => {
+    disconnect();
+    if (JSON.parse(event.data) === "signed_out") signedOut();
+    else tryAgain();
+  });
+  stream.onerror = () => {
+    disconnect();
+    tryAgain();
+  };
+}
+
+function disconnect() {
+  stream?.close();
+  stream = null;
+}
+
+const RETRY_MAX_MS = 30_000;
+
+/** Connects again after a while, or says that the session is over. */
+async function tryAgain() {
+  if (document.hidden) return;
+  setText(byId("link"), words.lost);
+  clearTimeout(retryTimer);
+  const wait = Math.min(RETRY_MAX_MS, 500 * 2 ** retries) * (0.5 + Math.random());
+  retries += 1;
+  retryTimer = setTimeout(async () => {
+    try {
+      const session = await fetch("/v1/admin/session");
+      if (session.status === 401) {
+        signedOut();
+        return;
+      }
+    } catch {
+      tryAgain();
+      return;
+    }
+    connect();
+  }, wait);
+}
+
+function signedOut() {
+  disconnect();
+  const said = byId("said");
+  said.replaceChildren();
+  const link = document.createElement("a");
+  link.href = location.href;
+  link.textContent = words.signedOut;
+  said.append(link);
+  said.className = "bad";
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) {
+    disconnect();
+    clearTimeout(retryTimer);
+  } else {
+    retries = 0;
+    connect();
+  }
+});
+addEventListener("pagehide", disconnect);
+addEventListener("pageshow", connect);
+addEventListener("online", () => {
+  retries = 0;
+  connect();
+});
+
+// A session ends half an hour after its last use. Looking on is none; keys and clicks are.
+const USE_MS = 5 * 60_000;
+let used = Date.now();
+function use() {
+  if (!csrf || Date.now() - used < USE_MS) return;
+  used = Date.now();
+  fetch("/v1/admin/session").catch(() => {});
+}
+addEventListener("pointerdown", use);
+addEventListener("keydown", use);
+
+// --- calls of the admin API ---
+
+/** Makes a call. Returns its answer, or throws what its error says. */
+async function call(method, path, body) {
+  const headers = { "x-csrf-token": csrf ?? "" };
+  if (body !== undefined) headers["content-type"] = "application/json";
+  const response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+  const answer = await response.json().catch(() => ({}));
+  if (response.status === 401 && csrf) signedOut();
+  if (!response.ok) throw new Error(answer.error?.message ?? `${response.status}`);
+  return answer;
+}
+
+function tell(text, isBad) {
+  const said = byId("said");
+  said.className = isBad ? "bad" : "good";
+  said.textContent = text;
+}
+
+/** Asks for a yes, or shows a secret. Returns whether it was a yes. */
+function ask(text, secret) {
+  const dialog = byId("ask");
+  byId("ask-text").textContent = text;
+  const pre = byId("ask-secret");
+  pre.hidden = !secret;
+  pre.textContent = secret ?? "";
+  const [yes, no] = dialog.querySelectorAll("button");
+  no.hidden = Boolean(secret);
+  yes.textContent = secret ? words.close : words.yes;
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => {
+      pre.textContent = "";
+      resolve(dialog.returnValue === "yes");
+    }, { once: true });
+  });
+}
+
+/** The value of a field as the API takes it; undefined where nothing was typed. */
+function valueOf(field) {
+  const text = field.value.trim();
+  if (!text) return undefined;
+  switch (field.dataset.kind) {
+    case "number": return Number(text);
+    case "list": return text.split(",").map((item) => item.trim()).filter(Boolean);
+    case "moment": return new Date(text).toISOString();
+    default: return text;
+  }
+}
+
+/** The body of a form: `budget.0.usd` is a member of the first entry of a list. */
+function bodyOf(form) {
+  const body = {};
+  for (const field of form.querySelectorAll("[data-kind]")) {
+    const value = valueOf(field);
+    const needs = field.dataset.with;
+    if (value === undefined || (needs && !form.querySelector(`[name="${needs}"]`).value.trim())) continue;
+    let place = body;
+    const path = field.name.split(".");
+    path.slice(0, -1).forEach((part, index) => {
+      place[part] ??= /^\d+$/.test(path[index + 1]) ? [] : {};
+      place = place[part];
+    });
+    place[path.at(-1)] = value;
+  }
+  return body;
+}
+
+/** Takes the view from the server again. */
+async function refresh() {
+  const response = await fetch(location.href, { headers: { accept: "text/html" } });
+  const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+  const main = fresh.querySelector("main");
+  if (!main || main.classList.contains("sign-in")) {
+    signedOut();
+    return;
+  }
+  morph(document.querySelector("main"), document.importNode(main, true));
+  sayMoments(document.querySelector("main"));
+  showConfig();
+}
+
+function shownResult(answer) {
+  if (answer.message) return answer.message;
+  return (answer.steps ?? []).map((step) => `${step.ok === false ? "✗" : "✓"} ${step.step ?? step.name}: ${step.message ?? ""}`).join("\n") || "✓";
+}
+
+async function submitCall(form) {
+  if (form.dataset.confirm && !(await ask(form.dataset.confirm))) return;
+  const button = form.querySelector("button[type=submit]");
+  button.disabled = true;
+  try {
+    const { method, path } = form.dataset;
+    const answer = await call(method, path, method === "DELETE" ? undefined : bodyOf(form));
+    tell(shownResult(answer));
+    if (answer.key) await ask(`${answer.message} ${words.once}`, answer.key);
+    form.reset();
+    await refresh();
+  } catch (error) {
+    tell(`${words.failed} ${error.message}`, true);
+  } finally {
+    button.disabled = false;
+  }
+}
+
+document.addEventListener("submit", (event) => {
+  const form = event.target;
+  if (form.method === "dialog") return;
+  if (form.classList.contains("filters")) {
+    // What is empty need not stand in the address.
+    for (const field of form.querySelectorAll("input, select")) field.disabled = !field.value;
+    return;
+  }
+  event.preventDefault();
+  if (form.id === "sign-in") signIn(form);
+  else if (form.classList.contains("call")) submitCall(form);
+  else if (form.classList.contains("config")) applyConfig(form);
+  else if (form.classList.contains("try")) tryIt(form);
+});
+addEventListener("pageshow", () => {
+  for (const field of document.querySelectorAll(".filters :disabled")) field.disabled = false;
+});
+
+// --- signing in and out, language, colors ---
+
+async function signIn(form) {
+  const field = form.elements.key;
+  try {
+    await call("POST", "/v1/admin/session", { key: field.value });
+    location.reload();
+  } catch (error) {
+    tell(error.message, true);
+    field.select();
+  }
+  field.value = "";
+}
+
+const YEAR_S = 31_536_000;
+function choose(name, value) {
+  document.cookie = `api-together-${name}=${value}; Path=/; Max-Age=${YEAR_S}; SameSite=Strict`;
+}
+
+byId("language")?.addEventListener("click", (event) => {
+  choose("language", event.currentTarget.dataset.language);
+  location.reload();
+});
+byId("theme")?.addEventListener("click", () => {
+  const root = document.documentElement;
+  const isDark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = isDark ? "light" : "dark";
+  choose("theme", root.dataset.theme);
+});
+byId("sign-out")?.addEventListener("click", async () => {
+  await call("DELETE", "/v1/admin/session").catch(() => {});
+  location.reload();
+});
+
+// --- the config ---
+
+const CHECK_AFTER_MS = 400;
+let checkTimer = 0;
+let checked = 0;
+let loaded = null;
+
+/** The place of a line in a text. */
+function goToLine(field, line) {
+  const lines = field.value.split("\n");
+  const start = lines.slice(0, line - 1).reduce((sum, text) => sum + text.length + 1, 0);
+  field.focus();
+  field.setSelectionRange(start, start + (lines[line - 1]?.length ?? 0));
+  field.scrollTop = (field.scrollHeight / lines.length) * Math.max(0, line - 4);
+}
+
+function listOf(title, items) {
+  const list = document.createElement("ul");
+  for (const item of items) {
+    const row = document.createElement("li");
+    row.append(item);
+    list.append(row);
+  }
+  const heading = document.createElement("p");
+  heading.textContent = title;
+  return [heading, list];
+}
+
+function problemShown(field, problem) {
+  const row = document.createElement("span");
+  row.className = problem.kind === "error" ? "bad" : "near";
+  if (problem.line) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = say("line", problem.line);
+    button.addEventListener("click", () => goToLine(field, problem.line));
+    row.append(button, " ");
+  }
+  const place = [problem.endpoint, problem.path].filter(Boolean).join(", ");
+  row.append(`${place ? `${place}: ` : ""}${problem.message}${problem.hint ? ` (${problem.hint})` : ""}`);
+  return row;
+}
+
+async function checkConfig(form) {
+  const field = form.elements.text;
+  const number = ++checked;
+  const shown = byId("config-check");
+  const button = form.querySelector("button[type=submit]");
+  try {
+    const result = await call("POST", "/v1/admin/config/check", { text: field.value });
+    if (number !== checked) return;
+    const parts = result.problems.length ? listOf("", result.problems.map((problem) => problemShown(field, problem))) : [];
+    if (result.ok) {
+      parts.push(...(result.changes.length ? listOf(words.changes, result.changes) : [words.nothingChanges]));
+      if (result.needsUpgrade.length) parts.push(...listOf(words.waits, result.needsUpgrade));
+    }
+    shown.className = result.ok ? "good" : "bad";
+    shown.replaceChildren(result.ok ? `${words.good} ` : "", ...parts);
+    if (button) button.disabled = !result.ok || field.value === loaded;
+  } catch (error) {
+    if (number !== checked) return;
+    shown.className = "bad";
+    shown.textContent = error.message;
+    if (button) button.disabled = true;
+  }
+}
+
+async function applyConfig(form) {
+  try {
+    const answer = await call("PUT", "/v1/admin/config", { text: form.elements.text.value, tag: form.dataset.tag });
+    tell(answer.message);
+    loaded = form.elements.text.value;
+    location.reload();
+  } catch (error) {
+    tell(`${words.failed} ${error.message}`, true);
+  }
+}
+
+/** Shows a text that was in use, in the place of the file's: what would change is said below it. */
+async function showVersion(name) {
+  try {
+    const { text } = await call("GET", `/v1/admin/config/versions/${name}`);
+    const form = document.querySelector("form.config");
+    form.elements.text.value = text;
+    await checkConfig(form);
+    form.scrollIntoView();
+  } catch (error) {
+    tell(error.message, true);
+  }
+}
+
+function showConfig() {
+  const form = document.querySelector("form.config");
+  if (!form || form.dataset.ready) return;
+  form.dataset.ready = "yes";
+  loaded = form.elements.text.value;
+  checkConfig(form);
+  form.elements.text.addEventListener("input", () => {
+    clearTimeout(checkTimer);
+    form.querySelector("button[type=submit]").disabled = true;
+    checkTimer = setTimeout(() => checkConfig(form), CHECK_AFTER_MS);
+  });
+}
+
+addEventListener("beforeunload", (event) => {
+  const field = document.querySelector("form.config")?.elements.text;
+  if (field && loaded !== null && field.value !== loaded) event.preventDefault();
+});
+
+// --- copying, and the box that streams an answer ---
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest?.("button.copy, button.show");
+  if (!button) return;
+  if (button.classList.contains("show")) {
+    showVersion(button.dataset.version);
+    return;
+  }
+  const source = byId(button.dataset.from);
+  const range = document.createRange();
+  range.selectNodeContents(source);
+  getSelection().removeAllRanges();
+  getSelection().addRange(range);
+  // Without TLS a browser keeps its clipboard to itself; the text is marked, and can be copied by hand.
+  navigator.clipboard?.writeText(source.textContent).then(() => tell(words.copied), () => {});
+});
+
+/** The texts of a stream's events. */
+async function* deltas(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: {")) continue;
+      const event = JSON.parse(line.slice(6));
+      if (event.error) throw new Error(event.error.message);
+      yield event.choices?.[0]?.delta?.content ?? "";
+    }
+  }
+}
+
+async function tryIt(form) {
+  const { key, model, question } = form.elements;
+  const answer = byId("answer");
+  answer.className = "";
+  answer.textContent = "";
+  const button = form.querySelector("button[type=submit]");
+  button.disabled = true;
+  try {
+    if (!key.value) throw new Error(words.noKey);
+    const response = await fetch("/v1/chat/completions", {
+      method: "POST",
+      credentials: "omit",
+      headers: { authorization: `Bearer ${key.value}`, "content-type": "application/json" },
+      body: JSON.stringify({ model: model.value, stream: true, messages: [{ role: "user", content: question.value }] }),
+    });
+    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error?.message ?? `${response.status}`);
+    for await (const text of deltas(response.body)) answer.append(text);
+  } catch (error) {
+    answer.className = "bad";
+    answer.append(error.message);
+  } finally {
+    button.disabled = false;
+  }
+}
+
+// --- the beginning ---
+
+sayMoments(document.body);
+showConfig();
+connect();
+if (byId("sign-in")?.hasAttribute("data-elsewhere")) {
+  // A link from elsewhere brings no cookie with it, though there may be a session.
+  fetch("/v1/admin/session").then((session) => session.ok && location.reload(), () => {});
+}

@@ -1,0 +1,272 @@
+//! The page of those who run the gateway, at `/dashboard`: documents made on the server out of the admin API's own answers, and one
+//! script that swaps what changes.
+//!
+//! | module | owns |
+//! |---|---|
+//! | `views` | which view an address asks for, and its data |
+//! | `now`, `requests`, `keys`, `usage`, `config`, `connect` | the views |
+//! | `live` | changes of a view, as a stream of events |
+//! | `parts`, `chart` | what several views show |
+//! | `words` | English and Chinese |
+//! | `assets` | style sheet, script and icon |
+
+mod assets;
+mod chart;
+mod config;
+mod connect;
+mod keys;
+pub(super) mod live;
+mod now;
+mod parts;
+mod requests;
+mod usage;
+mod views;
+mod words;
+
+use std::io::Write as _;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use maud::{DOCTYPE, Markup, html};
+
+use super::access::{Author, COOKIE};
+use super::sessions::csrf_token;
+use super::{Call, Console, Request};
+use crate::admin::{Answer, Sources};
+use crate::fault::{Fault, excerpt};
+use views::Place;
+use words::Language;
+
+/// Nothing is loaded but the page's own files, nothing runs that stands in a document, and no other page frames it.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; \
+                      base-uri 'none'; frame-ancestors 'none'";
+/// Documents of this length on are compressed for those who take that.
+const COMPRESSED_FROM: usize = 1024;
+
+/// True for paths of the page.
+pub(super) fn is_ours(path: &str) -> bool {
+    path.strip_prefix("/dashboard").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+impl Console {
+    /// Answers a request for the page. A document shows nothing without a session but where to sign in.
+    pub(crate) async fn page(&self, from: Sources<'_>, call: &Call<'_>, base: Option<&str>) -> Result<Answer, Fault> {
+        let key = from.pool.server.admin_key.as_ref().ok_or(Fault::AdminOff)?;
+        if !matches!(*call.method, Method::GET | Method::HEAD) {
+            return Err(Fault::MethodNotAllowed { allowed: "GET, HEAD" });
+        }
+        if let Some(asset) = assets::find(call.path) {
+            let mut answer = answer(call, 200, asset.content_type, asset.text.to_owned());
+            answer
+                .headers
+                .push((header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=31536000, immutable")));
+            return Ok(answer);
+        }
+        let place = Place::of(call.path).ok_or_else(|| Fault::PathUnknown { path: excerpt(call.path) })?;
+        let w = Language::of(call.headers);
+        let token = cookie(call.headers, COOKIE).filter(|token| self.sessions.uses(token, key, call.authority));
+        let Some(token) = token else { return Ok(document(call, 200, &sign_in(w, call))) };
+        let author = Author::session(call);
+        let request = Request { from, author: &author, query: None, name: "", body: &Bytes::new() };
+        let (status, main) = match views::document(&request, w, (&place, call.query, base)).await {
+            Ok(main) => (200, main),
+            Err(fault) => (
+                fault.status(),
+                html! { p class="alerts bad" { (fault.message()) } p { a href="/dashboard" { "← " (w.t("Now")) } } },
+            ),
+        };
+        let live = place.live().map(|view| match &place {
+            Place::Endpoint(id) => format!("{view}&name={}", parts::in_path(id)),
+            _ => view.to_owned(),
+        });
+        let body = html! {
+            a class="skip" href="#main" { (w.t("To the content")) }
+            header { (navigation(w, &place)) }
+            main id="main" tabindex="-1" { (main) }
+            div id="said" role="status" aria-live="polite" {}
+            dialog id="ask" aria-labelledby="ask-text" {
+                form method="dialog" {
+                    p id="ask-text" {}
+                    pre id="ask-secret" tabindex="0" hidden {}
+                    div class="actions" {
+                        button value="yes" { (w.t("Yes")) }
+                        button value="no" { (w.t("No")) }
+                    }
+                }
+            }
+        };
+        Ok(document(
+            call,
+            status,
+            &layout(w, call, Shell { csrf: Some(&csrf_token(token)), live: live.as_deref(), body }),
+        ))
+    }
+}
+
+/// The document at `/`, for browsers: what `GET /` says to everybody, and the way to the page.
+pub(super) fn root(call: &Call<'_>, said: &str) -> Answer {
+    let w = Language::of(call.headers);
+    let body = html! {
+        main id="main" class="sign-in" {
+            h1 { "api-together" }
+            p { (said) }
+            p { a href="/dashboard" { (w.t("Dashboard")) } }
+        }
+    };
+    document(call, 200, &layout(w, call, Shell { csrf: None, live: None, body }))
+}
+
+/// What a document is made of beside its head.
+struct Shell<'a> {
+    csrf: Option<&'a str>,
+    /// The view that is watched, as a query.
+    live: Option<&'a str>,
+    body: Markup,
+}
+
+fn layout(w: Language, call: &Call<'_>, Shell { csrf, live, body }: Shell<'_>) -> Markup {
+    let build = assets::BUILD.as_str();
+    let theme = cookie(call.headers, "api-together-theme").filter(|theme| matches!(*theme, "dark" | "light"));
+    html! {
+        (DOCTYPE)
+        html lang=(w.tag()) data-theme=[theme] {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                meta name="build" content=(build);
+                @if let Some(csrf) = csrf { meta name="csrf" content=(csrf); }
+                title { "api-together" }
+                link rel="icon" href="/dashboard/icon.svg" type="image/svg+xml";
+                link rel="stylesheet" href={ "/dashboard/page.css?" (build) };
+                script src={ "/dashboard/page.js?" (build) } defer {}
+            }
+            body data-live=[live] data-words=(words(w)) { (body) }
+        }
+    }
+}
+
+/// Texts that the script says.
+fn words(w: Language) -> String {
+    serde_json::json!({
+        "lost": w.t("The connection is lost; trying again."),
+        "signedOut": w.t("You are signed out. Sign in to go on."),
+        "copied": w.t("Copied."),
+        "close": w.t("Close"),
+        "yes": w.t("Yes"),
+        "once": w.t("The key is shown this once:"),
+        "in": w.t("in {}"),
+        "good": w.t("The text is right."),
+        "nothingChanges": w.t("Nothing would change."),
+        "changes": w.t("What would change:"),
+        "waits": w.t("Waits for an upgrade or a restart:"),
+        "line": w.t("line {}"),
+        "noKey": w.t("Give a client's key first."),
+        "failed": w.t("It failed:"),
+    })
+    .to_string()
+}
+
+fn navigation(w: Language, place: &Place) -> Markup {
+    let entries = [
+        ("/dashboard", w.t("Now")),
+        ("/dashboard/requests", w.t("Requests")),
+        ("/dashboard/keys", w.t("Keys")),
+        ("/dashboard/usage", w.t("Usage")),
+        ("/dashboard/config", w.t("Config")),
+        ("/dashboard/connect", w.t("Connect")),
+    ];
+    html! {
+        nav aria-label=(w.t("Views")) {
+            @for (path, name) in entries {
+                a href=(path) aria-current=[(place.entry() == path).then_some("page")] { (name) }
+            }
+        }
+        div class="settings" {
+            span id="link" class="label" role="status" {}
+            (choices(w))
+            button type="button" id="sign-out" { (w.t("Sign out")) }
+        }
+    }
+}
+
+/// Language and colors.
+fn choices(w: Language) -> Markup {
+    html! {
+        button type="button" id="language" data-language=(if w == Language::English { "zh" } else { "en" }) {
+            @if w == Language::English { span lang="zh-CN" { "中文" } } @else { span lang="en" { "English" } }
+        }
+        button type="button" id="theme" { (w.t("Light or dark")) }
+    }
+}
+
+fn sign_in(w: Language, call: &Call<'_>) -> Markup {
+    // A link from elsewhere brings no cookie with it, though there may be a session.
+    let comes_from_elsewhere =
+        call.headers.get("sec-fetch-site").is_some_and(|site| site != "same-origin" && site != "none");
+    let body = html! {
+        main id="main" class="sign-in" {
+            h1 { "api-together" }
+            form id="sign-in" method="post" data-elsewhere[comes_from_elsewhere] {
+                label class="field" {
+                    span { (w.t("Admin key")) }
+                    input type="password" name="key" required autocomplete="current-password" autofocus;
+                }
+                button type="submit" { (w.t("Sign in")) }
+            }
+            p class="label" { (w.t("It is server.adminKey of the config.")) }
+            noscript { p class="alerts bad" { (w.t("The page needs JavaScript.")) } }
+            div id="said" role="status" aria-live="polite" {}
+            div class="settings" { (choices(w)) }
+        }
+    };
+    layout(w, call, Shell { csrf: None, live: None, body })
+}
+
+fn document(call: &Call<'_>, status: u16, markup: &Markup) -> Answer {
+    let mut answer = answer(call, status, "text/html; charset=utf-8", markup.0.clone());
+    let more = [
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+    ];
+    answer.headers.extend(more.map(|(name, value)| (name, HeaderValue::from_static(value))));
+    answer
+}
+
+/// An answer of the page, compressed for those who take that.
+fn answer(call: &Call<'_>, status: u16, content_type: &'static str, text: String) -> Answer {
+    let accepted = call.headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let takes_gzip = accepted.split(',').any(|coding| coding.trim() == "gzip");
+    let mut headers = vec![
+        (header::CONTENT_TYPE, HeaderValue::from_static(content_type)),
+        (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+        (HeaderName::from_static("cross-origin-resource-policy"), HeaderValue::from_static("same-origin")),
+        (header::VARY, HeaderValue::from_static("accept-encoding")),
+    ];
+    let body = match takes_gzip.then(|| compressed(text.as_bytes())).flatten() {
+        Some(compressed) => {
+            headers.push((header::CONTENT_ENCODING, HeaderValue::from_static("gzip")));
+            compressed
+        }
+        None => text.into(),
+    };
+    Answer { status, headers, body }
+}
+
+fn compressed(text: &[u8]) -> Option<Bytes> {
+    if text.len() < COMPRESSED_FROM {
+        return None;
+    }
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(text).ok()?;
+    encoder.finish().ok().map(Bytes::from)
+}
+
+/// The value of a cookie; none if it is empty.
+pub(super) fn cookie<'a>(headers: &'a HeaderMap, wanted: &str) -> Option<&'a str> {
+    let all = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
+    let mut pairs = all.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs.find(|(name, value)| *name == wanted && !value.is_empty()).map(|(_, value)| value)
+}

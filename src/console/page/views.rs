@@ -1,0 +1,232 @@
+//! Which view an address asks for, and what it is made of: the answers that the admin API gives as well.
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use maud::Markup;
+use percent_encoding::percent_decode_str;
+use serde_json::{Value, json};
+
+use super::super::{Request, config_file, endpoints, keys, requests as logged, usage as counted};
+use super::live::View;
+use super::requests::Filters;
+use super::words::Language;
+use super::{config, connect, keys as of_keys, now, requests, usage};
+use crate::admin;
+use crate::fault::{Fault, excerpt};
+
+/// Endpoints whose keys are listed at once, and the number of keys up to which all are without being asked for.
+const OPEN_MAX: usize = 20;
+const KEYS_SHOWN_UNASKED: usize = 40;
+
+/// A view, by the path of its address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Now,
+    Endpoint(String),
+    Requests,
+    Request(String),
+    Keys,
+    Usage,
+    Config,
+    Connect,
+}
+
+impl Place {
+    /// The view of a path.
+    pub(super) fn of(path: &str) -> Option<Self> {
+        let below = path.strip_prefix("/dashboard").filter(|below| below.is_empty() || below.starts_with('/'))?;
+        let mut parts = below.split('/').skip(1);
+        let name = |part: &str| percent_decode_str(part).decode_utf8().ok().map(std::borrow::Cow::into_owned);
+        match (parts.next(), parts.next(), parts.next()) {
+            (None, None, None) => Some(Self::Now),
+            (Some("endpoints"), Some(id), None) if !id.is_empty() => name(id).map(Self::Endpoint),
+            (Some("requests"), None, None) => Some(Self::Requests),
+            (Some("requests"), Some(id), None) if !id.is_empty() => name(id).map(Self::Request),
+            (Some("keys"), None, None) => Some(Self::Keys),
+            (Some("usage"), None, None) => Some(Self::Usage),
+            (Some("config"), None, None) => Some(Self::Config),
+            (Some("connect"), None, None) => Some(Self::Connect),
+            _ => None,
+        }
+    }
+
+    /// The name under which its changes can be watched.
+    pub(super) fn live(&self) -> Option<&'static str> {
+        match self {
+            Self::Now => Some("now"),
+            Self::Endpoint(_) => Some("endpoint"),
+            Self::Requests => Some("requests"),
+            Self::Keys => Some("keys"),
+            Self::Request(_) | Self::Usage | Self::Config | Self::Connect => None,
+        }
+    }
+
+    /// Its entry of the navigation.
+    pub(super) fn entry(&self) -> &'static str {
+        match self {
+            Self::Now | Self::Endpoint(_) => "/dashboard",
+            Self::Requests | Self::Request(_) => "/dashboard/requests",
+            Self::Keys => "/dashboard/keys",
+            Self::Usage => "/dashboard/usage",
+            Self::Config => "/dashboard/config",
+            Self::Connect => "/dashboard/connect",
+        }
+    }
+}
+
+/// A view that is watched.
+pub(super) enum Watched {
+    Now(Vec<String>),
+    Endpoint(String),
+    /// With the number of requests that had been written at the last look.
+    Requests(Filters, Option<u64>),
+    Keys,
+}
+
+impl Watched {
+    /// The one that a query names.
+    pub(super) fn of(query: Option<&str>) -> Result<Self, Fault> {
+        let parameters = || url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
+        let get = |wanted: &str| parameters().find(|(name, _)| name == wanted).map(|(_, value)| value.into_owned());
+        match get("view").as_deref() {
+            Some("now") => Ok(Self::Now(open(query))),
+            Some("endpoint") => Ok(Self::Endpoint(get("name").unwrap_or_default())),
+            Some("requests") => Ok(Self::Requests(Filters::of(query), None)),
+            Some("keys") => Ok(Self::Keys),
+            _ => Err(Fault::RequestInvalid {
+                problem: "The parameter view has to be now, endpoint, requests or keys.".to_owned(),
+            }),
+        }
+    }
+}
+
+/// Endpoints whose keys are to be listed.
+fn open(query: Option<&str>) -> Vec<String> {
+    let parameters = url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
+    let named = parameters.filter(|(name, _)| name == "open").map(|(_, value)| value.into_owned());
+    named.take(OPEN_MAX).collect()
+}
+
+/// A call of the admin API by the page itself.
+fn asking<'a>(request: &Request<'a>, query: Option<&'a str>, name: &'a str) -> Request<'a> {
+    Request { from: request.from, author: request.author, query, name, body: &EMPTY }
+}
+
+static EMPTY: Bytes = Bytes::new();
+
+async fn status(request: &Request<'_>, open: &[String]) -> Result<Value, Fault> {
+    let pool = request.from.pool;
+    let all: usize = pool.endpoints.iter().filter(|one| one.lanes.is_pool()).map(|one| one.lanes.list().len()).sum();
+    let shows_all = open.is_empty() && all <= KEYS_SHOWN_UNASKED;
+    let open = open.to_vec();
+    endpoints::shown(request, move |id| shows_all || open.iter().any(|one| one == id)).await
+}
+
+/// Looks at a view that is watched.
+pub(super) async fn watch(request: &Request<'_>, w: Language, watched: &mut Watched) -> Result<View, Fault> {
+    match watched {
+        Watched::Now(open) => {
+            let status = status(request, open).await?;
+            let running = logged::running(request)?;
+            let open = open.clone();
+            aside(move || now::view(w, &status, &running, &open)).await
+        }
+        Watched::Endpoint(id) => Ok(now::endpoint_view(w, &endpoint(request, id).await?)),
+        Watched::Requests(filters, written) => {
+            let running = logged::running(request)?;
+            let now = request.from.process.request_log.state().map(|state| state.written);
+            // The file is read only when it has something new.
+            let page = if filters.is_live() && now != *written {
+                let query = filters.for_api();
+                Some(logged::search(&asking(request, Some(&query), "")).await?)
+            } else {
+                None
+            };
+            *written = now;
+            Ok(requests::view(w, page.as_ref(), &running))
+        }
+        Watched::Keys => Ok(of_keys::view(w, &keys::list(request).await?)),
+    }
+}
+
+async fn endpoint(request: &Request<'_>, id: &str) -> Result<Value, Fault> {
+    let wanted = id.to_owned();
+    let mut status = endpoints::shown(request, move |id| id == wanted).await?;
+    let apis = status.get_mut("apis").and_then(Value::as_array_mut);
+    let found = apis.and_then(|apis| apis.iter_mut().find(|api| api.get("id").is_some_and(|one| one == id)));
+    found.map(Value::take).ok_or_else(|| Fault::AdminNotFound { what: format!("endpoint {}", excerpt(id)) })
+}
+
+/// Makes what may be long aside from the threads that serve.
+async fn aside<T: Send + 'static>(make: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
+    tokio::task::spawn_blocking(make).await.map_err(|_| Fault::Internal)
+}
+
+/// The document of a view. `base` is the address of clients, if it is the page's.
+pub(super) async fn document(
+    request: &Request<'_>,
+    w: Language,
+    (place, query, base): (&Place, Option<&str>, Option<&str>),
+) -> Result<Markup, Fault> {
+    match place {
+        Place::Now => {
+            let view = watch(request, w, &mut Watched::Now(open(query))).await?;
+            aside(move || now::document(w, &view)).await
+        }
+        Place::Endpoint(id) => {
+            let api = endpoint(request, id).await?;
+            Ok(now::endpoint_document(w, &api, &now::endpoint_view(w, &api)))
+        }
+        Place::Requests => {
+            let filters = Filters::of(query);
+            let api_query = filters.for_api();
+            let page = logged::search(&asking(request, Some(&api_query), "")).await?;
+            let view = requests::view(w, Some(&page), &logged::running(request)?);
+            Ok(requests::document(w, &view, &page, &filters))
+        }
+        Place::Request(id) => Ok(requests::one(w, &logged::one(&asking(request, None, id)).await?)),
+        Place::Keys => {
+            let keys = keys::list(request).await?;
+            Ok(of_keys::document(w, &of_keys::view(w, &keys), &keys))
+        }
+        Place::Usage => {
+            let (shown, now) = (usage::Shown::of(query), Timestamp::now());
+            let api_query = shown.for_api(now);
+            let counted = counted::series(&asking(request, Some(&api_query), "")).await?;
+            Ok(usage::document(w, &counted, shown, now))
+        }
+        Place::Config => {
+            let versions = config_file::versions(request).await.unwrap_or(json!({ "data": [] }));
+            Ok(config::document(w, &config_file::show(request).await?, &versions))
+        }
+        Place::Connect => {
+            let models =
+                serde_json::from_str(&admin::models::list(request.from.pool, None)).map_err(|_| Fault::Internal)?;
+            Ok(connect::document(w, base, &models))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_have_addresses() {
+        assert_eq!(Place::of("/dashboard"), Some(Place::Now));
+        assert_eq!(Place::of("/dashboard/endpoints/a%2Fb"), Some(Place::Endpoint("a/b".into())));
+        assert_eq!(Place::of("/dashboard/requests/x"), Some(Place::Request("x".into())));
+        for none in ["/dashboard/", "/dashboard/keys/", "/dashboard/nothing", "/dashboard/requests/a/b", "/dashboards"]
+        {
+            assert_eq!(Place::of(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn what_is_watched_stands_in_the_query() {
+        assert!(matches!(Watched::of(Some("view=now&open=a&open=b")), Ok(Watched::Now(open)) if open == ["a", "b"]));
+        assert!(matches!(Watched::of(Some("view=x")), Err(Fault::RequestInvalid { .. })));
+        assert!(Watched::of(None).is_err());
+        assert_eq!(open(Some(&"open=a&".repeat(100))).len(), OPEN_MAX);
+    }
+}
