@@ -12,13 +12,13 @@ use maud::{Markup, PreEscaped, html};
 use serde_json::json;
 use subtle::ConstantTimeEq as _;
 
-use super::super::access::{Author, COOKIE};
-use super::super::{Call, Console, Request};
 use super::views::{Watched, watch};
 use super::words::Language;
 use super::{assets, cookie};
 use crate::admin::Sources;
 use crate::config::Secret;
+use crate::console::access::{Author, COOKIE};
+use crate::console::{Call, Console, Request};
 use crate::fault::Fault;
 
 /// Pages that are kept up to date at once.

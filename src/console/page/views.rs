@@ -6,12 +6,12 @@ use maud::Markup;
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
-use super::super::{Request, config_file, endpoints, keys, requests as logged, usage as counted};
 use super::live::View;
 use super::requests::Filters;
 use super::words::Language;
 use super::{config, connect, keys as of_keys, now, requests, usage};
 use crate::admin;
+use crate::console::{Request, config_file, endpoints, keys, requests as logged, usage as counted};
 use crate::fault::{Fault, excerpt};
 
 /// Endpoints whose keys are listed at once, and the number of keys up to which all are without being asked for.
