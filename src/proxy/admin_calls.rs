@@ -5,6 +5,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, Version, header};
 use pingora::http::RequestHeader;
+use pingora::{Error, ErrorType};
 use pingora_proxy::Session;
 
 use super::context::{Context, Logged};
@@ -105,16 +106,21 @@ async fn stream(
         parts.headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     context.arrival.own.add_to(&mut parts.headers);
-    let gone = |error| Stop::Gone(error);
-    session.write_response_header(Box::new(parts.into()), false).await.map_err(gone)?;
+    session.write_response_header(Box::new(parts.into()), false).await.map_err(Stop::Gone)?;
     loop {
         let began = Instant::now();
         match next(gateway, &mut live).await {
             Next::Piece(piece) if piece.is_empty() => {}
-            Next::Piece(piece) => session.write_response_body(Some(piece), false).await.map_err(gone)?,
-            Next::Last(piece) => return session.write_response_body(Some(piece), true).await.map_err(gone),
+            Next::Piece(piece) => session.write_response_body(Some(piece), false).await.map_err(Stop::Gone)?,
+            Next::Last(piece) => return session.write_response_body(Some(piece), true).await.map_err(Stop::Gone),
         }
-        tokio::time::sleep(Live::pause(began.elapsed())).await;
+        tokio::select! {
+            // What else a client sends on the connection of a stream is of no use to anybody.
+            left = session.downstream_session.read_body_or_idle(true) => {
+                return Err(Stop::Gone(left.err().unwrap_or_else(|| Error::new_down(ErrorType::ConnectionClosed))));
+            }
+            () = tokio::time::sleep(Live::pause(began.elapsed())) => {}
+        }
     }
 }
 

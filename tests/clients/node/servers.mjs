@@ -2,12 +2,17 @@
 // scripted one.
 
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
+import { execFile, spawn } from "node:child_process";
+import { once } from "node:events";
 import { rmSync } from "node:fs";
-import { copyFile, mkdtemp } from "node:fs/promises";
+import { copyFile, mkdtemp, readFile, writeFile } from "node:fs/promises";
+import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+
+const run = promisify(execFile);
 
 const HERE = join(dirname(fileURLToPath(import.meta.url)), "..");
 const BINARY = process.env.API_TOGETHER_BIN ?? join(HERE, "../../target/debug/api-together");
@@ -144,6 +149,36 @@ export const startDescribed = () =>
     const [a, b, c] = started.map((program) => program.found);
     return { url: await startProxy(folder, "keeping.json", { A_URL: a, B_URL: b, C_URL: c }, started), directUrl: a };
   });
+
+/** The demo's first endpoint, and the proxy on a config that is made for its address; it can be stopped, started and replaced. */
+export const startWith = (configOf) =>
+  together(async (folder, started) => {
+    started.push(await simulator(folder));
+    const simulatorUrl = started[0].found;
+    const port = await freePort();
+    const [url, path] = [`http://127.0.0.1:${port}`, join(folder, "apis.json")];
+    const write = (config) => writeFile(path, JSON.stringify({ ...config, server: { port, host: "127.0.0.1", ...config.server } }, null, 2));
+    const serve = async () => {
+      started[1] = await start(BINARY, ["--config", path], /^listening\s+(http:\/\/\S+)\s/m, folder);
+      assert.ok(await waitUntil(() => isHealthy(url)), `${url}/health does not answer`);
+    };
+    await write(configOf(simulatorUrl));
+    await serve();
+    const upgrade = () => run(BINARY, ["upgrade", "--config", path], { cwd: folder });
+    // The successor is a process of its own.
+    const halt = () => run(BINARY, ["stop", "--config", path], { cwd: folder });
+    const read = async () => JSON.parse(await readFile(path, "utf8"));
+    return { url, simulatorUrl, write, read, serve, upgrade, halt };
+  });
+
+/** A port that was free a moment ago. */
+async function freePort() {
+  const server = createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address();
+  server.close();
+  return port;
+}
 
 const isHealthy = (url) => fetch(`${url}/health`).then((answer) => answer.ok, () => false);
 
