@@ -338,3 +338,4 @@ client-tools: # Tools for the client tests: Python with venv; Node.js comes with
 	if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
 	  $(call install,venv (a part of Python),python3-venv)
 	fi
+	$(call install,chromium,chromium)

@@ -8,7 +8,7 @@
 //! | `cli` | what a person types and sees |
 //! | `server` | the process: listeners, services, drain, reload, handover to a successor |
 //! | `proxy` | Pingora's hooks, and the order of a request's stages |
-//! | `console` | what those who run the gateway see and do: the admin API |
+//! | `console` | what those who run the gateway see and do: the admin API and the page |
 //! | `admin` | our own answers: health, status, models, tokens, metrics |
 //! | `process` | what everybody may ask of the running process |
 //! | `billing` | what an answer is charged as, reported or estimated |

@@ -17,6 +17,10 @@ const OFF: Style = AnsiColor::Yellow.on_default();
 pub(super) struct Banner {
     scheme: &'static str,
     key: String,
+    /// Listener of the page, if there is a page: one of its own, or the clients'.
+    page: Option<Option<SocketAddr>>,
+    /// Key of the page, if it may be shown.
+    admin_key: Option<String>,
     endpoints: String,
 }
 
@@ -29,17 +33,22 @@ impl Banner {
             line(&mut endpoints, endpoint);
         }
         let scheme = if config.server.tls.is_some() { "https" } else { "http" };
-        Self { scheme, key: shown_key(config), endpoints }
+        let page = config.server.admin_key.as_ref().map(|_| config.server.admin_listen);
+        Self { scheme, key: shown_key(config), page, admin_key: None, endpoints }
     }
 
-    /// Shows the client key as it is: that of the demo, which opens nothing but simulated endpoints.
-    pub(super) fn with_key_shown(self, key: &str) -> Self {
-        Self { key: key.to_owned(), ..self }
+    /// Shows the client key and the admin key as they are: those of the demo, which open nothing but simulated endpoints.
+    pub(super) fn with_keys_shown(self, key: &str, admin_key: &str) -> Self {
+        Self { key: key.to_owned(), admin_key: Some(admin_key.to_owned()), ..self }
     }
 
     /// Returns the whole text. The printer leaves colours out if its output is not a terminal.
     pub(super) fn text(&self, address: SocketAddr) -> String {
-        let Self { scheme, key, endpoints } = self;
+        let Self { scheme, key, page, admin_key, endpoints } = self;
+        let page = page.map_or_else(String::new, |own| {
+            let key = admin_key.as_ref().map_or_else(String::new, |key| format!(" (admin key {key})"));
+            format!("{NAME}dashboard{NAME:#}   {scheme}://{}/dashboard{key}\n", callable(own.unwrap_or(address)))
+        });
         let local = callable(address);
         let version = env!("CARGO_PKG_VERSION");
         format!(
@@ -47,6 +56,7 @@ impl Banner {
              {NAME}listening{NAME:#}   {scheme}://{address} (HTTP/1.1 and HTTP/2)\n\
              {NAME}base URL{NAME:#}    {scheme}://{local}/v1\n\
              {NAME}client key{NAME:#}  {key}\n\
+             {page}\
              {NAME}status{NAME:#}      {scheme}://{local}/v1/status\n\
              {NAME}health{NAME:#}      {scheme}://{local}/health\n\
              {NAME}endpoints{NAME:#}   {endpoints}"
@@ -96,6 +106,9 @@ mod tests {
             "{plain}"
         );
         assert!(plain.contains("1 model  off\n"), "{plain}");
-        assert!(!plain.contains("sk-client-key"), "{plain}");
+        assert!(!plain.contains("sk-client-key") && !plain.contains("dashboard"), "{plain}");
+        let with_page = Banner { page: Some(None), ..Banner::new(&config) }.with_keys_shown("sk-a", "sk-b");
+        let plain = anstream::adapter::strip_str(&with_page.text("0.0.0.0:3001".parse().unwrap())).to_string();
+        assert!(plain.contains("dashboard   http://127.0.0.1:3001/dashboard (admin key sk-b)\n"), "{plain}");
     }
 }

@@ -13,6 +13,8 @@ use crate::telemetry::logger;
 
 /// The key that the demo's clients send. It opens nothing but the simulated endpoints.
 const CLIENT_KEY: &str = "sk-demo";
+/// The same of the page.
+const ADMIN_KEY: &str = "sk-demo-admin";
 const PORT: u16 = 3001;
 
 /// Serves the demo until it is stopped. The error says why it cannot start.
@@ -81,7 +83,7 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
         .collect();
     // Ten minutes of cool-down would make a dull demo.
     let server = json!({
-        "host": "127.0.0.1", "port": port, "apiKey": CLIENT_KEY, "breaker": { "coolDownSeconds": 10 },
+        "host": "127.0.0.1", "port": port, "apiKey": CLIENT_KEY, "adminKey": ADMIN_KEY, "breaker": { "coolDownSeconds": 10 },
         "ledger": ledger_folder().join("ledger.db"),
     });
     let text = json!({ "server": server, "apis": apis }).to_string();
@@ -89,7 +91,7 @@ fn prepare(bases: &[String], port: u16) -> Result<(Banner, Prepared), String> {
         if port == 0 { Environment::default() } else { Environment::from_process(Path::new(""), &Flags::default()) };
     let Loaded { config, .. } =
         config::check_str(&text, Format::Json, &environment, Path::new("")).map_err(|problems| problems.to_string())?;
-    let banner = Banner::new(&config).with_key_shown(CLIENT_KEY);
+    let banner = Banner::new(&config).with_keys_shown(CLIENT_KEY, ADMIN_KEY);
     let options = RunOptions { runtime_folder: PathBuf::from("run"), ..RunOptions::default() };
     let prepared = Prepared::new(config, &options).map_err(|error| error.to_string())?;
     Ok((banner, prepared))

@@ -66,10 +66,10 @@ impl<'a> State<'a> {
         Self { color, word, until }
     }
 
-    fn shown(&self) -> Markup {
+    fn shown(&self, w: Language) -> Markup {
         html! {
             (badge(self.color, self.word))
-            @if !self.until.is_empty() { " " (moment(self.until)) }
+            @if !self.until.is_empty() { " " (w.t("until")) " " (moment(self.until)) }
         }
     }
 }
@@ -131,7 +131,7 @@ fn alerts(w: Language, status: &Value) -> Markup {
                 @for (what, why) in of_process { li class="bad" { strong { (what) } " " (why) } }
                 @for (api, state) in wrong.iter().take(NAMED_MAX) {
                     li {
-                        a href=(endpoint_path(text(api, "id"))) { (text(api, "name")) } " " (state.shown())
+                        a href=(endpoint_path(text(api, "id"))) { (text(api, "name")) } " " (state.shown(w))
                         @if let Some(why) = held_by(api) { " · " (why) }
                         @if state.color == "bad" && has(api, "lastError") { " · " (text(member(api, "lastError"), "what")) }
                     }
@@ -198,7 +198,7 @@ fn endpoint(w: Language, api: &Value, open: &[String]) -> (String, Markup) {
             div class="who" {
                 a id={ (row) "-a" } href=(endpoint_path(id)) { (text(api, "name")) }
                 @if text(api, "name") != id { " " code { (id) } }
-                div { (State::of_endpoint(w, api).shown()) }
+                div { (State::of_endpoint(w, api).shown(w)) }
             }
             div class="flight" {
                 span class="label" { (w.t("in flight")) } " " strong { (grouped(count(api, "inFlight"))) }
@@ -302,7 +302,7 @@ pub(super) fn key_rows(w: Language, keys: &Value) -> Markup {
             ul class="keys" {
                 @for key in listed {
                     li {
-                        code { (text(key, "key")) } " " (State::of_key(w, key).shown()) " "
+                        code { (text(key, "key")) } " " (State::of_key(w, key).shown(w)) " "
                         span class="label" { (w.t("in flight")) " " (grouped(count(key, "inFlight"))) }
                         (bars(w, member(key, "quota"), &["rpm", "rpd", "tpm", "tpd"]))
                         @if has(key, "lastError") { div class="label" { (text(member(key, "lastError"), "what")) } }
@@ -357,7 +357,7 @@ fn endpoint_region(w: Language, api: &Value) -> Markup {
     let error = member(api, "lastError");
     html! {
         div id="endpoint" {
-            p { (State::of_endpoint(w, api).shown()) @if let Some(why) = held_by(api) { " · " (why) } }
+            p { (State::of_endpoint(w, api).shown(w)) @if let Some(why) = held_by(api) { " · " (why) } }
             dl class="facts" {
                 (fact(w.t("Address"), &html! { code { (text(api, "baseUrl")) } }))
                 (fact(w.t("In flight"), &html! { (grouped(count(api, "inFlight"))) }))

@@ -53,7 +53,9 @@ pub(super) fn dollars(usd: f64) -> String {
 
 /// Milliseconds, as people say them.
 pub(super) fn duration(ms: f64) -> String {
-    if ms < 1000.0 {
+    if ms < 10.0 {
+        format!("{ms:.1} ms")
+    } else if ms < 1000.0 {
         format!("{ms:.0} ms")
     } else if ms < 60_000.0 {
         format!("{:.1} s", ms / 1e3)
@@ -168,7 +170,7 @@ mod tests {
     fn numbers_are_shown_whole() {
         assert_eq!([0, 999, 1000, 1_234_567].map(grouped), ["0", "999", "1,000", "1,234,567"]);
         assert_eq!([0.0, 0.00123, 0.5, 12.345].map(dollars), ["$0.00", "$0.0012", "$0.5000", "$12.35"]);
-        assert_eq!([12.4, 1500.0, 90_000.0].map(duration), ["12 ms", "1.5 s", "1.5 min"]);
+        assert_eq!([0.44, 12.4, 1500.0, 90_000.0].map(duration), ["0.4 ms", "12 ms", "1.5 s", "1.5 min"]);
     }
 
     #[test]

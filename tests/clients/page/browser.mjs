@@ -1,4 +1,4 @@
-// A browser for the tests of the page: Chromium of the system (CHROMIUM, or what the PATH has), and what every page in it is held to.
+// A browser for the tests of the page: the Chromium that CHROMIUM names, and what every page in it is held to.
 
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
