@@ -52,6 +52,8 @@ install: release ## Install the program, its manual page and completions below P
 test: build-tools client-tools ## Run all tests: unit, integration, and the official OpenAI clients
 	echo "==> unit and integration tests"
 	cargo test --locked
+	echo "==> traces by OTLP, a feature of its own"
+	cargo test --locked --features otlp --test it -- traces::
 	echo "==> client tests"
 	cargo build --locked
 	tests/clients/run target/debug/api-together
@@ -70,6 +72,7 @@ lint: build-tools ## Formatting, lints, documentation, licences, configs and gen
 	cargo fmt --check
 	echo "==> lints"
 	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --features otlp -- -D warnings
 	echo "==> documentation"
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
 	echo "==> licences, banned crates and sources of dependencies"

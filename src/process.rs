@@ -14,7 +14,7 @@ use crate::exchange::running::RunningRequests;
 use crate::ledger;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
-use crate::request_log::RequestLog;
+use crate::request_log::{RequestLog, Traces};
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::telemetry::audit::Audit;
@@ -37,6 +37,8 @@ pub struct Process {
     pub ledger: ledger::LedgerState,
     /// Log of requests.
     pub(crate) request_log: RequestLog,
+    /// Traces of them, if they are sent anywhere.
+    pub(crate) traces: Traces,
     /// Estimates the tokens that no endpoint reports.
     pub estimator: Estimator,
     /// State of the config file.

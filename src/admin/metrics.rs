@@ -11,6 +11,7 @@ use crate::ledger::LimitedAccount;
 use crate::ledger::budgets::BudgetView;
 use crate::limit::{Clock, Limits};
 use crate::request::connections::Reason;
+use crate::request_log::Tally;
 use crate::routing::health::Gate;
 use crate::routing::pool::Endpoint;
 use crate::telemetry::key_metrics::KEYS_MAX;
@@ -34,6 +35,7 @@ pub(crate) async fn text(from: Sources<'_>) -> Vec<u8> {
     process_metrics::add(&scrape, from.process.started_at);
     add_closed_connections(&scrape, from);
     add_request_log(&scrape, from);
+    add_traces(&scrape, from);
     add_endpoints(&scrape, from, &endpoints, &views);
     add_limits(&scrape, &endpoints, &views);
     add_model_limits(&scrape, &endpoints, &views);
@@ -124,6 +126,18 @@ fn add_counters(scrape: &Scrape, from: Sources<'_>) {
     ] {
         scrape.counter(name, help, value);
     }
+}
+
+fn add_traces(scrape: &Scrape, from: Sources<'_>) {
+    let Some(Tally { sent, dropped, failed }) = from.process.traces.tally() else { return };
+    let spans =
+        [("sent", sent), ("dropped", dropped), ("failed", failed)].map(|(result, count)| ([result], count)).into_iter();
+    scrape.counters(
+        "api_together_spans_total",
+        "Spans for a collector of traces, by what came of them.",
+        ["result"],
+        spans,
+    );
 }
 
 fn add_request_log(scrape: &Scrape, from: Sources<'_>) {

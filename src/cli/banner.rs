@@ -17,8 +17,10 @@ const OFF: Style = AnsiColor::Yellow.on_default();
 pub(super) struct Banner {
     scheme: &'static str,
     key: String,
-    /// Listener of the page, if there is a page: one of its own, or the clients'.
-    page: Option<Option<SocketAddr>>,
+    /// True if there is a page.
+    has_page: bool,
+    /// Listener of its own, if the page has one.
+    page_listener: Option<SocketAddr>,
     /// Key of the page, if it may be shown.
     admin_key: Option<String>,
     endpoints: String,
@@ -33,8 +35,9 @@ impl Banner {
             line(&mut endpoints, endpoint);
         }
         let scheme = if config.server.tls.is_some() { "https" } else { "http" };
-        let page = config.server.admin_key.as_ref().map(|_| config.server.admin_listen);
-        Self { scheme, key: shown_key(config), page, admin_key: None, endpoints }
+        let has_page = config.server.admin_key.is_some();
+        let page_listener = config.server.admin_listen;
+        Self { scheme, key: shown_key(config), has_page, page_listener, admin_key: None, endpoints }
     }
 
     /// Shows the client key and the admin key as they are: those of the demo, which open nothing but simulated endpoints.
@@ -44,11 +47,14 @@ impl Banner {
 
     /// Returns the whole text. The printer leaves colours out if its output is not a terminal.
     pub(super) fn text(&self, address: SocketAddr) -> String {
-        let Self { scheme, key, page, admin_key, endpoints } = self;
-        let page = page.map_or_else(String::new, |own| {
+        let Self { scheme, key, has_page, page_listener, admin_key, endpoints } = self;
+        let page = if *has_page {
             let key = admin_key.as_ref().map_or_else(String::new, |key| format!(" (admin key {key})"));
-            format!("{NAME}dashboard{NAME:#}   {scheme}://{}/dashboard{key}\n", callable(own.unwrap_or(address)))
-        });
+            let at = callable(page_listener.unwrap_or(address));
+            format!("{NAME}dashboard{NAME:#}   {scheme}://{at}/dashboard{key}\n")
+        } else {
+            String::new()
+        };
         let local = callable(address);
         let version = env!("CARGO_PKG_VERSION");
         format!(
@@ -107,7 +113,7 @@ mod tests {
         );
         assert!(plain.contains("1 model  off\n"), "{plain}");
         assert!(!plain.contains("sk-client-key") && !plain.contains("dashboard"), "{plain}");
-        let with_page = Banner { page: Some(None), ..Banner::new(&config) }.with_keys_shown("sk-a", "sk-b");
+        let with_page = Banner { has_page: true, ..Banner::new(&config) }.with_keys_shown("sk-a", "sk-b");
         let plain = anstream::adapter::strip_str(&with_page.text("0.0.0.0:3001".parse().unwrap())).to_string();
         assert!(plain.contains("dashboard   http://127.0.0.1:3001/dashboard (admin key sk-b)\n"), "{plain}");
     }

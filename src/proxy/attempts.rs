@@ -25,6 +25,9 @@ use crate::routing::retry::Outcome;
 use crate::routing::router::Tried;
 use crate::routing::survey;
 
+/// Attempts of a request of which is found out who was passed over: each looks at every candidate.
+const SURVEYED_MAX: usize = 10;
+
 /// Chooses the next peer, by what was decided to follow.
 pub(super) async fn upstream_peer(session: &mut Session, context: &mut Context) -> PingoraResult<Box<HttpPeer>> {
     let method = session.req_header().method.clone();
@@ -117,7 +120,7 @@ async fn begin_attempt(context: &mut Context, method: &Method) -> Result<(), Fau
         attempt.meter.count_text();
     }
     attempt.counters = counters;
-    if context.arrival.logged == Logged::Yes {
+    if context.arrival.logged == Logged::Yes && tries.tried.len() <= SURVEYED_MAX {
         let before = tries.tried.split_last().map_or(&[][..], |(_, before)| before);
         attempt.passed_over = survey::passed_over(&ask.options(before), candidate_index, &chosen_at);
     }

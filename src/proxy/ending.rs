@@ -39,9 +39,14 @@ pub(super) async fn logging(session: &mut Session, error: Option<&Error>, contex
     let client_gone = context.fault.is_none()
         && complete.is_none()
         && error.is_some_and(|error| *error.esource() == ErrorSource::Downstream);
-    if let Some(mut entry) = record(session, context, measured, client_gone, process) {
+    if let Some((mut entry, is_logged)) = record(session, context, measured, client_gone, process) {
         logged::complete(&mut entry, context);
-        process.request_log.add(entry);
+        if let Some(trace) = context.arrival.trace.filter(|trace| process.traces.takes(Some(trace))) {
+            process.traces.add(trace, &entry);
+        }
+        if is_logged {
+            process.request_log.add(entry);
+        }
     }
 }
 
@@ -67,7 +72,7 @@ fn record(
     measured: Measured,
     client_gone: bool,
     process: &Process,
-) -> Option<Entry> {
+) -> Option<(Entry, bool)> {
     let fault = context.fault.as_ref();
     let status = session.response_written().filter(|header| is_final(header)).map(|header| header.status.as_u16());
     let is_failed = !client_gone && (status.is_some_and(|status| status >= 500) || fault == Some(&Fault::StreamBroken));
@@ -132,8 +137,9 @@ fn record(
         }
     }
     write(&record, level);
-    let is_taken = logged::is_taken(context, &record, &process.request_log);
-    is_taken.then(|| logged::entry(context, &header.method, &record, attempt))
+    let is_logged = logged::is_taken(context, &record, &process.request_log);
+    let is_taken = is_logged || process.traces.takes(context.arrival.trace.as_ref());
+    is_taken.then(|| (logged::entry(context, &header.method, &record, attempt), is_logged))
 }
 
 fn is_of_ledger(fault: &Fault) -> bool {

@@ -235,7 +235,8 @@ fn conclude_failed(context: &mut Context, outcome: &Outcome) {
     if let Some(mut attempt) = state.attempt.take() {
         billing::bill_dropped(&mut attempt, ask, outcome);
         attempt.conclude(outcome);
-        if context.arrival.logged == Logged::Yes && context.tries.over.len() < ATTEMPTS_MAX {
+        let is_traced = context.arrival.trace.is_some_and(|trace| trace.is_recorded());
+        if (context.arrival.logged == Logged::Yes || is_traced) && context.tries.over.len() < ATTEMPTS_MAX {
             context.tries.over.push(attempt.entry(context.arrival.at, Instant::now()));
         }
         state.charges.extend(attempt.take_charge());

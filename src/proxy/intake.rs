@@ -252,7 +252,7 @@ async fn take_in(gateway: &Gateway, session: &mut Session, context: &mut Context
             return Ok(Next::Answer(answer));
         }
     }
-    context.arrival.trace = Some(Trace::of(&session.req_header().headers));
+    context.arrival.trace = Some(Trace::of(&session.req_header().headers, |id| gateway.process.traces.samples(id)));
     let whole = asking::receive(gateway, session, context, (&pool, &target)).await?;
     let origin = Origin { pool, address: context.arrival.address, named, is_one_of_several };
     let ask = asking::ask(session.req_header(), origin, target, whole).await?;

@@ -22,11 +22,19 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// The client's, if it sent one as it should be; else a new one, which nobody is asked to record.
-    pub fn of(headers: &HeaderMap) -> Self {
+    /// The client's, if it sent one as it should be; else a new one, which others are asked to record if we do.
+    pub fn of(headers: &HeaderMap, samples: impl Fn(u128) -> bool) -> Self {
         let mut given = headers.get_all(TRACEPARENT).iter();
         let trace = given.next().and_then(parse).filter(|_| given.next().is_none());
-        trace.unwrap_or_else(|| Self { id: fastrand::u128(1..), parent: None, flags: 0 })
+        trace.unwrap_or_else(|| {
+            let id = fastrand::u128(1..);
+            Self { id, parent: None, flags: u8::from(samples(id)) }
+        })
+    }
+
+    /// True if it is recorded.
+    pub fn is_recorded(&self) -> bool {
+        self.flags & 1 == 1
     }
 
     /// The header for an attempt, which is this span of it.
@@ -71,7 +79,7 @@ mod tests {
         for value in values {
             headers.append(TRACEPARENT, value.parse().unwrap());
         }
-        Trace::of(&headers)
+        Trace::of(&headers, |_| false)
     }
 
     #[test]

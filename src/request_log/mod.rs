@@ -10,13 +10,17 @@
 //! | `writer` | the thread that writes them, and what keeps it from writing |
 //! | `store` | the file: batches, names, retention |
 //! | [`reader`] | pages of the log, one request with its attempts |
+//! | `traces`, `spans` | the same as spans, sent by OTLP (feature `otlp`) |
 
 mod entry;
 mod queue;
 pub mod reader;
+#[cfg(feature = "otlp")]
+mod spans;
 mod store;
 #[cfg(test)]
 mod tests;
+mod traces;
 mod writer;
 
 use std::path::Path;
@@ -29,6 +33,7 @@ pub use entry::{ATTEMPTS_MAX, Attempted, Bodies, Entry, KeptBody, Name};
 use queue::Queue;
 pub use queue::{Dropped, Reason};
 pub use store::{Retention, Store, StoreError};
+pub use traces::{Tally, Traces};
 use writer::Writer;
 
 /// Longest wait for the last entries at the end of the process.

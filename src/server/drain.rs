@@ -14,7 +14,7 @@ use super::systemd;
 use crate::billing::estimate::Estimator;
 use crate::ledger::Keeper;
 use crate::process::{Draining, OpenRequests};
-use crate::request_log::RequestLog;
+use crate::request_log::{RequestLog, Traces};
 
 /// Time between two checks of a stopping process for open requests.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
@@ -45,6 +45,7 @@ pub(super) struct FinalWrites {
     pub(super) estimator: Estimator,
     pub(super) ledger: Arc<Keeper>,
     pub(super) request_log: RequestLog,
+    pub(super) traces: Traces,
     pub(super) pid_file: PidFile,
 }
 
@@ -53,6 +54,7 @@ impl FinalWrites {
         self.estimator.close();
         self.ledger.close();
         self.request_log.close();
+        self.traces.close();
         self.pid_file.remove();
     }
 }

@@ -48,7 +48,7 @@ use crate::proxy::{Door, Gateway};
 use crate::request::auth::Auth;
 use crate::request::body_memory::Memory;
 use crate::request::connections::Connections;
-use crate::request_log::RequestLog;
+use crate::request_log::{RequestLog, Traces};
 use crate::routing::callers::Keyring;
 use crate::routing::pool::Pool;
 use crate::server::certificate::Certificate;
@@ -169,6 +169,7 @@ impl Prepared {
             draining: Draining::default(),
             ledger: ledger.state().clone(),
             request_log: RequestLog::new(&started),
+            traces: Traces::from_environment(),
             estimator: Estimator::default(),
             config: ConfigState::default(),
             memory: Memory::new(started.memory_bytes_max),
@@ -195,6 +196,7 @@ impl Prepared {
                 estimator: process.estimator.clone(),
                 ledger,
                 request_log: process.request_log.clone(),
+                traces: process.traces.clone(),
                 pid_file,
             },
             grace,

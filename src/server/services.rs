@@ -40,6 +40,7 @@ impl BackgroundService for StartThreads {
     async fn start(&self, _shutdown: ShutdownWatch) {
         log_writer::start();
         self.0.request_log.start();
+        self.0.traces.start();
         prices::read_table_ahead();
         // Requests that wait already are refused, too, if it cannot be started.
         if let Err(error) = self.0.ledger.start() {

@@ -63,4 +63,5 @@ mod streams;
 mod test_command;
 mod tls;
 mod tokens;
+mod traces;
 mod upgrade;
