@@ -15,6 +15,7 @@ use crate::admin::Answer;
 use crate::config::Secret;
 use crate::fault::Fault;
 use crate::request::auth::Auth;
+use crate::routing::pool::Pool;
 
 /// The cookie of a session.
 pub(super) const COOKIE: &str = "api-together-session";
@@ -44,6 +45,10 @@ impl Author {
     /// A session of the page.
     pub(super) fn session(call: &Call<'_>) -> Self {
         Self { by: By::Session, address: call.address }
+    }
+
+    pub(super) fn is_nobody(&self) -> bool {
+        matches!(self.by, By::Nobody)
     }
 
     pub(super) fn is_session(&self) -> bool {
@@ -91,14 +96,25 @@ impl SessionShown {
 
 impl Console {
     /// Finds out who makes a call.
-    pub(super) fn author(&self, auth: &Auth, key: (&Secret, u32), call: &Call<'_>) -> Result<Author, Fault> {
+    pub(super) fn author(
+        &self,
+        auth: &Auth,
+        key: (&Secret, u32),
+        (call, is_use): (&Call<'_>, bool),
+    ) -> Result<Author, Fault> {
         check_browser(call)?;
         let by_key = auth.check_admin(key, call.headers, call.address);
         if !matches!(by_key, Err(Fault::AdminKeyMissing)) {
             return by_key.map(|()| Author { by: By::Key, address: call.address });
         }
         let token = cookie(call.headers).ok_or(Fault::AdminKeyMissing)?;
-        if !self.sessions.uses(token, key.0, call.authority) {
+        let sessions = &self.sessions;
+        let is_open = if is_use {
+            sessions.uses(token, key.0, call.authority)
+        } else {
+            sessions.is_open(token, key.0, call.authority)
+        };
+        if !is_open {
             return Err(Fault::AdminKeyMissing);
         }
         let reads = matches!(*call.method, Method::GET | Method::HEAD);
@@ -108,6 +124,12 @@ impl Console {
             return Err(Fault::AdminUntrusted { problem });
         }
         Ok(Author::session(call))
+    }
+
+    /// True if a browser has a session. Nothing is used by that.
+    pub(crate) fn is_signed_in(&self, pool: &Pool, call: &Call<'_>) -> bool {
+        let key = pool.server.admin_key.as_ref();
+        key.zip(cookie(call.headers)).is_some_and(|(key, token)| self.sessions.is_open(token, key, call.authority))
     }
 
     /// Opens a session for somebody who has the key.

@@ -55,7 +55,7 @@ pub(super) async fn shown(
     // Aside from the threads that serve: there may be a thousand endpoints.
     let made = tokio::task::spawn_blocking(move || {
         let mut status = status::value(&pool, &process, &views, |endpoint| lists_keys(&endpoint.config.id));
-        let trends = process.trends.of_all();
+        let trends = process.trends.of_all(pool.first_bytes());
         for api in status.get_mut("apis").and_then(Value::as_array_mut).into_iter().flatten() {
             let trend =
                 api.get("id").and_then(Value::as_str).and_then(|id| trends.get(id)).cloned().unwrap_or_default();

@@ -1,7 +1,6 @@
 //! Keys of clients: listing, adding, rotating, raising and revoking them, as `api-together keys` does.
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
 
 use jiff::{SignedDuration, Timestamp};
 use schemars::JsonSchema;
@@ -84,12 +83,8 @@ pub(super) async fn list(request: &Request<'_>) -> Result<Value, Fault> {
 /// When each key was used last, in milliseconds of Unix time; empty if the ledger cannot be read.
 async fn last_used(request: &Request<'_>) -> BTreeMap<String, i64> {
     let path = request.from.process.ledger.path().to_owned();
-    let read = tokio::task::spawn_blocking(move || stats::read(&path, SystemTime::now())).await;
-    let Ok(Ok((_, keys))) = read else { return BTreeMap::new() };
-    let last = |of_key: &stats::Stats| {
-        of_key.values().flat_map(BTreeMap::values).map(|model| model.last_used_ms).max().unwrap_or_default()
-    };
-    keys.iter().map(|(name, of_key)| (name.clone(), last(of_key))).collect()
+    let read = tokio::task::spawn_blocking(move || stats::last_used_of_keys(&path)).await;
+    read.ok().and_then(Result::ok).unwrap_or_default()
 }
 
 pub(super) async fn add(request: &Request<'_>) -> Result<Value, Fault> {

@@ -110,6 +110,11 @@ pub(crate) struct Admitted {
 }
 
 impl Admitted {
+    /// True if whoever makes it has the key, or a session.
+    pub(crate) fn is_by_key(&self) -> bool {
+        !self.author.is_nobody()
+    }
+
     /// The one who watches a view, if that is what it asks for.
     pub(crate) fn watcher(self) -> Result<Author, Self> {
         if self.wanted.operation == Operation::Live { Ok(self.author) } else { Err(self) }
@@ -132,7 +137,11 @@ impl Console {
             Ok(wanted) if wanted.operation == Operation::SignIn => {
                 auth.check_admin_address(server.failed_keys_per_minute, call.address).map(|()| Author::nobody(call))
             }
-            _ => self.author(auth, (key, server.failed_keys_per_minute), call),
+            // Looking on is no use of a session, which would else never end.
+            _ => {
+                let is_use = !matches!(&wanted, Ok(wanted) if wanted.operation == Operation::Live);
+                self.author(auth, (key, server.failed_keys_per_minute), (call, is_use))
+            }
         };
         if matches!(author, Err(Fault::KeysFailedTooOften)) {
             auth.admin_guesses.keep_waiting().await;

@@ -1,6 +1,7 @@
 //! Requests: those of the request log, and those that are under way.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use schemars::JsonSchema;
@@ -40,8 +41,14 @@ pub(super) async fn search(request: &Request<'_>) -> Result<Value, Fault> {
 
 pub(super) async fn one(request: &Request<'_>) -> Result<Value, Fault> {
     let id = request.name.to_owned();
+    let row = request.parsed::<i64>("row", "the `row` of a request")?;
     let found = read(request, move |log| {
-        let Some(found) = log.request(&id)? else { return Ok(None) };
+        let found = match row {
+            // Clients choose ids, so there may be several of one.
+            Some(row) => log.row(row)?.filter(|found| found.id == id),
+            None => log.request(&id)?,
+        };
+        let Some(found) = found else { return Ok(None) };
         let bodies = log.bodies(found.row)?;
         Ok(Some((found, bodies)))
     });
@@ -65,20 +72,38 @@ async fn read<T: Send + 'static>(
 }
 
 pub(super) fn running(request: &Request<'_>) -> Result<Value, Fault> {
-    let data = request.from.process.running.list().iter().map(|running| RunningRow::of(running)).collect();
-    shown(&RunningList { data })
+    first_running(request, usize::MAX)
+}
+
+/// The oldest of them.
+pub(super) fn first_running(request: &Request<'_>, most: usize) -> Result<Value, Fault> {
+    let all = request.from.process.running.list();
+    let data = all.iter().take(most).map(|(number, running)| RunningRow::of(*number, running)).collect();
+    shown(&RunningList { data, count: all.len() })
+}
+
+/// When the program began to answer such calls, by both clocks: a moment by one of them is one by the other.
+static CLOCKS: LazyLock<(Instant, Timestamp)> = LazyLock::new(|| (Instant::now(), Timestamp::now()));
+
+fn wall_clock(at: Instant) -> Timestamp {
+    let (instant, moment) = *CLOCKS;
+    let span = |duration: Duration| SignedDuration::try_from(duration).unwrap_or_default();
+    let moment = match at.checked_duration_since(instant) {
+        Some(later) => moment.checked_add(span(later)),
+        None => moment.checked_sub(span(instant.saturating_duration_since(at))),
+    };
+    Timestamp::from_millisecond(moment.unwrap_or_default().as_millisecond()).unwrap_or_default()
 }
 
 impl RunningRow {
-    fn of(running: &RunningRequest) -> Self {
+    fn of(number: u64, running: &RunningRequest) -> Self {
         let RunningRequest { id, came, key, address, method, path, model, stream, exchange: _ } = running;
         let (progress, endpoint, endpoint_key) = running.progress();
-        let age = came.elapsed();
-        let began = Timestamp::now().checked_sub(SignedDuration::try_from(age).unwrap_or_default()).unwrap_or_default();
         Self {
+            number,
             id: id.as_ref().and_then(|id| id.to_str().ok()).map(ToOwned::to_owned),
-            began: Timestamp::from_millisecond(began.as_millisecond()).unwrap_or_default(),
-            age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+            began: wall_clock(*came),
+            age_ms: u64::try_from(came.elapsed().as_millis()).unwrap_or(u64::MAX),
             key: key.clone(),
             address: address.map(|address| address.to_string()),
             method: method.as_str().to_owned(),
@@ -120,12 +145,16 @@ pub(super) struct RequestWhole {
 #[derive(Serialize, JsonSchema)]
 pub(super) struct RunningList {
     data: Vec<RunningRow>,
+    /// Number of them.
+    count: usize,
 }
 
 /// A request that is under way.
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 struct RunningRow {
+    /// Its number in this process: clients choose ids.
+    number: u64,
     /// Its id.
     id: Option<String>,
     /// When it came.
@@ -153,7 +182,8 @@ struct RunningRow {
 
 /// Ends a request that is under way.
 pub(super) async fn cancel(request: &Request<'_>) -> Result<Value, Fault> {
-    if request.from.process.running.cancel(request.name) == 0 {
+    let number = request.parsed::<u64>("number", "a number")?;
+    if request.from.process.running.cancel(request.name, number) == 0 {
         return Err(Fault::AdminNotFound { what: format!("request {} under way", excerpt(request.name)) });
     }
     request.done("requests.cancel", request.name, Ok("cancelled".to_owned())).await

@@ -116,19 +116,22 @@ impl RunningRequests {
         RunningGuard { all: self.clone(), number }
     }
 
-    /// Those that are under way now, the oldest first.
-    pub(crate) fn list(&self) -> Vec<Arc<RunningRequest>> {
+    /// Those that are under way now with the number of each, the oldest first.
+    pub(crate) fn list(&self) -> Vec<(u64, Arc<RunningRequest>)> {
         let parts = self.0.parts.iter().map(lock);
-        let mut all: Vec<_> = parts.flat_map(|part| part.values().cloned().collect::<Vec<_>>()).collect();
-        all.sort_by_key(|request| request.came);
+        let one = |(number, request): (&u64, &Arc<RunningRequest>)| (*number, Arc::clone(request));
+        let mut all: Vec<_> = parts.flat_map(|part| part.iter().map(one).collect::<Vec<_>>()).collect();
+        all.sort_by_key(|(number, request)| (request.came, *number));
         all
     }
 
-    /// Ends those of an id. Returns their number.
-    pub(crate) fn cancel(&self, id: &str) -> usize {
-        let is_it = |request: &Arc<RunningRequest>| request.id.as_ref().is_some_and(|one| one == id);
+    /// Ends those of an id, which clients choose, or of these the one of a number. Returns how many these are.
+    pub(crate) fn cancel(&self, id: &str, number: Option<u64>) -> usize {
+        let is_it = |(one, request): &(u64, Arc<RunningRequest>)| {
+            number.is_none_or(|number| number == *one) && request.id.as_ref().is_some_and(|one| one == id)
+        };
         let found = self.list().into_iter().filter(is_it);
-        found.inspect(|request| request.exchange.cancel.cancel()).count()
+        found.inspect(|(_, request)| request.exchange.cancel.cancel()).count()
     }
 
     fn part(&self, number: u64) -> MutexGuard<'_, Part> {

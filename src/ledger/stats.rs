@@ -144,6 +144,16 @@ pub fn read(path: &Path, now: SystemTime) -> Result<(Stats, KeyStats), LedgerErr
     both().map_err(|error| sqlite::explain(path, &error))
 }
 
+/// Reads when each key was used last, in milliseconds of Unix time.
+pub fn last_used_of_keys(path: &Path) -> Result<BTreeMap<String, i64>, LedgerError> {
+    let connection = sqlite::open_to_read(path)?;
+    let read = || -> rusqlite::Result<_> {
+        let mut keys = connection.prepare("SELECT key, MAX(last_used) FROM key_total GROUP BY key")?;
+        keys.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+    };
+    read().map_err(|error| sqlite::explain(path, &error))
+}
+
 /// Reads those of one key.
 pub fn read_key(path: &Path, key: &str, now: SystemTime) -> Result<Stats, LedgerError> {
     let connection = sqlite::open_to_read(path)?;

@@ -1,11 +1,11 @@
 //! Calls of the admin API and of its page, which are answered here. No page of another origin may read them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, Version, header};
 use pingora::http::RequestHeader;
-use pingora::{Error, ErrorType};
+use pingora::{Error, ErrorType, Result as PingoraResult};
 use pingora_proxy::Session;
 
 use super::context::{Context, Logged};
@@ -16,6 +16,9 @@ use crate::console::{self, Author, Call, Live, Next};
 use crate::request::auth;
 use crate::request::connections::WRITE_MAX;
 use crate::routing::pool::Pool;
+
+/// Time within which a stream notices that the process is to go.
+const DRAINING_SEEN_WITHIN: Duration = Duration::from_secs(1);
 
 /// Answers a call. None if it was answered with a stream.
 pub(super) async fn answer(
@@ -33,12 +36,19 @@ pub(super) async fn answer(
     let sources = Sources { authority, ..Sources::new(pool, &gateway.process) };
     let console = &gateway.console;
     if console::is_page(call.path) {
+        if console.is_signed_in(pool, &call) {
+            shows_key(context);
+        }
         // Where the page has a listener of its own, clients have another address.
         let scheme = if call.is_secure { "https" } else { "http" };
         let base = (gateway.door == Door::All).then(|| format!("{scheme}://{}", call.authority));
         return Ok(Some(console.page(sources, &call, base.as_deref()).await?));
     }
-    let admitted = match console.admit(&gateway.auth, sources, &call).await?.watcher() {
+    let admitted = console.admit(&gateway.auth, sources, &call).await?;
+    if admitted.is_by_key() {
+        shows_key(context);
+    }
+    let admitted = match admitted.watcher() {
         Ok(_) if header.method == Method::HEAD => {
             return Ok(Some(Answer { status: 200, ..Answer::text(String::new()) }));
         }
@@ -53,13 +63,22 @@ pub(super) async fn answer(
     Ok(Some(console.answer(&gateway.auth, sources, (&call, &body), admitted).await?))
 }
 
+/// Notes that a connection is no stranger's, which would be closed after a while.
+fn shows_key(context: &Context) {
+    if let Some(connection) = &context.arrival.connection {
+        connection.shows_key();
+    }
+}
+
 /// The document at `/`, if a browser asks for it and the page is here.
 pub(super) fn root(gateway: &Gateway, session: &Session, context: &mut Context, pool: &Pool) -> Option<Answer> {
     if gateway.door == Door::Clients {
         return None;
     }
     let header = session.req_header();
-    let sources = Sources { authority: authority(header), ..Sources::new(pool, &gateway.process) };
+    // Where the page has a listener of its own, clients have another address.
+    let authority = authority(header).filter(|_| gateway.door == Door::All);
+    let sources = Sources { authority, ..Sources::new(pool, &gateway.process) };
     let answer = console::root(pool, &call(session, header, context, pool), &health::welcome(sources))?;
     context.arrival.own.origin = None;
     context.arrival.logged = Logged::No;
@@ -109,19 +128,29 @@ async fn stream(
     session.write_response_header(Box::new(parts.into()), false).await.map_err(Stop::Gone)?;
     loop {
         let began = Instant::now();
-        match next(gateway, &mut live).await {
+        let piece = tokio::select! {
+            left = session.downstream_session.read_body_or_idle(true) => return Err(gone(left)),
+            piece = next(gateway, &mut live) => piece,
+        };
+        match piece {
             Next::Piece(piece) if piece.is_empty() => {}
             Next::Piece(piece) => session.write_response_body(Some(piece), false).await.map_err(Stop::Gone)?,
             Next::Last(piece) => return session.write_response_body(Some(piece), true).await.map_err(Stop::Gone),
         }
-        tokio::select! {
-            // What else a client sends on the connection of a stream is of no use to anybody.
-            left = session.downstream_session.read_body_or_idle(true) => {
-                return Err(Stop::Gone(left.err().unwrap_or_else(|| Error::new_down(ErrorType::ConnectionClosed))));
+        let until = Instant::now() + live.pause(began.elapsed());
+        while Instant::now() < until && !gateway.process.draining.is_on() {
+            let pause = until.saturating_duration_since(Instant::now()).min(DRAINING_SEEN_WITHIN);
+            tokio::select! {
+                left = session.downstream_session.read_body_or_idle(true) => return Err(gone(left)),
+                () = tokio::time::sleep(pause) => {}
             }
-            () = tokio::time::sleep(Live::pause(began.elapsed())) => {}
         }
     }
+}
+
+/// The end of a stream whose client left. What else it sends on the connection is of no use to anybody.
+fn gone(left: PingoraResult<Option<Bytes>>) -> Stop {
+    Stop::Gone(left.err().unwrap_or_else(|| Error::new_down(ErrorType::ConnectionClosed)))
 }
 
 /// The next piece, of the config that is in use now.

@@ -33,11 +33,17 @@ impl Exporter {
         match *self {}
     }
 
-    fn start(&self) {}
+    fn start(&self) {
+        match *self {}
+    }
 
-    fn add(&self, _trace: Trace, _entry: &Entry) {}
+    fn add(&self, _trace: Trace, _entry: &Entry) {
+        match *self {}
+    }
 
-    fn close(&self) {}
+    fn close(&self) {
+        match *self {}
+    }
 
     fn tally(&self) -> Tally {
         match *self {}

@@ -166,6 +166,12 @@ impl Live {
         lock(&self.first_byte).mean()
     }
 
+    /// Number and sum of all these times since the process started.
+    pub fn first_byte_total(&self) -> (u64, Duration) {
+        let Average { count, sum, .. } = *lock(&self.first_byte);
+        (count, sum)
+    }
+
     /// Remembers a failure.
     pub fn note_error(&self, what: String) {
         *lock(&self.last_error) = Some(LastError { at: SystemTime::now(), what });
@@ -192,6 +198,9 @@ impl Drop for InFlight {
 struct Average {
     seconds: f64,
     taken: Option<Instant>,
+    /// Samples, and their sum.
+    count: u64,
+    sum: Duration,
 }
 
 impl Average {
@@ -207,6 +216,8 @@ impl Average {
             Some(_) => self.seconds + Self::SAMPLE_WEIGHT * (sample - self.seconds),
         };
         self.taken = Some(now);
+        self.count += 1;
+        self.sum += took;
     }
 
     fn at(&self, now: Instant) -> Option<Duration> {

@@ -20,6 +20,7 @@ use crate::routing::live::Live;
 use crate::routing::objects::Objects;
 use crate::routing::router::{Candidate, Candidates, ModelName, Router};
 use crate::routing::sessions::Sessions;
+use crate::telemetry::trends::FirstBytes;
 use crate::upstream::{Credential, Upstream};
 use crate::usage::prices::PriceList;
 
@@ -72,6 +73,11 @@ pub struct Endpoint {
 }
 
 impl Pool {
+    /// Times to the first byte of each endpoint, by its id: their number and sum.
+    pub(crate) fn first_bytes(&self) -> impl Iterator<Item = FirstBytes<'_>> {
+        self.endpoints.iter().map(|endpoint| (endpoint.config.id.as_ref(), endpoint.live.first_byte_total()))
+    }
+
     /// The pool of a config. Endpoints that were known before, by their id, keep their live state.
     pub fn new(config: Config, ledger: Client, before: Option<&Self>) -> std::io::Result<Self> {
         let Config { server, endpoints } = config;

@@ -123,8 +123,9 @@ impl BackgroundService for Minutes {
                 _ = ticks.tick() => {}
                 _ = shutdown.changed() => return,
             }
-            if self.0.pool.load().server.admin_key.is_some() {
-                self.0.trends.end_minute();
+            let pool = self.0.pool.load();
+            if pool.server.admin_key.is_some() {
+                self.0.trends.end_minute(pool.first_bytes());
             }
         }
     }

@@ -72,10 +72,6 @@ pub(crate) struct Totals {
     pub(crate) attempts: u64,
     /// Those of them that failed.
     pub(crate) failed: u64,
-    /// Answers whose first byte was timed.
-    pub(crate) answers: u64,
-    /// The sum of these times.
-    pub(crate) first_byte_seconds: f64,
 }
 
 /// The value of a metric's label.
@@ -301,14 +297,6 @@ impl Metrics {
                 let total = totals.entry(endpoint.to_owned()).or_default();
                 total.attempts += count;
                 total.failed += if outcome == OK { 0 } else { count };
-            }
-        }
-        for family in self.first_byte.collect() {
-            for metric in family.get_metric() {
-                if let Some(total) = totals.get_mut(label(metric, "endpoint")) {
-                    total.answers = metric.get_histogram().get_sample_count();
-                    total.first_byte_seconds = metric.get_histogram().get_sample_sum();
-                }
             }
         }
         totals

@@ -560,3 +560,106 @@ async fn a_config_that_is_not_ours_to_write_is_left_alone() {
     })
     .await;
 }
+
+/// The events of a stream so far, by their names, and whether it has ended.
+async fn events(mut reply: reqwest::Response, longest: Duration) -> (String, bool) {
+    let mut text = String::new();
+    let read = async {
+        while let Ok(Some(piece)) = reply.chunk().await {
+            text.push_str(&String::from_utf8_lossy(&piece));
+        }
+    };
+    let has_ended = tokio::time::timeout(longest, read).await.is_ok();
+    (text, has_ended)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn views_are_watched_by_few_and_only_as_long_as_they_may_be() {
+    within(async {
+        let a = simulator().await;
+        let admin = Admin::start(json!({}), &[endpoint("a", &a.base_url())]).await;
+        let live = |query: &str| admin.request(Method::GET, &format!("/live{query}"));
+        Reply::of(live("?view=now")).await.assert_error(401, "invalid_request_error", "invalid_admin_key");
+        assert_eq!(Reply::of(live("?view=now").bearer_auth(KEY)).await.status, 401, "no client's key opens it");
+        assert_eq!(Reply::of(live("?view=all").bearer_auth(ADMIN)).await.status, 400);
+
+        let mut watching = Vec::new();
+        for _ in 0..16 {
+            let reply = live("?view=now").bearer_auth(ADMIN).send().await.unwrap();
+            assert_eq!(reply.headers()["content-type"], "text/event-stream");
+            watching.push(reply);
+        }
+        let one_more = Reply::of(live("?view=now").bearer_auth(ADMIN)).await;
+        assert_eq!((one_more.status, &one_more.json()["error"]["code"]), (409, &json!("too_many_viewers")));
+        let (text, has_ended) = events(watching.pop().unwrap(), Duration::from_millis(500)).await;
+        assert!(text.contains("event: hello\n") && text.contains(r#"event: change"#) && !has_ended, "{text}");
+        drop(watching);
+        // Their places are free as soon as they have left.
+        let mut freed = live("?view=now").bearer_auth(ADMIN).send().await.unwrap();
+        for _ in 0..100 {
+            if freed.status() == 200 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            freed = live("?view=now").bearer_auth(ADMIN).send().await.unwrap();
+        }
+        assert_eq!(freed.status(), 200);
+
+        // A session that is signed out, and a process that goes, end what is watched.
+        let signed_in = admin.request(Method::POST, "/session").json(&json!({ "key": ADMIN })).send().await.unwrap();
+        let cookie = signed_in.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned();
+        let csrf = signed_in.json::<Value>().await.unwrap()["csrfToken"].as_str().unwrap().to_owned();
+        let by_session = live("?view=keys").header("cookie", &cookie).send().await.unwrap();
+        let out = admin.request(Method::DELETE, "/session").header("cookie", &cookie).header("x-csrf-token", csrf);
+        assert_eq!(Reply::of(out).await.status, 200);
+        let (text, has_ended) = events(by_session, Duration::from_secs(8)).await;
+        assert!(has_ended && text.contains("event: over\ndata: \"signed_out\""), "{text}");
+        admin.running.signal("TERM");
+        let (text, has_ended) = events(freed, Duration::from_secs(8)).await;
+        assert!(has_ended && text.contains("event: over\ndata: \"restart\""), "{text}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_is_where_its_api_is_and_shows_nothing_to_strangers() {
+    within(async {
+        let a = simulator().await;
+        let own = free_port();
+        let listen = json!({ "adminListen": format!("127.0.0.1:{own}") });
+        let admin = Admin::start(listen, &[endpoint("a", &a.base_url())]).await;
+        let get = |url: String| client(|builder| builder).get(url).header("accept", "text/html");
+        // The clients' port knows nothing of it.
+        let elsewhere = Reply::of(get(admin.running.url("/dashboard"))).await;
+        assert_eq!(elsewhere.status, 404);
+        let plain = Reply::of(get(admin.running.url("/"))).await;
+        assert!(!plain.text().contains("dashboard"), "{}", plain.text());
+        let here = |path: &str| get(format!("http://127.0.0.1:{own}{path}"));
+        let root = Reply::of(here("/")).await;
+        assert!(
+            root.text().contains("href=\"/dashboard\"") && !root.text().contains(&own.to_string()),
+            "{}",
+            root.text()
+        );
+        for path in ["/dashboard", "/dashboard/", "/dashboard/keys", "/dashboard/endpoints/a", "/dashboard/requests/x"]
+        {
+            let page = Reply::of(here(path)).await;
+            assert_eq!(page.status, 200, "{path}");
+            assert!(page.text().contains("Admin key") && !page.text().contains("<nav"), "{path}: {}", page.text());
+            assert!(page.header("content-security-policy").unwrap().starts_with("default-src 'none'"));
+            assert_eq!(page.header("access-control-allow-origin"), None);
+        }
+        // The key itself opens the API, not the page, which has sessions.
+        let by_key = Reply::of(here("/dashboard/keys").bearer_auth(ADMIN)).await;
+        assert!(by_key.text().contains("Admin key"));
+        assert_eq!(Reply::of(here("/dashboard/nothing")).await.status, 404);
+        let post = client(|builder| builder).post(format!("http://127.0.0.1:{own}/dashboard"));
+        assert_eq!(Reply::of(post).await.status, 405);
+        let script = Reply::of(here("/dashboard/page.js?of-another-build").header("accept-encoding", "gzip")).await;
+        assert_eq!(
+            (script.header("cache-control"), script.header("content-encoding")),
+            (Some("no-cache"), Some("gzip"))
+        );
+    })
+    .await;
+}

