@@ -242,7 +242,7 @@ bench-gateways: # LiteLLM and Portkey, into target/bench/; the comparison leaves
 	fi
 
 .PHONY: bench
-bench: bench-programs bench-gateways ## Compare with bare Pingora, nginx and other gateways (25 minutes, and 25 to build); the figures go into BENCHMARKS.md
+bench: bench-programs bench-gateways ## Compare with bare Pingora, nginx and other gateways (40 minutes, and 25 to build); the figures go into BENCHMARKS.md
 	python3 benches/compare.py --write
 
 .PHONY: bench-strangers

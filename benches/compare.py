@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-from harness import Bench, cell, first_line, json_body, table, write
+from harness import LOG_OFF, Bench, cell, first_line, json_body, table, write
 
 BARE = "bare Pingora"
 
@@ -225,6 +225,9 @@ def report(bench, options, results, saturated, rates):
     parts += [saturation_table(results, scenario, bench.contenders) for scenario in saturated]
     parts += [rate_table(results, scenario, bench.contenders) for scenario in rates]
     failed = "; ".join(results.failed())
+    for contender in (one for one in bench.contenders if one.tells_own and one.name != LOG_OFF):
+        written, dropped = contender.logged()
+        parts.append(f"Request log of {contender.name}: {written:,} requests written, {dropped:,} dropped at saturation.")
     parts.append(f"Requests that did not answer 200: {failed}." if failed else "Every request of every run was answered with 200.")
     return "\n\n".join(parts) + "\n"
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 
@@ -21,7 +22,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RELEASE = ROOT / "target/release"
 TOOLS = ROOT / "target/bench"
 ENDPOINT_PORT = 9100
+LOG_OFF = "api-together, request log off"
+PAGE_OPEN = "api-together, page open"
 KEY = "sk-bench-client-key"
+ADMIN_KEY = "sk-bench-admin-key"
 MODEL = "bench"
 START_SECONDS = 60
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -55,6 +59,8 @@ class Contender:
     # True if it measures its own share of a request's time.
     tells_own: bool = False
     model: str = MODEL
+    # True if its page is kept up to date all the time, as where somebody looks at it.
+    is_watched: bool = False
     process: subprocess.Popen = None
 
     @property
@@ -83,6 +89,24 @@ class Contender:
                 last_words = "\n".join(path.read_text(errors="replace").splitlines()[-15:])
                 raise SystemExit(f"{self.name} does not start; its last words:\n{last_words}")
             time.sleep(0.1)
+        if self.is_watched:
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        """Reads the changes of the page's first view, as a browser does."""
+        url = f"http://127.0.0.1:{self.port}/v1/admin/live?view=now"
+        request = urllib.request.Request(url, headers={"authorization": f"Bearer {ADMIN_KEY}"})
+        with contextlib.suppress(OSError), urllib.request.urlopen(request) as changes:
+            for _ in changes:
+                pass
+
+    def logged(self):
+        """Returns how many requests were written to its request log, and how many were dropped."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/metrics", headers=self.all_headers())
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        count = lambda name: sum(int(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+        return tuple(count(f"api_together_request_log_{name}_total") for name in ("written", "dropped"))
 
     def answers(self):
         body = json_body(1024, model=self.model)
@@ -222,6 +246,10 @@ def first_line(command):
 def all_contenders(folder):
     """Returns all contenders, with their configs written into a folder."""
     (folder / "apis.json").write_text(json.dumps(api_together_config()))
+    for name, port, more in (("log-off", 9106, {"requestLog": {"enabled": False}}), ("page-open", 9107, {"adminKey": ADMIN_KEY})):
+        config = api_together_config(port)
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "apis.json").write_text(json.dumps(config | {"server": config["server"] | more}))
     (folder / "nginx.conf").write_text(nginx_config(folder))
     (folder / "litellm.yaml").write_text(LITELLM_CONFIG)
     portkey = TOOLS / "portkey/node_modules/@portkey-ai/gateway/build/start-server.js"
@@ -232,6 +260,14 @@ def all_contenders(folder):
         Contender("nginx", 9101, [nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr"], needs=pathlib.Path(nginx)),
         Contender("bare Pingora", 9102, [RELEASE / "examples/bare", 9102, ENDPOINT_PORT]),
         Contender("api-together", 9103, [RELEASE / "api-together", "--config", folder / "apis.json"], tells_own=True),
+        Contender(LOG_OFF, 9106, [RELEASE / "api-together", "--config", folder / "log-off/apis.json"], tells_own=True),
+        Contender(
+            PAGE_OPEN,
+            9107,
+            [RELEASE / "api-together", "--config", folder / "page-open/apis.json"],
+            tells_own=True,
+            is_watched=True,
+        ),
         Contender(
             "LiteLLM",
             9104,

@@ -40,6 +40,8 @@ const ZSTD_LEVEL: i32 = 1;
 pub struct StoreError {
     /// True if the file cannot be trusted.
     pub is_corrupt: bool,
+    /// True if somebody else holds its lock.
+    pub is_busy: bool,
     /// What is wrong, with the way out.
     pub message: String,
 }
@@ -440,7 +442,7 @@ fn micros(time: Duration) -> i64 {
 }
 
 fn unusable(path: &Path, why: &str) -> StoreError {
-    StoreError { is_corrupt: false, message: format!("request log {}: {why}", path.display()) }
+    StoreError { is_corrupt: false, is_busy: false, message: format!("request log {}: {why}", path.display()) }
 }
 
 pub(super) fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
@@ -452,5 +454,6 @@ pub(super) fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
         }
         _ => (false, ""),
     };
-    StoreError { is_corrupt, ..unusable(path, &format!("{error}{way_out}")) }
+    let is_busy = matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked));
+    StoreError { is_corrupt, is_busy, ..unusable(path, &format!("{error}{way_out}")) }
 }

@@ -431,6 +431,26 @@ fn a_corrupt_file_is_set_aside() {
 }
 
 #[test]
+fn what_meets_a_lock_for_a_while_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("requests.db");
+    let (queue, thread) = running(&path);
+    let state = || queue.state(path.as_path().into());
+    queue.add(entry(1));
+    until("the first is written", || state().written == 1);
+    let lock = Connection::open(&path).unwrap();
+    lock.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    queue.add(entry(2));
+    std::thread::sleep(Duration::from_millis(2500));
+    queue.add(entry(3));
+    lock.execute_batch("COMMIT").unwrap();
+    until("the others are written", || state().written == 3);
+    assert_eq!(state().dropped.by_reason().map(|(_, count)| count).sum::<u64>(), 0);
+    queue.close();
+    thread.join().unwrap();
+}
+
+#[test]
 fn a_file_that_is_locked_or_gone_holds_nobody_up() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("requests.db");

@@ -26,6 +26,8 @@ const IDLE_LOOK_INTERVAL: Duration = Duration::from_mins(1);
 /// Pause after an error, doubled each time up to the longest.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_mins(1);
+/// Longest time for which a batch waits for somebody else's lock, a second at a time.
+const BUSY_MAX: Duration = Duration::from_secs(5);
 /// Interval of log lines about what lasts.
 const TELL_AGAIN: Duration = Duration::from_mins(10);
 /// Free room of the disk below which nothing is written, since the ledger needs it: a share of it in percent, and bytes.
@@ -104,7 +106,13 @@ impl Writer {
             return self.queue.drop_some(Reason::Failing, entries.len());
         }
         let Some(store) = &mut self.store else { return };
-        match store.write(entries) {
+        let mut written = store.write(entries);
+        // Somebody reads long, or copies the file. Meanwhile others wait in the queue.
+        while written.as_ref().is_err_and(|error| error.is_busy) && now.elapsed() < BUSY_MAX && !self.queue.is_closing()
+        {
+            written = store.write(entries);
+        }
+        match written {
             Ok(()) => {
                 self.queue.note_written(entries.len());
                 self.works();
