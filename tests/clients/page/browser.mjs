@@ -22,7 +22,7 @@ export const launch = () =>
 export async function open(browser, url, { signIn = true, ...options } = {}) {
   const context = await browser.newContext({ viewport: { width: 1280, height: 900 }, timezoneId: "UTC", ...options });
   const page = await context.newPage();
-  page.setDefaultTimeout(10_000);
+  page.setDefaultTimeout(20_000);
   page.wrong = [];
   page.sent = [];
   context.on("request", (request) => {
