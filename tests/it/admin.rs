@@ -592,7 +592,7 @@ async fn views_are_watched_by_few_and_only_as_long_as_they_may_be() {
         let one_more = Reply::of(live("?view=now").bearer_auth(ADMIN)).await;
         assert_eq!((one_more.status, &one_more.json()["error"]["code"]), (409, &json!("too_many_viewers")));
         let (text, has_ended) = events(watching.pop().unwrap(), Duration::from_millis(500)).await;
-        assert!(text.contains("event: hello\n") && text.contains(r#"event: change"#) && !has_ended, "{text}");
+        assert!(text.contains("event: hello\n") && text.contains("event: change") && !has_ended, "{text}");
         drop(watching);
         // Their places are free as soon as they have left.
         let mut freed = live("?view=now").bearer_auth(ADMIN).send().await.unwrap();

@@ -41,16 +41,17 @@ pub(super) struct Column {
     pub(super) parts: Vec<(usize, f64)>,
 }
 
-/// Columns that a chart has room for at least.
-const COLUMNS_MIN: usize = 24;
+impl Column {
+    pub(super) fn sum(&self) -> f64 {
+        self.parts.iter().map(|(_, value)| value).sum()
+    }
+}
 
 /// Stacked columns. `shown` says what a value is in words.
 pub(super) fn columns(columns: &[Column], names: &[String], shown: impl Fn(f64) -> String, label: &str) -> Markup {
     const HEIGHT: f64 = 160.0;
-    let sum = |column: &Column| column.parts.iter().map(|(_, value)| value).sum::<f64>();
-    let largest = columns.iter().map(sum).fold(f64::MIN_POSITIVE, f64::max);
-    // Few columns are no wider than many.
-    let width = columns.len().max(COLUMNS_MIN) * 10;
+    let largest = columns.iter().map(Column::sum).fold(f64::MIN_POSITIVE, f64::max);
+    let width = columns.len().max(1) * 10;
     let placed = columns.iter().enumerate().map(|(place, column)| {
         let mut y = HEIGHT;
         let parts: Vec<_> = column
@@ -68,7 +69,7 @@ pub(super) fn columns(columns: &[Column], names: &[String], shown: impl Fn(f64) 
         svg class="columns" viewBox={ "0 0 " (width) " 160" } preserveAspectRatio="none" role="img" aria-label=(label) {
             @for (x, column, parts) in placed {
                 g {
-                    title { (column.label) ": " (shown(sum(column))) }
+                    title { (column.label) ": " (shown(column.sum())) }
                     @for (series, value, y, height) in parts {
                         rect class={ "s" (series) } x=(x) width="8" y=(format!("{y:.2}")) height=(format!("{height:.2}")) {
                             title { (column.label) ", " (names.get(series).map_or("", String::as_str)) ": " (shown(value)) }

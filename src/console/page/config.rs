@@ -35,13 +35,13 @@ pub(super) fn document(w: Language, config: &Value, versions: &Value) -> Markup 
                 @let name = text(version, "name");
                 li {
                     (moment(text(version, "at"))) " "
-                    button type="button" class="show" data-version=(in_path(name)) { (w.t("Compare")) }
+                    button type="button" class="show" data-version=(in_path(name)) { (w.t("Show it, and what would change")) }
                     @if obstacle.is_empty() {
                         (Call {
                             method: "POST",
                             path: format!("/v1/admin/config/versions/{}/restore", in_path(name)),
                             button: w.t("Go back to it"),
-                            confirm: Some(w.t("Put this text in the place of the file's?").to_owned()),
+                            confirm: Some(w.t("Go back to this text?").to_owned()),
                         }.button())
                     }
                 }

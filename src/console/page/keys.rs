@@ -4,7 +4,7 @@ use maud::{Markup, html};
 use serde_json::Value;
 
 use super::live::{Region, Rows, View};
-use super::parts::{Call, badge, bar, fact, field, has, in_path, list, moment, nothing, or_dash, query, text};
+use super::parts::{Call, badge, bar, fact, field, has, in_path, list, moment, needed, nothing, or_dash, query, text};
 use super::words::Language;
 
 /// The view as the stream of changes has it.
@@ -25,7 +25,7 @@ pub(super) fn document(w: Language, view: &View) -> Markup {
         details class="add" {
             summary { (w.t("Add a key")) }
             (Call { method: "POST", path: "/v1/admin/keys".to_owned(), button: w.t("Add"), confirm: None }.form(&html! {
-                (field(w.t("Name"), "name", "text", "ada"))
+                (needed(w.t("Name"), "name", "text", "ada"))
                 (field(w.t("Requests a minute"), "rpm", "number", ""))
                 (field(w.t("Requests a day"), "rpd", "number", ""))
                 (field(w.t("Tokens a minute"), "tpm", "number", ""))
@@ -104,7 +104,7 @@ fn actions(w: Language, name: &str, budgets: &[Value]) -> Markup {
                 .form(&field(w.t("hours for which the old one opens, too"), "overlapHours", "number", "24")))
             @if !budgets.is_empty() {
                 (Call { method: "POST", path: path("/raise"), button: w.t("Raise"), confirm: None }.form(&html! {
-                    (field(w.t("more of the budget"), "by", "number", "5"))
+                    (needed(w.t("more of the budget"), "by", "number", "5"))
                     label class="field" {
                         span { (w.t("budget")) }
                         select name="budget" data-kind="budget" {
@@ -114,7 +114,7 @@ fn actions(w: Language, name: &str, budgets: &[Value]) -> Markup {
                             }
                         }
                     }
-                    (field(w.t("until"), "until", "moment", ""))
+                    (needed(w.t("until"), "until", "moment", ""))
                 }))
             }
             (Call { method: "DELETE", path: path(""), button: w.t("Revoke"), confirm: Some(w.with("Revoke {}? This cannot be undone.", &[name])) }.button())

@@ -94,6 +94,7 @@ impl Console {
                     p id="ask-text" {}
                     pre id="ask-secret" tabindex="0" hidden {}
                     div class="actions" {
+                        button type="button" id="ask-copy" class="copy" data-from="ask-secret" hidden { (w.t("Copy")) }
                         button value="yes" { (w.t("Yes")) }
                         button value="no" { (w.t("No")) }
                     }
@@ -173,6 +174,8 @@ fn words(w: Language) -> String {
         "line": w.t("line {}"),
         "noKey": w.t("Give a client's key first."),
         "failed": w.t("It failed:"),
+        "apply": w.t("Put this text in the place of the file's?"),
+        "dirty": w.t("The text was changed and is not applied. Leave it?"),
     })
     .to_string()
 }

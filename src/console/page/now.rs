@@ -108,9 +108,16 @@ fn alerts(w: Language, status: &Value) -> Markup {
     let wrong: Vec<(&Value, State<'_>)> = apis
         .iter()
         .map(|api| (api, State::of_endpoint(w, api)))
-        .filter(|(api, state)| state.color != "good" && (state.color != "off" || has(api, "switchedOff")))
+        .filter(|(api, state)| match state.color {
+            "good" => fails_often(api),
+            "off" => has(api, "switchedOff"),
+            _ => true,
+        })
         .collect();
-    let able = apis.iter().filter(|api| member(api, "available") == &Value::Bool(true)).count();
+    let is_true = |api: &&Value, key| member(api, key) == &Value::Bool(true);
+    let able = apis.iter().filter(|api| is_true(api, "available")).count();
+    // Those that are off in the config are nobody's trouble.
+    let meant = apis.iter().filter(|api| is_true(api, "enabled") || has(api, "switchedOff")).count();
     let config = member(status, "config");
     let of_process: Vec<(&'static str, &str)> = [
         (w.t("The config file is not in use:"), text(config, "error")),
@@ -127,7 +134,7 @@ fn alerts(w: Language, status: &Value) -> Markup {
         (_, false, _) => "near",
         _ => "good",
     };
-    let (able_shown, all_shown) = (able.to_string(), apis.len().to_string());
+    let (able_shown, all_shown) = (able.to_string(), meant.to_string());
     html! {
         div id="alerts" class={ "alerts " (color) } {
             p class="verdict" role="status" { (w.with("{} of {} endpoints can take requests", &[&able_shown, &all_shown])) }
@@ -137,7 +144,8 @@ fn alerts(w: Language, status: &Value) -> Markup {
                     li {
                         a href=(endpoint_path(text(api, "id"))) { (text(api, "name")) } " " (state.shown(w))
                         @if let Some(why) = held_by(api) { " · " (why) }
-                        @if state.color == "bad" && has(api, "lastError") { " · " (text(member(api, "lastError"), "what")) }
+                        @if fails_often(api) { " · " (w.t("errors")) " " (share_of_errors(api)) }
+                        @if (state.color == "bad" || fails_often(api)) && has(api, "lastError") { " · " (text(member(api, "lastError"), "what")) }
                     }
                 }
                 @if wrong.len() > NAMED_MAX { li { (w.with("and {} more", &[&(wrong.len() - NAMED_MAX).to_string()])) } }
@@ -154,8 +162,23 @@ fn alerts(w: Language, status: &Value) -> Markup {
     }
 }
 
+/// The limit that holds it back. One that is switched off is held back by nothing else.
 fn held_by(api: &Value) -> Option<&str> {
-    api.get("heldBy").and_then(Value::as_str)
+    api.get("heldBy").and_then(Value::as_str).filter(|_| !has(api, "switchedOff"))
+}
+
+/// Attempts of the last hour from which on a share of errors says something.
+const ATTEMPTS_TELLING: u64 = 4;
+
+/// True if half of what it was asked in the last hour failed.
+fn fails_often(api: &Value) -> bool {
+    let hour = member(api, "lastHour");
+    count(hour, "attempts") >= ATTEMPTS_TELLING && count(hour, "failed") * 2 >= count(hour, "attempts")
+}
+
+fn share_of_errors(api: &Value) -> String {
+    let hour = member(api, "lastHour");
+    percent(count(hour, "failed"), count(hour, "attempts"))
 }
 
 pub(super) fn endpoint_path(id: &str) -> String {
@@ -348,7 +371,7 @@ pub(super) fn running(w: Language, running: &Value) -> Markup {
                                 method: "DELETE",
                                 path: format!("/v1/admin/running/{}?number={number}", in_path(id)),
                                 button: w.t("Cancel"),
-                                confirm: Some(w.with("Cancel the request of {} for {}?", &[or_dash(text(request, "key")), or_dash(text(request, "model"))])),
+                                confirm: Some(w.with("Cancel the request of {} for {}?", &[Some(text(request, "key")).filter(|key| !key.is_empty()).unwrap_or(w.t("the server's own key")), or_dash(text(request, "model"))])),
                             }.button())
                         }
                     }
@@ -366,6 +389,7 @@ pub(super) fn endpoint_view(w: Language, api: &Value) -> View {
 
 fn endpoint_region(w: Language, api: &Value) -> Markup {
     let error = member(api, "lastError");
+    let is_open = !matches!(State::of_endpoint(w, api).color, "bad" | "off");
     html! {
         div id="endpoint" {
             p { (State::of_endpoint(w, api).shown(w)) @if let Some(why) = held_by(api) { " · " (why) } }
@@ -388,8 +412,9 @@ fn endpoint_region(w: Language, api: &Value) -> Markup {
                         strong { (name) } " "
                         @if has(model, "restEnds") { (badge("bad", w.t("resting"))) " " (moment(text(model, "restEnds"))) }
                         @else if has(model, "coolDownEnds") { (badge("bad", w.t("cooling down"))) " " (moment(text(model, "coolDownEnds"))) }
-                        @else if member(model, "available") == &Value::Bool(true) { (badge("good", w.t("open"))) }
-                        @else { (badge("bad", w.t("being tried again"))) }
+                        @else if member(model, "available") != &Value::Bool(true) { (badge("bad", w.t("being tried again"))) }
+                        // What is wrong with the endpoint is wrong with all of them.
+                        @else if is_open { (badge("good", w.t("open"))) }
                     }
                 }
             }
@@ -412,7 +437,9 @@ pub(super) fn endpoint_document(w: Language, api: &Value, view: &View) -> Markup
         p { a href="/dashboard" { "← " (w.t("Now")) } }
         h1 { (name) @if name != id { " " code { (id) } } }
         div class="actions" {
-            @if is_off { (call("enable", w.t("Switch on")).button()) } @else {
+            @if is_off { (call("enable", w.t("Switch on")).button()) }
+            @else if member(api, "enabled") != &Value::Bool(true) { p class="label" { (w.t("It is off in the config, and is switched on there.")) } }
+            @else {
                 (Call { confirm: Some(w.with("Switch {} off?", &[name])), ..call("disable", w.t("Switch off")) }
                     .form(&field(w.t("until (empty: until it is switched on)"), "until", "moment", "")))
             }

@@ -1,6 +1,6 @@
 //! Parts that several views show: numbers, moments, bars, forms. Everything that comes from outside is text to them, never markup.
 
-use maud::{Markup, html};
+use maud::{Markup, PreEscaped, html};
 use serde_json::Value;
 
 /// A text of a value; empty if there is none.
@@ -46,9 +46,13 @@ pub(super) fn grouped(number: u64) -> String {
     grouped
 }
 
-/// Dollars, to a hundredth of a cent where they are few.
+/// Dollars, to a hundredth of a cent where they are few, and as far as there is something where they are very few.
 pub(super) fn dollars(usd: f64) -> String {
-    if usd != 0.0 && usd.abs() < 1.0 { format!("${usd:.4}") } else { format!("${usd:.2}") }
+    match usd.abs() {
+        few if few > 0.0 && few < 0.001 => format!("${usd:.6}"),
+        few if few > 0.0 && few < 1.0 => format!("${usd:.4}"),
+        _ => format!("${usd:.2}"),
+    }
 }
 
 /// Milliseconds, as people say them.
@@ -101,6 +105,11 @@ pub(super) struct Call<'a> {
     pub(super) button: &'a str,
     /// A question that is asked before.
     pub(super) confirm: Option<String>,
+}
+
+/// A field that has to be filled in.
+pub(super) fn needed(label: &str, name: &str, kind: &str, hint: &str) -> Markup {
+    PreEscaped(field(label, name, kind, hint).0.replace("<input ", "<input required "))
 }
 
 impl Call<'_> {
@@ -169,7 +178,10 @@ mod tests {
     #[test]
     fn numbers_are_shown_whole() {
         assert_eq!([0, 999, 1000, 1_234_567].map(grouped), ["0", "999", "1,000", "1,234,567"]);
-        assert_eq!([0.0, 0.00123, 0.5, 12.345].map(dollars), ["$0.00", "$0.0012", "$0.5000", "$12.35"]);
+        assert_eq!(
+            [0.0, 0.000_012, 0.00123, 0.5, 12.345].map(dollars),
+            ["$0.00", "$0.000012", "$0.0012", "$0.5000", "$12.35"]
+        );
         assert_eq!([0.44, 12.4, 1500.0, 90_000.0].map(duration), ["0.4 ms", "12 ms", "1.5 s", "1.5 min"]);
     }
 

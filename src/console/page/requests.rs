@@ -80,21 +80,38 @@ fn older(w: Language, page: &Value, filters: &Filters) -> Markup {
 }
 
 /// The same as a document.
-pub(super) fn document(w: Language, view: &View, filters: &Filters) -> Markup {
+pub(super) fn document(w: Language, view: &View, filters: &Filters, known: &Known) -> Markup {
     html! {
         h1 { (w.t("Requests")) }
         @if filters.is_live() {
             details class="under-way" { summary { (w.t("Requests under way")) } (view.fixed("running")) }
         }
-        (form(w, filters))
+        (form(w, filters, known))
         (view.rows())
         (view.fixed("older"))
     }
 }
 
-fn form(w: Language, filters: &Filters) -> Markup {
+/// Names that can be filtered by.
+pub(super) struct Known {
+    pub(super) endpoints: Vec<String>,
+    pub(super) keys: Vec<String>,
+    pub(super) models: Vec<String>,
+}
+
+/// Names that are suggested in one field.
+const SUGGESTED_MAX: usize = 200;
+
+fn form(w: Language, filters: &Filters, known: &Known) -> Markup {
+    let lists = [("endpoint", &known.endpoints), ("key", &known.keys), ("model", &known.models)];
     let input = |name: &str, label: &str| {
-        html! { label class="field" { span { (label) } input type="text" name=(name) value=(filters.get(name)) autocomplete="off" spellcheck="false"; } }
+        let list = lists.iter().any(|(one, _)| *one == name).then(|| format!("of-{name}"));
+        html! {
+            label class="field" {
+                span { (label) }
+                input type="text" name=(name) value=(filters.get(name)) list=[list] autocomplete="off" spellcheck="false";
+            }
+        }
     };
     let select = |name: &str, label: &str, choices: &[(&str, &str)]| {
         html! {
@@ -116,6 +133,7 @@ fn form(w: Language, filters: &Filters) -> Markup {
             (input("id", w.t("Request id")))
             button type="submit" { (w.t("Search")) }
             a href="/dashboard/requests" { (w.t("All")) }
+            @for (name, all) in lists { datalist id={ "of-" (name) } { @for one in all.iter().take(SUGGESTED_MAX) { option value=(one) {} } } }
         }
     }
 }
@@ -169,7 +187,7 @@ pub(super) fn one(w: Language, request: &Value) -> Markup {
     let tokens = |key: &str| html! { @if has(request, key) { (grouped(count(request, key))) } @else { "–" } };
     let plain = |key: &str| html! { (or_dash(text(request, key))) };
     html! {
-        p { a href="/dashboard/requests" { "← " (w.t("Requests")) } }
+        p { a id="back-to-requests" href="/dashboard/requests" { "← " (w.t("Requests")) } }
         h1 { (w.t("Request")) " " code { (text(request, "id")) } }
         p { (outcome(w, request)) " " (way(request)) }
         @if has(request, "cause") { p class="bad" { (text(request, "cause")) } }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::chart::{Column, columns};
 use super::now::percent;
-use super::parts::{count, dollars, grouped, list, moment, nothing, number, query, text};
+use super::parts::{count, dollars, grouped, list, nothing, number, query, text};
 use super::words::Language;
 
 /// Series that have a color of their own; what else there is shares one.
@@ -119,7 +119,7 @@ pub(super) fn document(w: Language, usage: &Value, shown: Shown, now: &ZonedDate
             (chart(w, parts, &names, shown, now))
             div class="scroll" tabindex="0" role="region" aria-label=(w.t("Usage")) { (table(w, &names, all)) }
         }
-        p { a href=(csv) download="usage.csv" { (w.t("Download as CSV")) } " · " (w.t("since")) " " (moment(parts.first().map_or("", |part| text(part, "begins")))) }
+        p { a href=(csv) download="usage.csv" { (w.t("Download as CSV")) } }
     }
 }
 
@@ -178,13 +178,14 @@ fn chart(w: Language, parts: &[Value], names: &[(&str, Sums)], shown: Shown, now
         by_label.into_iter().map(|(label, parts)| Column { label, parts: parts.into_iter().collect() }).collect();
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "counts")]
     let said = |value: f64| if shown.of == "cost" { dollars(value) } else { grouped(value as u64) };
+    let largest = drawn.iter().map(Column::sum).fold(0.0, f64::max);
     let zone = now.time_zone().iana_name().unwrap_or_default();
     html! {
         figure {
             (columns(&drawn, &series, said, w.t("Usage")))
             figcaption {
                 @if let (Some(first), Some(last)) = (drawn.first(), drawn.last()) {
-                    span { (first.label) @if first.label != last.label { " – " (last.label) } " " (zone) }
+                    span { (w.with("at most {}", &[&said(largest)])) " · " (first.label) @if first.label != last.label { " – " (last.label) } " " (zone) }
                 }
                 ul class="legend" { @for (place, name) in series.iter().enumerate() { li class={ "s" (place) } { (name) } } }
             }

@@ -185,6 +185,16 @@ pub(super) async fn watch(request: &Request<'_>, w: Language, watched: &mut Watc
     }
 }
 
+/// Names that requests can be searched for.
+fn known(request: &Request<'_>) -> requests::Known {
+    let (pool, callers) = (request.from.pool, request.from.process.keyring.load());
+    requests::Known {
+        endpoints: pool.endpoints.iter().map(|endpoint| endpoint.config.id.to_string()).collect(),
+        keys: callers.all().map(|caller| caller.name().to_string()).collect(),
+        models: pool.router.names().map(ToOwned::to_owned).collect(),
+    }
+}
+
 async fn endpoint(request: &Request<'_>, id: &str) -> Result<Value, Fault> {
     let wanted = id.to_owned();
     let mut status = endpoints::shown(request, move |id| id == wanted).await?;
@@ -218,7 +228,7 @@ pub(super) async fn document(
             let api_query = filters.for_api();
             let page = logged::search(&asking(request, Some(&api_query), "")).await?;
             let view = requests::view(w, Some(&page), &running(request)?, &filters);
-            Ok(requests::document(w, &view, &filters))
+            Ok(requests::document(w, &view, &filters, &known(request)))
         }
         Place::Request(id) => Ok(requests::one(w, &logged::one(&asking(request, query, id)).await?)),
         Place::Keys => {

@@ -326,6 +326,9 @@ test("keys are added, shown once, rotated, and revoked", async () => {
   await page.locator("#ask-secret").waitFor();
   const secret = await page.locator("#ask-secret").innerText();
   assert.match(secret, /^sk-at-/);
+  await page.keyboard.press("Escape");
+  assert.ok(await page.locator("#ask-secret").isVisible(), "it is lost by a key that was hit");
+  await page.locator("#ask-copy").click();
   await page.getByRole("button", { name: "Close" }).click();
   const grace = page.locator("#keys > li", { hasText: "grace" });
   assert.match(await grace.innerText(), /30 requests a minute.*\$10.*m, pool\*/s);
@@ -370,13 +373,24 @@ test("the config is checked while it is typed, applied, and put back", async () 
   await text.fill(good.replace(`"rpm": 600`, `"rpm": 700`));
   await page.getByText("What would change:").waitFor();
   assert.match(await page.locator("#config-check").innerText(), /600.*700/s);
-  await Promise.all([page.waitForEvent("load"), page.getByRole("button", { name: "Apply" }).click()]);
+  await page.getByRole("button", { name: "Apply" }).click();
+  assert.match(await page.locator("#ask-text").innerText(), /600.*700/s, "it asks, and says what would change");
+  await Promise.all([page.waitForEvent("load"), page.getByRole("button", { name: "Yes" }).click()]);
+  await page.locator("#said.good").waitFor();
   const written = await servers.read();
   assert.deepEqual([written.apis[0].rpm, written.server.apiKey], [700, CLIENT_KEY]);
 
   await page.getByRole("button", { name: "Go back to it" }).last().click();
   await page.getByRole("button", { name: "Yes" }).click();
   assert.ok(await waitUntil(async () => (await servers.read()).apis[0].rpm === 600, 5_000), "it was not put back");
+  await page.waitForEvent("load");
+  // The text and what it was made out of are those of the file.
+  assert.equal(await text.inputValue(), good);
+  await text.fill(good.replace(`"rpm": 600`, `"rpm": 650`));
+  await page.getByRole("button", { name: "Show it, and what would change" }).first().click();
+  await page.locator("#ask-text", { hasText: "not applied" }).waitFor();
+  await page.getByRole("button", { name: "No", exact: true }).click();
+  assert.match(await text.inputValue(), /"rpm": 650/);
   await close(page);
 });
 

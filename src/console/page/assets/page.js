@@ -430,10 +430,22 @@ async function call(method, path, body, isAgain) {
   return answer;
 }
 
+const GOOD_NEWS_MS = 8_000;
+let fading = 0;
+
+/** Says what came of something. Good news goes by itself, and is kept over a reload; bad news stays. */
 function tell(text, isBad) {
   const said = byId("said");
   said.className = isBad ? "bad" : "good";
   said.textContent = text;
+  clearTimeout(fading);
+  delete sessionStorage.said;
+  if (isBad) return;
+  sessionStorage.said = text;
+  fading = setTimeout(() => {
+    said.replaceChildren();
+    delete sessionStorage.said;
+  }, GOOD_NEWS_MS);
 }
 
 let asked = Promise.resolve();
@@ -450,8 +462,9 @@ function show(text, secret) {
   const pre = byId("ask-secret");
   pre.hidden = !secret;
   pre.textContent = secret ?? "";
-  const [yes, no] = dialog.querySelectorAll("button");
+  const [yes, no] = dialog.querySelectorAll("button[value]");
   no.hidden = Boolean(secret);
+  byId("ask-copy").hidden = !secret;
   yes.textContent = secret ? words.close : words.yes;
   dialog.returnValue = "";
   dialog.showModal();
@@ -515,6 +528,11 @@ function shownResult({ message, steps = [] }) {
   return [message ?? steps.map(line).join("\n"), isBad];
 }
 
+// A key that is shown once is not to be lost by a key that was hit.
+byId("ask")?.addEventListener("cancel", (event) => {
+  if (!byId("ask-secret").hidden) event.preventDefault();
+});
+
 async function submitCall(form) {
   if (form.dataset.confirm && !(await ask(form.dataset.confirm))) return;
   const button = form.querySelector("button[type=submit]");
@@ -526,7 +544,7 @@ async function submitCall(form) {
     form.reset();
     if (answer.key) await ask(`${answer.message} ${words.once}`, answer.key);
     // The text of the config and what it was made out of belong together.
-    if (document.querySelector("form.config")) location.reload();
+    if (document.querySelector("form.config")) reloadConfig();
     // What was done shows by the next look, if not by this one.
     else await refresh().catch(() => {});
   } catch (error) {
@@ -655,12 +673,19 @@ async function checkConfig(form) {
   }
 }
 
+/** Loads the file anew, whatever is typed. */
+function reloadConfig() {
+  loaded = null;
+  location.reload();
+}
+
 async function applyConfig(form) {
+  const changes = [...byId("config-check").querySelectorAll("li")].map((line) => `· ${line.textContent}`);
+  if (!(await ask([words.apply, ...changes].join("\n")))) return;
   try {
     const answer = await call("PUT", "/v1/admin/config", { text: form.elements.text.value, tag: form.dataset.tag });
     tell(answer.message);
-    loaded = form.elements.text.value;
-    location.reload();
+    reloadConfig();
   } catch (error) {
     tell(`${words.failed} ${error.message}`, true);
   }
@@ -671,6 +696,7 @@ async function showVersion(name) {
   try {
     const { text } = await call("GET", `/v1/admin/config/versions/${name}`);
     const form = document.querySelector("form.config");
+    if (form.elements.text.value !== loaded && !(await ask(words.dirty))) return;
     form.elements.text.value = text;
     await checkConfig(form);
     form.scrollIntoView();
@@ -759,6 +785,11 @@ async function tryIt(form) {
 
 // --- the beginning ---
 
+if (sessionStorage.said) tell(sessionStorage.said);
+if (location.pathname === "/dashboard/requests") sessionStorage.search = location.search;
+// Back to what was searched for.
+const back = byId("back-to-requests");
+if (back) back.href += sessionStorage.search ?? "";
 sayMoments(document.body);
 showConfig();
 connect();
