@@ -67,7 +67,7 @@ test("pictures of the page", async () => {
   for (const [name, view, options] of [
     ["now", "/dashboard", {}],
     ["request", `/dashboard/requests/${moved.id}`, {}],
-    ["usage-dark", "/dashboard/usage?range=24h&by=model", { colorScheme: "dark" }],
+    ["usage-dark", "/dashboard/usage?range=24h&by=endpoint", { colorScheme: "dark" }],
     ["phone", "/dashboard", { viewport: { width: 360, height: 740 } }],
   ]) {
     const page = await open(browser, servers.url, options);
