@@ -11,7 +11,8 @@ use serde_json::Value;
 use super::{Request, invalid, shown};
 use crate::exchange::running::{Progress, RunningRequest};
 use crate::fault::{Fault, excerpt};
-use crate::request_log::reader::{Filter, From, Logged, LoggedBody, PAGE_MAX, Reader, StatusWanted};
+use crate::request_log::logged::{Logged, LoggedBody};
+use crate::request_log::reader::{Filter, From, PAGE_MAX, Reader, StatusWanted};
 
 /// Requests of a page, unless said otherwise.
 const PAGE_DEFAULT: usize = 50;

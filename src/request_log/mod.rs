@@ -9,10 +9,11 @@
 //! | `queue` | entries that wait to be written |
 //! | `writer` | the thread that writes them, and what keeps it from writing |
 //! | `store` | the file: batches, names, retention |
-//! | [`reader`] | pages of the log, one request with its attempts |
+//! | [`reader`], [`logged`] | pages of the log, one request with its attempts |
 //! | `traces`, `spans` | the same as spans, sent by OTLP (feature `otlp`) |
 
 mod entry;
+pub mod logged;
 mod queue;
 pub mod reader;
 #[cfg(feature = "otlp")]

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant, SystemTime};
 use http::HeaderValue;
 use rusqlite::Connection;
 
+use super::logged::Logged;
 use super::queue::Queue;
-use super::reader::{Filter, From, Logged, Reader, StatusWanted};
+use super::reader::{Filter, From, Reader, StatusWanted};
 use super::writer::Writer;
 use super::*;
 use crate::config::LimitKind;

@@ -11,7 +11,7 @@ use super::words::why;
 use super::{LogError, ShowLog};
 use crate::cli::table::Table;
 use crate::cli::times::{millis, moment};
-use crate::request_log::reader::Logged;
+use crate::request_log::logged::Logged;
 use crate::telemetry::plain_text::{csv_field, on_one_line};
 
 const PLAIN: Style = Style::new();

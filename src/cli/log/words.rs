@@ -5,7 +5,7 @@ use std::sync::Arc;
 use jiff::ZonedDateTime;
 
 use crate::cli::times::{millis, moment};
-use crate::request_log::reader::{Logged, LoggedAttempt, Millis};
+use crate::request_log::logged::{Logged, LoggedAttempt, Millis};
 use crate::telemetry::plain_text::on_one_line;
 
 /// Why a request failed, in few words.
