@@ -4,7 +4,7 @@
 //! | module | owns |
 //! |---|---|
 //! | `views` | which view an address asks for, and its data |
-//! | `now`, `requests`, `keys`, `usage`, `config`, `connect` | the views |
+//! | `now`, `endpoint`, `requests`, `keys`, `usage`, `config`, `connect` | the views |
 //! | `live` | changes of a view, as a stream of events |
 //! | `parts`, `chart` | what several views show |
 //! | `words` | English and Chinese |
@@ -14,6 +14,7 @@ mod assets;
 mod chart;
 mod config;
 mod connect;
+mod endpoint;
 mod keys;
 pub(super) mod live;
 mod now;

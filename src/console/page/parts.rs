@@ -68,6 +68,13 @@ pub(super) fn duration(ms: f64) -> String {
     }
 }
 
+/// A part of a whole, in percent.
+pub(super) fn percent(part: u64, whole: u64) -> String {
+    // Tenths of a percent.
+    let tenths = (part.saturating_mul(1000) + whole / 2).checked_div(whole).unwrap_or_default();
+    format!("{}.{} %", tenths / 10, tenths % 10)
+}
+
 /// A moment; the script says it in the reader's time zone, and counts down to it if it is to come.
 pub(super) fn moment(iso: &str) -> Markup {
     // `2027-03-31T18:00:00.000Z` becomes `2027-03-31 18:00:00 UTC`.

@@ -7,8 +7,7 @@ use maud::{Markup, html};
 use serde_json::Value;
 
 use super::chart::{Column, columns};
-use super::now::percent;
-use super::parts::{count, dollars, grouped, list, nothing, number, query, text};
+use super::parts::{count, dollars, grouped, list, nothing, number, percent, query, text};
 use super::words::Language;
 
 /// Series that have a color of their own; what else there is shares one.

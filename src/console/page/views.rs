@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::live::{INTERVAL, View};
 use super::requests::Filters;
 use super::words::Language;
-use super::{config, connect, keys as of_keys, now, requests, usage};
+use super::{config, connect, endpoint as endpoint_page, keys as of_keys, now, requests, usage};
 use crate::admin;
 use crate::console::{Request, config_file, endpoints, keys, requests as logged, usage as counted};
 use crate::fault::{Fault, excerpt};
@@ -163,7 +163,7 @@ pub(super) async fn watch(request: &Request<'_>, w: Language, watched: &mut Watc
             let running = running(request)?;
             aside(move || now::view(w, &status, &running, &open)).await
         }
-        Watched::Endpoint(id) => Ok(now::endpoint_view(w, &endpoint(request, id).await?)),
+        Watched::Endpoint(id) => Ok(endpoint_page::view(w, &endpoint(request, id).await?)),
         Watched::Requests(filters, written) => {
             let running = running(request)?;
             let now = request.from.process.request_log.state().map(|state| state.written);
@@ -221,7 +221,7 @@ pub(super) async fn document(
         }
         Place::Endpoint(id) => {
             let api = endpoint(request, id).await?;
-            Ok(now::endpoint_document(w, &api, &now::endpoint_view(w, &api)))
+            Ok(endpoint_page::document(w, &api, &endpoint_page::view(w, &api)))
         }
         Place::Requests => {
             let filters = Filters::of(query);
