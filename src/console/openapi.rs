@@ -153,12 +153,18 @@ fn operation(row: &Row, generator: &mut SchemaGenerator) -> Value {
     let in_query = parameters.iter().map(|(name, meaning)| {
         json!({ "name": name, "in": "query", "schema": { "type": "string" }, "description": meaning })
     });
+    let json_content = json!({ "schema": answer(generator) });
+    let content = match row.operation {
+        Operation::Live => json!({ "text/event-stream": { "schema": { "type": "string" } } }),
+        Operation::Usage => json!({ "application/json": json_content, "text/csv": { "schema": { "type": "string" } } }),
+        _ => json!({ "application/json": json_content }),
+    };
     let mut described = json!({
         "operationId": format!("{:?}", row.operation),
         "summary": summary,
         "parameters": in_path.into_iter().chain(in_query).collect::<Vec<_>>(),
         "responses": {
-            "200": { "description": "Done", "content": { "application/json": { "schema": answer(generator) } } },
+            "200": { "description": "Done", "content": content },
             "default": {
                 "description": "An error",
                 "content": { "application/json": { "schema": of::<ErrorShown>(generator) } },

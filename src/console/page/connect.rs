@@ -32,6 +32,12 @@ fn clients(base: &str, model: &str) -> Vec<Client> {
             ),
         ),
         client(
+            "Anthropic SDK, Python",
+            format!(
+                "from anthropic import Anthropic\n\nclient = Anthropic(base_url=\"{base}\", api_key=\"KEY\")\nanswer = client.messages.create(\n    model=\"{model}\",\n    max_tokens=1024,\n    messages=[{{\"role\": \"user\", \"content\": \"Say hello.\"}}],\n)\nprint(answer.content[0].text)\n"
+            ),
+        ),
+        client(
             "curl",
             format!(
                 "curl -N {base}/v1/chat/completions \\\n  -H \"Authorization: Bearer KEY\" -H \"Content-Type: application/json\" \\\n  -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Say hello.\"}}]}}'\n"
