@@ -151,7 +151,10 @@ fn operation(row: &Row, generator: &mut SchemaGenerator) -> Value {
             "description": "The id or the name that is meant" })
     });
     let in_query = parameters.iter().map(|(name, meaning)| {
-        json!({ "name": name, "in": "query", "schema": { "type": "string" }, "description": meaning })
+        let is_required = row.operation == Operation::Live && *name == "view";
+        json!({
+            "name": name, "in": "query", "required": is_required, "schema": { "type": "string" }, "description": meaning,
+        })
     });
     let json_content = json!({ "schema": answer(generator) });
     let content = match row.operation {
