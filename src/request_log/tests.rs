@@ -431,16 +431,22 @@ fn a_corrupt_file_is_set_aside() {
     assert!(Reader::open(&path).unwrap().request("request-1").unwrap().is_some());
 }
 
+/// A log that has one entry, locked by somebody else.
+fn locked(path: &Path, queue: &Queue) -> Connection {
+    queue.add(entry(1));
+    until("the first is written", || queue.state(path.into()).written == 1);
+    let lock = Connection::open(path).unwrap();
+    lock.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    lock
+}
+
 #[test]
 fn what_meets_a_lock_for_a_while_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("requests.db");
     let (queue, thread) = running(&path);
     let state = || queue.state(path.as_path().into());
-    queue.add(entry(1));
-    until("the first is written", || state().written == 1);
-    let lock = Connection::open(&path).unwrap();
-    lock.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    let lock = locked(&path, &queue);
     queue.add(entry(2));
     std::thread::sleep(Duration::from_millis(2500));
     queue.add(entry(3));
@@ -457,10 +463,7 @@ fn a_file_that_is_locked_or_gone_holds_nobody_up() {
     let path = folder.path().join("requests.db");
     let (queue, thread) = running(&path);
     let state = || queue.state(path.as_path().into());
-    queue.add(entry(1));
-    until("the first is written", || state().written == 1);
-    let lock = Connection::open(&path).unwrap();
-    lock.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    let lock = locked(&path, &queue);
     until("it says that it fails", || {
         let begun = Instant::now();
         if queue.takes(false) {
