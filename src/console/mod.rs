@@ -110,7 +110,7 @@ pub(crate) struct Admitted {
 }
 
 impl Admitted {
-    /// True if whoever makes it has the key, or a session.
+    /// True if it comes with the key, or with a session.
     pub(crate) fn is_by_key(&self) -> bool {
         !self.author.is_nobody()
     }
@@ -137,7 +137,7 @@ impl Console {
             Ok(wanted) if wanted.operation == Operation::SignIn => {
                 auth.check_admin_address(server.failed_keys_per_minute, call.address).map(|()| Author::nobody(call))
             }
-            // Looking on is no use of a session, which would else never end.
+            // Watching a view does not count as using the session, which would never end otherwise.
             _ => {
                 let is_use = !matches!(&wanted, Ok(wanted) if wanted.operation == Operation::Live);
                 self.author(auth, (key, server.failed_keys_per_minute), (call, is_use))

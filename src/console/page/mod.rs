@@ -84,24 +84,7 @@ impl Console {
             Place::Endpoint(id) => format!("{view}&name={}", parts::in_path(id)),
             _ => view.to_owned(),
         });
-        let title = place.title(w);
-        let body = html! {
-            a class="skip" href="#main" { (w.t("To the content")) }
-            header { (navigation(w, &place)) }
-            main id="main" tabindex="-1" { (main) }
-            div id="said" role="status" aria-live="polite" {}
-            dialog id="ask" aria-labelledby="ask-text" {
-                form method="dialog" {
-                    p id="ask-text" {}
-                    pre id="ask-secret" tabindex="0" hidden {}
-                    div class="actions" {
-                        button type="button" id="ask-copy" class="copy" data-from="ask-secret" hidden { (w.t("Copy")) }
-                        button value="yes" { (w.t("Yes")) }
-                        button value="no" { (w.t("No")) }
-                    }
-                }
-            }
-        };
+        let (title, body) = (place.title(w), frame(w, &place, &main));
         let shell = Shell { title, csrf: Some(&csrf_token(token)), live: live.as_deref(), body };
         let whole = layout(w, call, shell).into_string();
         if !takes_gzip(call) {
@@ -110,6 +93,27 @@ impl Console {
         // Aside from the threads that serve: there may be a thousand endpoints in it.
         let compressed = tokio::task::spawn_blocking(move || assets::compressed(whole.as_bytes())).await;
         Ok(document(status, Body::Compressed(compressed.map_err(|_| Fault::Internal)?)))
+    }
+}
+
+/// A view with what is around each of them.
+fn frame(w: Language, place: &Place, main: &Markup) -> Markup {
+    html! {
+        a class="skip" href="#main" { (w.t("To the content")) }
+        header { (navigation(w, place)) }
+        main id="main" tabindex="-1" { (main) }
+        div id="said" role="status" aria-live="polite" {}
+        dialog id="ask" aria-labelledby="ask-text" {
+            form method="dialog" {
+                p id="ask-text" {}
+                pre id="ask-secret" tabindex="0" hidden {}
+                div class="actions" {
+                    button type="button" id="ask-copy" class="copy" data-from="ask-secret" hidden { (w.t("Copy")) }
+                    button value="yes" { (w.t("Yes")) }
+                    button value="no" { (w.t("No")) }
+                }
+            }
+        }
     }
 }
 
