@@ -117,7 +117,7 @@ pub(super) struct Entry {
 
 impl Entry {
     pub(super) fn new(counted: Counted, change: Change) -> Self {
-        Self { slot: counted.slot(), days: counted.days, change }
+        Self { slot: counted.slot, days: counted.days, change }
     }
 
     /// Adds the change to a list, merged with the entry of the same slot and days if there is one.

@@ -147,7 +147,7 @@ impl AccountSet {
 
     /// Counts a request in every account, and reserves these tokens of it.
     pub(super) fn count(&self, clock: &Clock, tokens: u64) -> CountedAt {
-        let counted = CountedAt { boot: clock.boot, wall: clock.wall };
+        let counted = CountedAt::now(clock);
         // Attempts without a permit from the ledger are counted when they are sent.
         self.add(counted, Counts { attempts: u64::from(self.in_ledger), tokens });
         self.enter_all();

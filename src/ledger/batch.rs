@@ -1,15 +1,20 @@
 //! Decisions on one batch of draws: each draw counts for the first endpoint of its list that has a permit.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::account::{Entry, Mirror};
 use super::account_set::{HeldAccount, NextFree};
 use super::allocator::Spending;
-use super::budgets::{HeldBudget, Spends};
+use super::budgets::{BudgetKind, HeldBudget, Spends};
+use super::claims::{Ahead, Claim, Claims, Verdict};
 use super::messages::{CallerDraw, Draw, HeldEndpoint, Otherwise};
 use super::prefetch::spare;
-use super::{Account, AccountSet, Change, Ledger, LedgerError, LimitedAccount, Wanted};
-use crate::limit::{Clock, CountedAt, Counts, Held, LimitReason, Minute, Slot};
+use super::{Account, AccountId, AccountSet, Change, Ledger, LedgerError, LimitedAccount, Rows, Wanted};
+use crate::limit::{Clock, CountedAt, Counts, Days, Held, LimitReason, Minute, Slot};
+
+/// Claims that a draw's own is compared with.
+const CLAIMS_COMPARED: usize = 64;
 
 /// A draw and its decision.
 pub(super) struct Served {
@@ -18,21 +23,35 @@ pub(super) struct Served {
 }
 
 pub(super) enum Decision {
-    /// Granted by the endpoint at this position in the list; when it was counted; numbers of permits prefetched with it; number of what
-    /// is reserved of budgets.
-    Granted(usize, CountedAt, Ahead, Option<u64>),
+    Granted(Granted),
     Held(Vec<HeldEndpoint>),
     /// The caller's own account is at a limit.
     HeldByCaller(HeldAccount),
     /// The caller's budget has no room for it.
     HeldByBudget(HeldBudget),
+    /// It is held by counts that may have changed since they were read.
+    Doubtful,
 }
 
-/// Permits that were prefetched together with one.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Ahead {
-    pub(super) endpoint: u64,
-    pub(super) caller: u64,
+/// A permit that a draw gets.
+#[derive(Clone, Copy)]
+pub(super) struct Granted {
+    /// Position of the endpoint in the list.
+    pub(super) at: usize,
+    pub(super) counted: CountedAt,
+    /// Numbers of permits prefetched with it.
+    pub(super) ahead: Ahead,
+    /// Number of what is reserved of budgets.
+    pub(super) reserved: Option<u64>,
+    /// Position of its claim, if the ledger counts it.
+    pub(super) claim: Option<usize>,
+}
+
+/// What holds a draw, and may have changed since it was read.
+#[derive(Debug, Default)]
+pub(super) struct Doubtful {
+    accounts: Vec<LimitedAccount>,
+    budgets: Vec<(Arc<str>, BudgetKind)>,
 }
 
 /// State of one batch.
@@ -40,65 +59,70 @@ pub(super) struct Batch<'a> {
     pub(super) ledger: &'a mut dyn Ledger,
     pub(super) generation: u64,
     pub(super) clock: Clock,
+    /// What is drawn.
+    pub(super) claims: Vec<Claim>,
     /// Accounts from which permits were drawn.
     pub(super) drawn: Vec<Arc<Account>>,
     /// Budgets, and what is reserved of them in this batch.
     pub(super) spending: Spending,
+    pub(super) doubtful: Doubtful,
+    /// True if counts are taken as they are known, however old they are.
+    pub(super) is_last_round: bool,
     /// True if permits may be prefetched: no draw waits in the queue and the thread is not closing.
     pub(super) may_prefetch: bool,
 }
 
 impl Batch<'_> {
-    /// Writes the permits drawn in this batch.
-    pub(super) fn write_drawn(&mut self) -> Result<(), LedgerError> {
-        self.drawn.iter().try_for_each(|account| write(self.ledger, account, &account.mirror().drawn))
-    }
-
-    /// Clears the list of drawn permits after the commit.
-    pub(super) fn forget_drawn(&mut self) {
+    /// Commits what was decided, and reads what is doubtful with it. Returns the claims, and what was granted of them.
+    pub(super) fn commit(&mut self) -> Result<(Claims, Verdict), LedgerError> {
+        let claims = Claims {
+            owner: self.spending.owner(),
+            draws: std::mem::take(&mut self.claims),
+            growths: self.spending.growths(),
+        };
+        let Doubtful { accounts, budgets } = std::mem::take(&mut self.doubtful);
+        let rows = Rows { accounts: accounts.iter().map(|of| of.row(&self.clock)).collect(), budgets };
+        let verdict = self.ledger.commit(&claims, &rows)?;
+        for of in &accounts {
+            of.account.mirror().read_at = None;
+        }
+        self.spending.read_again_rows(&rows.budgets);
         self.drawn.drain(..).for_each(|account| account.mirror().drawn.clear());
+        self.spending.committed();
+        Ok((claims, verdict))
     }
 
     /// Counts the draw for the first endpoint of its list all of whose accounts have a permit.
     pub(super) fn decide(&mut self, draw: &Draw) -> Result<Decision, LedgerError> {
         if let Some(CallerDraw { accounts, tokens }) = &draw.caller {
-            if accounts.in_ledger() {
-                accounts.accounts().iter().try_for_each(|of| self.refresh(of))?;
-            }
+            self.refresh_all(accounts)?;
             if let Err(held) = accounts.check_room(&self.clock, *tokens) {
-                return Ok(Decision::HeldByCaller(held));
+                let is_doubtful = self.doubts(accounts);
+                return Ok(if is_doubtful { Decision::Doubtful } else { Decision::HeldByCaller(held) });
             }
         }
-        let (mut held, mut held_budget) = (Vec::new(), None);
+        let (mut held, mut held_budget, mut is_doubtful) = (Vec::new(), None, false);
         for (at, wanted) in draw.wanted.iter().enumerate() {
             if let Some(set) = &draw.budgets {
                 let here = (&mut *self.ledger, self.generation, &self.clock);
                 held_budget = self.spending.check(set, wanted.spends.reserved, here)?;
-                if held_budget.is_some() {
+                if let Some(HeldBudget { key, view, .. }) = &held_budget {
+                    let rows = (!self.is_last_round).then_some(&mut self.doubtful.budgets);
+                    is_doubtful |= self.spending.doubts((key, view.kind), self.generation, rows);
                     continue;
                 }
             }
-            let accounts = &wanted.accounts;
-            if accounts.in_ledger() {
-                accounts.accounts().iter().try_for_each(|of| self.refresh(of))?;
-            }
+            self.refresh_all(&wanted.accounts)?;
             match take(at, wanted, &self.clock) {
-                Err(by) => held.push(by),
-                Ok(counted) => {
-                    let may_prefetch = self.may_prefetch && is_first_choice(draw);
-                    let ahead = |accounts| if may_prefetch { prefetch(accounts, counted, &self.clock) } else { 0 };
-                    let mut permits = Ahead { endpoint: ahead(accounts), caller: 0 };
-                    if let Some(CallerDraw { accounts, tokens }) = &draw.caller {
-                        accounts.count(&self.clock, *tokens);
-                        permits.caller = if *tokens == 0 { ahead(accounts) } else { 0 };
-                        self.note_drawn(accounts, counted, 1 + permits.caller, *tokens);
-                    }
-                    self.note_drawn(accounts, counted, 1 + permits.endpoint, 0);
-                    let Spends { reserved, known } = wanted.spends;
-                    let reserved = draw.budgets.as_ref().map(|set| self.spending.reserve(set, reserved, known));
-                    return Ok(Decision::Granted(at, counted, permits, reserved));
+                Ok(counted) => return Ok(Decision::Granted(self.grant(draw, (at, wanted), counted))),
+                Err(by) => {
+                    is_doubtful |= by.account.is_some() && self.doubts(&wanted.accounts);
+                    held.push(by);
                 }
             }
+        }
+        if is_doubtful {
+            return Ok(Decision::Doubtful);
         }
         keep_place(draw);
         match held_budget.filter(|_| held.is_empty()) {
@@ -107,7 +131,67 @@ impl Batch<'_> {
         }
     }
 
-    /// Notes what [`Batch::write_drawn`] writes.
+    /// Counts a draw for an endpoint whose own accounts have counted it already.
+    fn grant(&mut self, draw: &Draw, (at, wanted): (usize, &Wanted), counted: CountedAt) -> Granted {
+        let accounts = &wanted.accounts;
+        let may_prefetch = self.may_prefetch && is_first_choice(draw);
+        let ahead_of = |accounts| if may_prefetch { prefetch(accounts, counted, &self.clock) } else { 0 };
+        let mut ahead = Ahead { endpoint: ahead_of(accounts), caller: 0 };
+        if let Some(CallerDraw { accounts, tokens }) = &draw.caller {
+            accounts.count(&self.clock, *tokens);
+            ahead.caller = if *tokens == 0 { ahead_of(accounts) } else { 0 };
+            self.note_drawn(accounts, counted, 1 + ahead.caller, *tokens);
+        }
+        self.note_drawn(accounts, counted, 1 + ahead.endpoint, 0);
+        let Spends { reserved, known } = wanted.spends;
+        let reserved = draw.budgets.as_ref().map(|set| self.spending.reserve(set, reserved, known));
+        let claim = self.claim(draw, accounts, counted, ahead, reserved);
+        Granted { at, counted, ahead, reserved, claim }
+    }
+
+    /// Claims what a draw takes, together with others that take the same. Returns the claim's position; `None` if the ledger counts
+    /// nothing of it.
+    fn claim(
+        &mut self,
+        draw: &Draw,
+        endpoint: &Arc<AccountSet>,
+        counted: CountedAt,
+        ahead: Ahead,
+        reserved: Option<u64>,
+    ) -> Option<usize> {
+        let of_ledger = |accounts: &Arc<AccountSet>| accounts.in_ledger().then(|| Arc::clone(accounts));
+        let endpoint = of_ledger(endpoint);
+        let caller = draw.caller.as_ref().and_then(|caller| of_ledger(&caller.accounts));
+        let tokens = draw.caller.as_ref().map_or(0, |caller| caller.tokens);
+        if endpoint.is_none() && caller.is_none() && reserved.is_none() {
+            return None;
+        }
+        if reserved.is_none() {
+            let is_same = |one: &Option<Arc<AccountSet>>, other: &Option<Arc<AccountSet>>| match (one, other) {
+                (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+                (one, other) => one.is_none() && other.is_none(),
+            };
+            let same = |claim: &Claim| {
+                is_same(&claim.endpoint, &endpoint)
+                    && is_same(&claim.caller, &caller)
+                    && claim.tokens == tokens
+                    && claim.reservation.is_none()
+            };
+            // Those that take the same mostly come one after the other.
+            let recent = self.claims.iter_mut().enumerate().rev().take(CLAIMS_COMPARED);
+            if let Some((at, claim)) = recent.into_iter().find(|(_, claim)| same(claim)) {
+                claim.draws += 1;
+                claim.ahead.endpoint += ahead.endpoint;
+                claim.ahead.caller += ahead.caller;
+                return Some(at);
+            }
+        }
+        let reservation = reserved.and_then(|id| self.spending.new_reservation(id));
+        self.claims.push(Claim { endpoint, caller, counted, draws: 1, tokens, ahead, reservation });
+        Some(self.claims.len() - 1)
+    }
+
+    /// Notes what is drawn until it is committed, for counts that are read before.
     fn note_drawn(&mut self, accounts: &AccountSet, counted: CountedAt, attempts: u64, tokens: u64) {
         if !accounts.in_ledger() {
             return;
@@ -122,9 +206,27 @@ impl Batch<'_> {
         }
     }
 
-    /// Reads the counts of an account from the ledger if another process has written since the last read, or if the
+    fn refresh_all(&mut self, accounts: &AccountSet) -> Result<(), LedgerError> {
+        if !accounts.in_ledger() {
+            return Ok(());
+        }
+        accounts.accounts().iter().try_for_each(|of| self.refresh(of))
+    }
+
+    /// Brings an account's counts up to date, as far as a draw needs it: where `commit` has the last word, older counts do.
+    fn refresh(&mut self, of: &LimitedAccount) -> Result<(), LedgerError> {
+        if !self.ledger.is_exclusive() && of.is_known(&self.clock) {
+            return Ok(());
+        }
+        self.read_fresh(of)
+    }
+
+    /// Reads the counts of an account from the ledger if another process may have written since the last read, or if the
     /// day has changed.
-    pub(super) fn refresh(&mut self, LimitedAccount { account, limits }: &LimitedAccount) -> Result<(), LedgerError> {
+    pub(super) fn read_fresh(
+        &mut self,
+        LimitedAccount { account, limits }: &LimitedAccount,
+    ) -> Result<(), LedgerError> {
         let mut mirror = account.mirror();
         let days = limits.calendar.days(self.clock.wall);
         if mirror.read_at == Some(self.generation) && mirror.quota.knows(days) {
@@ -148,14 +250,83 @@ impl Batch<'_> {
         Ok(())
     }
 
-    /// Undoes the draws of a batch that failed.
-    pub(super) fn undo(&mut self, served: &[Served]) {
+    /// True if one of these accounts has counts that may have changed since they were read. They are to be read again.
+    fn doubts(&mut self, accounts: &AccountSet) -> bool {
+        if self.is_last_round || !accounts.in_ledger() {
+            return false;
+        }
+        let mut is_doubtful = false;
+        for of in accounts.accounts() {
+            if of.account.mirror().read_at != Some(self.generation) {
+                is_doubtful = true;
+                let same = |known: &LimitedAccount| Arc::ptr_eq(&known.account, &of.account);
+                if !self.doubtful.accounts.iter().any(same) {
+                    self.doubtful.accounts.push(of.clone());
+                }
+            }
+        }
+        is_doubtful
+    }
+
+    /// Takes in what the ledger has granted. Returns the draws that have to be decided anew.
+    pub(super) fn settle(&mut self, claims: &Claims, verdict: Verdict, served: &mut Vec<Served>) -> Vec<Draw> {
+        self.spending.grown(verdict.growths);
+        let mut parts = verdict.draws;
+        for (claim, part) in claims.draws.iter().zip(parts.iter().flatten()) {
+            if part.draws < claim.draws || part.ahead != claim.ahead {
+                // What was counted here and not there is gone once they are read again.
+                claim.changes().for_each(|(of, _)| of.account.mirror().read_at = None);
+            }
+        }
+        let mut again = Vec::new();
+        let decided = std::mem::take(served);
+        for Served { draw, mut decision } in decided {
+            let is_settled = match &mut decision {
+                Decision::Doubtful => false,
+                Decision::Granted(granted) => {
+                    if let Some(slot) = verdict.slot {
+                        granted.counted.slot = slot;
+                    }
+                    let part = granted.claim.and_then(|claim| parts.as_mut()?.get_mut(claim));
+                    part.is_none_or(|part| part.take(&mut granted.ahead))
+                }
+                Decision::Held(_) | Decision::HeldByCaller(_) | Decision::HeldByBudget(_) => true,
+            };
+            if is_settled {
+                served.push(Served { draw, decision });
+                continue;
+            }
+            if let Decision::Granted(granted) = decision {
+                self.take_back(&draw, &granted);
+            }
+            if self.is_last_round {
+                keep_place(&draw);
+                served.push(Served { draw, decision: Decision::Held(Vec::new()) });
+            } else {
+                again.push(draw);
+            }
+        }
+        again
+    }
+
+    /// Takes back a grant that the ledger did not confirm.
+    fn take_back(&mut self, draw: &Draw, granted: &Granted) {
+        if let Some(wanted) = draw.wanted.get(granted.at) {
+            wanted.accounts.release();
+            draw.caller.iter().for_each(|caller| caller.accounts.release());
+        }
+        granted.reserved.iter().for_each(|id| self.spending.take_back(*id));
+    }
+
+    /// Undoes the draws of a batch that failed. `is_kept`: everything else is written nevertheless.
+    pub(super) fn undo(&mut self, served: &[Served], is_kept: bool) {
+        self.claims.clear();
         for account in self.drawn.drain(..) {
             let mut mirror = account.mirror();
             mirror.drawn.clear();
             mirror.read_at = None;
         }
-        self.spending.undo();
+        self.spending.undo(is_kept);
         for Served { draw, decision } in served {
             // None is held by what failed before it was decided.
             if matches!(decision, Decision::Held(held) if !held.is_empty())
@@ -163,14 +334,38 @@ impl Batch<'_> {
             {
                 wanted.accounts.release();
             }
-            if let Decision::Granted(at, ..) = decision
-                && let Some(wanted) = draw.wanted.get(*at)
+            if let Decision::Granted(granted) = decision
+                && let Some(wanted) = draw.wanted.get(granted.at)
             {
                 wanted.accounts.release();
                 draw.caller.iter().for_each(|caller| caller.accounts.release());
             }
         }
     }
+}
+
+impl LimitedAccount {
+    /// True if its counts have been read.
+    fn is_known(&self, clock: &Clock) -> bool {
+        let mirror = self.account.mirror();
+        mirror.read_at.is_some() && mirror.quota.knows(self.limits.calendar.days(clock.wall))
+    }
+
+    /// What a ledger reads of it.
+    pub(super) fn row(&self, clock: &Clock) -> (AccountId, Days) {
+        (self.account.id().clone(), self.limits.calendar.days(clock.wall))
+    }
+}
+
+/// Rows that a ledger has to read before these draws can be decided.
+pub(super) fn unknown_rows(draws: &[Draw], clock: &Clock) -> Vec<(AccountId, Days)> {
+    let of_callers = draws.iter().filter_map(|draw| Some(&draw.caller.as_ref()?.accounts));
+    let of_endpoints = draws.iter().flat_map(|draw| &draw.wanted).map(|wanted| &wanted.accounts);
+    let in_ledger = of_callers.chain(of_endpoints).filter(|accounts| accounts.in_ledger());
+    let mut seen: HashSet<*const Account> = HashSet::new();
+    let accounts = in_ledger.flat_map(|accounts| accounts.accounts());
+    let unknown = accounts.filter(|of| seen.insert(Arc::as_ptr(&of.account)) && !of.is_known(clock));
+    unknown.map(|of| of.row(clock)).collect()
 }
 
 /// True if the ledger keeps any limit of the draw's endpoints.
@@ -193,7 +388,11 @@ pub(super) fn decide_without_ledger(draw: Draw, clock: &Clock) -> Served {
                 if let Some(caller) = &draw.caller {
                     caller.accounts.count(clock, caller.tokens);
                 }
-                return Served { draw, decision: Decision::Granted(at, counted, Ahead::default(), None) };
+                let ahead = Ahead::default();
+                return Served {
+                    draw,
+                    decision: Decision::Granted(Granted { at, counted, ahead, reserved: None, claim: None }),
+                };
             }
             Err(by) => held.push(by),
         }

@@ -196,8 +196,15 @@ pub trait BudgetRows {
     /// Writes a part of a reservation in the place of what it was. Returns false if it is gone, since another process took its owner for
     /// dead and has settled it.
     fn grow_reservation(&mut self, owner: i64, id: i64, row: &ReservationRow) -> Result<bool, LedgerError>;
-    /// Deletes a part of a reservation. Returns false if it is gone.
-    fn end_reservation(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<bool, LedgerError>;
+    /// Deletes a part of a reservation, and counts what is spent in its place; or what is spent beyond that if it is gone, since another
+    /// process has settled it. Returns false if it is known to be gone.
+    fn settle_reservation(
+        &mut self,
+        owner: i64,
+        id: i64,
+        row: &ReservationRow,
+        spent: SpentInstead,
+    ) -> Result<bool, LedgerError>;
     /// Notes that the owner of reservations is alive.
     fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError>;
     /// True if there are reservations of others than this owner.
@@ -208,6 +215,15 @@ pub trait BudgetRows {
     fn reconcile_budgets(&mut self) -> Result<usize, LedgerError>;
     /// Forgets owners that were not heard of since and have no reservations, and budgets of periods that are over for long.
     fn forget_budgets(&mut self, since: Stamp, now: i64) -> Result<(), LedgerError>;
+}
+
+/// What is spent in the place of a part of a reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpentInstead {
+    /// If the part is there.
+    pub of_it: i64,
+    /// If it is gone.
+    pub if_gone: i64,
 }
 
 /// A part of another process's reservation.

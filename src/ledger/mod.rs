@@ -22,6 +22,7 @@
 //! | `prefetch` | permits drawn ahead of their requests |
 //! | `allocator` | the order in which draws are served; pure except for the ledger and the clocks that it is given |
 //! | `batch` | the decision which draws of a batch are granted, in one transaction |
+//! | [`claims`] | what the draws of a batch take, and what the ledger has granted of it |
 //! | [`places`] | where objects and sessions are |
 //! | `write_behind` | changes that are written a little later |
 //! | `thread` | the allocator's thread, its errors, and checkpoints |
@@ -33,6 +34,7 @@ mod account_set;
 mod allocator;
 mod batch;
 pub mod budgets;
+pub mod claims;
 mod client;
 mod messages;
 mod permit;
@@ -48,7 +50,8 @@ use std::sync::Arc;
 
 use jiff::civil::Date;
 
-use budgets::BudgetRows;
+use budgets::{BudgetKind, BudgetRows};
+use claims::{Claims, Verdict};
 use places::{Place, PlaceChange, Thing, ThingKind};
 
 use crate::limit::{Counts, Days, Slot, Stamp};
@@ -62,12 +65,16 @@ pub use permit::{Permit, Reservation};
 pub use stats::Spent;
 pub use thread::{Keeper, LedgerState};
 
-/// Interface between the allocator and a ledger. A batch is one transaction: no other process writes between `begin`
-/// and `commit`.
+/// Interface between the allocator and a ledger. What is written in a batch is written as one, with `commit`.
 pub trait Ledger: BudgetRows {
-    /// Begins a batch. Returns the generation: a number that differs from the last one if another process has written
+    /// Begins a batch. Returns the generation: a number that differs from the last one if another process may have written
     /// since the last batch.
     fn begin(&mut self) -> Result<u64, LedgerError>;
+    /// True if no other process writes between `begin` and `commit`, so that what is decided by the counts of a batch holds. Where
+    /// others do, counts that were read earlier are good enough to propose what is drawn: `commit` has the last word.
+    fn is_exclusive(&self) -> bool;
+    /// Reads these rows in one step, if each would take a journey of its own.
+    fn fetch(&mut self, rows: &Rows) -> Result<(), LedgerError>;
     /// Returns the counts of an account from a slot on, in any order.
     fn minute(&mut self, account: &AccountId, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError>;
     /// Returns the counts of an account on a day.
@@ -97,12 +104,29 @@ pub trait Ledger: BudgetRows {
     fn keep_models(&mut self, endpoint: &str, list: &str) -> Result<(), LedgerError>;
     /// Returns the lists of models that are kept, by endpoint.
     fn model_lists(&mut self) -> Result<Vec<ModelList>, LedgerError>;
-    /// Commits the batch.
-    fn commit(&mut self) -> Result<(), LedgerError>;
+    /// Commits the batch, with as much of its claims as there is room for. The rows are read with it; so are those of claims that are not
+    /// granted whole. They are the counts of the next round of this batch.
+    fn commit(&mut self, claims: &Claims, rows: &Rows) -> Result<Verdict, LedgerError>;
     /// Rolls the batch back.
     fn roll_back(&mut self);
     /// Returns the moment until which the counts of the minute may be incomplete.
     fn unknown_until(&self) -> Stamp;
+}
+
+/// Rows that are read together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rows {
+    /// Accounts, each with the days that are looked at.
+    pub accounts: Vec<(AccountId, Days)>,
+    /// Budgets, by the key's name.
+    pub budgets: Vec<(Arc<str>, BudgetKind)>,
+}
+
+impl Rows {
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.accounts.is_empty() && self.budgets.is_empty()
+    }
 }
 
 /// The list of models of an endpoint: its id, and the list as it answered.
@@ -139,6 +163,8 @@ pub enum FaultKind {
     Unusable,
     /// The content of the file cannot be trusted.
     Corrupt,
+    /// Nothing was heard of the batch. No draw of it is granted; what else it writes is kept by the ledger until it is written.
+    Unanswered,
 }
 
 /// An error of the ledger.

@@ -147,7 +147,7 @@ mod tests {
     }
 
     fn at(clock: &Clock) -> CountedAt {
-        CountedAt { boot: clock.boot, wall: clock.wall }
+        CountedAt::now(clock)
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl Limits {
 
     /// Returns the days that an attempt of this moment counts in by these limits' calendar.
     pub fn counted(&self, at: CountedAt) -> Counted {
-        Counted { at: at.boot, days: self.calendar.days(at.wall) }
+        Counted { slot: at.slot, days: self.calendar.days(at.wall) }
     }
 
     /// True if attempts need a permit from the ledger: any limit except that of concurrent requests is set.

@@ -37,26 +37,28 @@ pub struct Quota {
 /// Moment of an attempt that is counted, by the clocks of the minute and of the day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CountedAt {
-    /// For the minute.
+    /// For its age.
     pub boot: Stamp,
+    /// For the minute.
+    pub slot: Slot,
     /// For the day, which each account's calendar makes of it.
     pub wall: SystemTime,
+}
+
+impl CountedAt {
+    /// An attempt of this moment.
+    pub fn now(clock: &Clock) -> Self {
+        Self { boot: clock.boot, slot: Slot::new(clock.boot), wall: clock.wall }
+    }
 }
 
 /// One attempt as an account counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counted {
-    /// Moment at which it was counted.
-    pub at: Stamp,
+    /// Slot of the minute that it counts in.
+    pub slot: Slot,
     /// Days that it counts in.
     pub days: Days,
-}
-
-impl Counted {
-    /// Returns the slot of the minute that it counts in.
-    pub fn slot(&self) -> Slot {
-        Slot::new(self.at)
-    }
 }
 
 /// Reason why an account takes no requests, and the moment at which it will.
@@ -131,8 +133,8 @@ impl Quota {
 
     /// Adds to the counts of the minute and of the days.
     pub fn add(&mut self, when: Counted, counts: Counts) {
-        self.attempts.add(when.slot(), counts.attempts);
-        self.tokens.add(when.slot(), counts.tokens);
+        self.attempts.add(when.slot, counts.attempts);
+        self.tokens.add(when.slot, counts.tokens);
         for date in when.days.each() {
             if let Some(day) = self.day_mut(date) {
                 day.attempts = day.attempts.saturating_add(counts.attempts);
@@ -365,7 +367,7 @@ mod tests {
             if let Some(held) = self.held(limits, clock) {
                 return Err(held);
             }
-            let counted = limits.counted(CountedAt { boot: clock.boot, wall: clock.wall });
+            let counted = limits.counted(CountedAt::now(clock));
             self.add(counted, Counts { attempts: u64::from(limits.in_ledger()), tokens: 0 });
             self.enter(limits);
             Ok(counted)
@@ -410,7 +412,7 @@ mod tests {
         let (limits, mut quota) = (limits(1, 1), quota([25]));
         let counted = quota.take(&limits, &at(0)).unwrap();
         assert!(quota.take(&limits, &at(0)).is_err());
-        quota.change(counted.slot(), counted.days, -1, 0);
+        quota.change(counted.slot, counted.days, -1, 0);
         assert!(quota.take(&limits, &at(0)).is_ok());
     }
 

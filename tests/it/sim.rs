@@ -23,12 +23,13 @@ use api_together::config::{
 use api_together::exchange::judge::{Terms, UsageTerms};
 use api_together::exchange::{AskedModel, Attempt};
 use api_together::fault::{Fault, HeldBy};
-use api_together::ledger::budgets::{BudgetKind, BudgetRows, OthersReservation, ReservationRow, Totals};
+use api_together::ledger::budgets::{BudgetKind, BudgetRows, OthersReservation, ReservationRow, SpentInstead, Totals};
+use api_together::ledger::claims::{Claims, Verdict};
 use api_together::ledger::places::{Place, PlaceChange, Thing, ThingKind};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{
     AccountId, AccountSet, Allocator, CallerDraw, CallerId, Change, Client, FaultKind, Ledger, LedgerError,
-    LimitedAccount, ModelList, Permit, QueuedBy, Spent, Tally,
+    LimitedAccount, ModelList, Permit, QueuedBy, Rows, Spent, Tally,
 };
 use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, Limits, SPAN, Slot, Stamp};
 use api_together::request::call::Call;
@@ -1111,9 +1112,21 @@ impl Ledger for Watched {
         self.inner.model_lists()
     }
 
-    fn commit(&mut self) -> Result<(), LedgerError> {
+    fn is_exclusive(&self) -> bool {
+        self.inner.is_exclusive()
+    }
+
+    fn fetch(&mut self, rows: &Rows) -> Result<(), LedgerError> {
         self.call()?;
-        self.inner.commit()
+        self.inner.fetch(rows)
+    }
+
+    fn commit(&mut self, claims: &Claims, rows: &Rows) -> Result<Verdict, LedgerError> {
+        // Each of its steps may fail.
+        let verdict = claims.write(self)?;
+        self.call()?;
+        self.inner.commit(&Claims::default(), rows)?;
+        Ok(verdict)
     }
 
     fn roll_back(&mut self) {
@@ -1252,12 +1265,21 @@ impl Ledger for MemoryLedger {
         Ok(Vec::new())
     }
 
-    fn commit(&mut self) -> Result<(), LedgerError> {
+    fn is_exclusive(&self) -> bool {
+        true
+    }
+
+    fn fetch(&mut self, _rows: &Rows) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn commit(&mut self, claims: &Claims, _rows: &Rows) -> Result<Verdict, LedgerError> {
+        let verdict = claims.write(self)?;
         let mut group = self.group.take().expect("no group has begun");
         group.version += 1;
         self.own = group.version;
         *self.pages.lock().unwrap() = group;
-        Ok(())
+        Ok(verdict)
     }
 
     fn roll_back(&mut self) {
@@ -1295,9 +1317,15 @@ impl BudgetRows for Watched {
         self.inner.grow_reservation(owner, id, row)
     }
 
-    fn end_reservation(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<bool, LedgerError> {
+    fn settle_reservation(
+        &mut self,
+        owner: i64,
+        id: i64,
+        row: &ReservationRow,
+        spent: SpentInstead,
+    ) -> Result<bool, LedgerError> {
         self.call()?;
-        self.inner.end_reservation(owner, id, kind)
+        self.inner.settle_reservation(owner, id, row, spent)
     }
 
     fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError> {
@@ -1355,8 +1383,18 @@ impl BudgetRows for MemoryLedger {
         Ok(part.map(|part| *part = row.clone()).is_some())
     }
 
-    fn end_reservation(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<bool, LedgerError> {
-        Ok(self.group().reservations.remove(&(owner, id, kind)).is_some())
+    fn settle_reservation(
+        &mut self,
+        owner: i64,
+        id: i64,
+        row: &ReservationRow,
+        spent: SpentInstead,
+    ) -> Result<bool, LedgerError> {
+        let is_there = self.group().reservations.remove(&(owner, id, row.kind)).is_some();
+        let reserved = i64::try_from(row.amount).unwrap();
+        let (spent, reserved) = if is_there { (spent.of_it, -reserved) } else { (spent.if_gone, 0) };
+        self.change_budget(row, spent, reserved)?;
+        Ok(is_there)
     }
 
     fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError> {

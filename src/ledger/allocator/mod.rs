@@ -17,13 +17,15 @@ use std::time::Duration;
 use jiff::tz::TimeZone;
 
 use super::account::Entry;
-use super::batch::{Batch, Decision, Served, decide_without_ledger, is_first_choice, needs_ledger};
+use super::batch::{
+    Batch, Decision, Doubtful, Served, decide_without_ledger, is_first_choice, needs_ledger, unknown_rows,
+};
 use super::messages::{Bill, Draw, Listed, Messages, Return};
 use super::places::ThingKind;
 use super::prefetch::PrefetchedPermits;
 use super::stats::{self, DAYS_KEPT, HOURS_KEPT};
 use super::write_behind::WriteBehind;
-use super::{Account, AccountId, AccountSet, Change, Client, FaultKind, Ledger, LedgerError, LimitedAccount};
+use super::{Account, AccountId, AccountSet, Change, Client, FaultKind, Ledger, LedgerError, LimitedAccount, Rows};
 use crate::config::LedgerOnError;
 use crate::limit::{Clock, CountedAt, Counts, Slot, Stamp};
 use replies::answer_others;
@@ -40,6 +42,9 @@ const CLEAN: Duration = Duration::from_secs(10);
 const RENEWED_MAX: usize = 1000;
 /// Parts in which accounts are updated; of more than so many parts a round takes longer.
 const PARTS_MAX: usize = 50;
+/// Rounds of one batch, each of which takes a journey to the ledger where others write it too. Draws that still have nothing certain then are
+/// held by what is known.
+const ROUNDS_MAX: usize = 4;
 /// Time between two removals of statistics that are too old.
 const CLEAN_STATS: Duration = Duration::from_hours(1);
 
@@ -91,6 +96,17 @@ pub enum Used {
     Ledger,
     /// The ledger was not needed.
     Nothing,
+}
+
+/// What has become of a batch.
+#[derive(Debug)]
+struct Done {
+    clock: Clock,
+    /// True if everything but draws is done.
+    is_written: bool,
+    /// Draws that were not decided.
+    failed: Vec<Draw>,
+    error: Option<LedgerError>,
 }
 
 /// Background work that is due, by the clock at the time the messages were received.
@@ -166,28 +182,23 @@ impl Allocator {
             self.answer(served, &clock);
             return Ok(Used::Nothing);
         }
-        let unusable = || LedgerError { kind: FaultKind::Unusable, message: String::new() };
-        let done = match ledger {
-            Some(ledger) => self.batch(ledger, draws, &mut messages, due),
-            None => Err((unusable(), draws)),
+        let Done { clock, is_written, failed, error } = if let Some(ledger) = ledger {
+            self.batch(ledger, draws, &mut messages, due)
+        } else {
+            let unusable = LedgerError { kind: FaultKind::Unusable, message: String::new() };
+            Done { clock, is_written: false, failed: draws, error: Some(unusable) }
         };
-        match done {
-            Ok((served, clock)) => {
-                self.client.set_down(false);
-                self.answer(served, &clock);
-                answer_others(messages, &clock, true);
-                Ok(Used::Ledger)
-            }
-            Err((error, draws)) => {
-                self.client.set_down(self.on_error == LedgerOnError::Deny);
-                self.serve_without_ledger(draws, &clock);
-                answer_others(messages, &clock, false);
-                // The write is not retried at once.
-                self.write_behind.postpone(&clock);
-                self.renew_at = self.renew_at.max(clock.boot + RENEW);
-                Err(error)
-            }
-        }
+        let Some(error) = error else {
+            answer_others(messages, &clock, is_written);
+            return Ok(Used::Ledger);
+        };
+        self.client.set_down(self.on_error == LedgerOnError::Deny);
+        self.serve_without_ledger(failed, &clock);
+        answer_others(messages, &clock, is_written);
+        // The write is not retried at once.
+        self.write_behind.postpone(&clock);
+        self.renew_at = self.renew_at.max(clock.boot + RENEW);
+        Err(error)
     }
 
     /// Gives prefetched permits back: once they are old, before the number of permits left is reported or needed
@@ -298,7 +309,7 @@ impl Allocator {
 
     fn take_bill(&mut self, bill: Bill, clock: &Clock) {
         let Bill { accounts, caller, spent } = bill;
-        let now = CountedAt { boot: clock.boot, wall: clock.wall };
+        let now = CountedAt::now(clock);
         let tokens = spent.cost.tokens();
         let change = Change { attempts: 0, tokens: i64::try_from(tokens).unwrap_or(i64::MAX) };
         let of_caller = caller.iter().flat_map(|accounts| accounts.accounts());
@@ -318,7 +329,7 @@ impl Allocator {
         for LimitedAccount { account, limits } in self.accounts.values().map(|listed| &listed.of) {
             let attempts = account.take_unwritten();
             if attempts > 0 {
-                let now = limits.counted(CountedAt { boot: clock.boot, wall: clock.wall });
+                let now = limits.counted(CountedAt::now(clock));
                 let mut mirror = account.mirror();
                 mirror.quota.forget(clock.boot);
                 mirror.quota.add(now, Counts { attempts, tokens: 0 });
@@ -354,27 +365,78 @@ impl Allocator {
         draws
     }
 
-    /// Does everything that is due in one transaction of the ledger. If it fails, none of it was done.
-    fn batch(
-        &mut self,
-        ledger: &mut dyn Ledger,
-        draws: Vec<Draw>,
-        messages: &mut Messages,
-        due: Due,
-    ) -> Result<(Vec<Served>, Clock), (LedgerError, Vec<Draw>)> {
+    /// Does everything that is due in one transaction of the ledger, and serves the draws; those that have to be decided anew take another
+    /// one. What fails was not done.
+    fn batch(&mut self, ledger: &mut dyn Ledger, draws: Vec<Draw>, messages: &mut Messages, due: Due) -> Done {
         let generation = match ledger.begin() {
             Ok(generation) => generation,
-            Err(error) => return Err((error, draws)),
+            Err(error) => {
+                return Done { clock: self.client.clock(), is_written: false, failed: draws, error: Some(error) };
+            }
         };
         // Read only now: the ledger may have waited for another process's batch.
         let clock = self.client.clock();
-        let may_prefetch = self.waiting.is_empty() && !messages.closing;
-        let spending = std::mem::take(&mut self.spending);
-        let mut batch = Batch { ledger, generation, clock, drawn: Vec::new(), spending, may_prefetch };
+        let mut batch = Batch {
+            ledger,
+            generation,
+            clock,
+            claims: Vec::new(),
+            drawn: Vec::new(),
+            spending: std::mem::take(&mut self.spending),
+            doubtful: Doubtful::default(),
+            is_last_round: false,
+            may_prefetch: self.waiting.is_empty() && !messages.closing,
+        };
+        let mut done = Done { clock, is_written: false, failed: Vec::new(), error: None };
+        let mut draws = draws;
+        if let Err(error) = self.fetch(&mut batch, &draws, messages, due) {
+            batch.ledger.roll_back();
+            (done.failed, done.error) = (std::mem::take(&mut draws), Some(error));
+        }
+        for round in 1..=ROUNDS_MAX {
+            if done.error.is_some() || round > 1 && draws.is_empty() {
+                break;
+            }
+            batch.is_last_round = round == ROUNDS_MAX;
+            let work = (round == 1).then_some((&mut *messages, due));
+            match self.round(&mut batch, std::mem::take(&mut draws), work) {
+                Ok((served, again)) => {
+                    if round == 1 {
+                        done.is_written = true;
+                        self.client.set_down(false);
+                        self.forget_written(&clock, due);
+                    }
+                    self.answer(served, &clock);
+                    draws = again;
+                }
+                Err((error, failed)) => {
+                    if round == 1 && error.kind == FaultKind::Unanswered {
+                        self.forget_written(&clock, due);
+                    }
+                    (done.failed, done.error) = (failed, Some(error));
+                }
+            }
+        }
+        self.spending = batch.spending;
+        if self.spending.is_busy() {
+            self.renew_at = self.renew_at.min(clock.boot + RENEW);
+        }
+        done
+    }
+
+    /// Decides draws, writes what they take and everything else that is due, and commits. Returns what is decided, and the draws that
+    /// have to be decided anew.
+    #[expect(clippy::type_complexity, reason = "each part is used once")]
+    fn round(
+        &mut self,
+        batch: &mut Batch<'_>,
+        draws: Vec<Draw>,
+        work: Option<(&mut Messages, Due)>,
+    ) -> Result<(Vec<Served>, Vec<Draw>), (LedgerError, Vec<Draw>)> {
         let mut served = Vec::with_capacity(draws.len());
         let mut draws = draws.into_iter();
-        let done = loop {
-            let Some(draw) = draws.next() else { break self.finish_batch(&mut batch, messages, due) };
+        let decided = loop {
+            let Some(draw) = draws.next() else { break Ok(()) };
             match batch.decide(&draw) {
                 Ok(decision) => served.push(Served { draw, decision }),
                 Err(error) => {
@@ -383,28 +445,53 @@ impl Allocator {
                 }
             }
         };
-        if let Err(error) = done {
-            batch.ledger.roll_back();
-            batch.undo(&served);
-            self.spending = batch.spending;
-            let draws = served.into_iter().map(|served| served.draw).chain(draws).collect();
-            return Err((error, draws));
+        let written = decided.and_then(|()| match work {
+            Some((messages, due)) => self.write_work(batch, messages, due),
+            None => Ok(()),
+        });
+        match written.and_then(|()| batch.commit()) {
+            Ok((claims, verdict)) => {
+                let again = batch.settle(&claims, verdict, &mut served);
+                Ok((served, again))
+            }
+            Err(error) => {
+                batch.ledger.roll_back();
+                batch.undo(&served, error.kind == FaultKind::Unanswered);
+                Err((error, served.into_iter().map(|served| served.draw).chain(draws).collect()))
+            }
         }
-        batch.forget_drawn();
-        batch.spending.committed();
-        self.spending = batch.spending;
-        self.forget_written(&clock, due);
-        if self.spending.is_busy() {
-            self.renew_at = self.renew_at.min(clock.boot + RENEW);
-        }
-        Ok((served, clock))
     }
 
-    /// Writes the drawn permits and everything else that is due, and commits. Reading comes before writing: counts that
-    /// are read after they were written would count twice.
-    fn finish_batch(&mut self, batch: &mut Batch<'_>, messages: &mut Messages, due: Due) -> Result<(), LedgerError> {
+    /// Reads what this batch needs, where each row would take a journey of its own.
+    fn fetch(
+        &mut self,
+        batch: &mut Batch<'_>,
+        draws: &[Draw],
+        messages: &Messages,
+        due: Due,
+    ) -> Result<(), LedgerError> {
+        if batch.ledger.is_exclusive() {
+            return Ok(());
+        }
+        let mut rows = Rows { accounts: unknown_rows(draws, &batch.clock), budgets: Vec::new() };
+        let looked_at = messages.looks.iter().flat_map(|look| &look.accounts);
+        let renewed = self.accounts.values().skip(self.renewed).take(if due.renews { RENEWED_MAX } else { 0 });
+        let renewed = renewed.map(|listed| &listed.of).filter(|of| is_renewed(of));
+        let known: HashSet<AccountId> = rows.accounts.iter().map(|(id, _)| id.clone()).collect();
+        let fresh = looked_at.chain(renewed).filter(|of| !known.contains(of.account.id()));
+        rows.accounts.extend(fresh.map(|of| of.row(&batch.clock)));
+        messages.budget_looks.iter().for_each(|look| batch.spending.read_again_of(&look.set));
+        let sets = draws.iter().filter_map(|draw| draw.budgets.as_ref());
+        let sets = sets.chain(messages.budget_looks.iter().map(|look| &look.set));
+        let sets = sets.chain(messages.extends.iter().map(|extend| &extend.set));
+        rows.budgets = batch.spending.unknown(sets);
+        if rows.is_empty() { Ok(()) } else { batch.ledger.fetch(&rows) }
+    }
+
+    /// Writes everything but the draws. Reading comes before writing: counts that are read after they were written would count twice.
+    fn write_work(&mut self, batch: &mut Batch<'_>, messages: &mut Messages, due: Due) -> Result<(), LedgerError> {
         for look in &messages.looks {
-            look.accounts.iter().try_for_each(|of| batch.refresh(of))?;
+            look.accounts.iter().try_for_each(|of| batch.read_fresh(of))?;
         }
         for look in &mut messages.budget_looks {
             look.found = batch.spending.views(&look.set, (&mut *batch.ledger, batch.generation, &batch.clock))?;
@@ -415,8 +502,7 @@ impl Allocator {
         if due.renews {
             self.renew(batch)?;
         }
-        batch.write_drawn()?;
-        batch.spending.write_made(batch.ledger, &batch.clock)?;
+        batch.spending.write_alive(batch.ledger, &batch.clock)?;
         if due.writes {
             self.write_behind.write(batch.ledger)?;
         }
@@ -432,7 +518,7 @@ impl Allocator {
             let found = find.things.iter().map(|thing| batch.ledger.places(thing, now));
             find.found = found.collect::<Result<_, _>>()?;
         }
-        batch.ledger.commit()
+        Ok(())
     }
 
     fn forget_written(&mut self, clock: &Clock, due: Due) {
@@ -458,11 +544,10 @@ impl Allocator {
             self.round_cleans = cleans;
         }
         for Listed { of, .. } in self.accounts.values().skip(self.renewed).take(RENEWED_MAX) {
-            let is_known = of.account.mirror().read_at.is_some();
-            if is_known && !of.account.mirror().quota.is_moving() {
+            if !is_renewed(of) {
                 continue;
             }
-            batch.refresh(of)?;
+            batch.read_fresh(of)?;
             of.publish(&clock);
             if self.round_cleans {
                 batch.ledger.forget(of.account.id(), Slot::oldest_that_counts(clock.boot))?;
@@ -494,6 +579,12 @@ impl Allocator {
         }
         Ok(())
     }
+}
+
+/// True if the view of an account has to be updated: its counts expire, or are not known.
+fn is_renewed(of: &LimitedAccount) -> bool {
+    let mirror = of.account.mirror();
+    mirror.read_at.is_none() || mirror.quota.is_moving()
 }
 
 /// Merges bills of the same kind: if many arrive together, most are.

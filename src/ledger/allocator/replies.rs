@@ -9,7 +9,7 @@ use super::promised::Told;
 use super::{Allocator, RENEW, SCAN};
 use crate::config::LedgerOnError;
 use crate::ledger::account_set::HeldAccount;
-use crate::ledger::batch::{Decision, Served, enter, keep_place, next_free};
+use crate::ledger::batch::{Decision, Granted, Served, enter, keep_place, next_free};
 use crate::ledger::budgets::{BudgetHold, HeldBudget};
 use crate::ledger::messages::{
     CallerDraw, CallerId, Draw, Drawn, HeldEndpoint, Messages, Otherwise, Refusal, Wanted, may_end_by,
@@ -34,7 +34,7 @@ impl Allocator {
         }
         for Served { draw, decision } in served {
             match decision {
-                Decision::Granted(at, counted, ahead, reserved) => {
+                Decision::Granted(Granted { at, counted, ahead, reserved, claim: _ }) => {
                     let endpoint = draw.wanted.get(at).map(|wanted| &wanted.accounts);
                     let caller = draw.caller.as_ref().map(|caller| &caller.accounts);
                     for (accounts, permits) in [(endpoint, ahead.endpoint), (caller, ahead.caller)] {
@@ -47,6 +47,8 @@ impl Allocator {
                 Decision::Held(held) => self.refuse(draw, held, clock),
                 Decision::HeldByCaller(held) => refuse_for_caller(draw, held, clock),
                 Decision::HeldByBudget(budget) => refuse_for_budget(draw, budget),
+                // None is left once a batch is done.
+                Decision::Doubtful => self.refuse(draw, Vec::new(), clock),
             }
         }
     }

@@ -1,15 +1,16 @@
 //! Budgets as the allocator has them: what is taken of each, which reservations are this process's, and those of dead ones.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use crate::config::{AlertEvent, Budget, BudgetPeriod};
 use crate::ledger::budgets::{
     Amount, BudgetKind, BudgetSet, BudgetTerms as _, BudgetView, Extend, HeldBudget, OthersReservation, ReservationRow,
-    Settled, Totals, Unreserved,
+    Settled, SpentInstead, Totals, Unreserved,
 };
+use crate::ledger::claims::{Grown, Growth, LimitedPart, NewReservation};
 use crate::ledger::{FaultKind, Ledger, LedgerError};
 use crate::limit::{Clock, Period, Stamp};
 use crate::telemetry::alerts;
@@ -36,8 +37,8 @@ pub(in crate::ledger) struct Spending {
     open: HashMap<u64, Vec<ReservationRow>>,
     /// Reservations that are made in the current batch.
     made: Vec<u64>,
-    /// Those that are extended in it: their parts as they are to be, each with what is added to it.
-    extended: HashMap<u64, Vec<(ReservationRow, u64)>>,
+    /// Those that are to grow in it, by their numbers.
+    growing: BTreeMap<u64, Growing>,
     /// Reservations that are settled, and wait to be written.
     settled: Vec<(u64, Vec<SettledRow>)>,
     /// What was taken without a reservation, and waits to be written.
@@ -49,6 +50,15 @@ pub(in crate::ledger) struct Spending {
     reconcile_at: Stamp,
     /// True if other processes had reservations when they were last looked at.
     others: bool,
+}
+
+/// A reservation that is to grow.
+#[derive(Debug)]
+struct Growing {
+    /// Its parts, as they are to be.
+    parts: Vec<LimitedPart>,
+    /// What is to be set if a budget has no room for it.
+    overrun: Vec<Arc<AtomicBool>>,
 }
 
 /// A part of a reservation, and what was taken in its place.
@@ -68,6 +78,8 @@ struct Known {
     /// Generation of the ledger that it was read from; `None` if it has to be read.
     read_at: Option<u64>,
     used_at: Stamp,
+    /// How much of the budget there is.
+    limit: u64,
     /// What is warned at.
     warns_at: Option<u64>,
     /// Period in which its end was logged.
@@ -99,7 +111,7 @@ impl Default for Spending {
             known: HashMap::new(),
             open: HashMap::new(),
             made: Vec::new(),
-            extended: HashMap::new(),
+            growing: BTreeMap::new(),
             settled: Vec::new(),
             unreserved: Vec::new(),
             has_written_settled: false,
@@ -125,7 +137,7 @@ impl Spending {
 
     /// True if anything is reserved in this batch.
     pub(super) fn has_made(&self) -> bool {
-        !self.made.is_empty() || !self.extended.is_empty()
+        !self.made.is_empty() || !self.growing.is_empty()
     }
 
     /// True while there are reservations, which have to be looked after.
@@ -220,30 +232,129 @@ impl Spending {
         (ledger, generation, clock): At<'_, '_>,
     ) -> Result<(), LedgerError> {
         // One that grows twice in a batch goes on from what it has become.
-        let open = || self.open.get(&extend.id).map(|rows| rows.iter().map(|row| (row.clone(), 0)).collect());
-        let Some(mut rows) = self.extended.get(&extend.id).cloned().or_else(open) else { return Ok(()) };
+        let limited = |row: &ReservationRow| LimitedPart { row: row.clone(), more: 0, limit: u64::MAX };
+        let open = || self.open.get(&extend.id).map(|rows| rows.iter().map(limited).collect());
+        let growing = self.growing.get(&extend.id).map(|growing| growing.parts.clone());
+        let Some(mut parts) = growing.or_else(open) else { return Ok(()) };
         let set = Arc::clone(&extend.set);
         let views = self.views(&set, (&mut *ledger, generation, clock))?;
-        let has_room = |row: &ReservationRow| {
-            let view = views.iter().find(|view| view.kind == row.kind);
-            let more = extend.more.of(row.kind.unit);
+        for part in &mut parts {
+            let view = views.iter().find(|view| view.kind == part.row.kind);
+            part.limit = view.map_or(u64::MAX, |view| view.limit);
+        }
+        let has_room = |part: &LimitedPart| {
+            let view = views.iter().find(|view| view.kind == part.row.kind);
+            let more = extend.more.of(part.row.kind.unit);
             view.is_none_or(|view| more == 0 || view.totals.taken().saturating_add(more) <= view.limit)
         };
-        let fits = rows.iter().all(|(row, _)| has_room(row));
-        for (row, added) in &mut rows {
-            let more = if fits { extend.more.of(row.kind.unit) } else { 0 };
-            row.amount = row.amount.saturating_add(more);
-            row.known = extend.known.of(row.kind.unit);
-            *added = added.saturating_add(more);
-            if let Some(of) = self.known_mut(row) {
+        // Where others write meanwhile, the ledger says whether it fits.
+        let fits = !ledger.is_exclusive() || parts.iter().all(has_room);
+        for part in &mut parts {
+            let more = if fits { extend.more.of(part.row.kind.unit) } else { 0 };
+            part.row.amount = part.row.amount.saturating_add(more);
+            part.row.known = extend.known.of(part.row.kind.unit);
+            part.more = part.more.saturating_add(more);
+            if let Some(of) = self.known_mut(&part.row) {
                 of.totals.reserved = of.totals.reserved.saturating_add(more);
             }
         }
-        self.extended.insert(extend.id, rows);
-        if !fits {
+        let growing = self.growing.entry(extend.id).or_insert(Growing { parts: Vec::new(), overrun: Vec::new() });
+        growing.parts = parts;
+        if fits {
+            growing.overrun.push(Arc::clone(&extend.overrun));
+        } else {
             extend.overrun.store(true, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Distinguishes this process's reservations from all others'.
+    pub(in crate::ledger) fn owner(&self) -> i64 {
+        self.owner
+    }
+
+    /// Returns a reservation that was made in this batch, as the ledger is to write it.
+    pub(in crate::ledger) fn new_reservation(&self, id: u64) -> Option<NewReservation> {
+        let part = |row: &ReservationRow| {
+            let known = self.known.get(&(Arc::clone(&row.key), row.kind));
+            LimitedPart { row: row.clone(), more: row.amount, limit: known.map_or(u64::MAX, |known| known.limit) }
+        };
+        let parts = self.open.get(&id)?.iter().map(part).collect();
+        Some(NewReservation { id: signed(id), parts })
+    }
+
+    /// Returns what is to grow in this batch.
+    pub(in crate::ledger) fn growths(&self) -> Vec<Growth> {
+        let growth = |(id, growing): (&u64, &Growing)| Growth { id: signed(*id), parts: growing.parts.clone() };
+        self.growing.iter().map(growth).collect()
+    }
+
+    /// Takes in what came of what was to grow.
+    pub(in crate::ledger) fn grown(&mut self, grown: Vec<Grown>) {
+        for ((id, Growing { parts, overrun }), grown) in std::mem::take(&mut self.growing).into_iter().zip(grown) {
+            match grown {
+                Grown::Done => {
+                    let Some(open) = self.open.get_mut(&id) else { continue };
+                    for LimitedPart { row, .. } in parts {
+                        if let Some(part) = open.iter_mut().find(|part| part.kind == row.kind) {
+                            *part = row;
+                        }
+                    }
+                }
+                Grown::NoRoom => {
+                    for overrun in overrun {
+                        overrun.store(true, Ordering::Relaxed);
+                    }
+                    self.read_again();
+                }
+                // It stays what it was when another process has settled it, so that what it took beyond that counts at its end.
+                Grown::Gone => self.read_again(),
+            }
+        }
+    }
+
+    /// Takes back a reservation that the ledger had no room for.
+    pub(in crate::ledger) fn take_back(&mut self, id: u64) {
+        for row in self.open.remove(&id).unwrap_or_default() {
+            if let Some(known) = self.known.get_mut(&(row.key, row.kind)) {
+                known.read_at = None;
+            }
+        }
+        self.made.retain(|made| *made != id);
+    }
+
+    /// True if what is known of a budget may have changed since it was read. It is then put to what is to be read again; without a place
+    /// for that nothing is doubted.
+    pub(in crate::ledger) fn doubts(
+        &self,
+        (key, kind): (&Arc<str>, BudgetKind),
+        generation: u64,
+        rows: Option<&mut Vec<(Arc<str>, BudgetKind)>>,
+    ) -> bool {
+        let Some(rows) = rows else { return false };
+        let row = (Arc::clone(key), kind);
+        if self.known.get(&row).is_some_and(|known| known.read_at == Some(generation)) {
+            return false;
+        }
+        if !rows.contains(&row) {
+            rows.push(row);
+        }
+        true
+    }
+
+    /// Returns the budgets of these sets that nothing is known of.
+    pub(super) fn unknown<'a>(&self, sets: impl Iterator<Item = &'a Arc<BudgetSet>>) -> Vec<(Arc<str>, BudgetKind)> {
+        let mut rows = Vec::new();
+        for set in sets {
+            for budget in &set.budgets {
+                let row = (Arc::clone(&set.key), budget.kind());
+                let is_known = self.known.get(&row).is_some_and(|known| known.read_at.is_some());
+                if !is_known && !rows.contains(&row) {
+                    rows.push(row);
+                }
+            }
+        }
+        rows
     }
 
     /// Settles a reservation at what was taken. It is written a little later.
@@ -277,7 +388,9 @@ impl Spending {
         let (kind, id) = (budget.kind(), (Arc::clone(key), budget.kind()));
         let is_five_hours = budget.period == BudgetPeriod::FiveHours;
         let is_current = self.known.get(&id).is_some_and(|known| {
-            known.read_at == Some(generation)
+            let is_read =
+                if ledger.is_exclusive() { known.read_at == Some(generation) } else { known.read_at.is_some() };
+            is_read
                 && known.since <= clock.wall
                 && known.period.lasts(clock.wall)
                 // One that nothing was taken in has not begun.
@@ -301,45 +414,33 @@ impl Spending {
             }
             let told_end = self.known.get(&id).and_then(|known| known.told_end);
             let read_at = Some(generation);
-            let known =
-                Known { period, since: clock.wall, totals, read_at, used_at: clock.boot, warns_at: None, told_end };
+            let known = Known {
+                period,
+                since: clock.wall,
+                totals,
+                read_at,
+                used_at: clock.boot,
+                limit: 0,
+                warns_at: None,
+                told_end,
+            };
             self.known.insert(id.clone(), known);
             self.others |= totals.reserved > 0;
         }
         let known = self.known.get_mut(&id).ok_or(NOT_THERE)?;
         known.used_at = clock.boot;
         let limit = budget.limit_at(clock.wall);
+        known.limit = limit;
         known.warns_at = budget.warn_at.map(|share| (limit / 1000).saturating_mul(share) + limit % 1000 * share / 1000);
         Ok(known)
     }
 
-    /// Writes the reservations of this batch, and those that have grown.
-    pub(in crate::ledger) fn write_made(&mut self, ledger: &mut dyn Ledger, clock: &Clock) -> Result<(), LedgerError> {
+    /// Says that this process is alive, if it has reservations and it is time for that.
+    pub(super) fn write_alive(&mut self, ledger: &mut dyn Ledger, clock: &Clock) -> Result<(), LedgerError> {
         let is_due = self.heard_at.is_none_or(|heard| clock.boot - heard >= HEARD_EVERY);
         if is_due && !self.open.is_empty() {
             ledger.hear(self.owner, clock.boot)?;
             self.heard_at = Some(clock.boot);
-        }
-        for id in &self.made {
-            for row in self.open.get(id).into_iter().flatten() {
-                ledger.put_reservation(self.owner, signed(*id), row)?;
-                ledger.change_budget(row, 0, signed(row.amount))?;
-            }
-        }
-        let mut was_taken_for_dead = false;
-        for (id, rows) in &mut self.extended {
-            for (row, more) in std::mem::take(rows) {
-                if ledger.grow_reservation(self.owner, signed(*id), &row)? {
-                    ledger.change_budget(&row, 0, signed(more))?;
-                    rows.push((row, more));
-                } else {
-                    // It stays what it was when another process has settled it, so that what it took beyond that counts at its end.
-                    was_taken_for_dead = true;
-                }
-            }
-        }
-        if was_taken_for_dead {
-            self.read_again();
         }
         Ok(())
     }
@@ -382,13 +483,10 @@ impl Spending {
         let mut was_taken_for_dead = false;
         for (id, rows) in &self.settled {
             for SettledRow { row, spent } in rows {
-                if ledger.end_reservation(self.owner, signed(*id), row.kind)? {
-                    ledger.change_budget(row, signed(*spent), -signed(row.amount))?;
-                } else {
-                    // Another process has settled it at what was known.
-                    was_taken_for_dead = true;
-                    ledger.change_budget(row, signed(*spent).saturating_sub(signed(row.known)), 0)?;
-                }
+                // If it is gone, another process has settled it at what was known.
+                let if_gone = signed(*spent).saturating_sub(signed(row.known));
+                let spent = SpentInstead { of_it: signed(*spent), if_gone };
+                was_taken_for_dead |= !ledger.settle_reservation(self.owner, signed(*id), row, spent)?;
             }
         }
         if was_taken_for_dead {
@@ -409,8 +507,8 @@ impl Spending {
         let dead = if self.others { ledger.dead_reservations(self.owner, since)? } else { Vec::new() };
         let settled = dead.len();
         for OthersReservation { owner, id, row } in dead {
-            ledger.change_budget(&row, signed(row.known), -signed(row.amount))?;
-            ledger.end_reservation(owner, id, row.kind)?;
+            let spent = SpentInstead { of_it: signed(row.known), if_gone: 0 };
+            ledger.settle_reservation(owner, id, &row, spent)?;
         }
         if settled > 0 {
             self.read_again();
@@ -427,28 +525,23 @@ impl Spending {
     }
 
     /// The batch is committed: what it has made and written is so.
-    pub(super) fn committed(&mut self) {
+    pub(in crate::ledger) fn committed(&mut self) {
         self.made.clear();
-        for (id, rows) in self.extended.drain() {
-            let Some(open) = self.open.get_mut(&id) else { continue };
-            for (row, _) in rows {
-                if let Some(part) = open.iter_mut().find(|part| part.kind == row.kind) {
-                    *part = row;
-                }
-            }
-        }
         if std::mem::take(&mut self.has_written_settled) {
             self.settled.clear();
             self.unreserved.clear();
         }
     }
 
-    /// The batch has failed: none of it was done.
-    pub(in crate::ledger) fn undo(&mut self) {
+    /// The batch has failed: none of it was done, or nothing was reserved in it if all else is kept.
+    pub(in crate::ledger) fn undo(&mut self, is_kept: bool) {
         for id in std::mem::take(&mut self.made) {
             self.open.remove(&id);
         }
-        self.extended.clear();
+        self.growing.clear();
+        if is_kept {
+            self.committed();
+        }
         self.has_written_settled = false;
         self.heard_at = None;
         self.read_again();
@@ -457,6 +550,24 @@ impl Spending {
     /// Drops what nobody has asked for in a while.
     pub(super) fn clean(&mut self, now: Stamp) {
         self.known.retain(|_, known| now - known.used_at < KEPT);
+    }
+
+    /// What is known of a key's budgets is read again before it is used.
+    pub(super) fn read_again_of(&mut self, set: &BudgetSet) {
+        for budget in &set.budgets {
+            if let Some(known) = self.known.get_mut(&(Arc::clone(&set.key), budget.kind())) {
+                known.read_at = None;
+            }
+        }
+    }
+
+    /// The same for these budgets.
+    pub(in crate::ledger) fn read_again_rows(&mut self, rows: &[(Arc<str>, BudgetKind)]) {
+        for row in rows {
+            if let Some(known) = self.known.get_mut(row) {
+                known.read_at = None;
+            }
+        }
     }
 
     fn read_again(&mut self) {

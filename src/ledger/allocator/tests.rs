@@ -429,9 +429,7 @@ fn nobody_is_refused_for_what_was_drawn_ahead() {
     // Other clients use up the rest of the minute.
     let clock = process.client.clock();
     let used = whole(&wanted).count_up(&clock).used.rpm;
-    wanted
-        .accounts
-        .add(CountedAt { boot: clock.boot, wall: clock.wall }, Counts { attempts: 100_000 - used, tokens: 0 });
+    wanted.accounts.add(CountedAt::now(&clock), Counts { attempts: 100_000 - used, tokens: 0 });
     // A draw that asks for a moment to come back gets one of the prefetched permits, which are given back first.
     assert!(matches!(process.draw(std::slice::from_ref(&wanted)), Drawn::Granted(0, _)));
 }

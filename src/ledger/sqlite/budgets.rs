@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, params};
 
 use super::{SqliteLedger, explain};
 use crate::ledger::LedgerError;
-use crate::ledger::budgets::{BudgetKind, BudgetRows, OthersReservation, ReservationRow, Totals};
+use crate::ledger::budgets::{BudgetKind, BudgetRows, OthersReservation, ReservationRow, SpentInstead, Totals};
 use crate::limit::{Period, Stamp};
 
 /// Time for which a budget's row is kept once its period is over: the last one of a month is still there to be looked at.
@@ -56,9 +56,22 @@ impl BudgetRows for SqliteLedger {
         self.changed(SQL, &[&owner, &id, &row.kind.to_string(), &row.amount, &row.known]).map(|rows| rows > 0)
     }
 
-    fn end_reservation(&mut self, owner: i64, id: i64, kind: BudgetKind) -> Result<bool, LedgerError> {
+    fn settle_reservation(
+        &mut self,
+        owner: i64,
+        id: i64,
+        row: &ReservationRow,
+        spent: SpentInstead,
+    ) -> Result<bool, LedgerError> {
         const SQL: &str = "DELETE FROM reservation WHERE owner = ?1 AND id = ?2 AND kind = ?3";
-        self.changed(SQL, &[&owner, &id, &kind.to_string()]).map(|rows| rows > 0)
+        let is_there = self.changed(SQL, &[&owner, &id, &row.kind.to_string()])? > 0;
+        if is_there {
+            let reserved = i64::try_from(row.amount).unwrap_or(i64::MAX);
+            self.change_budget(row, spent.of_it, -reserved)?;
+        } else {
+            self.change_budget(row, spent.if_gone, 0)?;
+        }
+        Ok(is_there)
     }
 
     fn hear(&mut self, owner: i64, now: Stamp) -> Result<(), LedgerError> {

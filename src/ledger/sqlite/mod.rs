@@ -15,9 +15,10 @@ use jiff::civil::Date;
 use rusqlite::types::{ToSql, Value};
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::claims::{Claims, Verdict};
 use super::places::{DELETED_AT_ONCE, PLACES_MAX, Place, PlaceChange, Thing, ThingKind};
 use super::stats::Spent;
-use super::{AccountId, Change, FaultKind, Ledger, LedgerError, ModelList};
+use super::{AccountId, Change, FaultKind, Ledger, LedgerError, ModelList, Rows};
 use crate::config::LedgerSync;
 use crate::database::{Schema, identity, make_file};
 use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
@@ -49,15 +50,15 @@ const CALLER: &str = "key";
 /// The same of [`AccountId::CallerModels`].
 const CALLER_MODELS: &str = "key_models";
 
-/// Place of an account's counts.
-enum Rows<'a> {
+/// The tables that an account's counts are in.
+enum Tables<'a> {
     /// In the tables of endpoints, by this id.
     Endpoint(&'a Arc<str>),
     /// In those of all other accounts, by kind, owner and part.
     Other(&'static str, &'a Arc<str>, &'a str),
 }
 
-impl<'a> Rows<'a> {
+impl<'a> Tables<'a> {
     fn of(account: &'a AccountId) -> Self {
         match account {
             AccountId::Endpoint(id) => Self::Endpoint(id),
@@ -207,7 +208,7 @@ impl SqliteLedger {
         let oldest = Slot::oldest_that_counts(now).0;
         self.run("DELETE FROM minute WHERE slot < ?1", &[&oldest])?;
         self.run("DELETE FROM account_minute WHERE slot < ?1", &[&oldest])?;
-        self.commit()
+        self.run("COMMIT", &[])
     }
 
     fn exec(&mut self, sql: &str) -> Result<(), LedgerError> {
@@ -268,13 +269,13 @@ impl Ledger for SqliteLedger {
         let row =
             |row: &rusqlite::Row<'_>| Ok((Slot(row.get(0)?), Counts { attempts: row.get(1)?, tokens: row.get(2)? }));
         let read = || -> rusqlite::Result<Vec<(Slot, Counts)>> {
-            match Rows::of(account) {
-                Rows::Endpoint(id) => {
+            match Tables::of(account) {
+                Tables::Endpoint(id) => {
                     const SQL: &str = "SELECT slot, max(attempts, 0), max(tokens, 0) FROM minute \
                          WHERE endpoint = ?1 AND slot >= ?2";
                     self.connection.prepare_cached(SQL)?.query_map(params![id, oldest.0], row)?.collect()
                 }
-                Rows::Other(kind, owner, part) => {
+                Tables::Other(kind, owner, part) => {
                     const SQL: &str = "SELECT slot, max(attempts, 0), max(tokens, 0) FROM account_minute \
                          WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND slot >= ?4";
                     let key = params![kind, owner, part, oldest.0];
@@ -289,13 +290,13 @@ impl Ledger for SqliteLedger {
         let row = |row: &rusqlite::Row<'_>| Ok(Counts { attempts: row.get(0)?, tokens: row.get(1)? });
         let date = date.to_string();
         let read = || -> rusqlite::Result<Option<Counts>> {
-            match Rows::of(account) {
-                Rows::Endpoint(id) => {
+            match Tables::of(account) {
+                Tables::Endpoint(id) => {
                     const SQL: &str =
                         "SELECT max(attempts, 0), max(tokens, 0) FROM day WHERE endpoint = ?1 AND day = ?2";
                     self.connection.prepare_cached(SQL)?.query_row(params![id, date], row).optional()
                 }
-                Rows::Other(kind, owner, part) => {
+                Tables::Other(kind, owner, part) => {
                     const SQL: &str = "SELECT max(attempts, 0), max(tokens, 0) FROM account_day \
                          WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND day = ?4";
                     let key = params![kind, owner, part, date];
@@ -309,8 +310,8 @@ impl Ledger for SqliteLedger {
     fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
         // Counts that were removed meanwhile cannot be taken back: the value must not become negative.
         let Change { attempts, tokens } = change;
-        match Rows::of(account) {
-            Rows::Endpoint(id) => {
+        match Tables::of(account) {
+            Tables::Endpoint(id) => {
                 const MINUTE: &str = "INSERT INTO minute VALUES (?1, ?2, max(?3, 0), max(?4, 0)) \
                      ON CONFLICT DO UPDATE SET attempts = max(attempts + ?3, 0), tokens = max(tokens + ?4, 0)";
                 const DAY: &str = "INSERT INTO day VALUES (?1, ?2, max(?3, 0), max(?4, 0)) \
@@ -318,7 +319,7 @@ impl Ledger for SqliteLedger {
                 self.run(MINUTE, &[id, &slot.0, &attempts, &tokens])?;
                 days.each().try_for_each(|date| self.run(DAY, &[id, &date.to_string(), &attempts, &tokens]))
             }
-            Rows::Other(kind, owner, part) => {
+            Tables::Other(kind, owner, part) => {
                 const MINUTE: &str = "INSERT INTO account_minute VALUES (?1, ?2, ?3, ?4, max(?5, 0), max(?6, 0)) \
                      ON CONFLICT DO UPDATE SET attempts = max(attempts + ?5, 0), tokens = max(tokens + ?6, 0)";
                 const DAY: &str = "INSERT INTO account_day VALUES (?1, ?2, ?3, ?4, max(?5, 0), max(?6, 0)) \
@@ -347,9 +348,9 @@ impl Ledger for SqliteLedger {
     }
 
     fn forget(&mut self, account: &AccountId, oldest: Slot) -> Result<(), LedgerError> {
-        match Rows::of(account) {
-            Rows::Endpoint(id) => self.run("DELETE FROM minute WHERE endpoint = ?1 AND slot < ?2", &[id, &oldest.0]),
-            Rows::Other(kind, owner, part) => {
+        match Tables::of(account) {
+            Tables::Endpoint(id) => self.run("DELETE FROM minute WHERE endpoint = ?1 AND slot < ?2", &[id, &oldest.0]),
+            Tables::Other(kind, owner, part) => {
                 const SQL: &str =
                     "DELETE FROM account_minute WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND slot < ?4";
                 self.run(SQL, &[&kind, owner, &part, &oldest.0])
@@ -365,13 +366,13 @@ impl Ledger for SqliteLedger {
 
     fn forget_days(&mut self, account: &AccountId, before: Date) -> Result<(), LedgerError> {
         let before = before.to_string();
-        match Rows::of(account) {
-            Rows::Endpoint(id) => {
+        match Tables::of(account) {
+            Tables::Endpoint(id) => {
                 const SQL: &str = "DELETE FROM day WHERE endpoint = ?1 AND day < ?2 AND day NOT IN \
                      (SELECT day FROM day WHERE endpoint = ?1 ORDER BY day DESC LIMIT 3)";
                 self.run(SQL, &[id, &before])
             }
-            Rows::Other(kind, owner, part) => {
+            Tables::Other(kind, owner, part) => {
                 const SQL: &str = "DELETE FROM account_day WHERE kind = ?1 AND owner = ?2 AND part = ?3 AND day < ?4 \
                      AND day NOT IN (SELECT day FROM account_day WHERE kind = ?1 AND owner = ?2 AND part = ?3 \
                      ORDER BY day DESC LIMIT 3)";
@@ -459,8 +460,18 @@ impl Ledger for SqliteLedger {
         read().map_err(|error| explain(&self.path, &error))
     }
 
-    fn commit(&mut self) -> Result<(), LedgerError> {
-        self.run("COMMIT", &[])
+    fn is_exclusive(&self) -> bool {
+        true
+    }
+
+    fn fetch(&mut self, _rows: &Rows) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn commit(&mut self, claims: &Claims, _rows: &Rows) -> Result<Verdict, LedgerError> {
+        let verdict = claims.write(self)?;
+        self.run("COMMIT", &[])?;
+        Ok(verdict)
     }
 
     fn roll_back(&mut self) {

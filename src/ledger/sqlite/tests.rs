@@ -24,7 +24,7 @@ fn endpoint(id: &str) -> AccountId {
 fn batch(ledger: &mut SqliteLedger, work: impl FnOnce(&mut SqliteLedger)) -> u64 {
     let generation = ledger.begin().unwrap();
     work(ledger);
-    ledger.commit().unwrap();
+    ledger.commit(&Claims::default(), &Rows::default()).unwrap();
     generation
 }
 
@@ -62,7 +62,7 @@ fn what_is_added_is_there_and_what_is_rolled_back_is_not() {
     assert_eq!(ledger.day(&endpoint("a"), date(2026, 11, 25)).unwrap(), Counts { attempts: 0, tokens: 28 });
     assert_eq!(ledger.day(&endpoint("b"), date(2026, 11, 25)).unwrap(), Counts::default());
     ledger.forget(&endpoint("a"), Slot(4001)).unwrap();
-    ledger.commit().unwrap();
+    ledger.commit(&Claims::default(), &Rows::default()).unwrap();
     assert_eq!(minute(&mut ledger), [(4001, 0)]);
 }
 
