@@ -13,7 +13,7 @@ use super::tokens;
 use crate::config::{BudgetPeriod, BudgetUnit, CallKind, CallSet, ClientKey};
 use crate::ledger::LimitedAccount;
 use crate::ledger::budgets::BudgetView;
-use crate::ledger::stats::{self, Begins, Part};
+use crate::ledger::stats::{Begins, Part};
 use crate::limit::{Clock, View};
 use crate::usage::prices::NanoUsd;
 
@@ -90,8 +90,8 @@ async fn spend(from: &Sources<'_>, name: &Arc<str>) -> Value {
     let Ok(_turn) = READS.acquire().await else { return Value::Null };
     // Writes the counts of this process first; if that fails, the written ones are shown.
     from.pool.ledger.flush().await;
-    let (path, name, now) = (from.process.ledger.path().to_owned(), Arc::clone(name), SystemTime::now());
-    let read = tokio::task::spawn_blocking(move || stats::read_key(&path, &name, now)).await;
+    let (statistics, name, now) = (Arc::clone(from.process.ledger.statistics()), Arc::clone(name), SystemTime::now());
+    let read = tokio::task::spawn_blocking(move || statistics.read_key(&name, now)).await;
     let Ok(Ok(stats)) = read else { return Value::Null };
     let models = || stats.values().flat_map(BTreeMap::values);
     let day = Begins::new(now, &from.pool.server.timezone).day;

@@ -1,6 +1,7 @@
 //! `GET /v1/token/stats` and `POST /v1/token/reset`.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
@@ -10,7 +11,7 @@ use super::Sources;
 use super::status::{SERVICE, iso};
 use crate::config::Rates;
 use crate::fault::{Fault, excerpt};
-use crate::ledger::stats::{self, Begins, ModelStats, Part, Stats};
+use crate::ledger::stats::{Begins, ModelStats, Part, Stats};
 use crate::routing::pool::Pool;
 use crate::usage::prices::{NanoUsd, Priced};
 use crate::usage::{Cost, Money, Sum};
@@ -19,9 +20,9 @@ use crate::usage::{Cost, Money, Sum};
 pub(super) async fn stats(from: Sources<'_>) -> Result<String, Fault> {
     // Writes the counts of this process first; if that fails, the written ones are shown.
     from.pool.ledger.flush().await;
-    let path = from.process.ledger.path().to_owned();
+    let statistics = Arc::clone(from.process.ledger.statistics());
     let now = SystemTime::now();
-    let read = tokio::task::spawn_blocking(move || stats::read(&path, now)).await;
+    let read = tokio::task::spawn_blocking(move || statistics.read(now)).await;
     let (stats, keys) = match read {
         Ok(Ok(read)) => read,
         Ok(Err(error)) => {

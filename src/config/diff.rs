@@ -1,6 +1,7 @@
 //! Differences between two configurations, in words. Keys are never among them.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use super::lanes::{EndpointKeys, Lane};
 use super::proxy::Proxy;
 use super::request_log::RequestLog;
 use super::server::{Breaker, Queue, Retry, Server, ServerTls};
+use super::shared_ledger::SharedLedger;
 use super::spelling::{self, millis, optional, path, plain, seconds, word};
 
 /// Lines about a change; a change of a thousand endpoints is shown by its first ones.
@@ -48,6 +50,8 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
         memory_bytes_max,
         threads,
         ledger,
+        shared_ledger,
+        ledger_wait,
         ledger_on_error,
         ledger_sync,
         metrics_listen,
@@ -91,7 +95,16 @@ pub fn needs_upgrade(running: &Server, wanted: &Server) -> Vec<String> {
     lines.compare(&at("metricsListen"), |at| optional(at.as_ref(), plain), metrics_listen, &wanted.metrics_listen);
     lines.compare(&at("adminListen"), |at| optional(at.as_ref(), plain), admin_listen, &wanted.admin_listen);
     lines.compare(&at("connections.h2IdleSeconds"), seconds, &connections.h2_idle, &wanted.connections.h2_idle);
-    lines.compare(&at("ledger"), path, ledger, &wanted.ledger);
+    let place = |shared: &Option<SharedLedger>, file: &Path| match shared {
+        Some(SharedLedger { address, .. }) => address.to_string(),
+        None => path(&file),
+    };
+    let places = (place(shared_ledger, ledger), place(&wanted.shared_ledger, &wanted.ledger));
+    lines.compare(&at("ledger"), plain, &places.0, &places.1);
+    if shared_ledger != &wanted.shared_ledger && places.0 == places.1 {
+        lines.add(at("redis changed"));
+    }
+    lines.compare(&at("ledgerWaitMs"), millis, ledger_wait, &wanted.ledger_wait);
     let log_path = |log: &Option<RequestLog>| log.as_ref().map(|log| log.path.clone());
     let log_paths = (log_path(request_log), log_path(&wanted.request_log));
     lines.compare(&at("requestLog.path"), |log| optional(log.as_ref(), path), &log_paths.0, &log_paths.1);
@@ -142,6 +155,8 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
         memory_bytes_max: _,
         threads: _,
         ledger: _,
+        shared_ledger: _,
+        ledger_wait: _,
         ledger_on_error: _,
         ledger_sync: _,
         metrics_listen: _,
@@ -190,13 +205,7 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     lines.compare(&at("forwardHeaders"), |list| spelling::list(list), forward_headers, &after.forward_headers);
     let ping = |ping: &Option<Duration>| ping.as_ref().map_or_else(|| "0".to_owned(), seconds);
     lines.compare(&at("streamPingSeconds"), ping, stream_ping, &after.stream_ping);
-    let queued = |queue: &Option<Queue>| {
-        optional(queue.as_ref(), |Queue { wait_max, requests_max, requests_per_key_max }| {
-            let wait_max = millis(wait_max);
-            format!("maxWaitMs {wait_max}, maxRequests {requests_max}, maxRequestsPerKey {requests_per_key_max}")
-        })
-    };
-    lines.compare(&at("queue"), queued, queue, &after.queue);
+    lines.compare(&at("queue"), |queue| optional(queue.as_ref(), queue_words), queue, &after.queue);
     affinities(lines, affinity, &after.affinity);
     if let (Some(before), Some(after)) = (request_log, &after.request_log) {
         let days = |age: &Duration| (age.as_secs() / (24 * 60 * 60)).to_string();
@@ -208,6 +217,11 @@ fn server(lines: &mut ChangeLines, before: &Server, after: &Server) {
     if *timezone != after.timezone {
         lines.add("server.timezone changed".into());
     }
+}
+
+fn queue_words(Queue { wait_max, requests_max, requests_per_key_max }: &Queue) -> String {
+    let wait_max = millis(wait_max);
+    format!("maxWaitMs {wait_max}, maxRequests {requests_max}, maxRequestsPerKey {requests_per_key_max}")
 }
 
 fn retries(lines: &mut ChangeLines, before: &Retry, after: &Retry) {

@@ -30,6 +30,10 @@ pub(super) const TOKENS_PER_SECOND_MAX: u32 = 10_000;
 pub(super) const CORS_ORIGIN_DEFAULT: &str = "*";
 
 pub(super) const LEDGER_DEFAULT: &str = "data/ledger.db";
+/// Default of `server.ledgerWaitMs`.
+pub(super) const LEDGER_WAIT_MS_DEFAULT: u32 = 3000;
+/// Default of `server.redis.prefix`.
+pub(super) const REDIS_PREFIX_DEFAULT: &str = "api-together";
 pub(super) const KEYS_FILE_DEFAULT: &str = "keys.json";
 pub(super) const LEDGER_IN_STATE_DIRECTORY: &str = "ledger.db";
 pub(super) const CONNECTIONS_LEAST: u32 = 16;
@@ -210,8 +214,15 @@ pub(super) struct ServerFile {
     /// The file that holds every count: permits and tokens. It is created with its folder if it does not exist. A
     /// relative path starts from this file's folder. All processes that name one file share its limits. Default:
     /// `data/ledger.db` beside this file; of a systemd service that has none there yet, `ledger.db` in its folder for state
-    /// (`$STATE_DIRECTORY`).
+    /// (`$STATE_DIRECTORY`). Or a Redis or Valkey server that several machines share: `redis://user:password@host:6379/0`,
+    /// `redis+sentinel://host1,host2/mymaster`, `redis+cluster://host1,host2`; `rediss` in place of `redis` for TLS.
     pub ledger: Option<String>,
+    /// Settings of a ledger on a server.
+    pub redis: Option<RedisFile>,
+    /// Longest wait for the ledger, in milliseconds: a request that needs a permit and gets no answer by then does what
+    /// `ledgerOnError` says.
+    #[schemars(range(min = 10, max = 60_000), extend("default" = LEDGER_WAIT_MS_DEFAULT))]
+    pub ledger_wait_ms: Option<u32>,
     /// Behaviour of endpoints with limits while the ledger cannot be written: take no requests, or work without
     /// permits, which are counted once it can be written again.
     #[schemars(extend("default" = LedgerOnError::Deny))]
@@ -811,6 +822,21 @@ pub(super) struct TimeoutsFile {
     /// Between two pieces of the answer, and for the client to take one, in milliseconds.
     #[schemars(range(min = 1, max = TIMEOUT_MS_MAX), extend("default" = IDLE_MS_DEFAULT))]
     pub idle_ms: Option<u32>,
+}
+
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct RedisFile {
+    /// What the names of all keys begin with. Gateways with the same prefix share their limits.
+    #[schemars(length(min = 1, max = 64), extend("default" = REDIS_PREFIX_DEFAULT))]
+    pub prefix: Option<String>,
+    /// Certificates of authorities to trust in place of the system's, in PEM form. A relative path
+    /// starts from this file's folder.
+    pub ca_file: Option<String>,
+    /// Replicas that must have confirmed a permit before it is used, so that no failover can lose it. While fewer are there, the ledger
+    /// cannot be used.
+    #[schemars(range(max = 16), extend("default" = 0))]
+    pub replicas: Option<u32>,
 }
 
 #[derive(Deserialize, JsonSchema, Default)]

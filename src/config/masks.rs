@@ -27,8 +27,15 @@ const SOUGHT_BYTES_MIN: usize = 8;
 /// Keys of an endpoint that say where its secrets are sent, and how.
 const WHERE: [&str; 8] = ["baseUrl", "formats", "proxy", "tls", "headers", "query", "authHeader", "versionPath"];
 /// Settings that open other doors, and are changed in the file itself.
-const BY_HAND: [&str; 6] =
-    ["server.adminKey", "server.adminListen", "server.keysFile", "server.ledger", "server.tls", "server.requestLog"];
+const BY_HAND: [&str; 7] = [
+    "server.adminKey",
+    "server.adminListen",
+    "server.keysFile",
+    "server.ledger",
+    "server.redis",
+    "server.tls",
+    "server.requestLog",
+];
 /// Places that read secrets from elsewhere.
 const SOURCES: [&str; 2] = ["apis[].apiKeys[].file", "apis[].apiKeys[].env"];
 
@@ -306,6 +313,7 @@ fn sends(path: &str, text: &str) -> bool {
     path.starts_with("apis[].headers")
         || path.starts_with("apis[].query")
         || path.starts_with("server.webhook.url")
+        || path == "server.ledger" && (text.contains('@') || text.starts_with(MASK))
         || path == "apis[].proxy" && (text.contains('@') || text.starts_with(MASK))
 }
 

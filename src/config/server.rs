@@ -15,7 +15,9 @@ use super::cidr::Cidr;
 use super::client_keys::{Around, ClientKey, client_keys};
 use super::connections::{ConnectionLimits, connections};
 use super::environment::{self, Environment};
-use super::file::{self, BreakerFile, CorsFile, QueueFile, RetryFile, ServerFile, ServerTlsFile, StatusFile};
+use super::file::{
+    self, BreakerFile, CorsFile, QueueFile, RedisFile, RetryFile, ServerFile, ServerTlsFile, StatusFile,
+};
 use super::header_pattern::HeaderPattern;
 use super::key_strength::warn_of_a_weak_key;
 use super::keys_file::KeysFile;
@@ -23,6 +25,7 @@ use super::memory::memory_bytes;
 use super::prices::{PriceEntry, prices};
 use super::problem::join;
 use super::request_log::{RequestLog, request_log};
+use super::shared_ledger::{SharedLedger, is_redis, shared_ledger};
 use super::status_set::StatusSet;
 use super::webhook::{Webhook, webhook};
 use crate::config::secret::Secret;
@@ -89,8 +92,13 @@ pub struct Server {
     pub endpoint_headers: bool,
     /// Headers of requests that are forwarded besides those of the API.
     pub forward_headers: Vec<HeaderPattern>,
-    /// The file that holds every count, as an absolute path.
+    /// The file that holds every count, as an absolute path. With a ledger on a server it does not exist, and tells only where this
+    /// machine's own files are.
     pub ledger: PathBuf,
+    /// The server that holds every count, if one does.
+    pub shared_ledger: Option<SharedLedger>,
+    /// Longest wait for the ledger.
+    pub ledger_wait: Duration,
     /// Behaviour of endpoints with limits while the ledger cannot be written.
     pub ledger_on_error: LedgerOnError,
     /// Durability of counts across a loss of power.
@@ -251,7 +259,7 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
     let cors = cors(typed.cors, check);
     let trusted_proxies = trusted_proxies(typed.trusted_proxies, check);
     let forward_headers = forward_headers(typed.forward_headers, check);
-    let ledger = ledger(typed.ledger.as_deref(), check);
+    let (ledger, shared_ledger) = ledger(typed.ledger.as_deref(), typed.redis, check).unzip();
     let timezone = timezone(typed.timezone.as_deref(), "server.timezone", check);
     let zone = timezone.clone().flatten().unwrap_or_else(TimeZone::system);
     let shared = api_key.as_ref().and_then(Option::as_ref);
@@ -299,6 +307,8 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         forward_headers,
         request_log: request_log(typed.request_log.unwrap_or_default(), ledger.as_deref()?, check),
         ledger: ledger?,
+        shared_ledger: shared_ledger?,
+        ledger_wait: Duration::from_millis(typed.ledger_wait_ms.unwrap_or(file::LEDGER_WAIT_MS_DEFAULT).into()),
         ledger_on_error: typed.ledger_on_error.unwrap_or_default(),
         ledger_sync: typed.ledger_sync.unwrap_or_default(),
         timezone: timezone?.unwrap_or_else(TimeZone::system),
@@ -437,7 +447,24 @@ fn breaker(typed: &BreakerFile) -> Breaker {
 }
 
 /// Resolves the path. It turns out when the file is opened if it can be written.
-fn ledger(typed: Option<&str>, check: &mut Check<'_>) -> Option<PathBuf> {
+fn ledger(
+    typed: Option<&str>,
+    redis: Option<RedisFile>,
+    check: &mut Check<'_>,
+) -> Option<(PathBuf, Option<SharedLedger>)> {
+    if let Some(typed) = typed.filter(|typed| is_redis(typed)) {
+        let shared = shared_ledger(typed, redis.unwrap_or_default(), check)?;
+        let beside = check.base_dir.join(file::LEDGER_DEFAULT);
+        let folders = check.environment.value("STATE_DIRECTORY").filter(|folders| !folders.is_empty());
+        let state = folders.and_then(|folders| folders.split(':').next());
+        let path = state.map_or(beside, |state| Path::new(state).join(file::LEDGER_IN_STATE_DIRECTORY));
+        return Some((std::path::absolute(&path).unwrap_or(path), Some(shared)));
+    }
+    if redis.is_some() {
+        let hint = "name the server in server.ledger, as in redis://localhost:6379";
+        check.report.error("server.redis", "is for a ledger on a server, and the ledger is a file", hint);
+        return None;
+    }
     let path = match typed {
         None => default_ledger(check),
         Some(typed) if typed.trim().is_empty() || typed.ends_with('/') => {
@@ -448,7 +475,7 @@ fn ledger(typed: Option<&str>, check: &mut Check<'_>) -> Option<PathBuf> {
         Some(typed) => check.base_dir.join(typed),
     };
     // In the background the working directory is another, and in an upgrade from another folder as well.
-    Some(std::path::absolute(&path).unwrap_or(path))
+    Some((std::path::absolute(&path).unwrap_or(path), None))
 }
 
 /// The file of keys that is named, or the one beside the config, or in the folder for its state that systemd gives a service.

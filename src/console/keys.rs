@@ -1,6 +1,7 @@
 //! Keys of clients: listing, adding, rotating, raising and revoking them, as `api-together keys` does.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 use schemars::JsonSchema;
@@ -10,7 +11,6 @@ use serde_json::{Map, Value};
 use super::{Request, invalid, shown};
 use crate::config::KeysChange;
 use crate::fault::Fault;
-use crate::ledger::stats;
 use crate::routing::generated_key::GeneratedKey;
 
 /// Hours for which the key before another one opens beside it, unless said otherwise.
@@ -82,8 +82,8 @@ pub(super) async fn list(request: &Request<'_>) -> Result<Value, Fault> {
 
 /// When each key was used last, in milliseconds of Unix time; empty if the ledger cannot be read.
 async fn last_used(request: &Request<'_>) -> BTreeMap<String, i64> {
-    let path = request.from.process.ledger.path().to_owned();
-    let read = tokio::task::spawn_blocking(move || stats::last_used_of_keys(&path)).await;
+    let statistics = Arc::clone(request.from.process.ledger.statistics());
+    let read = tokio::task::spawn_blocking(move || statistics.last_used_of_keys()).await;
     read.ok().and_then(Result::ok).unwrap_or_default()
 }
 

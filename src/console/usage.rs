@@ -1,6 +1,7 @@
 //! Usage: what answers took by hour or day, from the same counts as `GET /v1/token/stats`.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use http::{HeaderValue, header};
@@ -12,7 +13,7 @@ use serde_json::Value;
 use super::{Request, invalid, shown};
 use crate::admin::Answer;
 use crate::fault::Fault;
-use crate::ledger::stats::{self, Per, UsageRow};
+use crate::ledger::stats::{Per, UsageRow};
 use crate::telemetry::plain_text::csv_field;
 use crate::usage::Cost;
 
@@ -111,8 +112,8 @@ const COLUMNS: [&str; 12] = [
 async fn rows(request: &Request<'_>, (per, by_key): (Per, bool)) -> Result<Vec<UsageRow>, Fault> {
     // Writes the counts of this process first; if that fails, the written ones are shown.
     request.from.pool.ledger.flush().await;
-    let path = request.from.process.ledger.path().to_owned();
-    let read = tokio::task::spawn_blocking(move || stats::usage(&path, (per, by_key), SystemTime::now())).await;
+    let statistics = Arc::clone(request.from.process.ledger.statistics());
+    let read = tokio::task::spawn_blocking(move || statistics.usage((per, by_key), SystemTime::now())).await;
     read.map_err(|_| Fault::Internal)?.map_err(|error| {
         log::error!("usage: {error}");
         Fault::StatsUnavailable

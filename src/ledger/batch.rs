@@ -215,7 +215,7 @@ impl Batch<'_> {
 
     /// Brings an account's counts up to date, as far as a draw needs it: where `commit` has the last word, older counts do.
     fn refresh(&mut self, of: &LimitedAccount) -> Result<(), LedgerError> {
-        if !self.ledger.is_exclusive() && of.is_known(&self.clock) {
+        if of.is_known(&*self.ledger, &self.clock) {
             return Ok(());
         }
         self.read_fresh(of)
@@ -345,10 +345,11 @@ impl Batch<'_> {
 }
 
 impl LimitedAccount {
-    /// True if its counts have been read.
-    fn is_known(&self, clock: &Clock) -> bool {
+    /// True if its counts have been read, and are good enough to propose what is drawn.
+    fn is_known(&self, ledger: &dyn Ledger, clock: &Clock) -> bool {
         let mirror = self.account.mirror();
-        mirror.read_at.is_some() && mirror.quota.knows(self.limits.calendar.days(clock.wall))
+        let is_trusted = |read_at: u64| !ledger.is_exclusive() && read_at >= ledger.trusted_since();
+        mirror.read_at.is_some_and(is_trusted) && mirror.quota.knows(self.limits.calendar.days(clock.wall))
     }
 
     /// What a ledger reads of it.
@@ -358,13 +359,13 @@ impl LimitedAccount {
 }
 
 /// Rows that a ledger has to read before these draws can be decided.
-pub(super) fn unknown_rows(draws: &[Draw], clock: &Clock) -> Vec<(AccountId, Days)> {
+pub(super) fn unknown_rows(draws: &[Draw], ledger: &dyn Ledger, clock: &Clock) -> Vec<(AccountId, Days)> {
     let of_callers = draws.iter().filter_map(|draw| Some(&draw.caller.as_ref()?.accounts));
     let of_endpoints = draws.iter().flat_map(|draw| &draw.wanted).map(|wanted| &wanted.accounts);
     let in_ledger = of_callers.chain(of_endpoints).filter(|accounts| accounts.in_ledger());
     let mut seen: HashSet<*const Account> = HashSet::new();
     let accounts = in_ledger.flat_map(|accounts| accounts.accounts());
-    let unknown = accounts.filter(|of| seen.insert(Arc::as_ptr(&of.account)) && !of.is_known(clock));
+    let unknown = accounts.filter(|of| seen.insert(Arc::as_ptr(&of.account)) && !of.is_known(ledger, clock));
     unknown.map(|of| of.row(clock)).collect()
 }
 

@@ -10,7 +10,7 @@ use super::{AccountSet, Change, Ledger, LedgerError, LimitedAccount};
 use crate::limit::{CountedAt, Slot};
 
 /// What one batch claims.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Claims {
     /// Distinguishes this process's reservations from all others'.
     pub owner: i64,
@@ -21,7 +21,7 @@ pub struct Claims {
 }
 
 /// What draws of one kind take. Their accounts get all of it, or none.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Claim {
     /// The endpoint's accounts, if the ledger counts them.
     pub endpoint: Option<Arc<AccountSet>>,
@@ -58,7 +58,7 @@ pub struct NewReservation {
 }
 
 /// A part of a reservation, and how much there is of its budget.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LimitedPart {
     /// The part.
     pub row: ReservationRow,
@@ -126,10 +126,15 @@ impl Part {
 impl Claim {
     /// Returns its accounts, each with what it counts for them: attempts, and tokens.
     pub fn changes(&self) -> impl Iterator<Item = (&LimitedAccount, Change)> {
-        let attempts = |ahead| signed(self.draws.saturating_add(ahead));
-        let of_endpoint = Change { attempts: attempts(self.ahead.endpoint), tokens: 0 };
-        let tokens = signed(self.tokens.saturating_mul(self.draws));
-        let of_caller = Change { attempts: attempts(self.ahead.caller), tokens };
+        self.changes_of(Part { draws: self.draws, ahead: self.ahead })
+    }
+
+    /// The same for a part of it.
+    pub fn changes_of(&self, part: Part) -> impl Iterator<Item = (&LimitedAccount, Change)> {
+        let attempts = |ahead| signed(part.draws.saturating_add(ahead));
+        let of_endpoint = Change { attempts: attempts(part.ahead.endpoint), tokens: 0 };
+        let tokens = signed(self.tokens.saturating_mul(part.draws));
+        let of_caller = Change { attempts: attempts(part.ahead.caller), tokens };
         let [endpoint, caller] =
             [&self.endpoint, &self.caller].map(|set| set.as_deref().map(AccountSet::accounts).unwrap_or_default());
         endpoint.iter().map(move |of| (of, of_endpoint)).chain(caller.iter().map(move |of| (of, of_caller)))
@@ -137,6 +142,11 @@ impl Claim {
 }
 
 impl Claims {
+    /// True if nothing is claimed.
+    pub fn is_empty(&self) -> bool {
+        self.draws.is_empty() && self.growths.is_empty()
+    }
+
     /// Writes all claims to a ledger that nobody else writes meanwhile.
     pub fn write(&self, ledger: &mut dyn Ledger) -> Result<Verdict, LedgerError> {
         for claim in &self.draws {

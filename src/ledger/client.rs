@@ -24,8 +24,8 @@ use crate::telemetry::metrics::metrics;
 /// request.
 const DRAWS_MAX: usize = 65_536;
 
-/// Longest wait for a reply of the ledger's thread: a disk may hang, and a client must not wait for it.
-const ANSWER_MAX: Duration = Duration::from_secs(3);
+/// Longest wait for a reply of the ledger's thread, unless the config has another one.
+const WAIT_DEFAULT: Duration = Duration::from_secs(3);
 
 /// State that the allocator and its clients share.
 #[derive(Debug, Default)]
@@ -72,6 +72,8 @@ enum Sleep {
 #[derive(Clone)]
 pub struct Client {
     inbox: Arc<Inbox>,
+    /// Longest wait for a reply of the ledger's thread: a disk or a server may hang, and a client must not wait for it.
+    wait: Duration,
     clocks: Arc<dyn Fn() -> Clock + Send + Sync>,
 }
 
@@ -113,7 +115,13 @@ impl Drop for QueuePlace {
 impl Client {
     /// Returns a client for a ledger that uses these clocks.
     pub fn new(clocks: impl Fn() -> Clock + Send + Sync + 'static) -> Self {
-        Self { inbox: Arc::default(), clocks: Arc::new(clocks) }
+        Self { inbox: Arc::default(), wait: WAIT_DEFAULT, clocks: Arc::new(clocks) }
+    }
+
+    /// The same with another longest wait for a reply.
+    #[must_use]
+    pub fn with_wait(self, wait: Duration) -> Self {
+        Self { wait, ..self }
     }
 
     /// Returns the current clocks.
@@ -213,8 +221,8 @@ impl Client {
         let Asked { ticket, wanted, own: OwnDraw { caller, budgets }, otherwise, instead_of } = asked;
         let draw = Draw { ticket, wanted, caller, budgets, otherwise, instead_of, keeps_place: false, reply };
         let patience = match otherwise {
-            Otherwise::Wait { until, .. } => ANSWER_MAX + self.clock().boot.until(until),
-            Otherwise::LookElsewhere | Otherwise::Refuse(_) => ANSWER_MAX,
+            Otherwise::Wait { until, .. } => self.wait + self.clock().boot.until(until),
+            Otherwise::LookElsewhere | Otherwise::Refuse(_) => self.wait,
         };
         let pushed = self.push(|messages| {
             let has_room = messages.draws.len() < DRAWS_MAX;
@@ -293,14 +301,14 @@ impl Client {
         let (reply, answer) = oneshot::channel();
         let look = BudgetLook { set: Arc::clone(set), found: Vec::new(), reply };
         self.push(|messages| messages.budget_looks.push(look))?;
-        tokio::time::timeout(ANSWER_MAX, answer).await.ok()?.ok()?
+        tokio::time::timeout(self.wait, answer).await.ok()?.ok()?
     }
 
     /// Returns the places of each of these things, of all owners; `None` if the ledger cannot be read.
     pub async fn find_places(&self, things: Vec<Thing>) -> Option<Vec<Vec<Place>>> {
         let (reply, answer) = oneshot::channel();
         self.push(|messages| messages.finds.push(Find { things, found: Vec::new(), reply }))?;
-        tokio::time::timeout(ANSWER_MAX, answer).await.ok()?.ok()?
+        tokio::time::timeout(self.wait, answer).await.ok()?.ok()?
     }
 
     /// Notes where a thing is, or that it is nowhere any more. It is found from now on, and written a little later.

@@ -27,6 +27,7 @@
 //! | `write_behind` | changes that are written a little later |
 //! | `thread` | the allocator's thread, its errors, and checkpoints |
 //! | [`sqlite`] | the ledger on one machine, a SQLite file |
+//! | [`redis`] | the ledger of many machines, a Redis or Valkey server |
 //! | [`stats`] | token statistics |
 
 mod account;
@@ -40,6 +41,7 @@ mod messages;
 mod permit;
 pub mod places;
 mod prefetch;
+pub mod redis;
 pub mod sqlite;
 pub mod stats;
 mod thread;
@@ -73,6 +75,8 @@ pub trait Ledger: BudgetRows {
     /// True if no other process writes between `begin` and `commit`, so that what is decided by the counts of a batch holds. Where
     /// others do, counts that were read earlier are good enough to propose what is drawn: `commit` has the last word.
     fn is_exclusive(&self) -> bool;
+    /// Generation since which counts that were read are good enough to propose what is drawn, where several write at once.
+    fn trusted_since(&self) -> u64;
     /// Reads these rows in one step, if each would take a journey of its own.
     fn fetch(&mut self, rows: &Rows) -> Result<(), LedgerError>;
     /// Returns the counts of an account from a slot on, in any order.
@@ -107,6 +111,8 @@ pub trait Ledger: BudgetRows {
     /// Commits the batch, with as much of its claims as there is room for. The rows are read with it; so are those of claims that are not
     /// granted whole. They are the counts of the next round of this batch.
     fn commit(&mut self, claims: &Claims, rows: &Rows) -> Result<Verdict, LedgerError>;
+    /// Hears of the others, though there is nothing to do.
+    fn touch(&mut self) -> Result<(), LedgerError>;
     /// Rolls the batch back.
     fn roll_back(&mut self);
     /// Returns the moment until which the counts of the minute may be incomplete.

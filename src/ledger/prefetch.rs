@@ -21,7 +21,7 @@ const PERMITS_MAX: u64 = 4096;
 /// a kill wastes. Permits of small limits, and of limits that are nearly used up, are drawn one by one. At the rate
 /// that uses up `rpm` in exactly a minute, a full buffer is a 600th of the limit; this bound makes it smaller only
 /// while less than 43 % (256/600) of the limit is left.
-const PART_OF_LEFT: u64 = 256;
+pub(super) const PART_OF_LEFT: u64 = 256;
 /// Token limits count as nearly reached when less than this part (1/8) is left.
 const PART_OF_TOKENS: u64 = 8;
 

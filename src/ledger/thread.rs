@@ -10,9 +10,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::allocator::{Allocator, Tally, Used};
 use super::messages::Messages;
-use super::sqlite::{self, Opening, SqliteLedger};
+use super::redis::connection::{Connection, ConnectionOptions};
+use super::redis::{self, RedisLedger, ServerClock, ServerStatistics, Time};
+use super::sqlite::{self, FileStatistics, Opening, SqliteLedger};
+use super::stats::Statistics;
 use super::{Client, FaultKind, Ledger, LedgerError};
-use crate::config::{self, AlertEvent, LedgerOnError, LedgerSync};
+use crate::config::{self, AlertEvent, LedgerOnError, LedgerSync, SharedLedger};
 use crate::database;
 use crate::limit::{Clock, Stamp};
 use crate::telemetry::alerts;
@@ -27,6 +30,9 @@ const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 /// and serves more of them for the price of one; at such a rate, requests wait for the CPU anyway.
 const BUSY_DRAWS: usize = 4;
 const LINGER: Duration = Duration::from_micros(250);
+/// Longest time after which a server hears of this process again: another one may have taken its place, and waits for what this process
+/// has written of late.
+const TOUCH_EVERY: Duration = Duration::from_millis(500);
 /// Interval of log lines about an error that lasts.
 const TELL_AGAIN: Duration = Duration::from_mins(1);
 /// Time between the first commit in the write-ahead log and the checkpoint that writes it back.
@@ -45,13 +51,25 @@ pub struct Keeper {
 struct LedgerOptions {
     path: PathBuf,
     sync: LedgerSync,
+    /// The server that holds it in place of the file.
+    server: Option<ServerOptions>,
     on_error: LedgerOnError,
+}
+
+/// Where a ledger on a server is.
+#[derive(Clone, Debug)]
+struct ServerOptions {
+    shared: SharedLedger,
+    wait: Duration,
+    clock: Arc<ServerClock>,
 }
 
 /// State of the ledger. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct LedgerState {
     path: Arc<Path>,
+    name: Arc<str>,
+    statistics: Arc<dyn Statistics>,
     on_error: LedgerOnError,
     tally: Arc<Tally>,
     fault: Arc<Mutex<Option<Failing>>>,
@@ -68,9 +86,19 @@ pub struct Failing {
 }
 
 impl LedgerState {
-    /// Returns the path of the file.
+    /// Returns the path of the file. If the ledger is on a server, it is where this machine's own files are.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Returns the file's path, or the server's address.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns a reader of its token statistics.
+    pub fn statistics(&self) -> &Arc<dyn Statistics> {
+        &self.statistics
     }
 
     /// Returns the config's `ledgerOnError`: the behaviour of limited endpoints while the ledger cannot be used.
@@ -96,15 +124,15 @@ impl LedgerState {
         let Some(fault) = self.lock().take() else { return };
         let seconds = fault.since.elapsed().unwrap_or_default().as_secs_f64();
         let (denied, uncounted) = (&self.tally.denied, &self.tally.uncounted);
-        let path = self.path.display().to_string();
+        let name = &self.name;
         let message = format!(
-            "ledger {path}: works again after {seconds:.1} s; since the start {} requests were refused without it, and {} attempts \
+            "ledger {name}: works again after {seconds:.1} s; since the start {} requests were refused without it, and {} attempts \
              went on without a permit",
             denied.load(Ordering::Relaxed),
             uncounted.load(Ordering::Relaxed),
         );
         log::info!("{message}");
-        alerts::raise(AlertEvent::Ledger, &path, message);
+        alerts::raise(AlertEvent::Ledger, name, message);
     }
 
     /// Records an error, and logs it if it is new or due again. An empty message means that the previous error
@@ -129,7 +157,7 @@ impl LedgerState {
         };
         let message = format!("{}; {follows} (server.ledgerOnError)", fault.message);
         log::error!("{message}");
-        alerts::raise(AlertEvent::Ledger, &self.path.display().to_string(), message);
+        alerts::raise(AlertEvent::Ledger, &self.name, message);
     }
 }
 
@@ -137,15 +165,33 @@ impl Keeper {
     /// Returns the keeper of the ledger that a config names. It opens nothing and starts no thread: threads do not
     /// survive the fork into the background.
     pub fn new(server: &config::Server) -> Self {
-        let options =
-            LedgerOptions { path: server.ledger.clone(), sync: server.ledger_sync, on_error: server.ledger_on_error };
+        let shared = |shared: &SharedLedger| ServerOptions {
+            shared: shared.clone(),
+            wait: server.ledger_wait,
+            clock: Arc::default(),
+        };
+        let options = LedgerOptions {
+            path: server.ledger.clone(),
+            sync: server.ledger_sync,
+            server: server.shared_ledger.as_ref().map(shared),
+            on_error: server.ledger_on_error,
+        };
         let state = LedgerState {
             path: options.path.as_path().into(),
+            name: options.name().into(),
+            statistics: options.statistics(),
             on_error: options.on_error,
             tally: Arc::default(),
             fault: Arc::default(),
         };
-        Self { client: Client::new(Clock::read), options, state, thread: Mutex::default() }
+        let client = match &options.server {
+            None => Client::new(Clock::read),
+            Some(server) => {
+                let clock = Arc::clone(&server.clock);
+                Client::new(move || clock.read())
+            }
+        };
+        Self { client: client.with_wait(server.ledger_wait), options, state, thread: Mutex::default() }
     }
 
     /// Returns the handle to the ledger's thread.
@@ -160,7 +206,10 @@ impl Keeper {
 
     /// Checks that the ledger could be used, without making or changing anything. Not to be called once it is started.
     pub fn examine(&self) -> Result<(), LedgerError> {
-        sqlite::examine(&self.options.path)
+        match &self.options.server {
+            None => sqlite::examine(&self.options.path),
+            Some(server) => server.connect()?.examine(),
+        }
     }
 
     /// Starts the thread. Does nothing if it runs already.
@@ -172,8 +221,10 @@ impl Keeper {
         // Created first, so that no request waits for a thread that could not be started.
         let ends = EndsWithThread(self.client.clone());
         let (checkpoint, due) = sync_channel(1);
-        let path = self.options.path.clone();
-        std::thread::Builder::new().name("ledger-log".into()).spawn(move || checkpoints(&path, &due))?;
+        if self.options.server.is_none() {
+            let path = self.options.path.clone();
+            std::thread::Builder::new().name("ledger-log".into()).spawn(move || checkpoints(&path, &due))?;
+        }
         let mut keeping = Keeping {
             allocator: Allocator::new(self.client.clone(), self.options.on_error, Arc::clone(&self.state.tally)),
             client: self.client.clone(),
@@ -182,6 +233,7 @@ impl Keeper {
             ledger: None,
             retry_at: Stamp::default(),
             look_at: Stamp::default(),
+            touch_at: Stamp::NEVER,
             checkpoint,
         };
         let run = move || {
@@ -200,7 +252,7 @@ impl Keeper {
         let Some(thread) = thread.take() else { return };
         self.client.close();
         if thread.join().is_err() {
-            log::error!("ledger {}: its thread panicked", self.options.path.display());
+            log::error!("ledger {}: its thread panicked", self.state.name);
         }
     }
 }
@@ -216,10 +268,59 @@ impl Drop for EndsWithThread {
     }
 }
 
-fn open(options: &LedgerOptions, now: Stamp, minute_unknown: bool) -> Result<SqliteLedger, LedgerError> {
+impl LedgerOptions {
+    fn name(&self) -> String {
+        match &self.server {
+            None => self.path.display().to_string(),
+            Some(server) => server.shared.address.to_string(),
+        }
+    }
+
+    fn statistics(&self) -> Arc<dyn Statistics> {
+        match &self.server {
+            None => Arc::new(FileStatistics(self.path.clone())),
+            Some(server) => {
+                Arc::new(ServerStatistics { options: server.connection(), prefix: server.shared.prefix.clone() })
+            }
+        }
+    }
+}
+
+impl ServerOptions {
+    fn connection(&self) -> ConnectionOptions {
+        let SharedLedger { address, prefix: _, ca_file, replicas } = self.shared.clone();
+        ConnectionOptions { address, ca_file, wait: self.wait, replicas }
+    }
+
+    fn connect(&self) -> Result<Connection, LedgerError> {
+        Connection::new(self.connection())
+    }
+
+    fn open(&self) -> Result<RedisLedger<Connection>, LedgerError> {
+        let time = Time::Server(Arc::clone(&self.clock));
+        RedisLedger::open(self.connect()?, &self.shared.prefix, time, redis::GRACE)
+    }
+}
+
+fn open_file(options: &LedgerOptions, now: Stamp, minute_unknown: bool) -> Result<SqliteLedger, LedgerError> {
     let boot_id = sqlite::boot_id();
     let opening = Opening { boot_id: boot_id.as_deref(), now, minute_unknown };
     SqliteLedger::open(&options.path, options.sync, &opening)
+}
+
+/// An open ledger.
+enum Opened {
+    File(SqliteLedger),
+    Server(Box<RedisLedger<Connection>>),
+}
+
+impl Opened {
+    fn ledger(&mut self) -> &mut dyn Ledger {
+        match self {
+            Self::File(ledger) => ledger,
+            Self::Server(ledger) => &mut **ledger,
+        }
+    }
 }
 
 /// State of the ledger's thread.
@@ -228,10 +329,12 @@ struct Keeping {
     client: Client,
     options: LedgerOptions,
     state: LedgerState,
-    ledger: Option<SqliteLedger>,
+    ledger: Option<Opened>,
     /// Earliest moment at which the ledger is used again after an error.
     retry_at: Stamp,
     look_at: Stamp,
+    /// Latest moment at which a server hears of this process again.
+    touch_at: Stamp,
     checkpoint: SyncSender<()>,
 }
 
@@ -239,7 +342,7 @@ impl Keeping {
     fn run(&mut self) {
         self.open(false);
         loop {
-            let messages = self.client.receive(self.allocator.next_due());
+            let messages = self.client.receive(self.allocator.next_due().min(self.touch_at));
             let (closing, draws) = (messages.closing, messages.draws.len());
             self.serve(messages);
             if closing {
@@ -253,7 +356,7 @@ impl Keeping {
         self.retry_at = Stamp::default();
         self.serve(last);
         if !self.allocator.is_all_written() {
-            log::error!("ledger {}: the last counts could not be written and are lost", self.options.path.display());
+            log::error!("ledger {}: the last counts could not be written and are lost", self.state.name);
         }
     }
 
@@ -265,19 +368,38 @@ impl Keeping {
         }
         let usable = now >= self.retry_at;
         let ledger = self.ledger.as_mut().filter(|_| usable);
-        match self.allocator.serve_messages(ledger.map(|ledger| ledger as &mut dyn Ledger), messages) {
+        let is_touched = now >= self.touch_at;
+        match self.allocator.serve_messages(ledger.map(Opened::ledger), messages) {
             Ok(Used::Ledger) => self.works(),
+            Ok(Used::Nothing) if is_touched => self.touch(usable),
             Ok(Used::Nothing) => {}
+            Err(error) => self.fails(&error),
+        }
+    }
+
+    /// Lets a server hear of this process, and hears of it, though there is nothing to do.
+    fn touch(&mut self, usable: bool) {
+        let Some(ledger) = self.ledger.as_mut().filter(|_| usable) else {
+            self.touch_at = self.client.clock().boot + TOUCH_EVERY;
+            return;
+        };
+        match ledger.ledger().touch() {
+            Ok(()) => self.works(),
             Err(error) => self.fails(&error),
         }
     }
 
     fn works(&mut self) {
         if self.state.lock().is_some() {
-            if let Some(ledger) = &self.ledger {
+            if let Some(Opened::File(ledger)) = &self.ledger {
                 ledger.set_lock_wait(sqlite::LOCK_WAIT_MAX);
             }
+            self.client.set_down(false);
             self.state.works();
+        }
+        if self.options.server.is_some() {
+            self.touch_at = self.client.clock().boot + TOUCH_EVERY;
+            return;
         }
         // If the channel is full, a checkpoint is due already. If it is closed, the checkpoint thread has ended, after
         // logging its panic; the write-ahead log grows until the next start.
@@ -290,30 +412,40 @@ impl Keeping {
         if now >= self.retry_at {
             self.retry_at = now + RETRY_AFTER;
         }
+        if self.options.server.is_some() {
+            self.client.set_down(self.options.on_error == LedgerOnError::Deny);
+            self.touch_at = now + RETRY_AFTER;
+        }
         match (error.kind, &self.ledger) {
-            (FaultKind::Corrupt, Some(ledger)) => {
+            (FaultKind::Corrupt, Some(Opened::File(ledger))) => {
                 let seen = ledger.identity();
                 self.ledger = None;
                 self.replace(Some(seen));
             }
-            (_, Some(ledger)) => ledger.set_lock_wait(LOCK_WAIT_FAILING),
-            (_, None) => {}
+            (_, Some(Opened::File(ledger))) => ledger.set_lock_wait(LOCK_WAIT_FAILING),
+            (_, Some(Opened::Server(_)) | None) => {}
         }
     }
 
     fn open(&mut self, minute_unknown: bool) {
         let seen = database::identity(&self.options.path).ok();
         let now = self.client.clock().boot;
-        match open(&self.options, now, minute_unknown) {
+        let opened = match &self.options.server {
+            None => open_file(&self.options, now, minute_unknown).map(Opened::File),
+            Some(server) => server.open().map(|ledger| Opened::Server(Box::new(ledger))),
+        };
+        match opened {
             Ok(mut ledger) => {
-                self.tell_known_models(&mut ledger);
+                self.tell_known_models(ledger.ledger());
                 self.ledger = Some(ledger);
                 self.retry_at = Stamp::default();
+                self.touch_at = if self.options.server.is_some() { now } else { Stamp::NEVER };
             }
             Err(error) => {
                 self.state.fails(&error);
                 self.client.set_down(self.options.on_error == LedgerOnError::Deny);
                 self.retry_at = now + RETRY_AFTER;
+                self.touch_at = if self.options.server.is_some() { self.retry_at } else { Stamp::NEVER };
                 if error.kind == FaultKind::Corrupt {
                     self.replace(seen);
                 }
@@ -322,7 +454,7 @@ impl Keeping {
     }
 
     /// Tells which models had accounts of their own before this process began, so that they have them from the start.
-    fn tell_known_models(&self, ledger: &mut SqliteLedger) {
+    fn tell_known_models(&self, ledger: &mut dyn Ledger) {
         match ledger.accounts_of_models() {
             Ok(accounts) => self.client.set_known(accounts),
             Err(error) => {
@@ -354,9 +486,9 @@ impl Keeping {
                 return;
             }
         }
-        match open(&self.options, self.client.clock().boot, true) {
+        match open_file(&self.options, self.client.clock().boot, true) {
             Ok(ledger) => {
-                self.ledger = Some(ledger);
+                self.ledger = Some(Opened::File(ledger));
                 self.retry_at = Stamp::default();
             }
             Err(error) => self.state.fails(&error),
@@ -370,7 +502,7 @@ impl Keeping {
             return;
         }
         self.look_at = now + LOOK_AT_FILE;
-        if self.ledger.as_ref().is_some_and(SqliteLedger::was_replaced) {
+        if matches!(&self.ledger, Some(Opened::File(ledger)) if ledger.was_replaced()) {
             tell(
                 &self.options.path,
                 "THE FILE WAS DELETED OR REPLACED while it was in use. What it counted, and what was spent of BUDGETS, is gone; the \

@@ -19,7 +19,7 @@ pub use calendar::{Calendar, Days};
 pub use clock::{Clock, Stamp};
 pub use period::Period;
 pub use quota::{Counted, CountedAt, Counts, Gauge, Held, Quota, View};
-pub use window::{Minute, PERMIT_AGE_MAX, SPAN, Slot};
+pub use window::{Minute, PERMIT_AGE_MAX, SLOT, SPAN, Slot};
 
 /// Limits of an account.
 #[derive(Debug)]

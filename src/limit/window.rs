@@ -7,6 +7,8 @@ use super::Stamp;
 
 /// Width of a slot in milliseconds.
 const SLOT_MS: u64 = 250;
+/// The same.
+pub const SLOT: Duration = Duration::from_millis(SLOT_MS);
 /// Slots for which a count lasts: 60 seconds, one slot more because the attempt may have come at the end of its own
 /// slot, and another one for the time between counting and sending and for jitter on the way to the endpoint. A permit
 /// therefore becomes free up to half a second late, never early.

@@ -1116,6 +1116,10 @@ impl Ledger for Watched {
         self.inner.is_exclusive()
     }
 
+    fn trusted_since(&self) -> u64 {
+        self.inner.trusted_since()
+    }
+
     fn fetch(&mut self, rows: &Rows) -> Result<(), LedgerError> {
         self.call()?;
         self.inner.fetch(rows)
@@ -1127,6 +1131,10 @@ impl Ledger for Watched {
         self.call()?;
         self.inner.commit(&Claims::default(), rows)?;
         Ok(verdict)
+    }
+
+    fn touch(&mut self) -> Result<(), LedgerError> {
+        self.inner.touch()
     }
 
     fn roll_back(&mut self) {
@@ -1269,6 +1277,10 @@ impl Ledger for MemoryLedger {
         true
     }
 
+    fn trusted_since(&self) -> u64 {
+        u64::MAX
+    }
+
     fn fetch(&mut self, _rows: &Rows) -> Result<(), LedgerError> {
         Ok(())
     }
@@ -1280,6 +1292,10 @@ impl Ledger for MemoryLedger {
         self.own = group.version;
         *self.pages.lock().unwrap() = group;
         Ok(verdict)
+    }
+
+    fn touch(&mut self) -> Result<(), LedgerError> {
+        Ok(())
     }
 
     fn roll_back(&mut self) {

@@ -166,11 +166,12 @@ impl Allocator {
         let clock = self.client.clock();
         self.clear_prefetched(&messages, &clock);
         self.take_in(&mut messages, &clock);
+        // What is given back for another permit is written with it.
+        let draws = self.draws_due(std::mem::take(&mut messages.draws), &clock);
         let due = Due { writes: clock.boot >= self.write_behind.due_at, renews: clock.boot >= self.renew_at };
         if due.writes {
             self.collect_unwritten(&clock);
         }
-        let draws = self.draws_due(std::mem::take(&mut messages.draws), &clock);
         let asks = !messages.looks.is_empty()
             || !messages.resets.is_empty()
             || !messages.finds.is_empty()
@@ -447,7 +448,7 @@ impl Allocator {
         };
         let written = decided.and_then(|()| match work {
             Some((messages, due)) => self.write_work(batch, messages, due),
-            None => Ok(()),
+            None => write_settled(batch, false),
         });
         match written.and_then(|()| batch.commit()) {
             Ok((claims, verdict)) => {
@@ -473,7 +474,7 @@ impl Allocator {
         if batch.ledger.is_exclusive() {
             return Ok(());
         }
-        let mut rows = Rows { accounts: unknown_rows(draws, &batch.clock), budgets: Vec::new() };
+        let mut rows = Rows { accounts: unknown_rows(draws, &*batch.ledger, &batch.clock), budgets: Vec::new() };
         let looked_at = messages.looks.iter().flat_map(|look| &look.accounts);
         let renewed = self.accounts.values().skip(self.renewed).take(if due.renews { RENEWED_MAX } else { 0 });
         let renewed = renewed.map(|listed| &listed.of).filter(|of| is_renewed(of));
@@ -484,7 +485,7 @@ impl Allocator {
         let sets = draws.iter().filter_map(|draw| draw.budgets.as_ref());
         let sets = sets.chain(messages.budget_looks.iter().map(|look| &look.set));
         let sets = sets.chain(messages.extends.iter().map(|extend| &extend.set));
-        rows.budgets = batch.spending.unknown(sets);
+        rows.budgets = batch.spending.unknown(sets, batch.ledger.trusted_since());
         if rows.is_empty() { Ok(()) } else { batch.ledger.fetch(&rows) }
     }
 
@@ -506,10 +507,7 @@ impl Allocator {
         if due.writes {
             self.write_behind.write(batch.ledger)?;
         }
-        // What is reserved now had room because of what was settled, so both are written or neither.
-        if due.writes || batch.spending.has_made() {
-            batch.spending.write_settled((&mut *batch.ledger, batch.generation, &batch.clock))?;
-        }
+        write_settled(batch, due.writes)?;
         for reset in &messages.resets {
             batch.ledger.reset_tokens(reset.endpoint.as_deref())?;
         }
@@ -579,6 +577,15 @@ impl Allocator {
         }
         Ok(())
     }
+}
+
+/// Writes what was settled, if it is due or anything is reserved: what is reserved now had room because of what was settled, so both are
+/// written or neither.
+fn write_settled(batch: &mut Batch<'_>, is_due: bool) -> Result<(), LedgerError> {
+    if is_due || batch.spending.has_made() {
+        batch.spending.write_settled((&mut *batch.ledger, batch.generation, &batch.clock))?;
+    }
+    Ok(())
 }
 
 /// True if the view of an account has to be updated: its counts expire, or are not known.

@@ -343,12 +343,16 @@ impl Spending {
     }
 
     /// Returns the budgets of these sets that nothing is known of.
-    pub(super) fn unknown<'a>(&self, sets: impl Iterator<Item = &'a Arc<BudgetSet>>) -> Vec<(Arc<str>, BudgetKind)> {
+    pub(super) fn unknown<'a>(
+        &self,
+        sets: impl Iterator<Item = &'a Arc<BudgetSet>>,
+        trusted_since: u64,
+    ) -> Vec<(Arc<str>, BudgetKind)> {
         let mut rows = Vec::new();
         for set in sets {
             for budget in &set.budgets {
                 let row = (Arc::clone(&set.key), budget.kind());
-                let is_known = self.known.get(&row).is_some_and(|known| known.read_at.is_some());
+                let is_known = self.known.get(&row).is_some_and(|known| known.read_at >= Some(trusted_since));
                 if !is_known && !rows.contains(&row) {
                     rows.push(row);
                 }
@@ -388,8 +392,11 @@ impl Spending {
         let (kind, id) = (budget.kind(), (Arc::clone(key), budget.kind()));
         let is_five_hours = budget.period == BudgetPeriod::FiveHours;
         let is_current = self.known.get(&id).is_some_and(|known| {
-            let is_read =
-                if ledger.is_exclusive() { known.read_at == Some(generation) } else { known.read_at.is_some() };
+            let is_read = if ledger.is_exclusive() {
+                known.read_at == Some(generation)
+            } else {
+                known.read_at >= Some(ledger.trusted_since())
+            };
             is_read
                 && known.since <= clock.wall
                 && known.period.lasts(clock.wall)

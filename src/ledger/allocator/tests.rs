@@ -4,10 +4,12 @@ use std::time::{Instant, SystemTime};
 
 use super::*;
 use crate::config::test_support::config;
-use crate::config::{LedgerSync, LimitKind};
+use crate::config::{LedgerSync, LimitKind, RedisAddress};
 use crate::ledger::budgets::Spends;
-use crate::ledger::sqlite::{Opening, SqliteLedger};
-use crate::ledger::stats::{self, MODELS_MAX, OTHER_MODELS};
+use crate::ledger::redis::connection::{Connection, ConnectionOptions};
+use crate::ledger::redis::{RedisLedger, ServerStatistics, Time};
+use crate::ledger::sqlite::{FileStatistics, Opening, SqliteLedger};
+use crate::ledger::stats::{MODELS_MAX, OTHER_MODELS, Statistics};
 use crate::ledger::write_behind::WRITE_DELAY;
 use crate::ledger::{AccountId, CallerId, Drawn, Otherwise, Permit, QueuedBy, Refusal, Spent, Wanted, prefetch};
 use crate::limit::{LimitReason, Limits};
@@ -28,7 +30,7 @@ const CALLER: CallerId = CallerId(1);
 struct Process {
     client: Client,
     allocator: Allocator,
-    ledger: SqliteLedger,
+    ledger: Box<dyn Ledger>,
     now_ms: Arc<AtomicU64>,
     /// Runtime for timeouts. None of them ever ends, since the tests do not let its clock run.
     runtime: Arc<tokio::runtime::Runtime>,
@@ -47,9 +49,7 @@ impl Process {
             }
         };
         let client = Client::new(clock);
-        let boot = client.clock().boot;
-        let opening = Opening { boot_id: Some("boot"), now: boot, minute_unknown: false };
-        let ledger = SqliteLedger::open(&folder.join("ledger.db"), LedgerSync::Normal, &opening).unwrap();
+        let ledger = open_ledger(folder, &client);
         let allocator = Allocator::new(client.clone(), on_error, Arc::default());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         Self { client, allocator, ledger, now_ms: Arc::clone(now_ms), runtime: Arc::new(runtime) }
@@ -59,6 +59,16 @@ impl Process {
         let folder = tempfile::tempdir().unwrap();
         let process = Self::new(folder.path(), &Arc::new(AtomicU64::new(1_000_000)), LedgerOnError::Deny);
         (folder, process)
+    }
+
+    /// Another program that uses the file, whose lock is not waited for; `None` if the ledger is no file.
+    fn other_holder(&mut self, folder: &std::path::Path) -> Option<rusqlite::Connection> {
+        let path = file_of(folder)?;
+        let opening = Opening { boot_id: Some("boot"), now: self.client.clock().boot, minute_unknown: false };
+        let ledger = SqliteLedger::open(&path, LedgerSync::Normal, &opening).unwrap();
+        ledger.set_lock_wait(Duration::from_millis(1));
+        self.ledger = Box::new(ledger);
+        Some(rusqlite::Connection::open(path).unwrap())
     }
 
     fn wanted(&self, id: &str, limits: &str) -> Wanted {
@@ -93,7 +103,7 @@ impl Process {
     }
 
     fn serve(&mut self) {
-        self.allocator.serve(Some(&mut self.ledger)).unwrap();
+        self.allocator.serve(Some(&mut *self.ledger)).unwrap();
     }
 
     fn draw(&mut self, wanted: &[Wanted]) -> Drawn {
@@ -121,6 +131,42 @@ impl Process {
         let Poll::Ready(view) = look.as_mut().poll(&mut context) else { panic!("no answer") };
         (view.used.rpm, view.used.rpd)
     }
+}
+
+/// The ledger's file; `None` if the ledger that the tests are about is none.
+fn file_of(folder: &std::path::Path) -> Option<std::path::PathBuf> {
+    server_tested().is_none().then(|| folder.join("ledger.db"))
+}
+
+/// The server that the tests are about, if it is one: `LEDGER_TESTED` names it (`redis://…`), and `LEDGER_TESTED_CA` its certificates.
+fn server_tested() -> Option<ConnectionOptions> {
+    let address = RedisAddress::parse(&std::env::var("LEDGER_TESTED").ok()?).unwrap();
+    let ca_file = std::env::var("LEDGER_TESTED_CA").ok().map(Into::into);
+    Some(ConnectionOptions { address, ca_file, wait: Duration::from_secs(5), replicas: 0 })
+}
+
+/// Prefix of a folder's ledger on a server.
+fn prefix_of(folder: &std::path::Path) -> String {
+    folder.file_name().unwrap().to_str().unwrap().to_owned()
+}
+
+fn statistics_of(folder: &std::path::Path) -> Box<dyn Statistics> {
+    match server_tested() {
+        Some(options) => Box::new(ServerStatistics { options, prefix: prefix_of(folder) }),
+        None => Box::new(FileStatistics(folder.join("ledger.db"))),
+    }
+}
+
+/// Opens the ledger that the tests are about.
+fn open_ledger(folder: &std::path::Path, client: &Client) -> Box<dyn Ledger> {
+    let Some(options) = server_tested() else {
+        let opening = Opening { boot_id: Some("boot"), now: client.clock().boot, minute_unknown: false };
+        return Box::new(SqliteLedger::open(&folder.join("ledger.db"), LedgerSync::Normal, &opening).unwrap());
+    };
+    let clock = client.clone();
+    let time = Time::Given(Arc::new(move || clock.clock()));
+    let connection = Connection::new(options).unwrap();
+    Box::new(RedisLedger::open(connection, &prefix_of(folder), time, Duration::ZERO).unwrap())
 }
 
 impl Drawn {
@@ -373,8 +419,9 @@ fn what_is_drawn_ahead_counts_until_it_is_given_back() {
         at_once(&process).expect("there are more").spend();
     }
     let sent = u64::try_from(sent + 20).unwrap();
+    let Some(path) = file_of(folder.path()) else { return };
     let in_ledger = || {
-        let ledger = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+        let ledger = rusqlite::Connection::open(&path).unwrap();
         let sum = |table: &str| {
             let sql = format!("SELECT sum(attempts) FROM {table}");
             ledger.query_row(&sql, [], |row| row.get::<_, u64>(0)).unwrap()
@@ -509,7 +556,7 @@ fn attempts_without_limits_and_tokens_are_written_a_little_later() {
     process.pass(WRITE_DELAY);
     assert!(process.allocator.is_all_written());
     assert_eq!(process.used(&wanted), (3, 3));
-    let (stats, _) = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
+    let (stats, _) = statistics_of(folder.path()).read(wall).unwrap();
     let model = &stats["a"]["m"];
     let mut cost = Cost::exact(tokens, speed);
     cost.merge(&Cost::exact(tokens, speed));
@@ -534,7 +581,7 @@ fn models_beyond_the_bound_are_one() {
     }
     process.serve();
     process.pass(WRITE_DELAY);
-    let (stats, _) = stats::read(&folder.path().join("ledger.db"), wall).unwrap();
+    let (stats, _) = statistics_of(folder.path()).read(wall).unwrap();
     assert_eq!(stats["a"].len(), MODELS_MAX + 1);
     assert_eq!(stats["a"][OTHER_MODELS].cost.exact.requests, 10);
 }
@@ -582,12 +629,11 @@ fn without_the_ledger_a_refusal_names_a_moment_to_come() {
 #[test]
 fn a_group_that_fails_counts_nothing() {
     let (folder, mut process) = Process::alone();
+    let Some(holder) = process.other_holder(folder.path()) else { return };
     let wanted = [process.wanted("a", r#""rpm":2,"maxConcurrent":1"#)];
-    let holder = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
-    process.ledger.set_lock_wait(Duration::from_millis(1));
     holder.execute_batch("BEGIN IMMEDIATE").unwrap();
     let mut answer = process.ask(&wanted, Otherwise::Refuse(CALLER));
-    let error = process.allocator.serve(Some(&mut process.ledger)).unwrap_err();
+    let error = process.allocator.serve(Some(&mut *process.ledger)).unwrap_err();
     assert_eq!(error.kind, FaultKind::Locked, "{error}");
     assert!(matches!(ready(&mut answer), Drawn::Unavailable));
     holder.execute_batch("ROLLBACK").unwrap();

@@ -4,6 +4,7 @@
 mod budgets;
 mod examine;
 mod file;
+mod statistics;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,7 @@ pub use examine::examine;
 pub(super) use file::explain;
 pub use file::{LOCK_WAIT_MAX, checkpoint, open_to_read};
 use file::{connect, explain_unusable, unusable};
+pub use statistics::FileStatistics;
 
 /// The file's schema. Its id is "aptg" in ASCII.
 const SCHEMA: Schema<'static> = Schema {
@@ -464,6 +466,10 @@ impl Ledger for SqliteLedger {
         true
     }
 
+    fn trusted_since(&self) -> u64 {
+        u64::MAX
+    }
+
     fn fetch(&mut self, _rows: &Rows) -> Result<(), LedgerError> {
         Ok(())
     }
@@ -472,6 +478,10 @@ impl Ledger for SqliteLedger {
         let verdict = claims.write(self)?;
         self.run("COMMIT", &[])?;
         Ok(verdict)
+    }
+
+    fn touch(&mut self) -> Result<(), LedgerError> {
+        Ok(())
     }
 
     fn roll_back(&mut self) {

@@ -2,7 +2,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 use crate::database::{beside, move_aside};
-use crate::ledger::stats;
+use crate::ledger::stats::{self, Statistics as _};
 use crate::usage::prices::NanoUsd;
 use crate::usage::{Speed, Tokens};
 use jiff::civil::date;
@@ -335,7 +335,7 @@ fn statistics_that_are_too_old_are_removed() {
     });
     let wall = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(now.unsigned_abs());
     let kept = |path: &Path| {
-        let (stats, keys) = stats::read(path, wall).unwrap();
+        let (stats, keys) = FileStatistics(path.to_owned()).read(wall).unwrap();
         let (model, of_key) = (&stats["a"]["m"], &keys["ada"]["a"]["m"]);
         assert_eq!((&of_key.days, of_key.cost, of_key.last_used_ms), (&model.days, model.cost, model.last_used_ms));
         assert_eq!((model.cost.money.spent, of_key.hours.len()), (NanoUsd(50), 0));
@@ -360,8 +360,8 @@ fn statistics_that_are_too_old_are_removed() {
     batch(&mut ledger, |ledger| ledger.reset_tokens(Some("b")).unwrap());
     assert_eq!(kept(&path), expected);
     batch(&mut ledger, |ledger| ledger.reset_tokens(Some("a")).unwrap());
-    assert_eq!(stats::read_key(&path, "ada", wall).unwrap().len(), 0);
-    let (stats, keys) = stats::read(&path, wall).unwrap();
+    assert_eq!(FileStatistics(path.clone()).read_key("ada", wall).unwrap().len(), 0);
+    let (stats, keys) = FileStatistics(path.clone()).read(wall).unwrap();
     assert!(stats.is_empty() && keys.is_empty());
 }
 

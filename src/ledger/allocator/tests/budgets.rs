@@ -319,8 +319,9 @@ fn what_grows_once_its_process_was_taken_for_dead_counts_once() {
 fn five_hours_that_begin_tomorrow_are_not_those_that_run() {
     let (folder, mut process) = Process::alone();
     let set = budgets(&[(BudgetUnit::NanoUsd, 100, BudgetPeriod::FiveHours)]);
+    let Some(path) = file_of(folder.path()) else { return };
     let ahead = "INSERT INTO budget VALUES ('ada', 'usd/5h', ?1, 90, 0, NULL)";
-    let ledger = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+    let ledger = rusqlite::Connection::open(path).unwrap();
     ledger.execute(ahead, [i64::try_from(NOON + 24 * 3600).unwrap()]).unwrap();
     let mut taken = 0;
     for _ in 0..3 {
@@ -342,7 +343,8 @@ fn what_is_reserved_by_nobody_is_given_back() {
     let (folder, mut process) = Process::alone();
     let set = dollars(100);
     let (_permit, hold) = process.reserve(&set, money(60), money(1)).unwrap();
-    let ledger = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
+    let Some(path) = file_of(folder.path()) else { return };
+    let ledger = rusqlite::Connection::open(path).unwrap();
     ledger.execute("UPDATE budget SET reserved = reserved + 35", []).unwrap();
     process.pass(Duration::from_secs(3601));
     process.serve();

@@ -200,7 +200,7 @@ fn a_permit_that_cannot_be_swapped_leaves_its_request_in_flight() {
     });
     let mut context = Context::from_waker(Waker::noop());
     assert!(swapped.as_mut().poll(&mut context).is_pending());
-    process.allocator.serve(Some(&mut process.ledger)).unwrap();
+    process.allocator.serve(Some(&mut *process.ledger)).unwrap();
     let Poll::Ready((drawn, permit)) = swapped.as_mut().poll(&mut context) else { panic!("no answer") };
     assert!(!drawn.is_granted() && !permit.is_unspent());
     drop(entered);

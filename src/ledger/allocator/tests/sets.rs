@@ -140,11 +140,10 @@ fn nothing_is_drawn_ahead_while_one_account_has_little_left() {
 fn a_batch_that_fails_counts_in_no_account() {
     let (folder, mut process) = Process::alone();
     let wanted = process.wanted_of_models("a", r#""rpm":2"#, "m", r#""rpm":2,"maxConcurrent":1"#);
-    let holder = rusqlite::Connection::open(folder.path().join("ledger.db")).unwrap();
-    process.ledger.set_lock_wait(Duration::from_millis(1));
+    let Some(holder) = process.other_holder(folder.path()) else { return };
     holder.execute_batch("BEGIN IMMEDIATE").unwrap();
     let mut answer = process.ask(std::slice::from_ref(&wanted), Otherwise::Refuse(CALLER));
-    process.allocator.serve(Some(&mut process.ledger)).unwrap_err();
+    process.allocator.serve(Some(&mut *process.ledger)).unwrap_err();
     assert!(matches!(ready(&mut answer), Drawn::Unavailable));
     holder.execute_batch("ROLLBACK").unwrap();
     process.pass(RENEW);

@@ -1,0 +1,592 @@
+-- One batch of a process: what it writes, what it claims, and what it reads, in one step of the server.
+--
+-- KEYS[1]  what all keys begin with, hash tag included
+-- ARGV     the header, then operations one after the other. redis/wire.rs writes both and reads the reply.
+--
+-- Counts are integers below 2^53, which Lua holds exactly.
+
+local call = redis.call
+local base = KEYS[1]
+local at = 0
+
+local function text()
+  at = at + 1
+  return ARGV[at]
+end
+
+local function number()
+  at = at + 1
+  return tonumber(ARGV[at])
+end
+
+local function int(value)
+  return string.format('%.0f', value)
+end
+
+-- The header.
+local member = text()
+local seq = number()            -- number of this batch; 0 if it only reads
+local acked = number()          -- the last one whose reply the process has
+local mode = text()             -- 'first', 'again' (claims are too late), 'offer' (counts that this server may have lost)
+local slot_ms, slots = number(), number()
+local grace_ms = number()       -- time in which all processes offer what a new server may have lost
+local dead_ms = number()        -- time after which a process that was not heard of does not count as in flight
+local part_of_left = number()   -- the part of what is left that may be drawn ahead
+local estimate = number()       -- the ledger's time as the process knows it; 0 if it does not
+local test_ms = number()        -- the time of tests; 0 for the server's
+
+-- Time. The ledger's own goes on evenly even if the server's clock is set, or another server's differs: `shift` makes up for it.
+local wall
+if test_ms > 0 then
+  wall = test_ms
+else
+  local time = call('TIME')
+  wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+local state_key = base .. 'state'
+local state = call('HMGET', state_key, 'epoch', 'open_at', 'shift', 'last')
+local epoch, open_at = state[1], tonumber(state[2]) or 0
+local shift, last = tonumber(state[3]) or 0, tonumber(state[4])
+local server = string.match(call('INFO', 'replication'), 'master_replid:(%w+)') or ''
+local now = wall + shift
+local STEP_MS = 1000
+if estimate > 0 and last and math.abs(now - estimate) > STEP_MS then
+  local is_back = now < last and estimate >= last
+  local is_ahead = now - last > STEP_MS and estimate < now
+  if is_back or is_ahead or server ~= epoch then
+    shift = estimate - wall
+    now = estimate
+    call('HSET', state_key, 'shift', int(shift))
+  end
+end
+if last and now < last then now = last end
+if server ~= epoch then
+  open_at = now + grace_ms
+  call('HSET', state_key, 'epoch', server, 'open_at', int(open_at))
+end
+call('HSET', state_key, 'last', int(now))
+
+-- What this server has of the process.
+local member_key = base .. 'member:' .. member
+local known = call('HMGET', member_key, 'seq', 'verdict')
+local stored = tonumber(known[1]) or 0
+call('HSET', base .. 'heard', member, int(now))
+
+local function reply(status, verdict, rows)
+  return { status, int(now), int(wall), server, int(open_at), int(stored), verdict, rows }
+end
+
+if mode ~= 'offer' and stored < acked then
+  -- The last writes of the process are lost, and with them perhaps those of others.
+  if open_at < now + grace_ms then
+    open_at = now + grace_ms
+    call('HSET', state_key, 'open_at', int(open_at))
+  end
+  return reply('behind', '', {})
+end
+
+local slot = math.floor(now / slot_ms)
+local oldest = slot + 1 - slots
+
+-- Accounts: the sliding minute, and days. Each is read once in a batch, and written once at its end.
+local accounts, touched = {}, {}
+
+local function expire(account, from)
+  local fields = {}
+  for s = from, oldest - 1 do
+    fields[#fields + 1] = 'a' .. s
+    fields[#fields + 1] = 't' .. s
+  end
+  local values = call('HMGET', account.minute, unpack(fields))
+  for i = 1, #fields, 2 do
+    account.a = account.a - (tonumber(values[i]) or 0)
+    account.t = account.t - (tonumber(values[i + 1]) or 0)
+  end
+  call('HDEL', account.minute, unpack(fields))
+  account.from = oldest
+  account.is_changed = true
+end
+
+local function find(id)
+  local account = accounts[id]
+  if account then return account end
+  local minute = base .. 'minute:' .. id
+  local head = call('HMGET', minute, 'a', 't', 'from', 'to', 'a' .. slot, 't' .. slot)
+  account = {
+    id = id, minute = minute, day = base .. 'day:' .. id,
+    a = tonumber(head[1]) or 0, t = tonumber(head[2]) or 0,
+    from = tonumber(head[3]) or slot, to = tonumber(head[4]) or slot,
+    slots = { [slot] = { tonumber(head[5]) or 0, tonumber(head[6]) or 0 } }, changed = {},
+    days = {}, changed_days = {},
+  }
+  if account.to < oldest then
+    call('DEL', minute)
+    account.a, account.t, account.from, account.to = 0, 0, slot, slot
+  elseif account.from < oldest then
+    expire(account, account.from)
+  end
+  accounts[id] = account
+  touched[#touched + 1] = account
+  return account
+end
+
+local function day_of(account, date)
+  local day = account.days[date]
+  if not day then
+    local values = call('HMGET', account.day, 'a' .. date, 't' .. date)
+    day = { tonumber(values[1]) or 0, tonumber(values[2]) or 0, not (values[1] or values[2]) }
+    account.days[date] = day
+  end
+  return day
+end
+
+-- Adds to the counts of a slot and of days. None becomes negative: what was removed meanwhile cannot be taken back.
+local function add(account, s, dates, attempts, tokens)
+  if s >= oldest then
+    local counts = account.slots[s]
+    if not counts then
+      local values = call('HMGET', account.minute, 'a' .. s, 't' .. s)
+      counts = { tonumber(values[1]) or 0, tonumber(values[2]) or 0 }
+      account.slots[s] = counts
+    end
+    local a, t = math.max(counts[1] + attempts, 0), math.max(counts[2] + tokens, 0)
+    account.a = account.a + a - counts[1]
+    account.t = account.t + t - counts[2]
+    counts[1], counts[2] = a, t
+    if s < account.from then account.from = s end
+    if s > account.to then account.to = s end
+    account.changed[s] = true
+    account.is_changed = true
+  end
+  for _, date in ipairs(dates) do
+    local day = day_of(account, date)
+    day[1], day[2] = math.max(day[1] + attempts, 0), math.max(day[2] + tokens, 0)
+    account.changed_days[date] = true
+  end
+end
+
+local DAYS_KEPT_MS = 400 * 86400000
+local DAY_FIELDS_MAX = 900
+
+local function forget_days(account)
+  if call('HLEN', account.day) <= DAY_FIELDS_MAX then return end
+  local dates = {}
+  for _, field in ipairs(call('HKEYS', account.day)) do
+    dates[#dates + 1] = string.sub(field, 2)
+  end
+  table.sort(dates)
+  for i = 1, math.floor(#dates / 2) do
+    call('HDEL', account.day, 'a' .. dates[i], 't' .. dates[i])
+  end
+end
+
+local function write_accounts()
+  for _, account in ipairs(touched) do
+    if account.is_changed then
+      local fields = { 'a', int(account.a), 't', int(account.t), 'from', int(account.from), 'to', int(account.to) }
+      for s in pairs(account.changed) do
+        local counts = account.slots[s]
+        fields[#fields + 1], fields[#fields + 2] = 'a' .. s, int(counts[1])
+        fields[#fields + 1], fields[#fields + 2] = 't' .. s, int(counts[2])
+      end
+      call('HSET', account.minute, unpack(fields))
+      call('PEXPIRE', account.minute, (slots + 4) * slot_ms)
+    end
+    for date in pairs(account.changed_days) do
+      local day = account.days[date]
+      call('HSET', account.day, 'a' .. date, int(day[1]), 't' .. date, int(day[2]))
+      if day[3] then
+        call('PEXPIRE', account.day, DAYS_KEPT_MS)
+        forget_days(account)
+        if string.sub(account.id, 1, 7) == 'models:' then
+          call('ZADD', base .. 'models', wall, account.id)
+          call('ZREMRANGEBYRANK', base .. 'models', 0, -1001)
+        end
+      end
+    end
+  end
+end
+
+-- Requests in flight: each process writes how many it has, and those of a process that is not heard of do not count.
+local heard_cache = {}
+local function is_alive(other)
+  local heard = heard_cache[other]
+  if heard == nil then
+    heard = tonumber(call('HGET', base .. 'heard', other)) or 0
+    heard_cache[other] = heard
+  end
+  return now - heard < dead_ms
+end
+
+local function others_in_flight(id)
+  local key, others = base .. 'flight:' .. id, 0
+  local rows = call('HGETALL', key)
+  for i = 1, #rows, 2 do
+    if rows[i] ~= member then
+      if is_alive(rows[i]) then
+        others = others + tonumber(rows[i + 1])
+      else
+        call('HDEL', key, rows[i])
+      end
+    end
+  end
+  return others
+end
+
+local function set_in_flight(id, count)
+  if count > 0 then
+    call('HSET', base .. 'flight:' .. id, member, int(count))
+  else
+    call('HDEL', base .. 'flight:' .. id, member)
+  end
+end
+
+-- Budgets: what is spent and reserved, by period.
+local function budget_key(id)
+  return base .. 'budget:' .. id
+end
+
+local function budget_of(id, period)
+  local values = call('HMGET', budget_key(id), 's' .. period, 'r' .. period)
+  return tonumber(values[1]) or 0, tonumber(values[2]) or 0
+end
+
+local function change_budget(id, period, ends, spent, reserved)
+  local key = budget_key(id)
+  local before = { budget_of(id, period) }
+  local is_new = call('HEXISTS', key, 'e' .. period) == 0
+  call('HSET', key,
+    's' .. period, int(math.max(before[1] + spent, 0)), 'r' .. period, int(math.max(before[2] + reserved, 0)))
+  if is_new then
+    call('HSET', key, 'e' .. period, ends)
+    -- Periods that are over are forgotten when another one begins.
+    local rows = call('HGETALL', key)
+    for i = 1, #rows, 2 do
+      local name, value = rows[i], tonumber(rows[i + 1])
+      if string.sub(name, 1, 1) == 'e' and value and value > 0 and value < math.floor(wall / 1000) then
+        local over = string.sub(name, 2)
+        call('HDEL', key, 's' .. over, 'r' .. over, 'e' .. over)
+      end
+    end
+  end
+end
+
+-- The latest period that anything was taken in, of those that have begun.
+local function latest_period(id)
+  local latest
+  for _, name in ipairs(call('HKEYS', budget_key(id))) do
+    if string.sub(name, 1, 1) == 'e' then
+      local period = tonumber(string.sub(name, 2))
+      if period * 1000 <= wall and (not latest or period > latest) then latest = period end
+    end
+  end
+  return latest
+end
+
+local FIVE_HOURS = 5 * 3600
+
+-- A period of five hours that another process has begun meanwhile is the one that counts.
+local function is_current(part)
+  if not part.is_five_hours then return true end
+  local latest = latest_period(part.budget)
+  return not latest or latest == part.period or latest + FIVE_HOURS <= math.floor(wall / 1000)
+end
+
+local function read_part()
+  return {
+    budget = text(), is_five_hours = text() == '1', period = number(), ends = text(),
+    amount = text(), known = text(), more = number(), limit = number(), field = text(),
+  }
+end
+
+local function has_room(part)
+  if not is_current(part) then return false end
+  local spent, reserved = budget_of(part.budget, int(part.period))
+  return part.more == 0 or spent + reserved + part.more <= part.limit
+end
+
+local function reservation_key(owner)
+  return base .. 'reserved:' .. owner
+end
+
+local function put_reservation(owner, part)
+  local row = table.concat({ part.budget, int(part.period), part.amount, part.known }, ' ')
+  call('HSET', reservation_key(owner), part.field, row)
+  call('SADD', base .. 'owners', owner)
+end
+
+-- Claims.
+local INFINITE = math.huge
+
+local function read_account()
+  local of = { id = text(), rpm = number(), rpd = number(), tpm = number(), tpd = number(), most = number() }
+  of.in_flight, of.dates = number(), {}
+  for _ = 1, number() do of.dates[#of.dates + 1] = text() end
+  return of
+end
+
+local function read_set()
+  local set = {}
+  for _ = 1, number() do set[#set + 1] = read_account() end
+  return set
+end
+
+local function room_for_tokens(limit, used, each)
+  if limit < 0 then return INFINITE end
+  if each == 0 then return used < limit and INFINITE or 0 end
+  -- What is more than the limit takes all of it.
+  if used == 0 then return math.max(math.floor(limit / each), 1) end
+  return math.max(math.floor((limit - used) / each), 0)
+end
+
+-- Returns how many draws an account has room for, and how many attempts.
+local function room(of, each)
+  local account = find(of.id)
+  local attempts, draws = INFINITE, INFINITE
+  local is_limited = of.rpm >= 0 or of.rpd >= 0 or of.tpm >= 0 or of.tpd >= 0
+  if is_limited and now < open_at then return 0, 0 end
+  if of.rpm >= 0 then attempts = math.min(attempts, of.rpm - account.a) end
+  draws = math.min(draws, room_for_tokens(of.tpm, account.t, each))
+  for _, date in ipairs(of.dates) do
+    if of.rpd >= 0 or of.tpd >= 0 then
+      local day = day_of(account, date)
+      if of.rpd >= 0 then attempts = math.min(attempts, of.rpd - day[1]) end
+      draws = math.min(draws, room_for_tokens(of.tpd, day[2], each))
+    end
+  end
+  if of.most >= 0 then
+    draws = math.min(draws, of.most - of.in_flight - others_in_flight(of.id))
+  end
+  return math.min(draws, attempts), attempts
+end
+
+local function room_of(set, each)
+  local draws, attempts = INFINITE, INFINITE
+  for _, of in ipairs(set) do
+    local of_draws, of_attempts = room(of, each)
+    draws, attempts = math.min(draws, of_draws), math.min(attempts, of_attempts)
+  end
+  return math.max(draws, 0), math.max(attempts, 0)
+end
+
+local function take(set, draws, ahead, each)
+  for _, of in ipairs(set) do
+    add(find(of.id), slot, of.dates, draws + ahead, draws * each)
+    if of.most >= 0 then set_in_flight(of.id, of.in_flight + draws) end
+  end
+end
+
+local function ahead_of(wanted, attempts, draws)
+  if wanted == 0 or attempts == INFINITE then return wanted end
+  return math.max(math.min(wanted, math.floor((attempts - draws) / part_of_left)), 0)
+end
+
+local verdicts = {}
+
+-- Reads. They see what this batch has written.
+local reads = {}
+
+local function read_account_row(id, dates)
+  reads[#reads + 1] = function()
+    local account = find(id)
+    local row, all = { 'account', id }, call('HGETALL', account.minute)
+    for i = 1, #all, 2 do
+      local kind, s = string.sub(all[i], 1, 1), tonumber(string.sub(all[i], 2))
+      if s and s >= oldest and (kind == 'a' or kind == 't') then
+        row[#row + 1], row[#row + 2] = all[i], all[i + 1]
+      end
+    end
+    row[#row + 1], row[#row + 2] = 'f', int(others_in_flight(id))
+    for _, date in ipairs(dates) do
+      local day = day_of(account, date)
+      row[#row + 1], row[#row + 2] = 'd' .. date, int(day[1]) .. ' ' .. int(day[2])
+    end
+    return row
+  end
+end
+
+local function read_budget_row(id)
+  reads[#reads + 1] = function()
+    local row, all = { 'budget', id }, call('HGETALL', budget_key(id))
+    for i = 1, #all do row[#row + 1] = all[i] end
+    return row
+  end
+end
+
+-- What has less room than the process thought is read for it.
+local function read_again(endpoint, caller, parts)
+  for _, set in ipairs({ endpoint, caller }) do
+    for _, of in ipairs(set) do read_account_row(of.id, of.dates) end
+  end
+  for _, part in ipairs(parts) do read_budget_row(part.budget) end
+end
+
+local function claim()
+  local draws, each = number(), number()
+  local ahead_endpoint, ahead_caller = number(), number()
+  local endpoint, caller = read_set(), read_set()
+  local owner, parts = text(), {}
+  for _ = 1, number() do parts[#parts + 1] = read_part() end
+  if mode ~= 'first' then
+    verdicts[#verdicts + 1] = '0,0,0'
+    return
+  end
+  local of_endpoint, endpoint_attempts = room_of(endpoint, 0)
+  local of_caller, caller_attempts = room_of(caller, each)
+  local granted = math.min(draws, of_endpoint, of_caller)
+  for _, part in ipairs(parts) do
+    if not has_room(part) then granted = 0 end
+  end
+  if granted < draws then read_again(endpoint, caller, parts) end
+  if granted == 0 then
+    verdicts[#verdicts + 1] = '0,0,0'
+    return
+  end
+  local ahead_e, ahead_c = 0, 0
+  if granted == draws then
+    ahead_e = ahead_of(ahead_endpoint, endpoint_attempts, granted)
+    ahead_c = ahead_of(ahead_caller, caller_attempts, granted)
+  end
+  take(endpoint, granted, ahead_e, 0)
+  take(caller, granted, ahead_c, each)
+  for _, part in ipairs(parts) do
+    put_reservation(owner, part)
+    change_budget(part.budget, int(part.period), part.ends, 0, part.more)
+  end
+  verdicts[#verdicts + 1] = int(granted) .. ',' .. int(ahead_e) .. ',' .. int(ahead_c)
+end
+
+local function grow()
+  local owner, parts = text(), {}
+  for _ = 1, number() do parts[#parts + 1] = read_part() end
+  local key = reservation_key(owner)
+  if mode ~= 'first' then
+    verdicts[#verdicts + 1] = 'none'
+    return
+  end
+  local fits = true
+  for _, part in ipairs(parts) do
+    if call('HEXISTS', key, part.field) == 0 then
+      verdicts[#verdicts + 1] = 'gone'
+      return
+    end
+    fits = fits and has_room(part)
+  end
+  for _, part in ipairs(parts) do
+    if not fits then part.amount = int(tonumber(part.amount) - part.more) end
+    put_reservation(owner, part)
+    if not fits then read_budget_row(part.budget) end
+    if fits then change_budget(part.budget, int(part.period), part.ends, 0, part.more) end
+  end
+  verdicts[#verdicts + 1] = fits and 'done' or 'none'
+end
+
+-- Operations.
+local operations = {}
+
+function operations.add()
+  local id, s, dates = text(), number(), {}
+  for _ = 1, number() do dates[#dates + 1] = text() end
+  local attempts, tokens = number(), number()
+  add(find(id), s, dates, attempts, tokens)
+end
+
+function operations.flight()
+  local id, count = text(), number()
+  set_in_flight(id, count)
+end
+
+operations.claim = claim
+operations.grow = grow
+
+function operations.budget()
+  local id, period, ends, spent, reserved = text(), text(), text(), number(), number()
+  change_budget(id, period, ends, spent, reserved)
+end
+
+function operations.settle()
+  local owner, field, id, period, ends = text(), text(), text(), text(), text()
+  local amount, spent, if_gone = number(), number(), number()
+  local key = reservation_key(owner)
+  if call('HDEL', key, field) == 1 then
+    change_budget(id, period, ends, spent, -amount)
+    if call('EXISTS', key) == 0 then call('SREM', base .. 'owners', owner) end
+  elseif if_gone ~= 0 then
+    change_budget(id, period, ends, if_gone, 0)
+  end
+end
+
+function operations.hear()
+  call('HSET', base .. 'heard', text(), int(now))
+end
+
+-- Token statistics: rows of packed numbers, and a list of the hours or days that there are.
+function operations.tokens()
+  local table_name, moment, kept, field, used = text(), text(), number(), text(), number()
+  local key, is_new = base .. 'tokens:' .. table_name, false
+  if moment ~= '' then
+    local list = key
+    key = key .. ':' .. moment
+    is_new = call('ZADD', list, moment, moment) == 1
+    if is_new then call('ZREMRANGEBYSCORE', list, '-inf', math.floor(wall / 1000) - kept) end
+  end
+  local before, columns = call('HGET', key, field), {}
+  for word in string.gmatch(before or '', '%S+') do columns[#columns + 1] = tonumber(word) end
+  for i = 1, number() do
+    columns[i + 1] = (columns[i + 1] or 0) + number()
+  end
+  columns[1] = math.max(columns[1] or 0, used)
+  for i, value in ipairs(columns) do columns[i] = int(value) end
+  call('HSET', key, field, table.concat(columns, ' '))
+  if is_new then call('EXPIRE', key, kept) end
+end
+
+function operations.read_account()
+  local id, dates = text(), {}
+  for _ = 1, number() do dates[#dates + 1] = text() end
+  read_account_row(id, dates)
+end
+
+function operations.read_budget()
+  read_budget_row(text())
+end
+
+-- A reservation that was made before, offered again.
+function operations.reserve()
+  local owner, part = text(), read_part()
+  put_reservation(owner, part)
+  change_budget(part.budget, int(part.period), part.ends, 0, part.more)
+end
+
+if mode == 'offer' then
+  -- Offered to a server that had this batch last; otherwise it has the offer already.
+  if stored ~= seq then return reply('known', '', {}) end
+elseif seq > 0 and seq <= stored then
+  -- It is here already: its reply was lost, or it comes twice.
+  return reply(seq == stored and 'known' or 'old', known[2] or '', {})
+end
+
+while at < #ARGV do
+  operations[text()]()
+end
+write_accounts()
+
+local MEMBERS_KEPT_MS = 7 * 86400000
+
+local function forget_members()
+  local rows = call('HGETALL', base .. 'heard')
+  for i = 1, #rows, 2 do
+    if now - tonumber(rows[i + 1]) > MEMBERS_KEPT_MS then call('HDEL', base .. 'heard', rows[i]) end
+  end
+end
+
+local verdict = table.concat(verdicts, ';')
+if seq > 0 or mode == 'offer' then
+  stored = mode == 'offer' and acked or seq
+  call('HSET', member_key, 'seq', int(stored), 'verdict', verdict)
+  if seq % 64 == 1 or mode == 'offer' then call('PEXPIRE', member_key, MEMBERS_KEPT_MS) end
+  if seq % 4096 == 1 then forget_members() end
+end
+local rows = {}
+for i, read in ipairs(reads) do rows[i] = read() end
+return reply('ok', verdict, rows)
