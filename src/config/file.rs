@@ -30,8 +30,9 @@ pub(super) const TOKENS_PER_SECOND_MAX: u32 = 10_000;
 pub(super) const CORS_ORIGIN_DEFAULT: &str = "*";
 
 pub(super) const LEDGER_DEFAULT: &str = "data/ledger.db";
-/// Default of `server.ledgerWaitMs`.
+/// Defaults of `server.ledgerWaitMs`, for a file and for a server.
 pub(super) const LEDGER_WAIT_MS_DEFAULT: u32 = 3000;
+pub(super) const REDIS_WAIT_MS_DEFAULT: u32 = 1000;
 /// Default of `server.redis.prefix`.
 pub(super) const REDIS_PREFIX_DEFAULT: &str = "api-together";
 pub(super) const KEYS_FILE_DEFAULT: &str = "keys.json";
@@ -220,8 +221,8 @@ pub(super) struct ServerFile {
     /// Settings of a ledger on a server.
     pub redis: Option<RedisFile>,
     /// Longest wait for the ledger, in milliseconds: a request that needs a permit and gets no answer by then does what
-    /// `ledgerOnError` says.
-    #[schemars(range(min = 10, max = 60_000), extend("default" = LEDGER_WAIT_MS_DEFAULT))]
+    /// `ledgerOnError` says. Default: 3000 for a file, 1000 for a server.
+    #[schemars(range(min = 10, max = 60_000))]
     pub ledger_wait_ms: Option<u32>,
     /// Behaviour of endpoints with limits while the ledger cannot be written: take no requests, or work without
     /// permits, which are counted once it can be written again.

@@ -307,8 +307,8 @@ pub(super) fn check(typed: Option<ServerFile>, check: &mut Check<'_>) -> Option<
         forward_headers,
         request_log: request_log(typed.request_log.unwrap_or_default(), ledger.as_deref()?, check),
         ledger: ledger?,
+        ledger_wait: ledger_wait(typed.ledger_wait_ms, shared_ledger.as_ref()?.is_some()),
         shared_ledger: shared_ledger?,
-        ledger_wait: Duration::from_millis(typed.ledger_wait_ms.unwrap_or(file::LEDGER_WAIT_MS_DEFAULT).into()),
         ledger_on_error: typed.ledger_on_error.unwrap_or_default(),
         ledger_sync: typed.ledger_sync.unwrap_or_default(),
         timezone: timezone?.unwrap_or_else(TimeZone::system),
@@ -476,6 +476,12 @@ fn ledger(
     };
     // In the background the working directory is another, and in an upgrade from another folder as well.
     Some((std::path::absolute(&path).unwrap_or(path), None))
+}
+
+/// A server that does not answer is given up earlier than a disk: another one may have taken its place.
+fn ledger_wait(typed: Option<u32>, is_shared: bool) -> Duration {
+    let default = if is_shared { file::REDIS_WAIT_MS_DEFAULT } else { file::LEDGER_WAIT_MS_DEFAULT };
+    Duration::from_millis(typed.unwrap_or(default).into())
 }
 
 /// The file of keys that is named, or the one beside the config, or in the folder for its state that systemd gives a service.

@@ -83,6 +83,8 @@ impl fmt::Display for AccountId {
 #[derive(Debug)]
 pub struct Account {
     id: AccountId,
+    /// True if requests in flight are counted in the ledger, since processes on several machines share it.
+    shares_concurrency: bool,
     /// Attempts sent since the start.
     attempts: AtomicU64,
     /// Attempts sent without a permit from the ledger and not written to it yet.
@@ -141,9 +143,10 @@ impl Entry {
 
 impl Account {
     /// Returns an account without any counts yet.
-    pub(super) fn new(id: AccountId) -> Self {
+    pub(super) fn new(id: AccountId, shares_concurrency: bool) -> Self {
         Self {
             id,
+            shares_concurrency,
             attempts: AtomicU64::default(),
             unwritten: AtomicU64::default(),
             full_until: AtomicU64::default(),
@@ -155,6 +158,11 @@ impl Account {
     /// Returns what its limits belong to.
     pub fn id(&self) -> &AccountId {
         &self.id
+    }
+
+    /// True if requests in flight are counted in the ledger.
+    pub(super) fn shares_concurrency(&self) -> bool {
+        self.shares_concurrency
     }
 
     /// Returns the number of attempts sent since the start of this process.

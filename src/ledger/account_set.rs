@@ -17,6 +17,11 @@ pub struct LimitedAccount {
 }
 
 impl LimitedAccount {
+    /// True if its requests in flight are limited, and counted in the ledger.
+    pub(super) fn shares_concurrency(&self) -> bool {
+        self.account.shares_concurrency() && self.limits.is_concurrency_limited()
+    }
+
     /// Returns its limits and what is left of them, by the counts of this process.
     pub(super) fn count_up(&self, clock: &Clock) -> View {
         self.account.mirror().quota.view(&self.limits, clock)
@@ -44,7 +49,7 @@ impl AccountSet {
     /// Returns the set of these accounts.
     pub fn new(accounts: Vec<LimitedAccount>) -> Self {
         Self {
-            in_ledger: accounts.iter().any(|of| of.limits.in_ledger()),
+            in_ledger: accounts.iter().any(|of| of.limits.in_ledger() || of.shares_concurrency()),
             is_concurrency_limited: accounts.iter().any(|of| of.limits.is_concurrency_limited()),
             accounts: accounts.into(),
             prefetch: PrefetchBuffer::default(),

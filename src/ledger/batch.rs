@@ -241,7 +241,10 @@ impl Batch<'_> {
         for date in days.each() {
             counted.push((date, self.ledger.day(account.id(), date)?));
         }
-        mirror.quota.load(attempts, tokens, counted, self.ledger.unknown_until());
+        mirror.quota.load(attempts, tokens, counted, self.ledger.unknown());
+        if account.shares_concurrency() && limits.is_concurrency_limited() {
+            mirror.quota.set_others_in_flight(self.ledger.others_in_flight(account.id())?);
+        }
         let Mirror { quota, unwritten, drawn, .. } = &mut *mirror;
         for entry in unwritten.iter().chain(drawn.iter()) {
             quota.change(entry.slot, entry.days, entry.change.attempts, entry.change.tokens);
@@ -266,6 +269,13 @@ impl Batch<'_> {
             }
         }
         is_doubtful
+    }
+
+    /// Writes how many requests of an account are in flight, without those that this batch claims.
+    pub(super) fn write_in_flight(&mut self, account: &Account) -> Result<(), LedgerError> {
+        let own = account.mirror().quota.own_in_flight();
+        let claimed: u64 = self.claims.iter().map(|claim| claim.draws_of(account)).sum();
+        self.ledger.set_in_flight(account.id(), own.saturating_sub(claimed))
     }
 
     /// Takes in what the ledger has granted. Returns the draws that have to be decided anew.

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::budgets::ReservationRow;
-use super::{AccountSet, Change, Ledger, LedgerError, LimitedAccount};
+use super::{Account, AccountSet, Change, Ledger, LedgerError, LimitedAccount};
 use crate::limit::{CountedAt, Slot};
 
 /// What one batch claims.
@@ -129,7 +129,13 @@ impl Claim {
         self.changes_of(Part { draws: self.draws, ahead: self.ahead })
     }
 
-    /// The same for a part of it.
+    /// Returns the number of its draws that are of an account.
+    pub fn draws_of(&self, account: &Account) -> u64 {
+        let is_of = self.changes().filter(|(of, _)| std::ptr::eq(Arc::as_ptr(&of.account), account)).count();
+        self.draws.saturating_mul(u64::try_from(is_of).unwrap_or(u64::MAX))
+    }
+
+    /// The same as [`Claim::changes`] for a part of it.
     pub fn changes_of(&self, part: Part) -> impl Iterator<Item = (&LimitedAccount, Change)> {
         let attempts = |ahead| signed(part.draws.saturating_add(ahead));
         let of_endpoint = Change { attempts: attempts(part.ahead.endpoint), tokens: 0 };

@@ -74,6 +74,8 @@ pub struct Client {
     inbox: Arc<Inbox>,
     /// Longest wait for a reply of the ledger's thread: a disk or a server may hang, and a client must not wait for it.
     wait: Duration,
+    /// True if requests in flight are counted in the ledger.
+    shares_concurrency: bool,
     clocks: Arc<dyn Fn() -> Clock + Send + Sync>,
 }
 
@@ -115,7 +117,13 @@ impl Drop for QueuePlace {
 impl Client {
     /// Returns a client for a ledger that uses these clocks.
     pub fn new(clocks: impl Fn() -> Clock + Send + Sync + 'static) -> Self {
-        Self { inbox: Arc::default(), wait: WAIT_DEFAULT, clocks: Arc::new(clocks) }
+        Self { inbox: Arc::default(), wait: WAIT_DEFAULT, shares_concurrency: false, clocks: Arc::new(clocks) }
+    }
+
+    /// The same for a ledger that counts requests in flight, since several machines share it.
+    #[must_use]
+    pub fn sharing_concurrency(self) -> Self {
+        Self { shares_concurrency: true, ..self }
     }
 
     /// The same with another longest wait for a reply.
@@ -140,7 +148,7 @@ impl Client {
             accounts.by_id.retain(|_, account| account.strong_count() > 0);
             accounts.in_use = accounts.by_id.len() + 1;
         }
-        let account = Arc::new(Account::new(id.clone()));
+        let account = Arc::new(Account::new(id.clone(), self.shares_concurrency));
         accounts.by_id.insert(id.clone(), Arc::downgrade(&account));
         account
     }

@@ -56,7 +56,7 @@ use budgets::{BudgetKind, BudgetRows};
 use claims::{Claims, Verdict};
 use places::{Place, PlaceChange, Thing, ThingKind};
 
-use crate::limit::{Counts, Days, Slot, Stamp};
+use crate::limit::{Counts, Days, Slot, Unknown};
 
 pub use account::{Account, AccountId};
 pub use account_set::{AccountSet, LimitedAccount};
@@ -83,6 +83,10 @@ pub trait Ledger: BudgetRows {
     fn minute(&mut self, account: &AccountId, oldest: Slot) -> Result<Vec<(Slot, Counts)>, LedgerError>;
     /// Returns the counts of an account on a day.
     fn day(&mut self, account: &AccountId, date: Date) -> Result<Counts, LedgerError>;
+    /// Returns how many requests of an account other processes have in flight, if the ledger counts those.
+    fn others_in_flight(&mut self, account: &AccountId) -> Result<u64, LedgerError>;
+    /// Sets how many requests of an account this process has in flight, without those that this batch claims.
+    fn set_in_flight(&mut self, account: &AccountId, own: u64) -> Result<(), LedgerError>;
     /// Adds a change, which may be negative, to the counts of a slot and of each of the days.
     fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError>;
     /// Adds to the token statistics.
@@ -115,8 +119,8 @@ pub trait Ledger: BudgetRows {
     fn touch(&mut self) -> Result<(), LedgerError>;
     /// Rolls the batch back.
     fn roll_back(&mut self);
-    /// Returns the moment until which the counts of the minute may be incomplete.
-    fn unknown_until(&self) -> Stamp;
+    /// Returns the moments until which counts may be incomplete.
+    fn unknown(&self) -> Unknown;
 }
 
 /// Rows that are read together.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::allocator::{Allocator, Tally, Used};
 use super::messages::Messages;
 use super::redis::connection::{Connection, ConnectionOptions};
-use super::redis::{self, RedisLedger, ServerClock, ServerStatistics, Time};
+use super::redis::{GRACE, RedisLedger, ServerClock, ServerStatistics, TOUCH_EVERY, Time};
 use super::sqlite::{self, FileStatistics, Opening, SqliteLedger};
 use super::stats::Statistics;
 use super::{Client, FaultKind, Ledger, LedgerError};
@@ -30,9 +30,6 @@ const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 /// and serves more of them for the price of one; at such a rate, requests wait for the CPU anyway.
 const BUSY_DRAWS: usize = 4;
 const LINGER: Duration = Duration::from_micros(250);
-/// Longest time after which a server hears of this process again: another one may have taken its place, and waits for what this process
-/// has written of late.
-const TOUCH_EVERY: Duration = Duration::from_millis(500);
 /// Interval of log lines about an error that lasts.
 const TELL_AGAIN: Duration = Duration::from_mins(1);
 /// Time between the first commit in the write-ahead log and the checkpoint that writes it back.
@@ -188,7 +185,7 @@ impl Keeper {
             None => Client::new(Clock::read),
             Some(server) => {
                 let clock = Arc::clone(&server.clock);
-                Client::new(move || clock.read())
+                Client::new(move || clock.read()).sharing_concurrency()
             }
         };
         Self { client: client.with_wait(server.ledger_wait), options, state, thread: Mutex::default() }
@@ -298,7 +295,7 @@ impl ServerOptions {
 
     fn open(&self) -> Result<RedisLedger<Connection>, LedgerError> {
         let time = Time::Server(Arc::clone(&self.clock));
-        RedisLedger::open(self.connect()?, &self.shared.prefix, time, redis::GRACE)
+        RedisLedger::open(self.connect()?, &self.shared.prefix, time, self.wait + GRACE)
     }
 }
 

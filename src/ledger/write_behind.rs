@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use super::account::Entry;
 use super::allocator::Tally;
-use super::batch::write;
+use super::batch::{Batch, write};
 use super::places::{CHANGES_MAX, PlaceChange};
 use super::stats::{MODELS_MAX, OTHER_MODELS};
-use super::{Account, Ledger, LedgerError, Spent};
+use super::{Account, AccountSet, LedgerError, Spent};
 use crate::limit::{Clock, Stamp};
 
 /// Time after which a change is written.
@@ -24,6 +24,8 @@ const SPENT_MAX: usize = 10_000;
 pub(super) struct WriteBehind {
     /// Accounts with unwritten changes.
     accounts: Vec<Arc<Account>>,
+    /// Accounts whose requests in flight have become fewer, where the ledger counts these.
+    in_flight: Vec<Arc<Account>>,
     spent: HashMap<SpentKey, Spent>,
     /// In the order in which they were made.
     places: Vec<PlaceChange>,
@@ -42,6 +44,7 @@ impl Default for WriteBehind {
     fn default() -> Self {
         Self {
             accounts: Vec::new(),
+            in_flight: Vec::new(),
             spent: HashMap::new(),
             places: Vec::new(),
             model_lists: HashMap::new(),
@@ -54,7 +57,11 @@ impl Default for WriteBehind {
 impl WriteBehind {
     /// True if no change waits.
     pub(super) fn is_empty(&self) -> bool {
-        self.accounts.is_empty() && self.spent.is_empty() && self.places.is_empty() && self.model_lists.is_empty()
+        self.accounts.is_empty()
+            && self.in_flight.is_empty()
+            && self.spent.is_empty()
+            && self.places.is_empty()
+            && self.model_lists.is_empty()
     }
 
     /// Schedules a write, [`WRITE_DELAY`] from now at the latest.
@@ -74,6 +81,15 @@ impl WriteBehind {
             self.accounts.push(Arc::clone(account));
         }
         entry.merge_into(&mut mirror.unwritten);
+    }
+
+    /// Notes that the requests in flight of a set's accounts are to be written.
+    pub(super) fn note_in_flight(&mut self, accounts: &AccountSet) {
+        for of in accounts.accounts().iter().filter(|of| of.shares_concurrency()) {
+            if !self.in_flight.iter().any(|known| Arc::ptr_eq(known, &of.account)) {
+                self.in_flight.push(Arc::clone(&of.account));
+            }
+        }
     }
 
     /// Adds to the token statistics.
@@ -120,7 +136,9 @@ impl WriteBehind {
     }
 
     /// Writes all changes, as part of a batch.
-    pub(super) fn write(&self, ledger: &mut dyn Ledger) -> Result<(), LedgerError> {
+    pub(super) fn write(&self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
+        self.in_flight.iter().try_for_each(|account| batch.write_in_flight(account))?;
+        let ledger = &mut *batch.ledger;
         self.accounts.iter().try_for_each(|account| write(ledger, account, &account.mirror().unwritten))?;
         self.spent.values().try_for_each(|spent| ledger.add_tokens(spent))?;
         self.places.iter().try_for_each(|change| ledger.change_place(change))?;
@@ -130,6 +148,7 @@ impl WriteBehind {
     /// Clears the changes after the commit.
     pub(super) fn forget_written(&mut self) {
         self.accounts.drain(..).for_each(|account| account.mirror().unwritten.clear());
+        self.in_flight.clear();
         self.spent.clear();
         self.places.clear();
         self.model_lists.clear();

@@ -18,7 +18,7 @@ use crate::config::{self, Limit, LimitKind, PerLimit};
 pub use calendar::{Calendar, Days};
 pub use clock::{Clock, Stamp};
 pub use period::Period;
-pub use quota::{Counted, CountedAt, Counts, Gauge, Held, Quota, View};
+pub use quota::{Counted, CountedAt, Counts, Gauge, Held, Quota, Unknown, View};
 pub use window::{Minute, PERMIT_AGE_MAX, SLOT, SPAN, Slot};
 
 /// Limits of an account.
@@ -37,6 +37,8 @@ pub enum LimitReason {
     Full(LimitKind, u64),
     /// The machine was restarted, or its ledger lost, and the last minute's counts may be gone.
     MinuteUnknown,
+    /// The server of the ledger is another one than a moment ago, and may not have all counts yet.
+    LedgerBegins,
     /// The endpoint itself asked for a pause.
     Rest,
     /// It failed repeatedly, and is left alone.
@@ -49,6 +51,7 @@ impl std::fmt::Display for LimitReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Full(kind, limit) => f.write_str(&kind.words(*limit)),
+            Self::LedgerBegins => f.write_str("the ledger's server has just begun, and may not have all counts yet"),
             Self::MinuteUnknown => f.write_str("the last minute's requests are not known"),
             Self::Rest => f.write_str("it asked for a pause"),
             Self::CoolingDown => f.write_str("it failed and is cooling down"),

@@ -29,9 +29,19 @@ pub struct Quota {
     /// Counts of the days last loaded: one day, or two at the turn of the day.
     days: Vec<(Date, Counts)>,
     concurrent: u64,
-    /// Moment until which the counts of the minute are unknown and count as full.
-    unknown_until: Stamp,
+    /// Requests that other processes have in flight, where these are limited together.
+    others_concurrent: u64,
+    unknown: Unknown,
     promises: Promises,
+}
+
+/// Moments until which counts are unknown, and count as full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unknown {
+    /// Those of the minute.
+    pub minute_until: Stamp,
+    /// All.
+    pub all_until: Stamp,
 }
 
 /// Moment of an attempt that is counted, by the clocks of the minute and of the day.
@@ -117,11 +127,11 @@ pub struct View {
 
 impl Quota {
     /// Replaces the counts with those of the ledger. Requests in flight and promises belong to this process and stay.
-    pub fn load(&mut self, attempts: Minute, tokens: Minute, days: Vec<(Date, Counts)>, unknown_until: Stamp) {
+    pub fn load(&mut self, attempts: Minute, tokens: Minute, days: Vec<(Date, Counts)>, unknown: Unknown) {
         self.attempts = attempts;
         self.tokens = tokens;
         self.days = days;
-        self.unknown_until = unknown_until;
+        self.unknown = unknown;
     }
 
     /// Drops counts and promises that have expired.
@@ -168,11 +178,26 @@ impl Quota {
     /// Returns the limit of concurrent requests if it is reached; all other limits are ignored.
     pub fn concurrency_holds(&self, limits: &Limits, now: Stamp) -> Option<Held> {
         match limits.by_kind.max_concurrent {
-            Limit::AtMost(limit) if self.concurrent >= limit => {
+            Limit::AtMost(limit) if self.in_flight() >= limit => {
                 Some(Held { by: LimitReason::Full(LimitKind::MaxConcurrent, limit), until: now + IN_FLIGHT_GUESS })
             }
             _ => None,
         }
+    }
+
+    /// Requests in flight, those of other processes included where these are limited together.
+    fn in_flight(&self) -> u64 {
+        self.concurrent.saturating_add(self.others_concurrent)
+    }
+
+    /// Requests that this process has in flight.
+    pub fn own_in_flight(&self) -> u64 {
+        self.concurrent
+    }
+
+    /// Sets how many requests other processes have in flight.
+    pub fn set_others_in_flight(&mut self, others: u64) {
+        self.others_concurrent = others;
     }
 
     /// Ends a request that [`Quota::enter`] counted by the same limits.
@@ -193,7 +218,7 @@ impl Quota {
         minute.into_iter().chain(day).flatten().max_by_key(|held| held.until)
     }
 
-    fn minute_holds(&self, limits: &Limits, now: Stamp, tokens: u64) -> [Option<Held>; 4] {
+    fn minute_holds(&self, limits: &Limits, now: Stamp, tokens: u64) -> [Option<Held>; 5] {
         let over = |limit: Limit, used: u64| match limit {
             Limit::AtMost(limit) if used >= limit => Some(limit),
             _ => None,
@@ -213,8 +238,10 @@ impl Quota {
                 until: self.tokens.below(least_full(limit, tokens), now),
             }),
             self.concurrency_holds(limits, now),
-            (per_minute && self.unknown_until > now)
-                .then_some(Held { by: LimitReason::MinuteUnknown, until: self.unknown_until }),
+            (per_minute && self.unknown.minute_until > now)
+                .then_some(Held { by: LimitReason::MinuteUnknown, until: self.unknown.minute_until }),
+            (limits.in_ledger() && self.unknown.all_until > now)
+                .then_some(Held { by: LimitReason::LedgerBegins, until: self.unknown.all_until }),
         ]
     }
 
@@ -303,14 +330,14 @@ impl Quota {
                 rpd: day.attempts,
                 tpm: minute.tokens,
                 tpd: day.tokens,
-                max_concurrent: self.concurrent,
+                max_concurrent: self.in_flight(),
             },
             gauges: PerLimit {
                 rpm: gauge(limits.rpm, minute.attempts, self.attempts.empties()),
                 rpd: gauge(limits.rpd, day.attempts, (day.attempts > 0).then(turn).flatten()),
                 tpm: gauge(limits.tpm, minute.tokens, self.tokens.empties()),
                 tpd: gauge(limits.tpd, day.tokens, (day.tokens > 0).then(turn).flatten()),
-                max_concurrent: gauge(limits.max_concurrent, self.concurrent, None),
+                max_concurrent: gauge(limits.max_concurrent, self.in_flight(), None),
             },
             held,
         }
@@ -389,7 +416,7 @@ mod tests {
     fn quota(days: impl IntoIterator<Item = i8>) -> Quota {
         let mut quota = Quota::default();
         let days = days.into_iter().map(|day| (date(2026, 11, day), Counts::default())).collect();
-        quota.load(Minute::default(), Minute::default(), days, Stamp::default());
+        quota.load(Minute::default(), Minute::default(), days, Unknown::default());
         quota
     }
 
@@ -481,11 +508,25 @@ mod tests {
     #[test]
     fn an_unknown_minute_is_a_full_one() {
         let mut quota = Quota::default();
-        quota.load(Minute::default(), Minute::default(), Vec::new(), Stamp::default() + SPAN);
+        let unknown = Unknown { minute_until: Stamp::default() + SPAN, ..Unknown::default() };
+        quota.load(Minute::default(), Minute::default(), Vec::new(), unknown);
         let held = quota.take(&limits(5, 0), &at(1000)).unwrap_err();
         assert_eq!(held, Held { by: LimitReason::MinuteUnknown, until: Stamp(60_500) });
         assert!(quota.take(&limits(0, 0), &at(1000)).is_ok(), "without limits by the minute it does not matter");
         assert!(quota.take(&limits(5, 0), &at(60_500)).is_ok());
+    }
+
+    #[test]
+    fn while_nothing_is_known_no_limit_has_room() {
+        let mut quota = Quota::default();
+        let unknown = Unknown { all_until: Stamp(5000), ..Unknown::default() };
+        quota.load(Minute::default(), Minute::default(), vec![(date(2026, 11, 25), Counts::default())], unknown);
+        for limits in [limits(5, 0), limits(0, 5)] {
+            let held = quota.take(&limits, &at(1000)).unwrap_err();
+            assert_eq!(held, Held { by: LimitReason::LedgerBegins, until: Stamp(5000) });
+            assert!(quota.held(&limits, &at(5000)).is_none());
+        }
+        assert!(quota.take(&limits(0, 0), &at(1000)).is_ok(), "without limits it does not matter");
     }
 
     /// Waits of a crowd of refused clients, in seconds from now.

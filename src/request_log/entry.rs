@@ -229,6 +229,7 @@ impl PassedOver {
         let reason = match held.reason {
             LimitReason::Full(kind, _) => kind.key(),
             LimitReason::MinuteUnknown => "minute_unknown",
+            LimitReason::LedgerBegins => "ledger_begins",
             LimitReason::Rest => "resting",
             LimitReason::CoolingDown => "cooling_down",
             LimitReason::CallMissing => "call_missing",

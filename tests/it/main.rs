@@ -11,6 +11,7 @@ mod authority;
 mod harness;
 mod prices;
 mod program;
+mod redis;
 mod webhook;
 mod wire;
 
@@ -25,6 +26,7 @@ mod by_model;
 mod callers;
 mod chaos;
 mod cli;
+mod cluster;
 mod commands;
 mod connections;
 mod crash;

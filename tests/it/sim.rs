@@ -31,7 +31,7 @@ use api_together::ledger::{
     AccountId, AccountSet, Allocator, CallerDraw, CallerId, Change, Client, FaultKind, Ledger, LedgerError,
     LimitedAccount, ModelList, Permit, QueuedBy, Rows, Spent, Tally,
 };
-use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, Limits, SPAN, Slot, Stamp};
+use api_together::limit::{Calendar, Clock, Counts, Days, LimitReason, Limits, SPAN, Slot, Stamp, Unknown};
 use api_together::request::call::Call;
 use api_together::routing::admission::{self, Choice};
 use api_together::routing::balance::{KeyWish, Options};
@@ -1058,6 +1058,15 @@ impl Ledger for Watched {
         self.inner.day(account, date)
     }
 
+    fn others_in_flight(&mut self, account: &AccountId) -> Result<u64, LedgerError> {
+        self.inner.others_in_flight(account)
+    }
+
+    fn set_in_flight(&mut self, account: &AccountId, own: u64) -> Result<(), LedgerError> {
+        self.call()?;
+        self.inner.set_in_flight(account, own)
+    }
+
     fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
         self.call()?;
         let now = self.clocks.true_ms.load(Ordering::Relaxed);
@@ -1141,8 +1150,8 @@ impl Ledger for Watched {
         self.inner.roll_back();
     }
 
-    fn unknown_until(&self) -> Stamp {
-        self.inner.unknown_until()
+    fn unknown(&self) -> Unknown {
+        self.inner.unknown()
     }
 }
 
@@ -1214,6 +1223,14 @@ impl Ledger for MemoryLedger {
 
     fn day(&mut self, account: &AccountId, date: Date) -> Result<Counts, LedgerError> {
         Ok(self.group().days.get(&(account.clone(), date)).copied().unwrap_or_default())
+    }
+
+    fn others_in_flight(&mut self, _account: &AccountId) -> Result<u64, LedgerError> {
+        Ok(0)
+    }
+
+    fn set_in_flight(&mut self, _account: &AccountId, _own: u64) -> Result<(), LedgerError> {
+        Ok(())
     }
 
     fn add(&mut self, account: &AccountId, slot: Slot, days: Days, by: Change) -> Result<(), LedgerError> {
@@ -1302,8 +1319,8 @@ impl Ledger for MemoryLedger {
         self.group = None;
     }
 
-    fn unknown_until(&self) -> Stamp {
-        self.unknown_until
+    fn unknown(&self) -> Unknown {
+        Unknown { minute_until: self.unknown_until, ..Unknown::default() }
     }
 }
 

@@ -302,6 +302,11 @@ impl Allocator {
         if concurrent {
             accounts.release();
             accounts.accounts().iter().for_each(|of| of.account.look_again());
+            if accounts.accounts().iter().any(LimitedAccount::shares_concurrency) {
+                // Others may wait for its place.
+                self.write_behind.note_in_flight(&accounts);
+                self.write_behind.due_at = clock.boot;
+            }
         }
         if let Some((counted, counts)) = counted {
             self.give_back(&accounts, counted, counts, clock);
@@ -458,6 +463,11 @@ impl Allocator {
             Err(error) => {
                 batch.ledger.roll_back();
                 batch.undo(&served, error.kind == FaultKind::Unanswered);
+                // They may be in flight there.
+                for Served { draw, .. } in &served {
+                    draw.wanted.iter().for_each(|wanted| self.write_behind.note_in_flight(&wanted.accounts));
+                    draw.caller.iter().for_each(|caller| self.write_behind.note_in_flight(&caller.accounts));
+                }
                 Err((error, served.into_iter().map(|served| served.draw).chain(draws).collect()))
             }
         }
@@ -505,7 +515,7 @@ impl Allocator {
         }
         batch.spending.write_alive(batch.ledger, &batch.clock)?;
         if due.writes {
-            self.write_behind.write(batch.ledger)?;
+            self.write_behind.write(batch)?;
         }
         write_settled(batch, due.writes)?;
         for reset in &messages.resets {

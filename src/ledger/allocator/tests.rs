@@ -49,6 +49,7 @@ impl Process {
             }
         };
         let client = Client::new(clock);
+        let client = if server_tested().is_some() { client.sharing_concurrency() } else { client };
         let ledger = open_ledger(folder, &client);
         let allocator = Allocator::new(client.clone(), on_error, Arc::default());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
@@ -616,6 +617,10 @@ fn without_the_ledger_only_endpoints_without_limits_are_asked_unless_the_config_
 
 #[test]
 fn without_the_ledger_a_refusal_names_a_moment_to_come() {
+    if server_tested().is_some() {
+        // Requests in flight are counted there as well.
+        return;
+    }
     let (_folder, mut process) = Process::alone();
     let wanted = [process.wanted("a", r#""rpm":1"#), process.wanted("b", r#""maxConcurrent":1"#)];
     let Drawn::Granted(0, _busy) = process.draw(&wanted[1..]) else { panic!("it is free") };
@@ -639,6 +644,48 @@ fn a_group_that_fails_counts_nothing() {
     holder.execute_batch("ROLLBACK").unwrap();
     assert_eq!(process.used(&wanted[0]), (0, 0));
     assert_eq!(spent(process.draw(&wanted)), 0);
+}
+
+#[test]
+fn processes_share_what_is_in_flight_if_several_machines_share_the_ledger() {
+    let folder = tempfile::tempdir().unwrap();
+    let now_ms = Arc::new(AtomicU64::new(1_000_000));
+    let mut processes = [(); 2].map(|()| Process::new(folder.path(), &now_ms, LedgerOnError::Deny));
+    let wanted = processes.each_ref().map(|process| [process.wanted("a", r#""maxConcurrent":3"#)]);
+    let mut permits = Vec::new();
+    for at in [0, 1, 0] {
+        let Drawn::Granted(0, mut permit) = processes[at].draw(&wanted[at]) else { panic!("there is a place") };
+        permit.spend();
+        permits.push(permit);
+    }
+    let of_file = server_tested().is_none();
+    assert_eq!(processes[1].draw(&wanted[1]).is_granted(), of_file, "a file's processes count their own");
+    if of_file {
+        return;
+    }
+    // What ends at one process leaves a place at the other.
+    drop(permits.remove(0));
+    processes[0].serve();
+    assert!(processes[1].draw(&wanted[1]).is_granted());
+    // What a dead process had in flight is free once it has not been heard of for long.
+    let [dead, mut other] = processes;
+    permits.drain(1..).for_each(std::mem::forget);
+    std::mem::forget(dead);
+    assert!(other.draw(&wanted[1]).is_granted(), "the one before was given back");
+    let places = |other: &mut Process| {
+        (0..4)
+            .filter(|_| match other.draw(&wanted[1]) {
+                Drawn::Granted(_, permit) => {
+                    std::mem::forget(permit);
+                    true
+                }
+                _ => false,
+            })
+            .count()
+    };
+    assert_eq!(places(&mut other), 1);
+    other.pass(Duration::from_secs(31));
+    assert_eq!(places(&mut other), 1, "its own are in flight still");
 }
 
 #[test]

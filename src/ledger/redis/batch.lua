@@ -68,12 +68,15 @@ call('HSET', state_key, 'last', int(now))
 
 -- What this server has of the process.
 local member_key = base .. 'member:' .. member
-local known = call('HMGET', member_key, 'seq', 'verdict')
+local known = call('HMGET', member_key, 'seq', 'verdict', 'at')
 local stored = tonumber(known[1]) or 0
+local heard = tonumber(call('HGET', base .. 'heard', member))
+local has_lapsed = heard and now - heard >= dead_ms
 call('HSET', base .. 'heard', member, int(now))
 
-local function reply(status, verdict, rows)
-  return { status, int(now), int(wall), server, int(open_at), int(stored), verdict, rows }
+local function reply(status, verdict, counted_at, rows)
+  local lapsed = has_lapsed and '1' or '0'
+  return { status, int(now), int(wall), server, int(open_at), int(stored), lapsed, verdict, int(counted_at), rows }
 end
 
 if mode ~= 'offer' and stored < acked then
@@ -82,7 +85,7 @@ if mode ~= 'offer' and stored < acked then
     open_at = now + grace_ms
     call('HSET', state_key, 'open_at', int(open_at))
   end
-  return reply('behind', '', {})
+  return reply('behind', '', now, {})
 end
 
 local slot = math.floor(now / slot_ms)
@@ -233,7 +236,10 @@ local function others_in_flight(id)
   return others
 end
 
+local own_in_flight = {}
+
 local function set_in_flight(id, count)
+  own_in_flight[id] = count
   if count > 0 then
     call('HSET', base .. 'flight:' .. id, member, int(count))
   else
@@ -355,7 +361,7 @@ local function room(of, each)
     end
   end
   if of.most >= 0 then
-    draws = math.min(draws, of.most - of.in_flight - others_in_flight(of.id))
+    draws = math.min(draws, of.most - (own_in_flight[of.id] or of.in_flight) - others_in_flight(of.id))
   end
   return math.min(draws, attempts), attempts
 end
@@ -372,7 +378,7 @@ end
 local function take(set, draws, ahead, each)
   for _, of in ipairs(set) do
     add(find(of.id), slot, of.dates, draws + ahead, draws * each)
-    if of.most >= 0 then set_in_flight(of.id, of.in_flight + draws) end
+    if of.most >= 0 then set_in_flight(of.id, (own_in_flight[of.id] or of.in_flight) + draws) end
   end
 end
 
@@ -560,10 +566,10 @@ end
 
 if mode == 'offer' then
   -- Offered to a server that had this batch last; otherwise it has the offer already.
-  if stored ~= seq then return reply('known', '', {}) end
+  if stored ~= seq then return reply('known', '', now, {}) end
 elseif seq > 0 and seq <= stored then
   -- It is here already: its reply was lost, or it comes twice.
-  return reply(seq == stored and 'known' or 'old', known[2] or '', {})
+  return reply(seq == stored and 'known' or 'old', known[2] or '', tonumber(known[3]) or now, {})
 end
 
 while at < #ARGV do
@@ -583,10 +589,10 @@ end
 local verdict = table.concat(verdicts, ';')
 if seq > 0 or mode == 'offer' then
   stored = mode == 'offer' and acked or seq
-  call('HSET', member_key, 'seq', int(stored), 'verdict', verdict)
+  call('HSET', member_key, 'seq', int(stored), 'verdict', verdict, 'at', int(now))
   if seq % 64 == 1 or mode == 'offer' then call('PEXPIRE', member_key, MEMBERS_KEPT_MS) end
   if seq % 4096 == 1 then forget_members() end
 end
 local rows = {}
 for i, read in ipairs(reads) do rows[i] = read() end
-return reply('ok', verdict, rows)
+return reply('ok', verdict, now, rows)

@@ -21,7 +21,7 @@ use crate::ledger::LedgerError;
 const SCRIPT: &str = include_str!("batch.lua");
 /// Pause before the next attempt to connect, doubled with each that fails.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
-const PAUSE_MAX: Duration = Duration::from_secs(2);
+pub(super) const PAUSE_MAX: Duration = Duration::from_millis(500);
 /// Time within which replicas have to confirm a batch, if they have to.
 const REPLICAS_WAIT_MAX: Duration = Duration::from_millis(500);
 

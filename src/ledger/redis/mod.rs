@@ -28,17 +28,22 @@ use std::time::{Duration, SystemTime};
 
 use jiff::civil::Date;
 
-use super::claims::{Claims, Grown, Part, Verdict};
+use super::claims::{Claim, Claims, Grown, Part, Verdict};
 use super::places::{Place, PlaceChange, Thing, ThingKind};
 use super::stats::{DAYS_KEPT, HOURS_KEPT, Spent};
 use super::{AccountId, Change, FaultKind, Ledger, LedgerError, LimitedAccount, ModelList, Rows};
-use crate::limit::{Clock, Counts, Days, SLOT, SPAN, Slot, Stamp};
+use crate::limit::{Clock, Counts, Days, SLOT, SPAN, Slot, Stamp, Unknown};
 use offers::Offers;
 pub use statistics::ServerStatistics;
 use wire::{AccountField, Arguments, Reply, Row, Status, Write, account_name, budget_name, joined};
 
-/// Time in which all processes offer what a server that has just begun may have lost; limited accounts have no permits meanwhile.
-pub const GRACE: Duration = Duration::from_secs(2);
+/// Longest time after which a server hears of this process again: another one may have taken its place, and waits for what this process
+/// has written of late.
+pub const TOUCH_EVERY: Duration = Duration::from_millis(500);
+/// Time in which all processes offer what a server that has just begun may have lost, beside the longest wait for one that does not
+/// answer; limited accounts have no permits meanwhile. A process finds out that its server is gone, comes back, and is heard.
+pub const GRACE: Duration =
+    Duration::from_millis(500).saturating_add(TOUCH_EVERY).saturating_add(connection::PAUSE_MAX);
 /// Time after which a process that was not heard of has no requests in flight any more.
 const DEAD_AFTER: Duration = Duration::from_secs(30);
 /// Times that a batch is sent to a server that has lost what came before it.
@@ -132,6 +137,8 @@ pub struct RedisLedger<S> {
     slots_ahead: i64,
     epoch: String,
     open_at: u64,
+    /// True if what is in flight is to be written again.
+    has_lapsed: bool,
     /// What the current batch writes.
     writes: Vec<Write>,
     places: Vec<Arguments>,
@@ -146,6 +153,7 @@ pub struct RedisLedger<S> {
 /// What was read of an account.
 #[derive(Debug, Default)]
 struct AccountRow {
+    others_in_flight: u64,
     slots: HashMap<u64, Counts>,
     days: HashMap<Date, Counts>,
 }
@@ -174,6 +182,7 @@ impl<S: Server> RedisLedger<S> {
             slots_ahead: 0,
             epoch: String::new(),
             open_at: 0,
+            has_lapsed: false,
             writes: Vec::new(),
             places: Vec::new(),
             accounts: HashMap::new(),
@@ -240,6 +249,7 @@ impl<S: Server> RedisLedger<S> {
         if let Time::Server(clock) = &self.time {
             clock.0.store(signed(reply.wall).saturating_sub(signed(sent_at.0)), Ordering::Relaxed);
         }
+        self.has_lapsed |= reply.has_lapsed;
         if has_moved || reply.epoch != self.epoch || reply.open_at != self.open_at {
             // Counts that were read before may be of another server.
             self.trusted_since = self.generation + 1;
@@ -279,20 +289,20 @@ impl<S: Server> RedisLedger<S> {
             }
         };
         self.acknowledged = self.sent;
-        let slot = self.server_slot_of(reply.now);
+        let slot = server_slot_of(reply.counted_at);
         let mut written = writes;
         if reply.status == Status::Known
             && let Some((parts, growths)) = reply.parts(&claims)
         {
-            written.extend(self.granted(&claims, &parts, &growths, slot));
-            self.writes.extend(self.given_back(&claims, &parts, &growths, slot));
+            written.extend(Self::granted(&claims, &parts, &growths, slot));
+            self.writes.extend(Self::given_back(&claims, &parts, &growths, slot));
         }
         self.offers.push(self.sent, self.time.boot(), written);
         Ok(())
     }
 
     /// What was granted, as writes: for a server that has lost it.
-    fn granted(&self, claims: &Claims, parts: &[Part], growths: &[Grown], slot: u64) -> Vec<Write> {
+    fn granted(claims: &Claims, parts: &[Part], growths: &[Grown], slot: u64) -> Vec<Write> {
         let mut writes = Vec::new();
         for (claim, part) in claims.draws.iter().zip(parts).filter(|(_, part)| part.draws > 0) {
             let counts = |of: &LimitedAccount, change| Write::Counts {
@@ -302,6 +312,7 @@ impl<S: Server> RedisLedger<S> {
                 change,
             };
             writes.extend(claim.changes_of(*part).map(|(of, change)| counts(of, change)));
+            writes.extend(in_flight_after(claims, parts, claim));
             if let Some(made) = &claim.reservation {
                 let reserve = |of: &_| Write::Reserve { owner: claims.owner, id: made.id, part: Clone::clone(of) };
                 writes.extend(made.parts.iter().map(reserve));
@@ -315,7 +326,7 @@ impl<S: Server> RedisLedger<S> {
     }
 
     /// What gives back what was granted and nobody knows of.
-    fn given_back(&self, claims: &Claims, parts: &[Part], growths: &[Grown], slot: u64) -> Vec<Write> {
+    fn given_back(claims: &Claims, parts: &[Part], growths: &[Grown], slot: u64) -> Vec<Write> {
         let of = |write| match write {
             Write::Counts { account, slot, days, change } => {
                 let change = Change { attempts: -change.attempts, tokens: -change.tokens };
@@ -329,16 +340,11 @@ impl<S: Server> RedisLedger<S> {
             // What has grown stays reserved until it is settled.
             _ => None,
         };
-        self.granted(claims, parts, growths, slot).into_iter().filter_map(of).collect()
+        Self::granted(claims, parts, growths, slot).into_iter().filter_map(of).collect()
     }
 
     fn server_slot(&self, slot: Slot) -> u64 {
         u64::try_from(signed(slot.0).saturating_add(self.slots_ahead)).unwrap_or_default()
-    }
-
-    #[expect(clippy::unused_self, reason = "the twin of the one above")]
-    fn server_slot_of(&self, now: u64) -> u64 {
-        now / u64::try_from(SLOT.as_millis()).unwrap_or(1)
     }
 
     fn own_slot(&self, slot: u64) -> Slot {
@@ -353,13 +359,14 @@ impl<S: Server> RedisLedger<S> {
                     for (field, value) in fields {
                         match AccountField::parse(&field, &value) {
                             Some(AccountField::Attempts(slot, n)) => {
-                                account.slots.entry(slot).or_default().attempts = n
+                                account.slots.entry(slot).or_default().attempts = n;
                             }
                             Some(AccountField::Tokens(slot, n)) => account.slots.entry(slot).or_default().tokens = n,
                             Some(AccountField::Day(date, attempts, tokens)) => {
                                 account.days.insert(date, Counts { attempts, tokens });
                             }
-                            Some(AccountField::OthersInFlight(_)) | None => {}
+                            Some(AccountField::OthersInFlight(n)) => account.others_in_flight = n,
+                            None => {}
                         }
                     }
                     self.accounts.insert(name, account);
@@ -397,6 +404,20 @@ impl<S: Server> RedisLedger<S> {
     }
 }
 
+/// What a claim's accounts have in flight once the parts of all claims are granted.
+fn in_flight_after(claims: &Claims, parts: &[Part], claim: &Claim) -> Vec<Write> {
+    let of = |(of, _): (&LimitedAccount, Change)| {
+        let claimed = claims.draws.iter().zip(parts);
+        let refused = claimed.map(|(claim, part)| {
+            let draws = claim.draws_of(&of.account);
+            if draws == 0 { 0 } else { draws.saturating_sub(part.draws) }
+        });
+        let own = of.account.mirror().quota.own_in_flight().saturating_sub(refused.sum());
+        Write::InFlight { account: account_name(of.account.id()), own }
+    };
+    claim.changes().filter(|(of, _)| of.shares_concurrency()).map(of).collect()
+}
+
 /// What all keys begin with. The hash tag puts them on one node of a cluster, where one script can use them all.
 fn base_of(prefix: &str) -> String {
     format!("{{{prefix}}}:")
@@ -413,6 +434,11 @@ fn encode_rows(rows: &Rows, to: &mut Arguments) {
     for (key, kind) in &rows.budgets {
         to.text("read_budget").text(&budget_name(key, *kind));
     }
+}
+
+/// The server's slot of a moment of its time.
+fn server_slot_of(now: u64) -> u64 {
+    now / u64::try_from(SLOT.as_millis()).unwrap_or(1)
 }
 
 fn signed(number: u64) -> i64 {
@@ -449,6 +475,15 @@ impl<S: Server> Ledger for RedisLedger<S> {
 
     fn day(&mut self, account: &AccountId, date: Date) -> Result<Counts, LedgerError> {
         Ok(self.account_row(account, Some(date))?.days.get(&date).copied().unwrap_or_default())
+    }
+
+    fn others_in_flight(&mut self, account: &AccountId) -> Result<u64, LedgerError> {
+        Ok(self.account_row(account, None)?.others_in_flight)
+    }
+
+    fn set_in_flight(&mut self, account: &AccountId, own: u64) -> Result<(), LedgerError> {
+        self.writes.push(Write::InFlight { account: account_name(account), own });
+        Ok(())
     }
 
     fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
@@ -528,7 +563,16 @@ impl<S: Server> Ledger for RedisLedger<S> {
     }
 
     fn commit(&mut self, claims: &Claims, rows: &Rows) -> Result<Verdict, LedgerError> {
-        let (writes, places) = (std::mem::take(&mut self.writes), std::mem::take(&mut self.places));
+        let (mut writes, places) = (std::mem::take(&mut self.writes), std::mem::take(&mut self.places));
+        if std::mem::take(&mut self.has_lapsed) {
+            let written = |account: &String| {
+                writes.iter().any(|of| matches!(of, Write::InFlight { account: other, .. } if other == account))
+            };
+            let again =
+                self.offers.in_flight().filter(|of| !matches!(of, Write::InFlight { account, .. } if written(account)));
+            let again: Vec<Write> = again.collect();
+            writes.extend(again);
+        }
         let has_work = !writes.is_empty() || !claims.is_empty() || !rows.is_empty();
         if !places.is_empty() {
             // They may be done twice, so they come first: if they fail, nothing is done.
@@ -557,9 +601,9 @@ impl<S: Server> Ledger for RedisLedger<S> {
             }
         };
         self.acknowledged = self.sent;
-        let slot = self.server_slot_of(reply.now);
+        let slot = server_slot_of(reply.counted_at);
         let mut written = writes;
-        written.extend(self.granted(claims, &parts, &growths, slot));
+        written.extend(Self::granted(claims, &parts, &growths, slot));
         self.offers.push(self.sent, self.time.boot(), written);
         self.take_rows(reply.rows);
         Ok(Verdict { slot: Some(self.own_slot(slot)), draws: Some(parts), growths })
@@ -575,9 +619,9 @@ impl<S: Server> Ledger for RedisLedger<S> {
         self.places.clear();
     }
 
-    fn unknown_until(&self) -> Stamp {
+    fn unknown(&self) -> Unknown {
         let open_at = signed(self.open_at).saturating_sub(self.ahead_ms.unwrap_or_default());
-        Stamp(u64::try_from(open_at).unwrap_or_default())
+        Unknown { all_until: Stamp(u64::try_from(open_at).unwrap_or_default()), ..Unknown::default() }
     }
 }
 

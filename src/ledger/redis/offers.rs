@@ -32,6 +32,8 @@ pub(super) struct Offers {
     /// Batches of the last seconds.
     batches: VecDeque<Batch>,
     writes: usize,
+    /// Requests in flight, by account: the latest number counts.
+    in_flight: BTreeMap<String, u64>,
 }
 
 #[derive(Debug)]
@@ -67,6 +69,13 @@ struct Piece {
 impl Offers {
     /// Takes in what a batch has written.
     pub(super) fn push(&mut self, number: u64, at: Stamp, writes: Vec<Write>) {
+        for write in &writes {
+            match write {
+                Write::InFlight { account, own: 0 } => drop(self.in_flight.remove(account)),
+                Write::InFlight { account, own } => drop(self.in_flight.insert(account.clone(), *own)),
+                _ => {}
+            }
+        }
         self.writes += writes.len();
         self.batches.push_back(Batch { number, at, writes });
         while let Some(oldest) = self.batches.front()
@@ -85,7 +94,12 @@ impl Offers {
     pub(super) fn since(&self, stored: u64) -> Vec<Write> {
         let pieces = self.pieces.iter().filter(|piece| piece.last > stored).flat_map(Piece::writes);
         let batches = self.batches.iter().filter(|batch| batch.number > stored);
-        pieces.chain(batches.flat_map(|batch| batch.writes.iter().cloned())).collect()
+        pieces.chain(batches.flat_map(|batch| batch.writes.iter().cloned())).chain(self.in_flight()).collect()
+    }
+
+    /// Returns what is in flight.
+    pub(super) fn in_flight(&self) -> impl Iterator<Item = Write> {
+        self.in_flight.iter().map(|(account, own)| Write::InFlight { account: account.clone(), own: *own })
     }
 
     fn merge(&mut self, batch: Batch) {
@@ -157,7 +171,7 @@ impl Piece {
                     None => drop(self.tokens.insert(key, added)),
                 }
             }
-            Write::Hear { .. } => {}
+            Write::Hear { .. } | Write::InFlight { .. } => {}
         }
     }
 

@@ -51,24 +51,24 @@ impl Arguments {
     /// Adds what is the same for all claims of a process, and the claims.
     pub(super) fn claims(&mut self, claims: &Claims) {
         for claim in &claims.draws {
-            self.claim(claims.owner, claim);
+            self.claim(claims, claim);
         }
         for growth in &claims.growths {
             self.growth(claims.owner, growth);
         }
     }
 
-    fn claim(&mut self, owner: i64, claim: &Claim) {
+    fn claim(&mut self, claims: &Claims, claim: &Claim) {
         self.text("claim").number(claim.draws).number(claim.tokens);
         self.number(claim.ahead.endpoint).number(claim.ahead.caller);
         for set in [&claim.endpoint, &claim.caller] {
             let accounts = set.as_deref().map(AccountSet::accounts).unwrap_or_default();
             self.number(accounts.len());
             for of in accounts {
-                self.account(of, claim.counted);
+                self.account(of, claim.counted, claims);
             }
         }
-        self.number(owner);
+        self.number(claims.owner);
         let (id, parts) = claim.reservation.as_ref().map_or((0, &[][..]), |made| (made.id, &made.parts[..]));
         self.number(parts.len());
         for part in parts {
@@ -76,11 +76,18 @@ impl Arguments {
         }
     }
 
-    fn account(&mut self, LimitedAccount { account, limits }: &LimitedAccount, counted: CountedAt) {
+    fn account(&mut self, of: &LimitedAccount, counted: CountedAt, claims: &Claims) {
+        let LimitedAccount { account, limits } = of;
         let by = limits.by_kind;
         self.text(&account_name(account.id())).limit(by.rpm).limit(by.rpd).limit(by.tpm).limit(by.tpd);
-        // Requests in flight are each process's own.
-        self.number(-1).number(0);
+        if of.shares_concurrency() {
+            // Those of this batch are counted on the way.
+            let claimed: u64 = claims.draws.iter().map(|claim| claim.draws_of(account)).sum();
+            let own = account.mirror().quota.own_in_flight();
+            self.limit(by.max_concurrent).number(own.saturating_sub(claimed));
+        } else {
+            self.number(-1).number(0);
+        }
         self.dates(limits.counted(counted).days);
     }
 
@@ -112,6 +119,8 @@ pub(super) enum Write {
     Settle { owner: i64, id: i64, row: ReservationRow, spent: i64, if_gone: i64 },
     /// The owner of reservations is alive.
     Hear { owner: i64 },
+    /// Requests of an account that this process has in flight.
+    InFlight { account: String, own: u64 },
     /// Token statistics.
     Tokens { table: &'static str, moment: Option<i64>, kept: Duration, field: String, used: i64, columns: Vec<u64> },
 }
@@ -145,6 +154,9 @@ impl Write {
                 to.text("settle").number(*owner).text(&part_name(*id, row.kind));
                 to.text(&budget_name(&row.key, row.kind)).number(row.period.number).number(forgotten_at(row));
                 to.number(row.amount).number(*spent).number(*if_gone);
+            }
+            Self::InFlight { account, own } => {
+                to.text("flight").text(account).number(*own);
             }
             Self::Hear { owner } => {
                 to.text("hear").number(*owner);
@@ -250,7 +262,11 @@ pub struct Reply {
     pub(super) open_at: u64,
     /// The last batch of this process that the server has.
     pub(super) stored: u64,
+    /// True if the server has not heard of this process for so long that its requests in flight do not count any more.
+    pub(super) has_lapsed: bool,
     pub(super) verdict: String,
+    /// The ledger's time when what the verdict grants was counted.
+    pub(super) counted_at: u64,
     pub(super) rows: Vec<Row>,
 }
 
@@ -265,7 +281,8 @@ impl Reply {
     /// Reads a reply; `None` if it is none of the script's.
     pub(super) fn parse(value: redis::Value) -> Option<Self> {
         let redis::Value::Array(parts) = value else { return None };
-        let [status, now, wall, epoch, open_at, stored, verdict, rows] = <[redis::Value; 8]>::try_from(parts).ok()?;
+        let [status, now, wall, epoch, open_at, stored, has_lapsed, verdict, counted_at, rows] =
+            <[redis::Value; 10]>::try_from(parts).ok()?;
         let status = match text(status)?.as_str() {
             "ok" => Status::Done,
             "known" => Status::Known,
@@ -282,7 +299,9 @@ impl Reply {
             epoch: text(epoch)?,
             open_at: number(open_at)?,
             stored: number(stored)?,
+            has_lapsed: number(has_lapsed)? == 1,
             verdict: text(verdict)?,
+            counted_at: number(counted_at)?,
             rows: rows.into_iter().map(row).collect::<Option<_>>()?,
         })
     }

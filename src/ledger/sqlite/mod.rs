@@ -22,7 +22,7 @@ use super::stats::Spent;
 use super::{AccountId, Change, FaultKind, Ledger, LedgerError, ModelList, Rows};
 use crate::config::LedgerSync;
 use crate::database::{Schema, identity, make_file};
-use crate::limit::{Counts, Days, SPAN, Slot, Stamp};
+use crate::limit::{Counts, Days, SPAN, Slot, Stamp, Unknown};
 use crate::usage::Cost;
 pub use examine::examine;
 pub(super) use file::explain;
@@ -309,6 +309,16 @@ impl Ledger for SqliteLedger {
         read().map(Option::unwrap_or_default).map_err(|error| explain(&self.path, &error))
     }
 
+    // Requests in flight are each process's own.
+
+    fn others_in_flight(&mut self, _account: &AccountId) -> Result<u64, LedgerError> {
+        Ok(0)
+    }
+
+    fn set_in_flight(&mut self, _account: &AccountId, _own: u64) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
     fn add(&mut self, account: &AccountId, slot: Slot, days: Days, change: Change) -> Result<(), LedgerError> {
         // Counts that were removed meanwhile cannot be taken back: the value must not become negative.
         let Change { attempts, tokens } = change;
@@ -493,8 +503,8 @@ impl Ledger for SqliteLedger {
         }
     }
 
-    fn unknown_until(&self) -> Stamp {
-        self.unknown_until
+    fn unknown(&self) -> Unknown {
+        Unknown { minute_until: self.unknown_until, ..Unknown::default() }
     }
 }
 

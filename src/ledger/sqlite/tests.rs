@@ -219,19 +219,19 @@ fn a_start_of_the_machine_closes_the_minute_and_keeps_the_day() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ledger.db");
     let mut ledger = open(&path, &BOOT);
-    assert_eq!(ledger.unknown_until(), Stamp(0), "a new ledger knows that there was nothing");
+    assert_eq!(ledger.unknown_until, Stamp(0), "a new ledger knows that there was nothing");
     add(&mut ledger, 4000, 3);
     drop(ledger);
-    assert_eq!(open(&path, &BOOT).unknown_until(), Stamp(0), "the same start");
+    assert_eq!(open(&path, &BOOT).unknown_until, Stamp(0), "the same start");
     let later = Opening { boot_id: Some("another"), now: Stamp(20_000), minute_unknown: false };
     let mut ledger = open(&path, &later);
-    assert_eq!(ledger.unknown_until(), Stamp(0) + SPAN);
+    assert_eq!(ledger.unknown_until, Stamp(0) + SPAN);
     assert_eq!(minute(&mut ledger), []);
     ledger.begin().unwrap();
     assert_eq!(ledger.day(&endpoint("a"), date(2026, 11, 25)).unwrap().attempts, 3);
     ledger.roll_back();
     drop(ledger);
-    assert_eq!(open(&path, &later).unknown_until(), Stamp(0) + SPAN, "whoever opens it later knows as well");
+    assert_eq!(open(&path, &later).unknown_until, Stamp(0) + SPAN, "whoever opens it later knows as well");
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn without_a_boot_id_a_stamp_from_the_future_tells() {
     drop(ledger);
     assert_eq!(minute(&mut open(&path, &unnamed(1_001_000))), [(4000, 3)]);
     let mut ledger = open(&path, &unnamed(5000));
-    assert_eq!((minute(&mut ledger), ledger.unknown_until()), (Vec::new(), Stamp(0) + SPAN));
+    assert_eq!((minute(&mut ledger), ledger.unknown_until), (Vec::new(), Stamp(0) + SPAN));
 }
 
 #[test]
@@ -305,7 +305,7 @@ fn a_damaged_file_is_found_out_and_moved_aside_once() {
     let aside = move_aside(&path, Some(seen)).unwrap().unwrap();
     assert_eq!(fs::read(&aside).unwrap(), bytes);
     let ledger = open(&path, &Opening { minute_unknown: true, ..BOOT });
-    assert_eq!(ledger.unknown_until(), BOOT.now + SPAN);
+    assert_eq!(ledger.unknown_until, BOOT.now + SPAN);
     // Another process that has seen the same damaged file does not move the new one.
     assert_eq!(move_aside(&path, Some(seen)).unwrap(), None);
     assert!(!ledger.was_replaced());

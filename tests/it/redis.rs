@@ -1,0 +1,93 @@
+//! Redis servers of the tests' own: started on free ports of loopback, and ended with the test.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use redis::ConnectionLike as _;
+use tempfile::TempDir;
+
+/// A port that is free at this moment, to be listened on again and again.
+pub(crate) fn port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A server, and the folder of its files. It is killed when dropped.
+pub(crate) struct RedisServer {
+    child: Child,
+    pub port: u16,
+    folder: TempDir,
+    options: Vec<String>,
+}
+
+impl RedisServer {
+    /// Starts a server that keeps nothing on disk, unless the options say so.
+    pub(crate) fn start(options: &[&str]) -> Self {
+        let (folder, port) = (TempDir::new().unwrap(), port());
+        let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
+        let child = spawn(&folder, port, &options);
+        Self { child, port, folder, options }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// Ends it as a loss of power would, but for what the system has not written yet.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts it again, with the files that it has.
+    pub(crate) fn restart(&mut self) {
+        self.child = spawn(&self.folder, self.port, &self.options);
+    }
+
+    /// Stops it in its tracks, or lets it go on.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    pub(crate) fn connection(&self) -> redis::Connection {
+        redis::Client::open(self.url()).unwrap().get_connection().unwrap()
+    }
+
+    /// The sum of the fields of a hash whose names begin with this.
+    pub(crate) fn sum(&self, key: &str, prefix: &str) -> u64 {
+        let rows: Vec<(String, String)> =
+            redis::cmd("HGETALL").arg(key).query(&mut self.connection()).unwrap_or_default();
+        let of_it = rows.iter().filter(|(name, _)| name.starts_with(prefix));
+        of_it.filter_map(|(_, value)| value.parse::<u64>().ok()).sum()
+    }
+}
+
+fn spawn(folder: &TempDir, port: u16, options: &[String]) -> Child {
+    let mut command = Command::new("redis-server");
+    command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"]).arg(folder.path());
+    command.args(options).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().expect("redis-server is installed (apt-get install redis-server)");
+    let begun = std::time::Instant::now();
+    while !answers(port) {
+        assert!(child.try_wait().unwrap().is_none(), "redis-server ends at once: {options:?}");
+        assert!(begun.elapsed() < Duration::from_secs(20), "redis-server does not answer");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child
+}
+
+/// True if a server answers on the port and has loaded its files.
+fn answers(port: u16) -> bool {
+    let client = redis::Client::open(format!("redis://127.0.0.1:{port}")).unwrap();
+    client
+        .get_connection_with_timeout(Duration::from_millis(500))
+        .is_ok_and(|mut connection| connection.check_connection())
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        self.child.kill().unwrap_or_default();
+        self.child.wait().ok();
+    }
+}
