@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use crate::harness::{KEY, chat, client, config_text, endpoint_with, simulator};
 use crate::program::{Running, program, setting};
-use crate::redis::{RedisServer, port};
+use crate::redis::{RedisServer, Sentinels, port};
 
 /// Requests that are under way at once, for each process.
 const TASKS: usize = 8;
@@ -178,6 +178,30 @@ async fn kills_of_the_server_pass_no_limit() {
             redis.restart();
         }
         eprintln!("{options:?}");
+        cluster.end(0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_opens_no_limit_twice() {
+    for _ in 0..setting("FAILOVERS", 1) {
+        let mut leader = RedisServer::start(&[]);
+        let replica = leader.replica();
+        let sentinels = Sentinels::watch(&leader);
+        let cluster = Cluster::start(3, &sentinels.url(), json!({})).await;
+        cluster.until_received(200).await;
+        // The replica does not get the last writes.
+        replica.signal("STOP");
+        let before: u64 = cluster.received().iter().sum();
+        cluster.until_received(before + 200).await;
+        let lost = cluster.received().iter().sum::<u64>() - before;
+        leader.kill();
+        replica.signal("CONT");
+        let begun = Instant::now();
+        let at_kill: u64 = cluster.received().iter().sum();
+        cluster.until_received(at_kill + 1).await;
+        eprintln!("{lost} permits were lost; the next one came after {:?}", begun.elapsed());
+        assert!(lost > 100, "{lost}");
         cluster.end(0).await;
     }
 }
