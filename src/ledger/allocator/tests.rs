@@ -18,6 +18,7 @@ use jiff::tz::TimeZone;
 
 mod budgets;
 mod callers;
+mod kept;
 mod sets;
 
 /// 2026-11-25, 12:00 UTC.
@@ -116,6 +117,12 @@ impl Process {
     fn pass(&mut self, by: Duration) {
         self.now_ms.fetch_add(u64::try_from(by.as_millis()).unwrap(), Ordering::Relaxed);
         self.serve();
+    }
+
+    /// Writes what is written a little later.
+    fn write(&mut self) {
+        self.serve();
+        self.pass(WRITE_DELAY);
     }
 
     fn used(&mut self, wanted: &Wanted) -> (u64, u64) {

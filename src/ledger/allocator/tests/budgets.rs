@@ -68,12 +68,6 @@ impl Process {
         let Poll::Ready(views) = look.as_mut().poll(&mut context) else { panic!("no answer") };
         views
     }
-
-    /// Writes what is written a little later.
-    fn write(&mut self) {
-        self.serve();
-        self.pass(WRITE_DELAY);
-    }
 }
 
 fn totals(spent: u64, reserved: u64) -> Totals {
