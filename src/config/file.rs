@@ -228,8 +228,8 @@ pub(super) struct ServerFile {
     /// permits, which are counted once it can be written again.
     #[schemars(extend("default" = LedgerOnError::Deny))]
     pub ledger_on_error: Option<LedgerOnError>,
-    /// Durability of counts across a loss of power: the last second may be lost, or nothing, at the price of one disk
-    /// write for each batch of requests. A crash of the process alone loses nothing either way.
+    /// Durability of the counts of a file across a loss of power: the last second may be lost, or nothing, at the price of one
+    /// disk write for each batch of requests. A crash of the process alone loses nothing either way.
     #[schemars(extend("default" = LedgerSync::Normal))]
     pub ledger_sync: Option<LedgerSync>,
     /// The time zone whose midnight ends a day, such as `Europe/Berlin`. Default: the system's.
@@ -364,7 +364,7 @@ pub(super) struct ClientKeyFile {
     /// Tokens a day, likewise. -1: no limit.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub tpd: Option<i64>,
-    /// Requests at once, counted by each process for itself. -1: no limit.
+    /// Requests at once, counted by each process for itself unless the ledger is on a server. -1: no limit.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub max_concurrent: Option<i64>,
     /// Limits for some models beside these, by the name that is asked for, or a prefix such as `gpt-4o*`; the closest one counts.
@@ -470,7 +470,7 @@ pub(super) struct CallerModelLimitsFile {
     /// Tokens a day, likewise. -1: no limit.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub tpd: Option<i64>,
-    /// Requests at once, counted by each process for itself. -1: no limit.
+    /// Requests at once, counted by each process for itself unless the ledger is on a server. -1: no limit.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub max_concurrent: Option<i64>,
 }
@@ -618,8 +618,8 @@ pub(super) struct EndpointFile {
     /// Tokens a day; requests in flight may exceed the limit. -1: no limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub tpd: Option<i64>,
-    /// Requests at once, each until the last byte of its answer, counted by each process for itself. -1: no
-    /// limit. 0: the endpoint takes nothing.
+    /// Requests at once, each until the last byte of its answer, counted by each process for itself unless
+    /// the ledger is on a server. -1: no limit. 0: the endpoint takes nothing.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub max_concurrent: Option<i64>,
     /// Limits of models, beside the endpoint's own: a request needs room in both. By the name that the endpoint is sent, after
@@ -711,7 +711,7 @@ pub(super) struct LaneFile {
     /// Tokens with the key a day; requests in flight may exceed the limit. -1: no limit. 0: the key is switched off.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub tpd: Option<i64>,
-    /// Requests with the key at once, counted by each process for itself. -1: no limit. 0: the key is switched off.
+    /// Requests with the key at once, counted by each process for itself unless the ledger is on a server. -1: no limit. 0: the key is switched off.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub max_concurrent: Option<i64>,
     /// The key's share of the requests among the keys of its endpoint.
@@ -749,7 +749,7 @@ pub(super) struct ModelLimitsFile {
     /// Tokens a day; requests in flight may exceed the limit. -1: no limit.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub tpd: Option<i64>,
-    /// Requests at once, counted by each process for itself. -1: no limit.
+    /// Requests at once, counted by each process for itself unless the ledger is on a server. -1: no limit.
     #[schemars(range(min = -1, max = LIMIT_MAX), extend("default" = LIMIT_DEFAULT))]
     pub max_concurrent: Option<i64>,
     /// `true`: each model that a prefix matches has these limits for itself. `false`: all of them share these limits.
