@@ -50,8 +50,12 @@ install: release ## Install the program, its manual page and completions below P
 
 .PHONY: test
 test: build-tools client-tools ## Run all tests: unit, integration, and the official OpenAI clients
+	$(get-redis)
 	echo "==> unit and integration tests"
-	cargo test --locked
+	PATH="$(CURDIR)/target/tools:$$PATH" cargo test --locked
+	echo "==> the ledger's tests on each kind of server"
+	$(call install,debootstrap,debootstrap)
+	PATH="$(CURDIR)/target/tools:$$PATH" tests/ledgers/run
 	echo "==> traces by OTLP, a feature of its own"
 	cargo test --locked --features otlp --test it -- traces::
 	echo "==> client tests"
@@ -209,6 +213,7 @@ soak: build-tools client-tools ## Run the long forms of tests that are short in 
 	SIM_SCHEDULES=10000 cargo test --locked --test it -- --nocapture sim
 	SIM_SCHEDULES=10000 cargo test --locked --lib -- --nocapture whatever_comes_no_budget
 	SESSIONS=1000 cargo test --locked --test it -- --nocapture realtime
+	KILLS=20 FAILOVERS=10 PATH="$(CURDIR)/target/tools:$$PATH" cargo test --locked --test it -- --nocapture cluster
 	tests/clients/run $(BINARY)
 	tests/clients/.venv/bin/python tests/clients/realtime_soak.py --binary $(BINARY)
 	RELOADS=200 UPGRADES=20 STREAM_SECONDS=30 cargo test --locked --test it -- --nocapture reload::reloads_under_load upgrade::upgrades_under_load
@@ -289,6 +294,17 @@ generated: build-tools ## Write the config's schema and the reference tables in 
 
 define install-deny
 	command -v cargo-deny >/dev/null || { echo "==> cargo-deny is missing: installing it with cargo"; cargo install --locked cargo-deny; }
+endef
+
+# Redis' programs, of which the server's package would start one: the checker of its files is the same program.
+define get-redis
+	$(call install,redis-cli,redis-tools)
+	if ! command -v redis-server >/dev/null && [ ! -x target/tools/redis-server ]; then
+	  command -v redis-check-rdb >/dev/null || { echo "redis-server is missing; put it into the PATH" >&2; exit 1; }
+	  mkdir -p target/tools
+	  ln -sf "$$(command -v redis-check-rdb)" target/tools/redis-server
+	fi
+	$(call install,openssl,openssl)
 endef
 
 # Prometheus's tool, out of Debian's package: installing that would start servers.

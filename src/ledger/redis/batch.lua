@@ -119,12 +119,12 @@ local function find(id)
     id = id, minute = minute, day = base .. 'day:' .. id,
     a = tonumber(head[1]) or 0, t = tonumber(head[2]) or 0,
     from = tonumber(head[3]) or slot, to = tonumber(head[4]) or slot,
-    slots = { [slot] = { tonumber(head[5]) or 0, tonumber(head[6]) or 0 } }, changed = {},
+    slots = { [slot] = { tonumber(head[5]) or 0, tonumber(head[6]) or 0 } }, changed = {}, lasts = not head[1],
     days = {}, changed_days = {},
   }
   if account.to < oldest then
     call('DEL', minute)
-    account.a, account.t, account.from, account.to = 0, 0, slot, slot
+    account.a, account.t, account.from, account.to, account.lasts = 0, 0, slot, slot, true
   elseif account.from < oldest then
     expire(account, account.from)
   end
@@ -157,7 +157,7 @@ local function add(account, s, dates, attempts, tokens)
     account.t = account.t + t - counts[2]
     counts[1], counts[2] = a, t
     if s < account.from then account.from = s end
-    if s > account.to then account.to = s end
+    if s > account.to then account.to, account.lasts = s, true end
     account.changed[s] = true
     account.is_changed = true
   end
@@ -193,7 +193,8 @@ local function write_accounts()
         fields[#fields + 1], fields[#fields + 2] = 't' .. s, int(counts[2])
       end
       call('HSET', account.minute, unpack(fields))
-      call('PEXPIRE', account.minute, (slots + 4) * slot_ms)
+      -- It lasts longer only with a newer slot.
+      if account.lasts then call('PEXPIRE', account.minute, (slots + 4) * slot_ms) end
     end
     for date in pairs(account.changed_days) do
       local day = account.days[date]
