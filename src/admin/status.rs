@@ -77,7 +77,7 @@ fn ledger_state(ledger: &ledger::LedgerState, pool: &Pool) -> Value {
     let tally = ledger.tally();
     json!({
         "state": if fault.is_some() { "failing" } else { "ok" },
-        "path": ledger.path().display().to_string(),
+        "path": ledger.name(),
         "onError": ledger.on_error(),
         "failingSince": fault.as_ref().map(|fault| iso(fault.since)),
         "error": fault.map(|fault| fault.message),

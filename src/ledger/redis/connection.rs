@@ -284,6 +284,11 @@ fn keeps_connection(error: &RedisError) -> bool {
 /// What went wrong, and what to do about it where that is known.
 fn explain(error: &RedisError) -> String {
     let text = error.to_string();
+    if error.is_connection_refusal() || error.is_connection_dropped() || error.is_io_error() {
+        return format!(
+            "{text}; see that it runs, and that server.ledger names its host, its port, and rediss if it wants TLS"
+        );
+    }
     let help = match error.code() {
         Some("NOAUTH" | "WRONGPASS") => "; its password stands in server.ledger, before the host",
         Some("NOPERM") => "; docs/scaling.md has what its user must be permitted",
