@@ -36,6 +36,14 @@ run: build ## Build the program, and serve conf/apis.json (or .yaml), or the dem
 	echo "==> there is no conf/apis.json yet (copy conf/apis.example.json to make one), so this is the demo"
 	exec $(QUICK) demo
 
+.PHONY: run-cluster
+run-cluster: build ## Three processes on one Redis with a replica and sentinels, nginx before them, on loopback; CONFIG=FILE for your own
+	$(get-redis)
+	$(call install,nginx,nginx-light)
+	$(call install,curl,curl)
+	cargo build --profile quick --locked --example simulator
+	PATH="$(CURDIR)/target/tools:$$PATH" exec packaging/cluster/run $(QUICK) target/quick/examples/simulator
+
 PREFIX ?= /usr/local
 .PHONY: install
 install: release ## Install the program, its manual page and completions below PREFIX (/usr/local); PROFILE_GUIDED=no builds faster
@@ -61,6 +69,7 @@ test: build-tools client-tools ## Run all tests: unit, integration, and the offi
 	echo "==> client tests"
 	cargo build --locked
 	tests/clients/run target/debug/api-together
+	packaging/test-manifests target/debug/api-together
 	echo "==> metrics and alerts, by Prometheus's own tool"
 	$(get-promtool)
 	$(call install,curl,curl)

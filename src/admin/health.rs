@@ -44,17 +44,18 @@ fn no_endpoint(from: Sources<'_>) -> Option<&'static str> {
     let clock = pool.clock();
     let usable = || pool.endpoints.iter().filter(|endpoint| endpoint.config.usable());
     let denies = pool.ledger.is_down();
+    // What is at its limit here is so on all machines that share the ledger: without any of them clients would be refused the connection.
+    let is_shared = pool.server.shared_ledger.is_some();
     let is_open = |endpoint: &Endpoint| {
         let is_full = |accounts: &Arc<AccountSet>| accounts.seems_full(clock.boot) || denies && accounts.in_ledger();
-        matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue)
-            && !endpoint.accounts.in_use().all(is_full)
-            && endpoint.has_key_to_serve(&clock, denies)
+        let has_room = || !endpoint.accounts.in_use().all(is_full) && endpoint.has_key_to_serve(&clock, denies);
+        matches!(endpoint.gate(clock.now), Gate::Open | Gate::TrialDue) && (is_shared || has_room())
     };
     if usable().any(|endpoint| is_open(endpoint)) {
         None
     } else if usable().next().is_none() {
         Some("no endpoint is enabled")
-    } else if denies {
+    } else if denies && !is_shared {
         Some("the ledger cannot be written, so endpoints with limits take no requests, and no other one can")
     } else {
         Some("every endpoint is at a limit or cooling down")
