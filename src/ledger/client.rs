@@ -13,6 +13,7 @@ use super::messages::{
     Bill, BudgetLook, CallerDraw, Draw, Drawn, Find, Listed, Look, Messages, Otherwise, OwnDraw, QueuedBy, Reset,
     Return, Wanted,
 };
+use super::notices::{NOTICES_MAX, Notice};
 use super::places::{Place, PlaceChange, Thing};
 use super::write_behind::WRITE_DELAY;
 use super::{Account, AccountId, AccountSet, LimitedAccount, ModelList, Permit, Spent};
@@ -37,6 +38,8 @@ struct Inbox {
     known: RwLock<HashSet<AccountId>>,
     /// Lists of models that were in the ledger when it was opened.
     model_lists: RwLock<Arc<HashMap<Arc<str>, Arc<str>>>>,
+    /// What other processes have said, until somebody looks at it.
+    heard: Mutex<Vec<Notice>>,
     configs: AtomicU64,
     tickets: AtomicU64,
     queued: Mutex<Queued>,
@@ -329,6 +332,32 @@ impl Client {
     pub fn keep_models(&self, endpoint: Arc<str>, list: Arc<str>) {
         // `None`: the thread has ended, and the process with it.
         self.push_behind(|messages| messages.model_lists.push((endpoint, list)));
+    }
+
+    /// True if other machines share the ledger, so that there is somebody to talk to.
+    pub fn is_shared(&self) -> bool {
+        self.shares_concurrency
+    }
+
+    /// Says something to the other processes that share the ledger.
+    pub fn tell(&self, notice: Notice) {
+        // `None`: the thread has ended, and the process with it.
+        self.push_behind(|messages| messages.notices.push(notice));
+    }
+
+    /// Takes out what the others have said since the last time.
+    pub fn take_heard(&self) -> Vec<Notice> {
+        std::mem::take(&mut *lock(&self.inbox.heard))
+    }
+
+    pub(super) fn hear(&self, notices: Vec<Notice>) {
+        if notices.is_empty() {
+            return;
+        }
+        let mut heard = lock(&self.inbox.heard);
+        heard.extend(notices);
+        let surplus = heard.len().saturating_sub(NOTICES_MAX);
+        heard.drain(..surplus);
     }
 
     /// Lists of models that were in the ledger when it was opened, by endpoint.

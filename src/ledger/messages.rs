@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::budgets::{BudgetSet, BudgetView, Extend, HeldBudget, Settled, Spends, Unreserved};
+use super::notices::Notice;
 use super::places::{Place, PlaceChange, Thing};
 use super::{AccountId, AccountSet, LimitedAccount, ModelList, Permit, Spent};
 use crate::config::LimitKind;
@@ -244,6 +245,8 @@ pub(super) struct Messages {
     pub(super) places: Vec<PlaceChange>,
     /// Lists of models, by endpoint.
     pub(super) model_lists: Vec<ModelList>,
+    /// What is said to other processes.
+    pub(super) notices: Vec<Notice>,
     /// Senders to be answered once everything so far is written.
     pub(super) flushes: Vec<oneshot::Sender<bool>>,
     /// Accounts that a config has.
@@ -269,6 +272,7 @@ impl Messages {
             && self.settled.is_empty()
             && self.places.is_empty()
             && self.model_lists.is_empty()
+            && self.notices.is_empty()
             && self.flushes.is_empty()
             && self.listed.is_empty()
             && !self.new_config

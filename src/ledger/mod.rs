@@ -18,6 +18,7 @@
 //! | [`budgets`] | what a request may take of its caller's budgets, reserved and settled |
 //! | `client` | the handle to the ledger's thread |
 //! | `messages` | the messages to that thread and its replies |
+//! | [`notices`] | what processes say to each other |
 //! | `permit` | the right to one attempt, which gives itself back if it is not used |
 //! | `prefetch` | permits drawn ahead of their requests |
 //! | `allocator` | the order in which draws are served; pure except for the ledger and the clocks that it is given |
@@ -38,6 +39,7 @@ pub mod budgets;
 pub mod claims;
 mod client;
 mod messages;
+pub mod notices;
 mod permit;
 pub mod places;
 mod prefetch;
@@ -54,6 +56,7 @@ use jiff::civil::Date;
 
 use budgets::{BudgetKind, BudgetRows};
 use claims::{Claims, Verdict};
+use notices::Notice;
 use places::{Place, PlaceChange, Thing, ThingKind};
 
 use crate::limit::{Counts, Days, Slot, Unknown};
@@ -115,6 +118,10 @@ pub trait Ledger: BudgetRows {
     /// Commits the batch, with as much of its claims as there is room for. The rows are read with it; so are those of claims that are not
     /// granted whole. They are the counts of the next round of this batch.
     fn commit(&mut self, claims: &Claims, rows: &Rows) -> Result<Verdict, LedgerError>;
+    /// Says something to the other processes that share the ledger.
+    fn tell(&mut self, notice: &Notice) -> Result<(), LedgerError>;
+    /// Takes out what others have said since.
+    fn take_heard(&mut self) -> Vec<Notice>;
     /// Hears of the others, though there is nothing to do.
     fn touch(&mut self) -> Result<(), LedgerError>;
     /// Rolls the batch back.

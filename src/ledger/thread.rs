@@ -372,6 +372,9 @@ impl Keeping {
             Ok(Used::Nothing) => {}
             Err(error) => self.fails(&error),
         }
+        if let Some(ledger) = &mut self.ledger {
+            self.client.hear(ledger.ledger().take_heard());
+        }
     }
 
     /// Lets a server hear of this process, and hears of it, though there is nothing to do.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::account::Entry;
 use super::allocator::Tally;
 use super::batch::{Batch, write};
+use super::notices::{NOTICES_MAX, Notice};
 use super::places::{CHANGES_MAX, PlaceChange};
 use super::stats::{MODELS_MAX, OTHER_MODELS};
 use super::{Account, AccountSet, LedgerError, Spent};
@@ -31,6 +32,8 @@ pub(super) struct WriteBehind {
     places: Vec<PlaceChange>,
     /// Lists of models, by endpoint; as many as a config has.
     model_lists: HashMap<Arc<str>, Arc<str>>,
+    /// What is said to other processes, by subject; at most [`NOTICES_MAX`].
+    notices: HashMap<Arc<str>, Notice>,
     /// Models seen so far, by endpoint; at most [`MODELS_MAX`] for each.
     models: HashMap<Arc<str>, HashSet<Arc<str>>>,
     /// Moment at which the changes are due.
@@ -48,6 +51,7 @@ impl Default for WriteBehind {
             spent: HashMap::new(),
             places: Vec::new(),
             model_lists: HashMap::new(),
+            notices: HashMap::new(),
             models: HashMap::new(),
             due_at: Stamp::NEVER,
         }
@@ -62,6 +66,7 @@ impl WriteBehind {
             && self.spent.is_empty()
             && self.places.is_empty()
             && self.model_lists.is_empty()
+            && self.notices.is_empty()
     }
 
     /// Schedules a write, [`WRITE_DELAY`] from now at the latest.
@@ -135,6 +140,13 @@ impl WriteBehind {
         self.model_lists.insert(endpoint, list);
     }
 
+    /// Adds what is said to other processes.
+    pub(super) fn add_notice(&mut self, notice: Notice) {
+        if self.notices.len() < NOTICES_MAX || self.notices.contains_key(&notice.subject) {
+            self.notices.insert(Arc::clone(&notice.subject), notice);
+        }
+    }
+
     /// Writes all changes, as part of a batch.
     pub(super) fn write(&self, batch: &mut Batch<'_>) -> Result<(), LedgerError> {
         self.in_flight.iter().try_for_each(|account| batch.write_in_flight(account))?;
@@ -142,7 +154,8 @@ impl WriteBehind {
         self.accounts.iter().try_for_each(|account| write(ledger, account, &account.mirror().unwritten))?;
         self.spent.values().try_for_each(|spent| ledger.add_tokens(spent))?;
         self.places.iter().try_for_each(|change| ledger.change_place(change))?;
-        self.model_lists.iter().try_for_each(|(endpoint, list)| ledger.keep_models(endpoint, list))
+        self.model_lists.iter().try_for_each(|(endpoint, list)| ledger.keep_models(endpoint, list))?;
+        self.notices.values().try_for_each(|notice| ledger.tell(notice))
     }
 
     /// Clears the changes after the commit.
@@ -152,6 +165,7 @@ impl WriteBehind {
         self.spent.clear();
         self.places.clear();
         self.model_lists.clear();
+        self.notices.clear();
         self.due_at = Stamp::NEVER;
     }
 }

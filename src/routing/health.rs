@@ -92,6 +92,46 @@ pub enum Gate {
     },
 }
 
+/// How long something takes no requests, and what counts towards the next time: what processes tell each other of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Closing {
+    /// End of the cool-down.
+    pub cooling: Option<Instant>,
+    /// End of the rest.
+    pub resting: Option<Instant>,
+    /// True if the length of the rest is a guess.
+    pub guessed: bool,
+    /// Errors in a row.
+    pub errors_in_row: u32,
+    /// Refusals of the key in a row.
+    pub refusals: u32,
+}
+
+impl Closing {
+    /// Difference between two ends that is none: moments are told in milliseconds, by clocks that differ a little.
+    const SAME: Duration = Duration::from_secs(1);
+
+    /// True if it takes requests.
+    pub fn is_open(&self) -> bool {
+        self.cooling.is_none() && self.resting.is_none()
+    }
+
+    /// True if it takes no requests at this moment.
+    pub fn ends_after(&self, now: Instant) -> bool {
+        self.cooling.into_iter().chain(self.resting).any(|until| until > now)
+    }
+
+    /// True if it lasts longer than another one.
+    pub fn lasts_longer_than(&self, other: &Self) -> bool {
+        let is_later = |one: Option<Instant>, other: Option<Instant>| match (one, other) {
+            (Some(one), Some(other)) => one.saturating_duration_since(other) > Self::SAME,
+            (one, None) => one.is_some(),
+            (None, Some(_)) => false,
+        };
+        is_later(self.cooling, other.cooling) || is_later(self.resting, other.resting)
+    }
+}
+
 /// What an effect or a state belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
@@ -243,6 +283,38 @@ impl Health {
     /// Errors since the last success.
     pub fn errors_in_row(&self) -> u32 {
         self.errors_in_row
+    }
+
+    /// Returns what others may know of it.
+    pub fn closing(&self) -> Closing {
+        Closing {
+            cooling: self.cooling_until(),
+            resting: self.resting_until(),
+            guessed: self.resting.is_some_and(|rest| rest.guessed),
+            errors_in_row: self.errors_in_row,
+            refusals: self.refusals,
+        }
+    }
+
+    /// Takes in what another process has found out. What lasts longer stands, unless it is open there.
+    fn take_over(&mut self, closing: &Closing, now: Instant) {
+        if closing.is_open() {
+            *self = Self {
+                trial_under_way: self.trial_under_way,
+                failed_at: self.failed_at,
+                uses: self.uses,
+                ..Self::default()
+            };
+            return;
+        }
+        self.errors_in_row = self.errors_in_row.max(closing.errors_in_row);
+        self.refusals = self.refusals.max(closing.refusals);
+        if let Some(until) = closing.cooling.filter(|until| self.cooling_until() < Some(*until)) {
+            self.cooling = Some(Closed { since: now, until });
+        }
+        if let Some(until) = closing.resting {
+            self.rests(until.saturating_duration_since(now), closing.guessed, now);
+        }
     }
 
     /// True while nothing at all is held against it, so that a look at it may be skipped.
@@ -409,6 +481,16 @@ impl EndpointHealth {
         self.whole = before;
     }
 
+    /// Takes in what another process has found out of a model, or of the whole if it names none.
+    pub fn take_over(&mut self, model: &str, closing: &Closing, now: Instant) {
+        if model.is_empty() {
+            self.whole.take_over(closing, now);
+        } else if !closing.is_open() || self.models.contains_key(model) {
+            let key: Box<str> = self.key(model).into();
+            self.models.entry(key).or_default().take_over(closing, now);
+        }
+    }
+
     /// Health of the endpoint as a whole.
     pub fn whole(&self) -> &Health {
         &self.whole
@@ -509,6 +591,32 @@ mod tests {
         assert_eq!(scene.gate("m"), Gate::Cooling { until: scene.now + BREAKER.cool_down });
         scene.later(BREAKER.cool_down);
         assert_eq!(scene.gate("m"), Gate::TrialDue);
+    }
+
+    #[test]
+    fn what_another_process_has_found_out_closes_and_opens() {
+        let (mut one, mut other) = (Scene::new(), Scene::new());
+        other.now = one.now;
+        one.times(3, "m", FAILURE).seen("", KEY_REFUSED, None);
+        let told: Vec<(String, Closing)> =
+            one.health.models().map(|(model, health)| (model.to_owned(), health.closing())).collect();
+        for (model, closing) in &told {
+            other.health.take_over(model, closing, other.now);
+        }
+        other.health.take_over("", &one.health.whole().closing(), other.now);
+        assert!(other.cools("m") && other.cools("n"), "the key is refused everywhere");
+        assert_eq!(other.health.whole().closing(), one.health.whole().closing());
+        // A shorter one takes nothing back.
+        let shorter = Closing { cooling: Some(other.now + Duration::from_secs(5)), ..Closing::default() };
+        other.health.take_over("m", &shorter, other.now);
+        assert!(!shorter.lasts_longer_than(&told[0].1) && told[0].1.lasts_longer_than(&shorter));
+        other.health.take_over("", &Closing::default(), other.now);
+        assert!(other.cools("m"));
+        assert_eq!(other.gate("n"), Gate::Open);
+        other.health.take_over("m", &Closing::default(), other.now);
+        other.health.take_over("unheard-of", &Closing::default(), other.now);
+        assert!(other.health.is_spotless());
+        assert_eq!(other.seen("m", FAILURE, None), None, "it begins anew");
     }
 
     #[test]

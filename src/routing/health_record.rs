@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::config::Breaker;
-use crate::routing::health::{Effect, EndpointHealth, Gate, Health, Scope, Seen};
+use crate::routing::health::{Closing, Effect, EndpointHealth, Gate, Health, Scope, Seen};
 
 /// The record.
 #[derive(Debug, Default)]
@@ -81,6 +81,13 @@ impl HealthRecord {
     pub fn put_back_whole(&self, before: Health) {
         let mut health = self.read();
         health.put_back_whole(before);
+        self.troubled.store(!health.is_spotless(), Ordering::Release);
+    }
+
+    /// Takes in what another process has found out of a model, or of the whole if it names none.
+    pub fn take_over(&self, model: &str, closing: &Closing, now: Instant) {
+        let mut health = self.read();
+        health.take_over(model, closing, now);
         self.troubled.store(!health.is_spotless(), Ordering::Release);
     }
 

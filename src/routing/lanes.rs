@@ -315,6 +315,14 @@ impl Lanes {
     }
 }
 
+impl Lanes {
+    /// The records of health of several keys, each with the key's digest.
+    pub(super) fn health_records(&self) -> impl Iterator<Item = (Arc<str>, Arc<HealthRecord>)> {
+        let lives = self.list.iter().filter_map(Lane::live);
+        lives.map(|live| (Arc::from(&*live.digest), Arc::clone(&live.health)))
+    }
+}
+
 impl Lane {
     /// The key as requests carry it to the endpoint's address of this number.
     pub fn credential(&self, address: usize) -> Option<&Credential> {

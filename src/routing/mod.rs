@@ -23,5 +23,6 @@ pub mod refusals;
 pub mod retry;
 pub mod router;
 pub mod sessions;
+pub mod shared_health;
 pub(crate) mod survey;
 pub(crate) mod usage_injection;

@@ -115,7 +115,7 @@ pub(super) async fn of_pool(pool: &Arc<Pool>, named: Option<&str>, counted: bool
 /// might then belong to another user than the process's.
 pub fn of_config(config: Config, named: Option<&str>) -> Result<Vec<Tested>, String> {
     let keeper = Keeper::new(&config.server);
-    let counted = config.server.ledger.exists();
+    let counted = config.server.shared_ledger.is_some() || config.server.ledger.exists();
     if counted {
         keeper.start().map_err(|error| format!("the ledger's thread cannot be started: {error}"))?;
     }

@@ -67,7 +67,7 @@ use listen::Listening;
 pub use listen::callable;
 use log_file::ReopenLog;
 use pid_file::PidFile;
-use services::{Announce, MetricsService, Minutes, Resolve, StartThreads, Sweep};
+use services::{Announce, MetricsService, Minutes, Resolve, ShareHealth, StartThreads, Sweep};
 use webhook::Webhooks;
 
 /// Flow-control window of an HTTP/2 stream. Over a distance, each of these takes a round trip: HTTP's own 64 KiB made
@@ -249,6 +249,7 @@ impl Prepared {
         server.add_service(background_service("webhook", Webhooks { pool: Arc::clone(&process.pool) }));
         server.add_service(background_service("trends", Minutes(process.clone())));
         server.add_service(background_service("resolve", Resolve(Arc::clone(&process.pool))));
+        server.add_service(background_service("share", ShareHealth(Arc::clone(&process.pool))));
         server.add_service(background_service("discovery", Discovery(Arc::clone(&process.pool))));
         if let Some(arguments) = options.arguments.clone() {
             let successor = Successor {

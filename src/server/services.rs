@@ -21,6 +21,7 @@ use crate::admin::{self, Sources};
 use crate::process::Process;
 use crate::request::connections::{Connections, SWEEP_INTERVAL};
 use crate::routing::pool::Pool;
+use crate::routing::shared_health::SharedHealth;
 use crate::server::runtime_folder::Running;
 use crate::telemetry::log_writer;
 use crate::telemetry::metrics;
@@ -45,6 +46,36 @@ impl BackgroundService for StartThreads {
         // Requests that wait already are refused, too, if it cannot be started.
         if let Err(error) = self.0.ledger.start() {
             log::error!("the ledger's thread cannot be started, so no endpoint with limits takes requests: {error}");
+        }
+    }
+}
+
+/// Tells the other processes that share the ledger which endpoints and keys cool down or rest, and takes in what they tell.
+pub(super) struct ShareHealth(pub(super) Arc<ArcSwap<Pool>>);
+
+/// Time between two looks at what others have told, and at what has changed here.
+const SHARE_INTERVAL: Duration = Duration::from_millis(200);
+
+#[async_trait]
+impl BackgroundService for ShareHealth {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        if !self.0.load().ledger.is_shared() {
+            return;
+        }
+        let mut ticks = tokio::time::interval(SHARE_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut shared = SharedHealth::default();
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {
+                    let pool = self.0.load_full();
+                    let heard = pool.ledger.take_heard();
+                    for notice in shared.round(&pool, &heard, &pool.clock()) {
+                        pool.ledger.tell(notice);
+                    }
+                }
+                _ = shutdown.changed() => return,
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use api_together::simulator::Simulator;
+use api_together::simulator::{Behaviour, Simulator};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -204,6 +204,45 @@ async fn a_failover_opens_no_limit_twice() {
         assert!(lost > 100, "{lost}");
         cluster.end(0).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_process_finds_out_of_an_endpoint_the_others_know_within_a_second() {
+    let (redis, folder) = (RedisServer::start(&[]), TempDir::new().unwrap());
+    let (bad, good) = (simulator().await, simulator().await);
+    let refused = json!({ "error": { "message": "Incorrect API key provided", "code": "invalid_api_key" } });
+    let (content_type, body) = (Some("application/json".into()), Some(refused.to_string()));
+    bad.set_default(Behaviour { status: 401, body, content_type, ..Behaviour::default() });
+    let ports = [port(), port()];
+    let running = ports.map(|port| {
+        let apis = [
+            endpoint_with("bad", &bad.base_url(), json!({ "priority": 1 })),
+            endpoint_with("good", &good.base_url(), json!({ "priority": 2 })),
+        ];
+        let text = config_text(json!({ "port": port, "ledger": redis.url() }), &apis);
+        start(folder.path(), &format!("{port}.json"), &text)
+    });
+    let client = client(|builder| builder.timeout(Duration::from_secs(5)));
+    let ask = async |at: usize| {
+        let url = running[at].url("/v1/chat/completions");
+        client.post(url).bearer_auth(KEY).json(&chat("m")).send().await.unwrap().status()
+    };
+    let cools = async |at: usize| {
+        let answer = client.get(running[at].url("/v1/status")).bearer_auth(KEY).send().await.unwrap();
+        let status: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        status["apis"][0]["temporarilyDisabled"] == true
+    };
+    assert!(!cools(1).await);
+    assert_eq!(ask(0).await, 200, "the other one answers");
+    let begun = Instant::now();
+    while !cools(1).await {
+        assert!(begun.elapsed() < Duration::from_secs(5), "the other process does not hear of it");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    eprintln!("heard of after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert_eq!(ask(1).await, 200);
+    assert_eq!(bad.requests().len(), 1, "nobody asks it again");
 }
 
 #[tokio::test(flavor = "multi_thread")]

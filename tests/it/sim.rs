@@ -25,6 +25,7 @@ use api_together::exchange::{AskedModel, Attempt};
 use api_together::fault::{Fault, HeldBy};
 use api_together::ledger::budgets::{BudgetKind, BudgetRows, OthersReservation, ReservationRow, SpentInstead, Totals};
 use api_together::ledger::claims::{Claims, Verdict};
+use api_together::ledger::notices::Notice;
 use api_together::ledger::places::{Place, PlaceChange, Thing, ThingKind};
 use api_together::ledger::sqlite::{Opening, SqliteLedger};
 use api_together::ledger::{
@@ -1142,6 +1143,14 @@ impl Ledger for Watched {
         Ok(verdict)
     }
 
+    fn tell(&mut self, notice: &Notice) -> Result<(), LedgerError> {
+        self.inner.tell(notice)
+    }
+
+    fn take_heard(&mut self) -> Vec<Notice> {
+        self.inner.take_heard()
+    }
+
     fn touch(&mut self) -> Result<(), LedgerError> {
         self.inner.touch()
     }
@@ -1309,6 +1318,14 @@ impl Ledger for MemoryLedger {
         self.own = group.version;
         *self.pages.lock().unwrap() = group;
         Ok(verdict)
+    }
+
+    fn tell(&mut self, _notice: &Notice) -> Result<(), LedgerError> {
+        Ok(())
+    }
+
+    fn take_heard(&mut self) -> Vec<Notice> {
+        Vec::new()
     }
 
     fn touch(&mut self) -> Result<(), LedgerError> {

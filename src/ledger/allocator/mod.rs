@@ -265,6 +265,10 @@ impl Allocator {
             self.write_behind.add_models(endpoint, list);
             self.write_behind.due_soon(clock);
         }
+        for notice in messages.notices.drain(..) {
+            self.write_behind.add_notice(notice);
+            self.write_behind.due_soon(clock);
+        }
         // What was noted before is written first, and then read.
         if !messages.finds.is_empty() || !messages.flushes.is_empty() || !messages.resets.is_empty() || messages.closing
         {

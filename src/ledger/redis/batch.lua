@@ -32,6 +32,7 @@ local slot_ms, slots = number(), number()
 local grace_ms = number()       -- time in which all processes offer what a new server may have lost
 local dead_ms = number()        -- time after which a process that was not heard of does not count as in flight
 local part_of_left = number()   -- the part of what is left that may be drawn ahead
+local heard_to = number()       -- number of the last notice that the process has
 local estimate = number()       -- the ledger's time as the process knows it; 0 if it does not
 local test_ms = number()        -- the time of tests; 0 for the server's
 
@@ -44,7 +45,7 @@ else
   wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 local state_key = base .. 'state'
-local state = call('HMGET', state_key, 'epoch', 'open_at', 'shift', 'last')
+local state = call('HMGET', state_key, 'epoch', 'open_at', 'shift', 'last', 'notices')
 local epoch, open_at = state[1], tonumber(state[2]) or 0
 local shift, last = tonumber(state[3]) or 0, tonumber(state[4])
 local server = string.match(call('INFO', 'replication'), 'master_replid:(%w+)') or ''
@@ -527,6 +528,37 @@ function operations.hear()
   call('HSET', base .. 'heard', text(), int(now))
 end
 
+-- What processes say to each other: the last word on each subject, in the order in which it was said.
+local NOTICES_MAX = 10000
+local NOTICES_AT_ONCE = 100
+
+function operations.notice()
+  local subject, until_s, said = text(), text(), text()
+  local count = call('HINCRBY', state_key, 'notices', 1)
+  call('HSET', base .. 'notices', subject, table.concat({ int(count), until_s, member, said }, ' '))
+  call('ZADD', base .. 'notices-order', count, subject)
+  local surplus = call('ZCARD', base .. 'notices-order') - NOTICES_MAX
+  if surplus > 0 then
+    local old = call('ZPOPMIN', base .. 'notices-order', surplus)
+    for i = 1, #old, 2 do call('HDEL', base .. 'notices', old[i]) end
+  end
+end
+
+local function add_notices(rows)
+  if (tonumber(state[5]) or 0) <= heard_to then return end
+  local found = call('ZRANGEBYSCORE', base .. 'notices-order', '(' .. int(heard_to), '+inf', 'WITHSCORES',
+    'LIMIT', 0, NOTICES_AT_ONCE)
+  for i = 1, #found, 2 do
+    local subject = found[i]
+    local row = call('HGET', base .. 'notices', subject) or ''
+    local count, until_s, of, said = string.match(row, '^(%d+) (%-?%d+) (%x+) (.*)$')
+    if count and of ~= member and tonumber(until_s) * 1000 > wall then
+      rows[#rows + 1] = { 'notice', subject, until_s, said }
+    end
+  end
+  if #found > 0 then rows[#rows + 1] = { 'heard', found[#found] } end
+end
+
 -- Token statistics: rows of packed numbers, and a list of the hours or days that there are.
 function operations.tokens()
   local table_name, moment, kept, field, used = text(), text(), number(), text(), number()
@@ -596,4 +628,5 @@ if seq > 0 or mode == 'offer' then
 end
 local rows = {}
 for i, read in ipairs(reads) do rows[i] = read() end
+add_notices(rows)
 return reply('ok', verdict, now, rows)

@@ -104,8 +104,8 @@ impl Script {
 impl Connection {
     /// Prepares a connection. Nothing is sent yet.
     pub fn new(options: ConnectionOptions) -> Result<Self, LedgerError> {
-        // Of several versions of the library one has to be chosen before the first connection.
-        pingora::tls::install_default_crypto_provider();
+        // It has to be chosen before the first connection; an error says that it has been.
+        rustls::crypto::ring::default_provider().install_default().unwrap_or_default();
         let name = options.address.to_string();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| unusable(&name, &error.to_string()))?;

@@ -29,6 +29,7 @@ use std::time::{Duration, SystemTime};
 use jiff::civil::Date;
 
 use super::claims::{Claim, Claims, Grown, Part, Verdict};
+use super::notices::Notice;
 use super::places::{Place, PlaceChange, Thing, ThingKind};
 use super::stats::{DAYS_KEPT, HOURS_KEPT, Spent};
 use super::{AccountId, Change, FaultKind, Ledger, LedgerError, LimitedAccount, ModelList, Rows};
@@ -147,6 +148,9 @@ pub struct RedisLedger<S> {
     budgets: HashMap<String, HashMap<String, String>>,
     /// A batch that nothing was heard of.
     in_doubt: Option<InDoubt>,
+    /// What others have said, and the number of the last of it.
+    heard: Vec<Notice>,
+    heard_to: u64,
     offers: Offers,
 }
 
@@ -188,6 +192,8 @@ impl<S: Server> RedisLedger<S> {
             accounts: HashMap::new(),
             budgets: HashMap::new(),
             in_doubt: None,
+            heard: Vec::new(),
+            heard_to: 0,
             offers: Offers::default(),
         };
         ledger.call(0, "first", &Arguments::default())?;
@@ -228,7 +234,12 @@ impl<S: Server> RedisLedger<S> {
             self.ahead_ms.filter(|_| test_ms == 0).map_or(0, |ahead| signed(sent_at.0).saturating_add(ahead));
         arguments.text(&self.prefix).text(&self.member).number(number).number(acknowledged).text(mode);
         arguments.number(millis(SLOT)).number(millis(SPAN) / millis(SLOT)).number(millis(self.grace));
-        arguments.number(millis(DEAD_AFTER)).number(PART_OF_LEFT).number(estimate).number(test_ms);
+        arguments
+            .number(millis(DEAD_AFTER))
+            .number(PART_OF_LEFT)
+            .number(self.heard_to)
+            .number(estimate)
+            .number(test_ms);
         arguments.0.extend(operations.0);
         let reply = self.server.batch(arguments)?;
         self.learn(&reply, sent_at);
@@ -253,6 +264,9 @@ impl<S: Server> RedisLedger<S> {
         if has_moved || reply.epoch != self.epoch || reply.open_at != self.open_at {
             // Counts that were read before may be of another server.
             self.trusted_since = self.generation + 1;
+            if reply.epoch != self.epoch {
+                self.heard_to = 0;
+            }
             self.epoch.clone_from(&reply.epoch);
             self.open_at = reply.open_at;
         }
@@ -371,6 +385,8 @@ impl<S: Server> RedisLedger<S> {
                     }
                     self.accounts.insert(name, account);
                 }
+                Row::Notice(notice) => self.heard.push(notice),
+                Row::Heard(number) => self.heard_to = number,
                 Row::Budget { name, fields } => {
                     self.budgets.insert(name, fields.into_iter().collect());
                 }
@@ -607,6 +623,15 @@ impl<S: Server> Ledger for RedisLedger<S> {
         self.offers.push(self.sent, self.time.boot(), written);
         self.take_rows(reply.rows);
         Ok(Verdict { slot: Some(self.own_slot(slot)), draws: Some(parts), growths })
+    }
+
+    fn tell(&mut self, notice: &Notice) -> Result<(), LedgerError> {
+        self.writes.push(Write::Notice(notice.clone()));
+        Ok(())
+    }
+
+    fn take_heard(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.heard)
     }
 
     fn touch(&mut self) -> Result<(), LedgerError> {

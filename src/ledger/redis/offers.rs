@@ -171,7 +171,8 @@ impl Piece {
                     None => drop(self.tokens.insert(key, added)),
                 }
             }
-            Write::Hear { .. } | Write::InFlight { .. } => {}
+            // What is said is said again when it changes.
+            Write::Hear { .. } | Write::InFlight { .. } | Write::Notice(_) => {}
         }
     }
 

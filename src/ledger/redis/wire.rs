@@ -9,6 +9,7 @@ use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_enco
 use crate::config::{BudgetPeriod, Limit};
 use crate::ledger::budgets::{BudgetKind, ReservationRow};
 use crate::ledger::claims::{Ahead, Claim, Claims, Grown, Growth, LimitedPart, Part};
+use crate::ledger::notices::Notice;
 use crate::ledger::{AccountId, AccountSet, Change, LimitedAccount};
 use crate::limit::{CountedAt, Days};
 
@@ -121,6 +122,8 @@ pub(super) enum Write {
     Hear { owner: i64 },
     /// Requests of an account that this process has in flight.
     InFlight { account: String, own: u64 },
+    /// What is said to other processes.
+    Notice(Notice),
     /// Token statistics.
     Tokens { table: &'static str, moment: Option<i64>, kept: Duration, field: String, used: i64, columns: Vec<u64> },
 }
@@ -157,6 +160,9 @@ impl Write {
             }
             Self::InFlight { account, own } => {
                 to.text("flight").text(account).number(*own);
+            }
+            Self::Notice(Notice { subject, text, until }) => {
+                to.text("notice").text(subject).number(*until).text(text);
             }
             Self::Hear { owner } => {
                 to.text("hear").number(*owner);
@@ -273,8 +279,18 @@ pub struct Reply {
 /// A row that was read.
 #[derive(Clone, Debug)]
 pub(super) enum Row {
-    Account { name: String, fields: Vec<(String, String)> },
-    Budget { name: String, fields: Vec<(String, String)> },
+    Account {
+        name: String,
+        fields: Vec<(String, String)>,
+    },
+    Budget {
+        name: String,
+        fields: Vec<(String, String)>,
+    },
+    /// What another process has said.
+    Notice(Notice),
+    /// Number of the last notice that was looked at.
+    Heard(u64),
 }
 
 impl Reply {
@@ -332,6 +348,14 @@ fn row(value: redis::Value) -> Option<Row> {
     let redis::Value::Array(parts) = value else { return None };
     let mut parts = parts.into_iter().map(text);
     let (kind, name) = (parts.next()??, parts.next()??);
+    if kind == "notice" {
+        let mut next = || parts.next()?;
+        let (until, text) = (next()?.parse().ok()?, next()?);
+        return Some(Row::Notice(Notice { subject: name.into(), text: text.into(), until }));
+    }
+    if kind == "heard" {
+        return name.parse().ok().map(Row::Heard);
+    }
     let mut fields = Vec::new();
     while let Some(field) = parts.next() {
         fields.push((field?, parts.next()??));
