@@ -11,7 +11,7 @@ use super::claims::{Ahead, Claim, Claims, Verdict};
 use super::messages::{CallerDraw, Draw, HeldEndpoint, Otherwise};
 use super::prefetch::spare;
 use super::{Account, AccountId, AccountSet, Change, Ledger, LedgerError, LimitedAccount, Rows, Wanted};
-use crate::limit::{Clock, CountedAt, Counts, Days, Held, LimitReason, Minute, Slot};
+use crate::limit::{Clock, CountedAt, Counts, Days, Held, LimitReason, Minute, Slot, Unknown};
 
 /// Claims that a draw's own is compared with.
 const CLAIMS_COMPARED: usize = 64;
@@ -104,6 +104,12 @@ impl Batch<'_> {
         let (mut held, mut held_budget, mut is_doubtful) = (Vec::new(), None, false);
         for (at, wanted) in draw.wanted.iter().enumerate() {
             if let Some(set) = &draw.budgets {
+                let Unknown { all_until, .. } = self.ledger.unknown();
+                if all_until > self.clock.boot {
+                    let held_until = Held { by: LimitReason::LedgerBegins, until: all_until };
+                    held.push(HeldEndpoint { at, account: None, held: held_until });
+                    continue;
+                }
                 let here = (&mut *self.ledger, self.generation, &self.clock);
                 held_budget = self.spending.check(set, wanted.spends.reserved, here)?;
                 if let Some(HeldBudget { key, view, .. }) = &held_budget {
@@ -294,8 +300,8 @@ impl Batch<'_> {
             let is_settled = match &mut decision {
                 Decision::Doubtful => false,
                 Decision::Granted(granted) => {
-                    if let Some(slot) = verdict.slot {
-                        granted.counted.slot = slot;
+                    if let Some((boot, slot)) = verdict.counted.filter(|_| granted.claim.is_some()) {
+                        granted.counted = CountedAt { boot, slot, ..granted.counted };
                     }
                     let part = granted.claim.and_then(|claim| parts.as_mut()?.get_mut(claim));
                     part.is_none_or(|part| part.take(&mut granted.ahead))

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::budgets::ReservationRow;
 use super::{Account, AccountSet, Change, Ledger, LedgerError, LimitedAccount};
-use crate::limit::{CountedAt, Slot};
+use crate::limit::{CountedAt, Slot, Stamp};
 
 /// What one batch claims.
 #[derive(Clone, Debug, Default)]
@@ -80,8 +80,8 @@ pub struct Growth {
 /// What a ledger has granted of the claims of a batch.
 #[derive(Debug, Default)]
 pub struct Verdict {
-    /// The slot in which it has counted them, if that is not the one that was claimed.
-    pub slot: Option<Slot>,
+    /// When it has counted them, and in which slot, if those are not the ones that were claimed.
+    pub counted: Option<(Stamp, Slot)>,
     /// What it has granted of each claim; `None` if all.
     pub draws: Option<Vec<Part>>,
     /// What came of each growth.

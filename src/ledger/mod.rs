@@ -104,8 +104,8 @@ pub trait Ledger: BudgetRows {
     fn forget_days(&mut self, account: &AccountId, before: Date) -> Result<(), LedgerError>;
     /// Returns the accounts of models that have counts, the newest first; a thousand at most.
     fn accounts_of_models(&mut self) -> Result<Vec<AccountId>, LedgerError>;
-    /// Returns the places of a thing, of all owners, that are not forgotten at this second of Unix time.
-    fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError>;
+    /// Returns the places of each of these things, of all owners, that are not forgotten at this second of Unix time.
+    fn places(&mut self, things: &[Thing], now: i64) -> Result<Vec<Vec<Place>>, LedgerError>;
     /// Writes a change of places.
     fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError>;
     /// Deletes some places that are over at this second of Unix time; with `surplus` also some of a kind that has more than

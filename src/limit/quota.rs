@@ -240,7 +240,7 @@ impl Quota {
             self.concurrency_holds(limits, now),
             (per_minute && self.unknown.minute_until > now)
                 .then_some(Held { by: LimitReason::MinuteUnknown, until: self.unknown.minute_until }),
-            (limits.in_ledger() && self.unknown.all_until > now)
+            ((limits.in_ledger() || limits.is_concurrency_limited()) && self.unknown.all_until > now)
                 .then_some(Held { by: LimitReason::LedgerBegins, until: self.unknown.all_until }),
         ]
     }

@@ -207,6 +207,19 @@ async fn a_failover_opens_no_limit_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_set_moves_no_window() {
+    let redis = RedisServer::start(&[]);
+    let cluster = Cluster::start(2, &redis.url(), json!({})).await;
+    // The ledger's time is the server's and a shift, so another shift is another clock.
+    for (received, millis) in [(150, 120_000), (300, -120_000), (400, -600_000), (500, 3000)] {
+        cluster.until_received(received).await;
+        let mut set = ::redis::cmd("HINCRBY");
+        let _: i64 = set.arg("{api-together}:state").arg("shift").arg(millis).query(&mut redis.connection()).unwrap();
+    }
+    cluster.end(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_one_process_finds_out_of_an_endpoint_the_others_know_within_a_second() {
     let (redis, folder) = (RedisServer::start(&[]), TempDir::new().unwrap());
     let (bad, good) = (simulator().await, simulator().await);

@@ -1102,8 +1102,8 @@ impl Ledger for Watched {
         self.inner.accounts_of_models()
     }
 
-    fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError> {
-        self.inner.places(thing, now)
+    fn places(&mut self, things: &[Thing], now: i64) -> Result<Vec<Vec<Place>>, LedgerError> {
+        self.inner.places(things, now)
     }
 
     fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError> {
@@ -1279,8 +1279,8 @@ impl Ledger for MemoryLedger {
         Ok(Vec::new())
     }
 
-    fn places(&mut self, _thing: &Thing, _now: i64) -> Result<Vec<Place>, LedgerError> {
-        Ok(Vec::new())
+    fn places(&mut self, things: &[Thing], _now: i64) -> Result<Vec<Vec<Place>>, LedgerError> {
+        Ok(vec![Vec::new(); things.len()])
     }
 
     fn change_place(&mut self, _change: &PlaceChange) -> Result<(), LedgerError> {

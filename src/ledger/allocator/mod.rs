@@ -462,16 +462,18 @@ impl Allocator {
         match written.and_then(|()| batch.commit()) {
             Ok((claims, verdict)) => {
                 let again = batch.settle(&claims, verdict, &mut served);
+                // What stays in flight without a new permit was written as ended.
+                let stays =
+                    |served: &&Served| served.draw.keeps_place && !matches!(served.decision, Decision::Granted(_));
+                for wanted in served.iter().filter(stays).filter_map(|served| served.draw.wanted.first()) {
+                    self.write_behind.note_in_flight(&wanted.accounts);
+                    self.write_behind.due_soon(&batch.clock);
+                }
                 Ok((served, again))
             }
             Err(error) => {
                 batch.ledger.roll_back();
                 batch.undo(&served, error.kind == FaultKind::Unanswered);
-                // They may be in flight there.
-                for Served { draw, .. } in &served {
-                    draw.wanted.iter().for_each(|wanted| self.write_behind.note_in_flight(&wanted.accounts));
-                    draw.caller.iter().for_each(|caller| self.write_behind.note_in_flight(&caller.accounts));
-                }
                 Err((error, served.into_iter().map(|served| served.draw).chain(draws).collect()))
             }
         }
@@ -527,8 +529,7 @@ impl Allocator {
         }
         let now = batch.clock.seconds_after(Duration::ZERO);
         for find in &mut messages.finds {
-            let found = find.things.iter().map(|thing| batch.ledger.places(thing, now));
-            find.found = found.collect::<Result<_, _>>()?;
+            find.found = batch.ledger.places(&find.things, now)?;
         }
         Ok(())
     }

@@ -79,7 +79,7 @@ impl Allocator {
     }
 
     fn refuse(&mut self, draw: Draw, held: Vec<HeldEndpoint>, clock: &Clock) {
-        let first = held.iter().map(|endpoint| endpoint.held.until).min().unwrap_or(clock.boot);
+        let first = held.iter().map(|endpoint| endpoint.held.until).min().unwrap_or(clock.boot + SCAN);
         let free_at = match draw.otherwise {
             Otherwise::Wait { until, end, .. } if until > clock.boot && may_end_by(&held, end) => {
                 if !draw.reply.is_closed() {

@@ -34,6 +34,7 @@ local dead_ms = number()        -- time after which a process that was not heard
 local part_of_left = number()   -- the part of what is left that may be drawn ahead
 local heard_to = number()       -- number of the last notice that the process has
 local estimate = number()       -- the ledger's time as the process knows it; 0 if it does not
+local is_sure = number() == 1   -- the estimate is of a call that was sent again
 local test_ms = number()        -- the time of tests; 0 for the server's
 
 -- Time. The ledger's own goes on evenly even if the server's clock is set, or another server's differs: `shift` makes up for it.
@@ -45,40 +46,50 @@ else
   wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 local state_key = base .. 'state'
-local state = call('HMGET', state_key, 'epoch', 'open_at', 'shift', 'last', 'notices')
+local state = call('HMGET', state_key, 'epoch', 'open_at', 'shift', 'last', 'notices', 'unsure')
 local epoch, open_at = state[1], tonumber(state[2]) or 0
 local shift, last = tonumber(state[3]) or 0, tonumber(state[4])
 local server = string.match(call('INFO', 'replication'), 'master_replid:(%w+)') or ''
 local now = wall + shift
-local STEP_MS = 1000
-if estimate > 0 and last and math.abs(now - estimate) > STEP_MS then
-  local is_back = now < last and estimate >= last
-  local is_ahead = now - last > STEP_MS and estimate < now
-  if is_back or is_ahead or server ~= epoch then
-    shift = estimate - wall
-    now = estimate
-    call('HSET', state_key, 'shift', int(shift))
+-- A step of the clock is one if both the process and the record of the last call say so. A call that came late seems to say that the
+-- clock is ahead; it is sent again to be sure. What no process could say yet is set right by the next one that can.
+local STEP_MS = 250
+local is_new_server = server ~= epoch
+local seems_ahead, is_late = last and now - last > STEP_MS, false
+if estimate == 0 then
+  if is_new_server or seems_ahead then call('HSET', state_key, 'unsure', '1') end
+else
+  if math.abs(now - estimate) > STEP_MS then
+    local is_back = last and now < last and estimate >= last
+    local is_ahead = seems_ahead and estimate < now
+    if not last or is_new_server or state[6] or is_back or is_ahead and is_sure then
+      shift = estimate - wall
+      now, last = estimate, nil
+      call('HSET', state_key, 'shift', int(shift))
+    elseif is_ahead then
+      is_late = true
+    end
   end
+  if state[6] then call('HDEL', state_key, 'unsure') end
 end
 if last and now < last then now = last end
-if server ~= epoch then
+if is_new_server and not is_late then
   open_at = now + grace_ms
   call('HSET', state_key, 'epoch', server, 'open_at', int(open_at))
 end
-call('HSET', state_key, 'last', int(now))
+if not is_late then call('HSET', state_key, 'last', int(now)) end
 
 -- What this server has of the process.
 local member_key = base .. 'member:' .. member
 local known = call('HMGET', member_key, 'seq', 'verdict', 'at')
 local stored = tonumber(known[1]) or 0
-local heard = tonumber(call('HGET', base .. 'heard', member))
-local has_lapsed = heard and now - heard >= dead_ms
 call('HSET', base .. 'heard', member, int(now))
 
 local function reply(status, verdict, counted_at, rows)
-  local lapsed = has_lapsed and '1' or '0'
-  return { status, int(now), int(wall), server, int(open_at), int(stored), lapsed, verdict, int(counted_at), rows }
+  return { status, int(now), int(wall), server, int(open_at), int(stored), verdict, int(counted_at), rows }
 end
+
+if is_late then return reply('late', '', now, {}) end
 
 if mode ~= 'offer' and stored < acked then
   -- The last writes of the process are lost, and with them perhaps those of others.
@@ -169,6 +180,7 @@ local function add(account, s, dates, attempts, tokens)
   end
 end
 
+local MINUTES_KEPT_MS = 2 * 86400000
 local DAYS_KEPT_MS = 400 * 86400000
 local DAY_FIELDS_MAX = 900
 
@@ -194,8 +206,8 @@ local function write_accounts()
         fields[#fields + 1], fields[#fields + 2] = 't' .. s, int(counts[2])
       end
       call('HSET', account.minute, unpack(fields))
-      -- It lasts longer only with a newer slot.
-      if account.lasts then call('PEXPIRE', account.minute, (slots + 4) * slot_ms) end
+      -- By the server's clock, which may be set: slots are dropped by the ledger's time, and this is for accounts that nobody uses any more.
+      if account.lasts then call('PEXPIRE', account.minute, MINUTES_KEPT_MS) end
     end
     for date in pairs(account.changed_days) do
       local day = account.days[date]
@@ -213,14 +225,16 @@ local function write_accounts()
 end
 
 -- Requests in flight: each process writes how many it has, and those of a process that is not heard of do not count.
+-- They do again once it is heard of.
+local FLIGHTS_KEPT_MS = 86400000
 local heard_cache = {}
-local function is_alive(other)
+local function silence_of(other)
   local heard = heard_cache[other]
   if heard == nil then
     heard = tonumber(call('HGET', base .. 'heard', other)) or 0
     heard_cache[other] = heard
   end
-  return now - heard < dead_ms
+  return now - heard
 end
 
 local function others_in_flight(id)
@@ -228,9 +242,10 @@ local function others_in_flight(id)
   local rows = call('HGETALL', key)
   for i = 1, #rows, 2 do
     if rows[i] ~= member then
-      if is_alive(rows[i]) then
+      local silence = silence_of(rows[i])
+      if silence < dead_ms then
         others = others + tonumber(rows[i + 1])
-      else
+      elseif silence > FLIGHTS_KEPT_MS then
         call('HDEL', key, rows[i])
       end
     end
@@ -308,7 +323,7 @@ local function read_part()
 end
 
 local function has_room(part)
-  if not is_current(part) then return false end
+  if now < open_at then return false end
   local spent, reserved = budget_of(part.budget, int(part.period))
   return part.more == 0 or spent + reserved + part.more <= part.limit
 end
@@ -351,7 +366,7 @@ end
 local function room(of, each)
   local account = find(of.id)
   local attempts, draws = INFINITE, INFINITE
-  local is_limited = of.rpm >= 0 or of.rpd >= 0 or of.tpm >= 0 or of.tpd >= 0
+  local is_limited = of.rpm >= 0 or of.rpd >= 0 or of.tpm >= 0 or of.tpd >= 0 or of.most >= 0
   if is_limited and now < open_at then return 0, 0 end
   if of.rpm >= 0 then attempts = math.min(attempts, of.rpm - account.a) end
   draws = math.min(draws, room_for_tokens(of.tpm, account.t, each))
@@ -392,9 +407,12 @@ end
 local verdicts = {}
 
 -- Reads. They see what this batch has written.
-local reads = {}
+local reads, read_before = {}, {}
 
 local function read_account_row(id, dates)
+  local name = id .. ' ' .. table.concat(dates, ' ')
+  if read_before[name] then return end
+  read_before[name] = true
   reads[#reads + 1] = function()
     local account = find(id)
     local row, all = { 'account', id }, call('HGETALL', account.minute)
@@ -414,6 +432,8 @@ local function read_account_row(id, dates)
 end
 
 local function read_budget_row(id)
+  if read_before[id] then return end
+  read_before[id] = true
   reads[#reads + 1] = function()
     local row, all = { 'budget', id }, call('HGETALL', budget_key(id))
     for i = 1, #all do row[#row + 1] = all[i] end
@@ -443,7 +463,7 @@ local function claim()
   local of_caller, caller_attempts = room_of(caller, each)
   local granted = math.min(draws, of_endpoint, of_caller)
   for _, part in ipairs(parts) do
-    if not has_room(part) then granted = 0 end
+    if not is_current(part) or not has_room(part) then granted = 0 end
   end
   if granted < draws then read_again(endpoint, caller, parts) end
   if granted == 0 then
@@ -481,7 +501,8 @@ local function grow()
     fits = fits and has_room(part)
   end
   for _, part in ipairs(parts) do
-    if not fits then part.amount = int(tonumber(part.amount) - part.more) end
+    local before = tonumber(string.match(call('HGET', key, part.field), '^%S+ %S+ (%d+)')) or 0
+    part.amount = int(before + (fits and part.more or 0))
     put_reservation(owner, part)
     if not fits then read_budget_row(part.budget) end
     if fits then change_budget(part.budget, int(part.period), part.ends, 0, part.more) end
@@ -516,8 +537,11 @@ function operations.settle()
   local owner, field, id, period, ends = text(), text(), text(), text(), text()
   local amount, spent, if_gone = number(), number(), number()
   local key = reservation_key(owner)
-  if call('HDEL', key, field) == 1 then
-    change_budget(id, period, ends, spent, -amount)
+  local row = call('HGET', key, field)
+  if row then
+    -- What it has grown by is given back with it, whether the process knows of that or not.
+    call('HDEL', key, field)
+    change_budget(id, period, ends, spent, -(tonumber(string.match(row, '^%S+ %S+ (%d+)')) or amount))
     if call('EXISTS', key) == 0 then call('SREM', base .. 'owners', owner) end
   elseif if_gone ~= 0 then
     change_budget(id, period, ends, if_gone, 0)
@@ -545,7 +569,10 @@ function operations.notice()
 end
 
 local function add_notices(rows)
-  if (tonumber(state[5]) or 0) <= heard_to then return end
+  local count_of_all = tonumber(state[5]) or 0
+  -- A server that has lost them counts anew.
+  if count_of_all < heard_to then heard_to = 0 end
+  if count_of_all <= heard_to then return end
   local found = call('ZRANGEBYSCORE', base .. 'notices-order', '(' .. int(heard_to), '+inf', 'WITHSCORES',
     'LIMIT', 0, NOTICES_AT_ONCE)
   for i = 1, #found, 2 do
@@ -615,7 +642,10 @@ local MEMBERS_KEPT_MS = 7 * 86400000
 local function forget_members()
   local rows = call('HGETALL', base .. 'heard')
   for i = 1, #rows, 2 do
-    if now - tonumber(rows[i + 1]) > MEMBERS_KEPT_MS then call('HDEL', base .. 'heard', rows[i]) end
+    if now - tonumber(rows[i + 1]) > MEMBERS_KEPT_MS then
+      call('HDEL', base .. 'heard', rows[i])
+      call('DEL', base .. 'member:' .. rows[i])
+    end
   end
 end
 
@@ -623,7 +653,6 @@ local verdict = table.concat(verdicts, ';')
 if seq > 0 or mode == 'offer' then
   stored = mode == 'offer' and acked or seq
   call('HSET', member_key, 'seq', int(stored), 'verdict', verdict, 'at', int(now))
-  if seq % 64 == 1 or mode == 'offer' then call('PEXPIRE', member_key, MEMBERS_KEPT_MS) end
   if seq % 4096 == 1 then forget_members() end
 end
 local rows = {}

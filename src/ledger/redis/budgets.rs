@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use super::wire::{self, Write, budget_name, budget_of_name};
-use super::{RedisLedger, Server, pairs, texts};
+use super::{DEAD_AFTER, RedisLedger, Server, pairs, texts};
 use crate::ledger::budgets::{BudgetKind, BudgetRows, OthersReservation, ReservationRow, SpentInstead, Totals};
-use crate::ledger::{LedgerError, Rows};
+use crate::ledger::{Ledger as _, LedgerError, Rows};
 use crate::limit::{Period, Stamp};
 
 /// Parts of reservations of dead processes that are settled together; the rest have their turn after these.
@@ -78,6 +78,11 @@ impl<S: Server> BudgetRows for RedisLedger<S> {
     }
 
     fn dead_reservations(&mut self, owner: i64, since: Stamp) -> Result<Vec<OthersReservation>, LedgerError> {
+        // While the server could not be reached, nobody could say that it is alive.
+        let is_in_touch = self.in_touch_since.is_some_and(|began| self.time.boot() - began >= DEAD_AFTER);
+        if !is_in_touch || self.unknown().all_until > self.time.boot() {
+            return Ok(Vec::new());
+        }
         let since = super::signed(since.0).saturating_add(self.ahead_ms.unwrap_or_default());
         let mut found = Vec::new();
         for other in self.owners()?.into_iter().filter(|other| *other != owner) {

@@ -41,6 +41,7 @@ pub struct ConnectionOptions {
 /// A connection, which is made again when it is lost.
 pub struct Connection {
     options: ConnectionOptions,
+    authorities: Option<Vec<u8>>,
     name: String,
     runtime: Runtime,
     target: Target,
@@ -114,10 +115,11 @@ impl Connection {
         };
         let authorities = options.ca_file.as_ref();
         let authorities = authorities.map(|path| std::fs::read(path).map_err(|error| cannot_read(path, error)));
-        let target = target(&options, authorities.transpose()?.as_deref())
-            .map_err(|error| unusable(&name, &error.to_string()))?;
+        let authorities = authorities.transpose()?;
+        let target =
+            target_of(&options, authorities.as_deref()).map_err(|error| unusable(&name, &error.to_string()))?;
         let script = Script::new();
-        Ok(Self { options, name, runtime, target, open: None, script, pause: PAUSE_MIN, retry_at: None })
+        Ok(Self { options, authorities, name, runtime, target, open: None, script, pause: PAUSE_MIN, retry_at: None })
     }
 
     /// Does something with an open connection, within the time that there is for it. A connection that turns out to be closed, since
@@ -153,6 +155,12 @@ impl Connection {
             Ok(Err(error)) => explain(&error),
             Err(_) => format!("did not answer within {} ms (server.ledgerWaitMs)", self.options.wait.as_millis()),
         };
+        // The next one asks other sentinels first: the first ones may be on the machine that is gone.
+        if let RedisKind::Sentinels(_) = &self.options.address.kind {
+            self.options.address.hosts.rotate_left(1);
+            let again = target_of(&self.options, self.authorities.as_deref());
+            self.target = again.map_err(|error| unusable(&self.name, &error.to_string()))?;
+        }
         // Between half of it and all of it, so that not all processes come back at once.
         self.retry_at = Some(Instant::now() + self.pause.mul_f64(0.5 + fastrand::f64() / 2.0));
         self.pause = (self.pause * 2).min(PAUSE_MAX);
@@ -312,7 +320,7 @@ async fn connect(target: &mut Target, options: &ConnectionOptions) -> RedisResul
     }
 }
 
-fn target(options: &ConnectionOptions, authorities: Option<&[u8]>) -> RedisResult<Target> {
+fn target_of(options: &ConnectionOptions, authorities: Option<&[u8]>) -> RedisResult<Target> {
     let RedisAddress { kind, tls, username, password, hosts, database } = &options.address;
     let certificates = || TlsCertificates { client_tls: None, root_cert: authorities.map(<[u8]>::to_vec) };
     let address = |(host, port): &(String, u16)| {
@@ -363,7 +371,8 @@ fn target(options: &ConnectionOptions, authorities: Option<&[u8]>) -> RedisResul
         RedisKind::Cluster => {
             let nodes = hosts.iter().map(at).collect::<RedisResult<Vec<_>>>()?;
             let mut builder = redis::cluster::ClusterClient::builder(nodes)
-                .connection_timeout(options.wait)
+                // All nodes are waited for, so one that is gone must leave time for the others.
+                .connection_timeout(options.wait / 4)
                 .response_timeout(options.wait)
                 .retries(1);
             if *tls {

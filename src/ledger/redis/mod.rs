@@ -20,7 +20,7 @@ mod offers;
 mod statistics;
 mod wire;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -30,7 +30,7 @@ use jiff::civil::Date;
 
 use super::claims::{Claim, Claims, Grown, Part, Verdict};
 use super::notices::Notice;
-use super::places::{Place, PlaceChange, Thing, ThingKind};
+use super::places::{CHANGES_MAX, Place, PlaceChange, Thing, ThingKind};
 use super::stats::{DAYS_KEPT, HOURS_KEPT, Spent};
 use super::{AccountId, Change, FaultKind, Ledger, LedgerError, LimitedAccount, ModelList, Rows};
 use crate::limit::{Clock, Counts, Days, SLOT, SPAN, Slot, Stamp, Unknown};
@@ -47,8 +47,10 @@ pub const GRACE: Duration =
     Duration::from_millis(500).saturating_add(TOUCH_EVERY).saturating_add(connection::PAUSE_MAX);
 /// Time after which a process that was not heard of has no requests in flight any more.
 const DEAD_AFTER: Duration = Duration::from_secs(30);
+/// Changes of places that are written with one batch.
+const PLACES_AT_ONCE: usize = 200;
 /// Times that a batch is sent to a server that has lost what came before it.
-const OFFERS_MAX: usize = 3;
+const OFFERS_MAX: usize = 4;
 /// The part of what is left that may be drawn ahead, as [`prefetch`](super::prefetch) has it.
 const PART_OF_LEFT: u64 = super::prefetch::PART_OF_LEFT;
 
@@ -138,8 +140,6 @@ pub struct RedisLedger<S> {
     slots_ahead: i64,
     epoch: String,
     open_at: u64,
-    /// True if what is in flight is to be written again.
-    has_lapsed: bool,
     /// What the current batch writes.
     writes: Vec<Write>,
     places: Vec<Arguments>,
@@ -148,6 +148,14 @@ pub struct RedisLedger<S> {
     budgets: HashMap<String, HashMap<String, String>>,
     /// A batch that nothing was heard of.
     in_doubt: Option<InDoubt>,
+    /// What is given back of such batches, until it is written.
+    returned: Vec<Write>,
+    /// Since when every call has been answered, and when the last one was.
+    in_touch_since: Option<Stamp>,
+    heard_at: Stamp,
+    /// Places that wait to be written, and statistics to be reset.
+    queued_places: VecDeque<Arguments>,
+    resets: Vec<Option<String>>,
     /// What others have said, and the number of the last of it.
     heard: Vec<Notice>,
     heard_to: u64,
@@ -186,12 +194,16 @@ impl<S: Server> RedisLedger<S> {
             slots_ahead: 0,
             epoch: String::new(),
             open_at: 0,
-            has_lapsed: false,
             writes: Vec::new(),
             places: Vec::new(),
             accounts: HashMap::new(),
             budgets: HashMap::new(),
             in_doubt: None,
+            returned: Vec::new(),
+            in_touch_since: None,
+            heard_at: Stamp::default(),
+            queued_places: VecDeque::new(),
+            resets: Vec::new(),
             heard: Vec::new(),
             heard_to: 0,
             offers: Offers::default(),
@@ -207,21 +219,22 @@ impl<S: Server> RedisLedger<S> {
 
     /// Calls the script, and offers what the server has lost until it takes the call.
     fn call(&mut self, number: u64, mode: &str, operations: &Arguments) -> Result<Reply, LedgerError> {
+        let mut is_sure = false;
         for _ in 0..OFFERS_MAX {
-            let reply = self.call_once(number, self.acknowledged, mode, operations.clone())?;
-            if reply.status != Status::Behind {
-                return Ok(reply);
+            let reply = self.call_once((number, self.acknowledged), (mode, is_sure), operations.clone())?;
+            match reply.status {
+                Status::Behind => self.offer(reply.stored)?,
+                Status::Late => is_sure = true,
+                Status::Done | Status::Known | Status::Old => return Ok(reply),
             }
-            self.offer(reply.stored)?;
         }
         Err(self.unusable("loses what is written to it again and again"))
     }
 
     fn call_once(
         &mut self,
-        number: u64,
-        acknowledged: u64,
-        mode: &str,
+        (number, acknowledged): (u64, u64),
+        (mode, is_sure): (&str, bool),
         operations: Arguments,
     ) -> Result<Reply, LedgerError> {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
@@ -234,25 +247,33 @@ impl<S: Server> RedisLedger<S> {
             self.ahead_ms.filter(|_| test_ms == 0).map_or(0, |ahead| signed(sent_at.0).saturating_add(ahead));
         arguments.text(&self.prefix).text(&self.member).number(number).number(acknowledged).text(mode);
         arguments.number(millis(SLOT)).number(millis(SPAN) / millis(SLOT)).number(millis(self.grace));
-        arguments
-            .number(millis(DEAD_AFTER))
-            .number(PART_OF_LEFT)
-            .number(self.heard_to)
-            .number(estimate)
-            .number(test_ms);
+        arguments.number(millis(DEAD_AFTER)).number(PART_OF_LEFT).number(self.heard_to).number(estimate);
+        arguments.number(u8::from(is_sure)).number(test_ms);
         arguments.0.extend(operations.0);
-        let reply = self.server.batch(arguments)?;
-        self.learn(&reply, sent_at);
+        let reply = match self.server.batch(arguments) {
+            Ok(reply) => reply,
+            Err(error) => {
+                self.in_touch_since = None;
+                return Err(error);
+            }
+        };
+        let now = self.time.boot();
+        self.in_touch_since.get_or_insert(now);
+        self.heard_at = now;
+        if reply.status != Status::Late {
+            self.learn(&reply, sent_at, now);
+        }
         Ok(reply)
     }
 
     /// Takes in what a reply says of the server.
-    fn learn(&mut self, reply: &Reply, sent_at: Stamp) {
+    fn learn(&mut self, reply: &Reply, sent_at: Stamp, received_at: Stamp) {
         // By the moment of sending, so that permits seem rather older than they are.
         let ahead = signed(reply.now).saturating_sub(signed(sent_at.0));
-        let slot_ms = i64::try_from(SLOT.as_millis()).unwrap_or(i64::MAX);
-        let slots = (ahead + slot_ms / 2).div_euclid(slot_ms);
-        let has_moved = self.ahead_ms.is_none() || (slots - self.slots_ahead).abs() > 1;
+        // By the moment of receiving, so that no slot expires here before it does there.
+        let least = signed(reply.now).saturating_sub(signed(received_at.0));
+        let slots = least.div_euclid(i64::try_from(SLOT.as_millis()).unwrap_or(i64::MAX));
+        let has_moved = self.ahead_ms.is_none() || slots < self.slots_ahead || slots > self.slots_ahead + 1;
         self.ahead_ms = Some(ahead);
         if has_moved {
             self.slots_ahead = slots;
@@ -260,7 +281,6 @@ impl<S: Server> RedisLedger<S> {
         if let Time::Server(clock) = &self.time {
             clock.0.store(signed(reply.wall).saturating_sub(signed(sent_at.0)), Ordering::Relaxed);
         }
-        self.has_lapsed |= reply.has_lapsed;
         if has_moved || reply.epoch != self.epoch || reply.open_at != self.open_at {
             // Counts that were read before may be of another server.
             self.trusted_since = self.generation + 1;
@@ -284,7 +304,7 @@ impl<S: Server> RedisLedger<S> {
             "ledger {}: the server has lost the last {batches} batches of this process; they are counted again",
             self.server.name()
         );
-        self.call_once(stored, self.acknowledged, "offer", operations).map(drop)
+        self.call_once((stored, self.acknowledged), ("offer", true), operations).map(drop)
     }
 
     /// Finds out what became of a batch that nothing was heard of. What it writes is written; what it has drawn is given back.
@@ -309,8 +329,15 @@ impl<S: Server> RedisLedger<S> {
             && let Some((parts, growths)) = reply.parts(&claims)
         {
             written.extend(Self::granted(&claims, &parts, &growths, slot));
-            self.writes.extend(Self::given_back(&claims, &parts, &growths, slot));
+            self.returned.extend(Self::given_back(&claims, &parts, &growths, slot));
         }
+        // Whatever became of it, what is in flight now is what counts.
+        let shared = claims.draws.iter().flat_map(Claim::changes).filter(|(of, _)| of.shares_concurrency());
+        let in_flight = shared.map(|(of, _)| Write::InFlight {
+            account: account_name(of.account.id()),
+            own: of.account.mirror().quota.own_in_flight(),
+        });
+        self.returned.extend(in_flight);
         self.offers.push(self.sent, self.time.boot(), written);
         Ok(())
     }
@@ -531,7 +558,9 @@ impl<S: Server> Ledger for RedisLedger<S> {
     }
 
     fn reset_tokens(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
-        self.reset_statistics(endpoint)
+        // Once what is to be reset is written.
+        self.resets.push(endpoint.map(str::to_owned));
+        Ok(())
     }
 
     // What is too old expires by itself: slots, days, hours of statistics, and places.
@@ -553,8 +582,19 @@ impl<S: Server> Ledger for RedisLedger<S> {
         Ok(texts(names).iter().filter_map(|name| wire::models_of_name(name)).collect())
     }
 
-    fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError> {
-        self.read_places(thing, now)
+    fn places(&mut self, things: &[Thing], now: i64) -> Result<Vec<Vec<Place>>, LedgerError> {
+        // What was noted before is found.
+        self.queue_places();
+        while !self.queued_places.is_empty() {
+            self.write_places(PLACES_AT_ONCE)?;
+        }
+        let ask = |thing: &Thing| {
+            let mut command = Arguments::default();
+            command.text("HGETALL").text(&self.place_key(thing));
+            command
+        };
+        let replies = self.server.run(things.iter().map(ask).collect())?;
+        Ok(replies.into_iter().map(|rows| places_of(rows, now)).collect())
     }
 
     fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError> {
@@ -579,22 +619,16 @@ impl<S: Server> Ledger for RedisLedger<S> {
     }
 
     fn commit(&mut self, claims: &Claims, rows: &Rows) -> Result<Verdict, LedgerError> {
-        let (mut writes, places) = (std::mem::take(&mut self.writes), std::mem::take(&mut self.places));
-        if std::mem::take(&mut self.has_lapsed) {
-            let written = |account: &String| {
-                writes.iter().any(|of| matches!(of, Write::InFlight { account: other, .. } if other == account))
-            };
-            let again =
-                self.offers.in_flight().filter(|of| !matches!(of, Write::InFlight { account, .. } if written(account)));
-            let again: Vec<Write> = again.collect();
-            writes.extend(again);
-        }
-        let has_work = !writes.is_empty() || !claims.is_empty() || !rows.is_empty();
-        if !places.is_empty() {
-            // They may be done twice, so they come first: if they fail, nothing is done.
-            self.server.run(places)?;
-        }
-        if !has_work {
+        let mut writes = std::mem::take(&mut self.returned);
+        writes.append(&mut self.writes);
+        let resets = std::mem::take(&mut self.resets);
+        self.queue_places();
+        self.write_places(PLACES_AT_ONCE)?;
+        if writes.is_empty() && claims.is_empty() && rows.is_empty() {
+            if self.time.boot() - self.heard_at >= TOUCH_EVERY / 2 {
+                self.read(&Rows::default())?;
+            }
+            resets.iter().try_for_each(|endpoint| self.reset_statistics(endpoint.as_deref()))?;
             return Ok(Verdict::default());
         }
         let mut operations = Arguments::default();
@@ -622,7 +656,11 @@ impl<S: Server> Ledger for RedisLedger<S> {
         written.extend(Self::granted(claims, &parts, &growths, slot));
         self.offers.push(self.sent, self.time.boot(), written);
         self.take_rows(reply.rows);
-        Ok(Verdict { slot: Some(self.own_slot(slot)), draws: Some(parts), growths })
+        resets.iter().try_for_each(|endpoint| self.reset_statistics(endpoint.as_deref()))?;
+        // By the most that this machine's time may be behind, so that permits seem rather older than they are.
+        let counted = signed(reply.counted_at).saturating_sub(self.ahead_ms.unwrap_or_default());
+        let counted_at = Stamp(u64::try_from(counted).unwrap_or_default());
+        Ok(Verdict { counted: Some((counted_at, self.own_slot(slot))), draws: Some(parts), growths })
     }
 
     fn tell(&mut self, notice: &Notice) -> Result<(), LedgerError> {
@@ -642,6 +680,7 @@ impl<S: Server> Ledger for RedisLedger<S> {
     fn roll_back(&mut self) {
         self.writes.clear();
         self.places.clear();
+        self.resets.clear();
     }
 
     fn unknown(&self) -> Unknown {
@@ -670,12 +709,26 @@ impl<S: Server> RedisLedger<S> {
         format!("{{{tag}:{}:{}}}:place", thing.kind.name(), joined(&[&thing.name]))
     }
 
-    fn read_places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError> {
-        let rows = texts(self.run_one(&["HGETALL", &self.place_key(thing)])?);
-        let mut places: Vec<Place> = pairs(&rows).filter_map(|(field, value)| place(field, value)).collect();
-        places.retain(|place| place.until > now);
-        places.sort_by_key(|place| std::cmp::Reverse(place.until));
-        Ok(places)
+    /// Takes the places of this batch into the queue. They may be written twice, so they need not be a part of a batch.
+    fn queue_places(&mut self) {
+        self.queued_places.extend(self.places.drain(..));
+        let surplus = self.queued_places.len().saturating_sub(CHANGES_MAX);
+        if surplus > 0 {
+            log::error!("ledger {}: where {surplus} objects and sessions are is not noted", self.server.name());
+            self.queued_places.drain(..surplus);
+        }
+    }
+
+    /// Writes so many places of the queue.
+    fn write_places(&mut self, count: usize) -> Result<(), LedgerError> {
+        let some: Vec<Arguments> = self.queued_places.iter().take(count).cloned().collect();
+        if some.is_empty() {
+            return Ok(());
+        }
+        let written = some.len();
+        self.server.run(some)?;
+        self.queued_places.drain(..written);
+        Ok(())
     }
 
     fn write_place(&mut self, change: &PlaceChange) {
@@ -710,6 +763,9 @@ impl<S: Server> RedisLedger<S> {
                 let moments = texts(self.run_one(&["ZRANGE", &key, "0", "-1"])?);
                 keys = moments.iter().map(|moment| format!("{key}:{moment}")).collect();
             }
+            if endpoint.is_none() {
+                keys.push(key.clone());
+            }
             for key in keys {
                 let Some(endpoint) = endpoint else {
                     self.run_one(&["UNLINK", &key])?;
@@ -726,6 +782,15 @@ impl<S: Server> RedisLedger<S> {
         }
         Ok(())
     }
+}
+
+/// The places in a reply that are not over, those that were used last first.
+fn places_of(rows: redis::Value, now: i64) -> Vec<Place> {
+    let rows = texts(rows);
+    let mut places: Vec<Place> = pairs(&rows).filter_map(|(field, value)| place(field, value)).collect();
+    places.retain(|place| place.until > now);
+    places.sort_by_key(|place| std::cmp::Reverse(place.until));
+    places
 }
 
 /// A place as its field and value have it.
@@ -757,6 +822,3 @@ fn texts(value: redis::Value) -> Vec<String> {
         _ => Vec::new(),
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -157,7 +157,7 @@ impl Piece {
                 self.reserved.insert(key, part);
             }
             Write::Settle { owner, id, row, spent, if_gone } => {
-                if self.reserved.remove(&(owner, id, row.kind)).is_some_and(|part| part.more == row.amount) {
+                if self.reserved.remove(&(owner, id, row.kind)).is_some_and(|part| part.more == part.row.amount) {
                     self.add_budget(row, spent, 0);
                 } else {
                     self.settled.push(Write::Settle { owner, id, row, spent, if_gone });

@@ -252,6 +252,8 @@ pub(super) enum Status {
     Old,
     /// The server has lost what the process wrote last.
     Behind,
+    /// Either it came late, or the server's clock was set. Nothing is done.
+    Late,
 }
 
 /// Reply of the server's script.
@@ -268,8 +270,6 @@ pub struct Reply {
     pub(super) open_at: u64,
     /// The last batch of this process that the server has.
     pub(super) stored: u64,
-    /// True if the server has not heard of this process for so long that its requests in flight do not count any more.
-    pub(super) has_lapsed: bool,
     pub(super) verdict: String,
     /// The ledger's time when what the verdict grants was counted.
     pub(super) counted_at: u64,
@@ -297,13 +297,14 @@ impl Reply {
     /// Reads a reply; `None` if it is none of the script's.
     pub(super) fn parse(value: redis::Value) -> Option<Self> {
         let redis::Value::Array(parts) = value else { return None };
-        let [status, now, wall, epoch, open_at, stored, has_lapsed, verdict, counted_at, rows] =
-            <[redis::Value; 10]>::try_from(parts).ok()?;
+        let [status, now, wall, epoch, open_at, stored, verdict, counted_at, rows] =
+            <[redis::Value; 9]>::try_from(parts).ok()?;
         let status = match text(status)?.as_str() {
             "ok" => Status::Done,
             "known" => Status::Known,
             "old" => Status::Old,
             "behind" => Status::Behind,
+            "late" => Status::Late,
             _ => return None,
         };
         let number = |value| text(value)?.parse().ok();
@@ -315,7 +316,6 @@ impl Reply {
             epoch: text(epoch)?,
             open_at: number(open_at)?,
             stored: number(stored)?,
-            has_lapsed: number(has_lapsed)? == 1,
             verdict: text(verdict)?,
             counted_at: number(counted_at)?,
             rows: rows.into_iter().map(row).collect::<Option<_>>()?,

@@ -246,6 +246,22 @@ impl SqliteLedger {
         self.run(&sql, &parameters)
     }
 
+    /// Returns the places of a thing.
+    fn places_of(&self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError> {
+        const SQL: &str = "SELECT owner, endpoint, organization, until FROM place \
+             WHERE kind = ?1 AND name = ?2 AND until > ?3 ORDER BY until DESC";
+        let read = || -> rusqlite::Result<Vec<Place>> {
+            let row = |row: &rusqlite::Row<'_>| {
+                let [owner, endpoint, organization] =
+                    [row.get::<_, String>(0)?, row.get(1)?, row.get(2)?].map(Into::into);
+                Ok(Place { owner, endpoint, organization, until: row.get(3)? })
+            };
+            let key = params![thing.kind.name(), thing.name, now];
+            self.connection.prepare_cached(SQL)?.query_map(key, row)?.collect()
+        };
+        read().map_err(|error| explain(&self.path, &error))
+    }
+
     fn run(&mut self, sql: &str, parameters: &[&dyn ToSql]) -> Result<(), LedgerError> {
         let ran = self.connection.prepare_cached(sql).and_then(|mut statement| statement.execute(parameters));
         ran.map(|_| ()).map_err(|error| explain(&self.path, &error))
@@ -408,19 +424,8 @@ impl Ledger for SqliteLedger {
         read().map_err(|error| explain(&self.path, &error))
     }
 
-    fn places(&mut self, thing: &Thing, now: i64) -> Result<Vec<Place>, LedgerError> {
-        const SQL: &str = "SELECT owner, endpoint, organization, until FROM place \
-             WHERE kind = ?1 AND name = ?2 AND until > ?3 ORDER BY until DESC";
-        let read = || -> rusqlite::Result<Vec<Place>> {
-            let row = |row: &rusqlite::Row<'_>| {
-                let [owner, endpoint, organization] =
-                    [row.get::<_, String>(0)?, row.get(1)?, row.get(2)?].map(Into::into);
-                Ok(Place { owner, endpoint, organization, until: row.get(3)? })
-            };
-            let key = params![thing.kind.name(), thing.name, now];
-            self.connection.prepare_cached(SQL)?.query_map(key, row)?.collect()
-        };
-        read().map_err(|error| explain(&self.path, &error))
+    fn places(&mut self, things: &[Thing], now: i64) -> Result<Vec<Vec<Place>>, LedgerError> {
+        things.iter().map(|thing| self.places_of(thing, now)).collect()
     }
 
     fn change_place(&mut self, change: &PlaceChange) -> Result<(), LedgerError> {

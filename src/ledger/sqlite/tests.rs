@@ -84,7 +84,7 @@ fn places_are_found_until_they_are_over() {
     };
     let at = |ledger: &mut SqliteLedger, thing: &Thing, now| {
         let mut found = Vec::new();
-        batch(ledger, |ledger| found = ledger.places(thing, now).unwrap());
+        batch(ledger, |ledger| found = ledger.places_of(thing, now).unwrap());
         found.iter().map(|place| format!("{} {} {}", place.owner, place.endpoint, place.until)).collect::<Vec<_>>()
     };
     for (thing, place) in [
