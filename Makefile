@@ -69,7 +69,8 @@ test: build-tools client-tools ## Run all tests: unit, integration, and the offi
 	echo "==> client tests"
 	cargo build --locked
 	tests/clients/run target/debug/api-together
-	packaging/test-manifests target/debug/api-together
+	# npm came with the client tests.
+	PATH="$(CURDIR)/tests/clients/.venv/bin:$$PATH" packaging/test-manifests target/debug/api-together
 	echo "==> metrics and alerts, by Prometheus's own tool"
 	$(get-promtool)
 	$(call install,curl,curl)
