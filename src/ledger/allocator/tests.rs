@@ -19,6 +19,7 @@ use jiff::tz::TimeZone;
 mod budgets;
 mod callers;
 mod kept;
+mod servers;
 mod sets;
 
 /// 2026-11-25, 12:00 UTC.

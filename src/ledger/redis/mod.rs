@@ -36,7 +36,8 @@ use super::{AccountId, Change, FaultKind, Ledger, LedgerError, LimitedAccount, M
 use crate::limit::{Clock, Counts, Days, SLOT, SPAN, Slot, Stamp, Unknown};
 use offers::Offers;
 pub use statistics::ServerStatistics;
-use wire::{AccountField, Arguments, Reply, Row, Status, Write, account_name, budget_name, joined};
+use wire::{AccountField, Row, Status, Write, account_name, budget_name, joined};
+pub use wire::{Arguments, Reply};
 
 /// Longest time after which a server hears of this process again: another one may have taken its place, and waits for what this process
 /// has written of late.

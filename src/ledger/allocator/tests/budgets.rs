@@ -18,17 +18,17 @@ fn budgets(limits: &[(BudgetUnit, u64, BudgetPeriod)]) -> Arc<BudgetSet> {
     Arc::new(BudgetSet { key: "ada".into(), budgets: limits.iter().map(budget).collect() })
 }
 
-fn dollars(limit: u64) -> Arc<BudgetSet> {
+pub(super) fn dollars(limit: u64) -> Arc<BudgetSet> {
     budgets(&[(BudgetUnit::NanoUsd, limit, BudgetPeriod::Day)])
 }
 
-fn money(nano_usd: u64) -> Amount {
+pub(super) fn money(nano_usd: u64) -> Amount {
     Amount { tokens: 0, nano_usd }
 }
 
 impl Process {
     /// Draws what may take so much, and takes a part of it at least.
-    fn reserve(
+    pub(super) fn reserve(
         &mut self,
         set: &Arc<BudgetSet>,
         reserved: Amount,
@@ -54,7 +54,7 @@ impl Process {
     }
 
     /// What is taken of each budget.
-    fn totals(&mut self, set: &Arc<BudgetSet>) -> Vec<Totals> {
+    pub(super) fn totals(&mut self, set: &Arc<BudgetSet>) -> Vec<Totals> {
         self.budget_views(set).iter().map(|view| view.totals).collect()
     }
 
@@ -70,7 +70,7 @@ impl Process {
     }
 }
 
-fn totals(spent: u64, reserved: u64) -> Totals {
+pub(super) fn totals(spent: u64, reserved: u64) -> Totals {
     Totals { spent, reserved }
 }
 
