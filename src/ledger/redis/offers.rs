@@ -105,6 +105,7 @@ impl Offers {
     fn merge(&mut self, batch: Batch) {
         let is_open = |piece: &Piece| batch.at - piece.from <= EACH;
         if !self.pieces.back().is_some_and(is_open) {
+            self.pieces.iter_mut().filter(|piece| batch.at - piece.to > SPAN).for_each(Piece::forget_slots);
             self.pieces.push_back(Piece::new(&batch));
         }
         if let Some(piece) = self.pieces.back_mut() {
@@ -189,14 +190,18 @@ impl Piece {
             self.add_write(write);
         }
         if now - self.to > SPAN {
-            // No slot of it counts any more, only its days.
-            for slots in self.counts.values_mut() {
-                let mut all = Change::default();
-                for change in slots.values() {
-                    all.merge(*change);
-                }
-                *slots = BTreeMap::from([(0, all)]);
+            self.forget_slots();
+        }
+    }
+
+    /// Keeps only what counts in days, since no slot of it counts any more.
+    fn forget_slots(&mut self) {
+        for slots in self.counts.values_mut() {
+            let mut all = Change::default();
+            for change in slots.values() {
+                all.merge(*change);
             }
+            *slots = BTreeMap::from([(0, all)]);
         }
     }
 
@@ -225,5 +230,151 @@ impl Piece {
         let budgets = self.budgets.values().map(budget).chain(self.settled.iter().cloned());
         let reserved = self.reserved.iter().map(reserve);
         counts.chain(budgets).chain(reserved).chain(self.tokens.values().cloned()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{BudgetPeriod, BudgetUnit};
+    use crate::limit::Period;
+    use jiff::civil::date;
+
+    fn counts(slot: u64, attempts: i64) -> Write {
+        let days = Days { first: date(2026, 11, 25), last: date(2026, 11, 25) };
+        Write::Counts { account: "endpoint:a".into(), slot, days, change: Change { attempts, tokens: 0 } }
+    }
+
+    fn attempts(writes: &[Write]) -> i64 {
+        let of = |write: &Write| match write {
+            Write::Counts { change, .. } => change.attempts,
+            _ => 0,
+        };
+        writes.iter().map(of).sum()
+    }
+
+    fn row(amount: u64) -> ReservationRow {
+        let kind = BudgetKind { unit: BudgetUnit::Tokens, period: BudgetPeriod::Total };
+        ReservationRow { key: "ada".into(), kind, period: Period { number: 0, ends: None }, amount, known: 1 }
+    }
+
+    fn reserve(id: i64, amount: u64, more: u64) -> Write {
+        Write::Reserve { owner: 1, id, part: LimitedPart { row: row(amount), more, limit: 1000 } }
+    }
+
+    fn settle(id: i64, amount: u64, spent: i64) -> Write {
+        Write::Settle { owner: 1, id, row: row(amount), spent, if_gone: spent - 1 }
+    }
+
+    /// What a budget comes to if these are done on a server that has some reservations already.
+    fn budget(writes: &[Write], mut there: BTreeMap<i64, u64>) -> (i64, i64) {
+        let (mut total_spent, mut total_reserved) = (0, 0);
+        for write in writes {
+            match write {
+                Write::Budget { spent, reserved, .. } => {
+                    total_spent += spent;
+                    total_reserved += reserved;
+                }
+                Write::Reserve { id, part, .. } => {
+                    there.insert(*id, part.row.amount);
+                    total_reserved += i64::try_from(part.more).unwrap();
+                }
+                Write::Settle { id, spent, if_gone, .. } => match there.remove(id) {
+                    Some(amount) => {
+                        total_spent += spent;
+                        total_reserved -= i64::try_from(amount).unwrap();
+                    }
+                    None => total_spent += if_gone,
+                },
+                _ => {}
+            }
+        }
+        (total_spent, total_reserved)
+    }
+
+    #[test]
+    fn of_the_last_seconds_exactly_what_is_lost_is_offered_and_of_before_whole_pieces() {
+        let mut offers = Offers::default();
+        let mut stamps = Vec::new();
+        // Three hours, a batch every 200 ms.
+        for number in 1..=54_000_u64 {
+            let at = Stamp(number * 200);
+            offers.push(number, at, vec![counts(at.0 / 250, 1)]);
+            stamps.push(at);
+        }
+        for lost in [0, 1, 20, 99] {
+            assert_eq!(attempts(&offers.since(54_000 - lost)), i64::try_from(lost).unwrap(), "exactly");
+        }
+        for lost in [150_u64, 1000, 5000, 20_000, 53_999] {
+            let offered = attempts(&offers.since(54_000 - lost));
+            let lost = i64::try_from(lost).unwrap();
+            assert!((lost..=2 * lost + 200).contains(&offered), "{offered} for {lost}");
+        }
+        assert_eq!(attempts(&offers.since(0)), 54_000, "all of it");
+        assert!(offers.pieces.len() <= PIECES_MAX && offers.writes <= 110, "{}", offers.pieces.len());
+        // Slots that count no more are one.
+        assert!(offers.since(0).len() < 1500, "{}", offers.since(0).len());
+        let later = Stamp(54_000 * 200) + KEPT + EACH + EACH;
+        offers.push(54_001, later, Vec::new());
+        assert_eq!(attempts(&offers.since(0)), 0, "nobody asks for it any more");
+    }
+
+    #[test]
+    fn reservations_come_to_the_same_in_pieces() {
+        // Made, grown and settled, far apart or not; the reservation 2 stays.
+        for apart in [Duration::ZERO, Duration::from_secs(30), Duration::from_mins(5)] {
+            let mut offers = Offers::default();
+            let steps: [&[Write]; 4] =
+                [&[reserve(1, 100, 100), reserve(2, 40, 40)], &[reserve(1, 150, 50)], &[settle(1, 150, 120)], &[]];
+            let mut at = Stamp(1_000_000);
+            for (number, writes) in (1..).zip(steps) {
+                offers.push(number, at, writes.to_vec());
+                at = at + apart;
+            }
+            // A server that has the first batch has both reservations.
+            let (of_first, there) = (offers.since(1), BTreeMap::from([(1, 100), (2, 40)]));
+            assert_eq!(budget(&of_first, there), (120, -100), "{apart:?}: {of_first:?}");
+            for number in 5..200 {
+                offers.push(number, at, Vec::new());
+                at = at + Duration::from_secs(10);
+            }
+            assert_eq!(budget(&offers.since(0), BTreeMap::new()), (120, 40), "{apart:?}");
+        }
+    }
+
+    #[test]
+    fn statistics_of_one_field_are_one() {
+        let mut offers = Offers::default();
+        for number in 1..=2000_u64 {
+            let write = Write::Tokens {
+                table: "total",
+                moment: None,
+                kept: Duration::ZERO,
+                field: "a:m".into(),
+                used: i64::try_from(number).unwrap(),
+                columns: vec![1, 3],
+            };
+            offers.push(number, Stamp(number * 1000), vec![write]);
+        }
+        let offered = offers.since(0);
+        let (mut sums, mut last) = ([0, 0], 0);
+        for write in &offered {
+            let Write::Tokens { used, columns, .. } = write else { panic!("{write:?}") };
+            sums = [sums[0] + columns[0], sums[1] + columns[1]];
+            last = last.max(*used);
+        }
+        assert_eq!((sums, last), ([2000, 6000], 2000));
+        assert!(offered.len() < 100, "{}", offered.len());
+    }
+
+    #[test]
+    fn what_is_in_flight_is_the_last_number() {
+        let mut offers = Offers::default();
+        let flight = |own| vec![Write::InFlight { account: "endpoint:a".into(), own }];
+        offers.push(1, Stamp(1), flight(3));
+        offers.push(2, Stamp(2), flight(2));
+        assert_eq!(offers.in_flight().collect::<Vec<_>>(), flight(2));
+        offers.push(3, Stamp(3), flight(0));
+        assert_eq!(offers.in_flight().count(), 0);
     }
 }
