@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
-use crate::harness::{KEY, chat, client, config_text, endpoint_with, simulator};
+use crate::harness::{KEY, chat, client, config_text, endpoint_with, port, simulator};
 use crate::program::{Running, program, setting};
-use crate::redis::{RedisServer, Sentinels, port};
+use crate::redis::{RedisServer, Sentinels};
 
 /// Requests that are under way at once, for each process.
 const TASKS: usize = 8;

@@ -1,6 +1,5 @@
 //! Killed again and again, alone and beside another process: no limit is passed, and nothing that was sent is uncounted.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,7 +10,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
-use crate::harness::{KEY, chat, client, config_text, endpoint_with, simulator, until};
+use crate::harness::{KEY, chat, client, config_text, endpoint_with, port, simulator, until};
 use crate::program::{Running, program};
 
 const KILLS: usize = 20;
@@ -21,11 +20,6 @@ const RPM: u64 = 900;
 const RPD: u64 = 600;
 /// All of it, within one sliding minute.
 const BOUND: Duration = Duration::from_secs(55);
-
-/// A port that is free at this moment, to be listened on again and again.
-fn port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
 
 /// Clients that ask without end, and go on when nobody listens.
 fn load(port: u16, stop: &Arc<AtomicBool>, answered: &Arc<AtomicUsize>) -> Vec<JoinHandle<()>> {

@@ -19,6 +19,11 @@ use tokio::sync::oneshot;
 
 use crate::wire::Wire;
 
+/// A port that is free at this moment, to be listened on again and again.
+pub(crate) fn port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
 /// The key that clients send.
 pub(crate) const KEY: &str = "sk-client-7d1f93a8c05e42b6";
 /// Longest time of one test; all of them end within seconds on an idle machine.

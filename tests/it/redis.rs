@@ -1,16 +1,12 @@
 //! Redis servers of the tests' own: started on free ports of loopback, and ended with the test.
 
-use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use redis::ConnectionLike as _;
 use tempfile::TempDir;
 
-/// A port that is free at this moment, to be listened on again and again.
-pub(crate) fn port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
+use crate::harness::port;
 
 /// A server, and the folder of its files. It is killed when dropped.
 pub(crate) struct RedisServer {
