@@ -8,35 +8,41 @@
 //! | module | owns |
 //! |---|---|
 //! | `wire` | the words of a batch and of its reply |
+//! | `calls` | the conversation with the server: numbers of batches, doubts, offers |
+//! | `clock` | the server's time |
 //! | `batch.lua` | the script |
 //! | `offers` | what this process has written of late, for a server that has lost it |
 //! | `connection` | the way to the server |
 //! | `budgets` | rows of budgets |
+//! | `kept` | places of objects and sessions, and statistics that are reset |
 //! | `statistics` | token statistics, as they are read |
 
 mod budgets;
+mod calls;
+mod clock;
 pub mod connection;
+mod kept;
 mod offers;
 mod statistics;
 mod wire;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use jiff::civil::Date;
 
-use super::claims::{Claim, Claims, Grown, Part, Verdict};
+use super::claims::{Claims, Verdict};
 use super::notices::Notice;
-use super::places::{CHANGES_MAX, Place, PlaceChange, Thing, ThingKind};
+use super::places::{Place, PlaceChange, Thing, ThingKind};
 use super::stats::{DAYS_KEPT, HOURS_KEPT, Spent};
-use super::{AccountId, Change, FaultKind, Ledger, LedgerError, LimitedAccount, ModelList, Rows};
-use crate::limit::{Clock, Counts, Days, SLOT, SPAN, Slot, Stamp, Unknown};
+use super::{AccountId, Change, FaultKind, Ledger, LedgerError, ModelList, Rows};
+use crate::limit::{Counts, Days, SLOT, Slot, Stamp, Unknown};
+pub use clock::{ServerClock, Time};
+use kept::places_of;
 use offers::Offers;
 pub use statistics::ServerStatistics;
-use wire::{AccountField, Row, Status, Write, account_name, budget_name, joined};
+use wire::{AccountField, Row, Write, account_name, budget_name, joined};
 pub use wire::{Arguments, Reply};
 
 /// Longest time after which a server hears of this process again: another one may have taken its place, and waits for what this process
@@ -63,61 +69,6 @@ pub trait Server: fmt::Debug {
     fn run(&mut self, commands: Vec<Arguments>) -> Result<Vec<redis::Value>, LedgerError>;
     /// The server's address, without a secret.
     fn name(&self) -> &str;
-}
-
-/// Difference between the server's clock and this machine's time since boot, in milliseconds.
-#[derive(Debug)]
-pub struct ServerClock(AtomicI64);
-
-/// What the difference is while it is not known.
-const UNKNOWN: i64 = i64::MIN;
-
-impl Default for ServerClock {
-    fn default() -> Self {
-        Self(AtomicI64::new(UNKNOWN))
-    }
-}
-
-impl ServerClock {
-    /// Returns the clocks with the time of day as the server has it, once that is known.
-    pub fn read(&self) -> Clock {
-        let clock = Clock::read();
-        match self.0.load(Ordering::Relaxed) {
-            UNKNOWN => clock,
-            ahead => {
-                let since = i64::try_from(clock.boot.0).unwrap_or(i64::MAX).saturating_add(ahead);
-                let since = Duration::from_millis(u64::try_from(since).unwrap_or_default());
-                Clock { wall: SystemTime::UNIX_EPOCH + since, ..clock }
-            }
-        }
-    }
-}
-
-/// Whose time a ledger goes by.
-#[derive(Clone)]
-pub enum Time {
-    /// The server's.
-    Server(Arc<ServerClock>),
-    /// One that a test sets.
-    Given(Arc<dyn Fn() -> Clock + Send + Sync>),
-}
-
-impl fmt::Debug for Time {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Server(_) => "Server",
-            Self::Given(_) => "Given",
-        })
-    }
-}
-
-impl Time {
-    fn boot(&self) -> Stamp {
-        match self {
-            Self::Server(_) => Clock::read().boot,
-            Self::Given(clock) => clock().boot,
-        }
-    }
 }
 
 /// A ledger on a server.
@@ -213,178 +164,6 @@ impl<S: Server> RedisLedger<S> {
         Ok(ledger)
     }
 
-    /// Replaces the way to the server, after it was lost.
-    pub fn server_mut(&mut self) -> &mut S {
-        &mut self.server
-    }
-
-    /// Calls the script, and offers what the server has lost until it takes the call.
-    fn call(&mut self, number: u64, mode: &str, operations: &Arguments) -> Result<Reply, LedgerError> {
-        let mut is_sure = false;
-        for _ in 0..OFFERS_MAX {
-            let reply = self.call_once((number, self.acknowledged), (mode, is_sure), operations.clone())?;
-            match reply.status {
-                Status::Behind => self.offer(reply.stored)?,
-                Status::Late => is_sure = true,
-                Status::Done | Status::Known | Status::Old => return Ok(reply),
-            }
-        }
-        Err(self.unusable("loses what is written to it again and again"))
-    }
-
-    fn call_once(
-        &mut self,
-        (number, acknowledged): (u64, u64),
-        (mode, is_sure): (&str, bool),
-        operations: Arguments,
-    ) -> Result<Reply, LedgerError> {
-        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let (sent_at, mut arguments) = (self.time.boot(), Arguments::default());
-        let test_ms = match &self.time {
-            Time::Server(_) => 0,
-            Time::Given(clock) => millis(clock().wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()),
-        };
-        let estimate =
-            self.ahead_ms.filter(|_| test_ms == 0).map_or(0, |ahead| signed(sent_at.0).saturating_add(ahead));
-        arguments.text(&self.prefix).text(&self.member).number(number).number(acknowledged).text(mode);
-        arguments.number(millis(SLOT)).number(millis(SPAN) / millis(SLOT)).number(millis(self.grace));
-        arguments.number(millis(DEAD_AFTER)).number(PART_OF_LEFT).number(self.heard_to).number(estimate);
-        arguments.number(u8::from(is_sure)).number(test_ms);
-        arguments.0.extend(operations.0);
-        let reply = match self.server.batch(arguments) {
-            Ok(reply) => reply,
-            Err(error) => {
-                self.in_touch_since = None;
-                return Err(error);
-            }
-        };
-        let now = self.time.boot();
-        self.in_touch_since.get_or_insert(now);
-        self.heard_at = now;
-        if reply.status != Status::Late {
-            self.learn(&reply, sent_at, now);
-        }
-        Ok(reply)
-    }
-
-    /// Takes in what a reply says of the server.
-    fn learn(&mut self, reply: &Reply, sent_at: Stamp, received_at: Stamp) {
-        // By the moment of sending, so that permits seem rather older than they are.
-        let ahead = signed(reply.now).saturating_sub(signed(sent_at.0));
-        // By the moment of receiving, so that no slot expires here before it does there.
-        let least = signed(reply.now).saturating_sub(signed(received_at.0));
-        let slots = least.div_euclid(i64::try_from(SLOT.as_millis()).unwrap_or(i64::MAX));
-        let has_moved = self.ahead_ms.is_none() || slots < self.slots_ahead || slots > self.slots_ahead + 1;
-        self.ahead_ms = Some(ahead);
-        if has_moved {
-            self.slots_ahead = slots;
-        }
-        if let Time::Server(clock) = &self.time {
-            clock.0.store(signed(reply.wall).saturating_sub(signed(sent_at.0)), Ordering::Relaxed);
-        }
-        if has_moved || reply.epoch != self.epoch || reply.open_at != self.open_at {
-            // Counts that were read before may be of another server.
-            self.trusted_since = self.generation + 1;
-            if reply.epoch != self.epoch {
-                self.heard_to = 0;
-            }
-            self.epoch.clone_from(&reply.epoch);
-            self.open_at = reply.open_at;
-        }
-    }
-
-    /// Offers what the server has lost of what this process has written since a batch.
-    fn offer(&mut self, stored: u64) -> Result<(), LedgerError> {
-        let mut operations = Arguments::default();
-        let lost = self.offers.since(stored);
-        for write in &lost {
-            write.encode(&mut operations);
-        }
-        let batches = self.acknowledged.saturating_sub(stored);
-        log::warn!(
-            "ledger {}: the server has lost the last {batches} batches of this process; they are counted again",
-            self.server.name()
-        );
-        self.call_once((stored, self.acknowledged), ("offer", true), operations).map(drop)
-    }
-
-    /// Finds out what became of a batch that nothing was heard of. What it writes is written; what it has drawn is given back.
-    fn resolve(&mut self) -> Result<(), LedgerError> {
-        let Some(InDoubt { writes, claims }) = self.in_doubt.take() else { return Ok(()) };
-        let mut operations = Arguments::default();
-        for write in &writes {
-            write.encode(&mut operations);
-        }
-        operations.claims(&claims);
-        let reply = match self.call(self.sent, "again", &operations) {
-            Ok(reply) => reply,
-            Err(error) => {
-                self.in_doubt = Some(InDoubt { writes, claims });
-                return Err(error);
-            }
-        };
-        self.acknowledged = self.sent;
-        let slot = server_slot_of(reply.counted_at);
-        let mut written = writes;
-        if reply.status == Status::Known
-            && let Some((parts, growths)) = reply.parts(&claims)
-        {
-            written.extend(Self::granted(&claims, &parts, &growths, slot));
-            self.returned.extend(Self::given_back(&claims, &parts, &growths, slot));
-        }
-        // Whatever became of it, what is in flight now is what counts.
-        let shared = claims.draws.iter().flat_map(Claim::changes).filter(|(of, _)| of.shares_concurrency());
-        let in_flight = shared.map(|(of, _)| Write::InFlight {
-            account: account_name(of.account.id()),
-            own: of.account.mirror().quota.own_in_flight(),
-        });
-        self.returned.extend(in_flight);
-        self.offers.push(self.sent, self.time.boot(), written);
-        Ok(())
-    }
-
-    /// What was granted, as writes: for a server that has lost it.
-    fn granted(claims: &Claims, parts: &[Part], growths: &[Grown], slot: u64) -> Vec<Write> {
-        let mut writes = Vec::new();
-        for (claim, part) in claims.draws.iter().zip(parts).filter(|(_, part)| part.draws > 0) {
-            let counts = |of: &LimitedAccount, change| Write::Counts {
-                account: account_name(of.account.id()),
-                slot,
-                days: of.limits.counted(claim.counted).days,
-                change,
-            };
-            writes.extend(claim.changes_of(*part).map(|(of, change)| counts(of, change)));
-            writes.extend(in_flight_after(claims, parts, claim));
-            if let Some(made) = &claim.reservation {
-                let reserve = |of: &_| Write::Reserve { owner: claims.owner, id: made.id, part: Clone::clone(of) };
-                writes.extend(made.parts.iter().map(reserve));
-            }
-        }
-        for (growth, _) in claims.growths.iter().zip(growths).filter(|(_, grown)| **grown == Grown::Done) {
-            let reserve = |part: &_| Write::Reserve { owner: claims.owner, id: growth.id, part: Clone::clone(part) };
-            writes.extend(growth.parts.iter().map(reserve));
-        }
-        writes
-    }
-
-    /// What gives back what was granted and nobody knows of.
-    fn given_back(claims: &Claims, parts: &[Part], growths: &[Grown], slot: u64) -> Vec<Write> {
-        let of = |write| match write {
-            Write::Counts { account, slot, days, change } => {
-                let change = Change { attempts: -change.attempts, tokens: -change.tokens };
-                Some(Write::Counts { account, slot, days, change })
-            }
-            Write::Reserve { owner, id, part }
-                if growths.is_empty() || !claims.growths.iter().any(|of| of.id == id) =>
-            {
-                Some(Write::Settle { owner, id, row: part.row, spent: 0, if_gone: 0 })
-            }
-            // What has grown stays reserved until it is settled.
-            _ => None,
-        };
-        Self::granted(claims, parts, growths, slot).into_iter().filter_map(of).collect()
-    }
-
     fn server_slot(&self, slot: Slot) -> u64 {
         u64::try_from(signed(slot.0).saturating_add(self.slots_ahead)).unwrap_or_default()
     }
@@ -446,20 +225,6 @@ impl<S: Server> RedisLedger<S> {
     fn unusable(&self, what: &str) -> LedgerError {
         unusable(self.server.name(), what)
     }
-}
-
-/// What a claim's accounts have in flight once the parts of all claims are granted.
-fn in_flight_after(claims: &Claims, parts: &[Part], claim: &Claim) -> Vec<Write> {
-    let of = |(of, _): (&LimitedAccount, Change)| {
-        let claimed = claims.draws.iter().zip(parts);
-        let refused = claimed.map(|(claim, part)| {
-            let draws = claim.draws_of(&of.account);
-            if draws == 0 { 0 } else { draws.saturating_sub(part.draws) }
-        });
-        let own = of.account.mirror().quota.own_in_flight().saturating_sub(refused.sum());
-        Write::InFlight { account: account_name(of.account.id()), own }
-    };
-    claim.changes().filter(|(of, _)| of.shares_concurrency()).map(of).collect()
 }
 
 /// What all keys begin with. The hash tag puts them on one node of a cluster, where one script can use them all.
@@ -703,109 +468,6 @@ impl<S: Server> RedisLedger<S> {
         let replies = self.server.run(vec![arguments])?;
         replies.into_iter().next().ok_or_else(|| self.unusable("does not answer"))
     }
-
-    /// Key of a thing's places. It has a hash tag of its own, so that the nodes of a cluster share them.
-    fn place_key(&self, thing: &Thing) -> String {
-        let tag = self.prefix.trim_end_matches(':').trim_matches(['{', '}']).to_owned();
-        format!("{{{tag}:{}:{}}}:place", thing.kind.name(), joined(&[&thing.name]))
-    }
-
-    /// Takes the places of this batch into the queue. They may be written twice, so they need not be a part of a batch.
-    fn queue_places(&mut self) {
-        self.queued_places.extend(self.places.drain(..));
-        let surplus = self.queued_places.len().saturating_sub(CHANGES_MAX);
-        if surplus > 0 {
-            log::error!("ledger {}: where {surplus} objects and sessions are is not noted", self.server.name());
-            self.queued_places.drain(..surplus);
-        }
-    }
-
-    /// Writes so many places of the queue.
-    fn write_places(&mut self, count: usize) -> Result<(), LedgerError> {
-        let some: Vec<Arguments> = self.queued_places.iter().take(count).cloned().collect();
-        if some.is_empty() {
-            return Ok(());
-        }
-        let written = some.len();
-        self.server.run(some)?;
-        self.queued_places.drain(..written);
-        Ok(())
-    }
-
-    fn write_place(&mut self, change: &PlaceChange) {
-        let mut command = Arguments::default();
-        match change {
-            PlaceChange::Forget(thing, owner) => {
-                let key = self.place_key(thing);
-                command
-                    .text("EVAL")
-                    .text(include_str!("forget_place.lua"))
-                    .number(1)
-                    .text(&key)
-                    .text(&joined(&[owner]));
-            }
-            PlaceChange::Note(thing, Place { owner, endpoint, organization, until }) => {
-                let key = self.place_key(thing);
-                let is_session = thing.kind == ThingKind::Session;
-                command.text("EVAL").text(include_str!("note_place.lua")).number(1).text(&key);
-                command.text(&joined(&[owner])).text(&joined(&[endpoint])).text(&joined(&[organization]));
-                command.number(*until).text(if is_session { "1" } else { "0" });
-            }
-        }
-        self.places.push(command);
-    }
-
-    /// Deletes token statistics piece by piece, so that nobody waits for long.
-    fn reset_statistics(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
-        for (table, at) in [("hour", 0), ("day", 0), ("total", 0), ("key-day", 1), ("key-total", 1)] {
-            let key = self.key(&format!("tokens:{table}"));
-            let mut keys = vec![key.clone()];
-            if !table.ends_with("total") {
-                let moments = texts(self.run_one(&["ZRANGE", &key, "0", "-1"])?);
-                keys = moments.iter().map(|moment| format!("{key}:{moment}")).collect();
-            }
-            if endpoint.is_none() {
-                keys.push(key.clone());
-            }
-            for key in keys {
-                let Some(endpoint) = endpoint else {
-                    self.run_one(&["UNLINK", &key])?;
-                    continue;
-                };
-                let fields = texts(self.run_one(&["HKEYS", &key])?);
-                let of_it = |field: &&String| {
-                    wire::split(field).is_some_and(|names| names.get(at).is_some_and(|name| name == endpoint))
-                };
-                for field in fields.iter().filter(of_it) {
-                    self.run_one(&["HDEL", &key, field])?;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The places in a reply that are not over, those that were used last first.
-fn places_of(rows: redis::Value, now: i64) -> Vec<Place> {
-    let rows = texts(rows);
-    let mut places: Vec<Place> = pairs(&rows).filter_map(|(field, value)| place(field, value)).collect();
-    places.retain(|place| place.until > now);
-    places.sort_by_key(|place| std::cmp::Reverse(place.until));
-    places
-}
-
-/// A place as its field and value have it.
-fn place(field: &str, value: &str) -> Option<Place> {
-    let names = wire::split(field)?;
-    let [owner, endpoint] = <[String; 2]>::try_from(names).ok()?;
-    let (until, organization) = value.split_once(' ')?;
-    let organization = wire::split(organization)?.into_iter().next()?;
-    Some(Place {
-        owner: owner.into(),
-        endpoint: endpoint.into(),
-        organization: organization.into(),
-        until: until.parse().ok()?,
-    })
 }
 
 /// Fields and values that follow each other.
