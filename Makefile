@@ -60,7 +60,9 @@ install: release ## Install the program, its manual page and completions below P
 test: build-tools client-tools ## Run all tests: unit, integration, and the official OpenAI clients
 	$(get-redis)
 	echo "==> unit and integration tests"
-	PATH="$(CURDIR)/target/tools:$$PATH" cargo test --locked
+	cargo test --locked -- --skip cluster::
+	echo "==> several processes on one Redis, by themselves since they take the whole machine"
+	PATH="$(CURDIR)/target/tools:$$PATH" cargo test --locked --test it -- --test-threads 2 cluster::
 	echo "==> the ledger's tests on each kind of server"
 	$(call install,debootstrap,debootstrap)
 	PATH="$(CURDIR)/target/tools:$$PATH" tests/ledgers/run
@@ -223,6 +225,7 @@ soak: build-tools client-tools ## Run the long forms of tests that are short in 
 	SIM_SCHEDULES=10000 cargo test --locked --test it -- --nocapture sim
 	SIM_SCHEDULES=10000 cargo test --locked --lib -- --nocapture whatever_comes_no_budget
 	SESSIONS=1000 cargo test --locked --test it -- --nocapture realtime
+	SIM_SCHEDULES=5000 PATH="$(CURDIR)/target/tools:$$PATH" tests/ledgers/run redis
 	KILLS=20 FAILOVERS=10 PATH="$(CURDIR)/target/tools:$$PATH" cargo test --locked --test it -- --nocapture cluster
 	tests/clients/run $(BINARY)
 	tests/clients/.venv/bin/python tests/clients/realtime_soak.py --binary $(BINARY)

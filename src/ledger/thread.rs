@@ -352,7 +352,8 @@ impl Keeping {
         let last = Messages { closing: true, ..self.client.end() };
         self.retry_at = Stamp::default();
         self.serve(last);
-        if !self.allocator.is_all_written() {
+        let is_settled = self.ledger.as_mut().is_none_or(|ledger| ledger.ledger().touch().is_ok());
+        if !self.allocator.is_all_written() || !is_settled {
             log::error!("ledger {}: the last counts could not be written and are lost", self.state.name);
         }
     }

@@ -395,7 +395,8 @@ impl Allocator {
             spending: std::mem::take(&mut self.spending),
             doubtful: Doubtful::default(),
             is_last_round: false,
-            may_prefetch: self.waiting.is_empty() && !messages.closing,
+            // Nor beside a question for what is used, which asks for what was sent.
+            may_prefetch: self.waiting.is_empty() && !messages.closing && messages.looks.is_empty(),
         };
         let mut done = Done { clock, is_written: false, failed: Vec::new(), error: None };
         let mut draws = draws;

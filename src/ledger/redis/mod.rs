@@ -440,6 +440,10 @@ impl<S: Server> Ledger for RedisLedger<S> {
 
     fn touch(&mut self) -> Result<(), LedgerError> {
         self.resolve()?;
+        if !self.returned.is_empty() {
+            // What is given back is not kept from the others until there is something else to do.
+            return self.commit(&Claims::default(), &Rows::default()).map(drop);
+        }
         self.read(&Rows::default())
     }
 
