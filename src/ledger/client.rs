@@ -40,6 +40,10 @@ struct Inbox {
     model_lists: RwLock<Arc<HashMap<Arc<str>, Arc<str>>>>,
     /// What other processes have said, until somebody looks at it.
     heard: Mutex<Vec<Notice>>,
+    /// True if several machines share the ledger, which then counts requests in flight as well.
+    shares_concurrency: AtomicBool,
+    /// Longest wait for a reply, in milliseconds; 0 for the default.
+    wait_ms: AtomicU64,
     configs: AtomicU64,
     tickets: AtomicU64,
     queued: Mutex<Queued>,
@@ -75,10 +79,6 @@ enum Sleep {
 #[derive(Clone)]
 pub struct Client {
     inbox: Arc<Inbox>,
-    /// Longest wait for a reply of the ledger's thread: a disk or a server may hang, and a client must not wait for it.
-    wait: Duration,
-    /// True if requests in flight are counted in the ledger.
-    shares_concurrency: bool,
     clocks: Arc<dyn Fn() -> Clock + Send + Sync>,
 }
 
@@ -120,19 +120,29 @@ impl Drop for QueuePlace {
 impl Client {
     /// Returns a client for a ledger that uses these clocks.
     pub fn new(clocks: impl Fn() -> Clock + Send + Sync + 'static) -> Self {
-        Self { inbox: Arc::default(), wait: WAIT_DEFAULT, shares_concurrency: false, clocks: Arc::new(clocks) }
+        Self { inbox: Arc::default(), clocks: Arc::new(clocks) }
     }
 
     /// The same for a ledger that counts requests in flight, since several machines share it.
     #[must_use]
     pub fn sharing_concurrency(self) -> Self {
-        Self { shares_concurrency: true, ..self }
+        self.inbox.shares_concurrency.store(true, Ordering::Relaxed);
+        self
     }
 
     /// The same with another longest wait for a reply.
     #[must_use]
     pub fn with_wait(self, wait: Duration) -> Self {
-        Self { wait, ..self }
+        self.inbox.wait_ms.store(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self
+    }
+
+    /// Longest wait for a reply of the ledger's thread: a disk or a server may hang, and a client must not wait for it.
+    fn wait(&self) -> Duration {
+        match self.inbox.wait_ms.load(Ordering::Relaxed) {
+            0 => WAIT_DEFAULT,
+            millis => Duration::from_millis(millis),
+        }
     }
 
     /// Returns the current clocks.
@@ -151,7 +161,7 @@ impl Client {
             accounts.by_id.retain(|_, account| account.strong_count() > 0);
             accounts.in_use = accounts.by_id.len() + 1;
         }
-        let account = Arc::new(Account::new(id.clone(), self.shares_concurrency));
+        let account = Arc::new(Account::new(id.clone(), self.is_shared()));
         accounts.by_id.insert(id.clone(), Arc::downgrade(&account));
         account
     }
@@ -232,8 +242,8 @@ impl Client {
         let Asked { ticket, wanted, own: OwnDraw { caller, budgets }, otherwise, instead_of } = asked;
         let draw = Draw { ticket, wanted, caller, budgets, otherwise, instead_of, keeps_place: false, reply };
         let patience = match otherwise {
-            Otherwise::Wait { until, .. } => self.wait + self.clock().boot.until(until),
-            Otherwise::LookElsewhere | Otherwise::Refuse(_) => self.wait,
+            Otherwise::Wait { until, .. } => self.wait() + self.clock().boot.until(until),
+            Otherwise::LookElsewhere | Otherwise::Refuse(_) => self.wait(),
         };
         let pushed = self.push(|messages| {
             let has_room = messages.draws.len() < DRAWS_MAX;
@@ -312,14 +322,14 @@ impl Client {
         let (reply, answer) = oneshot::channel();
         let look = BudgetLook { set: Arc::clone(set), found: Vec::new(), reply };
         self.push(|messages| messages.budget_looks.push(look))?;
-        tokio::time::timeout(self.wait, answer).await.ok()?.ok()?
+        tokio::time::timeout(self.wait(), answer).await.ok()?.ok()?
     }
 
     /// Returns the places of each of these things, of all owners; `None` if the ledger cannot be read.
     pub async fn find_places(&self, things: Vec<Thing>) -> Option<Vec<Vec<Place>>> {
         let (reply, answer) = oneshot::channel();
         self.push(|messages| messages.finds.push(Find { things, found: Vec::new(), reply }))?;
-        tokio::time::timeout(self.wait, answer).await.ok()?.ok()?
+        tokio::time::timeout(self.wait(), answer).await.ok()?.ok()?
     }
 
     /// Notes where a thing is, or that it is nowhere any more. It is found from now on, and written a little later.
@@ -336,7 +346,7 @@ impl Client {
 
     /// True if other machines share the ledger, so that there is somebody to talk to.
     pub fn is_shared(&self) -> bool {
-        self.shares_concurrency
+        self.inbox.shares_concurrency.load(Ordering::Relaxed)
     }
 
     /// Says something to the other processes that share the ledger.
