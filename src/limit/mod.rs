@@ -24,7 +24,7 @@ pub use window::{Minute, PERMIT_AGE_MAX, SLOT, SPAN, Slot};
 /// Limits of an account.
 #[derive(Debug)]
 pub struct Limits {
-    /// Limits by kind. Concurrent requests are counted in this process only.
+    /// Limits by kind. Concurrent requests are counted in this process only, unless several machines share the ledger.
     pub by_kind: PerLimit<Limit>,
     /// Calendar that determines when its day changes.
     pub calendar: Calendar,

@@ -92,7 +92,7 @@ pub enum Gate {
     },
 }
 
-/// How long something takes no requests, and what counts towards the next time: what processes tell each other of it.
+/// How long something takes no requests, and what counts towards the next time: what processes say to each other of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Closing {
     /// End of the cool-down.
@@ -108,7 +108,7 @@ pub struct Closing {
 }
 
 impl Closing {
-    /// Difference between two ends that is none: moments are told in milliseconds, by clocks that differ a little.
+    /// Difference between two ends that is none: clocks of machines differ a little.
     const SAME: Duration = Duration::from_secs(1);
 
     /// True if it takes requests.

@@ -28,7 +28,7 @@ pub struct SharedHealth {
 /// Endpoint, key and model.
 type Subject = (Arc<str>, Arc<str>, Box<str>);
 
-/// What is told of a subject.
+/// What processes say to each other of a subject.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Told {

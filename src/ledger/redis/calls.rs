@@ -166,9 +166,7 @@ impl<S: Server> RedisLedger<S> {
                 let change = Change { attempts: -change.attempts, tokens: -change.tokens };
                 Some(Write::Counts { account, slot, days, change })
             }
-            Write::Reserve { owner, id, part }
-                if growths.is_empty() || !claims.growths.iter().any(|of| of.id == id) =>
-            {
+            Write::Reserve { owner, id, part } if !claims.growths.iter().any(|of| of.id == id) => {
                 Some(Write::Settle { owner, id, row: part.row, spent: 0, if_gone: 0 })
             }
             // What has grown stays reserved until it is settled.

@@ -57,6 +57,18 @@ impl<S: Server> RedisLedger<S> {
         self.places.push(command);
     }
 
+    /// Resets what the batch that is done has asked for. What fails is tried again with the next one: the batch itself is done.
+    pub(super) fn finish_resets(&mut self) {
+        self.due_resets.extend(self.resets.drain(..));
+        while let Some(endpoint) = self.due_resets.front().cloned() {
+            if let Err(error) = self.reset_statistics(endpoint.as_deref()) {
+                log::warn!("{error}; token statistics are not reset yet, which is tried again");
+                return;
+            }
+            self.due_resets.pop_front();
+        }
+    }
+
     /// Deletes token statistics piece by piece, so that nobody waits for long.
     pub(super) fn reset_statistics(&mut self, endpoint: Option<&str>) -> Result<(), LedgerError> {
         for (table, at) in [("hour", 0), ("day", 0), ("total", 0), ("key-day", 1), ("key-total", 1)] {

@@ -105,9 +105,11 @@ pub struct RedisLedger<S> {
     /// Since when every call has been answered, and when the last one was.
     in_touch_since: Option<Stamp>,
     heard_at: Stamp,
-    /// Places that wait to be written, and statistics to be reset.
+    /// Places that wait to be written.
     queued_places: VecDeque<Arguments>,
+    /// Endpoints (`None` for all) whose statistics this batch resets, and those of batches that are done.
     resets: Vec<Option<String>>,
+    due_resets: VecDeque<Option<String>>,
     /// What others have said, and the number of the last of it.
     heard: Vec<Notice>,
     heard_to: u64,
@@ -156,6 +158,7 @@ impl<S: Server> RedisLedger<S> {
             heard_at: Stamp::default(),
             queued_places: VecDeque::new(),
             resets: Vec::new(),
+            due_resets: VecDeque::new(),
             heard: Vec::new(),
             heard_to: 0,
             offers: Offers::default(),
@@ -385,16 +388,16 @@ impl<S: Server> Ledger for RedisLedger<S> {
     }
 
     fn commit(&mut self, claims: &Claims, rows: &Rows) -> Result<Verdict, LedgerError> {
-        let mut writes = std::mem::take(&mut self.returned);
-        writes.append(&mut self.writes);
-        let resets = std::mem::take(&mut self.resets);
+        // Before anything is taken out: if it fails, what is given back waits for the next batch.
         self.queue_places();
         self.write_places(PLACES_AT_ONCE)?;
+        let mut writes = std::mem::take(&mut self.returned);
+        writes.append(&mut self.writes);
         if writes.is_empty() && claims.is_empty() && rows.is_empty() {
             if self.time.boot() - self.heard_at >= TOUCH_EVERY / 2 {
                 self.read(&Rows::default())?;
             }
-            resets.iter().try_for_each(|endpoint| self.reset_statistics(endpoint.as_deref()))?;
+            self.finish_resets();
             return Ok(Verdict::default());
         }
         let mut operations = Arguments::default();
@@ -422,7 +425,7 @@ impl<S: Server> Ledger for RedisLedger<S> {
         written.extend(Self::granted(claims, &parts, &growths, slot));
         self.offers.push(self.sent, self.time.boot(), written);
         self.take_rows(reply.rows);
-        resets.iter().try_for_each(|endpoint| self.reset_statistics(endpoint.as_deref()))?;
+        self.finish_resets();
         // By the most that this machine's time may be behind, so that permits seem rather older than they are.
         let counted = signed(reply.counted_at).saturating_sub(self.ahead_ms.unwrap_or_default());
         let counted_at = Stamp(u64::try_from(counted).unwrap_or_default());

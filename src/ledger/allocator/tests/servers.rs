@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::budgets::{dollars, money, totals};
 use super::*;
+use crate::ledger::places::{Place, PlaceChange, Thing, ThingKind};
 use crate::ledger::redis::{Arguments, Reply, Server};
 
 /// A way to the server on which replies are lost.
@@ -134,6 +135,8 @@ enum Fate {
     Twice,
     /// It arrives some time after its process has given it up.
     Late,
+    /// It is well, and what goes beside it, such as places, is lost.
+    CommandsLost,
 }
 
 /// A way on which calls meet their fates.
@@ -148,7 +151,7 @@ impl Server for Way {
     fn batch(&mut self, arguments: Arguments) -> Result<Reply, LedgerError> {
         let lost = || LedgerError { kind: FaultKind::Unusable, message: "it is lost".into() };
         match *self.fate.lock().unwrap() {
-            Fate::Well => self.inner.batch(arguments),
+            Fate::Well | Fate::CommandsLost => self.inner.batch(arguments),
             Fate::Lost => Err(lost()),
             Fate::ReplyLost => self.inner.batch(arguments).and(Err(lost())),
             Fate::Twice => {
@@ -164,6 +167,9 @@ impl Server for Way {
     }
 
     fn run(&mut self, commands: Vec<Arguments>) -> Result<Vec<::redis::Value>, LedgerError> {
+        if *self.fate.lock().unwrap() == Fate::CommandsLost {
+            return Err(LedgerError { kind: FaultKind::Unusable, message: "they are lost".into() });
+        }
         self.inner.run(commands)
     }
 
@@ -334,7 +340,7 @@ impl Faults {
                 }
             }
             10 | 11 => {
-                let fates = [Fate::Lost, Fate::ReplyLost, Fate::Twice, Fate::Late, Fate::Well];
+                let fates = [Fate::Lost, Fate::ReplyLost, Fate::Twice, Fate::Late, Fate::CommandsLost, Fate::Well];
                 *self.all[at].fate.lock().unwrap() = *self.rng.choice(&fates).unwrap();
             }
             12 => self.deliver(at),
@@ -364,6 +370,9 @@ impl Faults {
         let of = self.rng.usize(..3);
         let is_sent = self.rng.u8(..4) > 0;
         let one = &mut self.all[at];
+        let thing = Thing { kind: ThingKind::Session, name: "s".into() };
+        let place = Place { owner: "o".into(), endpoint: "a".into(), organization: "o".into(), until: 4_000_000_000 };
+        one.process.client.change_place(PlaceChange::Note(thing, place));
         let mut answer = one.process.ask(&one.wanted[of..=of], Otherwise::Refuse(CALLER));
         one.process.allocator.serve(Some(&mut *one.process.ledger)).map(drop).unwrap_or_default();
         let Drawn::Granted(_, mut permit) = ready(&mut answer) else { return };
