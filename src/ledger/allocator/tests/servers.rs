@@ -14,6 +14,8 @@ struct Lossy {
     inner: Connection,
     /// The server does what it is asked for, and its reply does not arrive.
     loses_reply: Arc<AtomicBool>,
+    /// What goes beside batches, such as places, does not arrive.
+    loses_commands: Arc<AtomicBool>,
 }
 
 impl Server for Lossy {
@@ -26,6 +28,9 @@ impl Server for Lossy {
     }
 
     fn run(&mut self, commands: Vec<Arguments>) -> Result<Vec<::redis::Value>, LedgerError> {
+        if self.loses_commands.load(Ordering::Relaxed) {
+            return Err(LedgerError { kind: FaultKind::Unusable, message: "they are lost".into() });
+        }
         self.inner.run(commands)
     }
 
@@ -34,24 +39,25 @@ impl Server for Lossy {
     }
 }
 
-/// A process on a server that begins with this grace, and the switch that loses its replies.
-fn process(folder: &std::path::Path, grace: Duration) -> Option<(Process, Arc<AtomicBool>)> {
+/// A process on a server that begins with this grace, and the switches that lose its replies and its commands.
+fn process(folder: &std::path::Path, grace: Duration) -> Option<(Process, [Arc<AtomicBool>; 2])> {
     let options = server_tested()?;
     let mut process = Process::new(folder, &Arc::new(AtomicU64::new(1_000_000)), LedgerOnError::Deny);
-    let loses_reply = Arc::new(AtomicBool::new(false));
-    let server = Lossy { inner: Connection::new(options).unwrap(), loses_reply: Arc::clone(&loses_reply) };
+    let [loses_reply, loses_commands] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let switches = [Arc::clone(&loses_reply), Arc::clone(&loses_commands)];
+    let server = Lossy { inner: Connection::new(options).unwrap(), loses_reply, loses_commands };
     let clock = process.client.clone();
     let time = Time::Given(Arc::new(move || clock.clock()));
     // Another prefix than the ledger's that the process has opened.
     let prefix = format!("{}-lossy", prefix_of(folder));
     process.ledger = Box::new(RedisLedger::open(server, &prefix, time, grace).unwrap());
-    Some((process, loses_reply))
+    Some((process, switches))
 }
 
 #[test]
 fn a_batch_whose_reply_is_lost_is_done_once_and_its_draws_are_given_back() {
     let folder = tempfile::tempdir().unwrap();
-    let Some((mut process, loses_reply)) = process(folder.path(), Duration::ZERO) else { return };
+    let Some((mut process, [loses_reply, _])) = process(folder.path(), Duration::ZERO) else { return };
     let wanted = [process.wanted("a", r#""rpm":5,"rpd":5,"maxConcurrent":2"#)];
     let first = process.draw(&wanted);
     assert!(first.is_granted());
@@ -86,6 +92,34 @@ fn a_batch_whose_reply_is_lost_is_done_once_and_its_draws_are_given_back() {
     hold.settle(money(3));
     process.write();
     assert_eq!(process.totals(&set), [totals(3, 0)]);
+}
+
+#[test]
+fn what_is_given_back_outlasts_a_batch_that_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some((mut process, [loses_reply, loses_commands])) = process(folder.path(), Duration::ZERO) else { return };
+    let wanted = [process.wanted("a", r#""rpm":1,"rpd":1"#)];
+    // Its counts are known, so the draw takes one call.
+    assert_eq!(process.used(&wanted[0]), (0, 0));
+    let mut answer = process.ask(&wanted, Otherwise::Refuse(CALLER));
+    loses_reply.store(true, Ordering::Relaxed);
+    process.allocator.serve(Some(&mut *process.ledger)).unwrap_err();
+    assert!(matches!(ready(&mut answer), Drawn::Unavailable));
+    // The batch that finds out what became of it fails, since a place cannot be written.
+    loses_reply.store(false, Ordering::Relaxed);
+    loses_commands.store(true, Ordering::Relaxed);
+    let thing = Thing { kind: ThingKind::Session, name: "s".into() };
+    let place = Place { owner: "o".into(), endpoint: "a".into(), organization: "o".into(), until: 4_000_000_000 };
+    process.client.change_place(PlaceChange::Note(thing, place));
+    process.now_ms.fetch_add(1000, Ordering::Relaxed);
+    let client = process.client.clone();
+    let mut flush = Box::pin(async move { client.flush().await });
+    assert!(flush.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    process.allocator.serve(Some(&mut *process.ledger)).unwrap_err();
+    loses_commands.store(false, Ordering::Relaxed);
+    process.pass(Duration::from_secs(1));
+    process.ledger.touch().unwrap();
+    assert!(process.draw(&wanted).is_granted(), "nobody has the permit");
 }
 
 #[test]
